@@ -1,0 +1,38 @@
+# make run      train a small Mamba-3 on real text, evaluate it, sample from it (minutes, 2 CPU cores)
+# make parity   the state-tracking experiment: what rotation is for
+# make test     lint and tests
+# All of them install into .venv first.
+
+PYTHON ?= python3
+WORKDIR ?= runs/text
+PYTEST ?= -n auto --maxprocesses=8 -m "not slow and not gpu"
+BIN := .venv/bin
+
+.PHONY: run parity test install clean
+
+run: install
+	$(BIN)/python -m launch.train --config=experiments/text.py --workdir=$(WORKDIR)
+	$(BIN)/python -m launch.evaluate --workdir=$(WORKDIR)
+	$(BIN)/python -m launch.generate --workdir=$(WORKDIR) --prompt="def " --temperature=0.7
+	@echo "The curve: $(WORKDIR)/curve.png"
+
+parity: install
+	$(BIN)/python -m experiments.parity --workdir=runs/parity --results=
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m experiments.benchmarks.table --check
+	$(BIN)/python -m pytest $(PYTEST)
+
+install: .venv/installed
+
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=...')"
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf .venv build

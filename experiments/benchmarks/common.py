@@ -1,0 +1,189 @@
+"""What the benchmarks share: timing, where and when a figure was taken, result files and tables."""
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results"
+REPOSITORY = Path(__file__).parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds a call, over several batches of calls."""
+
+    median: float
+    best: float
+    batches: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Timing":
+        return cls(statistics.median(seconds), min(seconds), len(seconds))
+
+
+def seconds_a_call(function: Callable, calls: int) -> float:
+    """Wall time of one batch: `calls` asynchronous calls, then one wait for the last result."""
+    begin = time.perf_counter()
+    for _ in range(calls):
+        result = function()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - begin) / calls
+
+
+def calls_for(seconds: float, batch_seconds: float) -> int:
+    """How many calls of about `seconds` fill a batch of `batch_seconds`."""
+    return max(1, min(1000, round(batch_seconds / max(seconds, 1e-7))))
+
+
+def measure(function: Callable, *, batch_seconds: float = 0.2, batches: int = 5, warm_up: int = 2) -> Timing:
+    """Time `function()`: warm up (this compiles), size a batch to about `batch_seconds`, time `batches` of them."""
+    for _ in range(warm_up):
+        jax.block_until_ready(function())
+    calls = calls_for(seconds_a_call(function, 1), batch_seconds)
+    return Timing.of([seconds_a_call(function, calls) for _ in range(batches)])
+
+
+def interleave(clocks: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Timing]:
+    """Take turns, A B A B ..., so that noise of the machine falls on all alike.
+
+    Args:
+        clocks: by name, a function that runs one batch and returns its seconds a call.
+        rounds: batches of each.
+    """
+    seconds = {name: [] for name in clocks}
+    for _ in range(rounds):
+        for name, clock in clocks.items():
+            seconds[name].append(clock())
+    return {name: Timing.of(taken) for name, taken in seconds.items()}
+
+
+def rel_rms(got, want) -> float:
+    """RMS of the difference over RMS of the reference, in float64; 0/0 is 0."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    if got.shape != want.shape:
+        raise ValueError(f"the result has shape {got.shape}, the reference {want.shape}")
+    difference = np.sqrt(np.mean(np.square(got - want)))
+    return float(difference / np.sqrt(np.mean(np.square(want)))) if difference != 0 else 0.0
+
+
+def require(errors: Mapping[str, float], tolerance: float, what: str) -> float:
+    """The largest of `errors`; ValueError, naming the arrays, if any is over `tolerance` or is not a number.
+
+    A benchmark calls this before it reports a time: a fast wrong answer is not a result.
+    """
+    wrong = {name: error for name, error in errors.items() if not error <= tolerance}
+    if wrong:
+        listed = ", ".join(f"{name} {error:.1e}" for name, error in wrong.items())
+        raise ValueError(f"{what}: relative error over {tolerance:.0e} in {listed}; no time is reported")
+    return max(errors.values(), default=0.0)
+
+
+def temp_mib(compiled) -> float:
+    """Temporary memory of a compiled function, MiB."""
+    return compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def device_name() -> str:
+    """The accelerator's own name; for a CPU, the processor's and how many cores this process may use."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    match = None
+    if Path("/proc/cpuinfo").exists():
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"CPU, {cores} cores ({match.group(1) if match else platform.processor() or platform.machine()})"
+
+
+def git_commit() -> str:
+    """The short commit of this checkout, `-dirty` if its code, new files included, is other, `unknown` outside one."""
+    git = ["git", "-C", str(REPOSITORY)]
+    code = ["--", ".", ":(exclude,glob)**/results/**", ":(exclude,glob)**/*.md"]  # what measuring itself rewrites
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=9", "HEAD"], capture_output=True, text=True, check=True)
+        status = [*git, "status", "--porcelain", "--untracked-files=all", *code]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("-dirty" if changed else "")
+
+
+def load() -> float:
+    """The machine's load over the last minute: a busy machine explains a slow figure."""
+    return round(os.getloadavg()[0], 2)
+
+
+def provenance(commit: str = "") -> dict:
+    """Where and when a figure was taken. `commit` stands in where the code runs outside its checkout."""
+    return {
+        "commit": commit or git_commit(),
+        "date": datetime.date.today().isoformat(),
+        "device": device_name(),
+        "platform": jax.default_backend(),
+        "load_before": load(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "command": command_line(),
+    }
+
+
+def command_line() -> str:
+    """How this program was called, as one would type it from the repository's root."""
+    program = Path(sys.argv[0]).resolve()
+    if not program.is_relative_to(REPOSITORY):
+        return " ".join(["python", program.name, *sys.argv[1:]])
+    module = ".".join(program.relative_to(REPOSITORY).with_suffix("").parts)
+    return " ".join(["python -m", module, *sys.argv[1:]])
+
+
+def write(name: str, origin: dict, rows: Sequence[Mapping], directory: str | Path = "", **more) -> Path:
+    """Write one result file, `NAME.json`: `origin` (see `provenance`), anything in `more`, and the rows.
+
+    Returns its path. The file is replaced whole or not at all.
+    """
+    directory = Path(directory or RESULTS)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"benchmark": name, **origin, **more, "rows": list(rows)}, indent=1) + "\n")
+    partial.replace(path)
+    return path
+
+
+def read(name: str, directory: str | Path = "") -> dict | None:
+    """The result file of that name, or None if it was never taken."""
+    path = Path(directory or RESULTS) / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def significant(value, digits: int = 3) -> str:
+    """A number for a table: so many significant digits, thousands separated; None is a dash; text is itself."""
+    if value is None:
+        return "-"
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return str(value)
+    if isinstance(value, int) or abs(value) >= 10**digits:
+        return f"{value:,.0f}"
+    if value == 0 or abs(value) < 1e-3:
+        return f"{value:.1e}"
+    places = max(0, digits - 1 - int(np.floor(np.log10(abs(value)))))
+    return f"{value:.{places}f}"
+
+
+def table(rows: Sequence[Mapping], columns: Mapping[str, str]) -> str:
+    """Rows as a markdown table; `columns` maps each heading to the key it shows."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(significant(row.get(key)) for key in columns.values()) + " |" for row in rows]
+    return "\n".join(lines)

@@ -1,0 +1,122 @@
+"""What there is to run and what came out: the rows of experiments/README.md."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from experiments.benchmarks.common import significant
+from experiments.parity import scaled
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One row. `result` is a path under experiments/, and `got` reads a sentence out of it."""
+
+    question: str
+    command: str
+    cost: str
+    expected: str
+    result: str
+    got: Callable[[dict], str]
+
+
+def layer_ratios(result: dict) -> str:
+    """How many times faster than the peer, task by task."""
+    ratios = [f"{row['layer']} {row['what']} {significant(row['ratio'])}x" for row in result["rows"] if "ratio" in row]
+    return ", ".join(ratios) or "only our own layer was timed"
+
+
+def op_times(result: dict) -> str:
+    """The default implementation's times."""
+    rows = [row for row in result["rows"] if row["implementation"] == "chunked" and "ms" in row]
+    return ", ".join(f"{row['case']} {row['what']} {significant(row['ms'])} ms" for row in rows)
+
+
+def growth_factors(result: dict) -> str:
+    """From the shortest to the longest length, of the implementation that is the default."""
+    rows = [row for row in result["rows"] if row["implementation"] == "chunked" and row["rank"] == 1]
+    first, last = rows[0], rows[-1]
+    factors = (last[key] / first[key] for key in ("matmul_flop_a_token", "temp_kib_a_token"))
+    operations, memory = map(significant, factors)
+    return (
+        f"from {first['length']:,} to {last['length']:,} tokens: FLOP a token x {operations}, memory a token x {memory}"
+    )
+
+
+def depth_factors(result: dict) -> str:
+    """Of each model, from its shallowest to its deepest."""
+    models = {row["model"]: [] for row in result["rows"]}
+    for row in result["rows"]:
+        models[row["model"]].append(row)
+    return "; ".join(f"{name} {_deeper(rows[0], rows[-1])}" for name, rows in models.items())
+
+
+def _deeper(first: dict, last: dict) -> str:
+    seconds, size = (significant(last[key] / first[key]) for key in ("compile_s", "hlo_instructions"))
+    return f"from {first['layers']} to {last['layers']} layers: compile time x {seconds}, HLO instructions x {size}"
+
+
+def parity_scores(result: dict) -> str:
+    """Every variant's and seed's accuracy at the longest trained length."""
+    length = str(max(result["trained_lengths"]))
+    scores = {row["variant"]: row["accuracy"][length] for row in result["rows"]}
+    each = [f"{name} {' '.join(f'{scaled(seed):.0f}' for seed in seeds)}" for name, seeds in scores.items()]
+    return f"at {length}: " + ", ".join(each)
+
+
+def text_scores(result: dict) -> str:
+    """Bits per byte at the trained length and at the longest evaluated, and how long it took."""
+    first, last = result["rows"][0], result["rows"][-1]
+    bits = [f"{significant(row['bits_per_byte'])} in rows of {row['length']:,}" for row in (first, last)]
+    return f"{', '.join(bits)}; trained in {result['seconds']['train']:.0f} s"
+
+
+EXPERIMENTS = (
+    Experiment(
+        question="What does a small model learn of real text in minutes on a CPU (bits per byte, held out)?",
+        command="python -m experiments.record --config=experiments/text.py --workdir=runs/text_recorded",
+        cost="5 minutes, 2 cores",
+        expected="about 2.0 (gzip -9: 1.89)",
+        result="results/text.json",
+        got=text_scores,
+    ),
+    Experiment(
+        question="Does rotation by a data-dependent angle track a state (parity), and what else does?",
+        command="python -m experiments.parity --workdir=runs/parity",
+        cost="5 minutes, 2 cores",
+        expected="at 256, percent of the way from chance to perfect: Mamba-3 and Euler 95 to 100, the others about 0",
+        result="results/parity.json",
+        got=parity_scores,
+    ),
+    Experiment(
+        question="Is one layer faster than the other JAX package's, on a CPU?",
+        command="python -m experiments.benchmarks.layer --peer_python=build/peer/bin/python",
+        cost="4 minutes, 2 cores",
+        expected="over 1x on each",
+        result="benchmarks/results/layer_cpu.json",
+        got=layer_ratios,
+    ),
+    Experiment(
+        question="How fast is the op on a GPU in plain XLA (batch 16, length 2,048, 32 heads, P 64, N 128, bf16)?",
+        command="python -m experiments.benchmarks.ssm",
+        cost="3 minutes, one GPU",
+        expected="SISO 4 ms forward, 20 ms forward+backward; MIMO R=4 15 and 84",
+        result="benchmarks/results/ssm_gpu.json",
+        got=op_times,
+    ),
+    Experiment(
+        question="Do work and memory a token grow with the length?",
+        command="python -m experiments.benchmarks.ssm --growth",
+        cost="3 minutes, 2 cores",
+        expected="x 1.00 and x 1.00 at most",
+        result="benchmarks/results/growth_cpu.json",
+        got=growth_factors,
+    ),
+    Experiment(
+        question="Does compiling take longer for a deeper model?",
+        command="python -m experiments.benchmarks.depth",
+        cost="2 minutes, 2 cores",
+        expected="x 1.0 in size",
+        result="benchmarks/results/depth_cpu.json",
+        got=depth_factors,
+    ),
+)

@@ -1,0 +1,120 @@
+"""Puts measured numbers into the README files: everything between two markers is drawn from the result files.
+
+    python -m experiments.benchmarks.table            rewrite README.md and experiments/README.md
+    python -m experiments.benchmarks.table --check    change nothing; fail if a table is out of date
+
+A table stands between `<!-- table:NAME -->` and `<!-- end -->`; NAME is in TABLES. Nobody writes there by hand.
+"""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags
+
+from experiments import parity
+from experiments.benchmarks import common, depth, layer, ssm
+from experiments.benchmarks.experiments import EXPERIMENTS
+
+FILES = (common.REPOSITORY / "README.md", common.REPOSITORY / "experiments" / "README.md")
+PLACE = re.compile(r"<!-- table:(\S+) -->\n.*?<!-- end -->", re.DOTALL)
+MISSING = "Not measured yet."
+
+FLAGS = flags.FLAGS
+
+
+def results(kind: str) -> list[dict]:
+    """Every result file of one kind, one a platform: layer_cpu.json, ssm_gpu.json, ..."""
+    paths = sorted(common.RESULTS.glob(f"{kind}_*.json"))
+    return [common.read(path.stem) for path in paths]
+
+
+def origin(result: dict) -> str:
+    """Where a result comes from, in one line."""
+    return (
+        f"{result['device']}, jax {result['jax']}, commit {result['commit']}, {result['date']}: `{result['command']}`"
+    )
+
+
+def table_of(kind: str, columns: dict[str, str]) -> Callable[[], str]:
+    """One table a result file of that kind, each above its origin."""
+
+    def draw() -> str:
+        taken = [(result["rows"], origin(result)) for result in results(kind)]
+        return "\n\n".join(f"{common.table(rows, used(rows, columns))}\n\n{where}" for rows, where in taken) or MISSING
+
+    return draw
+
+
+def used(rows: list[dict], columns: dict[str, str]) -> dict[str, str]:
+    """The columns that some row has a value in."""
+    return {head: key for head, key in columns.items() if any(row.get(key) is not None for row in rows)}
+
+
+def experiments_table() -> str:
+    """One row an experiment: question, command, cost, expected, got."""
+    rows = []
+    for experiment in EXPERIMENTS:
+        path = common.REPOSITORY / "experiments" / experiment.result
+        result = common.read(path.stem, path.parent)
+        got = "not run yet" if result is None else experiment.got(result)
+        where = "" if result is None else f" ({result['commit']}, {result['device']})"
+        row = {"question": experiment.question, "command": f"`{experiment.command}`", "cost": experiment.cost}
+        rows.append(row | {"expected": experiment.expected, "got": got + where})
+    return common.table(rows, {name: name for name in ("question", "command", "cost", "expected", "got")})
+
+
+def parity_table() -> str:
+    """Accuracy by length of every variant and seed."""
+    path = common.REPOSITORY / "experiments" / "results" / "parity.json"
+    result = common.read(path.stem, path.parent)
+    return MISSING if result is None else f"{parity.table(result)}\n\n{origin(result)}"
+
+
+TABLES = {
+    "parity": parity_table,
+    "layer": table_of("layer", layer.COLUMNS),
+    "ssm": table_of("ssm", ssm.COLUMNS),
+    "growth": table_of("growth", ssm.GROWTH_COLUMNS),
+    "depth": table_of("depth", depth.COLUMNS),
+    "experiments": experiments_table,
+}
+
+
+def render(text: str) -> str:
+    """The text with every marked table drawn anew.
+
+    Raises:
+        ValueError: a marker that names no table.
+    """
+
+    def draw(match: re.Match) -> str:
+        name = match.group(1)
+        if name not in TABLES:
+            raise ValueError(f"<!-- table:{name} -->: there is no such table, only {sorted(TABLES)}")
+        return f"<!-- table:{name} -->\n{TABLES[name]()}\n<!-- end -->"
+
+    return PLACE.sub(draw, text)
+
+
+def outdated(paths: tuple[Path, ...]) -> dict[Path, str]:
+    """The files whose tables differ from the results, and what they should say."""
+    texts = {path: path.read_text() for path in paths if path.exists()}
+    return {path: render(text) for path, text in texts.items() if render(text) != text}
+
+
+def main(argv):
+    del argv
+    changes = outdated(FILES)
+    if FLAGS.check and changes:
+        names = ", ".join(str(path.relative_to(common.REPOSITORY)) for path in changes)
+        sys.exit(f"Tables are out of date in {names}: run python -m experiments.benchmarks.table")
+    for path, text in changes.items():
+        path.write_text(text)
+        print(f"rewrote {path.relative_to(common.REPOSITORY)}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_bool("check", False, "change nothing, fail if a table is out of date")
+    app.run(main)

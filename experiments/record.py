@@ -1,0 +1,55 @@
+"""Trains and evaluates a config by the ordinary commands, and records what came out.
+
+    python -m experiments.record --config=experiments/text.py --workdir=runs/text_recorded
+
+Writes experiments/results/NAME.json, NAME being the config's: the evaluation at every length, the wall time of both
+commands (compilation included), commit, device and date. The workdir must be new: the time is that of a whole run.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from absl import app, flags
+
+from experiments.benchmarks import common
+from mamba3_jax.checkpoint import all_steps, load_config
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def timed(module: str, *arguments: str) -> float:
+    """Runs one of the commands to its end; its wall time in seconds.
+
+    Raises:
+        SystemExit: the command failed, and said why.
+    """
+    begin = time.perf_counter()
+    if code := subprocess.run([sys.executable, "-m", module, *arguments], cwd=common.REPOSITORY).returncode:
+        sys.exit(code)
+    return round(time.perf_counter() - begin, 1)
+
+
+def main(_):
+    workdir = Path(flags.FLAGS.workdir).absolute()
+    if workdir.exists():
+        sys.exit(f"{workdir} exists: a recorded run starts from nothing")
+    # No backend before the children have run: an accelerator may be one process's at a time.
+    commit, load = common.git_commit(), common.load()
+    seconds = {
+        "train": timed("launch.train", f"--config={flags.FLAGS.config}", f"--workdir={workdir}"),
+        "evaluate": timed("launch.evaluate", f"--workdir={workdir}"),
+    }
+    step = all_steps(workdir)[-1]
+    evaluation = json.loads((workdir / "evaluation" / f"step_{step}.json").read_text())
+    name, origin = load_config(workdir).name, common.provenance(commit) | {"load_before": load}
+    path = common.write(name, origin, evaluation["results"], RESULTS, seconds=seconds, step=step)
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("config", None, "a file with get_config()", required=True)
+    flags.DEFINE_string("workdir", None, "a directory that does not exist yet", required=True)
+    app.run(main)

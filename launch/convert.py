@@ -1,0 +1,78 @@
+"""Official PyTorch layout -> Orbax workdir, and back; which way is seen from the source.
+
+    python -m launch.convert --source=PATH --target=PATH [--step=N] [--dtype=bfloat16] [--files=pytorch_model.bin]
+                             [--tokenizer=tokenizer.json]
+
+A workdir made from official files remembers, in official.json, their config.json, dtypes and file names, and is written
+back bit for bit. The target must not exist, and appears whole or not at all.
+"""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+from absl import flags
+
+from launch.common import run, user_errors
+from mamba3_jax import checkpoint, convert
+from mamba3_jax.convert.files import DTYPES, FORMATS
+from mamba3_jax.load import load_run, run_config
+
+SOURCE = flags.DEFINE_string("source", None, "directory to read: a workdir, or the official layout", required=True)
+TARGET = flags.DEFINE_string("target", None, "directory to write; it must not exist", required=True)
+STEP = flags.DEFINE_integer("step", None, "checkpoint of a workdir; default the newest")
+DTYPE = flags.DEFINE_enum("dtype", "", ["", *DTYPES], "of official tensors; default as they came, or float32")
+FILES = flags.DEFINE_list("files", None, f"which of {', '.join(FORMATS)} to write; default as they came")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer.json to record in the workdir")
+
+
+@contextlib.contextmanager
+def whole(target: Path):
+    """A directory to fill, renamed to `target` at the end and removed if anything goes wrong."""
+    partial = target.parent / f".{target.name}.{os.getpid()}.partial"
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def to_workdir(source: Path, target: Path) -> None:
+    """Official layout -> workdir, at step 0."""
+    model, params, origin = convert.read(source)
+    config = run_config(source, model)
+    if TOKENIZER.value:
+        config.data.tokenizer = str(Path(TOKENIZER.value).resolve(strict=True))
+    with whole(target) as partial:
+        checkpoint.save_model(partial, config, params)
+        checkpoint.write_config(partial, config)
+        origin.save(partial)
+
+
+def to_official(source: Path, target: Path) -> None:
+    """Workdir -> official layout."""
+    unknown = sorted(set(FILES.value or []) - set(FORMATS))
+    if unknown:
+        raise ValueError(f"--files has {unknown}, wanted some of {list(FORMATS)}")
+    config, params = load_run(source, step=STEP.value)
+    with whole(target) as partial:
+        convert.write(partial, config.model, params, convert.Origin.load(source), DTYPE.value, FILES.value)
+
+
+def main(_argv):
+    with user_errors():
+        source, target = Path(SOURCE.value).expanduser(), Path(TARGET.value).expanduser().absolute()
+        if target.exists():
+            raise ValueError(f"--target={target} exists already; nothing is overwritten")
+        official = convert.is_official(source)
+        for name in ("step", "dtype", "files") if official else ("tokenizer",):
+            if flags.FLAGS[name].present:
+                raise ValueError(f"--{name} has no meaning for {source}, which is {'official' if official else 'ours'}")
+        (to_workdir if official else to_official)(source, target)
+    print(f"{source} ({'official' if official else 'workdir'}) -> {target}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,35 @@
+"""python -m launch.train --config=experiments/FILE.py --workdir=DIR [--config.model.d_state=64 ...]
+
+Trains, or resumes: the same command goes on after the newest checkpoint of DIR, whether the run was killed or stopped.
+SIGTERM and SIGINT save first; the exit status is then 128 + the signal's number: 143, 130. Exit status 3: loss or
+gradient was not finite in max_bad_steps steps in a row.
+"""
+
+import sys
+
+from absl import flags
+
+from launch import common
+from mamba3_jax.train.loop import Diverged, Stopped, Trainer
+
+DIVERGED = 3
+CONFIG = common.define_config()
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, curve.", required=True)
+
+
+def main(_):
+    config = common.experiment(CONFIG)
+    with common.user_errors():
+        trainer = Trainer(config, WORKDIR.value)
+    try:
+        with trainer:
+            trainer.run()
+    except Diverged as error:
+        common.fail(error, DIVERGED)
+    except Stopped as stopped:
+        print(stopped, flush=True)
+        sys.exit(128 + stopped.number)
+
+
+if __name__ == "__main__":
+    common.run(main)

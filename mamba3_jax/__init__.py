@@ -1,0 +1,43 @@
+"""Mamba-3 in JAX: train, ablate, evaluate and decode.
+
+    model, params = mamba3_jax.load("runs/text")                      # a workdir, or an official PyTorch directory
+    logits_BLV, state = model.apply({"params": params}, tokens_BL)    # training, prefill and decoding are this call
+
+Array names end in the letters of their axes; numbers have no such ending (`d_state`).
+
+    B batch   L tokens   C chunks   Q tokens in a chunk   D model width   V vocabulary   F feed-forward width
+    H heads   G groups of q/k   R MIMO rank (1 is SISO)   N state per head   P head width   S rotated planes
+    T attended tokens   E attention head width, experts   K kv heads, candidates of sampling
+
+The paper's symbols (arXiv 2603.15569) and ours:
+
+    C, B, x     q, k, v                     query, key, value of the recurrence
+    Delta, A    dt, a; log_a = dt a < 0     step and decay rate
+    lambda      trap, in [0, 1]             how much of a step is the current token's
+    theta       angle                       radians per unit dt; its running sum rotates q and k
+    D           skip
+
+    h_t = exp(log_a_t) (h_{t-1} + (1 - trap_t) dt_t v_{t-1} k_{t-1}^T) + trap_t dt_t v_t k_t^T,    y_t = h_t q_t
+
+Public names: `load`, `Config`, `ModelConfig`, and, imported when first used, `LanguageModel`, `init_params`, `ssm`.
+The rest by module: generate, ops, mixers, nn, data, train, evaluate, convert, checkpoint.
+"""
+
+import importlib
+
+from mamba3_jax.config import Config, ModelConfig
+from mamba3_jax.load import load  # here, not below: the module of that name would come first
+
+__all__ = ["Config", "LanguageModel", "ModelConfig", "init_params", "load", "ssm"]
+
+LAZY = {
+    "LanguageModel": "mamba3_jax.model",
+    "init_params": "mamba3_jax.model",
+    "ssm": "mamba3_jax.ops.ssm",
+}
+
+
+def __getattr__(name):
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(LAZY[name]), name)

@@ -1,0 +1,242 @@
+"""The official `config.json` <-> `ModelConfig`. Keys and defaults are those of `MambaConfig`, `Mamba3` and `MHA`.
+
+A key that changes what is computed and that we do not have is an error; one that only picks a kernel is dropped.
+"""
+
+import math
+
+from mamba3_jax.config import ModelConfig
+from mamba3_jax.mixers.attention import head_counts
+from mamba3_jax.model import mixer_names, validate
+
+MLP_MULTIPLE = 128  # the official feed-forward rounds its width up to this
+
+MODEL_KEYS = {
+    "d_model": 2560,
+    "d_intermediate": 0,
+    "n_layer": 64,
+    "vocab_size": 50277,
+    "ssm_cfg": {},
+    "attn_layer_idx": [],
+    "attn_cfg": {},
+    "rms_norm": True,
+    "residual_in_fp32": True,
+    "fused_add_norm": True,  # a kernel choice
+    "pad_vocab_size_multiple": 8,
+    "tie_embeddings": True,
+}
+SSM_KEYS = {
+    "layer": "Mamba1",
+    "d_state": 128,
+    "expand": 2,
+    "headdim": 64,
+    "ngroups": 1,
+    "rope_fraction": 0.5,
+    "dt_min": 0.001,
+    "dt_max": 0.1,
+    "dt_init_floor": 1e-4,
+    "A_floor": 1e-4,
+    "is_outproj_norm": False,
+    "is_mimo": False,
+    "mimo_rank": 4,
+    "chunk_size": 64,  # performance only
+    "fuse_pregate_headwise_norm": True,  # a kernel choice
+    "dropout": 0.0,  # read and ignored by the official layer
+}
+ATTENTION_KEYS = {
+    "num_heads": None,  # required
+    "num_heads_kv": None,  # num_heads
+    "head_dim": None,  # d_model / num_heads
+    "mlp_dim": 0,
+    "qkv_proj_bias": True,
+    "out_proj_bias": True,
+    "softmax_scale": None,
+    "causal": False,
+    "d_conv": 0,
+    "rotary_emb_dim": 0,
+    "rotary_emb_base": 10000.0,
+    "rotary_emb_interleaved": False,
+}
+WHOLE, POSITIVE, NUMBER, FLAG = (
+    "a whole number from 0 up",
+    "a positive whole number",
+    "a positive number",
+    "true or false",
+)
+# What the values that we compute with must be
+KINDS = {
+    **dict.fromkeys(["d_intermediate", "mimo_rank"], WHOLE),
+    **dict.fromkeys(["d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple"], POSITIVE),
+    **dict.fromkeys(["d_state", "headdim", "ngroups", "num_heads", "num_heads_kv", "head_dim"], POSITIVE),
+    **dict.fromkeys(["expand", "rope_fraction", "dt_min", "dt_max", "dt_init_floor", "A_floor"], NUMBER),
+    **dict.fromkeys(["rms_norm", "residual_in_fp32", "tie_embeddings", "is_outproj_norm", "is_mimo"], FLAG),
+    **dict.fromkeys(["qkv_proj_bias", "out_proj_bias"], FLAG),
+}
+# What an attention layer must say for ours to compute the same
+ATTENTION_MUST = {"causal": True, "d_conv": 0, "mlp_dim": 0, "rotary_emb_dim": 0, "softmax_scale": None}
+# What ours must say for the official layer to compute the same
+OURS_MUST = {"discretization": "trapezoid", "angles": "data", "bc_bias": True}
+
+
+def filled(given: dict, keys: dict, where: str) -> dict:
+    """`given` over the official defaults; a key the official code does not read, or an object that is none, raises."""
+    if not isinstance(given, dict):
+        raise ValueError(f"{where} is {given!r}, wanted an object")
+    unknown = sorted(set(given) - set(keys))
+    if unknown:
+        raise ValueError(f"{where} has unknown keys {unknown}; known are {sorted(keys)}")
+    for key, value in given.items():
+        may_lack = key in keys and keys[key] is None and value is None
+        if key in KINDS and not may_lack and not is_kind(value, KINDS[key]):
+            raise ValueError(f"{where}: {key} is {value!r}, wanted {KINDS[key]}")
+    return keys | given
+
+
+def is_kind(value, kind: str) -> bool:
+    """Whether a JSON value is what `KINDS` wants."""
+    if kind == FLAG or isinstance(value, bool):
+        return kind == FLAG and isinstance(value, bool)
+    if kind == NUMBER:
+        return isinstance(value, int | float) and value > 0 and math.isfinite(value)
+    return isinstance(value, int) and value >= (kind == POSITIVE)
+
+
+def from_official(official: dict) -> ModelConfig:
+    """The `ModelConfig` that computes what an official `config.json` says.
+
+    Raises:
+        ValueError: an unknown key, a value that is not of its kind, a layer that is not Mamba3, an attention option
+            that ours does not have, or sizes that do not fit each other.
+    """
+    model = filled(official, MODEL_KEYS, "config.json")
+    ssm = filled(model["ssm_cfg"], SSM_KEYS, "config.json: ssm_cfg")
+    if ssm["layer"] != "Mamba3":
+        raise ValueError(f"config.json: ssm_cfg.layer is {ssm['layer']!r}, wanted 'Mamba3'")
+    if ssm["rope_fraction"] not in (0.5, 1.0):
+        raise ValueError(f"config.json: ssm_cfg.rope_fraction is {ssm['rope_fraction']}, wanted 0.5 or 1.0")
+    if ssm["is_mimo"] and ssm["mimo_rank"] < 1:
+        raise ValueError(f"config.json: ssm_cfg.mimo_rank is {ssm['mimo_rank']}, wanted at least 1")
+    if ssm["expand"] != int(ssm["expand"]) or int(ssm["expand"]) * model["d_model"] % ssm["headdim"]:
+        raise ValueError(
+            f"config.json: ssm_cfg.expand is {ssm['expand']}, wanted a whole number that makes "
+            f"expand * {model['d_model']} a multiple of headdim {ssm['headdim']}"
+        )
+    heads = int(ssm["expand"]) * model["d_model"] // ssm["headdim"]
+    if heads % ssm["ngroups"]:
+        raise ValueError(f"config.json: ssm_cfg.ngroups is {ssm['ngroups']}, wanted a divisor of the {heads} heads")
+    layers, attends = model["n_layer"], attention_layers(model)
+    converted = ModelConfig(
+        vocab_size=model["vocab_size"],
+        pad_vocab_to=model["pad_vocab_size_multiple"],
+        d_model=model["d_model"],
+        pattern="".join("A" if layer in attends else "M" for layer in range(layers)),
+        d_ff=-(-model["d_intermediate"] // MLP_MULTIPLE) * MLP_MULTIPLE,
+        tie_embeddings=model["tie_embeddings"],
+        norm="rms" if model["rms_norm"] else "layer",
+        residual_in_fp32=model["residual_in_fp32"],
+        d_state=ssm["d_state"],
+        expand=int(ssm["expand"]),
+        head_dim=ssm["headdim"],
+        n_groups=ssm["ngroups"],
+        mimo_rank=ssm["mimo_rank"] if ssm["is_mimo"] else 0,
+        rope_fraction=float(ssm["rope_fraction"]),
+        out_norm=ssm["is_outproj_norm"],
+        a_floor=ssm["A_floor"],
+        dt_min=ssm["dt_min"],
+        dt_max=ssm["dt_max"],
+        dt_init_floor=ssm["dt_init_floor"],
+        **(attention_from_official(model) if attends else {}),
+    )
+    validate(converted)
+    return converted
+
+
+def attention_layers(model: dict) -> list[int]:
+    """`attn_layer_idx`, each the number of a layer."""
+    layers, attends = model["n_layer"], model["attn_layer_idx"] or []
+    if not isinstance(attends, list) or not all(is_kind(index, WHOLE) for index in attends):
+        raise ValueError(f"config.json: attn_layer_idx is {attends!r}, wanted a list of layers 0 to {layers - 1}")
+    if beyond := [index for index in attends if index >= layers]:
+        raise ValueError(f"config.json: attn_layer_idx {beyond} are not layers 0 to {layers - 1}")
+    return attends
+
+
+def attention_from_official(model: dict) -> dict:
+    """The attention fields of `ModelConfig`; raises for what ours does not have."""
+    given = filled(model["attn_cfg"], ATTENTION_KEYS, "config.json: attn_cfg")
+    for key, wanted in ATTENTION_MUST.items():
+        if given[key] != wanted:
+            raise ValueError(f"config.json: attn_cfg.{key} is {given[key]!r}; only {wanted!r} is supported")
+    heads = given["num_heads"]
+    if not heads:
+        raise ValueError("config.json: attn_cfg.num_heads is missing, but attn_layer_idx names attention layers")
+    kv_heads = given["num_heads_kv"] or heads
+    if heads % kv_heads:
+        raise ValueError(f"config.json: attn_cfg.num_heads_kv is {kv_heads}, wanted a divisor of num_heads {heads}")
+    if given["qkv_proj_bias"] != given["out_proj_bias"]:
+        raise ValueError("config.json: attn_cfg.qkv_proj_bias and out_proj_bias differ; only both or none is supported")
+    if given["head_dim"] is None and model["d_model"] % heads:
+        raise ValueError(f"config.json: d_model {model['d_model']} is not a multiple of attn_cfg.num_heads {heads}")
+    return {
+        "attn_heads": heads,
+        "attn_kv_heads": kv_heads,
+        "attn_head_dim": given["head_dim"] or model["d_model"] // heads,
+        "attn_bias": given["out_proj_bias"],
+    }
+
+
+def to_official(model: ModelConfig) -> dict:
+    """The official `config.json` of a `ModelConfig`; `from_official` of it computes the same model.
+
+    Raises:
+        ValueError: a choice that the official code does not have, named.
+    """
+    for key, wanted in OURS_MUST.items():
+        if getattr(model, key) != wanted:
+            raise ValueError(f"{key}={getattr(model, key)!r} has no official counterpart; only {wanted!r} has")
+    mixers = mixer_names(model.pattern)
+    if set(mixers) - {"mamba3", "attention"}:
+        raise ValueError(f"pattern={model.pattern!r} has layers with no official counterpart; only M and A have")
+    if model.d_ff % MLP_MULTIPLE:
+        raise ValueError(f"d_ff={model.d_ff} has no official counterpart; only multiples of {MLP_MULTIPLE} have")
+    attends = [index for index, mixer in enumerate(mixers) if mixer == "attention"]
+    if attends and model.attn_rope_theta:
+        raise ValueError(f"attn_rope_theta={model.attn_rope_theta} is not supported in official files; only 0 is")
+    ssm = {
+        "layer": "Mamba3",
+        "d_state": model.d_state,
+        "expand": model.expand,
+        "headdim": model.head_dim,
+        "ngroups": model.n_groups,
+        "rope_fraction": model.rope_fraction,
+        "dt_min": model.dt_min,
+        "dt_max": model.dt_max,
+        "dt_init_floor": model.dt_init_floor,
+        "A_floor": model.a_floor,
+        "is_outproj_norm": model.out_norm,
+        "is_mimo": model.mimo_rank > 0,
+        "chunk_size": max(64 // max(model.mimo_rank, 1), 16),  # what the official warning asks for
+    }
+    heads, kv_heads = head_counts(model)
+    attention = {
+        "num_heads": heads,
+        "num_heads_kv": kv_heads,
+        "head_dim": model.attn_head_dim,
+        "qkv_proj_bias": model.attn_bias,
+        "out_proj_bias": model.attn_bias,
+        "causal": True,
+    }
+    return {
+        "d_model": model.d_model,
+        "d_intermediate": model.d_ff,
+        "n_layer": len(model.pattern),
+        "vocab_size": model.vocab_size,
+        "ssm_cfg": ssm | ({"mimo_rank": model.mimo_rank} if model.mimo_rank else {}),
+        "attn_layer_idx": attends,
+        "attn_cfg": attention if attends else {},
+        "rms_norm": model.norm == "rms",
+        "residual_in_fp32": model.residual_in_fp32,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": model.pad_vocab_to,
+        "tie_embeddings": model.tie_embeddings,
+    }

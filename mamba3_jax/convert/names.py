@@ -1,0 +1,225 @@
+"""The one table of names: official `state_dict` keys <-> our parameter tree, with what happens to each tensor between.
+
+An official tensor is a stack (along its first axis) of pieces of ours. Official `Linear` weights are (out, in); ours
+keep the input axes first and split what the official in_proj packs, so that heads can be sharded on their own axis.
+"""
+
+import itertools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from mamba3_jax.config import ModelConfig
+from mamba3_jax.mixers.attention import head_counts
+from mamba3_jax.mixers.mamba3 import sizes
+from mamba3_jax.model import mixer_names, padded_vocab, segments
+
+
+class Piece(NamedTuple):
+    """Part of one of our arrays: the columns `first` to `stop` of it flattened to (inputs, outputs)."""
+
+    path: str
+    shape: tuple[int, ...]  # of our whole array
+    columns: slice = slice(None)
+
+
+class Row(NamedTuple):
+    """One official tensor: `inputs` is the width of a Linear's input, or 0 for a tensor that is only reshaped."""
+
+    shape: tuple[int, ...]
+    inputs: int
+    pieces: tuple[Piece, ...]
+
+
+def plain(path: str, shape: tuple[int, ...], official: tuple[int, ...] | None = None) -> Row:
+    """The same numbers in the same order."""
+    return Row(official or shape, 0, (Piece(path, shape),))
+
+
+def linear(inputs: int, outputs: int, *pieces: Piece) -> Row:
+    """An official Linear weight, (out, in)."""
+    return Row((outputs, inputs), inputs, pieces)
+
+
+def mamba3_rows(model: ModelConfig) -> dict[str, Row]:
+    """Official names under `mixer.` of a Mamba-3 layer (SPEC section 10), in the official order."""
+    width, (heads, head_dim, groups, ranks, state, planes, mimo) = model.d_model, sizes(model)
+    inner, shared = heads * head_dim, 2 * ranks * groups * state
+    kq_angle = (width, shared + planes)
+    per_rank = {
+        f"mimo_{name}": f"mixer/{ours}" for name, ours in [("x", "v_rank"), ("z", "gate_rank"), ("o", "out_rank")]
+    }
+    rows = {
+        "dt_bias": plain("mixer/dt_bias", (heads,)),
+        "B_bias": plain("mixer/k_bias", (heads, ranks, state)),
+        "C_bias": plain("mixer/q_bias", (heads, ranks, state)),
+    }
+    if mimo:
+        rows |= {name: plain(path, (heads, ranks, head_dim)) for name, path in per_rank.items()}
+    rows |= {
+        "D": plain("mixer/skip", (heads,)),
+        "in_proj.weight": linear(
+            width,
+            2 * inner + shared + 3 * heads + planes,
+            Piece("mixer/in_zx", (width, 2, heads, head_dim)),
+            Piece("mixer/in_kq_angle", kq_angle, slice(0, shared)),
+            Piece("mixer/in_dt_a_trap", (width, 3, heads)),
+            Piece("mixer/in_kq_angle", kq_angle, slice(shared, None)),
+        ),
+        "B_norm.weight": plain("mixer/k_norm", (state,)),
+        "C_norm.weight": plain("mixer/q_norm", (state,)),
+    }
+    if model.out_norm:
+        rows["norm.weight"] = plain("mixer/norm", (heads, head_dim), (inner,))
+    return rows | {"out_proj.weight": linear(inner, width, Piece("mixer/out", (heads, head_dim, width)))}
+
+
+def attention_rows(model: ModelConfig) -> dict[str, Row]:
+    """Official names under `mixer.` of an attention layer; in_proj is q | k | v."""
+    width, head_dim = model.d_model, model.attn_head_dim
+    heads, kv_heads = head_counts(model)
+    counts = {"q": heads, "k": kv_heads, "v": kv_heads}
+    packed = sum(counts.values()) * head_dim
+    inputs = [Piece(f"mixer/{name}", (width, count, head_dim)) for name, count in counts.items()]
+    biases = [Piece(f"mixer/{name}_bias", (count, head_dim)) for name, count in counts.items()]
+    rows = {"in_proj.weight": linear(width, packed, *inputs)}
+    if model.attn_bias:
+        rows["in_proj.bias"] = Row((packed,), 0, tuple(biases))
+    rows["out_proj.weight"] = linear(heads * head_dim, width, Piece("mixer/out", (heads, head_dim, width)))
+    if model.attn_bias:
+        rows["out_proj.bias"] = plain("mixer/out_bias", (width,))
+    return rows
+
+
+MIXERS = {"mamba3": mamba3_rows, "attention": attention_rows}
+
+
+def norm_rows(official: str, path: str, model: ModelConfig) -> dict[str, Row]:
+    """A norm's weight, and the bias of a layer norm."""
+    names = {"weight": "scale"} | ({"bias": "bias"} if model.norm == "layer" else {})
+    return {f"{official}.{theirs}": plain(f"{path}/{ours}", (model.d_model,)) for theirs, ours in names.items()}
+
+
+def layer_rows(mixer: str, model: ModelConfig) -> dict[str, Row]:
+    """Official names under `backbone.layers.{i}.`, our paths under a block."""
+    width, hidden = model.d_model, model.d_ff
+    rows = norm_rows("norm", "norm1", model)
+    rows |= {f"mixer.{name}": row for name, row in MIXERS[mixer](model).items()}
+    if hidden:
+        value, gate = Piece("mlp/value", (width, hidden)), Piece("mlp/gate", (width, hidden))
+        rows |= norm_rows("norm2", "norm2", model)
+        rows["mlp.fc1.weight"] = linear(width, 2 * hidden, value, gate)
+        rows["mlp.fc2.weight"] = linear(hidden, width, Piece("mlp/out", (hidden, width)))
+    return rows
+
+
+def outer_rows(model: ModelConfig) -> dict[str, Row]:
+    """What stands outside the layers. A tied head is the embedding under a second name."""
+    width, rows = model.d_model, padded_vocab(model)
+    embedding = plain("embedding/embedding", (rows, width))
+    head = embedding if model.tie_embeddings else linear(width, rows, Piece("head/kernel", (width, rows)))
+    norm = norm_rows("backbone.norm_f", "norm", model)
+    return {"backbone.embedding.weight": embedding} | norm | {"lm_head.weight": head}
+
+
+def placed(model: ModelConfig) -> list[tuple[str, Row, str, int | None]]:
+    """(official name, row, prefix of our paths, index on the repeat axis or None) of every tensor, in their order."""
+    layers, number = [], itertools.count()
+    for index, (unit, repeats) in enumerate(segments(model.pattern)):
+        for repeat in range(repeats):
+            for block, mixer in enumerate(mixer_names(unit)):
+                theirs, ours = f"backbone.layers.{next(number)}", f"segment_{index}/block_{block}/"
+                layers += [(f"{theirs}.{name}", row, ours, repeat) for name, row in layer_rows(mixer, model).items()]
+    first, *last = [(name, row, "", None) for name, row in outer_rows(model).items()]
+    return [first, *layers, *last]
+
+
+def our_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Our parameter paths and shapes, the repeat axis included."""
+    repeats = {}
+    for _name, row, prefix, repeat in placed(model):
+        for piece in row.pieces:
+            repeats[prefix + piece.path] = (piece.shape, repeat)
+    return {path: shape if repeat is None else (repeat + 1, *shape) for path, (shape, repeat) in repeats.items()}
+
+
+def check(what: str, given: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """One ValueError that lists every missing, extra and misshapen array."""
+    lines = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in given]
+    lines += [f"extra {name} {array.shape}" for name, array in given.items() if name not in wanted]
+    lines += [
+        f"{name} is {given[name].shape}, wanted {shape}"
+        for name, shape in wanted.items()
+        if name in given and given[name].shape != shape
+    ]
+    if lines:
+        raise ValueError(f"{what}: {len(lines)} tensors do not fit the config: " + "; ".join(lines))
+
+
+def flatten(tree: Mapping, prefix: str = "") -> dict[str, np.ndarray]:
+    """{"a": {"b": x}} -> {"a/b": x}."""
+    flat = {}
+    for name, value in tree.items():
+        flat |= flatten(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def unflatten(flat: Mapping[str, np.ndarray]) -> dict:
+    """{"a/b": x} -> {"a": {"b": x}}."""
+    tree = {}
+    for path, value in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return tree
+
+
+def view(array: np.ndarray, row: Row, piece: Piece) -> np.ndarray:
+    """A writable view of `array` that lies as the piece does in the official tensor: outputs first."""
+    if not row.inputs:
+        return array.reshape(-1, *row.shape[1:])
+    return array.reshape(row.inputs, -1).T[piece.columns]
+
+
+def to_params(tensors: Mapping[str, np.ndarray], model: ModelConfig) -> dict:
+    """The official state dict as our parameters, float32 (exact: from float32, float16 and bfloat16).
+
+    Raises:
+        ValueError: tensors that are missing, extra or misshapen, all of them; a tied head that is not the embedding.
+    """
+    rows = placed(model)
+    check("official tensors", tensors, {name: row.shape for name, row, *_ in rows})
+    tied = [tensors[name] for name in ("backbone.embedding.weight", "lm_head.weight")]
+    if model.tie_embeddings and (tied[0].dtype != tied[1].dtype or tied[0].tobytes() != tied[1].tobytes()):
+        raise ValueError("tie_embeddings is true, but lm_head.weight is not backbone.embedding.weight")
+    flat = {path: np.empty(shape, np.float32) for path, shape in our_shapes(model).items()}
+    for name, row, prefix, repeat in rows:
+        first = 0
+        for piece in row.pieces:
+            target = flat[prefix + piece.path]
+            target = view(target if repeat is None else target[repeat], row, piece)
+            target[...] = tensors[name][first : first + len(target)]
+            first += len(target)
+    return unflatten(flat)
+
+
+def to_state_dict(params: Mapping, model: ModelConfig) -> dict[str, np.ndarray]:
+    """Our parameters as the official state dict, in its order and in our dtypes; a tied head is one array, twice.
+
+    Raises:
+        ValueError: arrays that are missing, extra or misshapen, all of them.
+    """
+    flat = {path: np.asarray(array) for path, array in flatten(params).items()}
+    check("parameters", flat, our_shapes(model))
+    tensors = {}
+    for name, row, prefix, repeat in placed(model):
+        arrays = [flat[prefix + piece.path] for piece in row.pieces]
+        arrays = arrays if repeat is None else [array[repeat] for array in arrays]
+        stacked = np.concatenate([view(array, row, piece) for array, piece in zip(arrays, row.pieces, strict=True)])
+        tensors[name] = stacked.reshape(row.shape)
+    if model.tie_embeddings:
+        tensors["lm_head.weight"] = tensors["backbone.embedding.weight"]
+    return tensors

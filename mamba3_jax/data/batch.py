@@ -1,0 +1,14 @@
+"""What every source of data yields: one batch of packed rows."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Batch(NamedTuple):
+    """Rows of L tokens. A row holds one or more documents, the first and last of them perhaps in part."""
+
+    tokens_BL: np.ndarray  # int32
+    targets_BL: np.ndarray  # int32: what the model should say at each token; 0 where the weight is 0
+    weights_BL: np.ndarray  # float32: 1 where the target is scored, 0 elsewhere
+    start_BL: np.ndarray  # bool: true at the first token of a document and of the row: no state reaches it from before

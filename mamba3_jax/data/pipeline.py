@@ -1,0 +1,134 @@
+"""From rows to this host's batches: order, sharding, workers, position."""
+
+import signal
+
+import grain
+import numpy as np
+from absl import flags
+
+from mamba3_jax.config import DataConfig
+from mamba3_jax.data.batch import Batch
+from mamba3_jax.data.packing import Rows
+from mamba3_jax.data.synthetic import TASKS, synthetic_rows
+from mamba3_jax.data.text import text_rows
+from mamba3_jax.data.tfds_text import tfds_rows
+
+SOURCES = {"text": text_rows, "tfds": tfds_rows, **dict.fromkeys(TASKS, synthetic_rows)}
+SPLITS = ("train", "valid")
+ENDLESS = 2**52  # rows: Grain computes lengths in float64
+
+
+class Loader:
+    """An iterator over this host's part of the batches of a split.
+
+    Its position is one number, the next batch's: it does not depend on the number of hosts or workers, so a run may
+    resume with others of these.
+    """
+
+    def __init__(self, batches: grain.MapDataset, workers: int, vocab_size: int, identity: dict):
+        self._batches, self._workers, self._vocab_size, self._identity = batches, workers, vocab_size, identity
+        self._position, self._iterator = 0, None
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            self._iterator = iter(self._from_position())
+        # A copy, as a worker's arrays live in shared memory that ends with the iterator.
+        batch = Batch(*map(np.array, next(self._iterator)))
+        for name, ids_BL in (("token", batch.tokens_BL), ("target", batch.targets_BL)):
+            if (largest := int(ids_BL.max())) >= self._vocab_size:
+                raise ValueError(f"{name} id {largest} is out of range: the model's vocabulary is {self._vocab_size}")
+        self._position += 1
+        return batch
+
+    def _from_position(self) -> grain.IterDataset:
+        # Tokens are in memory: threads would only fight over the interpreter's lock.
+        options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        dataset = self._batches[self._position :].to_iter_dataset(options)
+        if not self._workers:
+            return dataset
+        if not flags.FLAGS.is_parsed():  # outside an absl program; Grain's workers read their flags
+            flags.FLAGS.mark_as_parsed()
+        options = grain.multiprocessing.MultiprocessingOptions(num_workers=self._workers)
+        return dataset.mp_prefetch(options, worker_init_fn=_ignore_signals)
+
+    def get_state(self) -> dict:
+        """JSON-able: the number of batches given so far and what they were cut from."""
+        return {"position": self._position, **self._identity}
+
+    def set_state(self, state: dict) -> None:
+        """Go on with the batch after those that `get_state` had counted; ValueError where the data is not the same."""
+        for name, have in self._identity.items():
+            if state.get(name) != have:
+                raise ValueError(f"cannot resume: the data had {name} {state.get(name)}, this run has {have}")
+        self.close()
+        self._position = state["position"]
+
+    def close(self) -> None:
+        """End the worker processes, if any."""
+        if self._iterator is not None and self._workers:
+            self._iterator.close()
+        self._iterator = None
+
+
+def _ignore_signals(worker: int, workers: int) -> None:
+    """In a worker: a signal to the whole process group (Ctrl-C) is for the main process, which saves and ends us."""
+    del worker, workers
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def loader(config: DataConfig, split: str, *, vocab_size: int, host: tuple[int, int] = (0, 1)) -> Loader:
+    """This host's rows of each batch of `split`.
+
+    "train" never ends and visits the rows of each epoch in an order drawn from (seed, epoch). "valid" is one pass, its
+    last batch filled up with rows of weight 0, in a fixed order that spreads the first few batches over all files.
+    Batch j of all hosts together is the same set of rows for any number of hosts. `host` is (index, count).
+    """
+    _check(config, split, host)
+    rows = SOURCES[config.source](config, split)
+    identity = {
+        "split": split,
+        "content": rows.identity,
+        **{n: getattr(config, n) for n in ("length", "batch", "seed")},
+    }
+    index, hosts = host
+    mine = _order(rows, config, split)[index:ENDLESS:hosts].batch(config.batch // hosts)
+    return Loader(mine.map(rows.gather), config.workers, vocab_size, identity)
+
+
+def _order(rows: Rows, config: DataConfig, split: str) -> grain.MapDataset:
+    """Row numbers in the order of visit."""
+    if rows.count is None:
+        return grain.MapDataset.range(ENDLESS)
+    if split == "train":
+        return grain.MapDataset.range(rows.count).shuffle(seed=config.seed).repeat()
+    stride = _stride(rows.count)
+    filled = -(-rows.count // config.batch) * config.batch
+    return grain.MapDataset.range(filled).map(lambda i: i * stride % rows.count if i < rows.count else i)
+
+
+def _stride(count: int) -> int:
+    """A step near the golden section of `count` that visits every row: any prefix lies evenly over the whole."""
+    stride = max(1, round(count * 0.618))
+    while np.gcd(stride, count) != 1:
+        stride += 1
+    return stride
+
+
+def _check(config: DataConfig, split: str, host: tuple[int, int]) -> None:
+    index, hosts = host
+    if config.source not in SOURCES:
+        raise ValueError(f"data.source={config.source!r} is not one of {', '.join(sorted(SOURCES))}")
+    if split not in SPLITS:
+        raise ValueError(f"{split=} is not one of {', '.join(SPLITS)}")
+    if config.length < 2:
+        raise ValueError(f"data.length={config.length} is less than 2: a row needs a token and a target")
+    if config.batch < 1 or config.batch % hosts:
+        raise ValueError(f"data.batch={config.batch} is not a positive multiple of the {hosts} hosts")
+    if not 0 <= index < hosts:
+        raise ValueError(f"{host=} is not (index, count) with 0 <= index < count")
+    if config.workers < 0:
+        raise ValueError(f"data.workers={config.workers} is negative")

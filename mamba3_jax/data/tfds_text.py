@@ -1,0 +1,57 @@
+"""Text datasets of TensorFlow Datasets, read from their array_record files without TensorFlow."""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from mamba3_jax.config import DataConfig
+from mamba3_jax.data.packing import Corpus, Rows, concatenate, rows
+from mamba3_jax.data.vocabulary import tokenizer
+
+
+def _source(name: str, directory: str, split: str, key: str):
+    """The examples of a prepared dataset; ValueError that lists what exists for a wrong name, split or field."""
+    folder = Path(directory or tfds.core.constants.DATA_DIR).expanduser()
+    there = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    if not name:
+        raise ValueError(f"data.tfds_name is empty; {folder} has {', '.join(there) or 'nothing'}")
+    try:
+        builder = tfds.builder(name, data_dir=str(folder))
+    except tfds.core.DatasetNotFoundError:  # its message lists every dataset in the world
+        builder = None
+    if builder is None or not builder.is_prepared():
+        raise ValueError(
+            f"data.tfds_name={name!r} is not prepared in {folder}, which has {', '.join(there) or 'nothing'}: "
+            "run `tfds build --file_format=array_record`, or set data.tfds_dir"
+        )
+    if key not in builder.info.features:
+        raise ValueError(f"data.tfds_key={key!r} is not a field of {name}: {', '.join(builder.info.features)}")
+    try:
+        return tfds.data_source(name, split=split, data_dir=str(folder), download=False)
+    except NotImplementedError as error:
+        raise ValueError(f"{name} in {folder} cannot be read at random: {str(error).splitlines()[0]}") from None
+    except ValueError:
+        raise ValueError(f"{name} has no split {split!r}; it has {', '.join(builder.info.splits)}") from None
+
+
+def _texts(source, key: str) -> Iterator[str]:
+    for begin in range(0, len(source), 256):
+        for example in source.__getitems__(range(begin, min(begin + 256, len(source)))):
+            text = example[key]
+            if text:
+                yield text.decode() if isinstance(text, bytes) else str(text)
+
+
+@functools.lru_cache(maxsize=4)
+def _corpus(tokenizer_name: str, name: str, directory: str, split: str, key: str) -> Corpus:
+    codec = tokenizer(DataConfig(tokenizer=tokenizer_name))
+    texts = _texts(_source(name, directory, split, key), key)
+    return concatenate(codec.encode_all(texts), codec, f"{name}, split {split}")
+
+
+def tfds_rows(config: DataConfig, split: str) -> Rows:
+    """The rows of a split, an example's `tfds_key` a document. Tokenised once a process, then kept in memory."""
+    part = config.tfds_train_split if split == "train" else config.tfds_valid_split
+    return rows(_corpus(config.tokenizer, config.tfds_name, config.tfds_dir, part, config.tfds_key), config.length)

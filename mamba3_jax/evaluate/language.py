@@ -1,0 +1,144 @@
+"""How well a model predicts held-out text: loss, perplexity, bits per byte, and loss by position in the document."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mamba3_jax.config import DataConfig
+from mamba3_jax.data import tokenizer
+from mamba3_jax.data.vocabulary import Bytes
+from mamba3_jax.evaluate.score import Scored, Scorer
+
+
+def evaluate(
+    model,
+    params,
+    data: DataConfig,
+    *,
+    lengths: Sequence[int] = (),
+    max_tokens: int = 0,
+    say: Callable[[str], None] | None = None,
+) -> list[dict]:
+    """A result a row length: what the model makes of the "valid" split of `data` cut into rows of that length.
+
+    Args:
+        model: a `LanguageModel`.
+        params: its parameters.
+        data: where the text comes from; its length is taken to be the one trained at.
+        lengths: of the rows, in tokens; () is 1, 2 and 4 times `data.length`.
+        max_tokens: about how many for each length, in whole rows; 0 is all.
+        say: called with a line of progress now and then.
+
+    Returns:
+        Dicts of length, tokens (scored), loss (nats a token), perplexity, accuracy, bits_per_byte, and positions: loss
+        and tokens in doubling buckets of the number of tokens of the document before (from, to).
+
+    Raises:
+        ValueError: a length below 2, or data without a scored token.
+    """
+    lengths = check_lengths(lengths or [data.length, 2 * data.length, 4 * data.length])
+    scorer, codec = Scorer(model, params, data.length), tokenizer(data)
+    results = []
+    for length in lengths:
+        total = Totals(length)
+        for scored in scorer.score(dataclasses.replace(data, length=length), max_tokens=max_tokens, say=say):
+            total.add(scored, codec)
+        results.append(total.result())
+    return results
+
+
+def check_lengths(lengths: Sequence[int]) -> list[int]:
+    """Sorted, each once; ValueError for one that has no target."""
+    if min(lengths) < 2:
+        raise ValueError(f"length {min(lengths)} is less than 2: a row needs a token and a target")
+    return sorted(set(lengths))
+
+
+def edges(length: int) -> list[int]:
+    """0, 16, 32, 64, ... up to `length`: where the buckets of positions begin, and the last one's end."""
+    return [0, *(2**power for power in range(4, 64) if 2**power < length), length]
+
+
+class Totals:
+    """Sums in float64 over any number of batches."""
+
+    def __init__(self, length: int):
+        self.length, self.edges = length, edges(length)
+        self.nll, self.count = np.zeros(len(self.edges) - 1), np.zeros(len(self.edges) - 1, np.int64)
+        self.correct, self.bytes = 0, 0
+
+    def add(self, scored: Scored, codec) -> None:
+        """One more batch."""
+        counts_BL = scored.batch.weights_BL > 0
+        bucket = np.searchsorted(self.edges, scored.position_BL[counts_BL], side="right") - 1
+        size = len(self.count)
+        self.nll += np.bincount(bucket, scored.nll_BL[counts_BL].astype(np.float64), size)
+        self.count += np.bincount(bucket, minlength=size)
+        self.correct += int(scored.correct_BL[counts_BL].sum())
+        self.bytes += text_bytes(scored, codec)
+
+    def result(self) -> dict:
+        """See `evaluate`."""
+        tokens = int(self.count.sum())
+        if not tokens:
+            raise ValueError(f"no token of the held-out data is scored in rows of {self.length}")
+        loss = float(self.nll.sum() / tokens)
+        buckets = zip(self.edges, self.edges[1:], self.nll, self.count, strict=False)
+        return {
+            "length": self.length,
+            "tokens": tokens,
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),  # a double ends near e^709
+            "accuracy": self.correct / tokens,
+            "bits_per_byte": loss * tokens / math.log(2) / self.bytes if self.bytes else None,
+            "positions": [
+                {"from": first, "to": end, "tokens": int(count), "loss": float(nll / count)}
+                for first, end, nll, count in buckets
+                if count
+            ],
+        }
+
+
+def text_bytes(scored: Scored, codec) -> int:
+    """Bytes of the text that the scored targets spell; a document's end counts as one.
+
+    About, for a Hugging Face tokenizer: its decoder may drop a space where the ids begin, leaves special tokens out,
+    and spells the part of a character that the row cuts off as U+FFFD, which is three bytes.
+    """
+    total = 0
+    for targets_L, weights_L, start_L in zip(
+        scored.batch.targets_BL, scored.batch.weights_BL, scored.batch.start_BL, strict=True
+    ):
+        # Tokens are spelt together, a document at a time: one may hold a part of a character.
+        for part in np.split(np.arange(len(start_L)), np.flatnonzero(start_L)):
+            ids = targets_L[part][weights_L[part] > 0]
+            text = ids[ids != codec.eos]
+            total += len(ids) - len(text)
+            total += len(text) if isinstance(codec, Bytes) else len(codec.decode(text.tolist()).encode())
+    return total
+
+
+def past(length: int, trained: int) -> str:
+    """A remark on a line of a table."""
+    return f"  ({length / trained:g}x the trained length)" if length > trained else ""
+
+
+def table(results: Sequence[dict], trained: int) -> str:
+    """The results as text: a line a length, then loss by position, a column a length."""
+    lines = ["  length   tokens    loss  perplexity  bits/byte  accuracy"]
+    for r in results:
+        bits = "        -" if r["bits_per_byte"] is None else f"{r['bits_per_byte']:9.4f}"
+        scores = f"{r['loss']:7.4f} {r['perplexity']:11.3f}  {bits}  {r['accuracy']:8.4f}"
+        lines.append(f"{r['length']:8d} {r['tokens']:8d} {scores}{past(r['length'], trained)}")
+    lines += [
+        "",
+        "loss by the tokens of the document before, in rows of",
+        "".join([" " * 16, *(f"{r['length']:>9}" for r in results)]),
+    ]
+    found = sorted({bucket["from"] for r in results for bucket in r["positions"]})
+    for first in found:
+        cells = [{b["from"]: f"{b['loss']:9.4f}" for b in r["positions"]}.get(first, " " * 9) for r in results]
+        lines.append(f"{first:>8} and on {''.join(cells)}")
+    return "\n".join(lines)

@@ -1,0 +1,84 @@
+"""Scores of every token of held-out rows, of any length, in memory that does not grow with it."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mamba3_jax.config import DataConfig
+from mamba3_jax.data import Batch, loader
+from mamba3_jax.model import LanguageModel
+
+
+class Scored(NamedTuple):
+    """A batch and what the model made of it."""
+
+    batch: Batch
+    nll_BL: np.ndarray  # -log p(target) in nats
+    correct_BL: np.ndarray  # the likeliest id is the target
+    position_BL: np.ndarray  # tokens since the document's first, or the row's
+
+
+def score_piece(model: LanguageModel, params, piece: Batch, state):
+    """(nll, correct, state) of one piece of a row, over the padded vocabulary as in training."""
+    logits_BLV, state = model.apply({"params": params}, piece.tokens_BL, state, piece.start_BL)
+    target_BL = jnp.take_along_axis(logits_BLV, piece.targets_BL[..., None], axis=-1)[..., 0]
+    nll_BL = jax.nn.logsumexp(logits_BLV, axis=-1) - target_BL
+    return nll_BL, jnp.argmax(logits_BLV, axis=-1) == piece.targets_BL, state
+
+
+def positions(start_BL: np.ndarray) -> np.ndarray:
+    """How many tokens of its document stand before each one in its row."""
+    place_BL = np.broadcast_to(np.arange(start_BL.shape[1]), start_BL.shape)
+    return place_BL - np.maximum.accumulate(np.where(start_BL, place_BL, 0), axis=1)
+
+
+class Scorer:
+    """Scores rows of one length; `score` may be called on any number of datasets, compiling once."""
+
+    def __init__(self, model: LanguageModel, params, piece: int):
+        """`piece`: tokens a call; longer rows are run in pieces with the state carried."""
+        self.model, self.params, self.piece = model, params, piece
+        self._run = jax.jit(functools.partial(score_piece, model), donate_argnums=2)
+
+    def batch(self, batch: Batch) -> Scored:
+        """One batch, whatever its length: the last piece is filled up with tokens that are not scored."""
+        rows, length = batch.tokens_BL.shape
+        piece = min(self.piece, length)
+        fill = -length % piece
+        padded = Batch(*(np.pad(array, ((0, 0), (0, fill))) for array in batch))
+        state, parts = self.model.empty_state(rows, length + fill), []
+        for first in range(0, length, piece):
+            part = Batch(*(array[:, first : first + piece] for array in padded))
+            *scores, state = self._run(self.params, part, state)
+            parts.append(jax.device_get(scores))
+        nll_BL, correct_BL = (np.concatenate(part, axis=1)[:, :length] for part in zip(*parts, strict=True))
+        return Scored(batch, nll_BL, correct_BL, positions(batch.start_BL))
+
+    def score(
+        self, data: DataConfig, *, max_tokens: int = 0, say: Callable[[str], None] | None = None
+    ) -> Iterator[Scored]:
+        """The batches of the "valid" split, about `max_tokens` tokens of them (0: all), of as many rows as that takes.
+
+        `say` gets a line now and then.
+        """
+        if max_tokens:
+            data = dataclasses.replace(data, batch=max(1, min(data.batch, max_tokens // data.length)))
+        size = data.batch * data.length
+        batches = -(-max_tokens // size)
+        for index, batch in enumerate(loader(data, "valid", vocab_size=self.model.config.vocab_size)):
+            yield self.batch(batch)
+            now = time.perf_counter()
+            if not index:  # the first one compiles
+                begin = said = now
+            elif say and now - said > 3:
+                said, each = now, (now - begin) / index
+                left = f" of at most {batches}, {each * (batches - index - 1):.0f} s left" if batches else ""
+                say(f"length {data.length}: batch {index + 1}{left}, {size / each:,.0f} tokens/s")
+            if index + 1 == batches:
+                return

@@ -1,0 +1,259 @@
+"""Sampling from a model: prefill in pieces, then a decode loop that stays on the device."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mamba3_jax.config import ModelConfig
+from mamba3_jax.model import LanguageModel
+
+PREFILL = 2048  # prompt tokens a call: longer prompts run in pieces, with the state carried
+BLOCK = 32  # decoded tokens between two looks of the host, where it looks for a stop string
+NOTHING, NO_NUMBER = -1, -2  # in place of a token
+
+
+class Sampling(NamedTuple):
+    """How the next token is drawn: softmax(logits / temperature) over the top_k, of those the top_p."""
+
+    temperature: float = 1.0  # 0: the likeliest token
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0  # the fewest likeliest tokens that hold this much of the probability (after top_k)
+
+    def check(self) -> None:
+        """ValueError for a value that means nothing."""
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature={self.temperature} is not a number from 0 up")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} is negative; 0 keeps all")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} is not in (0, 1]")
+
+
+class Generated(NamedTuple):
+    """What followed each prompt, and what it took; no time holds any compilation."""
+
+    ids: list[list[int]]  # a list a prompt, without the stop token
+    prefill_tokens: int  # of the prompts, without padding
+    prefill_seconds: float
+    decode_tokens: int  # steps times prompts, also those of a prompt that has stopped while others have not
+    decode_seconds: float
+    compile_seconds: float
+
+    def __str__(self):
+        prefill = self.prefill_tokens / max(self.prefill_seconds, 1e-9)
+        decode = self.decode_tokens / max(self.decode_seconds, 1e-9)
+        return (
+            f"prefill {self.prefill_tokens} tokens, {prefill:,.0f} tokens/s; decode {self.decode_tokens} tokens, "
+            f"{decode:,.0f} tokens/s (and {self.compile_seconds:.1f} s of compiling)"
+        )
+
+
+class Carry(NamedTuple):
+    """The decode loop between two tokens."""
+
+    step: jax.Array  # tokens written so far
+    token_B: jax.Array  # the last one, not yet run
+    start_B: jax.Array  # whether it is the first one of its document
+    done_B: jax.Array
+    out_BT: jax.Array  # or NOTHING, or NO_NUMBER where the model gave NaN
+    state: Any
+
+
+def candidates(logits_BV, sampling: Sampling):
+    """(logits_BK, ids_BK): what may be drawn, -inf elsewhere, at temperature 1 and unnormalised."""
+    # Less the maximum, so that a temperature near 0 gives -inf and not inf - inf.
+    logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / sampling.temperature
+    vocab = logits_BV.shape[-1]
+    if not sampling.top_k and sampling.top_p == 1:
+        return logits_BV, jnp.broadcast_to(jnp.arange(vocab), logits_BV.shape)
+    logits_BK, ids_BK = jax.lax.top_k(logits_BV, min(sampling.top_k or vocab, vocab))
+    p_BK = jax.nn.softmax(logits_BK)
+    before_BK = jnp.cumsum(p_BK, axis=-1) - p_BK
+    # The likeliest stays whatever rounding makes of a tiny top_p.
+    keep_BK = (before_BK < sampling.top_p).at[:, 0].set(True)
+    return jnp.where(keep_BK, logits_BK, -jnp.inf), ids_BK
+
+
+def draw(key, logits_BV, sampling: Sampling):
+    """A token a row. Row b draws from its own stream, so it does not depend on the rows beside it."""
+    if not sampling.temperature:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BK, ids_BK = candidates(logits_BV, sampling)
+    keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(logits_BV.shape[0]))
+    index_B = jax.vmap(jax.random.categorical)(keys_B, logits_BK)
+    return jnp.take_along_axis(ids_BK, index_B[:, None], axis=1)[:, 0].astype(jnp.int32)
+
+
+@functools.lru_cache(maxsize=8)
+def programs(fields: tuple, sampling: Sampling, stop_ids: tuple[int, ...]):
+    """(prefill, decode) of a model config, given by its fields; one object each, so that equal calls compile once."""
+    model = LanguageModel(ModelConfig(*fields))
+    run, loop = functools.partial(prefill, model), functools.partial(decode, model, sampling, stop_ids)
+    return jax.jit(run, donate_argnums=3), jax.jit(loop, donate_argnums=2)
+
+
+def prefill(model: LanguageModel, params, tokens_BL, start_BL, state):
+    """The state after some more tokens of the prompt; the head is not computed."""
+    return model.apply({"params": params}, tokens_BL, state, start_BL)[1]
+
+
+def decode(model: LanguageModel, sampling: Sampling, stop_ids: tuple[int, ...], params, key, carry: Carry, until):
+    """Tokens until `until` of them are written or every row is done; a row is done when it draws a stop id."""
+
+    def unfinished(carry: Carry):
+        return (carry.step < until) & ~jnp.all(carry.done_B)
+
+    def one(carry: Carry):
+        logits_BLV, state = model.apply({"params": params}, carry.token_B[:, None], carry.state, carry.start_B[:, None])
+        # The columns that pad the vocabulary belong to no token.
+        logits_BV = logits_BLV[:, 0, : model.config.vocab_size]
+        token_B = draw(jax.random.fold_in(key, carry.step), logits_BV, sampling)
+        nan_B = jnp.isnan(logits_BV).any(axis=-1)
+        done_B = carry.done_B | nan_B | jnp.isin(token_B, jnp.asarray(stop_ids, jnp.int32))
+        out_B = jnp.where(nan_B, NO_NUMBER, jnp.where(done_B, NOTHING, token_B))
+        out_BT = carry.out_BT.at[:, carry.step].set(out_B)
+        return Carry(carry.step + 1, token_B, jnp.zeros_like(carry.start_B), done_B, out_BT, state)
+
+    return jax.lax.while_loop(unfinished, one, carry)
+
+
+def generate(
+    model: LanguageModel,
+    params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    tokens: int,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    stop_ids: Sequence[int] = (),
+    stop: Callable[[list[int]], bool] | None = None,
+    prefill_length: int = PREFILL,
+) -> Generated:
+    """Continue prompts of any lengths together.
+
+    A prompt shorter than the longest is padded on the left, and `start` at its first token keeps the padding out of its
+    state exactly. All but a prompt's last token are prefilled, at most `prefill_length` at a time; the decode loop
+    begins with the last one.
+
+    Args:
+        model: its config says what ids there are.
+        params: its parameters.
+        prompts: ids, at least one a prompt.
+        tokens: how many to draw at most.
+        sampling: temperature, top_k and top_p; None is `Sampling()`.
+        seed: of the draws. Equal seeds draw equal tokens.
+        stop_ids: a row ends when it draws one of these.
+        stop: called on what a row has drawn, every `BLOCK` tokens; the row is cut after the first token where it holds.
+        prefill_length: tokens of a row that a piece of the prefill holds at most; bounds its memory.
+
+    Raises:
+        ValueError: no prompt or an empty one, an id outside the vocabulary, or a number that means nothing; before
+            anything is compiled.
+    """
+    sampling = sampling or Sampling()
+    check(model, prompts, tokens, sampling, stop_ids, prefill_length)
+    tokens_BL, start_BL, piece = padded(prompts, prefill_length)
+    batch, length = tokens_BL.shape
+    state = model.empty_state(batch, length + tokens)
+    seconds = {"prefill": 0.0, "decode": 0.0, "compile": 0.0}
+    fields = tuple(getattr(model.config, field.name) for field in dataclasses.fields(model.config))
+    prefill_program, decode_program = programs(fields, sampling, tuple(stop_ids))
+
+    if length > 1:
+        with timed(seconds, "compile"):
+            arrays = (params, tokens_BL[:, :piece], start_BL[:, :piece], state)
+            run = prefill_program.lower(*arrays).compile()
+        with timed(seconds, "prefill"):
+            for first in range(0, length - 1, piece):
+                part = slice(first, first + piece)
+                state = run(params, tokens_BL[:, part], start_BL[:, part], state)
+            jax.block_until_ready(state)
+
+    key, out_BT = jax.random.key(seed), jnp.full((batch, tokens), NOTHING, jnp.int32)
+    last = jnp.asarray(tokens_BL[:, -1]), jnp.asarray(start_BL[:, -1])
+    carry = Carry(jnp.int32(0), *last, jnp.zeros(batch, bool), out_BT, state)
+    with timed(seconds, "compile"):
+        run = decode_program.lower(params, key, carry, jnp.int32(0)).compile()
+    block, rows, searched = BLOCK if stop else tokens, [], [0] * batch
+    for until in range(block, tokens + block, block):
+        with timed(seconds, "decode"):
+            carry = jax.block_until_ready(run(params, key, carry, jnp.int32(min(until, tokens))))
+        rows = drawn(carry.out_BT)
+        if stop:
+            held = [stop(row) for row in rows]
+            searched = [at if found else len(row) for at, found, row in zip(searched, held, rows, strict=True)]
+            carry = carry._replace(done_B=carry.done_B | jnp.asarray(held))
+        if bool(jnp.all(carry.done_B)):
+            break
+    if stop:
+        rows = [cut(row, stop, at) for row, at in zip(rows, searched, strict=True)]
+    return Generated(
+        ids=rows,
+        prefill_tokens=sum(map(len, prompts)) - batch,
+        prefill_seconds=seconds["prefill"],
+        decode_tokens=batch * int(carry.step),
+        decode_seconds=seconds["decode"],
+        compile_seconds=seconds["compile"],
+    )
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], what: str):
+    """Adds the time inside to an entry."""
+    begin = time.perf_counter()
+    yield
+    seconds[what] += time.perf_counter() - begin
+
+
+def drawn(out_BT) -> list[list[int]]:
+    """What each row has drawn; FloatingPointError where the model gave NaN."""
+    out_BT = np.asarray(out_BT)
+    if (out_BT == NO_NUMBER).any():
+        raise FloatingPointError(
+            "the model's logits are not numbers: its parameters are not finite, or its state is not"
+        )
+    return [[int(token) for token in row if token != NOTHING] for row in out_BT]
+
+
+def cut(row: list[int], stop: Callable[[list[int]], bool], searched: int) -> list[int]:
+    """The shortest beginning of more than `searched` tokens where `stop` holds, or all of it."""
+    return next((row[:end] for end in range(searched + 1, len(row) + 1) if stop(row[:end])), row)
+
+
+def padded(prompts, prefill_length: int):
+    """(tokens_BL, start_BL, piece): right-aligned rows whose length less one is a whole number of pieces."""
+    longest = max(map(len, prompts)) - 1
+    pieces = -(-longest // prefill_length)
+    piece = -(-longest // max(pieces, 1))
+    length = 1 + pieces * piece
+    tokens_BL, start_BL = np.zeros((len(prompts), length), np.int32), np.zeros((len(prompts), length), bool)
+    for row, prompt in enumerate(prompts):
+        tokens_BL[row, length - len(prompt) :] = prompt
+        start_BL[row, length - len(prompt)] = True
+    return tokens_BL, start_BL, piece
+
+
+def check(model, prompts, tokens: int, sampling: Sampling, stop_ids=(), prefill_length: int = PREFILL) -> None:
+    """ValueError for what `generate` cannot do."""
+    sampling.check()
+    if tokens < 1 or prefill_length < 1:
+        raise ValueError(f"{tokens=} and {prefill_length=}: both must be at least 1")
+    if not prompts or not all(map(len, prompts)):
+        raise ValueError("a prompt is empty: a model continues at least one token, such as the end of a document")
+    check_ids(model.config.vocab_size, [*prompts, stop_ids])
+
+
+def check_ids(vocab_size: int, rows) -> None:
+    """ValueError for the first id that is not a token's."""
+    for row in rows:
+        for index, token in enumerate(row):
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"token id {token} at place {index} is not in the vocabulary of {vocab_size}")

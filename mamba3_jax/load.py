@@ -1,0 +1,80 @@
+"""`load`: a model and its parameters, from a workdir of ours or an official PyTorch directory."""
+
+import dataclasses
+from pathlib import Path
+
+from mamba3_jax.config import Config
+
+HOW = ("compute_dtype", "implementation", "chunk", "remat", "scan_layers")  # what changes no parameter
+
+
+def load(path, *, step: int | None = None, **how):
+    """(model, params) of a workdir or of a directory with config.json and model.safetensors or pytorch_model.bin.
+
+        model, params = mamba3_jax.load("runs/text")
+        logits_BLV, state = model.apply({"params": params}, tokens_BL)
+
+    Args:
+        path: the directory.
+        step: which checkpoint of a workdir; None is the newest.
+        how: fields of `ModelConfig` to run it differently from how it was trained: compute_dtype, implementation,
+            chunk, remat, scan_layers.
+
+    Returns:
+        A `LanguageModel` (its `config` is the `ModelConfig`) and its parameters as float32 device arrays.
+
+    Raises:
+        FileNotFoundError: nothing there to load, saying what was looked for and what is there.
+        ValueError: it is there and damaged, or does not fit its config, with every tensor that does not.
+    """
+    config, params = load_run(path, step=step)
+    return build(config, **how), params
+
+
+def load_run(path, *, step: int | None = None) -> tuple[Config, dict]:
+    """(config, params) as `load` finds them: the whole run's config, for its data. See `load` for the rest."""
+    # These import jax and orbax: seconds that `import mamba3_jax` need not take.
+    import flax
+    import jax
+    import jax.numpy as jnp
+
+    from mamba3_jax import checkpoint, convert
+    from mamba3_jax.convert.names import check, flatten
+    from mamba3_jax.model import boxed_shapes
+
+    path = Path(path).expanduser()
+    if (path / "checkpoints").is_dir():
+        config, params = checkpoint.load_model(path, step)
+        wanted = flatten(flax.linen.meta.unbox(boxed_shapes(config.model)))
+        check(str(path), flatten(params), {name: leaf.shape for name, leaf in wanted.items()})
+        return config, jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), params)
+    if not convert.is_official(path):
+        there = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else "no such directory"
+        raise FileNotFoundError(
+            f"{path}: nothing to load. Looked for checkpoints/ (a workdir) and for config.json with model.safetensors "
+            f"or pytorch_model.bin (official); there is {there}"
+        )
+    if step is not None:
+        raise ValueError(f"{path} is an official directory, which has no steps, and {step=} was asked for")
+    model, params, _origin = convert.read(path)
+    return run_config(path, model), jax.tree.map(jnp.asarray, params)
+
+
+def run_config(path: Path, model) -> Config:
+    """The `Config` around the model of an official directory: its own tokenizer.json if it has one, else none."""
+    tokenizer = path / "tokenizer.json"
+    config = Config(name=path.resolve().name, model=model)
+    config.data.tokenizer = str(tokenizer.resolve()) if tokenizer.exists() else ""
+    return config
+
+
+def build(config: Config, **how):
+    """The `LanguageModel` of a config, run as `how` says."""
+    from mamba3_jax.model import LanguageModel, validate
+
+    unknown = sorted(set(how) - set(HOW))
+    if unknown:
+        raise ValueError(f"{unknown} cannot be chosen when a model is loaded; only {list(HOW)} can")
+    model = dataclasses.replace(config.model, **how)
+    validate(model)
+    return LanguageModel(model)

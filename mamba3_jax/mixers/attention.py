@@ -1,0 +1,168 @@
+"""Causal self-attention with grouped heads, whose state is a cache of keys and values."""
+
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mamba3_jax.config import ModelConfig
+from mamba3_jax.nn.initial import linear
+from mamba3_jax.nn.precision import DTYPES, einsum
+
+QUERIES = 256  # queries whose scores exist at a time
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far; T is the capacity."""
+
+    k_BTKE: jax.Array  # rotated where the layer has positions
+    v_BTKE: jax.Array
+    position_B: jax.Array  # int32, tokens held
+    first_B: jax.Array  # int32, the first one of the current document: what is before is invisible
+
+
+def attend(q_BLGKE, k_BTKE, v_BTKE, first_BL, last_BL):
+    """softmax(q k^T / sqrt(E)) v over the tokens first <= t <= last of each query; scores and softmax in float32.
+
+    Query head (g, k) of G per kv head k. Scores exist for `QUERIES` queries at a time and are recomputed in the
+    backward pass, so memory is QUERIES x T a head and not L x T. (jax.nn.dot_product_attention takes the same masks,
+    but on CPU and TPU it holds all L x T scores.)
+    """
+    dtype = v_BTKE.dtype
+    times_T = jnp.arange(k_BTKE.shape[1])
+
+    def block(q_BLGKE, first_BL, last_BL):
+        scores = einsum("blgke,btke->bgklt", q_BLGKE, k_BTKE, dtype=dtype, out=jnp.float32)
+        seen_BLT = (times_T >= first_BL[..., None]) & (times_T <= last_BL[..., None])
+        scores = jnp.where(seen_BLT[:, None, None], scores * q_BLGKE.shape[-1] ** -0.5, -jnp.inf)
+        return einsum("bgklt,btke->blgke", jax.nn.softmax(scores), v_BTKE, dtype=dtype)
+
+    length = q_BLGKE.shape[1]
+    if length <= QUERIES:
+        return block(q_BLGKE, first_BL, last_BL)
+
+    def blocks(x):  # (B, L, ...) -> (blocks, B, QUERIES, ...); the padding sees token 0
+        x = jnp.pad(x, ((0, 0), (0, -length % QUERIES), *[(0, 0)] * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, QUERIES, *x.shape[2:]), 1, 0)
+
+    block = jax.checkpoint(block, prevent_cse=False)  # in a loop: nothing to merge with
+    y = jax.lax.map(lambda arrays: block(*arrays), tuple(map(blocks, (q_BLGKE, first_BL, last_BL))))
+    y = jnp.moveaxis(y, 0, 1)
+    return y.reshape(y.shape[0], -1, *y.shape[3:])[:, :length]
+
+
+def rope(x, position_BL, theta: float):
+    """Turn plane (i, i + E/2) of x (B, L, ..., E) by position * theta^(-2i/E) radians."""
+    half = x.shape[-1] // 2
+    frequency_E = theta ** (-np.arange(half, dtype=np.float32) / half)
+    angle = position_BL[..., None].astype(jnp.float32) * frequency_E
+    angle = angle.reshape(*angle.shape[:2], *[1] * (x.ndim - 3), half)
+    u, v = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = (u * jnp.cos(angle) - v * jnp.sin(angle), u * jnp.sin(angle) + v * jnp.cos(angle))
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def write(cache_BTKE, new_BLKE, position_B):
+    """The cache with `new` in the places position, position + 1, ... of each row; what does not fit is dropped."""
+    rows_B1 = jnp.arange(new_BLKE.shape[0])[:, None]
+    places_BL = position_B[:, None] + jnp.arange(new_BLKE.shape[1])
+    return cache_BTKE.at[rows_B1, places_BL].set(new_BLKE, mode="drop")
+
+
+def head_counts(config: ModelConfig) -> tuple[int, int]:
+    """Query heads and kv heads."""
+    heads = config.attn_heads or config.d_model // config.attn_head_dim
+    return heads, config.attn_kv_heads or heads
+
+
+class Attention(nn.Module):
+    """y, cache = attention(x, cache, start): a token sees those before it in its own document.
+
+    Without a cache the returned one has capacity L; `empty_state` makes room for more. A cache that is full gives
+    NaN for the tokens that do not fit, not wrong numbers.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BLD, state: Cache | None = None, start_BL=None):
+        config = self.config
+        heads, kv_heads = head_counts(config)
+        q_BLHE = self.project("q", x_BLD, heads)
+        k_BLKE = self.project("k", x_BLD, kv_heads)
+        v_BLKE = self.project("v", x_BLD, kv_heads)
+
+        batch, length = x_BLD.shape[:2]
+        if state is not None and length > state.k_BTKE.shape[1]:
+            raise ValueError(f"{length=} tokens do not fit in a cache of capacity {state.k_BTKE.shape[1]}")
+        zero_B = jnp.zeros(batch, jnp.int32)
+        position_B, first_B = (state.position_B, state.first_B) if state is not None else (zero_B, zero_B)
+        place_BL = position_B[:, None] + jnp.arange(length)
+        first_BL = jnp.broadcast_to(first_B[:, None], place_BL.shape)
+        if start_BL is not None:
+            first_BL = jax.lax.cummax(jnp.where(start_BL, place_BL, first_BL), axis=1)
+        if config.attn_rope_theta:
+            q_BLHE = rope(q_BLHE, place_BL - first_BL, config.attn_rope_theta)
+            k_BLKE = rope(k_BLKE, place_BL - first_BL, config.attn_rope_theta)
+        if state is not None:
+            k_BLKE = write(state.k_BTKE, k_BLKE, position_B)
+            v_BLKE = write(state.v_BTKE, v_BLKE, position_B)
+
+        grouped = q_BLHE.reshape(batch, length, kv_heads, heads // kv_heads, -1)
+        attention = jax.checkpoint(attend) if config.remat == "op" else attend
+        y_BLGKE = attention(jnp.swapaxes(grouped, 2, 3), k_BLKE, v_BLKE, first_BL, place_BL)
+        y_BLHE = jnp.swapaxes(y_BLGKE, 2, 3).reshape(q_BLHE.shape)
+        if state is not None:
+            y_BLHE = jnp.where((place_BL < k_BLKE.shape[1])[..., None, None], y_BLHE, jnp.nan)
+        y_BLD = self.output(y_BLHE)
+        return y_BLD, Cache(k_BLKE, v_BLKE, position_B + length, first_BL[:, -1])
+
+    def project(self, name, x_BLD, heads: int):
+        """x W (+ b) -> (B, L, heads, E), in the compute dtype."""
+        config, dtype, d_model, width = self.config, self.dtype, x_BLD.shape[-1], self.config.attn_head_dim
+        axis = "heads" if name == "q" else "kv_heads"
+        kernel = nn.with_logical_partitioning(linear(d_model), ("embed", axis, "head_dim"))
+        y_BLHE = einsum("bld,dhe->blhe", x_BLD, self.param(name, kernel, (d_model, heads, width)), dtype=dtype)
+        if config.attn_bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, (axis, "head_dim"))
+            y_BLHE += self.param(f"{name}_bias", zeros, (heads, width)).astype(dtype)
+        return y_BLHE
+
+    def output(self, y_BLHE):
+        """The heads back to the model's width."""
+        config, dtype, (heads, width) = self.config, self.dtype, y_BLHE.shape[2:]
+        scaled = linear(heads * width, len(config.pattern) ** -0.5)
+        kernel = nn.with_logical_partitioning(scaled, ("heads", "head_dim", "embed"))
+        out_HED = self.param("out", kernel, (heads, width, config.d_model))
+        y_BLD = einsum("blhe,hed->bld", y_BLHE, out_HED, dtype=dtype)
+        if config.attn_bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("embed",))
+            y_BLD += self.param("out_bias", zeros, (config.d_model,)).astype(dtype)
+        return y_BLD
+
+    @property
+    def dtype(self):
+        return DTYPES[self.config.compute_dtype]
+
+    @staticmethod
+    def empty_state(config: ModelConfig, batch: int, capacity: int) -> Cache:
+        """Room for `capacity` tokens."""
+        _, kv_heads = head_counts(config)
+        zeros = jnp.zeros((batch, capacity, kv_heads, config.attn_head_dim), DTYPES[config.compute_dtype])
+        return Cache(zeros, zeros, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32))
+
+    @staticmethod
+    def check(config: ModelConfig) -> None:
+        """Raise ValueError for sizes that no attention layer can have."""
+        if config.attn_head_dim < 1:
+            raise ValueError(f"{config.attn_head_dim=} is not positive")
+        heads, kv_heads = head_counts(config)
+        if heads < 1 or kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"attention {heads=} is not a positive multiple of {kv_heads=}")
+        if config.attn_rope_theta < 0 or not math.isfinite(config.attn_rope_theta):
+            raise ValueError(f"{config.attn_rope_theta=}: wanted a positive base, or 0 for no positions")
+        if config.attn_rope_theta and config.attn_head_dim % 2:
+            raise ValueError(f"{config.attn_head_dim=} is odd and cannot rotate ({config.attn_rope_theta=})")

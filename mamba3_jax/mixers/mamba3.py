@@ -1,0 +1,207 @@
+"""The Mamba-3 mixer, SISO and MIMO: parameters and per-token quantities around `ops.ssm` (SPEC sections 2 to 10)."""
+
+import functools
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mamba3_jax.config import ModelConfig
+from mamba3_jax.nn.initial import inverse_softplus_dt, linear
+from mamba3_jax.nn.norm import rms_norm
+from mamba3_jax.nn.precision import DTYPES, einsum
+from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State, Tokens, ssm
+
+# lambda_t from its logit; the paper's ablations are constants
+TRAPS = {
+    "trapezoid": jax.nn.sigmoid,
+    "euler": jnp.ones_like,  # Mamba-2's: the previous token does not enter
+    "midpoint": lambda logit_BLH: jnp.full_like(logit_BLH, 0.5),
+}
+
+
+def data_angle(theta_BLS, dt_BLH):
+    """pi tanh(theta) radians per unit dt, shared by the heads."""
+    return jnp.pi * jnp.tanh(theta_BLS)[:, :, None]
+
+
+def rope_angle(theta_BLS, dt_BLH):
+    """10000^(-i/S) radians a token whatever the data: the op multiplies by dt, so divided by it here."""
+    planes = theta_BLS.shape[-1]
+    frequency_S = 10000.0 ** (-np.arange(planes, dtype=np.float32) / planes)
+    return frequency_S / jnp.maximum(dt_BLH, 1e-15)[..., None]  # a dt that underflowed: no turn, not 0 * inf
+
+
+def no_angle(theta_BLS, dt_BLH):
+    """No rotation."""
+    return jnp.zeros_like(theta_BLS)[:, :, None]
+
+
+ANGLES = {"data": data_angle, "rope": rope_angle, "none": no_angle}
+
+
+class Sizes(NamedTuple):
+    """What a config implies for one layer."""
+
+    heads: int
+    head_dim: int
+    groups: int
+    rank: int  # 1 for SISO
+    d_state: int
+    planes: int
+    mimo: bool
+
+
+def sizes(config: ModelConfig) -> Sizes:
+    """H = expand D / P heads; S planes = half of the rotated part of the state."""
+    return Sizes(
+        heads=int(config.expand * config.d_model) // config.head_dim,
+        head_dim=config.head_dim,
+        groups=config.n_groups,
+        rank=max(config.mimo_rank, 1),
+        d_state=config.d_state,
+        planes=int(config.d_state * config.rope_fraction) // 2,
+        mimo=config.mimo_rank > 0,
+    )
+
+
+class Mamba3(nn.Module):
+    """y, state = Mamba-3(x, state, start): in-projections, `ops.ssm`, out-projection.
+
+    The projection is three parameters, so that tensor parallelism shards what is per head and replicates what heads
+    share: in_zx and in_dt_a_trap, and in_kq_angle (whose columns are k, q, theta: the paper's B, C, angle). The
+    ablations keep every parameter but the biases, so that variants differ in nothing else; what they do not use gets
+    a zero gradient.
+    """
+
+    config: ModelConfig
+
+    def setup(self):
+        config, size = self.config, sizes(self.config)
+        d_model, (heads, width) = config.d_model, (size.heads, size.head_dim)
+        columns = 2 * size.rank * size.groups * size.d_state + size.planes
+        ones, into = nn.initializers.ones, linear(d_model)
+        out = linear(heads * width, len(config.pattern) ** -0.5)
+        dt = inverse_softplus_dt(config.dt_min, config.dt_max, config.dt_init_floor)
+
+        self.in_zx = self.named("in_zx", into, embed=d_model, pair=2, heads=heads, head_dim=width)
+        self.in_dt_a_trap = self.named("in_dt_a_trap", into, embed=d_model, pair=3, heads=heads)
+        self.in_kq_angle = self.named("in_kq_angle", into, embed=d_model, shared=columns)
+        self.dt_bias = self.named("dt_bias", dt, heads=heads)
+        if config.bc_bias:
+            self.k_bias = self.named("k_bias", ones, heads=heads, rank=size.rank, state=size.d_state)
+            self.q_bias = self.named("q_bias", ones, heads=heads, rank=size.rank, state=size.d_state)
+        self.k_norm = self.named("k_norm", ones, state=size.d_state)
+        self.q_norm = self.named("q_norm", ones, state=size.d_state)
+        self.skip = self.named("skip", ones, heads=heads)
+        if size.mimo:
+            mean = nn.initializers.constant(1 / size.rank)
+            self.v_rank = self.named("v_rank", mean, heads=heads, rank=size.rank, head_dim=width)
+            self.gate_rank = self.named("gate_rank", ones, heads=heads, rank=size.rank, head_dim=width)
+            self.out_rank = self.named("out_rank", mean, heads=heads, rank=size.rank, head_dim=width)
+        if config.out_norm:
+            self.norm = self.named("norm", ones, heads=heads, head_dim=width)
+        self.out = self.named("out", out, heads=heads, head_dim=width, embed=d_model)
+
+    def named(self, name, initializer, **axes):
+        """A parameter whose axes are given by logical name and size."""
+        return self.param(name, nn.with_logical_partitioning(initializer, tuple(axes)), tuple(axes.values()))
+
+    def __call__(self, x_BLD, state: State | None = None, start_BL=None):
+        config = self.config
+        op = functools.partial(
+            ssm,
+            rotation="half" if config.mimo_rank > 0 else "adjacent",
+            implementation=config.implementation or None,
+            chunk=config.chunk or None,
+        )
+        if config.remat == "op":
+            op = jax.checkpoint(op)
+        y_BLHP, state = op(self.tokens(x_BLD, start_BL), self.heads(), state)
+        return einsum("blhp,hpd->bld", y_BLHP, self.out, dtype=DTYPES[config.compute_dtype]), state
+
+    def tokens(self, x_BLD, start_BL) -> Tokens:
+        """SPEC sections 2 and 3, and the norm of 4: everything about a token that the op needs."""
+        config, size, dtype = self.config, sizes(self.config), DTYPES[self.config.compute_dtype]
+        # Any other order of the output makes einsum swap the operands, and XLA then transposes the weights every call.
+        zx = einsum("bld,dchp->blchp", x_BLD, self.in_zx, dtype=dtype)
+        dt_a_trap = einsum("bld,dch->blch", x_BLD, self.in_dt_a_trap, dtype=dtype, out=jnp.float32)
+        kq_angle = einsum("bld,de->ble", x_BLD, self.in_kq_angle, dtype=dtype, out=jnp.float32)
+
+        dt_BLH = jax.nn.softplus(dt_a_trap[:, :, 0] + self.dt_bias)
+        a_BLH = -jnp.maximum(heavy_tail(dt_a_trap[:, :, 1]), config.a_floor)
+        kq, theta_BLS = jnp.split(kq_angle, [kq_angle.shape[-1] - size.planes], axis=-1)
+        kq = kq.reshape(*kq.shape[:2], 2, size.rank, size.groups, size.d_state)
+        return Tokens(
+            q_BLRGN=rms_norm(kq[:, :, 1], self.q_norm).astype(dtype),
+            k_BLRGN=rms_norm(kq[:, :, 0], self.k_norm).astype(dtype),
+            v_BLHP=zx[:, :, 1],
+            dt_BLH=dt_BLH,
+            log_a_BLH=a_BLH * dt_BLH,
+            trap_BLH=TRAPS[config.discretization](dt_a_trap[:, :, 2]),
+            angle_BLHS=ANGLES[config.angles](theta_BLS, dt_BLH),
+            gate_BLHP=zx[:, :, 0],
+            start_BL=start_BL,
+        )
+
+    def heads(self) -> Heads:
+        """The learned arrays of the op."""
+        size = sizes(self.config)
+        no_bias_HRN = jnp.zeros((size.heads, size.rank, size.d_state), jnp.float32)
+        return Heads(
+            q_bias_HRN=self.q_bias if self.config.bc_bias else no_bias_HRN,
+            k_bias_HRN=self.k_bias if self.config.bc_bias else no_bias_HRN,
+            skip_H=self.skip,
+            v_rank_HRP=self.v_rank if size.mimo else None,
+            gate_rank_HRP=self.gate_rank if size.mimo else None,
+            out_rank_HRP=self.out_rank if size.mimo else None,
+            norm_HP=self.norm if self.config.out_norm else None,
+        )
+
+    @staticmethod
+    def empty_state(config: ModelConfig, batch: int, capacity: int) -> State:
+        """Zeros; `capacity` has no meaning for a state of fixed size."""
+        size, dtype = sizes(config), DTYPES[config.compute_dtype]
+        return State(
+            angle_BHS=jnp.zeros((batch, size.heads, size.planes), jnp.float32),
+            ssm_BHPN=jnp.zeros((batch, size.heads, size.head_dim, size.d_state), jnp.float32),
+            k_BRHN=jnp.zeros((batch, size.rank, size.heads, size.d_state), dtype),
+            v_BHP=jnp.zeros((batch, size.heads, size.head_dim), dtype),
+        )
+
+    @staticmethod
+    def check(config: ModelConfig) -> None:
+        """Raise ValueError for sizes or choices that no Mamba-3 layer can have."""
+        d_inner, heads = int(config.expand * config.d_model), sizes(config).heads
+        if config.head_dim < 1 or d_inner % config.head_dim or not heads:
+            raise ValueError(f"{d_inner=} (expand * d_model) is not a positive multiple of {config.head_dim=}")
+        if config.n_groups < 1 or heads % config.n_groups:
+            raise ValueError(f"{heads=} is not a multiple of {config.n_groups=}")
+        if config.rope_fraction not in (0.5, 1.0):
+            raise ValueError(f"{config.rope_fraction=} is neither 0.5 nor 1.0")
+        if config.d_state < 2 or config.d_state % 2:
+            raise ValueError(f"{config.d_state=} is not a positive even number")
+        if not sizes(config).planes:
+            raise ValueError(f"{config.d_state=} is too small to rotate {config.rope_fraction=} of it")
+        if config.mimo_rank < 0:
+            raise ValueError(f"{config.mimo_rank=} is negative: 0 is SISO, r >= 1 is MIMO of rank r")
+        if not config.a_floor > 0:
+            raise ValueError(f"{config.a_floor=} is not positive")
+        if not 0 < config.dt_min <= config.dt_max:
+            raise ValueError(f"{config.dt_min=}, {config.dt_max=}: wanted 0 < dt_min <= dt_max")
+        if config.discretization not in TRAPS:
+            raise ValueError(f"{config.discretization=} is not one of {sorted(TRAPS)}")
+        if config.angles not in ANGLES:
+            raise ValueError(f"{config.angles=} is not one of {sorted(ANGLES)}")
+        if config.implementation and config.implementation not in IMPLEMENTATIONS:
+            raise ValueError(f"{config.implementation=} is not '' or one of {sorted(IMPLEMENTATIONS)}")
+        if config.chunk < 0:
+            raise ValueError(f"{config.chunk=} is negative: 0 lets the op choose")
+
+
+def heavy_tail(u):
+    """f(u) = 1 + u for u >= 0, 1 / (1 - u) below: positive, and slow to reach 0 or infinity."""
+    # the branch not taken must stay finite, or its gradient is 0 * inf
+    return jnp.where(u >= 0, 1 + u, 1 / (1 - jnp.minimum(u, 0)))

@@ -1,0 +1,188 @@
+"""The language model: embedding, scanned layers, norm, head."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mamba3_jax.block import Block
+from mamba3_jax.config import ModelConfig
+from mamba3_jax.mixers import LETTERS, MIXERS
+from mamba3_jax.nn.initial import linear
+from mamba3_jax.nn.norm import NORMS
+from mamba3_jax.nn.precision import DTYPES, einsum
+
+REMATS = ("none", "block", "op")
+
+
+def segments(pattern):
+    """Cut a pattern into [(unit, repeats), ...] with the least total length of the units: what must be compiled.
+
+    "MMMMMA" * 4 -> [("MMMMMA", 4)];  "MMMAMMM" -> [("M", 3), ("A", 1), ("M", 3)]. Of equals, the fewest segments.
+    A pattern is a string of letters or a tuple of names, and so are the units.
+    """
+    best = [(0, 0, [])]  # of every prefix: total length of the units, segments, the cut
+    for end in range(1, len(pattern) + 1):
+        options = []
+        for begin in reversed(range(end)):
+            part = pattern[begin:end]
+            size = next(n for n in range(1, len(part) + 1) if part[:n] * (len(part) // n) == part)
+            length, count, cut = best[begin]
+            options.append((length + size, count + 1, [*cut, (part[:size], len(part) // size)]))
+        best.append(min(options, key=lambda option: option[:2]))
+    return best[-1][2]
+
+
+def mixer_names(pattern) -> list[str]:
+    """Names in `MIXERS`, one a layer.
+
+    Raises:
+        ValueError: a letter or a name that is not in the tables.
+    """
+    table = LETTERS if isinstance(pattern, str) else {name: name for name in MIXERS}
+    for layer, entry in enumerate(pattern):
+        if entry not in table:
+            raise ValueError(f"pattern has {entry!r} at layer {layer}, wanted one of {sorted(table)}")
+    return [table[entry] for entry in pattern]
+
+
+def padded_vocab(config: ModelConfig) -> int:
+    """Rows of the embedding: vocab_size rounded up to a multiple of pad_vocab_to."""
+    return -(-config.vocab_size // config.pad_vocab_to) * config.pad_vocab_to
+
+
+def validate(config: ModelConfig) -> None:
+    """Raise ValueError, naming the value and the wish, for any combination that is not a model."""
+    for name in ("vocab_size", "pad_vocab_to", "d_model"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} is not positive")
+    if not config.pattern:
+        raise ValueError("pattern is empty: wanted at least one layer")
+    if config.d_ff < 0:
+        raise ValueError(f"{config.d_ff=} is negative: 0 is no feed-forward")
+    for name, table in {"norm": NORMS, "compute_dtype": DTYPES, "remat": REMATS}.items():
+        if getattr(config, name) not in table:
+            raise ValueError(f"{name}={getattr(config, name)!r} is not one of {sorted(table)}")
+    for mixer in sorted(set(mixer_names(config.pattern))):
+        MIXERS[mixer].check(config)
+
+
+class Unit(nn.Module):
+    """The layers that one segment repeats."""
+
+    config: ModelConfig
+    mixers: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self, residual_BLD, state, start_BL):
+        block = nn.remat(Block) if self.config.remat == "block" else Block
+        new_state = {}
+        for index, mixer in enumerate(self.mixers):
+            name = f"block_{index}"
+            before = None if state is None else state[name]
+            residual_BLD, new_state[name] = block(self.config, mixer, name=name)(residual_BLD, before, start_BL)
+        return residual_BLD, new_state
+
+
+class LanguageModel(nn.Module):
+    """logits, state = model(tokens, state, start): next-token logits after every token.
+
+    Training, prefill in any number of pieces and decoding are this one call.
+
+    Args of the call:
+        tokens_BL: integers in [0, vocab_size). An id past the padded vocabulary gives NaN logits in its row, from
+            there on at least, since a compiled program cannot raise; loaders and commands check ids before.
+        state: what the tokens before left (`empty_state` or a returned one), or None to start from nothing.
+        start_BL: bool, true at the first token of a document, or None. Documents do not see each other.
+
+    Returns:
+        logits_BLV, float32, as wide as the padded vocabulary, and the state
+        {"segment_i": {"block_j": the mixer's state, its leading axis the repeats}}.
+        Without an incoming state, an attention cache has room for these L tokens only.
+
+    Raises:
+        ValueError: see `validate`.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens_BL, state=None, start_BL=None):
+        config = self.config
+        validate(config)
+        dtype = DTYPES[config.compute_dtype]
+        embedding_VD = Embedding(padded_vocab(config), config.d_model, config.embedding_std, name="embedding")()
+        residual_BLD = jnp.take(embedding_VD, tokens_BL, axis=0)  # out of range: NaN
+        residual_BLD = residual_BLD.astype(jnp.float32 if config.residual_in_fp32 else dtype)
+        residual_BLD = nn.with_logical_constraint(residual_BLD, ("batch", "length", "embed"))
+
+        new_state = {}
+        for index, (unit, repeats) in enumerate(segments(config.pattern)):
+            name = f"segment_{index}"
+            scanned = nn.scan(
+                Unit,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),
+                length=repeats,
+                unroll=1 if config.scan_layers else repeats,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            before = None if state is None else state[name]
+            layers = scanned(config, tuple(mixer_names(unit)), name=name)
+            residual_BLD, new_state[name] = layers(residual_BLD, before, start_BL)
+
+        x_BLD = NORMS[config.norm](dtype, name="norm")(residual_BLD)
+        head_DV = embedding_VD.T if config.tie_embeddings else Head(embedding_VD.shape, name="head")()
+        return einsum("bld,dv->blv", x_BLD, head_DV, dtype=dtype, out=jnp.float32), new_state
+
+    @nn.nowrap
+    def empty_state(self, batch: int, capacity: int):
+        """The state before any token, with room for `capacity` tokens in every attention cache."""
+        validate(self.config)
+
+        def stacked(mixer, repeats):
+            state = MIXERS[mixer].empty_state(self.config, batch, capacity)
+            return jax.tree.map(lambda x: jnp.zeros((repeats, *x.shape), x.dtype), state)
+
+        return {
+            f"segment_{i}": {f"block_{j}": stacked(mixer, repeats) for j, mixer in enumerate(mixer_names(unit))}
+            for i, (unit, repeats) in enumerate(segments(self.config.pattern))
+        }
+
+
+class Embedding(nn.Module):
+    """The table of token vectors, N(0, std)."""
+
+    rows: int
+    width: int
+    std: float
+
+    @nn.compact
+    def __call__(self):
+        normal = nn.with_logical_partitioning(nn.initializers.normal(self.std), ("vocab", "embed"))
+        return self.param("embedding", normal, (self.rows, self.width))
+
+
+class Head(nn.Module):
+    """The output projection of a model that does not tie it to the embedding."""
+
+    shape: tuple[int, int]  # of the embedding: rows, width
+
+    @nn.compact
+    def __call__(self):
+        rows, width = self.shape
+        return self.param("kernel", nn.with_logical_partitioning(linear(width), ("embed", "vocab")), (width, rows))
+
+
+def boxed_shapes(config: ModelConfig):
+    """The parameter tree as shapes, with the logical axis names: nothing is computed."""
+    validate(config)
+    tokens_BL = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(LanguageModel(config).init, jax.random.key(0), tokens_BL)["params"]
+
+
+def init_params(config: ModelConfig, key):
+    """Initial parameters (SPEC section 10), a plain nested dict of float32 arrays."""
+    validate(config)
+    init = jax.jit(lambda key: nn.meta.unbox(LanguageModel(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]))
+    return init(key)

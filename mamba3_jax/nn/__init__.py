@@ -1,0 +1,1 @@
+"""Small Flax modules and the functions under them: norms, feed-forward, initial values."""

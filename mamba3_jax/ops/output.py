@@ -1,0 +1,42 @@
+"""From the state's read-out to the op's output: skip, pre-gate norm, gate, and the sum over MIMO ranks."""
+
+import jax
+import jax.numpy as jnp
+
+from mamba3_jax.ops.types import Heads
+
+NORM_EPS = 1e-5
+
+
+def finish(y_HRP, x_HRP, gate_HP, heads: Heads):
+    """o = sum_r out[r] norm(y[r] + D x[r]) silu(gate gate_rank[r]): SPEC section 7, for any leading axes.
+
+    An axis of tokens may stand between H and R: then every field of `heads` has an axis of size 1 there.
+
+    Args:
+        y_HRP: (..., H, R, P), what the state gives each rank, in the accumulator's dtype.
+        x_HRP: (..., H, R, P), the values as they entered the state (times v_rank).
+        gate_HP: (..., H, P) or None.
+        heads: skip, norm, gate_rank and out_rank, each applied where it is not None (out_rank None: one rank).
+
+    Returns:
+        (..., H, P) in y's dtype. The norm's statistics are over P, of each head and rank.
+    """
+    dtype = y_HRP.dtype
+    if heads.skip_H is not None:
+        y_HRP = y_HRP + heads.skip_H[..., None, None].astype(dtype) * x_HRP
+    if heads.norm_HP is not None:
+        mean_square = jnp.mean(jnp.square(y_HRP), axis=-1, keepdims=True)
+        y_HRP = y_HRP * jax.lax.rsqrt(mean_square + NORM_EPS) * heads.norm_HP[..., None, :].astype(dtype)
+    if gate_HP is not None:
+        gate_HRP = gate_HP[..., None, :].astype(dtype)
+        if heads.gate_rank_HRP is not None:
+            gate_HRP = gate_HRP * heads.gate_rank_HRP.astype(dtype)
+        y_HRP = y_HRP * jax.nn.silu(gate_HRP)
+    if heads.out_rank_HRP is not None:
+        y_HRP = y_HRP * heads.out_rank_HRP.astype(dtype)
+    if y_HRP.shape[-2] == 1:
+        return y_HRP[..., 0, :]
+    # Neither jnp.sum nor fused with what is above: XLA's CPU backend takes ten times as long over a short inner axis.
+    y_HRP = jax.lax.optimization_barrier(y_HRP)
+    return sum(y_HRP[..., rank, :] for rank in range(1, y_HRP.shape[-2])) + y_HRP[..., 0, :]

@@ -1,0 +1,41 @@
+"""The sizes of the Mamba-3 paper (arXiv 2603.15569), as its released checkpoints have them, and counting parameters."""
+
+import math
+
+import flax.linen as nn
+import jax
+
+from mamba3_jax.config import ModelConfig
+from mamba3_jax.model import boxed_shapes
+
+
+def paper(d_model: int, layers: int, d_ff: int, mimo_rank: int = 0) -> ModelConfig:
+    """One of the paper's models: every layer Mamba-3 and SwiGLU, Llama-3.1 vocabulary, tied head, bf16 compute."""
+    return ModelConfig(
+        vocab_size=128256,
+        pad_vocab_to=16,
+        d_model=d_model,
+        pattern="M" * layers,
+        d_ff=d_ff,
+        mimo_rank=mimo_rank,
+        compute_dtype="bfloat16",
+    )
+
+
+# d_ff is the real width: the official code rounds the configured one up to a multiple of 128. MIMO models have a
+# narrower feed-forward, so that they have as many parameters as SISO ones.
+PRESETS = {
+    "siso-180m": paper(768, 12, 1536),
+    "mimo-180m": paper(768, 12, 1280, mimo_rank=4),
+    "siso-440m": paper(1024, 24, 2048),
+    "mimo-440m": paper(1024, 24, 1792, mimo_rank=4),
+    "siso-880m": paper(1536, 24, 3072),
+    "mimo-880m": paper(1536, 24, 2816, mimo_rank=4),
+    "siso-1.5b": paper(2048, 24, 4096),
+    "mimo-1.5b": paper(2048, 24, 3840, mimo_rank=4),
+}
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Numbers in the parameter tree; a tied head counts once. Nothing is computed or allocated."""
+    return sum(math.prod(shape.shape) for shape in jax.tree.leaves(nn.meta.unbox(boxed_shapes(config))))

@@ -1,0 +1,1 @@
+"""Training: optimizer, loss, one step, the loop around it and what it writes."""

@@ -1,0 +1,250 @@
+"""The loop around the step: data in, metrics and checkpoints out; it resumes after the workdir's newest checkpoint."""
+
+import collections
+import contextlib
+import functools
+import itertools
+import math
+import time
+
+import jax
+
+from mamba3_jax import model
+from mamba3_jax.checkpoint import Checkpoints, all_steps, checkpoint_dir, load_config, write_config
+from mamba3_jax.config import Config
+from mamba3_jax.data import loader, tokenizer
+from mamba3_jax.sharding import make_mesh, using
+from mamba3_jax.train import flops, metrics, optimizer, resume
+from mamba3_jax.train.loss import Sums, bits_per_byte, means
+from mamba3_jax.train.step import TrainState, batch_shapes, eval_step, init_state, put, state_shapes, train_step
+
+say = functools.partial(print, flush=True)  # a progress line that waits in a buffer is no progress line
+AHEAD = 2  # steps handed to the device before the metrics of an earlier one are waited for
+
+
+class Diverged(Exception):
+    """Too many updates in a row were not finite. The message is for the user."""
+
+
+class Stopped(Exception):
+    """The run saved and stopped on signal `number`. The message is for the user."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.number = number
+
+
+def validate(config: Config) -> None:
+    """Raise ValueError, naming the value and the wish, for a config that cannot be trained here."""
+    model.validate(config.model)
+    optimizer.validate(config.optimizer)
+    for name in ("steps", "log_every", "save_every", "keep", "max_bad_steps"):
+        if getattr(config.train, name) < 1:
+            raise ValueError(f"train.{name}={getattr(config.train, name)} is not positive")
+    for name in ("eval_every", "eval_batches", "z_loss", "peak_tflops"):
+        if getattr(config.train, name) < 0:
+            raise ValueError(f"train.{name}={getattr(config.train, name)} is negative")
+    for name, seed in (("seed", config.seed), ("data.seed", config.data.seed)):
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"{name}={seed} is not in 0 .. {2**32 - 1}")
+    parts = make_mesh(config.train.mesh).shape.get("data", 1) * config.optimizer.accumulate
+    if config.data.batch < 1 or config.data.batch % parts:
+        raise ValueError(
+            f"data.batch={config.data.batch} is not a positive multiple of {parts}: "
+            f"optimizer.accumulate={config.optimizer.accumulate} x the data axis of train.mesh={config.train.mesh!r}"
+        )
+    if (ids := tokenizer(config.data).vocab_size) > config.model.vocab_size:
+        raise ValueError(f"model.vocab_size={config.model.vocab_size} is less than the {ids} ids of the tokenizer")
+
+
+class Trainer:
+    """One run in one workdir; use it as a context manager.
+
+    The constructor raises ValueError or OSError for whatever the user can mend, before anything is compiled: a config
+    that cannot be, data or a workdir that cannot be used, a checkpoint that cannot be read or is of another run.
+    """
+
+    def __init__(self, config: Config, workdir, report=say):
+        validate(config)
+        self.config, self.workdir = config, checkpoint_dir(workdir).parent
+        self.chief = jax.process_index() == 0
+        self.report = report if self.chief else lambda *_: None
+        self.mesh = make_mesh(config.train.mesh)
+        self.shapes = state_shapes(config, self.mesh)
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        self._check_resume()
+
+        host = {"host": (jax.process_index(), jax.process_count()), "vocab_size": config.model.vocab_size}
+        batches = config.train.eval_batches if config.train.eval_every else 0
+        self.valid = list(itertools.islice(loader(config.data, "valid", **host), batches)) if batches else []
+        with contextlib.ExitStack() as stack:
+            if self.chief:
+                stack.enter_context(resume.alone(self.workdir))
+            self.data = stack.enter_context(contextlib.closing(loader(config.data, "train", **host)))
+            self.checkpoints = stack.enter_context(Checkpoints(self.workdir, config))
+            self.best = self.checkpoints.best_loss()
+            self.start_params = None
+            self.state, self.step = self._restore()
+            self.log = None
+            if self.chief:
+                self.log = stack.enter_context(contextlib.closing(metrics.Log(self.workdir, self.step)))
+                write_config(self.workdir, config)
+            self._open = stack.pop_all()
+        self.pending = collections.deque()  # (step, metrics still on the device)
+        self.flops = flops.flops_per_token(config.model, config.data.length)
+        self.peak = flops.peak_flops(config.train.peak_tflops)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._open.close()
+
+    def run(self) -> dict:
+        """Trains to the last step, draws the curve, reports a table and returns its numbers.
+
+        Raises:
+          Diverged: after max_bad_steps updates in a row that were not finite and so not made. Whichever checkpoint is
+            the newest then is a good one.
+          Stopped: after SIGTERM or SIGINT, once the state is saved.
+        """
+        with using(self.mesh), resume.Signals() as signals:
+            self._compile()
+            while self.step < self.config.train.steps:
+                self._advance()
+                stop = signals.caught or self.checkpoints.reached_preemption(self.step)
+                self._evaluate_and_save(stop)
+                if stop:
+                    self.checkpoints.wait()
+                    path = self.checkpoints.directory / str(self.step)
+                    raise Stopped(signals.caught, f"stopped by signal; saved {path}: the same command resumes")
+            self.checkpoints.wait()
+        return self._finish()
+
+    def _check_resume(self) -> None:
+        """The newest checkpoint is of this run, or of parameters to start from."""
+        self.changes = {}
+        if steps := all_steps(self.workdir):
+            path = checkpoint_dir(self.workdir) / str(steps[-1])
+            only = not (path / "state").exists()
+            if only and steps[-1]:
+                raise ValueError(
+                    f"{path} holds parameters alone: training starts from such a checkpoint at step 0 only"
+                )
+            self.changes = resume.check(load_config(self.workdir), self.config, path, model_only=only)
+
+    def _restore(self) -> tuple[TrainState | None, int]:
+        """State and step of the newest checkpoint, the data set to its position. No state: it is still to be made."""
+        step = self.checkpoints.latest()
+        if step is None:
+            return None, 0
+        rest = self.shapes._asdict()
+        params, rest, position = self.checkpoints.restore(step, rest.pop("params"), rest)
+        if rest is None:
+            self.start_params = params
+            return None, 0
+        self.data.set_state(position)
+        return TrainState(params=params, **rest), step
+
+    def _compile(self) -> None:
+        """The step, and the first state unless there is one."""
+        config, begin = self.config, time.perf_counter()
+        shardings = jax.tree.map(lambda shape: shape.sharding, self.shapes)
+        parameters = sum(math.prod(shape.shape) for shape in jax.tree.leaves(self.shapes.params))
+        self.report(
+            f"{config.name}: {parameters:,} parameters, {jax.device_count()} x {jax.devices()[0].device_kind}, "
+            f"mesh {dict(self.mesh.shape)}, {self.workdir}"
+        )
+        if self.state is not None:
+            self.report(f"resuming after step {self.step}")
+            for field, (old, new) in self.changes.items():
+                self.report(f"  config.{field} was {old!r}, is {new!r}")
+        else:
+            self.state = jax.jit(functools.partial(init_state, config), out_shardings=shardings)()
+            if self.start_params is not None:
+                self.state = self.state._replace(params=self.start_params)
+        update = jax.jit(functools.partial(train_step, config), donate_argnums=0, out_shardings=(shardings, None))
+        self.update = update.lower(self.shapes, batch_shapes(config.data, self.mesh)).compile()
+        self.evaluate = jax.jit(functools.partial(eval_step, config))
+        self.report(f"compiled in {time.perf_counter() - begin:.1f} s")
+        self.begin = time.perf_counter()
+        self.since = (self.begin, self.step)
+
+    def _advance(self) -> None:
+        """Hands one step to the device, and takes in the metrics of the step before the last two."""
+        batch = put(next(self.data), self.mesh)
+        self.state, got = self.update(self.state, batch)
+        self.step += 1
+        self.pending.append((self.step, got))
+        while len(self.pending) > AHEAD:
+            self._receive()
+
+    def _receive(self) -> None:
+        """The oldest pending metrics: logged if due; stops the run if too many updates in a row were skipped."""
+        step, got = self.pending.popleft()
+        values = {name: value.item() for name, value in jax.device_get(got).items()}
+        bad = values.pop("bad")
+        if step % self.config.train.log_every == 0 or step == self.config.train.steps:
+            now, (before, first) = time.perf_counter(), self.since
+            self.since = (now, step)
+            seconds = (now - before) / (step - first)
+            rate = self.config.data.batch * self.config.data.length / seconds
+            values["tokens_per_second"] = rate
+            if self.peak:
+                values["mfu"] = rate * self.flops / self.peak
+            self._write(step, values)
+            self.report(metrics.progress(step, self.config.train.steps, values, seconds))
+        if bad >= self.config.train.max_bad_steps:
+            self.checkpoints.wait()
+            latest = self.checkpoints.latest()
+            last = "no checkpoint was saved" if latest is None else f"the last good checkpoint is of step {latest}"
+            raise Diverged(
+                f"loss or gradient was not finite in {bad} steps in a row, the last one step {step}; "
+                f"{last} in {self.checkpoints.directory}"
+            )
+
+    def _evaluate_and_save(self, stop: bool) -> None:
+        """Whichever is due after this step. If the best is kept, a step better than any before is saved too."""
+        train = self.config.train
+        last = self.step == train.steps
+        evaluate = self.valid and (last or self.step % train.eval_every == 0)
+        save = stop or last or self.step % train.save_every == 0
+        if not (evaluate or save):
+            return
+        while self.pending:
+            self._receive()
+        loss = self._validate() if evaluate else math.inf
+        if save or (train.keep_best and loss < self.best):
+            if self.log:
+                self.log.flush()  # a resumed run drops later lines, but cannot bring back earlier ones
+            rest = self.state._asdict()
+            self.checkpoints.save(self.step, rest.pop("params"), rest, self.data.get_state(), loss)
+        self.best = min(self.best, loss)
+        self.since = (time.perf_counter(), self.step)
+
+    def _validate(self) -> float:
+        """Mean validation loss over the same batches every time."""
+        parts = [self.evaluate(self.state.params, put(batch, self.mesh)) for batch in self.valid]
+        values = {name: value.item() for name, value in means(Sums(*map(sum, zip(*parts, strict=True)))).items()}
+        if (bits := bits_per_byte(values["loss"], self.config.data)) is not None:
+            values["bits_per_byte"] = bits
+        self._write(self.step, {f"valid_{name}": value for name, value in values.items()})
+        self.report(
+            f"step {self.step} validation: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        )
+        return values["loss"] if math.isfinite(values["loss"]) else math.inf
+
+    def _write(self, step: int, values: dict) -> None:
+        if self.log:
+            self.log.write(step, values)
+
+    def _finish(self) -> dict:
+        """Curve and table, from metrics.jsonl: of the whole run, however often it was resumed."""
+        if not self.chief:
+            return {}
+        lines = metrics.read(self.log.path)
+        summary = metrics.summary(lines, self.config)
+        metrics.draw_curve(self.workdir / "curve.png", lines, self.config)
+        files = {"checkpoint": self.checkpoints.directory / str(self.step), "curve": self.workdir / "curve.png"}
+        self.report(metrics.table(summary | files))
+        return summary

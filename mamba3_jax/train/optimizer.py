@@ -1,0 +1,85 @@
+"""AdamW, its schedule, and which parameters decay."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mamba3_jax.config import OptimizerConfig
+
+# Fraction of the peak as a function of progress u in (0, 1], which begins when the warm-up ends.
+SHAPES = {
+    "cosine": lambda u, config: config.final + (1 - config.final) * (1 + jnp.cos(jnp.pi * u)) / 2,
+    "wsd": lambda u, config: 1 - (1 - config.final) * _last(u, config.decay / (1 - config.warmup)),
+    "constant": lambda u, config: jnp.ones_like(u),
+}
+
+
+def _last(u, part):
+    """0 until the last `part` of the way, then linearly up to 1."""
+    return jnp.clip((u - (1 - part)) / part, 0, 1)
+
+
+def validate(config: OptimizerConfig) -> None:
+    """Raise ValueError, naming the value and the wish."""
+    if config.schedule not in SHAPES:
+        raise ValueError(f"optimizer.schedule={config.schedule!r} is not one of {', '.join(SHAPES)}")
+    if not 0 <= config.warmup < 1:
+        raise ValueError(f"optimizer.warmup={config.warmup} is not a fraction of the steps in [0, 1)")
+    if config.schedule == "wsd" and not 0 < config.decay <= 1 - config.warmup:
+        raise ValueError(
+            f"optimizer.decay={config.decay} is not a fraction of the steps left by warmup={config.warmup}"
+        )
+    if config.accumulate < 1:
+        raise ValueError(f"optimizer.accumulate={config.accumulate} is not a positive number of micro-batches")
+    for name, low, high in (("b1", 0, 1), ("b2", 0, 1), ("final", 0, math.inf), ("clip", 0, math.inf)):
+        if not low <= getattr(config, name) < high:
+            raise ValueError(f"optimizer.{name}={getattr(config, name)} is not in [{low}, {high})")
+    for name in ("learning_rate", "eps"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"optimizer.{name}={getattr(config, name)} is not positive")
+
+
+def schedule(config: OptimizerConfig, steps: int):
+    """lr(t) of update t = 0..steps-1: linear up to the peak at t = W-1, then the shape, down to `final` at t = steps-1.
+
+    W = warmup * steps. cosine: half a wave. wsd: the peak, then linear over the last decay * steps. The first update is
+    not lost to a learning rate of zero, the last one is `final` exactly.
+    """
+    warm = round(config.warmup * steps)
+
+    def learning_rate(t):
+        done = jnp.asarray(t, jnp.float32) + 1
+        rise = jnp.minimum(done / max(warm, 1), 1)
+        u = jnp.clip((done - warm) / max(steps - warm, 1), 0, 1)
+        return config.learning_rate * rise * SHAPES[config.schedule](u, config)
+
+    return learning_rate
+
+
+def decays(params):
+    """True for the parameters that weight decay shrinks: not dt_bias, D (here: skip), norms and biases.
+
+    The biases of B and C (k_bias, q_bias) are biases, so are those of attention. Matrices, the embedding and the rank
+    projections of MIMO (v_rank, gate_rank, out_rank) decay, as in the official code.
+    """
+
+    def decay(path, _):
+        name = path[-1].key
+        return not (name in ("scale", "skip") or name.endswith(("bias", "norm")))
+
+    return jax.tree_util.tree_map_with_path(decay, params)
+
+
+def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, AdamW with decoupled decay on `decays`, `schedule`.
+
+    The state has one structure for every config, so a run can resume with another one.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip or math.inf),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, decays),
+        optax.scale_by_learning_rate(schedule(config, steps)),
+    )

@@ -1,0 +1,84 @@
+"""What may change between the runs of one workdir, one run at a time in it, and stopping on a signal."""
+
+import contextlib
+import fcntl
+import signal
+from pathlib import Path
+
+from mamba3_jax.config import Config, to_dict
+
+# Sections and fields that a resumed run may have otherwise: how long, how fast, how it is run. All else is another run.
+MAY_CHANGE = {
+    "name",
+    "optimizer",
+    "train",
+    "data.workers",
+    "model.implementation",
+    "model.chunk",
+    "model.remat",
+    "model.scan_layers",
+}
+
+
+def changes(old: Config, new: Config) -> dict[str, tuple]:
+    """Field path -> (old, new) of every field that differs."""
+    return dict(_changes(to_dict(old), to_dict(new), ""))
+
+
+def _changes(old: dict, new: dict, path: str):
+    for name in new:
+        if isinstance(new[name], dict):
+            yield from _changes(old[name], new[name], f"{path}{name}.")
+        elif old[name] != new[name]:
+            yield f"{path}{name}", (old[name], new[name])
+
+
+def check(saved: Config, config: Config, path, *, model_only: bool = False) -> dict[str, tuple]:
+    """The changes, if a run may resume with them.
+
+    Raises ValueError, naming the field, if it may not. `model_only`: the checkpoint is of parameters alone, so a run
+    with any data and seed may start from it.
+    """
+    found = changes(saved, config)
+    for field, (old, new) in found.items():
+        section = field.split(".")[0]
+        if section in MAY_CHANGE or field in MAY_CHANGE or (model_only and section != "model"):
+            continue
+        raise ValueError(
+            f"config.{field}={new!r}, but {path} was trained with {old!r}: "
+            "a run resumes with the model, data and seed it began with; use another workdir"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def alone(workdir: Path):
+    """Holds workdir/lock, which the system gives back when the process ends in whatever way.
+
+    Raises ValueError if another run holds it: the two would delete each other's checkpoints.
+    """
+    with (workdir / "lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is at work in {workdir}: it holds {workdir / 'lock'}") from None
+        yield
+
+
+class Signals:
+    """Notes SIGTERM and SIGINT instead of dying, so that the run can save first; a second one ends it at once."""
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+
+    def __enter__(self):
+        self.caught = 0
+        self._before = {number: signal.signal(number, self._note) for number in self.numbers}
+        return self
+
+    def _note(self, number, frame):
+        self.caught = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def __exit__(self, *exception):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

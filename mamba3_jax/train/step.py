@@ -1,0 +1,131 @@
+"""One update, as a pure function of state and batch."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mamba3_jax.config import Config, DataConfig
+from mamba3_jax.data.batch import Batch
+from mamba3_jax.model import LanguageModel, init_params
+from mamba3_jax.sharding import batch_sharding, param_shardings
+from mamba3_jax.train.loss import Sums, means, objective, sums
+from mamba3_jax.train.optimizer import optimizer, schedule
+
+
+class TrainState(NamedTuple):
+    """All that a step needs of the past. A skipped update counts as a step: its batch is gone, nothing else changed."""
+
+    step: jax.Array  # int32: batches seen
+    skipped: jax.Array  # int32: of these, how many had a loss or gradient that was not finite
+    bad: jax.Array  # int32: skipped in a row, up to the last one
+    rng: jax.Array  # key data, for what a step may draw: step t from fold_in(rng, t)
+    params: Any
+    opt_state: Any
+
+
+def init_state(config: Config) -> TrainState:
+    """The state before the first step; everything random in it comes from config.seed."""
+    model_key, rng = jax.random.split(jax.random.key(config.seed))
+    params = init_params(config.model, model_key)
+    zero = jnp.zeros((), jnp.int32)
+    opt_state = optimizer(config.optimizer, config.train.steps).init(params)
+    return TrainState(zero, zero, zero, jax.random.key_data(rng), params, opt_state)
+
+
+def state_shapes(config: Config, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings: Adam's moments lie where their parameters do, the rest is on every device."""
+    shapes = jax.eval_shape(lambda: init_state(config))
+    whole = NamedSharding(mesh, PartitionSpec())
+    params = param_shardings(config.model, mesh)
+    opt_state = optax.tree.map_params(
+        optimizer(config.optimizer, config.train.steps),
+        lambda _, sharding: sharding,
+        shapes.opt_state,
+        params,
+        transform_non_params=lambda _: whole,
+    )
+    shardings = TrainState(whole, whole, whole, whole, params, opt_state)
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
+    )
+
+
+def gradients(config: Config, params, batch: Batch) -> tuple[Any, Sums]:
+    """Gradient of the mean objective over the batch, and the sums, from `accumulate` micro-batches one after the other.
+
+    Sums over tokens are accumulated and divided by the whole batch's weight at the end, so the result is that of the
+    full batch whatever weights its parts have.
+    """
+    count = config.optimizer.accumulate
+
+    def total(params, batch):
+        logits_BLV, _ = LanguageModel(config.model).apply({"params": params}, batch.tokens_BL, None, batch.start_BL)
+        parts = sums(logits_BLV, batch)
+        return objective(parts, config.train.z_loss), parts
+
+    def micro(carry, batch):
+        got = jax.grad(total, has_aux=True)(params, batch)
+        return jax.tree.map(jnp.add, carry, got), None
+
+    if count == 1:
+        grads, parts = jax.grad(total, has_aux=True)(params, batch)
+    else:
+        # Micro-batch i takes rows i, i + count, ...: of every device's rows an equal part.
+        split = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+        zeros = (jax.tree.map(jnp.zeros_like, params), Sums(*jnp.zeros(len(Sums._fields))))
+        (grads, parts), _ = jax.lax.scan(micro, zeros, split)
+    weight = jnp.where(parts.weight > 0, parts.weight, 1)
+    return jax.tree.map(lambda g: g / weight, grads), parts
+
+
+def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+    """One AdamW update, and its metrics as scalars.
+
+    Where the objective or the gradient's norm is not finite, parameters and the whole optimizer state (moments, count,
+    so the schedule too) stay bit for bit what they were, and the step is counted as skipped.
+    """
+    tx = optimizer(config.optimizer, config.train.steps)
+    grads, parts = gradients(config, state.params, batch)
+    norm = optax.tree.norm(grads)
+    good = jnp.isfinite(objective(parts, config.train.z_loss)) & jnp.isfinite(norm)
+
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)  # noqa: E731
+    metrics = means(parts) | {
+        "grad_norm": norm,
+        "learning_rate": schedule(config.optimizer, config.train.steps)(state.step - state.skipped),
+        "skipped": state.skipped + ~good,
+        "bad": jnp.where(good, 0, state.bad + 1),
+    }
+    state = TrainState(
+        step=state.step + 1,
+        skipped=metrics["skipped"],
+        bad=metrics["bad"],
+        rng=state.rng,
+        params=keep(params, state.params),
+        opt_state=keep(opt_state, state.opt_state),
+    )
+    return state, metrics
+
+
+def eval_step(config: Config, params, batch: Batch) -> Sums:
+    """The sums over one batch."""
+    logits_BLV, _ = LanguageModel(config.model).apply({"params": params}, batch.tokens_BL, None, batch.start_BL)
+    return sums(logits_BLV, batch)
+
+
+def batch_shapes(config: DataConfig, mesh: Mesh) -> Batch:
+    """Shapes, dtypes and shardings of a global batch."""
+    dtypes = Batch(tokens_BL=jnp.int32, targets_BL=jnp.int32, weights_BL=jnp.float32, start_BL=jnp.bool_)
+    shape, sharding = (config.batch, config.length), batch_sharding(mesh)
+    return jax.tree.map(lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding), dtypes)
+
+
+def put(batch: Batch, mesh: Mesh) -> Batch:
+    """This host's rows as its part of the global batch on the mesh."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

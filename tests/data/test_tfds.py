@@ -1,0 +1,79 @@
+"""A dataset that the test itself prepares in the TFDS format: no download, no TensorFlow."""
+
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from mamba3_jax.config import DataConfig
+from mamba3_jax.data import loader
+from mamba3_jax.data.tfds_text import tfds_rows
+
+TEXTS = {"train": [f"example {i} é" * (i % 4 + 1) for i in range(300)], "validation": ["one", "", "two"]}
+
+
+class TinyText(tfds.core.GeneratorBasedBuilder):
+    __module__ = "tiny_text"  # a module inside a package sends TFDS looking for its checksums, with a library it lacks
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "label": np.int64})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, manager):
+        return {split: self._generate_examples(split) for split in TEXTS}
+
+    def _generate_examples(self, split):
+        for i, text in enumerate(TEXTS[split]):
+            yield i, {"text": text, "label": i}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tfds")
+    TinyText(data_dir=str(directory), file_format="array_record").download_and_prepare()
+    return str(directory)
+
+
+def config(directory, **fields):
+    return DataConfig(**{"source": "tfds", "tfds_name": "tiny_text", "tfds_dir": directory, "length": 32, **fields})
+
+
+def documents(data, split):
+    """The texts back from the rows of a split."""
+    rows = tfds_rows(data, split)
+    whole = rows.gather(np.arange(rows.count))
+    real = np.flatnonzero(whole.tokens_BL)[-1] + 1
+    return bytes(whole.tokens_BL.ravel()[:real].tolist()).decode().split("\0")
+
+
+def test_examples_are_documents(directory):
+    assert sorted(documents(config(directory), "train")) == sorted(TEXTS["train"])
+    assert sorted(documents(config(directory), "valid")) == ["one", "two"]
+    half = documents(config(directory, tfds_train_split="train[:50%]"), "train")
+    assert len(half) == 150
+    assert set(half) <= set(TEXTS["train"])
+    assert "tensorflow" not in sys.modules
+
+
+def test_loads(directory):
+    batch = next(loader(config(directory, batch=3), "train", vocab_size=256))
+    assert batch.tokens_BL.shape == (3, 32)
+    assert batch.weights_BL.sum() > 80
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tfds_name": "tiny_txt"}, r"data.tfds_name='tiny_txt' is not prepared in .* which has .*tiny_text"),
+        ({"tfds_name": "lm1b"}, r"data.tfds_name='lm1b' is not prepared in"),
+        ({"tfds_name": ""}, "data.tfds_name is empty"),
+        ({"tfds_train_split": "training"}, "tiny_text has no split 'training'; it has train, validation"),
+        ({"tfds_key": "txt"}, "data.tfds_key='txt' is not a field of tiny_text: .*text"),
+    ],
+)
+def test_mistakes_are_named(directory, fields, message):
+    with pytest.raises(ValueError, match=message) as error:
+        loader(config(directory, **fields), "train", vocab_size=256)
+    assert "\n" not in str(error.value)

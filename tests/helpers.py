@@ -1,0 +1,24 @@
+"""What tests share: the error metric and the recorded official cases."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def rel_rms(got, want) -> float:
+    """RMS of the difference over RMS of the reference, in float64; 0/0 is 0 and NaN stays NaN."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape, f"{got.shape} is not {want.shape}"
+    difference = np.sqrt(np.mean(np.square(got - want)))
+    return float(difference / np.sqrt(np.mean(np.square(want)))) if difference != 0 else 0.0
+
+
+def golden(name: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """The manifest entry and the arrays of one recorded case (tests/golden/manifest.json says how it was made)."""
+    cases = json.loads((GOLDEN / "manifest.json").read_text())["cases"]
+    case = next(case for case in cases if case["name"] == name)
+    with np.load(GOLDEN / case["file"]) as arrays:
+        return case, dict(arrays)

@@ -1,0 +1,106 @@
+"""The commands as a user runs them: what they print and write, and one line for a mistake."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mamba3_jax import checkpoint
+from mamba3_jax.convert.files import FORMATS
+from tests.helpers import GOLDEN
+from tests.inference.tiny import run_config, tiny
+
+ROOT = Path(__file__).parents[2]
+OFFICIAL = GOLDEN / "lm_siso_mlp"
+
+
+def command(name, *arguments):
+    """(exit status, stdout, stderr) of python -m launch.name."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    line = [sys.executable, "-m", f"launch.{name}", *map(str, arguments)]
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def mistake(name, *arguments):
+    """The one line that a command ends with instead of a result."""
+    status, out, err = command(name, *arguments)
+    assert (status, out) == (2, ""), (out, err)
+    assert "Traceback" not in err
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert err.splitlines()[-1] == line
+    return line
+
+
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory):
+    """A workdir of an untrained byte model."""
+    folder = tmp_path_factory.mktemp("text")
+    for name in ("train", "valid"):
+        (folder / f"{name}.txt").write_text(f"the quick brown fox, {name}. " * 20)
+    config = run_config(train_glob=str(folder / "train.txt"), valid_glob=str(folder / "valid.txt"))
+    checkpoint.save_model(folder / "run", config, tiny("M", 256)[1], step=3)
+    return folder / "run"
+
+
+def test_importing_is_light():
+    code = "import mamba3_jax, sys; assert 'jax' not in sys.modules; assert callable(mamba3_jax.load); mamba3_jax.ssm"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_generate(text_run):
+    arguments = ["--prompt=ab\n", "--prompt=", "--tokens=40", "--top_k=50", "--top_p=0.9", "--stop=\x01\x02\x03"]
+    status, out, err = command("generate", f"--workdir={text_run}", *arguments)
+    assert status == 0, err
+    assert out.startswith("ab\n")
+    assert out.splitlines()[-1].startswith("[prefill 2 tokens")
+    assert "tokens/s" in out
+
+
+def test_evaluate(text_run):
+    status, out, err = command("evaluate", f"--workdir={text_run}", "--lengths=32,64")
+    assert status == 0, err
+    assert "2x the trained length" in out
+    report = json.loads((text_run / "evaluation/step_3.json").read_text())
+    assert report["step"] == 3
+    assert [r["length"] for r in report["results"]] == [32, 64]
+    assert f"{report['results'][0]['loss']:.4f}" in out
+
+
+def test_convert_there_and_back(tmp_path):
+    official, run, back = tmp_path / "official", tmp_path / "run", tmp_path / "new/back"
+    shutil.copytree(OFFICIAL, official)
+    (official / "state_dict.npz").unlink()
+    assert command("convert", f"--source={official}", f"--target={run}")[0] == 0
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.json", "official.json"]
+    assert command("convert", f"--source={run}", f"--target={back}")[0] == 0
+    assert sorted(path.name for path in back.iterdir()) == sorted(path.name for path in official.iterdir())
+    assert json.loads((back / "config.json").read_text()) == json.loads((official / "config.json").read_text())
+    for file, format in FORMATS.items():
+        got, want = format.read(back / file), format.read(official / file)
+        assert list(got) == list(want)
+        assert all(got[name].tobytes() == array.tobytes() for name, array in want.items())
+    assert "exists already" in mistake("convert", f"--source={official}", f"--target={run}")
+
+    (official / "model.safetensors").write_bytes((official / "model.safetensors").read_bytes()[:50_000])
+    assert "model.safetensors" in mistake("convert", f"--source={official}", f"--target={tmp_path / 'cut'}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "official", "run"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "named"),
+    [
+        ("generate", ["--workdir={run}", "--promt=x"], "promt"),
+        ("generate", ["--workdir=/nowhere/at/all", "--prompt=x"], "/nowhere/at/all"),
+        ("generate", ["--workdir={official}", "--prompt_ids=1,93"], "token id 93 at place 1"),
+        ("generate", ["--workdir={run}", "--prompt=x", "--seed=-1"], "seed"),
+        ("evaluate", ["--workdir={run}", "--step=4"], "no checkpoint of step 4"),
+        ("evaluate", ["--workdir={official}", "--tokenizer=bytes"], "ids up to 255, the model's vocabulary is 93"),
+    ],
+)
+def test_mistakes_are_one_line(text_run, name, arguments, named):
+    assert named in mistake(name, *(part.format(run=text_run, official=OFFICIAL) for part in arguments))

@@ -1,0 +1,170 @@
+"""Evaluation: sums over pieces are those of the whole, by position and by length."""
+
+import functools
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mamba3_jax.config import DataConfig
+from mamba3_jax.data import Batch
+from mamba3_jax.data.vocabulary import Bytes
+from mamba3_jax.evaluate import language, tasks
+from mamba3_jax.evaluate.score import Scored, Scorer, positions
+from tests.helpers import rel_rms
+from tests.inference.tiny import tiny
+
+LENGTH, PIECE = 40, 16
+
+
+@functools.cache
+def batch():
+    """Two rows of documents, the second of which starts in the middle of a piece."""
+    rng = np.random.default_rng(0)
+    start_BL = np.zeros((2, LENGTH), bool)
+    start_BL[:, 0] = start_BL[0, 21] = True
+    tokens, targets = rng.integers(0, 13, (2, 2, LENGTH)).astype(np.int32)
+    weights_BL = (rng.random((2, LENGTH)) > 0.2).astype(np.float32)
+    return Batch(tokens, targets, weights_BL, start_BL)
+
+
+@functools.cache
+def scorer():
+    return Scorer(*tiny(), PIECE)
+
+
+@functools.cache
+def scored():
+    return scorer().batch(batch())
+
+
+@functools.cache
+def whole():
+    """-log p of the targets from one call for all of a row."""
+    model, params = tiny()
+    logits_BLV = jax.jit(lambda *a: model.apply({"params": params}, a[0], None, a[1])[0])(
+        batch().tokens_BL, batch().start_BL
+    )
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits_BLV), batch().targets_BL[..., None], axis=-1)[..., 0]
+
+
+def test_pieces_are_the_whole():
+    assert rel_rms(scored().nll_BL, whole()) < 1e-5
+    assert rel_rms(scored().nll_BL * 1.001, whole()) > 1e-5
+    reset = batch()._replace(start_BL=batch().start_BL | (np.arange(LENGTH) % PIECE == 0))
+    lost = scorer().batch(reset).nll_BL
+    assert rel_rms(lost, whole()) > 1e-3
+
+
+def test_sums_by_position():
+    total = language.Totals(LENGTH)
+    total.add(scored(), SimpleNamespace(eos=None, decode=lambda ids: "x" * len(ids)))
+    got, weights_BL = total.result(), batch().weights_BL
+    assert rel_rms(got["loss"], np.sum(whole() * weights_BL) / weights_BL.sum()) < 1e-5
+    assert got["perplexity"] == pytest.approx(math.exp(got["loss"]))
+    assert got["bits_per_byte"] == pytest.approx(got["loss"] / math.log(2))
+    assert [(b["from"], b["to"]) for b in got["positions"]] == [(0, 16), (16, 32), (32, 40)]
+    place_BL = np.array([[*range(21), *range(19)], range(40)])
+    for bucket in got["positions"]:
+        inside_BL = (place_BL >= bucket["from"]) & (place_BL < bucket["to"]) & (weights_BL > 0)
+        assert bucket["tokens"] == inside_BL.sum()
+        assert rel_rms(bucket["loss"], np.asarray(whole())[inside_BL].mean()) < 1e-5
+    assert sum(b["tokens"] for b in got["positions"]) == got["tokens"]
+
+
+def test_positions_begin_again_with_each_document():
+    start_BL = np.array([[1, 0, 0, 1, 0], [1, 1, 0, 0, 0]], bool)
+    assert positions(start_BL).tolist() == [[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("length", [2, 16, 17, 64, 100])
+def test_buckets_double(length):
+    edges = language.edges(length)
+    assert edges[0] == 0
+    assert edges[-1] == length
+    assert edges[1:-1] == [16 * 2**i for i in range(len(edges) - 2)]
+
+
+class Syllables:
+    """A tokenizer whose tokens hold 3 bytes, half a character, or the end of a document."""
+
+    eos = 9
+
+    def decode(self, ids):
+        spelt = {0: b"abc", 1: "é".encode()[:1], 2: "é".encode()[1:]}
+        return b"".join(spelt[i] for i in ids).decode()
+
+
+def test_bytes_of_the_targets():
+    targets_BL = np.array([[0, 1, 2, 9, 1, 2, 7]])
+    weights_BL, start_BL = np.array([[1, 1, 1, 1, 1, 1, 0]]), np.array([[1, 0, 0, 0, 1, 0, 0]], bool)
+    batch = Batch(targets_BL, targets_BL, weights_BL, start_BL)
+    assert language.text_bytes(Scored(batch, None, None, None), Syllables()) == 3 + 2 + 1 + 2
+    assert language.text_bytes(Scored(batch, None, None, None), Bytes()) == 6
+
+
+def test_text_past_the_trained_length(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}bcdefghij" * 30)
+    data = DataConfig(
+        length=32,
+        batch=2,
+        train_glob=str(tmp_path / "a.txt"),
+        valid_glob=str(tmp_path / "b.txt"),
+    )
+    lines = []
+    results = language.evaluate(*tiny("M", 256), data, lengths=[64, 32], say=lines.append)
+    assert [r["length"] for r in results] == [32, 64]
+    assert [r["tokens"] for r in results] == [300, 300]  # all but the separator's own target; the separator is one
+    assert results[1]["positions"][-1]["from"] == 32
+    assert results[0]["bits_per_byte"] == pytest.approx(results[0]["loss"] / math.log(2))
+    text = language.table(results, 32)
+    assert "2x the trained length" in text
+    assert text.count("\n") == 8
+    assert language.evaluate(*tiny("M", 256), data, lengths=[32], max_tokens=64)[0]["tokens"] <= 64
+    assert language.evaluate(*tiny("M", 256), data, lengths=[32], max_tokens=32)[0]["tokens"] <= 32  # half a batch
+
+
+class Counter:
+    """Answers parity rightly, but forgets everything after every `memory` tokens."""
+
+    config = SimpleNamespace(vocab_size=2)
+
+    def __init__(self, memory):
+        self.memory = memory
+
+    def empty_state(self, batch, capacity):
+        return {"sum": jnp.zeros(batch, jnp.int32), "place": jnp.zeros(batch, jnp.int32)}
+
+    def apply(self, _, tokens_BL, state, start_BL):
+        def step(carry, inputs):
+            token_B, start_B = inputs
+            place_B = jnp.where(start_B, 0, carry["place"])
+            total_B = jnp.where(start_B | (place_B % self.memory == 0), 0, carry["sum"]) + token_B
+            return {"sum": total_B, "place": place_B + 1}, total_B % 2
+
+        state, parity_LB = jax.lax.scan(step, state, (tokens_BL.T, start_BL.T))
+        return jax.nn.one_hot(parity_LB.T, 2), state
+
+
+def test_parity_by_length():
+    data = DataConfig(source="parity", length=64, batch=32, valid_rows=256, parity_lengths=(40,), parity_steps=(9,))
+    always = tasks.evaluate(Counter(10**6), {}, data)
+    assert [r["length"] for r in always] == [10, 20, 40, 80, 160]
+    assert all(r["accuracy"] == r["last"] == r["scaled_last"] == 1 for r in always)
+    assert all(r["sequences"] == 256 for r in always)
+    forgets = {r["length"]: r for r in tasks.evaluate(Counter(40), {}, data)}
+    assert forgets[40]["last"] == 1
+    assert abs(forgets[160]["scaled_last"]) < 5 / math.sqrt(256)  # chance is 0 with deviation 1/sqrt(sequences)
+    assert forgets[160]["accuracy"] == pytest.approx(1 / 4 + 3 / 4 / 2, abs=0.02)
+    assert "4x the trained length" in tasks.table(list(forgets.values()), 40)
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="not one of the tasks"):
+        tasks.evaluate(Counter(1), {}, DataConfig())
+    with pytest.raises(ValueError, match="length 1 is less than 2"):
+        language.evaluate(None, {}, DataConfig(), lengths=[4, 1])

@@ -1,0 +1,64 @@
+"""Run by test_sharding.py in a process of its own with 4 devices: prints one line a mesh, or raises."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from mamba3_jax.config import ModelConfig
+from mamba3_jax.model import LanguageModel, init_params
+from mamba3_jax.sharding import batch_sharding, make_mesh, param_shardings, state_sharding, using
+from tests.helpers import rel_rms
+
+CONFIG = ModelConfig(
+    vocab_size=32, d_model=16, pattern="MA", d_ff=16, d_state=8, head_dim=8, attn_heads=4, attn_head_dim=4, chunk=4
+)
+
+
+def step(params, tokens_BL, state):
+    """Loss, gradients, logits and state of a batch that continues `state`."""
+
+    def loss(params):
+        logits_BLV, new_state = LanguageModel(CONFIG).apply({"params": params}, tokens_BL, state)
+        return jnp.mean(jnp.square(logits_BLV)), (logits_BLV, new_state)
+
+    (_, outputs), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    return outputs, gradient
+
+
+def main(spec: str):
+    """Sharded = single device, and it is sharded."""
+    params = init_params(CONFIG, jax.random.key(0))
+    tokens_BL = jax.random.randint(jax.random.key(1), (8, 8), 0, CONFIG.vocab_size)
+    state = LanguageModel(CONFIG).empty_state(8, 8)
+    want = jax.jit(step)(params, tokens_BL, state)
+
+    mesh = make_mesh(spec)
+    placed = (
+        jax.device_put(params, param_shardings(CONFIG, mesh)),
+        jax.device_put(tokens_BL, batch_sharding(mesh)),
+        jax.device_put(state, state_sharding(mesh)),
+    )
+    with using(mesh):
+        got = jax.jit(step)(*placed)
+    worst = max(jax.tree.leaves(jax.tree.map(rel_rms, got, want)))
+    assert worst < 1e-5, worst
+
+    (logits_BLV, _), gradient = got
+    heads = placed[0]["segment_0"]["block_0"]["mixer"]["in_zx"]
+    split_batch, split_heads = PartitionSpec("data"), PartitionSpec(None, None, None, "tensor")
+    if "data" in mesh.axis_names:
+        assert logits_BLV.sharding.is_equivalent_to(jax.NamedSharding(mesh, split_batch), 3), logits_BLV.sharding
+        assert heads.sharding.is_fully_replicated
+    else:
+        wanted = jax.NamedSharding(mesh, split_heads)
+        assert heads.sharding.is_equivalent_to(wanted, 5), heads.sharding
+        got_heads = gradient["segment_0"]["block_0"]["mixer"]["in_zx"]
+        assert got_heads.sharding.is_equivalent_to(wanted, 5), got_heads.sharding
+    print(spec, worst)
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        main(argument)

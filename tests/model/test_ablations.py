@@ -1,0 +1,82 @@
+"""Each ablation of the Mamba-3 mixer is what its name says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mamba3_jax.config import ModelConfig
+from mamba3_jax.mixers.mamba3 import ANGLES, TRAPS, Mamba3, heavy_tail
+from tests.helpers import rel_rms
+
+SMALL = {"d_model": 16, "d_state": 8, "head_dim": 8, "chunk": 4, "implementation": "recurrent"}
+X_BLD = np.random.default_rng(0).normal(size=(2, 9, 16)).astype(np.float32)
+
+
+def outputs(params=None, **options):
+    layer = Mamba3(ModelConfig(**SMALL, **options))
+    if params is None:
+        boxed = jax.jit(layer.init)(jax.random.key(0), X_BLD)["params"]
+        params = jax.tree.map(lambda p: p.unbox(), boxed, is_leaf=lambda p: hasattr(p, "unbox"))
+    return params, *jax.jit(layer.apply)({"params": params}, X_BLD)
+
+
+def test_discretizations_are_constants_of_lambda():
+    logit = jnp.array([-2.0, 0.0, 3.0])
+    np.testing.assert_allclose(TRAPS["trapezoid"](logit), 1 / (1 + np.exp(-np.asarray(logit))), rtol=1e-6)
+    assert TRAPS["euler"](logit).tolist() == [1, 1, 1]
+    assert TRAPS["midpoint"](logit).tolist() == [0.5, 0.5, 0.5]
+
+    params, full_BLD, _ = outputs()
+    saturated = params | {"in_dt_a_trap": params["in_dt_a_trap"].at[:, 2].set(0)}  # logit 0: lambda = 1/2
+    _, half_BLD, _ = outputs(saturated)
+    _, midpoint_BLD, _ = outputs(params, discretization="midpoint")
+    _, euler_BLD, _ = outputs(params, discretization="euler")
+    assert rel_rms(midpoint_BLD, half_BLD) < 1e-6
+    assert rel_rms(euler_BLD, full_BLD) > 1e-3
+
+
+def test_fixed_angles_turn_by_a_constant_a_token_whatever_the_data():
+    params, _, state = outputs(angles="rope")
+    planes = state.angle_BHS.shape[-1]
+    frequency_S = 10000.0 ** (-np.arange(planes) / planes)
+    wanted = np.broadcast_to((X_BLD.shape[1] * frequency_S) % (2 * np.pi), state.angle_BHS.shape)
+    np.testing.assert_allclose(state.angle_BHS, wanted, atol=1e-5)
+
+    gradient = jax.grad(lambda p: jnp.sum(outputs_of(p, angles="rope")))(params)["in_kq_angle"]
+    assert np.abs(gradient[:, -planes:]).max() == 0
+    assert np.abs(gradient[:, :-planes]).max() > 0
+
+
+def outputs_of(params, **options):
+    return Mamba3(ModelConfig(**SMALL, **options)).apply({"params": params}, X_BLD)[0]
+
+
+def test_no_angles_is_no_rotation():
+    params, still_BLD, state = outputs(angles="none")
+    assert np.abs(state.angle_BHS).max() == 0
+    planes = state.angle_BHS.shape[-1]
+    flat = params | {"in_kq_angle": params["in_kq_angle"].at[:, -planes:].set(0)}  # theta 0
+    _, zero_BLD, _ = outputs(flat)
+    assert rel_rms(still_BLD, zero_BLD) < 1e-6
+
+
+def test_without_bc_bias_is_a_bias_of_zero():
+    params, _, _ = outputs()
+    zero = params | {name: jnp.zeros_like(params[name]) for name in ("k_bias", "q_bias")}
+    without = {name: array for name, array in params.items() if name not in ("k_bias", "q_bias")}
+    _, wanted_BLD, _ = outputs(zero)
+    _, got_BLD, _ = outputs(without, bc_bias=False)
+    assert rel_rms(got_BLD, wanted_BLD) < 1e-6
+
+
+def test_tables_name_what_the_config_says():
+    assert set(TRAPS) == {"trapezoid", "euler", "midpoint"}
+    assert set(ANGLES) == {"data", "rope", "none"}
+
+
+@pytest.mark.parametrize("u", [-1e4, -3.0, 0.0, 1.0, 50.0])
+def test_heavy_tail_and_its_gradient(u):
+    value, slope = jax.value_and_grad(heavy_tail)(u)
+    np.testing.assert_allclose(value, 1 + u if u >= 0 else 1 / (1 - u), rtol=1e-6)
+    np.testing.assert_allclose(slope, 1 if u >= 0 else 1 / (1 - u) ** 2, rtol=1e-6)

@@ -1,0 +1,116 @@
+"""Attention against the definition in float64: every option, whole and in pieces, with documents and a cache."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mamba3_jax.config import ModelConfig
+from mamba3_jax.mixers import attention
+from mamba3_jax.mixers.attention import Attention
+from tests.helpers import rel_rms
+
+FORWARD, GRADIENT = 1e-5, 2e-5
+BATCH, LENGTH, D_MODEL = 2, 13, 12
+OPTIONS = {
+    "plain": {},
+    "grouped": {"attn_kv_heads": 2},
+    "rope": {"attn_rope_theta": 100.0, "attn_kv_heads": 1},
+    "bias": {"attn_bias": True, "attn_rope_theta": 100.0},
+}
+
+
+def config(**options):
+    return ModelConfig(d_model=D_MODEL, attn_heads=4, attn_head_dim=6, **options)
+
+
+def inputs(conf):
+    """Parameters (biases not zero), x and documents that start at 0, 5, 6 and at 3."""
+    x_BLD = jax.random.normal(jax.random.key(1), (BATCH, LENGTH, D_MODEL))
+    params = jax.jit(Attention(conf).init)(jax.random.key(0), x_BLD)["params"]
+    params = jax.tree.map(lambda p: p.unbox() + 0.1, params, is_leaf=lambda p: hasattr(p, "unbox"))
+    start_BL = np.zeros((BATCH, LENGTH), bool)
+    start_BL[0, [0, 5, 6]] = start_BL[1, 3] = True
+    return params, x_BLD, start_BL
+
+
+def apply(conf, params, x_BLD, state=None, start_BL=None):
+    return Attention(conf).apply({"params": params}, x_BLD, state, start_BL)
+
+
+def naive(conf, start_BL, params, x_BLD):
+    """All L x L scores of every head: softmax over the tokens of the same document that are not later."""
+    token_L = np.arange(x_BLD.shape[1])
+    first_BL = np.maximum.accumulate(np.where(start_BL, token_L, 0), axis=1)
+    seen_BLT = (token_L <= token_L[:, None]) & (token_L >= first_BL[..., None])
+
+    def project(name):
+        x_BLHE = jnp.einsum("bld,dhe->blhe", x_BLD, params[name]) + params.get(f"{name}_bias", 0)
+        if conf.attn_rope_theta and name != "v":
+            half = x_BLHE.shape[-1] // 2
+            angle = (token_L - first_BL)[..., None, None] * conf.attn_rope_theta ** (-np.arange(half) / half)
+            turned = (x_BLHE[..., :half] + 1j * x_BLHE[..., half:]) * np.exp(1j * angle)
+            x_BLHE = jnp.concatenate([turned.real, turned.imag], axis=-1)
+        return jnp.repeat(x_BLHE, params["q"].shape[1] // x_BLHE.shape[2], axis=2)
+
+    q, k, v = project("q"), project("k"), project("v")
+    scores = jnp.einsum("blhe,bthe->bhlt", q, k) / np.sqrt(q.shape[-1])
+    weights = jax.nn.softmax(jnp.where(seen_BLT[:, None], scores, -jnp.inf))
+    y_BLHE = jnp.einsum("bhlt,bthe->blhe", weights, v)
+    return jnp.einsum("blhe,hed->bld", y_BLHE, params["out"]) + params.get("out_bias", 0)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_values_and_gradients_are_the_definitions(options, monkeypatch):
+    conf = config(**options)
+    params, x_BLD, start_BL = inputs(conf)
+    cotangent = np.random.default_rng(0).normal(size=x_BLD.shape)
+
+    with jax.enable_x64(True):
+        exact = jax.tree.map(lambda p: np.asarray(p, np.float64), (params, x_BLD))
+        want, pull = jax.vjp(jax.jit(functools.partial(naive, conf, start_BL)), *exact)
+        want_params, want_x = jax.tree.map(np.asarray, pull(jnp.asarray(cotangent)))
+
+    for queries in (256, 5):  # all at once; in blocks, the last one padded
+        monkeypatch.setattr(attention, "QUERIES", queries)
+        y_BLD, pull = jax.vjp(
+            jax.jit(lambda params, x_BLD: apply(conf, params, x_BLD, None, start_BL)[0]), params, x_BLD
+        )
+        got_params, got_x = pull(jnp.float32(cotangent))
+        assert rel_rms(y_BLD, want) < FORWARD
+        assert rel_rms(y_BLD * (1 + 1e-3), want) > 10 * FORWARD  # a planted error
+        assert rel_rms(got_x, want_x) < GRADIENT
+        scale = max(np.abs(array).max() for array in want_params.values())
+        for name, array in want_params.items():  # k_bias has gradient 0 without rope: absolute
+            assert np.abs(got_params[name] - array).max() < GRADIENT * scale, name
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_pieces_with_a_cache_are_the_whole(documents):
+    conf = config(**OPTIONS["rope"])
+    params, x_BLD, start_BL = inputs(conf)
+    start_BL = start_BL if documents else None
+    layer = jax.jit(lambda x_BLD, state, start_BL: apply(conf, params, x_BLD, state, start_BL))
+    whole_BLD, _ = layer(x_BLD, None, start_BL)
+
+    state, pieces = Attention.empty_state(conf, BATCH, LENGTH + 2), []
+    for begin, end in [(0, 4), (4, 5), (5, 6), (6, 13)]:
+        start = None if start_BL is None else start_BL[:, begin:end]
+        y_BLD, state = layer(x_BLD[:, begin:end], state, start)
+        pieces.append(y_BLD)
+    assert rel_rms(jnp.concatenate(pieces, axis=1), whole_BLD) < FORWARD
+    assert state.position_B.tolist() == [LENGTH, LENGTH]
+    assert state.first_B.tolist() == ([6, 3] if documents else [0, 0])
+
+
+def test_a_full_cache_gives_nan_and_not_wrong_numbers():
+    conf = config()
+    params, x_BLD, _ = inputs(conf)
+    _, state = apply(conf, params, x_BLD[:, :3])  # the capacity is those 3 tokens
+    assert state.k_BTKE.shape[1] == 3
+    y_BLD, state = apply(conf, params, x_BLD[:, 3:4], state)
+    assert np.isnan(y_BLD).all()
+    with pytest.raises(ValueError, match="length=4 tokens do not fit in a cache of capacity 3"):
+        apply(conf, params, x_BLD[:, :4], state)

@@ -1,0 +1,197 @@
+"""The whole model, a hybrid: pieces are the whole, documents are alone, and how it is run does not matter."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mamba3_jax.config import ModelConfig
+from mamba3_jax.model import LanguageModel, init_params
+from tests.helpers import rel_rms
+
+FORWARD, GRADIENT = 1e-5, 2e-4
+HYBRID = ModelConfig(
+    vocab_size=29,
+    d_model=16,
+    pattern="MA" * 2,
+    d_ff=24,
+    tie_embeddings=False,
+    d_state=8,
+    head_dim=8,
+    mimo_rank=2,
+    attn_heads=2,
+    attn_head_dim=8,
+    attn_rope_theta=100.0,
+    chunk=4,
+)
+LENGTHS = (6, 1, 6)  # documents of a row of 13 tokens; also the pieces that are compiled
+BATCH, LENGTH = 2, sum(LENGTHS)
+STARTS = np.cumsum((0, *LENGTHS))[:-1]
+
+
+@functools.cache
+def params():
+    return init_params(HYBRID, jax.random.key(0))
+
+
+def apply(config, params, tokens_BL, state=None, start_BL=None):
+    return LanguageModel(config).apply({"params": params}, tokens_BL, state, start_BL)
+
+
+@functools.cache
+def compiled(**changes):
+    return jax.jit(functools.partial(apply, dataclasses.replace(HYBRID, **changes)))
+
+
+@functools.cache
+def gradients(**changes):
+    """loss, gradients of params with respect to a fixed random functional of the logits."""
+    config = dataclasses.replace(HYBRID, **changes)
+
+    def loss(params):
+        logits_BLV, _ = apply(config, params, tokens())
+        return jnp.mean(logits_BLV * jax.random.normal(jax.random.key(2), logits_BLV.shape))
+
+    return jax.jit(jax.value_and_grad(loss))(params())
+
+
+def tokens():
+    return jax.random.randint(jax.random.key(1), (BATCH, LENGTH), 0, HYBRID.vocab_size)
+
+
+def starts():
+    return jnp.zeros((BATCH, LENGTH), bool).at[:, STARTS].set(True)
+
+
+def run_on(begin, end, state, start_BL):
+    """The tokens from begin to end after `state`, None for none: always with a state and starts, to compile once."""
+    if state is None:
+        state = LanguageModel(HYBRID).empty_state(BATCH, LENGTH)
+    return compiled()(params(), tokens()[:, begin:end], state, start_BL[:, begin:end])
+
+
+def worst(got, want):
+    return max(jax.tree.leaves(jax.tree.map(rel_rms, got, want)))
+
+
+def test_logits_are_float32_and_as_wide_as_the_padded_vocabulary():
+    logits_BLV, state = compiled()(params(), tokens())
+    assert logits_BLV.shape == (BATCH, LENGTH, 32)
+    assert logits_BLV.dtype == jnp.float32
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    empty = LanguageModel(HYBRID).empty_state(BATCH, LENGTH)
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), empty)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_prefill_in_pieces_and_decoding_are_the_whole(documents):
+    start_BL = starts() if documents else jnp.zeros((BATCH, LENGTH), bool)
+    whole_BLV, whole_state = run_on(0, LENGTH, None, start_BL)
+    for cuts in [(0, 6, 12, 13), (0, 1, 7, 13), range(LENGTH + 1)]:
+        state, pieces = None, []
+        for begin, end in itertools.pairwise(cuts):
+            logits_BLV, state = run_on(begin, end, state, start_BL)
+            pieces.append(logits_BLV)
+        assert rel_rms(jnp.concatenate(pieces, axis=1), whole_BLV) < FORWARD
+        assert worst(turned(state), turned(whole_state)) < FORWARD
+    pieces[0] *= 1 + 1e-3  # a planted error in one token
+    assert rel_rms(jnp.concatenate(pieces, axis=1), whole_BLV) > 10 * FORWARD
+
+
+def turned(state):
+    """Angles are compared as points of the circle."""
+
+    def turn(path, x):
+        return jnp.stack([jnp.cos(x), jnp.sin(x)]) if "angle" in jax.tree_util.keystr(path) else x
+
+    return jax.tree_util.tree_map_with_path(turn, state)
+
+
+def test_packed_documents_are_the_documents_alone():
+    packed_BLV, _ = run_on(0, LENGTH, None, starts())
+    nothing_BL = jnp.zeros((BATCH, LENGTH), bool)
+    for begin, length in zip(STARTS, LENGTHS, strict=True):
+        alone_BLV, _ = run_on(begin, begin + length, None, nothing_BL)
+        assert rel_rms(packed_BLV[:, begin : begin + length], alone_BLV) < FORWARD
+    unpacked_BLV, _ = run_on(0, LENGTH, None, nothing_BL)
+    assert rel_rms(unpacked_BLV, packed_BLV) > 1e-3  # the boundaries do something
+
+
+def test_no_gradient_crosses_a_boundary():
+    """Exactly zero, through the embedding of another document's tokens and through the incoming state."""
+    row_BL = jnp.tile(jnp.arange(LENGTH), (BATCH, 1))  # every token its own embedding, and the head is not tied
+    empty = LanguageModel(HYBRID).empty_state(BATCH, LENGTH + 6)
+    _, state = jax.jit(functools.partial(apply, HYBRID))(params(), row_BL[:, :6], empty)
+    start_BL = starts().at[:, 0].set(False)  # the first document continues the state
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1), allow_int=True)
+    def gradient(params, state, counted_L):
+        logits_BLV, _ = apply(HYBRID, params, row_BL, state, start_BL)
+        return jnp.sum(jnp.sin(logits_BLV) * counted_L[:, None])
+
+    for document, (begin, length) in enumerate(zip(STARTS, LENGTHS, strict=True)):
+        inside = (np.arange(LENGTH) >= begin) & (np.arange(LENGTH) < begin + length)
+        of_params, of_state = gradient(params(), state, inside.astype(np.float32))
+        per_token = np.abs(of_params["embedding"]["embedding"][:LENGTH]).max(axis=1)
+        assert (per_token[inside] > 0).all()
+        assert (per_token[~inside] == 0.0).all()
+        floats = [x for x in jax.tree.leaves(of_state) if jnp.issubdtype(x.dtype, jnp.floating)]
+        assert len(floats) == 6
+        assert all((np.abs(x).max() > 0) == (document == 0) for x in floats)
+
+
+@pytest.mark.parametrize("change", [{"scan_layers": False}, {"remat": "block"}, {"remat": "op"}], ids=str)
+def test_how_it_is_run_changes_no_value_and_no_gradient(change):
+    loss, gradient = gradients(**change)
+    want_loss, want_gradient = gradients()
+    assert rel_rms(loss, want_loss) < FORWARD
+    assert worst(gradient, want_gradient) < FORWARD
+
+
+def test_a_planted_error_in_one_layer_is_seen():
+    wrong = jax.tree.map(lambda x: x, params())
+    layer = wrong["segment_0"]["block_0"]["mixer"]
+    layer["in_zx"] = layer["in_zx"].at[1].multiply(1.001)
+    logits_BLV, _ = compiled()(wrong, tokens())
+    assert rel_rms(logits_BLV, compiled()(params(), tokens())[0]) > FORWARD
+
+
+def test_bfloat16_is_close():
+    want_BLV, _ = compiled()(params(), tokens())
+    got_BLV, state = compiled(compute_dtype="bfloat16")(params(), tokens())
+    assert got_BLV.dtype == jnp.float32
+    assert 1e-4 < rel_rms(got_BLV, want_BLV) < 2e-2  # eps 4e-3, a dozen roundings on the way
+    cache, recurrent = state["segment_0"]["block_1"], state["segment_0"]["block_0"]
+    assert cache.k_BTKE.dtype == recurrent.k_BRHN.dtype == jnp.bfloat16
+    assert recurrent.ssm_BHPN.dtype == recurrent.angle_BHS.dtype == jnp.float32
+    _, gradient = gradients(compute_dtype="bfloat16")
+    assert worst(jax.tree.map(jnp.ravel, gradient["head"]), jax.tree.map(jnp.ravel, gradients()[1]["head"])) < 3e-2
+    assert all(g.dtype == jnp.float32 and np.isfinite(g).all() for g in jax.tree.leaves(gradient))
+
+
+def test_a_bfloat16_residual_is_the_other_choice():
+    want_BLV, _ = compiled(compute_dtype="bfloat16")(params(), tokens())
+    got_BLV, _ = compiled(compute_dtype="bfloat16", residual_in_fp32=False)(params(), tokens())
+    assert 1e-4 < rel_rms(got_BLV, want_BLV) < 3e-2
+
+
+def test_an_id_out_of_range_gives_nan_and_not_another_token():
+    logits_BLV, _ = compiled()(params(), tokens().at[0, 3].set(32))
+    assert np.isnan(logits_BLV[0, 3:]).all()
+    assert np.isfinite(logits_BLV[1]).all()
+
+
+def test_a_tied_head_is_the_embedding_and_layer_norm_has_biases():
+    config = dataclasses.replace(HYBRID, pattern="M", d_ff=0, tie_embeddings=True, norm="layer")
+    tied = init_params(config, jax.random.key(0))
+    assert "head" not in tied
+    assert tied["norm"].keys() == {"scale", "bias"}
+    untied = tied | {"head": {"kernel": tied["embedding"]["embedding"].T}}
+    got_BLV, _ = apply(config, tied, tokens())
+    want_BLV, _ = apply(dataclasses.replace(config, tie_embeddings=False), untied, tokens())
+    assert rel_rms(got_BLV, want_BLV) == 0

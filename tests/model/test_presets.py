@@ -1,0 +1,40 @@
+"""The paper's sizes, to the last parameter where it is known and to the printed digit elsewhere (PAPER section 2.2)."""
+
+import dataclasses
+
+import pytest
+
+from mamba3_jax.presets import PRESETS, parameter_count
+
+EXACT = {"siso-180m": 186_849_600, "mimo-180m": 187_291_968}
+MILLIONS = {
+    "siso-440m": "443.02",
+    "mimo-440m": "444.20",
+    "siso-880m": "892.78",
+    "mimo-880m": "894.55",
+    "siso-1.5b": "1494.7",
+    "mimo-1.5b": "1497.1",
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_are_those_of_the_paper(name):
+    count = parameter_count(PRESETS[name])
+    if name in EXACT:
+        assert count == EXACT[name]
+    else:
+        digits = len(MILLIONS[name].partition(".")[2])
+        assert f"{count / 1e6:.{digits}f}" == MILLIONS[name]
+
+
+def test_one_more_column_of_feed_forward_is_seen():
+    preset = PRESETS["siso-440m"]
+    wider = dataclasses.replace(preset, d_ff=preset.d_ff + 1)
+    assert parameter_count(wider) == parameter_count(preset) + 24 * 3 * preset.d_model
+    assert f"{parameter_count(wider) / 1e6:.2f}" != MILLIONS["siso-440m"]
+
+
+def test_an_untied_head_counts():
+    preset = PRESETS["siso-180m"]
+    untied = dataclasses.replace(preset, tie_embeddings=False)
+    assert parameter_count(untied) == EXACT["siso-180m"] + 128256 * 768

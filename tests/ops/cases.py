@@ -1,0 +1,153 @@
+"""Random inputs of the op of any shape, and the compiled calls and comparisons that the property tests share."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State, Tokens, ssm
+from tests.helpers import rel_rms
+from tests.ops.quick import quick_jit
+
+NAMES = sorted(IMPLEMENTATIONS)
+
+
+class Shape(NamedTuple):
+    batch: int = 2
+    length: int = 13
+    heads: int = 4
+    groups: int = 2
+    rank: int = 1
+    d_state: int = 8
+    width: int = 4
+    planes: int = 2
+    rotation: str = "adjacent"
+    shared_angle: bool = True
+    skip: bool = True
+    gate: bool = True
+    norm: bool = False
+    ranked: bool = False  # v_rank and out_rank; always where rank > 1
+    gate_ranked: bool = False
+
+
+SISO = Shape()
+MIMO = Shape(
+    rank=4, groups=1, rotation="half", shared_angle=False, norm=True, ranked=True, gate_ranked=True, planes=4, heads=2
+)
+
+
+def draw(shape: Shape, seed: int = 0, dtype=np.float32) -> tuple[Tokens, Heads, State]:
+    """Random inputs without `start`; decays, steps and turns large enough that everything matters to the result."""
+    random = np.random.default_rng(seed)
+    b, length, h, g, r, n, p, s = shape[:8]
+    ranked = shape.ranked or r > 1
+
+    def normal(*sizes, present=True):
+        return random.standard_normal(sizes).astype(dtype) if present else None
+
+    def uniform(low, high, *sizes):
+        return random.uniform(low, high, sizes).astype(dtype)
+
+    dt_BLH = uniform(0.1, 1, b, length, h)
+    tokens = Tokens(
+        q_BLRGN=normal(b, length, r, g, n),
+        k_BLRGN=normal(b, length, r, g, n),
+        v_BLHP=normal(b, length, h, p),
+        dt_BLH=dt_BLH,
+        log_a_BLH=-dt_BLH * uniform(0.05, 1, b, length, h),
+        trap_BLH=uniform(0, 1, b, length, h),
+        angle_BLHS=uniform(-np.pi, np.pi, b, length, 1 if shape.shared_angle else h, s),
+        gate_BLHP=normal(b, length, h, p, present=shape.gate),
+    )
+    heads = Heads(
+        q_bias_HRN=normal(h, r, n),
+        k_bias_HRN=normal(h, r, n),
+        skip_H=normal(h, present=shape.skip),
+        v_rank_HRP=normal(h, r, p, present=ranked),
+        gate_rank_HRP=normal(h, r, p, present=shape.gate_ranked and shape.gate),
+        out_rank_HRP=normal(h, r, p, present=ranked),
+        norm_HP=normal(h, p, present=shape.norm),
+    )
+    state = State(uniform(0, 2 * np.pi, b, h, s), normal(b, h, p, n), normal(b, r, h, n), normal(b, h, p))
+    return tokens, heads, state
+
+
+def cotangents(shape: Shape, seed: int = 1, dtype=np.float32) -> tuple[np.ndarray, State]:
+    """What multiplies y and the outgoing state in the loss whose gradients are compared."""
+    tokens, _, state = draw(shape, seed, dtype)
+    return tokens.v_BLHP, state
+
+
+@functools.cache
+def forward(implementation: str, rotation: str, chunk: int | None = 8, jit=quick_jit):
+    """(tokens, heads, state) -> y, state, compiled."""
+    return jit(functools.partial(ssm, rotation=rotation, implementation=implementation, chunk=chunk))
+
+
+@functools.cache
+def pulled(implementation: str, rotation: str, chunk: int | None = 8, jit=quick_jit):
+    """((tokens, heads, state), start, (y's, state's cotangents)) -> (y, state), gradients like the inputs; compiled."""
+
+    def call(inputs, start_BL, cotangent):
+        def op(inputs):
+            tokens, heads, state = inputs
+            tokens = tokens._replace(start_BL=start_BL)
+            return ssm(tokens, heads, state, rotation=rotation, implementation=implementation, chunk=chunk)
+
+        results, pull = jax.vjp(op, inputs)
+        return results, pull(cotangent)[0]
+
+    return jit(call)
+
+
+def reference(inputs, start_BL, cotangent, rotation: str):
+    """`recurrent` in float64, on the very same numbers."""
+    with jax.enable_x64(True):
+        inputs, cotangent = jax.tree.map(lambda array: np.asarray(array, np.float64), (inputs, cotangent))
+        results, gradients = pulled("recurrent", rotation)(inputs, start_BL, cotangent)
+        return jax.tree.map(np.asarray, (results, gradients))
+
+
+def named(tree) -> dict:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def rms(array) -> float:
+    return float(np.sqrt(np.mean(np.square(np.asarray(array, np.float64)))))
+
+
+def check_results(got, want, tolerance: float):
+    """y and the state; the angle as a point of the circle."""
+
+    def circle(results):
+        y, state = results
+        angle_BHS = np.asarray(state.angle_BHS, np.float64)
+        return y, state._replace(angle_BHS=np.stack([np.cos(angle_BHS), np.sin(angle_BHS)]))
+
+    want = named(circle(want))
+    for name, value in named(circle(got)).items():
+        error = rel_rms(np.asarray(value, np.float64), want[name])
+        assert error < tolerance, f"{name}: {error:.2e} is not below {tolerance}"
+
+
+def check_gradients(got, want, tolerance: float):
+    """Every gradient. One that cancels out has no relative error: it is measured by the largest, times 1e-4."""
+    want = named(want)
+    largest = max(rms(value) for value in want.values())
+    for name, value in named(got).items():
+        difference = rms(np.asarray(value, np.float64) - want[name])
+        error = difference / max(rms(want[name]), 1e-4 * largest)
+        assert error < tolerance, f"gradient of {name}: {error:.2e} is not below {tolerance}"
+
+
+def rows(tree, begin: int, end: int):
+    """Tokens begin to end of every array (B, L, ...)."""
+    return jax.tree.map(lambda array: array[:, begin:end], tree)
+
+
+def bfloat16(tokens: Tokens) -> Tokens:
+    """Tokens with q, k, v and gate rounded to bfloat16."""
+    narrow = {name: getattr(tokens, name) for name in ("q_BLRGN", "k_BLRGN", "v_BLHP", "gate_BLHP")}
+    return tokens._replace(**jax.tree.map(lambda array: jnp.asarray(array, jnp.bfloat16), narrow))

@@ -1,0 +1,124 @@
+"""The cumulative angle after 1,048,576 tokens, on the parallel paths, is good to 1e-4 rad.
+
+Compiled as users do: what is at stake is the rounding of single float32 operations. The reference sums the products of
+the very same float32 numbers in float64 (good to 1e-9 rad here), modulo one turn.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mamba3_jax.ops import angle as angles
+from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, Tokens, ssm
+
+LENGTH = 2**20
+PARALLEL = sorted({*IMPLEMENTATIONS} - {"recurrent"})
+LIMIT = 1e-4
+
+# name: (angle, dt), each (L, S) and (L,). Constant inputs round the same way at every token.
+INPUTS = {
+    "random": (
+        np.random.default_rng(0).uniform(-np.pi, np.pi, (LENGTH, 2)),
+        np.random.default_rng(1).uniform(0.001, 1, LENGTH),
+    ),
+    "constant": (np.full((LENGTH, 2), [np.pi * np.tanh(0.7), -2.9999]), np.full(LENGTH, 0.1)),
+    "largest": (np.full((LENGTH, 2), [np.pi, -np.pi]), np.full(LENGTH, 1 - 2**-12)),
+    "small": (np.full((LENGTH, 2), [1e-3, -3.3e-5]), np.full(LENGTH, 1e-3)),
+    "unit steps": (np.full((LENGTH, 2), [3.1, -1.1]), np.ones(LENGTH)),
+    "long steps": (np.full((LENGTH, 2), [3.1, -0.7]), np.full(LENGTH, 37.77)),
+}
+
+
+def tokens_of(angle_LS, dt_L, start_L=None) -> tuple[Tokens, Heads]:
+    length = len(dt_L)
+
+    def fill(value, *sizes):
+        return np.full(sizes, value, np.float32)
+
+    tokens = Tokens(
+        q_BLRGN=fill(1, 1, length, 1, 1, 4),
+        k_BLRGN=fill(1, 1, length, 1, 1, 4),
+        v_BLHP=fill(1, 1, length, 1, 1),
+        dt_BLH=dt_L.astype(np.float32)[None, :, None],
+        log_a_BLH=fill(-1, 1, length, 1),
+        trap_BLH=fill(0.5, 1, length, 1),
+        angle_BLHS=angle_LS.astype(np.float32)[None, :, None],
+        start_BL=None if start_L is None else start_L[None],
+    )
+    return tokens, Heads(q_bias_HRN=fill(0, 1, 1, 4), k_bias_HRN=fill(0, 1, 1, 4))
+
+
+def exact(tokens: Tokens) -> np.ndarray:
+    """The sum of angle * dt in float64, modulo a turn, (S,); fsum, for a running sum would be off by 6e-5 rad."""
+    turns_LS = tokens.angle_BLHS[0, :, 0].astype(np.float64) * tokens.dt_BLH[0].astype(np.float64) / (2 * np.pi)
+    return 2 * np.pi * np.array([math.fsum(turns_L) for turns_L in (turns_LS - np.round(turns_LS)).T])
+
+
+def gap(got, want) -> float:
+    """The largest difference on the circle, radians."""
+    turns = (np.asarray(got, np.float64) - want) / (2 * np.pi)
+    return float(2 * np.pi * np.abs(turns - np.round(turns)).max())
+
+
+@functools.cache
+def final_angle(implementation):
+    def call(tokens, heads):
+        return ssm(tokens, heads, implementation=implementation)[1].angle_BHS[0, 0]
+
+    return jax.jit(call)
+
+
+@pytest.mark.parametrize("implementation", PARALLEL)
+@pytest.mark.parametrize("name", INPUTS)
+def test_a_million_tokens(name, implementation):
+    tokens, heads = tokens_of(*INPUTS[name])
+    got = final_angle(implementation)(tokens, heads)
+    assert np.all((got >= 0) & (got < 2 * np.pi))
+    assert gap(got, exact(tokens)) < LIMIT
+
+
+@pytest.mark.parametrize("implementation", PARALLEL)
+def test_the_angle_restarts_with_a_document(implementation):
+    """The sum is over the last document only, and bit for bit the same whatever came before it."""
+    begin = LENGTH - 5000
+    start_L = np.zeros(LENGTH, bool)
+    start_L[[0, 77, begin]] = True
+    angle_LS, dt_L = INPUTS["random"]
+    tokens, heads = tokens_of(angle_LS, dt_L, start_L)
+    got = final_angle(implementation)(tokens, heads)
+    last, _ = tokens_of(angle_LS[begin:], dt_L[begin:])
+    assert gap(got, exact(last)) < 1e-5
+
+    angle_LS = np.where((np.arange(LENGTH) < begin)[:, None], 1.234, angle_LS)
+    np.testing.assert_array_equal(final_angle(implementation)(tokens_of(angle_LS, dt_L, start_L)[0], heads), got)
+
+
+def test_planted_error_is_caught():
+    """Not good enough: a float32 sum, an exact sum of float32 products, one token off by a part in a thousand."""
+    tokens, _ = tokens_of(*INPUTS["constant"])
+    want = exact(tokens)
+    products_LS = tokens.angle_BLHS[0, :, 0] * tokens.dt_BLH[0]
+    assert gap(np.cumsum(products_LS, axis=0, dtype=np.float32)[-1], want) > LIMIT
+    assert gap(np.array([math.fsum(products_L) for products_L in products_LS.T]), want) > LIMIT
+    assert gap(want + 1e-3 * products_LS[5], want) > LIMIT
+
+
+def test_increments_split_the_product():
+    """exact + rest = angle dt / (2 pi) modulo 1; exact is a multiple of the grid; the gradient is the product's."""
+    random = np.random.default_rng(2)
+    angle = random.uniform(-np.pi, np.pi, 100_000).astype(np.float32)
+    dt = random.lognormal(-2, 2, 100_000).astype(np.float32).clip(max=10)
+    step = angles.grid(64)
+    grid_part, rest = jax.jit(angles.increments, static_argnums=2)(angle, dt, step)
+    assert np.all(np.asarray(grid_part) % step == 0)
+    assert np.all(np.abs(rest) <= step)
+    turns = np.float64(grid_part) + np.float64(rest) - np.float64(angle) * np.float64(dt) / (2 * np.pi)
+    assert np.abs(turns - np.round(turns)).max() < 2**-39  # five rests of half a step, rounded
+
+    both = jax.grad(lambda angle, dt: jnp.sum(sum(angles.increments(angle, dt, step))), argnums=(0, 1))(angle, dt)
+    np.testing.assert_allclose(both[0], dt / (2 * np.pi), rtol=1e-6)
+    np.testing.assert_allclose(both[1], angle / (2 * np.pi), rtol=1e-6)

@@ -1,0 +1,112 @@
+"""Everything the op cannot mean is a ValueError before any compute, with the value that came and the one wanted."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mamba3_jax.ops.ssm import ssm
+from tests.ops.cases import MIMO, SISO, draw
+
+OF_TOKENS = {
+    "q_BLRGN": (lambda q: q[0], "q has shape (13, 1, 2, 8), wanted five axes (B, L, R, G, N)"),
+    "v_BLHP": (lambda v: v[0], "v has shape (13, 4, 4), wanted four axes (B, L, H, P)"),
+    "k_BLRGN": (lambda k: k[:, 1:], "k has shape (2, 12, 1, 2, 8), wanted (2, 13, 1, 2, 8)"),
+    "dt_BLH": (lambda dt: dt[:, :, :3], "dt has shape (2, 13, 3), wanted (2, 13, 4)"),
+    "log_a_BLH": (lambda log_a: log_a[:1], "log_a has shape (1, 13, 4), wanted (2, 13, 4)"),
+    "trap_BLH": (lambda trap: trap[..., None], "trap has shape (2, 13, 4, 1), wanted (2, 13, 4)"),
+    "angle_BLHS": (lambda angle: angle[:, 1:], "angle has shape (2, 12, 1, 2), wanted (2, 13, 1, 2)"),
+    "gate_BLHP": (lambda gate: gate[..., :2], "gate has shape (2, 13, 4, 2), wanted (2, 13, 4, 4)"),
+    "start_BL": (lambda _: np.zeros((2, 12), bool), "start has shape (2, 12), wanted (2, 13)"),
+}
+OF_DTYPE = {
+    "dt_BLH": (jnp.bfloat16, "dt is bfloat16, wanted float32"),
+    "log_a_BLH": (jnp.float16, "log_a is float16, wanted float32"),
+    "trap_BLH": (jnp.bfloat16, "trap is bfloat16, wanted float32"),
+    "angle_BLHS": (jnp.bfloat16, "angle is bfloat16, wanted float32"),
+    "q_BLRGN": (jnp.int32, "q is int32, wanted a floating point dtype"),
+    "k_BLRGN": (jnp.int32, "k is int32, wanted a floating point dtype"),
+    "v_BLHP": (jnp.int32, "v is int32, wanted a floating point dtype"),
+}
+OF_HEADS = {
+    "q_bias_HRN": "q_bias has shape (1, 4, 8), wanted (2, 4, 8)",
+    "k_bias_HRN": "k_bias has shape (1, 4, 8), wanted (2, 4, 8)",
+    "skip_H": "skip has shape (1,), wanted (2,)",
+    "v_rank_HRP": "v_rank has shape (1, 4, 4), wanted (2, 4, 4)",
+    "gate_rank_HRP": "gate_rank has shape (1, 4, 4), wanted (2, 4, 4)",
+    "out_rank_HRP": "out_rank has shape (1, 4, 4), wanted (2, 4, 4)",
+    "norm_HP": "norm has shape (1, 4), wanted (2, 4)",
+}
+OF_STATE = {
+    "angle_BHS": "state.angle has shape (1, 4, 2), wanted (2, 4, 2)",
+    "ssm_BHPN": "state.ssm has shape (1, 4, 4, 8), wanted (2, 4, 4, 8)",
+    "k_BRHN": "state.k has shape (1, 1, 4, 8), wanted (2, 1, 4, 8)",
+    "v_BHP": "state.v has shape (1, 4, 4), wanted (2, 4, 4)",
+}
+
+
+def message(tokens, heads, state=None, **settings) -> str:
+    with pytest.raises(ValueError, match=r".") as error:
+        ssm(tokens, heads, state, **settings)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("part", OF_TOKENS)
+def test_misshapen_tokens(part):
+    tokens, heads, _ = draw(SISO)
+    change, wanted = OF_TOKENS[part]
+    assert message(tokens._replace(**{part: change(getattr(tokens, part))}), heads) == wanted
+
+
+@pytest.mark.parametrize("part", OF_HEADS)
+def test_misshapen_heads(part):
+    tokens, heads, _ = draw(MIMO)
+    assert message(tokens, heads._replace(**{part: getattr(heads, part)[:1]})) == OF_HEADS[part]
+
+
+@pytest.mark.parametrize("part", OF_STATE)
+def test_misshapen_state(part):
+    tokens, heads, state = draw(SISO)
+    assert message(tokens, heads, state._replace(**{part: getattr(state, part)[:1]})) == OF_STATE[part]
+
+
+@pytest.mark.parametrize("part", OF_DTYPE)
+def test_dtype_of_tokens(part):
+    tokens, heads, _ = draw(SISO)
+    dtype, wanted = OF_DTYPE[part]
+    assert message(tokens._replace(**{part: jnp.asarray(getattr(tokens, part), dtype)}), heads) == wanted
+
+
+@pytest.mark.parametrize("part", ["angle_BHS", "ssm_BHPN"])
+def test_dtype_of_state(part):
+    tokens, heads, state = draw(SISO)
+    state = state._replace(**{part: jnp.asarray(getattr(state, part), jnp.bfloat16)})
+    assert message(tokens, heads, state) == f"state.{part.split('_')[0]} is bfloat16, wanted float32"
+
+
+def test_dtype_of_start():
+    tokens, heads, _ = draw(SISO)
+    assert message(tokens._replace(start_BL=np.zeros((2, 13), np.int32)), heads) == "start is int32, wanted bool"
+
+
+def test_settings_and_sizes():
+    tokens, heads, _ = draw(SISO)
+    assert message(tokens, heads, rotation="quarter") == "rotation='quarter' is not one of ('adjacent', 'half')"
+    assert message(tokens, heads, chunk=0) == "chunk=0 is not a positive number of tokens"
+    unknown = message(tokens, heads, implementation="fastest")
+    assert unknown.startswith("implementation='fastest' is not one of")
+    assert "'recurrent'" in unknown
+
+    groups_of_three = draw(SISO._replace(groups=3))[0]
+    assert message(groups_of_three, heads) == "n_heads=4 is not a multiple of groups=3"
+    no_tokens = draw(SISO._replace(length=0))[0]
+    assert message(no_tokens, heads) == "q has shape (2, 0, 1, 2, 8): needs at least one row and one token"
+    for d_state, planes in ((7, 2), (8, 5)):
+        many_planes = draw(SISO._replace(d_state=d_state, planes=planes))[0]
+        wanted = f"planes={planes} planes do not fit in d_state={d_state} (even, at least twice the planes)"
+        assert message(many_planes, heads) == wanted
+
+
+@pytest.mark.parametrize("part", ["v_rank_HRP", "out_rank_HRP"])
+def test_ranks_need_weights(part):
+    tokens, heads, _ = draw(MIMO)
+    assert message(tokens, heads._replace(**{part: None})) == "rank=4 needs v_rank and out_rank"

@@ -1,0 +1,407 @@
+"""What must hold of the op for any input, by every implementation; hypothesis draws shapes, splits and documents.
+
+Errors are RMS of the difference over RMS of the reference, which is `recurrent` in float64 where there is one. float32
+leaves about 1e-6 after a few hundred terms: outputs to 1e-5, gradients to 1e-4 (an angle's gradient sums over all later
+tokens). Beside them an error of one part in a thousand is planted and caught.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from mamba3_jax.ops.ssm import Heads, State, ssm
+from tests.helpers import rel_rms
+from tests.ops import cases
+from tests.ops.cases import MIMO, NAMES, SISO, Shape, check_gradients, check_results, draw, forward, pulled, rows
+from tests.ops.quick import quick_jit
+
+FORWARD, GRADIENT = 1e-5, 1e-4
+BFLOAT16 = 1e-2  # eps 4e-3, rounded on the way in, once or twice inside, and on the way out
+
+repeatable = functools.partial(settings, deadline=None, derandomize=True, database=None)
+every_implementation = pytest.mark.parametrize("implementation", NAMES)
+siso_and_mimo = pytest.mark.parametrize("shape", [SISO, MIMO], ids=["siso", "mimo"])
+
+
+@st.composite
+def shapes(draw):
+    rank = draw(st.sampled_from([1, 2, 4, 8]))
+    groups = draw(st.sampled_from([1, 2, 3]))
+    d_state = draw(st.sampled_from([4, 8, 12, 16]))
+    flags = {name: draw(st.booleans()) for name in ("shared_angle", "skip", "gate", "norm", "ranked", "gate_ranked")}
+    return Shape(
+        batch=draw(st.integers(1, 2)),
+        length=draw(st.sampled_from([1, 2, 5, 13, 17, 31])),
+        heads=groups * draw(st.integers(1, 2)),
+        groups=groups,
+        rank=rank,
+        d_state=d_state,
+        width=draw(st.sampled_from([1, 3, 8])),
+        planes=d_state // draw(st.sampled_from([2, 4])),
+        rotation=draw(st.sampled_from(["adjacent", "half"])),
+        **flags,
+    )
+
+
+@repeatable(max_examples=4)
+@given(shape=shapes(), seed=st.integers(0, 99), with_start=st.booleans())
+@example(shape=SISO._replace(d_state=2, planes=1, length=17, gate=False, skip=False), seed=0, with_start=False)
+@example(shape=MIMO._replace(rank=8, heads=6, groups=3, length=19, batch=1), seed=1, with_start=True)
+def test_implementations_agree(shape, seed, with_start):
+    """Values and every gradient, states in and out included, as `recurrent` gives them in float64."""
+    inputs, cotangent = draw(shape, seed), cases.cotangents(shape)
+    start_BL = None
+    if with_start:
+        start_BL = np.random.default_rng(seed).random((shape.batch, shape.length)) < 0.2
+    want = cases.reference(inputs, start_BL, cotangent, shape.rotation)
+    for implementation in NAMES:
+        results, gradients = pulled(implementation, shape.rotation)(inputs, start_BL, cotangent)
+        check_results(results, want[0], FORWARD)
+        check_gradients(gradients, want[1], GRADIENT)
+
+
+@every_implementation
+@siso_and_mimo
+def test_bfloat16(shape, implementation):
+    """bfloat16 q, k, v and gate, everything else float32; judged by float64 on the rounded numbers."""
+    shape = shape._replace(length=37, width=16)  # a norm over fewer would cancel most of v_rank's gradient
+    tokens, heads, state = draw(shape)
+    tokens = cases.bfloat16(tokens)
+    state = state._replace(k_BRHN=jnp.asarray(state.k_BRHN, jnp.bfloat16), v_BHP=jnp.asarray(state.v_BHP, jnp.bfloat16))
+    y, after = cases.cotangents(shape)
+    after = after._replace(k_BRHN=jnp.asarray(after.k_BRHN, jnp.bfloat16), v_BHP=jnp.asarray(after.v_BHP, jnp.bfloat16))
+    inputs, cotangent = (tokens, heads, state), (jnp.asarray(y, jnp.bfloat16), after)
+    want = cases.reference(inputs, None, cotangent, shape.rotation)
+
+    results, gradients = pulled(implementation, shape.rotation)(inputs, None, cotangent)
+    assert results[0].dtype == results[1].k_BRHN.dtype == results[1].v_BHP.dtype == jnp.bfloat16
+    assert results[1].ssm_BHPN.dtype == results[1].angle_BHS.dtype == gradients[0].dt_BLH.dtype == jnp.float32
+    check_results(results, want[0], BFLOAT16)
+    check_gradients(gradients, want[1], 2 * BFLOAT16)
+
+
+PIECES = st.lists(st.sampled_from([1, 3, 8]), min_size=2, max_size=9).filter(lambda lengths: sum(lengths) <= 24)
+
+
+@every_implementation
+@siso_and_mimo
+@repeatable(max_examples=8)
+@given(lengths=PIECES)
+@example(lengths=[8, 8, 8])
+@example(lengths=[1] * 9)
+def test_pieces_with_the_state_carried_are_the_whole(lengths, shape, implementation):
+    tokens, heads, state = draw(shape._replace(length=24))
+    op = forward(implementation, shape.rotation)
+    last = sum(lengths)
+    whole, _ = op(tokens, heads, state)
+    ys, begin = [], 0
+    for length in lengths:
+        y, state = op(rows(tokens, begin, begin + length), heads, state)
+        ys.append(y)
+        begin += length
+    assert rel_rms(np.concatenate(ys, axis=1), whole[:, :last]) < FORWARD
+
+
+@every_implementation
+@siso_and_mimo
+def test_gradients_through_a_carried_state(shape, implementation):
+    """Two halves with the state carried: the last state and all gradients are those of the whole."""
+    inputs, cotangent = draw(shape), cases.cotangents(shape)
+    op = functools.partial(ssm, rotation=shape.rotation, implementation=implementation, chunk=4)
+
+    @quick_jit
+    def halves(inputs, cotangent):
+        def call(inputs):
+            tokens, heads, state = inputs
+            first, state = op(rows(tokens, 0, 6), heads, state)
+            second, state = op(rows(tokens, 6, None), heads, state)
+            return jnp.concatenate([first, second], axis=1), state
+
+        results, pull = jax.vjp(call, inputs)
+        return results, pull(cotangent)[0]
+
+    want = cases.reference(inputs, None, cotangent, shape.rotation)
+    results, gradients = halves(inputs, cotangent)
+    check_results(results, want[0], FORWARD)
+    check_gradients(gradients, want[1], GRADIENT)
+
+
+LENGTH, CHUNK = 24, 8
+# Document starts of a row of 24 tokens in chunks of 8: none, the first token, chunk edges, several in one chunk, every
+# token, the last token.
+STARTS = [(), (0,), (8, 16), (0, 9, 10, 13), (7, 15, 23), tuple(range(LENGTH))]
+drawn_starts = st.sets(st.integers(0, LENGTH - 1), max_size=5).map(lambda found: tuple(sorted(found)))
+
+
+def start_row(starts) -> np.ndarray:
+    """start_BL of two rows, the second one without a start."""
+    start_BL = np.zeros((2, LENGTH), bool)
+    start_BL[0, list(starts)] = True
+    return start_BL
+
+
+def documents(starts) -> list[tuple[int, int]]:
+    edges = sorted({0, *starts, LENGTH})
+    return list(itertools.pairwise(edges))
+
+
+def with_starts(test):
+    for starts in STARTS:
+        test = example(starts=starts)(test)
+    return test
+
+
+def first_row(tree):
+    """Zeros in every row but the first."""
+    return jax.tree.map(lambda array: np.concatenate([array[:1], np.zeros_like(array[1:])]), tree)
+
+
+def check_isolation(pull, shape, starts, start_BL):
+    """The loss of one document has gradients of exactly 0.0 elsewhere: before, after, the other row, the state."""
+    shape = shape._replace(length=LENGTH)
+    inputs, (y_cotangent, state_cotangent) = draw(shape), cases.cotangents(shape)
+    last_cotangent = first_row(state_cotangent)
+    no_cotangent = jax.tree.map(np.zeros_like, state_cotangent)
+    for begin, end in documents(starts):
+        inside_BL = np.zeros((2, LENGTH), bool)
+        inside_BL[0, begin:end] = True
+        cotangent = (y_cotangent * inside_BL[..., None, None], last_cotangent if end == LENGTH else no_cotangent)
+        _, (tokens, _, state) = pull(inputs, start_BL, cotangent)
+        assert np.any(tokens.v_BLHP[0, begin:end]), "the loss has no gradient at all"
+        for name, gradient in cases.named(tokens).items():
+            assert not np.any(np.asarray(gradient)[~inside_BL]), f"{name}: the loss of {begin}:{end} reaches past it"
+        for name, gradient in cases.named(state).items():
+            unreached = gradient if begin in starts else gradient[1:]
+            assert not np.any(unreached), f"state{name}: the loss of {begin}:{end} reaches the incoming state"
+
+
+@every_implementation
+@siso_and_mimo
+@with_starts
+@repeatable(max_examples=6)
+@given(starts=drawn_starts)
+def test_no_gradient_crosses_a_boundary(starts, shape, implementation):
+    check_isolation(pulled(implementation, shape.rotation, CHUNK), shape, starts, start_row(starts))
+
+
+@pytest.mark.parametrize("late", [(9, 10, 14), (9, 14), (17,)])
+def test_a_boundary_off_by_one_is_caught(late):
+    """The check fails where the op is told that a document starts a token late, or not at all."""
+    starts = (9, 10, 13) if 9 in late else (16,)
+    with pytest.raises(AssertionError, match="reaches past it"):
+        check_isolation(pulled("chunked", SISO.rotation, CHUNK), SISO, starts, start_row(late))
+
+
+@every_implementation
+@siso_and_mimo
+@with_starts
+@repeatable(max_examples=6)
+@given(starts=drawn_starts)
+def test_no_value_crosses_a_boundary(starts, shape, implementation):
+    """Other documents, the other row and the state before a start may change as they like: not one bit differs."""
+    shape = shape._replace(length=LENGTH)
+    op, start_BL = forward(implementation, shape.rotation, CHUNK), start_row(starts)
+    tokens, heads, state = draw(shape)
+    others, _, other_state = draw(shape, seed=2)
+    want, want_state = op(tokens._replace(start_BL=start_BL), heads, state)
+    for begin, end in documents(starts):
+        mask_BL = np.zeros((2, LENGTH), bool)
+        mask_BL[0, begin:end] = True
+        mixed = jax.tree.map(
+            lambda array, other: np.where(mask_BL.reshape(2, LENGTH, *[1] * (array.ndim - 2)), array, 3 * other),  # noqa: B023
+            tokens,
+            others._replace(trap_BLH=others.trap_BLH / 3),
+        )
+        before = other_state if begin in starts else state
+        got, got_state = op(mixed._replace(start_BL=start_BL), heads, before)
+        np.testing.assert_array_equal(got[0, begin:end], want[0, begin:end])
+        if end == LENGTH:
+            jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[0]), got_state, want_state)
+
+
+@every_implementation
+@siso_and_mimo
+@repeatable(max_examples=5)
+@given(lengths=PIECES)
+@example(lengths=[8, 3, 1, 1, 3, 8])
+def test_packed_documents_are_separate_documents(lengths, shape, implementation):
+    """A packed row gives each document what it gets alone; the incoming state reaches only the first."""
+    tokens, heads, state = draw(shape._replace(length=LENGTH))
+    edges = np.cumsum([0, *lengths])
+    start_BL = np.zeros((2, LENGTH), bool)
+    start_BL[:, edges[edges < LENGTH][1:]] = True
+    packed, last = forward(implementation, shape.rotation, CHUNK)(tokens._replace(start_BL=start_BL), heads, state)
+    alone = forward("recurrent", shape.rotation)
+    for begin, end in itertools.pairwise(edges):
+        before = state if begin == 0 else jax.tree.map(np.zeros_like, state)
+        y, after = alone(rows(tokens, begin, end), heads, before)
+        assert rel_rms(packed[:, begin:end], y) < FORWARD
+        if end == LENGTH:
+            check_results((y, last), (y, after), FORWARD)
+
+
+@every_implementation
+def test_rank_one_with_unit_weights_is_siso(implementation):
+    tokens, heads, state = draw(SISO)
+    ones_HRP = np.ones((SISO.heads, 1, SISO.width), np.float32)
+    op = forward(implementation, "half")
+    ranked = heads._replace(v_rank_HRP=ones_HRP, gate_rank_HRP=ones_HRP, out_rank_HRP=ones_HRP)
+    check_results(op(tokens, ranked, state), op(tokens, heads, state), 1e-6)
+
+
+def mamba2(c_BLGN, b_BLGN, x_BLHP, dt_BLH, log_a_BLH, skip_H):
+    """h_t = exp(log_a_t) h_{t-1} + dt_t x_t b_t^T,  y_t = h_t c_t + D x_t, in float64 loops."""
+    batch, length, heads, width = x_BLHP.shape
+    groups, d_state = b_BLGN.shape[2:]
+    y_BLHP = np.zeros((batch, length, heads, width))
+    for row in range(batch):
+        for head in range(heads):
+            group = head // (heads // groups)
+            h_PN = np.zeros((width, d_state))
+            for t in range(length):
+                x_P = x_BLHP[row, t, head].astype(np.float64)
+                h_PN = np.exp(log_a_BLH[row, t, head], dtype=np.float64) * h_PN
+                h_PN += dt_BLH[row, t, head] * np.outer(x_P, b_BLGN[row, t, group])
+                y_BLHP[row, t, head] = h_PN @ c_BLGN[row, t, group] + skip_H[head] * x_P
+    return y_BLHP
+
+
+@every_implementation
+def test_without_trapezoid_rotation_and_bias_it_is_mamba2(implementation):
+    shape = SISO._replace(gate=False, length=23)
+    tokens, heads, _ = draw(shape)
+    tokens = tokens._replace(trap_BLH=np.ones_like(tokens.trap_BLH), angle_BLHS=np.zeros_like(tokens.angle_BLHS))
+    heads = Heads(*jax.tree.map(np.zeros_like, heads[:2]), skip_H=heads.skip_H)
+    q, k = tokens.q_BLRGN[:, :, 0], tokens.k_BLRGN[:, :, 0]
+    want = mamba2(q, k, tokens.v_BLHP, tokens.dt_BLH, tokens.log_a_BLH, heads.skip_H)
+    assert rel_rms(forward(implementation, "adjacent")(tokens, heads)[0], want) < FORWARD
+
+
+@pytest.mark.parametrize("implementation", sorted({*NAMES} - {"recurrent"}))
+def test_a_gentle_decay_after_steep_ones_keeps_its_digits(implementation):
+    """Differences of float32 sums that have grown to thousands would be off by 1e-3."""
+    shape = SISO._replace(length=67)
+    tokens, heads, state = draw(shape)
+    tokens = tokens._replace(log_a_BLH=np.where(np.arange(67)[:, None] < 30, -300, tokens.log_a_BLH))
+    inputs, cotangent = (tokens, heads, state), cases.cotangents(shape)
+    want = cases.reference(inputs, None, cotangent, shape.rotation)
+    results, gradients = pulled(implementation, shape.rotation, 64)(inputs, None, cotangent)
+    check_results(results, want[0], FORWARD)
+    check_gradients(gradients, want[1], GRADIENT)
+
+
+@pytest.mark.parametrize("implementation", sorted({*NAMES} - {"recurrent"}))
+def test_chunk_size_does_not_matter(implementation):
+    shape = MIMO._replace(length=67, rank=2)
+    inputs, cotangent = draw(shape), cases.cotangents(shape)
+    want = cases.reference(inputs, None, cotangent, shape.rotation)
+    for chunk in (1, 3, 16, 64, 1000):
+        check_results(forward(implementation, shape.rotation, chunk)(*inputs), want[0], FORWARD)
+    results, gradients = pulled(implementation, shape.rotation, 3)(inputs, None, cotangent)
+    check_results(results, want[0], FORWARD)
+    check_gradients(gradients, want[1], GRADIENT)
+
+
+@every_implementation
+@siso_and_mimo
+def test_permuting_heads_permutes_outputs(shape, implementation):
+    shape = shape._replace(groups=1, shared_angle=False)
+    tokens, heads, state = draw(shape)
+    order = np.random.default_rng(0).permutation(shape.heads)
+    swapped = tokens._replace(
+        **{
+            name: getattr(tokens, name)[:, :, order]
+            for name in tokens._fields[2:8]
+            if getattr(tokens, name) is not None
+        }
+    )
+    moved_state = State(*(array[:, order] for array in state[:2]), state.k_BRHN[:, :, order], state.v_BHP[:, order])
+    op = forward(implementation, shape.rotation)
+    y, after = op(tokens, heads, state)
+    got, got_after = op(swapped, jax.tree.map(lambda array: array[order], heads), moved_state)
+    want = State(*(array[:, order] for array in after[:2]), after.k_BRHN[:, :, order], after.v_BHP[:, order])
+    check_results((got, got_after), (y[:, :, order], want), 1e-6)
+
+
+@every_implementation
+@siso_and_mimo
+def test_gradients_are_finite_differences(shape, implementation):
+    """Along a random direction of each input, in float64: (f(x + e d) - f(x - e d)) / 2e is the gradient times d."""
+    shape = shape._replace(length=7)
+    with jax.enable_x64(True):
+        inputs, cotangent = draw(shape, dtype=np.float64), cases.cotangents(shape, dtype=np.float64)
+        direction = draw(shape, seed=3, dtype=np.float64)
+        leaves, structure = jax.tree.flatten(inputs)
+        start_BL = np.arange(7)[None] == np.array([[4], [9]])
+
+        @quick_jit
+        def loss(inputs):
+            tokens, heads, state = inputs
+            op = functools.partial(ssm, rotation=shape.rotation, implementation=implementation, chunk=3)
+            results = op(tokens._replace(start_BL=start_BL), heads, state)
+            return sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), results, cotangent)))
+
+        results, gradients = pulled(implementation, shape.rotation, 3)(inputs, start_BL, cotangent)
+        assert {leaf.dtype for leaf in jax.tree.leaves(results)} == {np.dtype(np.float64)}
+        step = 1e-6
+        for index, (name, gradient) in enumerate(cases.named(gradients).items()):
+            along = jax.tree.leaves(direction)[index]
+            moved = [
+                loss(
+                    jax.tree.unflatten(structure, [*leaves[:index], leaves[index] + sign * along, *leaves[index + 1 :]])
+                )
+                for sign in (step, -step)
+            ]
+            numeric, exact = (moved[0] - moved[1]) / (2 * step), np.sum(gradient * along)
+            size = np.sqrt(np.sum(np.square(gradient * along)))
+            assert abs(numeric - exact) < 1e-6 * max(size, abs(exact), 1), f"{name}: {numeric} is not {exact}"
+
+
+@every_implementation
+def test_vmap_and_checkpoint(implementation):
+    shape = MIMO._replace(batch=1, length=9)
+    pairs = [(draw(shape, seed), cases.cotangents(shape, seed + 1)) for seed in (0, 4)]
+    inputs, cotangent = jax.tree.map(lambda *arrays: np.stack(arrays), *pairs)
+    op = functools.partial(ssm, rotation=shape.rotation, implementation=implementation, chunk=4)
+
+    def call(inputs, cotangent):
+        results, pull = jax.vjp(jax.checkpoint(op), *inputs)
+        return results, pull(cotangent)
+
+    results, gradients = quick_jit(jax.vmap(call))(inputs, cotangent)
+    for index, (one, one_cotangent) in enumerate(pairs):
+        want = cases.reference(one, None, one_cotangent, shape.rotation)
+        pick = functools.partial(jax.tree.map, lambda array: array[index])  # noqa: B023
+        check_results(pick(results), want[0], FORWARD)
+        check_gradients(pick(gradients), want[1], GRADIENT)
+
+
+@pytest.mark.parametrize("part", ["dt_BLH", "log_a_BLH", "trap_BLH", "angle_BLHS", "q_BLRGN", "v_BLHP", "gate_BLHP"])
+def test_planted_error_is_caught(part):
+    """One input of one head or rank off by one part in a thousand: neither outputs nor gradients pass."""
+    (tokens, heads, state), cotangent = draw(MIMO), cases.cotangents(MIMO)
+    want = cases.reference((tokens, heads, state), None, cotangent, MIMO.rotation)
+    spoilt = getattr(tokens, part).copy()
+    spoilt[:, :, 0] *= np.float32(1.001)
+    inputs = (tokens._replace(**{part: spoilt}), heads, state)
+    results, gradients = pulled("chunked", MIMO.rotation)(inputs, None, cotangent)
+    with pytest.raises(AssertionError, match="is not below"):
+        check_results(results, want[0], FORWARD)
+    with pytest.raises(AssertionError, match="is not below"):
+        check_gradients(gradients, want[1], GRADIENT)
+
+
+@pytest.mark.parametrize("part", ["angle_BHS", "ssm_BHPN", "k_BRHN", "v_BHP"])
+def test_planted_error_in_the_carried_state_is_caught(part):
+    tokens, heads, state = draw(SISO)
+    op = forward("chunked", SISO.rotation)
+    whole, _ = op(tokens, heads, state)
+    _, middle = op(rows(tokens, 0, 6), heads, state)
+    y, _ = op(rows(tokens, 6, None), heads, middle._replace(**{part: getattr(middle, part) * 1.001}))
+    assert rel_rms(y, whole[:, 6:]) > FORWARD

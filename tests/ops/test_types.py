@@ -1,0 +1,37 @@
+"""The shape annotations of mamba3_jax.ops hold: its functions are called under jaxtyping's import hook."""
+
+import subprocess
+import sys
+import textwrap
+
+
+def run(code: str) -> subprocess.CompletedProcess:
+    hook = """
+        from jaxtyping import install_import_hook
+        with install_import_hook("mamba3_jax.ops", "beartype.beartype"):
+            from mamba3_jax.ops import angle, discretize
+            from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
+        from tests.ops.cases import MIMO, SISO, draw
+        import jax
+        import jax.numpy as jnp
+    """
+    code = textwrap.dedent(hook) + textwrap.dedent(code)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+
+
+def test_annotations_hold():
+    done = run("""
+        for shape in (SISO, MIMO):
+            tokens, heads, state = jax.tree.map(jnp.asarray, draw(shape._replace(length=3)))
+            tokens = tokens._replace(start_BL=jnp.zeros((2, 3), bool))
+            for implementation in IMPLEMENTATIONS:
+                ssm(tokens, heads, state, rotation=shape.rotation, implementation=implementation)
+        print("held")
+    """)
+    assert done.stdout == "held\n", done.stderr[-3000:]
+
+
+def test_the_hook_is_on():
+    done = run("discretize.trapezoid(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 1)))")
+    assert done.returncode != 0
+    assert "TypeCheckError" in done.stderr, done.stderr[-3000:]

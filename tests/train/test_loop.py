@@ -1,0 +1,199 @@
+"""The loop in this process: what it writes, what it skips, when it stops, what it refuses."""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+
+from mamba3_jax.checkpoint import all_steps, load_model, save_model
+from mamba3_jax.train import metrics
+from mamba3_jax.train.loop import AHEAD, Diverged, Trainer
+from mamba3_jax.train.resume import check
+from tests.train.tiny import get_config, random_params
+
+STEPS = 20
+
+
+class Poisoned:
+    """A loader that gives batches of infinite weight at the steps that `bad` says."""
+
+    def __init__(self, data, bad):
+        self.data, self.bad, self.step = data, bad, data.get_state()["position"]
+
+    def __next__(self):
+        self.step += 1
+        batch = next(self.data)
+        return batch._replace(weights_BL=batch.weights_BL * np.float32(np.inf)) if self.bad(self.step) else batch
+
+    def __getattr__(self, name):
+        return getattr(self.data, name)
+
+
+def config(steps=STEPS):
+    got = get_config()
+    got.train.steps, got.train.max_bad_steps = steps, 3
+    return got
+
+
+def train(config, workdir, bad=lambda step: False):
+    lines = []
+    with Trainer(config, workdir, report=lines.append) as trainer:
+        trainer.data = Poisoned(trainer.data, bad)
+        trainer.run()
+    return lines
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """20 steps, of which the 8th and 9th are not finite."""
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, train(config(), workdir, bad=(8, 9).__contains__)
+
+
+def test_metrics_have_every_step_once(run):
+    lines = metrics.read(run[0] / "metrics.jsonl")
+    train_lines = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in train_lines] == list(range(1, STEPS + 1))
+    assert [line["skipped"] for line in train_lines] == [0] * 7 + [1] + [2] * 12
+    assert [line["step"] for line in train_lines if line["loss"] is None] == [8, 9]
+    assert [line["step"] for line in lines if "valid_loss" in line] == [10, 20]
+    assert all(line["tokens_per_second"] > 0 and line["grad_norm"] != 0 for line in train_lines)
+    # The schedule counts updates, not batches: after two skipped ones it is two behind.
+    by_step = {line["step"]: line["learning_rate"] for line in train_lines}
+    assert by_step[8] == by_step[9] == by_step[10] > by_step[11]
+
+
+def test_what_the_run_leaves(run):
+    workdir, lines = run
+    assert (workdir / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert list((workdir / "tensorboard").glob("events.out.*"))
+    assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == STEPS
+    assert set(all_steps(workdir)) >= {15, 20}
+    assert any(re.match(r"step 12/20  loss \d\.\d{4}  lr .*  \|g\| .* tok/s  ETA 0:\d\d  skipped 2$", x) for x in lines)
+    assert "best_valid_loss" in lines[-1]
+
+
+def test_a_finished_run_has_nothing_to_do(run):
+    before = (run[0] / "metrics.jsonl").read_bytes()
+    lines = train(config(), run[0])
+    assert (run[0] / "metrics.jsonl").read_bytes() == before
+    assert not any(line.startswith("step") for line in lines)
+
+
+def test_stops_after_too_many_bad_steps_and_keeps_the_last_good_checkpoint(run):
+    workdir, longer = run[0], config(40)
+    longer.optimizer.clip = 0.0  # what may change may change
+    before, params = all_steps(workdir), load_model(workdir)[1]
+    with pytest.raises(Diverged, match=r"not finite in 3 steps in a row, the last one step 24; .* of step 20 in "):
+        train(longer, workdir, bad=lambda step: step > 21)
+    assert all_steps(workdir) == before
+    assert all(np.array_equal(a, b) for a, b in zip(leaves(params), leaves(load_model(workdir)[1]), strict=True))
+    # It stops within the few steps that were on their way, not at the end.
+    lines = [line["step"] for line in metrics.read(workdir / "metrics.jsonl") if "loss" in line]
+    assert lines == list(range(1, 25))
+    assert AHEAD <= 2
+
+
+def leaves(tree):
+    import jax
+
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("model.d_state", 16), ("data.batch", 8), ("seed", 1), ("data.source", "text")]
+)
+def test_another_model_or_data_does_not_resume(run, field, value):
+    other = config()
+    section, _, name = field.rpartition(".")
+    setattr(getattr(other, section) if section else other, name, value)
+    if field == "data.source":
+        other.model.vocab_size = 256
+    with pytest.raises(ValueError, match=r"config\.(model|data)?\.?\w+=.*was trained with .* another workdir"):
+        Trainer(other, run[0])
+
+
+def test_what_may_change_is_reported():
+    old, new = config(), config(40)
+    new.optimizer.learning_rate, new.model.chunk, new.data.workers = 1.0, 16, 2
+    got = check(old, new, "path")
+    assert got == {
+        "train.steps": (20, 40),
+        "optimizer.learning_rate": (old.optimizer.learning_rate, 1.0),
+        "model.chunk": (0, 16),
+        "data.workers": (0, 2),
+    }
+
+
+def test_starts_from_parameters_alone(tmp_path):
+    """What `launch.convert` writes is a start: any data and seed, the same model."""
+    start, other = config(), config()
+    save_model(tmp_path, start, random_params(start))
+    other.seed, other.data.seed = 5, 5
+    with Trainer(other, tmp_path, report=lambda *_: None) as trainer:
+        assert (trainer.step, trainer.state) == (0, None)
+        assert all(
+            np.array_equal(*pair)
+            for pair in zip(leaves(trainer.start_params), leaves(random_params(start)), strict=True)
+        )
+    other.model.d_state = 16
+    with pytest.raises(ValueError, match="d_state=16"):
+        Trainer(other, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("train", {"steps": 0}, "train.steps=0 is not positive"),
+        ("train", {"mesh": "data:3"}, "mesh='data:3'"),
+        ("train", {"eval_every": -1}, "train.eval_every=-1 is negative"),
+        ("optimizer", {"accumulate": 3}, "data.batch=4 is not a positive multiple of 3"),
+        ("optimizer", {"schedule": "step"}, "schedule='step'"),
+        ("model", {"vocab_size": 1}, "vocab_size=1 is less than the 2 ids"),
+        ("model", {"head_dim": 7}, "head_dim"),
+        ("data", {"length": 1}, "data.length=1"),
+        ("data", {"seed": -1}, "data.seed=-1 is not in 0"),
+        ("data", {"seed": 2**32}, "data.seed=4294967296 is not in 0"),
+    ],
+)
+def test_what_cannot_be_trained_is_named_before_any_compile(tmp_path, section, changes, message):
+    bad = config()
+    setattr(bad, section, dataclasses.replace(getattr(bad, section), **changes))
+    with pytest.raises(ValueError, match=message):
+        Trainer(bad, tmp_path / "run")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_of_more_than_32_bits_is_named(tmp_path, seed):
+    with pytest.raises(ValueError, match=f"^seed={seed} is not in 0"):
+        Trainer(dataclasses.replace(config(), seed=seed), tmp_path)
+
+
+def test_a_second_run_in_a_workdir_is_refused_while_the_first_is_at_work(tmp_path):
+    quiet = {"report": lambda *_: None}
+    second = pytest.raises(ValueError, match=r"another run is at work in .*: it holds .*/lock")
+    with Trainer(config(), tmp_path, **quiet), second:
+        Trainer(config(), tmp_path, **quiet)
+    with Trainer(config(), tmp_path, **quiet):
+        pass
+
+
+def test_a_workdir_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        Trainer(config(), tmp_path / "file" / "run")
+
+
+def test_log_drops_what_came_after_the_step_and_a_line_cut_short(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "loss": 1.0}\n{"step": 4, "lo')
+    log = metrics.Log(tmp_path, 2)
+    log.write(3, {"loss": float("nan")})
+    log.close()
+    assert metrics.read(path) == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"step": 3, "loss": None}]
+
+
+def test_clock():
+    assert [metrics.clock(x) for x in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]

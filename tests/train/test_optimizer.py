@@ -1,0 +1,112 @@
+"""Schedule at its landmarks, AdamW against its equations in numpy, which parameters decay."""
+
+import jax
+import numpy as np
+import pytest
+
+from mamba3_jax.config import Config, ModelConfig, OptimizerConfig
+from mamba3_jax.train.optimizer import decays, optimizer, schedule, validate
+from tests.helpers import rel_rms
+from tests.train.tiny import random_params
+
+PEAK, STEPS = 2e-3, 1000
+
+
+def rates(**options):
+    """lr of every step, warm-up 10%, final 1%."""
+    config = OptimizerConfig(learning_rate=PEAK, warmup=0.1, final=0.01, decay=0.2, **options)
+    return np.asarray(schedule(config, STEPS)(np.arange(STEPS)), np.float64) / PEAK
+
+
+@pytest.mark.parametrize(
+    ("kind", "landmarks"),
+    [
+        ("cosine", {99: 1, 549: 0.505, 774: 0.01 + 0.99 * (1 - 0.5**0.5) / 2, 999: 0.01}),
+        ("wsd", {99: 1, 500: 1, 799: 1, 899: 0.505, 999: 0.01}),
+        ("constant", {99: 1, 500: 1, 999: 1}),
+    ],
+)
+def test_schedule_landmarks(kind, landmarks):
+    got = rates(schedule=kind)
+    for step, want in {0: 0.01, 49: 0.5, **landmarks}.items():
+        assert got[step] == pytest.approx(want, rel=2e-5), step
+    assert np.all(np.diff(got[:100]) > 0)
+    assert np.all(np.diff(got[100:]) <= 1e-7)
+    # One part in a thousand is told apart: a schedule that ends or peaks a step early is.
+    assert got[98] != pytest.approx(1, rel=2e-5)
+
+
+def test_schedule_without_warmup_starts_at_the_peak():
+    config = OptimizerConfig(learning_rate=PEAK, warmup=0, schedule="constant")
+    assert float(schedule(config, 5)(0)) == pytest.approx(PEAK)
+
+
+def numpy_adamw(params, grads_of, config, steps, decayed):
+    """The published equations in float64, decoupled decay, clipping by global norm."""
+    mean, square = ({name: np.zeros_like(value) for name, value in params.items()} for _ in range(2))
+    for t in range(steps):
+        grads = grads_of(t)
+        norm = np.sqrt(sum(np.sum(g**2) for g in grads.values()))
+        lr = float(schedule(config, steps)(t))
+        for name, g in grads.items():
+            g = g * min(1, config.clip / norm) if config.clip else g
+            mean[name] = config.b1 * mean[name] + (1 - config.b1) * g
+            square[name] = config.b2 * square[name] + (1 - config.b2) * g**2
+            step = mean[name] / (1 - config.b1 ** (t + 1))
+            step = step / (np.sqrt(square[name] / (1 - config.b2 ** (t + 1))) + config.eps)
+            decay = config.weight_decay if name in decayed else 0
+            params = params | {name: params[name] - lr * (step + decay * params[name])}
+    return params
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.7])
+def test_updates_are_adamw(clip):
+    config = OptimizerConfig(learning_rate=0.05, clip=clip)
+    rng = np.random.default_rng(0)
+    params = {name: rng.standard_normal(4) for name in ("out", "dt_bias")}
+    grads = [{name: rng.standard_normal(4) for name in params} for _ in range(6)]
+
+    tx = optimizer(config, 6)
+    got = jax.tree.map(np.float32, params)
+    state = tx.init(got)
+    for step in grads:
+        updates, state = tx.update(jax.tree.map(np.float32, step), state, got)
+        got = jax.tree.map(lambda p, u: p + np.asarray(u), got, updates)
+
+    def error(config):
+        want = numpy_adamw(params, grads.__getitem__, config, 6, decayed={"out"})
+        return max(rel_rms(got[name], want[name]) for name in params)
+
+    assert error(config) < 1e-6
+    wrong = OptimizerConfig(learning_rate=0.05 * 1.001, clip=clip)
+    assert error(wrong) > 1e-5
+
+
+def test_decay_mask():
+    config = Config(model=ModelConfig(pattern="MA", d_model=16, d_state=8, head_dim=8, attn_head_dim=8, d_ff=8))
+    config.model.mimo_rank, config.model.out_norm, config.model.attn_bias, config.model.norm = 2, True, True, "layer"
+    config.model.tie_embeddings = False
+    mask = jax.tree_util.tree_leaves_with_path(decays(random_params(config)))
+    names = {flag: {path[-1].key for path, got in mask if got is flag} for flag in (True, False)}
+    assert names[True] == set(
+        "embedding kernel in_zx in_dt_a_trap in_kq_angle out v_rank gate_rank out_rank q k v value gate".split()  # noqa: SIM905
+    )
+    assert names[False] == set(
+        "dt_bias skip k_bias q_bias v_bias out_bias k_norm q_norm norm scale bias".split()  # noqa: SIM905
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "linear"}, "schedule='linear' is not one of cosine, wsd, constant"),
+        ({"warmup": 1.0}, "warmup=1.0"),
+        ({"schedule": "wsd", "decay": 0.95}, "decay=0.95"),
+        ({"accumulate": 0}, "accumulate=0"),
+        ({"b2": 1.0}, "b2=1.0"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0"),
+    ],
+)
+def test_what_cannot_be_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        validate(OptimizerConfig(**options))
