@@ -7,6 +7,7 @@ Exit status of every command: 0 done; 1 a bug, with its traceback; 2 a mistake i
 import contextlib
 import dataclasses
 import difflib
+import logging as stdlib_logging
 import re
 import sys
 import typing
@@ -23,8 +24,7 @@ USER_ERROR = 2
 
 def fail(message, status: int = USER_ERROR) -> typing.NoReturn:
     """Prints one line and exits."""
-    # A read of a checkpoint that failed half way leaves coroutines, whose end at exit Python would report at length.
-    sys.unraisablehook = lambda _: None
+    sys.unraisablehook = lambda _: None  # what the reads below leave unfinished ends at exit
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     raise SystemExit(status)
 
@@ -43,7 +43,16 @@ def user_errors():
 
 def run(main) -> None:
     """`absl.app.run`, with mistakes in the flags as one line, and libraries' logs from warnings on (--verbosity)."""
+    # Where one array of a checkpoint cannot be read, the reads of the others end after the event loop that Orbax ran
+    # them in: from tensorstore's threads as "Event loop is closed", from asyncio as "never retrieved", at any time.
+    sys.unraisablehook = _unraisable
+    stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
     app.run(main, flags_parser=_parse)
+
+
+def _unraisable(report) -> None:
+    if not (isinstance(report.exc_value, RuntimeError) and str(report.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(report)
 
 
 class _Text(flags.ArgumentParser):
