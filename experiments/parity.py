@@ -6,14 +6,13 @@ Label y_t = x_1 + .. + x_t mod 2 of fresh random bits, at every position. One la
 variants that differ in nothing else, three seeds each, vmapped in one compiled step; all variants see the same strings.
 Documents grow from 16 to 256 tokens while the steps go by, packed into rows of one shape: a variant compiles once.
 
-Cost: about 5 minutes on 2 CPU cores. Expect, in percent of the way from chance to perfect, 95 to 100 of Mamba-3 at
-length 256, as much of Euler, and about 0, already at 40, without rotation and with fixed RoPE angles: what solves it is
-the data-dependent rotation, not the trapezoid. Past the trained length even Mamba-3 fails step by step (25 to 95 at
-320, 5 to 45 at 384).
+Cost: 1 to 2 minutes on 2 CPU cores (5 on slow ones). Expect, in percent of the way from chance to perfect, 95 to 100
+of Mamba-3 at length 256, 85 to 100 of Euler, and about 0, already at 40, without rotation and with fixed RoPE angles:
+what solves it is the data-dependent rotation, not the trapezoid. Past the trained length even Mamba-3 fails step by
+step (25 to 95 at 320, 0 to 45 at 384).
 
 With --results= (nothing recorded), a variant that is done at the same commit is not trained again in the same
-workdir. `launch.train --config=experiments/parity.py` trains
-the first variant, one seed.
+workdir. `launch.train --config=experiments/parity.py` trains the first variant, one seed.
 """
 
 import concurrent.futures
