@@ -137,7 +137,7 @@ def started_peer(python: str, layer: Layer, chunks: list[int]) -> Iterator[Peer]
         config, results = Path(directory) / "config.json", Path(directory) / "results.npz"
         given = {"layer": dataclasses.asdict(layer), "chunks": chunks, "results": str(results)}
         config.write_text(json.dumps(given))
-        command = [python, str(PEER), str(config)]
+        command = [python, "-E", str(PEER), str(config)]  # -E: a PYTHONPATH to this repository has its mamba3_jax
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         with subprocess.Popen(command, cwd=directory, **pipes) as process:
             try:
