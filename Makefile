@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 WORKDIR ?= runs/text
-PYTEST ?= -n auto --maxprocesses=8 -m "not slow and not gpu"
+PYTEST ?= -n auto --maxprocesses=8 -m "not slow"
 BIN := .venv/bin
 
 .PHONY: run parity test install clean

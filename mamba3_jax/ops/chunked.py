@@ -32,7 +32,7 @@ def _core(part: Chunk, h_BHPN):
         a, b = a.astype(product_dtype), b.astype(product_dtype)
         return jnp.einsum(formula, a, b, precision="highest", preferred_element_type=h_BHPN.dtype)
 
-    exact_BHQ, rest_BHQ = _log_decay(part, h_BHPN.dtype)
+    exact_BHQ, rest_BHQ = log_decay(part.log_a_BHQ, part.within_BQQ)
     gap_BHQQ = (exact_BHQ[..., :, None] - exact_BHQ[..., None, :]) + (rest_BHQ[..., :, None] - rest_BHQ[..., None, :])
     within_BHQQ = part.within_BQQ[:, None]
     # Masked before exp as well: what lies after a token grows without bound.
@@ -61,7 +61,7 @@ def _core(part: Chunk, h_BHPN):
     return y_BHQRP, h_BHPN
 
 
-def _log_decay(part: Chunk, dtype):
+def log_decay(log_a_BHQ, within_BQQ):
     """sum_{s <= t} log_a_s from the document's (or the chunk's) first token, as exact + rest.
 
     A sum that started earlier would let the gradient of one document reach another's log_a. Differences of plain
@@ -69,10 +69,12 @@ def _log_decay(part: Chunk, dtype):
     exactly.
     """
     steepest = -104.0  # exp of it is 0 in float32, so a steeper one decays no more
-    step = 2.0 ** (math.ceil(math.log2(-steepest * part.log_a_BHQ.shape[-1])) - 24)
-    log_a_BHQ = part.log_a_BHQ if dtype == jnp.float64 else jnp.maximum(part.log_a_BHQ, steepest)
+    step = 2.0 ** (math.ceil(math.log2(-steepest * log_a_BHQ.shape[-1])) - 24)
+    dtype = log_a_BHQ.dtype
+    if dtype != jnp.float64:
+        log_a_BHQ = jnp.maximum(log_a_BHQ, steepest)
     exact_BHQ = jax.lax.stop_gradient(jnp.round(log_a_BHQ / step) * step)
-    within_BQQ = part.within_BQQ.astype(dtype)
+    within_BQQ = within_BQQ.astype(dtype)
     return (
         jnp.einsum("bts,bhs->bht", within_BQQ, summand_BHQ, precision="highest")
         for summand_BHQ in (exact_BHQ, log_a_BHQ - exact_BHQ)

@@ -54,31 +54,23 @@ def over_chunks(core: Core, tokens: Tokens, heads: Heads, state: State, *, rotat
     per_token = (q_BLRGN, k_BLRGN, weights, gamma_BLH, kappa_BLH)
     per_chunk = jax.tree.map(lambda array: _split(array, n_chunks, chunk), per_token)
     each_token = jax.tree.map(lambda array: array[:, None], heads)  # an axis for Q between H and R
+    q_bias_HQRN, k_bias_HQRN = (to_planes(x, planes, rotation) for x in (each_token.q_bias_HRN, each_token.k_bias_HRN))
     product_dtype = jnp.result_type(tokens.q_BLRGN, tokens.k_BLRGN, tokens.v_BLHP)
 
     def body(carry, part):
         turns, h_BHPN = carry
         q_BQRGN, k_BQRGN, part, gamma_BQH, kappa_BQH = part
-        within_BQQ, carried_BQ = _documents(part.start_BL, chunk)
+        within_BQQ, document_BQ = documents(part.start_BL, chunk)
+        carried_BQ = None if document_BQ is None else document_BQ == 0
         dt_BHQ, angle_BHQS = jnp.swapaxes(part.dt_BLH, 1, 2), jnp.swapaxes(part.angle_BLHS, 1, 2)
         phi, turns = angles.advance(turns, angle_BHQS, dt_BHQ, within_BQQ, carried_BQ, step)
         # The barrier keeps XLA from computing sines again for each of the entries, keys and ranks that use them.
         sin_BHQN, cos_BHQN = turn(*jax.lax.optimization_barrier(angles.sincos(phi)), d_state)
 
-        def turned(part_BQRGN, bias_HQRN):
-            x_BHQRN = biased(part_BQRGN, bias_HQRN) * cos_BHQN[:, :, :, None]
-            x_BHQRN += biased(partner(part_BQRGN, planes), partner(bias_HQRN, planes)) * sin_BHQN[:, :, :, None]
-            return x_BHQRN.astype(product_dtype)
-
-        def biased(part_BQRGN, bias_HQRN):
-            part_BGQRN = part_BQRGN.transpose(0, 3, 1, 2, 4)
-            # Cast before the copies: the gradient sums over a group's heads in the accumulator's dtype.
-            return jnp.repeat(part_BGQRN.astype(dtype), n_heads // part_BGQRN.shape[1], axis=1) + bias_HQRN
-
         x_BHQRP = ranked(jnp.swapaxes(part.v_BLHP, 1, 2).astype(dtype), each_token)
         seen = Chunk(
-            q_BHQRN=turned(q_BQRGN, to_planes(each_token.q_bias_HRN, planes, rotation)),
-            k_BHQRN=turned(k_BQRGN, to_planes(each_token.k_bias_HRN, planes, rotation)),
+            q_BHQRN=turned(q_BQRGN, q_bias_HQRN, sin_BHQN, cos_BHQN, planes).astype(product_dtype),
+            k_BHQRN=turned(k_BQRGN, k_bias_HQRN, sin_BHQN, cos_BHQN, planes).astype(product_dtype),
             x_BHQRP=x_BHQRP.astype(product_dtype),
             log_a_BHQ=jnp.swapaxes(part.log_a_BLH, 1, 2),
             gamma_BHQ=jnp.swapaxes(gamma_BQH, 1, 2),
@@ -91,19 +83,49 @@ def over_chunks(core: Core, tokens: Tokens, heads: Heads, state: State, *, rotat
         y_BHQP = finish(y_BHQRP, x_BHQRP, gate_BHQP, each_token)
         return (turns, h_BHPN), jnp.swapaxes(y_BHQP, 1, 2).astype(tokens.v_BLHP.dtype)
 
-    # The incoming state lacks what token 0 adds for the token before it.
-    before_BHRN = jnp.swapaxes(state.k_BRHN, 1, 2).astype(dtype)
-    h_BHPN = state.ssm_BHPN + first_BH[..., None, None] * outer(ranked(state.v_BHP.astype(dtype), heads), before_BHRN)
+    h_BHPN = incoming(state, first_BH, heads)
     carry = (angles.from_radians(state.angle_BHS, step), to_planes(h_BHPN, planes, rotation))
     body = jax.checkpoint(body, prevent_cse=False)
     (turns, h_BHPN), y_CBQHP = jax.lax.scan(body, carry, per_chunk)
 
     y_BLHP = jnp.swapaxes(y_CBQHP, 0, 1).reshape(-1, n_chunks * chunk, n_heads, width)[:, :length]
-    angle_BHS = angles.to_radians(turns)
-    k_BHRN = per_head(tokens.k_BLRGN[:, -1], n_heads).astype(dtype) + heads.k_bias_HRN
+    return y_BLHP, last_state(tokens, heads, angles.to_radians(turns), h_BHPN, rotation)
+
+
+def incoming(state: State, first_BH, heads: Heads):
+    """The state before the row, natural order, with what token 0 adds for the token before it (see `trapezoid`)."""
+    before_BHRN = jnp.swapaxes(state.k_BRHN, 1, 2).astype(first_BH.dtype)
+    x_BHRP = ranked(state.v_BHP.astype(first_BH.dtype), heads)
+    return state.ssm_BHPN + first_BH[..., None, None] * outer(x_BHRP, before_BHRN)
+
+
+def last_state(tokens: Tokens, heads: Heads, angle_BHS, h_BHPN, rotation: str) -> State:
+    """What the row leaves, from the last angle (radians) and `h_BHPN` in plane order."""
+    n_heads, planes = tokens.v_BLHP.shape[2], angle_BHS.shape[-1]
+    k_BHRN = per_head(tokens.k_BLRGN[:, -1], n_heads).astype(h_BHPN.dtype) + heads.k_bias_HRN
     k_BHRN = rotate(k_BHRN, angle_BHS[:, :, None], rotation).astype(tokens.k_BLRGN.dtype)
-    last = State(angle_BHS, from_planes(h_BHPN, planes, rotation), jnp.swapaxes(k_BHRN, 1, 2), tokens.v_BLHP[:, -1])
-    return y_BLHP, last
+    h_BHPN = from_planes(h_BHPN, planes, rotation)
+    return State(angle_BHS, h_BHPN, jnp.swapaxes(k_BHRN, 1, 2), tokens.v_BLHP[:, -1])
+
+
+def turned(x_BQRGN, bias_HQRN, sin_BHQN, cos_BHQN, planes: int):
+    """Queries or keys of a group as each of its heads sees them, biased and rotated: (B, H, Q, R, N), in plane order.
+
+    Args:
+        x_BQRGN: in plane order.
+        bias_HQRN: in plane order; its Q axis has size 1.
+        sin_BHQN, cos_BHQN: from `rotary.turn`.
+        planes: S.
+    """
+
+    def biased(x_BQRGN, bias_HQRN):
+        # Cast before the copies: the gradient sums over a group's heads in the accumulator's dtype.
+        x_BGQRN = x_BQRGN.transpose(0, 3, 1, 2, 4).astype(sin_BHQN.dtype)
+        return jnp.repeat(x_BGQRN, bias_HQRN.shape[0] // x_BGQRN.shape[1], axis=1) + bias_HQRN
+
+    turned_BHQRN = biased(x_BQRGN, bias_HQRN) * cos_BHQN[:, :, :, None]
+    other_BHQRN = biased(partner(x_BQRGN, planes), partner(bias_HQRN, planes))
+    return turned_BHQRN + other_BHQRN * sin_BHQN[:, :, :, None]
 
 
 def _split(array_BL, n_chunks: int, chunk: int):
@@ -113,10 +135,10 @@ def _split(array_BL, n_chunks: int, chunk: int):
     return jnp.swapaxes(array_BL.reshape(-1, n_chunks, chunk, *array_BL.shape[2:]), 0, 1)
 
 
-def _documents(start_BQ, chunk: int):
-    """within_BQQ and carried_BQ of `Chunk` from the document starts, or for a row of one document."""
+def documents(start_BQ, chunk: int):
+    """`Chunk.within_BQQ`, and the document starts in the chunk up to each token (None: no starts in any row)."""
     causal_QQ = jnp.tril(jnp.ones((chunk, chunk), bool))
     if start_BQ is None:
         return causal_QQ[None], None
     document_BQ = jnp.cumsum(start_BQ.astype(jnp.int32), axis=-1)
-    return causal_QQ & (document_BQ[:, :, None] == document_BQ[:, None, :]), document_BQ == 0
+    return causal_QQ & (document_BQ[:, :, None] == document_BQ[:, None, :]), document_BQ

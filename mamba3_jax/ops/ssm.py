@@ -6,11 +6,12 @@ from mamba3_jax.ops.associative import associative
 from mamba3_jax.ops.chunked import chunked
 from mamba3_jax.ops.recurrent import recurrent
 from mamba3_jax.ops.rotary import ROTATIONS
+from mamba3_jax.ops.triton import triton
 from mamba3_jax.ops.types import Heads, State, Tokens, accumulator, empty_state
 
 __all__ = ["IMPLEMENTATIONS", "Heads", "State", "Tokens", "empty_state", "ssm"]
 
-IMPLEMENTATIONS = {"recurrent": recurrent, "associative": associative, "chunked": chunked}
+IMPLEMENTATIONS = {"recurrent": recurrent, "associative": associative, "chunked": chunked, "triton": triton}
 
 
 def ssm(

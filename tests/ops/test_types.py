@@ -12,6 +12,7 @@ def run(code: str) -> subprocess.CompletedProcess:
             from mamba3_jax.ops import angle, discretize
             from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
         from tests.ops.cases import MIMO, SISO, draw
+        import functools
         import jax
         import jax.numpy as jnp
     """
@@ -24,6 +25,7 @@ def test_annotations_hold():
         for shape in (SISO, MIMO):
             tokens, heads, state = jax.tree.map(jnp.asarray, draw(shape._replace(length=3)))
             tokens = tokens._replace(start_BL=jnp.zeros((2, 3), bool))
+            IMPLEMENTATIONS["triton"] = functools.partial(IMPLEMENTATIONS["triton"], interpret=True)
             for implementation in IMPLEMENTATIONS:
                 ssm(tokens, heads, state, rotation=shape.rotation, implementation=implementation)
         print("held")
