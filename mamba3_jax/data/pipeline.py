@@ -1,6 +1,9 @@
 """From rows to this host's batches: order, sharding, workers, position."""
 
+import multiprocessing
+import os
 import signal
+import threading
 
 import grain
 import numpy as np
@@ -52,7 +55,7 @@ class Loader:
         if not flags.FLAGS.is_parsed():  # outside an absl program; Grain's workers read their flags
             flags.FLAGS.mark_as_parsed()
         options = grain.multiprocessing.MultiprocessingOptions(num_workers=self._workers)
-        return dataset.mp_prefetch(options, worker_init_fn=_ignore_signals)
+        return dataset.mp_prefetch(options, worker_init_fn=_live_and_die_with_main)
 
     def get_state(self) -> dict:
         """JSON-able: the number of batches given so far and what they were cut from."""
@@ -73,11 +76,21 @@ class Loader:
         self._iterator = None
 
 
-def _ignore_signals(worker: int, workers: int) -> None:
-    """In a worker: a signal to the whole process group (Ctrl-C) is for the main process, which saves and ends us."""
+def _live_and_die_with_main(worker: int, workers: int) -> None:
+    """In a worker: the end comes from the main process, and with it.
+
+    A signal to the whole process group (Ctrl-C) is for the main process, which saves and ends us. One that is killed
+    does not: without the watch we would wait for ever for it to take the next batch.
+    """
     del worker, workers
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def loader(config: DataConfig, split: str, *, vocab_size: int, host: tuple[int, int] = (0, 1)) -> Loader:

@@ -3,8 +3,10 @@
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,15 @@ def config(folder, **fields):
 
 def take(source, count):
     return list(itertools.islice(source, count))
+
+
+def run(program: str, tmp_path) -> subprocess.CompletedProcess:
+    """Run a program that finds the repository, from a file, as worker processes read it again."""
+    script = tmp_path / "program.py"
+    script.write_text(program)
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    command, environment = [sys.executable, str(script)], os.environ | {"PYTHONPATH": path}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def row_set(batches):
@@ -157,19 +168,41 @@ if __name__ == "__main__":
     assert not multiprocessing.active_children()
     print(json.dumps([[array.tolist() for array in batch] for batch in (*batches, after, again)]))
 """
-    script = tmp_path / "resume.py"  # a file, as worker processes read it again
-    script.write_text(program)
-    command, where = (
-        [sys.executable, str(script)],
-        os.environ
-        | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])},
-    )
-    done = subprocess.run(command, env=where, capture_output=True, text=True, timeout=300)
+    done = run(program, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     there = json.loads(done.stdout.splitlines()[-1])
     here = take(source, 4)
     assert same(here, there[:4])
     assert same(here[3:], there[4:])
+
+
+def test_a_worker_ends_when_the_main_process_is_killed(folder, tmp_path):
+    data = config(folder)
+    program = f"""
+import multiprocessing, os, signal
+from mamba3_jax.config import DataConfig
+from mamba3_jax.data import loader
+if __name__ == "__main__":
+    data = DataConfig(train_glob={data.train_glob!r}, valid_glob={data.valid_glob!r}, length=16, batch=4, workers=1)
+    source = loader(data, "train", vocab_size=256)
+    next(source)
+    print(multiprocessing.active_children()[0].pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = run(program, tmp_path)  # returns once nobody holds its output, the worker included
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    deadline = time.monotonic() + 60
+    while _runs(int(done.stdout)):
+        assert time.monotonic() < deadline, "the worker lives on"
+        time.sleep(0.1)
+
+
+def _runs(pid: int) -> bool:
+    """Whether the process exists and is more than an entry that its parent has not collected yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_ids_past_the_vocabulary_are_named(folder):
