@@ -12,11 +12,19 @@ from mamba3_jax.ops.recurrent import ranked
 from mamba3_jax.ops.rotary import to_planes, turn
 from mamba3_jax.ops.types import Heads, State, Tokens
 
-ROWS = 64  # of a chunk, ranks times tokens: the tile that FACTS measured fastest
+ROWS = 64  # of a chunk, ranks times tokens: what was fastest on an H200
+PROGRAMS = 256  # that fill one: two on each of its 132 multiprocessors
 
 
 def triton(
-    tokens: Tokens, heads: Heads, state: State, *, rotation: str, chunk: int | None = None, interpret: bool = False
+    tokens: Tokens,
+    heads: Heads,
+    state: State,
+    *,
+    rotation: str,
+    chunk: int | None = None,
+    segments: int | None = None,
+    interpret: bool = False,
 ):
     """The sums of `chunked`, the scan over chunks fused in `pallas_kernels.ssm.triton`; what is around it is plain XLA.
 
@@ -25,6 +33,7 @@ def triton(
 
     Args:
         chunk: tokens a chunk; the kernel takes the power of two at or below it that its tiles allow.
+        segments: how many parts of the length run side by side; None: as many as fill the device. Performance only.
         interpret: run the kernels' program on any backend, slowly, for tests.
 
     Raises:
@@ -38,6 +47,8 @@ def triton(
     check(tokens, interpret)
     chunk = _power_of_two(max(16, min(128, (chunk or ROWS // rank) * rank))) // rank
     n_chunks = -(-length // chunk)
+    segments = segments or max(1, min(PROGRAMS // (batch * n_heads), n_chunks))
+    n_chunks = -(-n_chunks // segments) * segments
     step = angles.grid(chunk)
 
     gamma_BLH, kappa_BLH, first_BH = trapezoid(tokens.dt_BLH, tokens.trap_BLH, tokens.start_BL)
@@ -91,7 +102,7 @@ def triton(
         *(jnp.repeat(by_head(array), rank, axis=-1) for array in (gamma_BLH, kappa_BLH)),
         jnp.repeat(document_BCQ.reshape(batch, -1), rank, axis=-1),
         jnp.pad(h_BHPN, spare),
-        Tile(rows=chunk * rank, rank=rank, interpret=interpret),
+        Tile(rows=chunk * rank, rank=rank, segments=segments, interpret=interpret),
     )
     h_BHPN = h_BHPN[:, :, :width, :d_state]
     y_BHLRP = y_BHTP[..., :width].reshape(x_BHLRP.shape)

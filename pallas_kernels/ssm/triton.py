@@ -5,7 +5,11 @@
 
 within a chunk, c the log of the decay since its first token; h is carried from chunk to chunk in registers. A row is
 one rank of one token, ranks fastest: s < t and s = t speak of the rows' tokens, so every rank of a query sees every
-rank of a key. One program computes a head of a batch entry.
+rank of a key.
+
+One program computes a head of a batch entry, or a segment of it: where heads and batch entries are too few to fill the
+device, a first pass leaves what every segment adds to the state, `combine` gives the state before each, and the same
+kernels then run all segments at once. The backward pass does the same from the end.
 
 Pallas Triton is deprecated upstream (jax 0.11): nothing but the `triton` implementation may import this file.
 """
@@ -28,6 +32,7 @@ class Tile:
 
     rows: int = 64
     rank: int = 1
+    segments: int = 1  # of equally many chunks, side by side
     num_warps: int = 4
     forward_stages: int = 2
     backward_stages: int = 1
@@ -47,8 +52,8 @@ def check(q_BHTN, x_BHTP, tile: Tile) -> None:
     for name, size, most in (("d_state", d_state, 256), ("width", width, 128), ("tile.rows", tile.rows, 128)):
         if size & (size - 1) or not 16 <= size <= most:
             raise ValueError(f"{name}={size} is not a power of two from 16 to {most}")
-    if tile.rows % tile.rank or rows % tile.rows:
-        raise ValueError(f"{rows=} and {tile.rank=} do not fit chunks of {tile.rows=}")
+    if tile.rows % tile.rank or rows % (tile.rows * tile.segments):
+        raise ValueError(f"{rows=} and {tile.rank=} do not fit {tile.segments=} of chunks of {tile.rows=}")
     if q_BHTN.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"q is {q_BHTN.dtype}, wanted float32 or bfloat16")
     if batch * n_heads == 0 or rows == 0:
@@ -103,7 +108,7 @@ def _weights(exact_T, rest_T, gamma_T, kappa_T, document_T, rank: int):
     return decay_TT, decay_TT * jnp.where(own_TT, gamma_T[None, :], kappa_T[None, :]), own_TT
 
 
-def _edges(exact_ref, rest_ref, document_ref, rows, last, exact_T, rest_T, document_T):
+def _edges(exact_ref, rest_ref, document_ref, last, exact_T, rest_T, document_T):
     """What is left at each row of the state before the chunk, and at the chunk's end of each row and of that state."""
     since_T = jnp.where(document_T == 0, jnp.exp(exact_T + rest_T), 0.0)
     exact, rest, document = exact_ref[last], rest_ref[last], document_ref[last]
@@ -125,7 +130,7 @@ def _forward_kernel(
         exact_T, rest_T, document_T = exact_ref[rows], rest_ref[rows], document_ref[rows]
         gamma_T, kappa_T = gamma_ref[rows], kappa_ref[rows]
         _, weight_TT, _ = _weights(exact_T, rest_T, gamma_T, kappa_T, document_T, tile.rank)
-        since_T, until_T, all_ = _edges(exact_ref, rest_ref, document_ref, rows, last, exact_T, rest_T, document_T)
+        since_T, until_T, all_ = _edges(exact_ref, rest_ref, document_ref, last, exact_T, rest_T, document_T)
 
         y_TP = product(product(q_TN, k_TN, NT) * weight_TT, x_TP, NN)
         y_ref[rows, :] = y_TP + since_T[:, None] * product(q_TN, h_PN, NT)
@@ -133,6 +138,39 @@ def _forward_kernel(
         return all_ * h_PN + product(x_TP, k_TN, TN)
 
     last_ref[...] = lax.fori_loop(0, chunks, chunk, h_ref[...])
+
+
+def _added_kernel(
+    k_ref, x_ref, exact_ref, rest_ref, kappa_ref, document_ref, added_ref, left_ref, *, chunks: int, tile: Tile
+):  # fmt: skip
+    """What a segment adds to the state, and what it leaves of the state before it."""
+    product = _product(tile, k_ref.dtype)
+
+    def chunk(index, carry):
+        h_PN, left = carry
+        rows, last = pl.ds(index * tile.rows, tile.rows), index * tile.rows + tile.rows - 1
+        exact_T, rest_T, document_T = exact_ref[rows], rest_ref[rows], document_ref[rows]
+        _, until_T, all_ = _edges(exact_ref, rest_ref, document_ref, last, exact_T, rest_T, document_T)
+        x_TP = x_ref[rows, :].astype(jnp.float32) * (until_T * kappa_ref[rows])[:, None]
+        return all_ * h_PN + product(x_TP, k_ref[rows, :], TN), all_ * left
+
+    added_ref[...], left_ref[...] = lax.fori_loop(0, chunks, chunk, (jnp.zeros(added_ref.shape, jnp.float32), 1.0))
+
+
+def _demanded_kernel(
+    q_ref, exact_ref, rest_ref, document_ref, dy_ref, demanded_ref, *, chunks: int, tile: Tile
+):  # fmt: skip
+    """The gradient of the state before a segment from the outputs of the segment."""
+    product = _product(tile, q_ref.dtype)
+
+    def chunk(step, dh_PN):
+        index = chunks - 1 - step
+        rows, last = pl.ds(index * tile.rows, tile.rows), index * tile.rows + tile.rows - 1
+        exact_T, rest_T, document_T = exact_ref[rows], rest_ref[rows], document_ref[rows]
+        since_T, _, all_ = _edges(exact_ref, rest_ref, document_ref, last, exact_T, rest_T, document_T)
+        return all_ * dh_PN + product(dy_ref[rows, :] * since_T[:, None], q_ref[rows, :], TN)
+
+    demanded_ref[...] = lax.fori_loop(0, chunks, chunk, jnp.zeros(demanded_ref.shape, jnp.float32))
 
 
 def _backward_kernel(
@@ -150,7 +188,7 @@ def _backward_kernel(
         gamma_T, kappa_T = gamma_ref[rows], kappa_ref[rows]
         h_PN = states_ref[index]
         decay_TT, weight_TT, own_TT = _weights(exact_T, rest_T, gamma_T, kappa_T, document_T, tile.rank)
-        since_T, until_T, all_ = _edges(exact_ref, rest_ref, document_ref, rows, last, exact_T, rest_T, document_T)
+        since_T, until_T, all_ = _edges(exact_ref, rest_ref, document_ref, last, exact_T, rest_T, document_T)
         arriving_T = until_T * kappa_T
 
         score_TT = product(q_TN, k_TN, NT)
@@ -183,61 +221,117 @@ def _backward_kernel(
     dh_ref[...] = lax.fori_loop(0, chunks, chunk, dlast_ref[...])
 
 
-def _head(*sizes: int) -> pl.BlockSpec:
-    """All that one program sees of an array (B, H, *sizes)."""
-    return pl.BlockSpec((None, None, *sizes), lambda b, h: (b, h, *[0] * len(sizes)))
+def combine(h_BHPN, added_BHSPN, left_BHS):
+    """h_s = left_s h_{s-1} + added_s: the states before every segment, and the one after the last."""
+    left_BHS = jnp.concatenate([jnp.ones_like(left_BHS[:, :, :1]), left_BHS], axis=2)
+    states_BHSPN = jnp.concatenate([h_BHPN[:, :, None], added_BHSPN], axis=2)
+
+    def compose(first, second):
+        return first[0] * second[0], second[0][..., None, None] * first[1] + second[1]
+
+    _, states_BHSPN = lax.associative_scan(compose, (left_BHS, states_BHSPN), axis=2)
+    return states_BHSPN[:, :, :-1], states_BHSPN[:, :, -1]
 
 
-def _specs(q_BHTN, x_BHTP, tile: Tile):
-    """Chunks, and the specs of an array of rows by N, rows by P, rows, of `document_BT`, of a state and of states."""
-    rows, d_state, width = q_BHTN.shape[2], q_BHTN.shape[3], x_BHTP.shape[3]
-    chunks = rows // tile.rows
-    document = pl.BlockSpec((None, rows), lambda b, h: (b, 0))
-    return chunks, _head(rows, d_state), _head(rows, width), _head(rows), document, _head(width, d_state), _head(
-        chunks, width, d_state
-    )  # fmt: skip
+class _Call:
+    """A kernel over batch, heads and segments; `of_*` describe what one program sees of an array, by its last axes."""
+
+    def __init__(self, q_BHTN, x_BHTP, tile: Tile):
+        check(q_BHTN, x_BHTP, tile)
+        self.tile, (self.batch, self.heads, rows, d_state) = tile, q_BHTN.shape
+        self.rows, width = rows // tile.segments, x_BHTP.shape[-1]
+        self.chunks = self.rows // tile.rows
+        self.of_N, self.of_P, self.of_row = (self.rows, d_state), (self.rows, width), (self.rows,)
+        self.of_state, self.of_states, self.of_left = (width, d_state), (self.chunks, width, d_state), ()
+
+    def split(self, *arrays_BHT):
+        """(B, H, T, ...) -> (B, H, S, T / S, ...)."""
+        return [x.reshape(self.batch, self.heads, self.tile.segments, self.rows, *x.shape[3:]) for x in arrays_BHT]
+
+    def documents(self, document_BT):
+        """(B, T) -> (B, 1, S, T / S)."""
+        return document_BT.reshape(self.batch, 1, self.tile.segments, self.rows)
+
+    def whole(self, array_BHS):
+        """`split` undone."""
+        return array_BHS.reshape(self.batch, self.heads, -1, *array_BHS.shape[4:])
+
+    def __call__(self, kernel, name: str, stages: int, inputs, out):
+        """`out`: the (axes, dtype) of every output."""
+
+        def spec(array_BHS):
+            shared = array_BHS.shape[1] == 1 < self.heads
+            sizes = array_BHS.shape[3:]
+            return pl.BlockSpec(
+                (None, None, None, *sizes), lambda b, h, s: (b, 0 if shared else h, s, *[0] * len(sizes))
+            )
+
+        grid = (self.batch, self.heads, self.tile.segments)
+        shapes = [jax.ShapeDtypeStruct((*grid, *axes), dtype) for axes, dtype in out]
+        return pl.pallas_call(
+            functools.partial(kernel, chunks=self.chunks, tile=self.tile),
+            grid=grid,
+            in_specs=[spec(array) for array in inputs],
+            out_specs=[spec(shape) for shape in shapes],
+            out_shape=shapes,
+            name=name,
+            **self.tile.params(stages),
+        )(*inputs)
 
 
 def _forward(q, k, x, exact, rest, gamma, kappa, document, h_BHPN, tile: Tile, *, keep: bool):
-    """y, the last state and, if `keep`, the states before every chunk (B, H, C, P, N)."""
-    check(q, x, tile)
-    chunks, of_N, of_P, of_row, of_document, state, states = _specs(q, x, tile)
-    shapes = [jax.ShapeDtypeStruct(x.shape, jnp.float32), jax.ShapeDtypeStruct(h_BHPN.shape, jnp.float32)]
-    if keep:
-        shapes.append(jax.ShapeDtypeStruct((*h_BHPN.shape[:2], chunks, *h_BHPN.shape[2:]), jnp.float32))
-    y, last, *kept = pl.pallas_call(
-        functools.partial(_forward_kernel, chunks=chunks, tile=tile),
-        grid=q.shape[:2],
-        in_specs=[of_N, of_N, of_P, *[of_row] * 4, of_document, state],
-        out_specs=[of_P, state, *[states] * keep],
-        out_shape=shapes,
-        name="mamba3_scan",
-        **tile.params(tile.forward_stages),
-    )(q, k, x, exact, rest, gamma, kappa, document, h_BHPN)
-    return y, last, kept[0] if keep else None
+    """y, the last state and, if `keep`, what the backward pass needs of the segments and chunks."""
+    call = _Call(q, x, tile)
+    q, k, x, exact, rest, gamma, kappa = call.split(q, k, x, exact, rest, gamma, kappa)
+    document = call.documents(document)
+    start_BHSPN, left_BHS = h_BHPN[:, :, None], None
+    if tile.segments > 1:
+        out = [(call.of_state, jnp.float32), (call.of_left, jnp.float32)]
+        parts = call(_added_kernel, "mamba3_segments", tile.forward_stages, (k, x, exact, rest, kappa, document), out)
+        start_BHSPN, _ = combine(h_BHPN, *parts)
+        left_BHS = parts[1]
+    inputs = (q, k, x, exact, rest, gamma, kappa, document, start_BHSPN)
+    out = [call.of_P, call.of_state, *[call.of_states] * keep]
+    y, last_BHSPN, *states = call(
+        _forward_kernel, "mamba3_scan", tile.forward_stages, inputs, [(axes, jnp.float32) for axes in out]
+    )
+    return call.whole(y), last_BHSPN[:, :, -1], (left_BHS, *states)
 
 
 def _scan_fwd(q, k, x, exact, rest, gamma, kappa, document, h_BHPN, tile: Tile):
-    y, last, states = _forward(q, k, x, exact, rest, gamma, kappa, document, h_BHPN, tile, keep=True)
-    return (y, last), (q, k, x, exact, rest, gamma, kappa, document, states)
+    y, last, kept = _forward(q, k, x, exact, rest, gamma, kappa, document, h_BHPN, tile, keep=True)
+    return (y, last), (q, k, x, exact, rest, gamma, kappa, document, *kept)
 
 
 def _scan_bwd(tile: Tile, residuals, cotangents):
-    q, k, x, exact, rest, gamma, kappa, document, states_BHCPN = residuals
-    dy, dlast = cotangents
-    chunks, of_N, of_P, of_row, of_document, state, states = _specs(q, x, tile)
-    row = jax.ShapeDtypeStruct(rest.shape, jnp.float32)
-    like = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (q, k, x)]
-    dq, dk, dx, drest, dgamma, dkappa, dh = pl.pallas_call(
-        functools.partial(_backward_kernel, chunks=chunks, tile=tile),
-        grid=q.shape[:2],
-        in_specs=[of_N, of_N, of_P, *[of_row] * 4, of_document, states, of_P, state],
-        out_specs=[of_N, of_N, of_P, *[of_row] * 3, state],
-        out_shape=[*like, row, row, row, jax.ShapeDtypeStruct(dlast.shape, jnp.float32)],
-        name="mamba3_scan_backward",
-        **tile.params(tile.backward_stages),
-    )(q, k, x, exact, rest, gamma, kappa, document, states_BHCPN, dy, dlast)
-    return dq, dk, dx, jnp.zeros_like(exact), drest, dgamma, dkappa, None, dh
+    q, k, x, exact, rest, gamma, kappa, document, left_BHS, states = residuals
+    dy, dlast_BHPN = cotangents
+    call = _Call(q, x, tile)
+    q, k, x, exact, rest, gamma, kappa, dy = call.split(q, k, x, exact, rest, gamma, kappa, dy)
+    document = call.documents(document)
+    dlast_BHSPN = dlast_BHPN[:, :, None]
+    if tile.segments > 1:
+        (demanded_BHSPN,) = call(
+            _demanded_kernel,
+            "mamba3_segments_backward",
+            tile.backward_stages,
+            (q, exact, rest, document, dy),
+            [(call.of_state, jnp.float32)],
+        )
+        # From the end: what a segment's last state is asked for is what the next one asks of its first.
+        backwards = (jnp.flip(array, axis=2) for array in (demanded_BHSPN, left_BHS))
+        dlast_BHSPN = jnp.flip(combine(dlast_BHPN, *backwards)[0], axis=2)
+    rows = [(call.of_row, jnp.float32)] * 3
+    of_inputs = [(call.of_N, q.dtype), (call.of_N, k.dtype), (call.of_P, x.dtype)]
+    dq, dk, dx, drest, dgamma, dkappa, dstart_BHSPN = call(
+        _backward_kernel,
+        "mamba3_scan_backward",
+        tile.backward_stages,
+        (q, k, x, exact, rest, gamma, kappa, document, states, dy, dlast_BHSPN),
+        [*of_inputs, *rows, (call.of_state, jnp.float32)],
+    )
+    gradients = [call.whole(array) for array in (dq, dk, dx, jnp.zeros_like(exact), drest, dgamma, dkappa)]
+    return *gradients, None, dstart_BHSPN[:, :, 0]
 
 
 scan.defvjp(_scan_fwd, _scan_bwd)

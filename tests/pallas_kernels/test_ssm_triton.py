@@ -13,9 +13,11 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from mamba3_jax.ops.ssm import ssm
-from mamba3_jax.ops.triton import check
+from mamba3_jax.ops.triton import check, triton
 from pallas_kernels.ssm.triton import Tile, scan
+from tests.ops import cases
 from tests.ops.cases import MIMO, SISO, bfloat16, draw
+from tests.ops.quick import quick_jit
 
 GPU = AbstractMesh(
     (1,),
@@ -48,15 +50,50 @@ def run(*arrays, tile: Tile):
 @pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("d_state", "width", "rank"), [(16, 16, 1), (128, 64, 1), (256, 128, 1), (64, 32, 2), (128, 64, 4), (128, 64, 8)]
+    ("d_state", "width", "rank", "segments"),
+    [
+        (16, 16, 1, 2),
+        (128, 64, 1, 1),
+        (128, 64, 1, 4),
+        (256, 128, 1, 1),
+        (64, 32, 2, 1),
+        (128, 64, 4, 2),
+        (128, 64, 8, 1),
+    ],
 )
-def test_lowers_for_cuda(d_state, width, rank, dtype):
+def test_lowers_for_cuda(d_state, width, rank, segments, dtype):
     arrays = inputs(256, d_state, width, dtype)
     with use_abstract_mesh(GPU):
-        traced = jax.jit(functools.partial(run, tile=Tile(rank=rank))).trace(*arrays)
+        traced = jax.jit(functools.partial(run, tile=Tile(rank=rank, segments=segments))).trace(*arrays)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "mamba3_scan" in text
     assert "mamba3_scan_backward" in text
+    assert ("mamba3_segments_backward" in text) == (segments > 1)
+
+
+@pytest.mark.parametrize("shape", [SISO, MIMO], ids=["siso", "mimo"])
+@pytest.mark.parametrize("starts", [(), (0, 16, 39, 40, 60)], ids=["one_document", "packed"])
+def test_the_number_of_segments_does_not_matter(shape, starts):
+    """Values and all gradients, a ragged last segment and segments of one chunk included."""
+    shape = shape._replace(length=67)
+    inputs, cotangent = draw(shape), cases.cotangents(shape)
+    start_BL = np.isin(np.arange(67), starts)[None] & np.array([[True], [False]])
+    want = cases.reference(inputs, start_BL, cotangent, shape.rotation)
+
+    @functools.partial(quick_jit, static_argnums=0)
+    def run(segments, inputs):
+        def op(inputs):
+            tokens, heads, state = inputs
+            tokens = tokens._replace(start_BL=start_BL)
+            return triton(tokens, heads, state, rotation=shape.rotation, chunk=16, segments=segments, interpret=True)
+
+        results, pull = jax.vjp(op, inputs)
+        return results, pull(cotangent)[0]
+
+    for segments in (1, 2, 3, 5):
+        results, gradients = run(segments, inputs)
+        cases.check_results(results, want[0], 1e-5)
+        cases.check_gradients(gradients, want[1], 1e-4)
 
 
 def test_rows_after_the_end_do_nothing():
@@ -79,8 +116,9 @@ def test_rows_after_the_end_do_nothing():
         ({"d_state": 8}, Tile(), "d_state=8 is not a power of two from 16 to 256"),
         ({"width": 256}, Tile(), "width=256 is not a power of two from 16 to 128"),
         ({}, Tile(rows=8), "tile.rows=8 is not a power of two from 16 to 128"),
-        ({"rows": 96}, Tile(), "rows=96 and tile.rank=1 do not fit chunks of tile.rows=64"),
-        ({}, Tile(rank=3), "rows=64 and tile.rank=3 do not fit chunks of tile.rows=64"),
+        ({"rows": 96}, Tile(), "rows=96 and tile.rank=1 do not fit tile.segments=1 of chunks of tile.rows=64"),
+        ({}, Tile(rank=3), "rows=64 and tile.rank=3 do not fit tile.segments=1 of chunks of tile.rows=64"),
+        ({}, Tile(segments=2), "rows=64 and tile.rank=1 do not fit tile.segments=2 of chunks of tile.rows=64"),
         ({"dtype": jnp.float16}, Tile(), "q is float16, wanted float32 or bfloat16"),
     ],
 )
