@@ -42,7 +42,7 @@ def run(program: str, tmp_path) -> subprocess.CompletedProcess:
     script.write_text(program)
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     command, environment = [sys.executable, str(script)], os.environ | {"PYTHONPATH": path}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def row_set(batches):

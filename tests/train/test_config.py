@@ -45,5 +45,5 @@ def test_a_flag_overrides_names_by_letters(tmp_path):
     )
     for overrides, want in ([], NAMES), (["--config.model.pattern=MA"], "MA"):
         command = [sys.executable, "-c", PROGRAM, f"--config={path}", *overrides]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300)
         assert done.stdout.strip() == repr(want), done.stderr
