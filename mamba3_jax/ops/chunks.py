@@ -89,6 +89,7 @@ def over_chunks(core: Core, tokens: Tokens, heads: Heads, state: State, *, rotat
     (turns, h_BHPN), y_CBQHP = jax.lax.scan(body, carry, per_chunk)
 
     y_BLHP = jnp.swapaxes(y_CBQHP, 0, 1).reshape(-1, n_chunks * chunk, n_heads, width)[:, :length]
+    h_BHPN = from_planes(h_BHPN, planes, rotation)
     return y_BLHP, last_state(tokens, heads, angles.to_radians(turns), h_BHPN, rotation)
 
 
@@ -100,11 +101,10 @@ def incoming(state: State, first_BH, heads: Heads):
 
 
 def last_state(tokens: Tokens, heads: Heads, angle_BHS, h_BHPN, rotation: str) -> State:
-    """What the row leaves, from the last angle (radians) and `h_BHPN` in plane order."""
-    n_heads, planes = tokens.v_BLHP.shape[2], angle_BHS.shape[-1]
+    """What the row leaves, from the last angle (radians) and `h_BHPN`."""
+    n_heads = tokens.v_BLHP.shape[2]
     k_BHRN = per_head(tokens.k_BLRGN[:, -1], n_heads).astype(h_BHPN.dtype) + heads.k_bias_HRN
     k_BHRN = rotate(k_BHRN, angle_BHS[:, :, None], rotation).astype(tokens.k_BLRGN.dtype)
-    h_BHPN = from_planes(h_BHPN, planes, rotation)
     return State(angle_BHS, h_BHPN, jnp.swapaxes(k_BHRN, 1, 2), tokens.v_BLHP[:, -1])
 
 

@@ -1,19 +1,16 @@
-"""The op with its scan in a Pallas Triton kernel, for NVIDIA GPUs. A leaf: Pallas Triton is deprecated upstream."""
+"""The op in Pallas Triton kernels, for NVIDIA GPUs. A leaf: Pallas Triton is deprecated upstream."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mamba3_jax.ops import angle as angles
 from mamba3_jax.ops.chunked import log_decay
-from mamba3_jax.ops.chunks import documents, incoming, last_state, turned
+from mamba3_jax.ops.chunks import documents, incoming, last_state
 from mamba3_jax.ops.discretize import trapezoid
-from mamba3_jax.ops.output import finish
-from mamba3_jax.ops.recurrent import ranked
-from mamba3_jax.ops.rotary import to_planes, turn
+from mamba3_jax.ops.rotary import to_planes
 from mamba3_jax.ops.types import Heads, State, Tokens
 
-ROWS = 64  # of a chunk, ranks times tokens: what was fastest on an H200
-PROGRAMS = 256  # that fill one: two on each of its 132 multiprocessors
+PROGRAMS = 256  # that fill an H200: two on each of its 132 multiprocessors
 
 
 def triton(
@@ -25,91 +22,139 @@ def triton(
     chunk: int | None = None,
     segments: int | None = None,
     interpret: bool = False,
+    **tile,
 ):
-    """The sums of `chunked`, the scan over chunks fused in `pallas_kernels.ssm.triton`; what is around it is plain XLA.
+    """The sums of `chunked` in two fused kernels, `pallas_kernels.ssm.triton`: rotate, then scan.
 
-    Angles and decays are summed in all chunks at once, and between chunks by an associative scan. The backward pass
-    keeps the rotated queries and keys and the state before every chunk.
+    The backward pass keeps the inputs, rotated queries and keys, the outputs before norm and gate, and the state before
+    every segment.
 
     Args:
         chunk: tokens a chunk; the kernel takes the power of two at or below it that its tiles allow.
         segments: how many parts of the length run side by side; None: as many as fill the device. Performance only.
         interpret: run the kernels' program on any backend, slowly, for tests.
+        tile: other fields of `pallas_kernels.ssm.triton.common.Tile`. Performance only.
 
     Raises:
         ValueError: no NVIDIA GPU, float64, a rank that is not a power of two up to 16, d_state over 256 or P over 128.
     """
-    from pallas_kernels.ssm.triton import Tile, scan  # here, since everything else works without the kernels
+    # Here, since everything else works without the kernels.
+    from pallas_kernels.ssm.triton import rotate, scan, scan_back
+    from pallas_kernels.ssm.triton.common import Tile, documents_in_chunks
 
+    check(tokens, interpret)
     batch, length, rank, _, d_state = tokens.q_BLRGN.shape
     n_heads, width = tokens.v_BLHP.shape[2:]
     planes = tokens.angle_BLHS.shape[-1]
-    check(tokens, interpret)
-    chunk = _power_of_two(max(16, min(128, (chunk or ROWS // rank) * rank))) // rank
+    layout = Layout(d_state, planes, rotation)
+    dtype = jnp.result_type(tokens.q_BLRGN, tokens.k_BLRGN, tokens.v_BLHP)
+
+    large = _tile_size(width) * layout.size * dtype.itemsize > 64 * 128 * 2
+    rows = chunk * rank if chunk else 64 >> (large and dtype == jnp.float32)
+    chunk = _power_of_two(max(16, rank, min(64, rows))) // rank
     n_chunks = -(-length // chunk)
-    segments = segments or max(1, min(PROGRAMS // (batch * n_heads), n_chunks))
-    n_chunks = -(-n_chunks // segments) * segments
-    step = angles.grid(chunk)
+    segments = segments or max(1, min(PROGRAMS // (batch * n_heads), n_chunks // 4))
+    tile = Tile(rows=chunk * rank, rank=rank, width=width, segments=segments, interpret=interpret, **tile)
+    unit = max(chunk, tile.turned) * segments
+    padding = -length % unit
 
     gamma_BLH, kappa_BLH, first_BH = trapezoid(tokens.dt_BLH, tokens.trap_BLH, tokens.start_BL)
-    # Zeros after the end: dt = 0 and log_a = 0 leave the state as it is.
-    padded, gamma_BLH, kappa_BLH = jax.tree.map(
-        lambda array: jnp.pad(array, [(0, 0), (0, n_chunks * chunk - length), *[(0, 0)] * (array.ndim - 2)]),
-        (tokens, gamma_BLH, kappa_BLH),
-    )
 
-    def chunks_apart(array_BL):
-        return array_BL.reshape(batch * n_chunks, chunk, *array_BL.shape[2:])
+    def padded(array_BL):
+        """Zeros after the end: dt = 0 and log_a = 0 leave the state as it is."""
+        if array_BL is None or not padding:
+            return array_BL
+        return jnp.pad(array_BL, [(0, 0), (0, padding), *[(0, 0)] * (array_BL.ndim - 2)])
 
     def by_head(array_BLH):
-        return jnp.swapaxes(array_BLH, 1, 2)
+        return jnp.swapaxes(padded(array_BLH), 1, 2)
 
-    # Batch and chunks are one axis, E, where chunks do not depend on each other.
-    start_EQ = None if padded.start_BL is None else chunks_apart(padded.start_BL)
-    within_EQQ, document_EQ = documents(start_EQ, chunk)
-    if document_EQ is None:
-        document_EQ = jnp.zeros((batch * n_chunks, chunk), jnp.int32)
-    document_BCQ = document_EQ.reshape(batch, n_chunks, chunk)
-
-    before = angles.from_radians(state.angle_BHS, step)
-    dt_EHQ, angle_EHQS = by_head(chunks_apart(padded.dt_BLH)), by_head(chunks_apart(padded.angle_BLHS))
-    phi, last_turns = angles.advance_all(before, angle_EHQS, dt_EHQ, within_EQQ, document_BCQ, step)
-    sin_BHLN, cos_BHLN = turn(*angles.sincos(phi), d_state)
-    exact_EHQ, rest_EHQ = log_decay(by_head(chunks_apart(padded.log_a_BLH)), within_EQQ)
-
-    def rows(array_BHLR):
-        """(B, H, L, R, ...) -> (B, H, L R, ...), the last axis padded with zeros to what a tile can hold."""
-        array_BHT = array_BHLR.reshape(batch, n_heads, n_chunks * chunk * rank, -1)
-        size = array_BHT.shape[-1]
-        return jnp.pad(array_BHT, [(0, 0)] * 3 + [(0, _tile_size(size) - size)]).astype(product_dtype)
-
-    def row_scalars(array_EHQ):
-        array_BCHQ = array_EHQ.reshape(batch, n_chunks, n_heads, chunk)
-        return jnp.repeat(jnp.swapaxes(array_BCHQ, 1, 2).reshape(batch, n_heads, -1), rank, axis=-1)
-
-    each_token = jax.tree.map(lambda array: array[:, None], heads)  # an axis for L between H and R
-    product_dtype = jnp.result_type(tokens.q_BLRGN, tokens.k_BLRGN, tokens.v_BLHP)
-    x_BHLRP = ranked(by_head(padded.v_BLHP).astype(jnp.float32), each_token)
-    q_BHLRN, k_BHLRN = (
-        turned(to_planes(x, planes, rotation), to_planes(bias, planes, rotation), sin_BHLN, cos_BHLN, planes)
-        for x, bias in ((padded.q_BLRGN, each_token.q_bias_HRN), (padded.k_BLRGN, each_token.k_bias_HRN))
+    document_BL = None
+    if tokens.start_BL is not None:
+        document_BL = jnp.cumsum(padded(tokens.start_BL).astype(jnp.int32), axis=1)
+    angle_BLHS = jnp.pad(padded(tokens.angle_BLHS), [(0, 0)] * 3 + [(0, layout.planes - planes)])
+    rotated = rotate.Inputs(
+        *(layout.to(padded(x.astype(dtype))) for x in (tokens.q_BLRGN, tokens.k_BLRGN)),
+        layout.to(heads.q_bias_HRN),
+        layout.to(heads.k_bias_HRN),
+        angle_BLHS,
+        by_head(tokens.dt_BLH),
+        jnp.pad(state.angle_BHS, [(0, 0), (0, 0), (0, layout.planes - planes)]),
+        document_BL,
     )
-    h_BHPN = to_planes(incoming(state, first_BH, heads), planes, rotation)
-    spare = [(0, 0), (0, 0), (0, _tile_size(width) - width), (0, _tile_size(d_state) - d_state)]
-    y_BHTP, h_BHPN = scan(
-        *(rows(array) for array in (q_BHLRN, k_BHLRN, x_BHLRP)),
-        *(row_scalars(array) for array in (exact_EHQ, rest_EHQ)),
-        *(jnp.repeat(by_head(array), rank, axis=-1) for array in (gamma_BLH, kappa_BLH)),
-        jnp.repeat(document_BCQ.reshape(batch, -1), rank, axis=-1),
-        jnp.pad(h_BHPN, spare),
-        Tile(rows=chunk * rank, rank=rank, segments=segments, interpret=interpret),
-    )
-    h_BHPN = h_BHPN[:, :, :width, :d_state]
-    y_BHLRP = y_BHTP[..., :width].reshape(x_BHLRP.shape)
+    q_BHTN, k_BHTN, angle_BHS = rotate.rotate(rotated, layout.adjacent, tile)
+    angle_BHS = angle_BHS[..., :planes]
 
-    gate_BHLP = None if padded.gate_BLHP is None else by_head(padded.gate_BLHP)
-    y_BLHP = by_head(finish(y_BHLRP, x_BHLRP, gate_BHLP, each_token))[:, :length].astype(tokens.v_BLHP.dtype)
-    return y_BLHP, last_state(tokens, heads, angles.to_radians(last_turns), h_BHPN, rotation)
+    spare = _tile_size(width) - width
+    wide = lambda array_P: _padded_last(array_P, spare)  # noqa: E731
+    log_decay_BHL, rest_BHL = _log_decay(by_head(tokens.log_a_BLH), padded(tokens.start_BL), chunk)
+    if dtype != jnp.float32:  # whose products have fewer digits than the sum's parts
+        log_decay_BHL, rest_BHL = log_decay_BHL + rest_BHL, None
+    inputs = scan.Inputs(
+        q_BHTN,
+        k_BHTN,
+        wide(padded(tokens.v_BLHP.astype(dtype))),
+        wide(None if tokens.gate_BLHP is None else padded(tokens.gate_BLHP.astype(dtype))),
+        log_decay_BHL,
+        rest_BHL,
+        by_head(gamma_BLH),
+        by_head(kappa_BLH),
+        documents_in_chunks(document_BL, chunk),
+        jnp.pad(layout.to(incoming(state, first_BH, heads)), [(0, 0), (0, 0), (0, spare), (0, 0)])[:, :, None],
+        heads.skip_H,
+        *(wide(x) for x in (heads.v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP)),
+    )
+    y_BLHP, h_BHPN = scan_back.scan(inputs, tile)
+    h_BHPN = layout.back(h_BHPN[:, :, :width])
+    y_BLHP = y_BLHP[:, :length, :, :width].astype(tokens.v_BLHP.dtype)
+    return y_BLHP, last_state(tokens, heads, angle_BHS, h_BHPN, rotation)
+
+
+class Layout:
+    """Where the kernels keep the entries of a state: N and S must be powers of two there, and N = 2 S or 4 S.
+
+    Sizes that are so already stay as they are. Others get the half layout, plane i at (i, i + N/2), with room between.
+    """
+
+    def __init__(self, d_state: int, planes: int, rotation: str):
+        self.size, self.planes, self.adjacent = d_state, planes, rotation == "adjacent"
+        self.columns = None
+        if d_state == _tile_size(d_state) and planes >= 4 and planes in (d_state // 2, d_state // 4):
+            return
+        self.adjacent = False
+        with jax.ensure_compile_time_eval():
+            self.columns = np.asarray(to_planes(jnp.arange(d_state), planes, rotation))
+        self.planes = max(4, 1 << (planes - 1).bit_length())
+        rest = d_state - 2 * planes
+        while rest > 2 * self.planes or self.planes < 8 and not rest:
+            self.planes *= 2
+        self.size = 4 * self.planes if rest else 2 * self.planes
+        places = np.arange(self.size).reshape(2, -1)
+        still = places[:, self.planes :].ravel()[:rest]
+        self.places = np.concatenate([places[0, :planes], places[1, :planes], still])
+
+    def to(self, array_N):
+        """From the op's order to the kernels', zeros in between."""
+        if self.columns is None:
+            return array_N
+        zeros = jnp.zeros((*array_N.shape[:-1], self.size), array_N.dtype)
+        return zeros.at[..., self.places].set(array_N[..., self.columns])
+
+    def back(self, array_N):
+        if self.columns is None:
+            return array_N
+        return array_N[..., self.places][..., np.argsort(self.columns)]
+
+
+def _log_decay(log_a_BHL, start_BL, chunk: int):
+    """`log_decay` of every chunk: two (B, H, L)."""
+    batch, n_heads, length = log_a_BHL.shape
+    start_EQ = None if start_BL is None else start_BL.reshape(-1, chunk)
+    within_EQQ, _ = documents(start_EQ, chunk)
+    log_a_BCHQ = jnp.swapaxes(log_a_BHL.reshape(batch, n_heads, -1, chunk), 1, 2)
+    parts_EHQ = log_decay(log_a_BCHQ.reshape(-1, n_heads, chunk), within_EQQ)
+    parts_BCHQ = (part.reshape(log_a_BCHQ.shape) for part in parts_EHQ)
+    return [jnp.swapaxes(part, 1, 2).reshape(log_a_BHL.shape) for part in parts_BCHQ]
 
 
 def check(tokens: Tokens, interpret: bool) -> None:
@@ -121,8 +166,19 @@ def check(tokens: Tokens, interpret: bool) -> None:
         raise ValueError(f"implementation='triton' computes in float32, dt is {tokens.dt_BLH.dtype}")
     if rank & (rank - 1) or rank > 16:
         raise ValueError(f"implementation='triton' wants a rank that is a power of two up to 16, not {rank=}")
-    if d_state > 256 or width > 128:
-        raise ValueError(f"implementation='triton' wants d_state up to 256 and P up to 128, not {d_state=}, P={width}")
+    size = Layout(d_state, tokens.angle_BLHS.shape[-1], "half").size
+    if size > 256 or width > 128:
+        planes = tokens.angle_BLHS.shape[-1]
+        raise ValueError(
+            f"implementation='triton' wants d_state up to 256 (with room for the planes) and P up to 128, not {d_state=}"
+            f" with {planes=}, P={width}"
+        )
+
+
+def _padded_last(array_P, spare: int):
+    if array_P is None or not spare:
+        return array_P
+    return jnp.pad(array_P, [(0, 0)] * (array_P.ndim - 1) + [(0, spare)])
 
 
 def _power_of_two(size: int) -> int:

@@ -1,0 +1,518 @@
+"""Bias and rotation of queries and keys in Pallas Triton, forward and backward, with the cumulative angle.
+
+    phi_t = phi_{t-1} + angle_t dt_t,   (u, w) -> (u cos phi - w sin phi, u sin phi + w cos phi)
+
+of every plane of x + bias. Angles are 32-bit fractions of a turn, so that sums are exact, in any order and of any
+length, and the overflow is the modulo.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.ssm.triton.common import NN, Tile, call, documents_in_chunks, index_map, iota, product
+
+INVERSE_TURN = 1 / (2 * math.pi)
+
+
+class Inputs(NamedTuple):
+    """N and S powers of two, N = 2 S or N = 4 S."""
+
+    q_BLRGN: jax.Array
+    k_BLRGN: jax.Array
+    q_bias_HRN: jax.Array
+    k_bias_HRN: jax.Array
+    angle_BLHS: jax.Array  # float32, radians per unit dt; the H axis may be 1
+    dt_BHL: jax.Array  # float32
+    first_BHS: jax.Array  # float32, radians: the angle before the row
+    document_BL: jax.Array | None  # int32, document starts in the row up to here
+
+
+def rotate(inputs: Inputs, adjacent: bool, tile: Tile):
+    """Rotated q_BHTN and k_BHTN (T = L R, like q), and the last angle in radians, in [0, 2 pi).
+
+    Args:
+        adjacent: plane i is (2 i, 2 i + 1); otherwise (i, i + N/2).
+
+    Raises:
+        ValueError: sizes that the kernels cannot run.
+    """
+    _, length, rank, _, d_state = inputs.q_BLRGN.shape
+    planes = inputs.first_BHS.shape[-1]
+    if d_state & (d_state - 1) or planes not in (d_state // 2, d_state // 4) or planes < 4:
+        raise ValueError(f"{d_state=} is not a power of two with a quarter or half of it {planes=}, at least 4")
+    if length % tile.turned or rank != tile.rank:
+        raise ValueError(f"{length=} and {rank=} do not fit {tile}")
+    return _rotate(inputs, adjacent, tile)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _rotate(inputs: Inputs, adjacent: bool, tile: Tile):
+    return _rotate_fwd(inputs, adjacent, tile)[0]
+
+
+# --- angles ---
+
+
+def _increments(angle_TS, dt_T):
+    """angle dt as a 32-bit fraction of a turn, to 2^-24 of itself: what adds up inside a chunk."""
+    turns_TS = angle_TS * (dt_T * INVERSE_TURN)[:, None]
+    turns_TS -= jnp.floor(turns_TS + 0.5)
+    return (turns_TS * 2.0**31).astype(jnp.int32) * 2
+
+
+def _same_document(document_T, *, transposed: bool = False):
+    """Token s (across; down if transposed) is not after t and in its document."""
+    token_T = iota(document_T.shape[0])
+    before_TT = token_T[:, None] <= token_T[None, :] if transposed else token_T[:, None] >= token_T[None, :]
+    return before_TT & (document_T[:, None] == document_T[None, :])
+
+
+def _phi(angle_TS, dt_T, start_S, document_T, tile: Tile):
+    """The angle at each token of a chunk, 32-bit."""
+    more_TS = _increments(angle_TS, dt_T)
+    if document_T is None:
+        return start_S[None, :] + jnp.cumsum(more_TS, axis=0)
+    # A sum over the document alone, exact: products of bytes with zeros and ones.
+    mask_TT = _same_document(document_T).astype(jnp.bfloat16)
+    phi_TS = jnp.where(document_T[:, None] == 0, start_S[None, :], 0)
+    for shift in range(0, 32, 8):
+        byte_TS = ((more_TS >> shift) & 255).astype(jnp.bfloat16)
+        phi_TS += product(mask_TT, byte_TS, NN, jnp.bfloat16, tile).astype(jnp.int32) << shift
+    return phi_TS
+
+
+def _sincos(phi_TS, tile: Tile):
+    radians_TS = phi_TS.astype(jnp.float32) * (2 * math.pi / 2.0**32)  # in [-pi, pi]
+    if tile.interpret:
+        return jnp.sin(radians_TS), jnp.cos(radians_TS)
+
+    def approximate(name: str):  # to 4e-7 in this range; jnp's own cost more than all else together
+        (result,) = plt.elementwise_inline_asm(
+            f"{name}.approx.f32 $0, $1;",
+            args=[radians_TS],
+            constraints="=f,f",
+            pack=1,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(radians_TS.shape, jnp.float32)],
+        )
+        return result
+
+    return approximate("sin"), approximate("cos")
+
+
+class Whole(NamedTuple):
+    """What adds up over a row: see `_whole_kernel`."""
+
+    turn_BLHS: jax.Array  # angle / (2 pi), its leading 12 bits
+    turn_rest_BLHS: jax.Array  # and the rest, together to 2^-36
+    dt_BHL: jax.Array
+    document_BL: jax.Array | None
+
+
+def _whole_kernel(refs: Whole, out_ref, *, tile: Tile):
+    """A chunk's angle (of its last document), to 2^-36 of itself.
+
+    A float32 product would be off by 2^-25 of itself, the same way at every token of a constant input: 1e-2 rad after a
+    million tokens. Products of two numbers of 12 bits are exact, whether a compiler fuses them with a sum or not.
+    """
+    dt_T, turn_TS, turn_rest_TS = refs.dt_BHL[...], refs.turn_BLHS[...], refs.turn_rest_BLHS[...]
+    dt_head_T = _head(dt_T)
+    exact_TS = turn_TS * dt_head_T[:, None]
+    rest_TS = turn_TS * (dt_T - dt_head_T)[:, None] + turn_rest_TS * dt_T[:, None]
+    exact_TS -= jnp.floor(exact_TS + 0.5)
+    coarse_TS = (exact_TS * 2.0**30).astype(jnp.int32)
+    rest_TS += exact_TS - coarse_TS.astype(jnp.float32) * 2.0**-30
+    rest_TS -= jnp.floor(rest_TS + 0.5)
+    if refs.document_BL is not None:
+        is_last_T1 = (refs.document_BL[...] == refs.document_BL[refs.document_BL.shape[0] - 1])[:, None]
+        coarse_TS, rest_TS = jnp.where(is_last_T1, coarse_TS, 0), jnp.where(is_last_T1, rest_TS, 0.0)
+    rest_S = jnp.sum(rest_TS, axis=0)
+    rest_S -= jnp.floor(rest_S + 0.5)
+    rest_S = (rest_S * 2.0**31).astype(jnp.int32) * 2
+    out_ref[0][...] = jnp.sum(coarse_TS, axis=0) * 4 + rest_S
+
+
+def _head(x):
+    """The leading 12 bits of a float32's significand; x - _head(x) is exact and has the other 12."""
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & ~0xFFF, jnp.float32)
+
+
+def _turns(angle):
+    """angle / (2 pi): the leading 12 bits, and the rest to 2^-36."""
+    scale = 2.0 ** (12 - math.frexp(INVERSE_TURN)[1])
+    first = math.floor(INVERSE_TURN * scale) / scale
+    second = math.floor((INVERSE_TURN - first) * scale * 4096) / (scale * 4096)
+    head = _head(angle)
+    tail = angle - head
+    product = head * first
+    turn = _head(product)
+    small = tail * second + angle * (INVERSE_TURN - first - second)
+    return turn, (product - turn) + (tail * first + (head * second + small))
+
+
+def _starts(inputs: Inputs, document_BL, tile: Tile):
+    """start_BHCS, the angle before every chunk of `tile.turned` tokens, and the last angle, 32-bit."""
+    batch, length, angle_heads, planes = inputs.angle_BLHS.shape
+    n_heads, chunks = inputs.dt_BHL.shape[1], length // tile.turned
+    turn_BLHS, turn_rest_BLHS = _turns(inputs.angle_BLHS)
+    per_angle = pl.BlockSpec(
+        (None, tile.turned, None, planes), index_map("bch", "bch." if angle_heads > 1 else "bc..")
+    )
+    per_dt = pl.BlockSpec((None, None, tile.turned), index_map("bch", "bhc"))
+    per_token = None if document_BL is None else pl.BlockSpec((None, tile.turned), index_map("bch", "bc"))
+    (whole_BHCS,) = call(
+        _whole_kernel,
+        "mamba3_angles",
+        tile,
+        tile.rotate._replace(warps=1),
+        (batch, chunks, n_heads),
+        Whole(turn_BLHS, turn_rest_BLHS, inputs.dt_BHL, document_BL),
+        Whole(per_angle, per_angle, per_dt, per_token),
+        [((batch, n_heads, chunks, planes), jnp.int32, pl.BlockSpec((None, None, None, planes), index_map("bch", "bhc.")))],
+    )
+    turns_BHS = inputs.first_BHS * INVERSE_TURN
+    first_BHS = ((turns_BHS - jnp.floor(turns_BHS + 0.5)) * 2.0**31).astype(jnp.int32) * 2
+    zero_first_BHCS = jnp.concatenate([jnp.zeros_like(first_BHS)[:, :, None], whole_BHCS], axis=2)
+    up_to_BHCS = jnp.cumsum(zero_first_BHCS, axis=2)  # chunks before c
+    start_BHCS = first_BHS[:, :, None] + up_to_BHCS
+    if document_BL is not None:
+        # After a chunk with a start: from that chunk on, whose sum began at its last start.
+        begins_BC = document_BL.reshape(batch, chunks, tile.turned)[:, :, -1] > 0
+        chunk_C = jnp.arange(chunks, dtype=jnp.int32)
+        latest_BC = lax.cummax(jnp.where(begins_BC, chunk_C, -1), axis=1)
+        latest_BC = jnp.pad(latest_BC, ((0, 0), (1, 0)), constant_values=-1)[:, None, :, None]
+        since_BHCS = jnp.take_along_axis(up_to_BHCS, jnp.maximum(latest_BC, 0), axis=2)
+        start_BHCS = jnp.where(latest_BC < 0, start_BHCS, up_to_BHCS - since_BHCS)
+    return start_BHCS[:, :, :-1], start_BHCS[:, :, -1]
+
+
+def _radians(phi_BHS):
+    """In [0, 2 pi), of the 24 bits that float32 has."""
+    return lax.shift_right_logical(phi_BHS, jnp.int32(8)).astype(jnp.float32) * (2 * math.pi / 2.0**24)
+
+
+# --- forward ---
+
+
+class Turn(NamedTuple):
+    """What one program sees: a chunk of a head's tokens."""
+
+    x_BLRGN: jax.Array
+    bias_HRN: jax.Array
+    angle_BLHS: jax.Array
+    dt_BHL: jax.Array
+    start_BHCS: jax.Array
+    document_BL: jax.Array | None
+
+
+def _columns(d_state: int, planes: int, adjacent: bool):
+    """Slices of N: the planes (one of pairs, or the first entries and the second), and what does not turn."""
+    if adjacent:
+        return [pl.ds(0, 2 * planes)], [pl.ds(2 * planes, d_state - 2 * planes)] if d_state > 2 * planes else []
+    half = d_state // 2
+    still = [pl.ds(start + planes, half - planes) for start in (0, half)] if half > planes else []
+    return [pl.ds(0, planes), pl.ds(half, planes)], still
+
+
+def _pairs(load, slices):
+    """The first and second entries of the planes, float32."""
+    if len(slices) == 2:
+        return [load(columns) for columns in slices]
+    both_TN = load(slices[0])
+    return jnp.unstack(both_TN.reshape(*both_TN.shape[:-1], -1, 2), axis=-1)
+
+
+def _store_pairs(store, slices, first_TS, second_TS):
+    if len(slices) == 2:
+        store(slices[0], first_TS)
+        store(slices[1], second_TS)
+    else:
+        store(slices[0], jnp.stack([first_TS, second_TS], axis=-1).reshape(*first_TS.shape[:-1], -1))
+
+
+def _turn_kernel(refs: Turn, out_ref, *, tile: Tile, adjacent: bool):
+    document_T = None if refs.document_BL is None else refs.document_BL[...]
+    phi_TS = _phi(refs.angle_BLHS[...], refs.dt_BHL[...], refs.start_BHCS[...], document_T, tile)
+    sin_TS, cos_TS = _sincos(phi_TS, tile)
+    planes, still = _columns(refs.bias_HRN.shape[-1], sin_TS.shape[-1], adjacent)
+    for rank in range(tile.rank):
+
+        def load(columns, rank=rank):
+            bias_N = refs.bias_HRN[rank, columns].astype(jnp.float32)
+            return refs.x_BLRGN[:, rank, columns].astype(jnp.float32) + bias_N[None, :]
+
+        def store(columns, x_TN, rank=rank):
+            out_ref[0][:, rank, columns] = x_TN.astype(out_ref[0].dtype)
+
+        u_TS, w_TS = _pairs(load, planes)
+        _store_pairs(store, planes, u_TS * cos_TS - w_TS * sin_TS, u_TS * sin_TS + w_TS * cos_TS)
+        for columns in still:
+            store(columns, load(columns))
+
+
+def _specs(inputs: Inputs, tokens: int, axes: str, heads: str) -> dict:
+    """Specs of programs over `axes` ("b", "c" and one of heads): a chunk of `tokens`, one head or a block of them."""
+    planes, n_heads = inputs.first_BHS.shape[-1], inputs.dt_BHL.shape[1]
+    rank, groups, d_state = inputs.q_BLRGN.shape[2:]
+    a_group = n_heads // groups
+    shared = inputs.angle_BLHS.shape[2] == 1
+
+    def of_group(b, c, h):
+        return b, c, 0, h // a_group, 0
+
+    return {
+        "x_BLRGN": pl.BlockSpec((None, tokens, rank, None, d_state), of_group),
+        "bias_HRN": pl.BlockSpec((None, rank, d_state), index_map(axes, heads + "..")),
+        "angle_BLHS": pl.BlockSpec(
+            (None, tokens, None, planes), index_map(axes, "bc.." if shared else f"bc{heads}.")
+        ),
+        "dt_BHL": pl.BlockSpec((None, None, tokens), index_map(axes, f"b{heads}c")),
+        "start_BHCS": pl.BlockSpec((None, None, None, planes), index_map(axes, f"b{heads}c.")),
+        "document_BL": None if inputs.document_BL is None else pl.BlockSpec((None, tokens), index_map(axes, "bc")),
+    }
+
+
+def _rotate_fwd(inputs: Inputs, adjacent: bool, tile: Tile):
+    batch, length, rank, _, d_state = inputs.q_BLRGN.shape
+    n_heads = inputs.dt_BHL.shape[1]
+    document_BL = documents_in_chunks(inputs.document_BL, tile.turned)
+    start_BHCS, last_BHS = _starts(inputs, document_BL, tile)
+    specs = Turn(**_specs(inputs, tile.turned, "bch", "h"))
+    out_spec = pl.BlockSpec((None, None, tile.turned, rank, d_state), index_map("bch", "bhc.."))
+
+    def turned(x_BLRGN, bias_HRN):
+        (out_BHLRN,) = call(
+            functools.partial(_turn_kernel, adjacent=adjacent),
+            "mamba3_rotate",
+            tile,
+            tile.rotate,
+            (batch, length // tile.turned, n_heads),
+            Turn(x_BLRGN, bias_HRN, inputs.angle_BLHS, inputs.dt_BHL, start_BHCS, document_BL),
+            specs,
+            [((batch, n_heads, length, rank, d_state), x_BLRGN.dtype, out_spec)],
+        )
+        return out_BHLRN.reshape(batch, n_heads, length * rank, d_state)
+
+    q_BHTN, k_BHTN = turned(inputs.q_BLRGN, inputs.q_bias_HRN), turned(inputs.k_BLRGN, inputs.k_bias_HRN)
+    return (q_BHTN, k_BHTN, _radians(last_BHS)), (inputs, start_BHCS)
+
+
+# --- backward ---
+
+
+class Back(NamedTuple):
+    q_BLRGN: jax.Array
+    k_BLRGN: jax.Array
+    q_bias_HRN: jax.Array
+    k_bias_HRN: jax.Array
+    angle_BLHS: jax.Array
+    dt_BHL: jax.Array
+    start_BHCS: jax.Array
+    document_BL: jax.Array | None
+    dq_BHLRN: jax.Array
+    dk_BHLRN: jax.Array
+
+
+class BackOutputs(NamedTuple):
+    """Partial sums: over one block of heads (J), or one chunk (C); R one rank."""
+
+    dq_JBLRN: jax.Array
+    dk_JBLRN: jax.Array
+    dq_bias_BCHRN: jax.Array
+    dk_bias_BCHRN: jax.Array
+    dangle_JRBLS: jax.Array  # from the tokens of the chunk alone
+    ddt_RBHL: jax.Array  # likewise
+    dphi_RBHCS: jax.Array  # the chunk's sum, for the tokens before it
+
+
+def _suffix(dphi_TS, document_T, tile: Tile):
+    """The sum over t >= s in the chunk and the document."""
+    if document_T is None:
+        return jnp.sum(dphi_TS, axis=0)[None, :] - jnp.cumsum(dphi_TS, axis=0) + dphi_TS
+    mask_TT = _same_document(document_T, transposed=True).astype(jnp.float32)
+    return product(mask_TT, dphi_TS, NN, jnp.float32, tile)
+
+
+def _back_kernel(refs: Back, out: BackOutputs, *, tile: Tile, adjacent: bool):
+    """One rank of a block of heads, a chunk of tokens."""
+    heads, planes = refs.dt_BHL.shape[0], refs.start_BHCS.shape[-1]
+    pairs, still = _columns(refs.q_bias_HRN.shape[-1], planes, adjacent)
+    parts = (
+        (refs.q_BLRGN, refs.q_bias_HRN, refs.dq_BHLRN, out.dq_bias_BCHRN),
+        (refs.k_BLRGN, refs.k_bias_HRN, refs.dk_BHLRN, out.dk_bias_BCHRN),
+    )
+    angle_TS = refs.angle_BLHS[...]
+    document_T = None if refs.document_BL is None else refs.document_BL[...]
+
+    def head_(head, sums):
+        dt_T = refs.dt_BHL[head, :]
+        sin_TS, cos_TS = _sincos(_phi(angle_TS, dt_T, refs.start_BHCS[head, :], document_T, tile), tile)
+        dphi_TS, more = 0.0, []
+        for x_ref, bias_ref, dx_ref, dbias_ref in parts:
+
+            def load(columns, x_ref=x_ref, bias_ref=bias_ref):
+                bias_N = bias_ref[head, columns].astype(jnp.float32)
+                return x_ref[:, columns].astype(jnp.float32) + bias_N[None, :]
+
+            def load_gradient(columns, dx_ref=dx_ref):
+                return dx_ref[head, :, columns].astype(jnp.float32)
+
+            def store(columns, dbias_N, dbias_ref=dbias_ref):
+                dbias_ref[head, columns] = dbias_N
+
+            u_TS, w_TS = _pairs(load, pairs)
+            gu_TS, gw_TS = _pairs(load_gradient, pairs)
+            gu_TS, gw_TS = gu_TS * cos_TS + gw_TS * sin_TS, gw_TS * cos_TS - gu_TS * sin_TS
+            dphi_TS += gw_TS * u_TS - gu_TS * w_TS
+            _store_pairs(store, pairs, jnp.sum(gu_TS, axis=0), jnp.sum(gw_TS, axis=0))
+            more += [gu_TS, gw_TS]
+            for columns in still:
+                g_TN = load_gradient(columns)
+                store(columns, jnp.sum(g_TN, axis=0))
+                more.append(g_TN)
+        suffix_TS = _suffix(dphi_TS, document_T, tile)
+        out.ddt_RBHL[head, :] = jnp.sum(angle_TS * suffix_TS, axis=1)
+        if document_T is not None:
+            dphi_TS = jnp.where(document_T[:, None] == 0, dphi_TS, 0.0)
+        out.dphi_RBHCS[head, :] = jnp.sum(dphi_TS, axis=0)
+        more.append(dt_T[:, None] * suffix_TS)
+        return tuple(sum_ + x for sum_, x in zip(sums, more, strict=True))
+
+    widths = [planes, planes, *[columns.size for columns in still]] * 2 + [planes]
+    sums = lax.fori_loop(0, heads, head_, tuple(jnp.zeros((angle_TS.shape[0], width), jnp.float32) for width in widths))
+    for index, ref in enumerate((out.dq_JBLRN, out.dk_JBLRN)):
+        first, second, *rest = sums[index * (2 + len(still)) :][: 2 + len(still)]
+
+        def store_sum(columns, x_TN, ref=ref):
+            ref[:, columns] = x_TN
+
+        _store_pairs(store_sum, pairs, first, second)
+        for columns, x_TN in zip(still, rest, strict=True):
+            store_sum(columns, x_TN)
+    out.dangle_JRBLS[...] = sums[-1]
+
+
+def _heads_back(inputs: Inputs, tile: Tile) -> int:
+    """Heads whose gradients one program adds up: of one group; one where every head has its own angle."""
+    if inputs.angle_BLHS.shape[2] > 1:
+        return 1
+    a_group = inputs.dt_BHL.shape[1] // inputs.q_BLRGN.shape[3]
+    return max(size for size in range(1, tile.heads_back + 1) if a_group % size == 0)
+
+
+def _launch_back(inputs: Inputs, start_BHCS, dq_BHTN, dk_BHTN, adjacent: bool, tile: Tile) -> BackOutputs:
+    batch, length, rank, groups, d_state = inputs.q_BLRGN.shape
+    n_heads, planes = start_BHCS.shape[1], start_BHCS.shape[-1]
+    heads, tokens = _heads_back(inputs, tile), tile.turned
+    blocks, chunks = n_heads // heads, length // tokens
+    a_group = n_heads // groups // heads
+    shared = inputs.angle_BLHS.shape[2] == 1
+
+    def spec(*axes_and_sizes):
+        """Axes as in a name, with the size of the block; J and H are the block of heads, lower case is one."""
+        names = [axis for axis, _ in axes_and_sizes]
+
+        def index(b, c, i):
+            at = {"B": b, "C": c, "L": c, "H": i // rank, "J": i // rank, "R": i % rank, "G": i // rank // a_group}
+            return tuple(at.get(name, 0) for name in names)
+
+        return pl.BlockSpec(tuple(size for _, size in axes_and_sizes), index)
+
+    b, r, c, one_j = ("B", None), ("R", None), ("C", None), ("J", None)
+    t, h, n, s = ("L", tokens), ("H", heads), ("N", d_state), ("S", planes)
+    x, bias, rotated = spec(b, t, r, ("G", None), n), spec(h, r, n), spec(b, h, t, r, n)
+    angle = spec(b, t, ("-" if shared else "H", None), s)
+    document = None if inputs.document_BL is None else spec(b, t)
+    in_specs = Back(x, x, bias, bias, angle, spec(b, h, t), spec(b, h, c, s), document, rotated, rotated)
+
+    refs = Back(
+        *inputs[:6],
+        start_BHCS,
+        documents_in_chunks(inputs.document_BL, tokens),
+        *(array.reshape(batch, n_heads, length, rank, d_state) for array in (dq_BHTN, dk_BHTN)),
+    )
+
+    def out(shape, spec):
+        return shape, jnp.float32, spec
+
+    sums, biases = (blocks, batch, length, rank, d_state), (batch, chunks, n_heads, rank, d_state)
+    outputs = BackOutputs(
+        *[out(sums, spec(one_j, b, t, r, n))] * 2,
+        *[out(biases, spec(b, c, h, r, n))] * 2,
+        out((blocks, rank, batch, length, planes), spec(one_j, r, b, t, s)),
+        out((rank, batch, n_heads, length), spec(r, b, h, t)),
+        out((rank, batch, n_heads, chunks, planes), spec(r, b, h, c, s)),
+    )
+    kernel = functools.partial(_back_kernel, adjacent=adjacent)
+    grid = (batch, chunks, blocks * rank)
+    return call(kernel, "mamba3_rotate_back", tile, tile.rotate_back, grid, refs, in_specs, outputs)
+
+
+def _rotate_bwd(adjacent: bool, tile: Tile, residuals, cotangents):
+    inputs, start_BHCS = residuals
+    dq_BHTN, dk_BHTN, dlast_BHS = cotangents
+    batch, length, rank, groups, d_state = inputs.q_BLRGN.shape
+    n_heads, planes = start_BHCS.shape[1], start_BHCS.shape[-1]
+    back = _launch_back(inputs, start_BHCS, dq_BHTN, dk_BHTN, adjacent, tile)
+    chunks = length // tile.turned
+
+    def summed(dx_JBLRN, like):
+        dx_JBLRN = dx_JBLRN.reshape(groups, -1, *dx_JBLRN.shape[1:])
+        return jnp.moveaxis(jnp.sum(dx_JBLRN, axis=1), 0, 3).astype(like.dtype)
+
+    later_BHCS, dfirst_BHS, within_BCQ = _later(inputs, jnp.sum(back.dphi_RBHCS, axis=0), dlast_BHS, tile)
+    dt_BHCQ = inputs.dt_BHL.reshape(batch, n_heads, chunks, tile.turned)
+    angle_BCQHS = inputs.angle_BLHS.reshape(batch, chunks, tile.turned, -1, planes)
+    if within_BCQ is not None:
+        dt_BHCQ = jnp.where(within_BCQ[:, None], dt_BHCQ, 0.0)
+        angle_BCQHS = jnp.where(within_BCQ[..., None, None], angle_BCQHS, 0.0)
+    exact = {"precision": "highest"}
+    ddt_BHL = jnp.sum(back.ddt_RBHL, axis=0)
+    dangle_JBLS = jnp.sum(back.dangle_JRBLS, axis=1)
+    if angle_BCQHS.shape[3] == 1:
+        ddt_BHL += jnp.einsum("bcqs,bhcs->bhcq", angle_BCQHS[:, :, :, 0], later_BHCS, **exact).reshape(ddt_BHL.shape)
+        dangle_BCQS = jnp.einsum("bhcq,bhcs->bcqs", dt_BHCQ, later_BHCS, **exact)
+        dangle_BLHS = (jnp.sum(dangle_JBLS, axis=0) + dangle_BCQS.reshape(batch, length, planes))[:, :, None]
+    else:
+        ddt_BHL += jnp.einsum("bcqhs,bhcs->bhcq", angle_BCQHS, later_BHCS, **exact).reshape(ddt_BHL.shape)
+        dangle_BCQHS = jnp.moveaxis(dt_BHCQ[..., None] * later_BHCS[:, :, :, None], 1, 3)
+        dangle_BLHS = jnp.moveaxis(dangle_JBLS, 0, 2) + dangle_BCQHS.reshape(batch, length, n_heads, planes)
+    gradients = Inputs(
+        summed(back.dq_JBLRN, inputs.q_BLRGN),
+        summed(back.dk_JBLRN, inputs.k_BLRGN),
+        jnp.sum(back.dq_bias_BCHRN, axis=(0, 1)).astype(inputs.q_bias_HRN.dtype),
+        jnp.sum(back.dk_bias_BCHRN, axis=(0, 1)).astype(inputs.k_bias_HRN.dtype),
+        dangle_BLHS,
+        ddt_BHL,
+        dfirst_BHS,
+        None,
+    )
+    return (gradients,)
+
+
+def _later(inputs: Inputs, dphi_BHCS, dlast_BHS, tile: Tile):
+    """The gradient that reaches the end of every chunk from later tokens, that of the angle before the row, and which
+    tokens of a chunk (B, C, Q) its end reaches (None: all)."""
+    sums_BHCS = jnp.concatenate([dphi_BHCS, dlast_BHS[:, :, None]], axis=2)
+    if inputs.document_BL is None:
+        sums_BHCS = jnp.flip(jnp.cumsum(jnp.flip(sums_BHCS, axis=2), axis=2), axis=2)
+        return sums_BHCS[:, :, 1:], sums_BHCS[:, :, 0], None
+    document_BL = documents_in_chunks(inputs.document_BL, tile.turned)
+    document_BCQ = document_BL.reshape(document_BL.shape[0], -1, tile.turned)
+    goes_on_BC = jnp.pad(document_BCQ[:, :, -1] == 0, ((0, 0), (0, 1)), constant_values=True)[:, None, :, None]
+
+    def compose(later, sooner):  # scanned from the end
+        (total, goes_on), (more, more_goes_on) = later, sooner
+        return more + jnp.where(more_goes_on, total, 0.0), goes_on & more_goes_on
+
+    sums_BHCS, _ = lax.associative_scan(compose, (sums_BHCS, goes_on_BC), axis=2, reverse=True)
+    return sums_BHCS[:, :, 1:], sums_BHCS[:, :, 0], document_BCQ == document_BCQ[:, :, -1:]
+
+
+_rotate.defvjp(_rotate_fwd, _rotate_bwd)

@@ -1,0 +1,365 @@
+"""The chunked scan and its gradients: `scan`.
+
+Three passes, since one with all products at once would not fit in registers: queries from the first chunk on, with the
+state h recomputed; keys, then values, from the last chunk on, with the gradient dh of the state. With P_ts the decay
+e^(c_t - c_s) inside a chunk, S = q k^T, and x' = kappa x:
+
+    dq_t = sum_{s <= t} weight_ts (dy_t . x_s) k_s  +  e^(c_t) h_0^T dy_t
+    dk_s = sum_{t > s} P_ts (x'_s . dy_t) q_t  +  gamma_s (own token)  +  e^(c_T - c_s) dh^T x'_s
+    dx_s = kappa_s dx'_s + gamma_s own_s + D dy_s,   dx'_s = sum_{t > s} P_ts S_ts dy_t  +  e^(c_T - c_s) dh k_s
+    dkappa_s = x_s . dx'_s,   dgamma_s = x_s . own_s
+
+The gradient of a decay needs no products of its own. A pair's log weight is c_t - c_s, so the gradient of c_t is what
+token t receives less what it gives, r_t = dy_t . y_t - kappa_t dkappa_t (both without the own token's part and the
+skip's), and the last row of a chunk adds what crosses its end, <dh, h>. That in turn is the sum of r over the tokens
+after it: summed over a few chunks, and every `anchor` chunks taken from the two states, so that rounding cannot pile up.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.ssm.triton.common import NN, NT, TN, Tile, call, product
+from pallas_kernels.ssm.triton.scan import (
+    Added,
+    Decay,
+    Grid,
+    Inputs,
+    combine,
+    finish,
+    forward,
+    per_row,
+    rows_of,
+    tokens_of,
+    values,
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def scan(inputs: Inputs, tile: Tile):
+    """o_BLHP and the last state h_BHPN: see `pallas_kernels.ssm.triton.scan`.
+
+    Args:
+        inputs: h of shape (B, H, 1, P, N). q and k float32 (true float32 products) or bfloat16 (float32 sums); v and
+            gate like them.
+        tile: sizes.
+
+    Raises:
+        ValueError: see `scan.check`.
+    """
+    outputs, _, _ = forward(inputs, tile, keep=False)
+    return outputs.o_BLHP, outputs.h_BHSPN[:, :, -1]
+
+
+class Gradients(NamedTuple):
+    """What the backward pass reads beside `Inputs`; h there are the states before every segment."""
+
+    inputs: Inputs
+    dy_BLHRP: jax.Array
+    dh_BHSPN: jax.Array | None  # of the state after every segment
+
+
+class Query(NamedTuple):
+    dq_BHTN: jax.Array
+    h_BHSAPN: jax.Array  # before every `anchor` chunks
+
+
+class Key(NamedTuple):
+    dk_BHTN: jax.Array
+    dh_BHSAPN: jax.Array  # likewise
+
+
+class Value(NamedTuple):
+    dv_BLHP: jax.Array
+    dkappa_BHL: jax.Array
+    dgamma_BHL: jax.Array
+    dskip_BHL: jax.Array  # a token's part
+    dv_rank_BHSRP: jax.Array | None
+
+
+def _specs(grid: Grid, refs: Gradients) -> Gradients:
+    dh = None if refs.dh_BHSPN is None else grid.spec("BHSPN")
+    return Gradients(grid.specs(refs.inputs), grid.spec("BLHRP"), dh)
+
+
+def _dy_TP(refs: Gradients, index, tile: Tile):
+    return refs.dy_BLHRP[tokens_of(index, tile), :, :].reshape(tile.rows, refs.dy_BLHRP.shape[-1])
+
+
+def _since_dy_TP(refs: Gradients, decay: Decay, index, tile: Tile):
+    return _dy_TP(refs, index, tile).astype(jnp.float32) * decay.since_T()[:, None]
+
+
+def _keep(ref, h_PN, index, tile: Tile):
+    """Store a state at every `anchor`-th chunk."""
+    place, between = lax.div(index, jnp.int32(tile.anchor)), lax.rem(index, jnp.int32(tile.anchor))
+    if tile.interpret:  # whose masked stores write NaN to what was not written yet
+        lax.cond(between == 0, lambda: ref.__setitem__(place, h_PN), lambda: None)
+        return
+    plt.store(ref.at[place], h_PN, mask=jnp.full(h_PN.shape, between == 0))
+
+
+def _query_kernel(refs: Gradients, out: Query, *, tile: Tile):
+    inputs, dtype = refs.inputs, refs.inputs.k_BHTN.dtype
+
+    def chunk(index, h_PN):
+        _keep(out.h_BHSAPN, h_PN, index, tile)
+        rows = rows_of(index, tile)
+        k_TN, x_TP, dy_TP = inputs.k_BHTN[rows, :], values(inputs, index, tile), _dy_TP(refs, index, tile)
+        decay = Decay.load(inputs, index, tile)
+        gamma_T, kappa_T = per_row(inputs.gamma_BHL, index, tile), per_row(inputs.kappa_BHL, index, tile)
+        decay_TT, own_TT = decay.between(tile)
+
+        dmixed_TT = product(dy_TP, x_TP, NT, dtype, tile)
+        dmixed_TT *= decay_TT * jnp.where(own_TT, gamma_T[None, :], kappa_T[None, :])
+        dq_TN = product(_since_dy_TP(refs, decay, index, tile), h_PN, NN, dtype, tile)
+        dq_TN += product(dmixed_TT, k_TN, NN, dtype, tile)
+        out.dq_BHTN[rows, :] = dq_TN.astype(dtype)
+
+        x_TP = x_TP.astype(jnp.float32) * (decay.until_T() * kappa_T)[:, None]
+        return decay.whole() * h_PN + product(x_TP, k_TN, TN, dtype, tile)
+
+    lax.fori_loop(0, inputs.k_BHTN.shape[0] // tile.rows, chunk, inputs.h_BHSPN[...])
+
+
+def _demand(refs: Gradients, decay: Decay, q_TN, dh_PN, index, tile: Tile):
+    """The gradient of the state before a chunk from that of the state after it and from the chunk's outputs."""
+    dy_TP = _since_dy_TP(refs, decay, index, tile)
+    return decay.whole() * dh_PN + product(dy_TP, q_TN, TN, refs.inputs.q_BHTN.dtype, tile)
+
+
+def _backwards(chunks: int, chunk, dh_PN):
+    return lax.fori_loop(0, chunks, lambda step, dh_PN: chunk(chunks - 1 - step, dh_PN), dh_PN)
+
+
+def _demanded_kernel(refs: Gradients, out: Added, *, tile: Tile):
+    """The gradient of the state before a segment from the outputs of the segment."""
+
+    def chunk(index, dh_PN):
+        decay = Decay.load(refs.inputs, index, tile)
+        return _demand(refs, decay, refs.inputs.q_BHTN[rows_of(index, tile), :], dh_PN, index, tile)
+
+    chunks = refs.inputs.q_BHTN.shape[0] // tile.rows
+    out.h_BHSPN[...] = _backwards(chunks, chunk, jnp.zeros(out.h_BHSPN.shape, jnp.float32))
+
+
+def _key_kernel(refs: Gradients, out: Key, *, tile: Tile):
+    inputs, dtype = refs.inputs, refs.inputs.q_BHTN.dtype
+
+    def chunk(index, dh_PN):
+        rows = rows_of(index, tile)
+        q_TN, x_TP, dy_TP = inputs.q_BHTN[rows, :], values(inputs, index, tile), _dy_TP(refs, index, tile)
+        decay = Decay.load(inputs, index, tile)
+        gamma_T, kappa_T = per_row(inputs.gamma_BHL, index, tile), per_row(inputs.kappa_BHL, index, tile)
+        decay_TT, own_TT = decay.between(tile, transposed=True)
+
+        dmixed_TT = product(x_TP, dy_TP, NT, dtype, tile)  # of sources (down) and targets
+        dmixed_TT *= decay_TT * jnp.where(own_TT, gamma_T[:, None], kappa_T[:, None])
+        until_x_TP = x_TP.astype(jnp.float32) * (decay.until_T() * kappa_T)[:, None]
+        dk_TN = product(until_x_TP, dh_PN, NN, dtype, tile) + product(dmixed_TT, q_TN, NN, dtype, tile)
+        out.dk_BHTN[rows, :] = dk_TN.astype(dtype)
+
+        dh_PN = _demand(refs, decay, q_TN, dh_PN, index, tile)
+        _keep(out.dh_BHSAPN, dh_PN, index, tile)
+        return dh_PN
+
+    _backwards(inputs.q_BHTN.shape[0] // tile.rows, chunk, refs.dh_BHSPN[...])
+
+
+def _value_kernel(refs: Gradients, out: Value, *, tile: Tile):
+    inputs, dtype = refs.inputs, refs.inputs.q_BHTN.dtype
+    skip = None if inputs.skip_H is None else inputs.skip_H[...].astype(jnp.float32)
+    width = inputs.v_BLHP.shape[-1]
+
+    def by_rank(x_TP):
+        return x_TP.reshape(tile.tokens, tile.rank, width)
+
+    def by_token(x_T):
+        return x_T if tile.rank == 1 else jnp.sum(x_T.reshape(tile.tokens, tile.rank), axis=1)
+
+    def chunk(index, carry):
+        dh_PN, *dv_rank_RP = carry
+        rows, tokens = rows_of(index, tile), tokens_of(index, tile)
+        q_TN, k_TN, dy_TP = inputs.q_BHTN[rows, :], inputs.k_BHTN[rows, :], _dy_TP(refs, index, tile)
+        x_TP = values(inputs, index, tile).astype(jnp.float32)
+        decay = Decay.load(inputs, index, tile)
+        gamma_T, kappa_T = per_row(inputs.gamma_BHL, index, tile), per_row(inputs.kappa_BHL, index, tile)
+        decay_TT, own_TT = decay.between(tile, transposed=True)
+
+        score_TT = product(k_TN, q_TN, NT, dtype, tile)  # of sources (down) and targets
+        dlater_TP = decay.until_T()[:, None] * product(k_TN, dh_PN, NT, dtype, tile)
+        dlater_TP += product(jnp.where(own_TT, 0.0, score_TT * decay_TT), dy_TP, NN, dtype, tile)
+        own_TT = jnp.where(own_TT, score_TT, 0.0)
+        if tile.rank == 1:
+            down_TP = dy_TP.astype(jnp.float32) * jnp.sum(own_TT, axis=1)[:, None]
+        else:
+            down_TP = product(own_TT, dy_TP, NN, dtype, tile)
+        out.dkappa_BHL[tokens] = by_token(jnp.sum(x_TP * dlater_TP, axis=1))
+        out.dgamma_BHL[tokens] = by_token(jnp.sum(x_TP * down_TP, axis=1))
+        out.dskip_BHL[tokens] = by_token(jnp.sum(x_TP * dy_TP.astype(jnp.float32), axis=1))
+        dx_TP = kappa_T[:, None] * dlater_TP + gamma_T[:, None] * down_TP
+        if skip is not None:
+            dx_TP += skip * dy_TP.astype(jnp.float32)
+
+        if inputs.v_rank_HRP is not None:
+            v_QRP = inputs.v_BLHP[tokens, :].astype(jnp.float32)[:, None, :]
+            dv_rank_RP = [dv_rank_RP[0] + jnp.sum(by_rank(dx_TP) * v_QRP, axis=0)]
+            dx_TP = jnp.sum(by_rank(dx_TP) * inputs.v_rank_HRP[...].astype(jnp.float32)[None], axis=1)
+        out.dv_BLHP[tokens, :] = dx_TP.astype(out.dv_BLHP.dtype)
+        return _demand(refs, decay, q_TN, dh_PN, index, tile), *dv_rank_RP
+
+    more = [] if inputs.v_rank_HRP is None else [jnp.zeros(inputs.v_rank_HRP.shape, jnp.float32)]
+    _, *more = _backwards(inputs.q_BHTN.shape[0] // tile.rows, chunk, (refs.dh_BHSPN[...], *more))
+    if out.dv_rank_BHSRP is not None:
+        out.dv_rank_BHSRP[...] = more[0]
+
+
+def _scan_fwd(inputs: Inputs, tile: Tile):
+    outputs, starts_BHSPN, left_BHS = forward(inputs, tile, keep=True)
+    last_BHPN = outputs.h_BHSPN[:, :, -1]
+    return (outputs.o_BLHP, last_BHPN), (inputs, outputs.y_BLHRP, starts_BHSPN, left_BHS, last_BHPN)
+
+
+def _scan_bwd(tile: Tile, residuals, cotangents):
+    inputs, y_BLHRP, starts_BHSPN, left_BHS, last_BHPN = residuals
+    do_BLHP, dlast_BHPN = cotangents
+    dy_BLHRP, received_BHL, d = _finish_back(inputs, y_BLHRP, do_BLHP, tile)
+
+    refs = Gradients(inputs._replace(h_BHSPN=starts_BHSPN, gate_BLHP=None), dy_BLHRP, dlast_BHPN[:, :, None])
+    unused = {"gate_rank_HRP": None, "out_rank_HRP": None, "norm_HP": None}
+    refs = refs._replace(inputs=refs.inputs._replace(**unused))
+    refs = refs._replace(dh_BHSPN=_segments_back(refs, left_BHS, tile))
+    grid, dtype = Grid(inputs, tile), inputs.q_BHTN.dtype
+
+    query = _call(
+        grid,
+        _query_kernel,
+        "mamba3_query_gradient",
+        tile.query,
+        _without(refs._replace(dh_BHSPN=None), "q_BHTN", "skip_H"),
+        Query(grid.out("BHTN", dtype), grid.out("BHSAPN")),
+    )
+    refs = _without(refs, "h_BHSPN")
+    key = _call(
+        grid,
+        _key_kernel,
+        "mamba3_key_gradient",
+        tile.key,
+        _without(refs, "k_BHTN", "skip_H"),
+        Key(grid.out("BHTN", dtype), grid.out("BHSAPN")),
+    )
+    ranks = grid.out("BHSRP") if inputs.v_rank_HRP is not None else None
+    value = _call(
+        grid,
+        _value_kernel,
+        "mamba3_value_gradient",
+        tile.value,
+        refs,
+        Value(grid.out("BLHP", dtype), *[grid.out("BHL")] * 3, ranks),
+    )
+    received_BHL -= inputs.gamma_BHL * value.dgamma_BHL + inputs.kappa_BHL * value.dkappa_BHL
+    if inputs.skip_H is not None:
+        received_BHL -= inputs.skip_H[:, None] * value.dskip_BHL
+        d["skip_H"] = jnp.sum(value.dskip_BHL, axis=(0, 2)).astype(inputs.skip_H.dtype)
+    if ranks is not None:
+        d["v_rank_HRP"] = jnp.sum(value.dv_rank_BHSRP, axis=(0, 2)).astype(inputs.v_rank_HRP.dtype)
+    crossing_BHSA = jnp.sum(query.h_BHSAPN * key.dh_BHSAPN, axis=(-1, -2))
+    end_BH = jnp.sum(last_BHPN * dlast_BHPN, axis=(-1, -2))
+    dlog_decay_BHL = _decay_back(inputs, received_BHL, crossing_BHSA, end_BH, tile)
+    has_rest = inputs.decay_rest_BHL is not None
+    gradients = inputs._replace(
+        q_BHTN=query.dq_BHTN,
+        k_BHTN=key.dk_BHTN,
+        v_BLHP=value.dv_BLHP,
+        log_decay_BHL=dlog_decay_BHL,
+        decay_rest_BHL=dlog_decay_BHL if has_rest else None,
+        gamma_BHL=value.dgamma_BHL,
+        kappa_BHL=value.dkappa_BHL,
+        document_BL=None,
+        h_BHSPN=key.dh_BHSAPN[:, :, :1, 0],
+        **d,
+    )
+    return (gradients,)
+
+
+def _call(grid: Grid, kernel, name: str, how, refs: Gradients, out):
+    return call(kernel, name, grid.tile, how, grid.shape, refs, _specs(grid, refs), out)
+
+
+def _without(refs: Gradients, *fields: str) -> Gradients:
+    """Less to read: only `fields` of the inputs set to None."""
+    return refs._replace(inputs=refs.inputs._replace(**dict.fromkeys(fields)))
+
+
+def _finish_back(inputs: Inputs, y_BLHRP, do_BLHP, tile: Tile):
+    """dy, dy . y of every token, and the gradients of what `finish` alone reads."""
+
+    def finished(y_BLHRP, parts):
+        gate_BLHP, gate_rank_HRP, out_rank_HRP, norm_HP = parts
+        gate_BLH1P = None if gate_BLHP is None else gate_BLHP[..., None, :].astype(jnp.float32)
+        norm_H1P = None if norm_HP is None else norm_HP[:, None]
+        return jnp.sum(finish(y_BLHRP, gate_BLH1P, gate_rank_HRP, out_rank_HRP, norm_H1P, tile), axis=-2)
+
+    names = ("gate_BLHP", "gate_rank_HRP", "out_rank_HRP", "norm_HP")
+    y_BLHRP = y_BLHRP.astype(jnp.float32)
+    _, pull = jax.vjp(finished, y_BLHRP, [getattr(inputs, name) for name in names])
+    dy_BLHRP, parts = pull(do_BLHP.astype(jnp.float32))
+    received_BLH = jnp.sum(dy_BLHRP * y_BLHRP, axis=(-1, -2))
+    return (
+        dy_BLHRP.astype(do_BLHP.dtype),
+        jnp.swapaxes(received_BLH, 1, 2),
+        dict(zip(names, parts, strict=True)),
+    )
+
+
+def _segments_back(refs: Gradients, left_BHS, tile: Tile):
+    """The gradient of the state after every segment."""
+    if tile.segments == 1:
+        return refs.dh_BHSPN
+    grid = Grid(refs.inputs, tile)
+    needed = _without(refs._replace(dh_BHSPN=None), "k_BHTN", "gamma_BHL", "kappa_BHL", "h_BHSPN", "skip_H")
+    out = Added(grid.out("BHSPN"), None)
+    added = _call(grid, _demanded_kernel, "mamba3_segments_back", tile.added, needed, out)
+    # From the end: what a segment's last state is asked for is what the next one asks of its first.
+    added = Added(jnp.flip(added.h_BHSPN, axis=2), jnp.flip(left_BHS, axis=2))
+    return jnp.flip(combine(refs.dh_BHSPN[:, :, 0], added)[0], axis=2)
+
+
+def _decay_back(inputs: Inputs, received_BHL, crossing_BHSA, end_BH, tile: Tile):
+    """The gradient of c: what every token received less what it gave; the last of a chunk also what crosses its end."""
+    batch, n_heads, length = received_BHL.shape
+    segments, anchors = crossing_BHSA.shape[2:]
+    chunks = length // tile.tokens // segments
+
+    def by_anchor(array_BHSC):
+        """(B, H, S, A, chunks between two anchors); zeros after the last chunk of a segment."""
+        spare = anchors * tile.anchor - chunks
+        return jnp.pad(array_BHSC, [(0, 0)] * 3 + [(0, spare)]).reshape(*array_BHSC.shape[:3], anchors, tile.anchor)
+
+    received_BHSCQ = received_BHL.reshape(batch, n_heads, segments, chunks, tile.tokens)
+    carried_BHSCQ, kept_BHSAC = received_BHSCQ, None
+    if inputs.document_BL is not None:
+        document_BHSCQ = inputs.document_BL.reshape(batch, 1, segments, chunks, tile.tokens)
+        carried_BHSCQ = jnp.where(document_BHSCQ == 0, received_BHSCQ, 0.0)
+        kept_BHSAC = by_anchor(document_BHSCQ[..., -1]) == 0
+    carried_BHSAC = by_anchor(jnp.sum(carried_BHSCQ, axis=-1))
+
+    # From the end: what crosses the beginning of a chunk is what its tokens take of it and what goes on to later ones.
+    crossing_BHS = jnp.concatenate([crossing_BHSA.reshape(batch, n_heads, -1), end_BH[..., None]], axis=-1)
+    crossing_BHSA = crossing_BHS[..., 1:].reshape(crossing_BHSA.shape)
+    over = []
+    for chunk in reversed(range(tile.anchor)):
+        over.append(crossing_BHSA)
+        if kept_BHSAC is not None:
+            crossing_BHSA = jnp.where(kept_BHSAC[..., chunk], crossing_BHSA, 0.0)
+        crossing_BHSA = crossing_BHSA + carried_BHSAC[..., chunk]
+    over_BHSC = jnp.stack(over[::-1], axis=-1).reshape(batch, n_heads, segments, -1)[..., :chunks]
+    is_last_Q = jnp.arange(tile.tokens) == tile.tokens - 1
+    return (received_BHSCQ + jnp.where(is_last_Q, over_BHSC[..., None], 0.0)).reshape(received_BHL.shape)
+
+
+scan.defvjp(_scan_fwd, _scan_bwd)
