@@ -90,16 +90,14 @@ def triton(
     log_decay_BHL, rest_BHL = _log_decay(by_head(tokens.log_a_BLH), padded(tokens.start_BL), chunk)
     if dtype != jnp.float32:  # whose products have fewer digits than the sum's parts
         log_decay_BHL, rest_BHL = log_decay_BHL + rest_BHL, None
+    by_row = lambda array_L: None if array_L is None else jnp.repeat(array_L, rank, axis=-1)  # noqa: E731
     inputs = scan.Inputs(
         q_BHTN,
         k_BHTN,
         wide(padded(tokens.v_BLHP.astype(dtype))),
         wide(None if tokens.gate_BLHP is None else padded(tokens.gate_BLHP.astype(dtype))),
-        log_decay_BHL,
-        rest_BHL,
-        by_head(gamma_BLH),
-        by_head(kappa_BLH),
-        documents_in_chunks(document_BL, chunk),
+        *(by_row(x) for x in (log_decay_BHL, rest_BHL, by_head(gamma_BLH), by_head(kappa_BLH))),
+        by_row(documents_in_chunks(document_BL, chunk)),
         jnp.pad(layout.to(incoming(state, first_BH, heads)), [(0, 0), (0, 0), (0, spare), (0, 0)])[:, :, None],
         heads.skip_H,
         *(wide(x) for x in (heads.v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP)),

@@ -1,6 +1,7 @@
 """What the kernels share: how they are cut and launched, matrix products, and indices."""
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,11 +33,11 @@ class Tile:
     heads_back: int = 8  # at most; whose gradients one program of the rotation's backward pass adds up
     anchor: int = 16  # chunks between two states that the backward pass keeps to start its sums from again
     rotate: Launch = Launch(2, 1)
-    rotate_back: Launch = Launch(1, 1)
+    rotate_back: Launch = Launch(2, 1)
     forward: Launch = Launch(4, 2)
     added: Launch = Launch(4, 3)
-    query: Launch = Launch(4, 3)
-    key: Launch = Launch(4, 3)
+    query: Launch = Launch(4, 2)
+    key: Launch = Launch(4, 2)
     value: Launch = Launch(4, 1)
     interpret: bool = False  # on the CPU, for tests
 
@@ -77,6 +78,32 @@ def product(a, b, dimensions, dtype, tile: Tile):
     else:
         precision = lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if dtype == jnp.float32 else None
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def exp(x, tile: Tile):
+    """To 2^-22 of itself; what is below 1e-38 is zero, which saves most of the instructions of jnp.exp."""
+    if tile.interpret or x.ndim == 0:
+        return jnp.exp(x)
+    return approximate("ex2.approx.ftz.f32", x * math.log2(math.e))
+
+
+def silu(x, dtype, tile: Tile):
+    """x sigmoid(x); where the result is rounded to bfloat16, by a tanh that is good to 7e-6."""
+    if tile.interpret or dtype == jnp.float32:
+        return x / (1 + exp(-x, tile))
+    return 0.5 * x * (1 + approximate("tanh.approx.f32", 0.5 * x))
+
+
+def approximate(instruction: str, x):
+    """One PTX instruction of a float32 on every element. Not in interpret mode."""
+    (result,) = plt.elementwise_inline_asm(
+        f"{instruction} $0, $1;",
+        args=[x],
+        constraints="=f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )
+    return result
 
 
 def iota(size: int):

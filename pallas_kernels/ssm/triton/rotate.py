@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.ssm.triton.common import NN, Tile, call, documents_in_chunks, index_map, iota, product
+from pallas_kernels.ssm.triton.common import NN, Tile, approximate, call, documents_in_chunks, index_map, iota, product
 
 INVERSE_TURN = 1 / (2 * math.pi)
 
@@ -93,17 +92,8 @@ def _sincos(phi_TS, tile: Tile):
     if tile.interpret:
         return jnp.sin(radians_TS), jnp.cos(radians_TS)
 
-    def approximate(name: str):  # to 4e-7 in this range; jnp's own cost more than all else together
-        (result,) = plt.elementwise_inline_asm(
-            f"{name}.approx.f32 $0, $1;",
-            args=[radians_TS],
-            constraints="=f,f",
-            pack=1,
-            result_shape_dtypes=[jax.ShapeDtypeStruct(radians_TS.shape, jnp.float32)],
-        )
-        return result
-
-    return approximate("sin"), approximate("cos")
+    # To 4e-7 in this range; jnp's own cost more than all else together.
+    return approximate("sin.approx.f32", radians_TS), approximate("cos.approx.f32", radians_TS)
 
 
 class Whole(NamedTuple):
@@ -113,15 +103,20 @@ class Whole(NamedTuple):
     turn_rest_BLHS: jax.Array  # and the rest, together to 2^-36
     dt_BHL: jax.Array
     document_BL: jax.Array | None
+    last_BL: jax.Array | None  # the document at the end of the chunk
 
 
 def _whole_kernel(refs: Whole, out_ref, *, tile: Tile):
-    """A chunk's angle (of its last document), to 2^-36 of itself.
+    """The angle of a few chunks, each of its last document, to 2^-36 of itself.
 
     A float32 product would be off by 2^-25 of itself, the same way at every token of a constant input: 1e-2 rad after a
     million tokens. Products of two numbers of 12 bits are exact, whether a compiler fuses them with a sum or not.
     """
     dt_T, turn_TS, turn_rest_TS = refs.dt_BHL[...], refs.turn_BLHS[...], refs.turn_rest_BLHS[...]
+
+    def by_chunk(x_TS):
+        return jnp.sum(x_TS.reshape(-1, tile.turned, x_TS.shape[-1]), axis=1)
+
     dt_head_T = _head(dt_T)
     exact_TS = turn_TS * dt_head_T[:, None]
     rest_TS = turn_TS * (dt_T - dt_head_T)[:, None] + turn_rest_TS * dt_T[:, None]
@@ -130,12 +125,11 @@ def _whole_kernel(refs: Whole, out_ref, *, tile: Tile):
     rest_TS += exact_TS - coarse_TS.astype(jnp.float32) * 2.0**-30
     rest_TS -= jnp.floor(rest_TS + 0.5)
     if refs.document_BL is not None:
-        is_last_T1 = (refs.document_BL[...] == refs.document_BL[refs.document_BL.shape[0] - 1])[:, None]
+        is_last_T1 = (refs.document_BL[...] == refs.last_BL[...])[:, None]
         coarse_TS, rest_TS = jnp.where(is_last_T1, coarse_TS, 0), jnp.where(is_last_T1, rest_TS, 0.0)
-    rest_S = jnp.sum(rest_TS, axis=0)
-    rest_S -= jnp.floor(rest_S + 0.5)
-    rest_S = (rest_S * 2.0**31).astype(jnp.int32) * 2
-    out_ref[0][...] = jnp.sum(coarse_TS, axis=0) * 4 + rest_S
+    rest_CS = by_chunk(rest_TS)
+    rest_CS -= jnp.floor(rest_CS + 0.5)
+    out_ref[0][...] = by_chunk(coarse_TS) * 4 + (rest_CS * 2.0**31).astype(jnp.int32) * 2
 
 
 def _head(x):
@@ -161,35 +155,41 @@ def _starts(inputs: Inputs, document_BL, tile: Tile):
     batch, length, angle_heads, planes = inputs.angle_BLHS.shape
     n_heads, chunks = inputs.dt_BHL.shape[1], length // tile.turned
     turn_BLHS, turn_rest_BLHS = _turns(inputs.angle_BLHS)
-    per_angle = pl.BlockSpec(
-        (None, tile.turned, None, planes), index_map("bch", "bch." if angle_heads > 1 else "bc..")
-    )
-    per_dt = pl.BlockSpec((None, None, tile.turned), index_map("bch", "bhc"))
-    per_token = None if document_BL is None else pl.BlockSpec((None, tile.turned), index_map("bch", "bc"))
+    together = math.gcd(chunks, 4)
+    tokens = together * tile.turned
+    per_angle = pl.BlockSpec((None, tokens, None, planes), index_map("hcb", "bch." if angle_heads > 1 else "bc.."))
+    per_token, last_BL = None, None
+    if document_BL is not None:
+        per_token = pl.BlockSpec((None, tokens), index_map("hcb", "bc"))
+        last_BL = jnp.repeat(document_BL[:, tile.turned - 1 :: tile.turned], tile.turned, axis=1)
+    out_spec = pl.BlockSpec((None, None, together, planes), index_map("hcb", "bhc."))
     (whole_BHCS,) = call(
         _whole_kernel,
         "mamba3_angles",
         tile,
-        tile.rotate._replace(warps=1),
-        (batch, chunks, n_heads),
-        Whole(turn_BLHS, turn_rest_BLHS, inputs.dt_BHL, document_BL),
-        Whole(per_angle, per_angle, per_dt, per_token),
-        [((batch, n_heads, chunks, planes), jnp.int32, pl.BlockSpec((None, None, None, planes), index_map("bch", "bhc.")))],
+        tile.rotate,
+        (n_heads, chunks // together, batch),
+        Whole(turn_BLHS, turn_rest_BLHS, inputs.dt_BHL, document_BL, last_BL),
+        Whole(per_angle, per_angle, pl.BlockSpec((None, None, tokens), index_map("hcb", "bhc")), per_token, per_token),
+        [((batch, n_heads, chunks, planes), jnp.int32, out_spec)],
     )
     turns_BHS = inputs.first_BHS * INVERSE_TURN
     first_BHS = ((turns_BHS - jnp.floor(turns_BHS + 0.5)) * 2.0**31).astype(jnp.int32) * 2
-    zero_first_BHCS = jnp.concatenate([jnp.zeros_like(first_BHS)[:, :, None], whole_BHCS], axis=2)
-    up_to_BHCS = jnp.cumsum(zero_first_BHCS, axis=2)  # chunks before c
-    start_BHCS = first_BHS[:, :, None] + up_to_BHCS
-    if document_BL is not None:
-        # After a chunk with a start: from that chunk on, whose sum began at its last start.
-        begins_BC = document_BL.reshape(batch, chunks, tile.turned)[:, :, -1] > 0
-        chunk_C = jnp.arange(chunks, dtype=jnp.int32)
-        latest_BC = lax.cummax(jnp.where(begins_BC, chunk_C, -1), axis=1)
-        latest_BC = jnp.pad(latest_BC, ((0, 0), (1, 0)), constant_values=-1)[:, None, :, None]
-        since_BHCS = jnp.take_along_axis(up_to_BHCS, jnp.maximum(latest_BC, 0), axis=2)
-        start_BHCS = jnp.where(latest_BC < 0, start_BHCS, up_to_BHCS - since_BHCS)
-    return start_BHCS[:, :, :-1], start_BHCS[:, :, -1]
+    up_to_BHCS = jnp.cumsum(whole_BHCS, axis=2)
+    before_BHCS = up_to_BHCS - whole_BHCS
+    if document_BL is None:
+        return first_BHS[:, :, None] + before_BHCS, first_BHS + up_to_BHCS[:, :, -1]
+    # After a chunk with a start: from that chunk on, whose sum began at its last start.
+    begins_BC = document_BL.reshape(batch, chunks, tile.turned)[:, :, -1] > 0
+    latest_BC = lax.cummax(jnp.where(begins_BC, jnp.arange(chunks, dtype=jnp.int32), -1), axis=1)
+
+    def since(sum_BHCS, latest_BC):
+        latest_BHCS = latest_BC[:, None, :, None]
+        forgotten_BHCS = jnp.take_along_axis(before_BHCS, jnp.maximum(latest_BHCS, 0), axis=2)
+        return sum_BHCS + jnp.where(latest_BHCS < 0, first_BHS[:, :, None], -forgotten_BHCS)
+
+    before_BC = jnp.pad(latest_BC[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    return since(before_BHCS, before_BC), since(up_to_BHCS[:, :, -1:], latest_BC[:, -1:])[:, :, 0]
 
 
 def _radians(phi_BHS):
@@ -263,7 +263,7 @@ def _specs(inputs: Inputs, tokens: int, axes: str, heads: str) -> dict:
     a_group = n_heads // groups
     shared = inputs.angle_BLHS.shape[2] == 1
 
-    def of_group(b, c, h):
+    def of_group(h, c, b):
         return b, c, 0, h // a_group, 0
 
     return {
@@ -283,8 +283,8 @@ def _rotate_fwd(inputs: Inputs, adjacent: bool, tile: Tile):
     n_heads = inputs.dt_BHL.shape[1]
     document_BL = documents_in_chunks(inputs.document_BL, tile.turned)
     start_BHCS, last_BHS = _starts(inputs, document_BL, tile)
-    specs = Turn(**_specs(inputs, tile.turned, "bch", "h"))
-    out_spec = pl.BlockSpec((None, None, tile.turned, rank, d_state), index_map("bch", "bhc.."))
+    specs = Turn(**_specs(inputs, tile.turned, "hcb", "h"))
+    out_spec = pl.BlockSpec((None, None, tile.turned, rank, d_state), index_map("hcb", "bhc.."))
 
     def turned(x_BLRGN, bias_HRN):
         (out_BHLRN,) = call(
@@ -292,7 +292,7 @@ def _rotate_fwd(inputs: Inputs, adjacent: bool, tile: Tile):
             "mamba3_rotate",
             tile,
             tile.rotate,
-            (batch, length // tile.turned, n_heads),
+            (n_heads, length // tile.turned, batch),
             Turn(x_BLRGN, bias_HRN, inputs.angle_BLHS, inputs.dt_BHL, start_BHCS, document_BL),
             specs,
             [((batch, n_heads, length, rank, d_state), x_BLRGN.dtype, out_spec)],
@@ -418,7 +418,7 @@ def _launch_back(inputs: Inputs, start_BHCS, dq_BHTN, dk_BHTN, adjacent: bool, t
         """Axes as in a name, with the size of the block; J and H are the block of heads, lower case is one."""
         names = [axis for axis, _ in axes_and_sizes]
 
-        def index(b, c, i):
+        def index(i, c, b):
             at = {"B": b, "C": c, "L": c, "H": i // rank, "J": i // rank, "R": i % rank, "G": i // rank // a_group}
             return tuple(at.get(name, 0) for name in names)
 
@@ -450,7 +450,7 @@ def _launch_back(inputs: Inputs, start_BHCS, dq_BHTN, dk_BHTN, adjacent: bool, t
         out((rank, batch, n_heads, chunks, planes), spec(r, b, h, c, s)),
     )
     kernel = functools.partial(_back_kernel, adjacent=adjacent)
-    grid = (batch, chunks, blocks * rank)
+    grid = (blocks * rank, chunks, batch)  # neighbours share queries and keys
     return call(kernel, "mamba3_rotate_back", tile, tile.rotate_back, grid, refs, in_specs, outputs)
 
 
@@ -499,10 +499,12 @@ def _rotate_bwd(adjacent: bool, tile: Tile, residuals, cotangents):
 def _later(inputs: Inputs, dphi_BHCS, dlast_BHS, tile: Tile):
     """The gradient that reaches the end of every chunk from later tokens, that of the angle before the row, and which
     tokens of a chunk (B, C, Q) its end reaches (None: all)."""
-    sums_BHCS = jnp.concatenate([dphi_BHCS, dlast_BHS[:, :, None]], axis=2)
     if inputs.document_BL is None:
-        sums_BHCS = jnp.flip(jnp.cumsum(jnp.flip(sums_BHCS, axis=2), axis=2), axis=2)
-        return sums_BHCS[:, :, 1:], sums_BHCS[:, :, 0], None
+        # Not a sum from the end: XLA for GPU takes a time that is quadratic in the number of chunks for it.
+        up_to_BHCS = jnp.cumsum(dphi_BHCS, axis=2)
+        all_BHS = up_to_BHCS[:, :, -1] + dlast_BHS
+        return all_BHS[:, :, None] - up_to_BHCS, all_BHS, None
+    sums_BHCS = jnp.concatenate([dphi_BHCS, dlast_BHS[:, :, None]], axis=2)
     document_BL = documents_in_chunks(inputs.document_BL, tile.turned)
     document_BCQ = document_BL.reshape(document_BL.shape[0], -1, tile.turned)
     goes_on_BC = jnp.pad(document_BCQ[:, :, -1] == 0, ((0, 0), (0, 1)), constant_values=True)[:, None, :, None]

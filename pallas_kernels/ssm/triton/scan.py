@@ -13,31 +13,31 @@ device, a first pass leaves what every segment adds to the state, `combine` give
 kernel then runs all segments at once.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.ssm.triton.common import NN, NT, TN, Tile, call, index_map, iota, product
+from pallas_kernels.ssm.triton.common import NN, NT, TN, Tile, call, exp, index_map, iota, product, silu
 
 NORM_EPS = 1e-5
 
 
 class Inputs(NamedTuple):
-    """L tokens, T = L R rows. None: absent."""
+    """L tokens, T = L R rows: what is one number a token stands once for every rank. None: absent."""
 
     q_BHTN: jax.Array  # biased and rotated
     k_BHTN: jax.Array
     v_BLHP: jax.Array
     gate_BLHP: jax.Array | None
-    log_decay_BHL: jax.Array  # float32, c: from the first token of the chunk, or of its document in the chunk
-    decay_rest_BHL: jax.Array | None  # c is the sum of both; their differences are taken apart. float32 q, k, v only
-    gamma_BHL: jax.Array  # float32: a token's weight in its own output
-    kappa_BHL: jax.Array  # and in later ones
-    document_BL: jax.Array | None  # int32, document starts in the chunk up to here: 0 sees what came before the chunk
+    log_decay_BHT: jax.Array  # float32, c: from the first token of the chunk, or of its document in the chunk
+    decay_rest_BHT: jax.Array | None  # c is the sum of both; their differences are taken apart. float32 q, k, v only
+    gamma_BHT: jax.Array  # float32: a token's weight in its own output
+    kappa_BHT: jax.Array  # and in later ones
+    document_BT: jax.Array | None  # int32, document starts in the chunk up to here: 0 sees what came before the chunk
     h_BHSPN: jax.Array  # float32, the state before every segment
     skip_H: jax.Array | None
     v_rank_HRP: jax.Array | None
@@ -110,13 +110,6 @@ class Grid:
         return call(kernel, name, self.tile, launch, self.shape, inputs, self.specs(inputs), out)
 
 
-def per_row(ref, index, tile: Tile):
-    """A chunk of a ref of tokens, a token's entry repeated for its ranks."""
-    if tile.rank == 1:
-        return ref[pl.ds(index * tile.rows, tile.rows)]
-    return plt.load(ref.at[index * tile.tokens + lax.div(iota(tile.rows), jnp.int32(tile.rank))])
-
-
 def tokens_of(index, tile: Tile):
     return pl.ds(index * tile.tokens, tile.tokens)
 
@@ -146,9 +139,9 @@ class Decay(NamedTuple):
 
     @classmethod
     def load(cls, refs, index, tile: Tile):
-        found = (refs.log_decay_BHL, refs.decay_rest_BHL, refs.document_BL)
-        rows = [None if ref is None else per_row(ref, index, tile) for ref in found]
-        last = [None if ref is None else ref[index * tile.tokens + tile.tokens - 1] for ref in found]
+        found = (refs.log_decay_BHT, refs.decay_rest_BHT, refs.document_BT)
+        rows = [None if ref is None else ref[rows_of(index, tile)] for ref in found]
+        last = [None if ref is None else ref[index * tile.rows + tile.rows - 1] for ref in found]
         return cls(*rows, *last)
 
     def between(self, tile: Tile, *, transposed: bool = False):
@@ -163,24 +156,24 @@ class Decay(NamedTuple):
         if self.rest_T is not None:
             gap_TT += target(self.rest_T) - source(self.rest_T)
         # Masked before exp: what lies after a token grows without bound.
-        return jnp.exp(jnp.where(within_TT, gap_TT, -jnp.inf)), target(token_T) == source(token_T)
+        return exp(jnp.where(within_TT, gap_TT, -jnp.inf), tile), target(token_T) == source(token_T)
 
-    def since_T(self):
+    def since_T(self, tile: Tile):
         """What is left at each row of the state before the chunk."""
-        since_T = jnp.exp(self.exact_T if self.rest_T is None else self.exact_T + self.rest_T)
+        since_T = exp(self.exact_T if self.rest_T is None else self.exact_T + self.rest_T, tile)
         return since_T if self.document_T is None else jnp.where(self.document_T == 0, since_T, 0.0)
 
-    def until_T(self):
+    def until_T(self, tile: Tile):
         """What is left of each row at the end of the chunk."""
         gap_T = self.exact - self.exact_T
         if self.rest_T is not None:
             gap_T += self.rest - self.rest_T
-        until_T = jnp.exp(gap_T)
+        until_T = exp(gap_T, tile)
         return until_T if self.document_T is None else jnp.where(self.document_T == self.document, until_T, 0.0)
 
-    def whole(self):
+    def whole(self, tile: Tile):
         """What is left at the end of the chunk of the state before it."""
-        whole = jnp.exp(self.exact if self.rest is None else self.exact + self.rest)
+        whole = exp(self.exact if self.rest is None else self.exact + self.rest, tile)
         return whole if self.document is None else jnp.where(self.document == 0, whole, 0.0)
 
 
@@ -191,7 +184,7 @@ def _forward_kernel(refs: Inputs, out: Outputs, *, tile: Tile):
         rows = rows_of(index, tile)
         q_TN, k_TN, x_TP = refs.q_BHTN[rows, :], refs.k_BHTN[rows, :], values(refs, index, tile)
         decay = Decay.load(refs, index, tile)
-        gamma_T, kappa_T = per_row(refs.gamma_BHL, index, tile), per_row(refs.kappa_BHL, index, tile)
+        gamma_T, kappa_T = refs.gamma_BHT[rows], refs.kappa_BHT[rows]
         decay_TT, own_TT = decay.between(tile)
 
         mixed_TT = product(q_TN, k_TN, NT, dtype, tile)
@@ -199,15 +192,15 @@ def _forward_kernel(refs: Inputs, out: Outputs, *, tile: Tile):
         if refs.skip_H is not None:
             row_T = iota(tile.rows)
             mixed_TT += jnp.where(row_T[:, None] == row_T[None, :], refs.skip_H[...].astype(jnp.float32), 0.0)
-        y_TP = decay.since_T()[:, None] * product(q_TN, h_PN, NT, dtype, tile)
+        y_TP = decay.since_T(tile)[:, None] * product(q_TN, h_PN, NT, dtype, tile)
         y_TP += product(mixed_TT, x_TP, NN, dtype, tile)
         if out.y_BLHRP is not None:
             kept = y_TP.reshape(tile.tokens, tile.rank, y_TP.shape[-1]).astype(out.y_BLHRP.dtype)
             out.y_BLHRP[tokens_of(index, tile), :, :] = kept
         out.o_BLHP[tokens_of(index, tile), :] = _finished(y_TP, refs, index, tile).astype(out.o_BLHP.dtype)
 
-        x_TP = x_TP.astype(jnp.float32) * (decay.until_T() * kappa_T)[:, None]
-        return decay.whole() * h_PN + product(x_TP, k_TN, TN, dtype, tile)
+        x_TP = x_TP.astype(jnp.float32) * (decay.until_T(tile) * kappa_T)[:, None]
+        return decay.whole(tile) * h_PN + product(x_TP, k_TN, TN, dtype, tile)
 
     chunks = refs.q_BHTN.shape[0] // tile.rows
     out.h_BHSPN[...] = lax.fori_loop(0, chunks, chunk, refs.h_BHSPN[...])
@@ -222,22 +215,23 @@ def _finished(y_TP, refs: Inputs, index, tile: Tile):
     gate_QP = None
     if refs.gate_BLHP is not None:
         gate_QP = refs.gate_BLHP[tokens_of(index, tile), :].astype(jnp.float32)
+    act = functools.partial(silu, dtype=refs.v_BLHP.dtype, tile=tile)
     weights = [load(ref) for ref in (refs.gate_rank_HRP, refs.out_rank_HRP, refs.norm_HP)]
     if tile.rank == 1:  # no axis of size one: it would cost a change of layout
         weights[:2] = [None if w_RP is None else w_RP.reshape(-1) for w_RP in weights[:2]]
-        return finish(y_TP, gate_QP, *weights, tile)
+        return finish(y_TP, gate_QP, *weights, act, tile)
     y_QRP = y_TP.reshape(tile.tokens, tile.rank, y_TP.shape[-1])
-    return jnp.sum(finish(y_QRP, None if gate_QP is None else gate_QP[:, None, :], *weights, tile), axis=1)
+    return jnp.sum(finish(y_QRP, None if gate_QP is None else gate_QP[:, None, :], *weights, act, tile), axis=1)
 
 
-def finish(y_P, gate_P, gate_rank_P, out_rank_P, norm_P, tile: Tile):
+def finish(y_P, gate_P, gate_rank_P, out_rank_P, norm_P, silu, tile: Tile):
     """out_rank norm(y) silu(gate gate_rank): any leading axes, float32."""
     if norm_P is not None:
         mean_square = jnp.sum(jnp.square(y_P), axis=-1, keepdims=True) / (tile.width or y_P.shape[-1])
         y_P = y_P * lax.rsqrt(mean_square + NORM_EPS) * norm_P
     if gate_P is not None:
         gate_P = gate_P if gate_rank_P is None else gate_P * gate_rank_P
-        y_P = y_P * gate_P / (1 + jnp.exp(-gate_P))
+        y_P = y_P * silu(gate_P)
     return y_P if out_rank_P is None else y_P * out_rank_P
 
 
@@ -247,9 +241,9 @@ def _added_kernel(refs: Inputs, out: Added, *, tile: Tile):
     def chunk(index, carry):
         h_PN, left = carry
         decay = Decay.load(refs, index, tile)
-        weight_T = decay.until_T() * per_row(refs.kappa_BHL, index, tile)
+        weight_T = decay.until_T(tile) * refs.kappa_BHT[rows_of(index, tile)]
         x_TP = values(refs, index, tile).astype(jnp.float32) * weight_T[:, None]
-        whole = decay.whole()
+        whole = decay.whole(tile)
         return whole * h_PN + product(x_TP, refs.k_BHTN[rows_of(index, tile), :], TN, dtype, tile), whole * left
 
     chunks = refs.k_BHTN.shape[0] // tile.rows
@@ -283,7 +277,7 @@ def forward(inputs: Inputs, tile: Tile, *, keep: bool):
     grid = Grid(inputs, tile)
     left_BHS = None
     if tile.segments > 1:
-        needed = inputs._replace(q_BHTN=None, gate_BLHP=None, h_BHSPN=None, gamma_BHL=None)
+        needed = inputs._replace(q_BHTN=None, gate_BLHP=None, h_BHSPN=None, gamma_BHT=None)
         needed = needed._replace(skip_H=None, gate_rank_HRP=None, out_rank_HRP=None, norm_HP=None)
         out = Added(grid.out("BHSPN"), grid.out("BHS"))
         added = grid(_added_kernel, "mamba3_segments", tile.added, needed, out)

@@ -32,7 +32,6 @@ from pallas_kernels.ssm.triton.scan import (
     combine,
     finish,
     forward,
-    per_row,
     rows_of,
     tokens_of,
     values,
@@ -75,9 +74,9 @@ class Key(NamedTuple):
 
 class Value(NamedTuple):
     dv_BLHP: jax.Array
-    dkappa_BHL: jax.Array
-    dgamma_BHL: jax.Array
-    dskip_BHL: jax.Array  # a token's part
+    dkappa_BHT: jax.Array
+    dgamma_BHT: jax.Array
+    dskip_BHT: jax.Array  # a row's part
     dv_rank_BHSRP: jax.Array | None
 
 
@@ -91,7 +90,7 @@ def _dy_TP(refs: Gradients, index, tile: Tile):
 
 
 def _since_dy_TP(refs: Gradients, decay: Decay, index, tile: Tile):
-    return _dy_TP(refs, index, tile).astype(jnp.float32) * decay.since_T()[:, None]
+    return _dy_TP(refs, index, tile).astype(jnp.float32) * decay.since_T(tile)[:, None]
 
 
 def _keep(ref, h_PN, index, tile: Tile):
@@ -111,7 +110,7 @@ def _query_kernel(refs: Gradients, out: Query, *, tile: Tile):
         rows = rows_of(index, tile)
         k_TN, x_TP, dy_TP = inputs.k_BHTN[rows, :], values(inputs, index, tile), _dy_TP(refs, index, tile)
         decay = Decay.load(inputs, index, tile)
-        gamma_T, kappa_T = per_row(inputs.gamma_BHL, index, tile), per_row(inputs.kappa_BHL, index, tile)
+        gamma_T, kappa_T = inputs.gamma_BHT[rows], inputs.kappa_BHT[rows]
         decay_TT, own_TT = decay.between(tile)
 
         dmixed_TT = product(dy_TP, x_TP, NT, dtype, tile)
@@ -120,8 +119,8 @@ def _query_kernel(refs: Gradients, out: Query, *, tile: Tile):
         dq_TN += product(dmixed_TT, k_TN, NN, dtype, tile)
         out.dq_BHTN[rows, :] = dq_TN.astype(dtype)
 
-        x_TP = x_TP.astype(jnp.float32) * (decay.until_T() * kappa_T)[:, None]
-        return decay.whole() * h_PN + product(x_TP, k_TN, TN, dtype, tile)
+        x_TP = x_TP.astype(jnp.float32) * (decay.until_T(tile) * kappa_T)[:, None]
+        return decay.whole(tile) * h_PN + product(x_TP, k_TN, TN, dtype, tile)
 
     lax.fori_loop(0, inputs.k_BHTN.shape[0] // tile.rows, chunk, inputs.h_BHSPN[...])
 
@@ -129,7 +128,7 @@ def _query_kernel(refs: Gradients, out: Query, *, tile: Tile):
 def _demand(refs: Gradients, decay: Decay, q_TN, dh_PN, index, tile: Tile):
     """The gradient of the state before a chunk from that of the state after it and from the chunk's outputs."""
     dy_TP = _since_dy_TP(refs, decay, index, tile)
-    return decay.whole() * dh_PN + product(dy_TP, q_TN, TN, refs.inputs.q_BHTN.dtype, tile)
+    return decay.whole(tile) * dh_PN + product(dy_TP, q_TN, TN, refs.inputs.q_BHTN.dtype, tile)
 
 
 def _backwards(chunks: int, chunk, dh_PN):
@@ -154,12 +153,12 @@ def _key_kernel(refs: Gradients, out: Key, *, tile: Tile):
         rows = rows_of(index, tile)
         q_TN, x_TP, dy_TP = inputs.q_BHTN[rows, :], values(inputs, index, tile), _dy_TP(refs, index, tile)
         decay = Decay.load(inputs, index, tile)
-        gamma_T, kappa_T = per_row(inputs.gamma_BHL, index, tile), per_row(inputs.kappa_BHL, index, tile)
+        gamma_T, kappa_T = inputs.gamma_BHT[rows], inputs.kappa_BHT[rows]
         decay_TT, own_TT = decay.between(tile, transposed=True)
 
         dmixed_TT = product(x_TP, dy_TP, NT, dtype, tile)  # of sources (down) and targets
         dmixed_TT *= decay_TT * jnp.where(own_TT, gamma_T[:, None], kappa_T[:, None])
-        until_x_TP = x_TP.astype(jnp.float32) * (decay.until_T() * kappa_T)[:, None]
+        until_x_TP = x_TP.astype(jnp.float32) * (decay.until_T(tile) * kappa_T)[:, None]
         dk_TN = product(until_x_TP, dh_PN, NN, dtype, tile) + product(dmixed_TT, q_TN, NN, dtype, tile)
         out.dk_BHTN[rows, :] = dk_TN.astype(dtype)
 
@@ -178,29 +177,26 @@ def _value_kernel(refs: Gradients, out: Value, *, tile: Tile):
     def by_rank(x_TP):
         return x_TP.reshape(tile.tokens, tile.rank, width)
 
-    def by_token(x_T):
-        return x_T if tile.rank == 1 else jnp.sum(x_T.reshape(tile.tokens, tile.rank), axis=1)
-
     def chunk(index, carry):
         dh_PN, *dv_rank_RP = carry
         rows, tokens = rows_of(index, tile), tokens_of(index, tile)
         q_TN, k_TN, dy_TP = inputs.q_BHTN[rows, :], inputs.k_BHTN[rows, :], _dy_TP(refs, index, tile)
         x_TP = values(inputs, index, tile).astype(jnp.float32)
         decay = Decay.load(inputs, index, tile)
-        gamma_T, kappa_T = per_row(inputs.gamma_BHL, index, tile), per_row(inputs.kappa_BHL, index, tile)
+        gamma_T, kappa_T = inputs.gamma_BHT[rows], inputs.kappa_BHT[rows]
         decay_TT, own_TT = decay.between(tile, transposed=True)
 
         score_TT = product(k_TN, q_TN, NT, dtype, tile)  # of sources (down) and targets
-        dlater_TP = decay.until_T()[:, None] * product(k_TN, dh_PN, NT, dtype, tile)
+        dlater_TP = decay.until_T(tile)[:, None] * product(k_TN, dh_PN, NT, dtype, tile)
         dlater_TP += product(jnp.where(own_TT, 0.0, score_TT * decay_TT), dy_TP, NN, dtype, tile)
         own_TT = jnp.where(own_TT, score_TT, 0.0)
         if tile.rank == 1:
             down_TP = dy_TP.astype(jnp.float32) * jnp.sum(own_TT, axis=1)[:, None]
         else:
             down_TP = product(own_TT, dy_TP, NN, dtype, tile)
-        out.dkappa_BHL[tokens] = by_token(jnp.sum(x_TP * dlater_TP, axis=1))
-        out.dgamma_BHL[tokens] = by_token(jnp.sum(x_TP * down_TP, axis=1))
-        out.dskip_BHL[tokens] = by_token(jnp.sum(x_TP * dy_TP.astype(jnp.float32), axis=1))
+        out.dkappa_BHT[rows] = jnp.sum(x_TP * dlater_TP, axis=1)
+        out.dgamma_BHT[rows] = jnp.sum(x_TP * down_TP, axis=1)
+        out.dskip_BHT[rows] = jnp.sum(x_TP * dy_TP.astype(jnp.float32), axis=1)
         dx_TP = kappa_T[:, None] * dlater_TP + gamma_T[:, None] * down_TP
         if skip is not None:
             dx_TP += skip * dy_TP.astype(jnp.float32)
@@ -227,7 +223,7 @@ def _scan_fwd(inputs: Inputs, tile: Tile):
 def _scan_bwd(tile: Tile, residuals, cotangents):
     inputs, y_BLHRP, starts_BHSPN, left_BHS, last_BHPN = residuals
     do_BLHP, dlast_BHPN = cotangents
-    dy_BLHRP, received_BHL, d = _finish_back(inputs, y_BLHRP, do_BLHP, tile)
+    dy_BLHRP, received_BHT, d = _finish_back(inputs, y_BLHRP, do_BLHP, tile)
 
     refs = Gradients(inputs._replace(h_BHSPN=starts_BHSPN, gate_BLHP=None), dy_BLHRP, dlast_BHPN[:, :, None])
     unused = {"gate_rank_HRP": None, "out_rank_HRP": None, "norm_HP": None}
@@ -259,27 +255,27 @@ def _scan_bwd(tile: Tile, residuals, cotangents):
         "mamba3_value_gradient",
         tile.value,
         refs,
-        Value(grid.out("BLHP", dtype), *[grid.out("BHL")] * 3, ranks),
+        Value(grid.out("BLHP", dtype), *[grid.out("BHT")] * 3, ranks),
     )
-    received_BHL -= inputs.gamma_BHL * value.dgamma_BHL + inputs.kappa_BHL * value.dkappa_BHL
+    received_BHT -= inputs.gamma_BHT * value.dgamma_BHT + inputs.kappa_BHT * value.dkappa_BHT
     if inputs.skip_H is not None:
-        received_BHL -= inputs.skip_H[:, None] * value.dskip_BHL
-        d["skip_H"] = jnp.sum(value.dskip_BHL, axis=(0, 2)).astype(inputs.skip_H.dtype)
+        received_BHT -= inputs.skip_H[:, None] * value.dskip_BHT
+        d["skip_H"] = jnp.sum(value.dskip_BHT, axis=(0, 2)).astype(inputs.skip_H.dtype)
     if ranks is not None:
         d["v_rank_HRP"] = jnp.sum(value.dv_rank_BHSRP, axis=(0, 2)).astype(inputs.v_rank_HRP.dtype)
     crossing_BHSA = jnp.sum(query.h_BHSAPN * key.dh_BHSAPN, axis=(-1, -2))
     end_BH = jnp.sum(last_BHPN * dlast_BHPN, axis=(-1, -2))
-    dlog_decay_BHL = _decay_back(inputs, received_BHL, crossing_BHSA, end_BH, tile)
-    has_rest = inputs.decay_rest_BHL is not None
+    dlog_decay_BHT = _decay_back(inputs, received_BHT, crossing_BHSA, end_BH, tile)
+    has_rest = inputs.decay_rest_BHT is not None
     gradients = inputs._replace(
         q_BHTN=query.dq_BHTN,
         k_BHTN=key.dk_BHTN,
         v_BLHP=value.dv_BLHP,
-        log_decay_BHL=dlog_decay_BHL,
-        decay_rest_BHL=dlog_decay_BHL if has_rest else None,
-        gamma_BHL=value.dgamma_BHL,
-        kappa_BHL=value.dkappa_BHL,
-        document_BL=None,
+        log_decay_BHT=dlog_decay_BHT,
+        decay_rest_BHT=dlog_decay_BHT if has_rest else None,
+        gamma_BHT=value.dgamma_BHT,
+        kappa_BHT=value.dkappa_BHT,
+        document_BT=None,
         h_BHSPN=key.dh_BHSAPN[:, :, :1, 0],
         **d,
     )
@@ -296,22 +292,22 @@ def _without(refs: Gradients, *fields: str) -> Gradients:
 
 
 def _finish_back(inputs: Inputs, y_BLHRP, do_BLHP, tile: Tile):
-    """dy, dy . y of every token, and the gradients of what `finish` alone reads."""
+    """dy, dy . y of every row, and the gradients of what `finish` alone reads."""
 
     def finished(y_BLHRP, parts):
         gate_BLHP, gate_rank_HRP, out_rank_HRP, norm_HP = parts
         gate_BLH1P = None if gate_BLHP is None else gate_BLHP[..., None, :].astype(jnp.float32)
         norm_H1P = None if norm_HP is None else norm_HP[:, None]
-        return jnp.sum(finish(y_BLHRP, gate_BLH1P, gate_rank_HRP, out_rank_HRP, norm_H1P, tile), axis=-2)
+        return jnp.sum(finish(y_BLHRP, gate_BLH1P, gate_rank_HRP, out_rank_HRP, norm_H1P, jax.nn.silu, tile), axis=-2)
 
     names = ("gate_BLHP", "gate_rank_HRP", "out_rank_HRP", "norm_HP")
     y_BLHRP = y_BLHRP.astype(jnp.float32)
     _, pull = jax.vjp(finished, y_BLHRP, [getattr(inputs, name) for name in names])
     dy_BLHRP, parts = pull(do_BLHP.astype(jnp.float32))
-    received_BLH = jnp.sum(dy_BLHRP * y_BLHRP, axis=(-1, -2))
+    received_BLHR = jnp.sum(dy_BLHRP * y_BLHRP, axis=-1)
     return (
         dy_BLHRP.astype(do_BLHP.dtype),
-        jnp.swapaxes(received_BLH, 1, 2),
+        jnp.swapaxes(received_BLHR, 1, 2).reshape(*inputs.gamma_BHT.shape),
         dict(zip(names, parts, strict=True)),
     )
 
@@ -321,7 +317,7 @@ def _segments_back(refs: Gradients, left_BHS, tile: Tile):
     if tile.segments == 1:
         return refs.dh_BHSPN
     grid = Grid(refs.inputs, tile)
-    needed = _without(refs._replace(dh_BHSPN=None), "k_BHTN", "gamma_BHL", "kappa_BHL", "h_BHSPN", "skip_H")
+    needed = _without(refs._replace(dh_BHSPN=None), "k_BHTN", "gamma_BHT", "kappa_BHT", "h_BHSPN", "skip_H")
     out = Added(grid.out("BHSPN"), None)
     added = _call(grid, _demanded_kernel, "mamba3_segments_back", tile.added, needed, out)
     # From the end: what a segment's last state is asked for is what the next one asks of its first.
@@ -329,24 +325,24 @@ def _segments_back(refs: Gradients, left_BHS, tile: Tile):
     return jnp.flip(combine(refs.dh_BHSPN[:, :, 0], added)[0], axis=2)
 
 
-def _decay_back(inputs: Inputs, received_BHL, crossing_BHSA, end_BH, tile: Tile):
-    """The gradient of c: what every token received less what it gave; the last of a chunk also what crosses its end."""
-    batch, n_heads, length = received_BHL.shape
+def _decay_back(inputs: Inputs, received_BHT, crossing_BHSA, end_BH, tile: Tile):
+    """The gradient of c: what every row received less what it gave; the last of a chunk also what crosses its end."""
+    batch, n_heads, rows = received_BHT.shape
     segments, anchors = crossing_BHSA.shape[2:]
-    chunks = length // tile.tokens // segments
+    chunks = rows // tile.rows // segments
 
     def by_anchor(array_BHSC):
         """(B, H, S, A, chunks between two anchors); zeros after the last chunk of a segment."""
         spare = anchors * tile.anchor - chunks
         return jnp.pad(array_BHSC, [(0, 0)] * 3 + [(0, spare)]).reshape(*array_BHSC.shape[:3], anchors, tile.anchor)
 
-    received_BHSCQ = received_BHL.reshape(batch, n_heads, segments, chunks, tile.tokens)
-    carried_BHSCQ, kept_BHSAC = received_BHSCQ, None
-    if inputs.document_BL is not None:
-        document_BHSCQ = inputs.document_BL.reshape(batch, 1, segments, chunks, tile.tokens)
-        carried_BHSCQ = jnp.where(document_BHSCQ == 0, received_BHSCQ, 0.0)
-        kept_BHSAC = by_anchor(document_BHSCQ[..., -1]) == 0
-    carried_BHSAC = by_anchor(jnp.sum(carried_BHSCQ, axis=-1))
+    received_BHSCT = received_BHT.reshape(batch, n_heads, segments, chunks, tile.rows)
+    carried_BHSCT, kept_BHSAC = received_BHSCT, None
+    if inputs.document_BT is not None:
+        document_BHSCT = inputs.document_BT.reshape(batch, 1, segments, chunks, tile.rows)
+        carried_BHSCT = jnp.where(document_BHSCT == 0, received_BHSCT, 0.0)
+        kept_BHSAC = by_anchor(document_BHSCT[..., -1]) == 0
+    carried_BHSAC = by_anchor(jnp.sum(carried_BHSCT, axis=-1))
 
     # From the end: what crosses the beginning of a chunk is what its tokens take of it and what goes on to later ones.
     crossing_BHS = jnp.concatenate([crossing_BHSA.reshape(batch, n_heads, -1), end_BH[..., None]], axis=-1)
@@ -358,8 +354,8 @@ def _decay_back(inputs: Inputs, received_BHL, crossing_BHSA, end_BH, tile: Tile)
             crossing_BHSA = jnp.where(kept_BHSAC[..., chunk], crossing_BHSA, 0.0)
         crossing_BHSA = crossing_BHSA + carried_BHSAC[..., chunk]
     over_BHSC = jnp.stack(over[::-1], axis=-1).reshape(batch, n_heads, segments, -1)[..., :chunks]
-    is_last_Q = jnp.arange(tile.tokens) == tile.tokens - 1
-    return (received_BHSCQ + jnp.where(is_last_Q, over_BHSC[..., None], 0.0)).reshape(received_BHL.shape)
+    is_last_T = jnp.arange(tile.rows) == tile.rows - 1
+    return (received_BHSCT + jnp.where(is_last_T, over_BHSC[..., None], 0.0)).reshape(received_BHT.shape)
 
 
 scan.defvjp(_scan_fwd, _scan_bwd)
