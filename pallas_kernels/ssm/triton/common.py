@@ -30,15 +30,16 @@ class Tile:
     width: int | None = None  # entries of P that are not padding; None: all
     segments: int = 1  # parts of the length side by side, of equally many chunks
     turned: int = 16  # tokens that a program of the rotation turns
-    heads_back: int = 8  # at most; whose gradients one program of the rotation's backward pass adds up
+    heads: int = 8  # at most, that a program of the rotation takes one after another
     anchor: int = 16  # chunks between two states that the backward pass keeps to start its sums from again
     rotate: Launch = Launch(2, 1)
-    rotate_back: Launch = Launch(2, 1)
+    rotate_back: Launch = Launch(1, 1)
     forward: Launch = Launch(4, 2)
     added: Launch = Launch(4, 3)
     query: Launch = Launch(4, 2)
     key: Launch = Launch(4, 2)
-    value: Launch = Launch(4, 1)
+    value: Launch = Launch(4, 2)
+    finish: Launch = Launch(4, 1)
     interpret: bool = False  # on the CPU, for tests
 
     @property

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.ssm.triton.common import NN, Tile, approximate, call, documents_in_chunks, index_map, iota, product
+from pallas_kernels.ssm.triton.common import NN, Tile, approximate, call, documents_in_chunks, iota, product
 
 INVERSE_TURN = 1 / (2 * math.pi)
 
@@ -107,29 +107,42 @@ class Whole(NamedTuple):
 
 
 def _whole_kernel(refs: Whole, out_ref, *, tile: Tile):
-    """The angle of a few chunks, each of its last document, to 2^-36 of itself.
+    """The angle of a few chunks, each of its last document, to 2^-36 of itself, for a block of heads.
 
     A float32 product would be off by 2^-25 of itself, the same way at every token of a constant input: 1e-2 rad after a
     million tokens. Products of two numbers of 12 bits are exact, whether a compiler fuses them with a sum or not.
     """
-    dt_T, turn_TS, turn_rest_TS = refs.dt_BHL[...], refs.turn_BLHS[...], refs.turn_rest_BLHS[...]
+    turn, turn_rest = _of_head(refs.turn_BLHS), _of_head(refs.turn_rest_BLHS)
+    if refs.document_BL is not None:
+        is_last_T1 = (refs.document_BL[...] == refs.last_BL[...])[:, None]
 
     def by_chunk(x_TS):
         return jnp.sum(x_TS.reshape(-1, tile.turned, x_TS.shape[-1]), axis=1)
 
-    dt_head_T = _head(dt_T)
-    exact_TS = turn_TS * dt_head_T[:, None]
-    rest_TS = turn_TS * (dt_T - dt_head_T)[:, None] + turn_rest_TS * dt_T[:, None]
-    exact_TS -= jnp.floor(exact_TS + 0.5)
-    coarse_TS = (exact_TS * 2.0**30).astype(jnp.int32)
-    rest_TS += exact_TS - coarse_TS.astype(jnp.float32) * 2.0**-30
-    rest_TS -= jnp.floor(rest_TS + 0.5)
-    if refs.document_BL is not None:
-        is_last_T1 = (refs.document_BL[...] == refs.last_BL[...])[:, None]
-        coarse_TS, rest_TS = jnp.where(is_last_T1, coarse_TS, 0), jnp.where(is_last_T1, rest_TS, 0.0)
-    rest_CS = by_chunk(rest_TS)
-    rest_CS -= jnp.floor(rest_CS + 0.5)
-    out_ref[0][...] = by_chunk(coarse_TS) * 4 + (rest_CS * 2.0**31).astype(jnp.int32) * 2
+    def one(head, done):
+        dt_T = refs.dt_BHL[head, :]
+        dt_head_T = _head(dt_T)
+        exact_TS = turn(head) * dt_head_T[:, None]
+        rest_TS = turn(head) * (dt_T - dt_head_T)[:, None] + turn_rest(head) * dt_T[:, None]
+        exact_TS -= jnp.floor(exact_TS + 0.5)
+        coarse_TS = (exact_TS * 2.0**30).astype(jnp.int32)
+        rest_TS += exact_TS - coarse_TS.astype(jnp.float32) * 2.0**-30
+        if refs.document_BL is not None:
+            coarse_TS, rest_TS = jnp.where(is_last_T1, coarse_TS, 0), jnp.where(is_last_T1, rest_TS, 0.0)
+        rest_CS = by_chunk(rest_TS)
+        rest_CS -= jnp.floor(rest_CS + 0.5)
+        out_ref[0][head, :, :] = by_chunk(coarse_TS) * 4 + (rest_CS * 2.0**31).astype(jnp.int32) * 2
+        return done
+
+    lax.fori_loop(0, refs.dt_BHL.shape[0], one, 0)
+
+
+def _of_head(ref):
+    """A chunk's angles (T, S) by head of the block, from a ref (T, S) that heads share or (T, heads, S)."""
+    if len(ref.shape) == 3:
+        return lambda head: ref[:, head, :]
+    shared_TS = ref[...]
+    return lambda head: shared_TS
 
 
 def _head(x):
@@ -152,26 +165,24 @@ def _turns(angle):
 
 def _starts(inputs: Inputs, document_BL, tile: Tile):
     """start_BHCS, the angle before every chunk of `tile.turned` tokens, and the last angle, 32-bit."""
-    batch, length, angle_heads, planes = inputs.angle_BLHS.shape
+    batch, length, _, planes = inputs.angle_BLHS.shape
     n_heads, chunks = inputs.dt_BHL.shape[1], length // tile.turned
     turn_BLHS, turn_rest_BLHS = _turns(inputs.angle_BLHS)
-    together = math.gcd(chunks, 4)
-    tokens = together * tile.turned
-    per_angle = pl.BlockSpec((None, tokens, None, planes), index_map("hcb", "bch." if angle_heads > 1 else "bc.."))
+    together, heads = math.gcd(chunks, 4), _heads(inputs, tile)
+    blocks = Blocks(inputs, together * tile.turned, heads)
     per_token, last_BL = None, None
     if document_BL is not None:
-        per_token = pl.BlockSpec((None, tokens), index_map("hcb", "bc"))
+        per_token = blocks.spec("BL")
         last_BL = jnp.repeat(document_BL[:, tile.turned - 1 :: tile.turned], tile.turned, axis=1)
-    out_spec = pl.BlockSpec((None, None, together, planes), index_map("hcb", "bhc."))
     (whole_BHCS,) = call(
         _whole_kernel,
         "mamba3_angles",
         tile,
         tile.rotate,
-        (n_heads, chunks // together, batch),
+        (n_heads // heads, chunks // together, batch),
         Whole(turn_BLHS, turn_rest_BLHS, inputs.dt_BHL, document_BL, last_BL),
-        Whole(per_angle, per_angle, pl.BlockSpec((None, None, tokens), index_map("hcb", "bhc")), per_token, per_token),
-        [((batch, n_heads, chunks, planes), jnp.int32, out_spec)],
+        Whole(blocks.angle, blocks.angle, blocks.spec("BHL"), per_token, per_token),
+        [((batch, n_heads, chunks, planes), jnp.int32, blocks.spec("BHCS", C=together))],
     )
     turns_BHS = inputs.first_BHS * INVERSE_TURN
     first_BHS = ((turns_BHS - jnp.floor(turns_BHS + 0.5)) * 2.0**31).astype(jnp.int32) * 2
@@ -237,54 +248,71 @@ def _store_pairs(store, slices, first_TS, second_TS):
 
 
 def _turn_kernel(refs: Turn, out_ref, *, tile: Tile, adjacent: bool):
+    """A chunk of a block of heads."""
+    planes, still = _columns(refs.bias_HRN.shape[-1], refs.start_BHCS.shape[-1], adjacent)
     document_T = None if refs.document_BL is None else refs.document_BL[...]
-    phi_TS = _phi(refs.angle_BLHS[...], refs.dt_BHL[...], refs.start_BHCS[...], document_T, tile)
-    sin_TS, cos_TS = _sincos(phi_TS, tile)
-    planes, still = _columns(refs.bias_HRN.shape[-1], sin_TS.shape[-1], adjacent)
-    for rank in range(tile.rank):
+    angle = _of_head(refs.angle_BLHS)
 
-        def load(columns, rank=rank):
-            bias_N = refs.bias_HRN[rank, columns].astype(jnp.float32)
-            return refs.x_BLRGN[:, rank, columns].astype(jnp.float32) + bias_N[None, :]
+    def one(head, done):
+        phi_TS = _phi(angle(head), refs.dt_BHL[head, :], refs.start_BHCS[head, :], document_T, tile)
+        sin_TS, cos_TS = _sincos(phi_TS, tile)
+        for rank in range(tile.rank):
 
-        def store(columns, x_TN, rank=rank):
-            out_ref[0][:, rank, columns] = x_TN.astype(out_ref[0].dtype)
+            def load(columns, rank=rank):
+                bias_N = refs.bias_HRN[head, rank, columns].astype(jnp.float32)
+                return refs.x_BLRGN[:, rank, columns].astype(jnp.float32) + bias_N[None, :]
 
-        u_TS, w_TS = _pairs(load, planes)
-        _store_pairs(store, planes, u_TS * cos_TS - w_TS * sin_TS, u_TS * sin_TS + w_TS * cos_TS)
-        for columns in still:
-            store(columns, load(columns))
+            def store(columns, x_TN, rank=rank):
+                out_ref[0][head, :, rank, columns] = x_TN.astype(out_ref[0].dtype)
+
+            u_TS, w_TS = _pairs(load, planes)
+            _store_pairs(store, planes, u_TS * cos_TS - w_TS * sin_TS, u_TS * sin_TS + w_TS * cos_TS)
+            for columns in still:
+                store(columns, load(columns))
+        return done
+
+    lax.fori_loop(0, refs.bias_HRN.shape[0], one, 0)
 
 
-def _specs(inputs: Inputs, tokens: int, axes: str, heads: str) -> dict:
-    """Specs of programs over `axes` ("b", "c" and one of heads): a chunk of `tokens`, one head or a block of them."""
-    planes, n_heads = inputs.first_BHS.shape[-1], inputs.dt_BHL.shape[1]
-    rank, groups, d_state = inputs.q_BLRGN.shape[2:]
-    a_group = n_heads // groups
-    shared = inputs.angle_BLHS.shape[2] == 1
+def _heads(inputs: Inputs, tile: Tile) -> int:
+    """Heads that one program takes after another: all of one group."""
+    a_group = inputs.dt_BHL.shape[1] // inputs.q_BLRGN.shape[3]
+    return max(size for size in range(1, tile.heads + 1) if a_group % size == 0)
 
-    def of_group(h, c, b):
-        return b, c, 0, h // a_group, 0
 
-    return {
-        "x_BLRGN": pl.BlockSpec((None, tokens, rank, None, d_state), of_group),
-        "bias_HRN": pl.BlockSpec((None, rank, d_state), index_map(axes, heads + "..")),
-        "angle_BLHS": pl.BlockSpec(
-            (None, tokens, None, planes), index_map(axes, "bc.." if shared else f"bc{heads}.")
-        ),
-        "dt_BHL": pl.BlockSpec((None, None, tokens), index_map(axes, f"b{heads}c")),
-        "start_BHCS": pl.BlockSpec((None, None, None, planes), index_map(axes, f"b{heads}c.")),
-        "document_BL": None if inputs.document_BL is None else pl.BlockSpec((None, tokens), index_map(axes, "bc")),
-    }
+class Blocks:
+    """What one program sees. Programs are blocks of heads (times ranks, where there are `ranks`), chunks, batch."""
+
+    def __init__(self, inputs: Inputs, tokens: int, heads: int, ranks: int | None = None):
+        rank, groups, d_state = inputs.q_BLRGN.shape[2:]
+        self.ranks, self.blocks_a_group = ranks, inputs.dt_BHL.shape[1] // groups // heads
+        planes = inputs.first_BHS.shape[-1]
+        self.sizes = {"L": tokens, "H": heads, "R": None if ranks else rank, "N": d_state, "S": planes}
+        self.angle = self.spec("BL1S" if inputs.angle_BLHS.shape[2] == 1 else "BLHS")
+
+    def spec(self, axes: str, **sizes) -> pl.BlockSpec:
+        """`axes` as in a name; J is a block of heads; one entry of those that have no size."""
+        sizes = self.sizes | sizes
+        ranks = self.ranks or 1
+
+        def index(i, c, b):
+            block = i // ranks
+            at = {"B": b, "C": c, "L": c, "H": block, "J": block, "G": block // self.blocks_a_group}
+            if self.ranks:
+                at["R"] = i % ranks
+            return tuple(at.get(axis, 0) for axis in axes)
+
+        return pl.BlockSpec(tuple(sizes.get(axis) for axis in axes), index)
 
 
 def _rotate_fwd(inputs: Inputs, adjacent: bool, tile: Tile):
     batch, length, rank, _, d_state = inputs.q_BLRGN.shape
-    n_heads = inputs.dt_BHL.shape[1]
+    n_heads, heads = inputs.dt_BHL.shape[1], _heads(inputs, tile)
     document_BL = documents_in_chunks(inputs.document_BL, tile.turned)
     start_BHCS, last_BHS = _starts(inputs, document_BL, tile)
-    specs = Turn(**_specs(inputs, tile.turned, "hcb", "h"))
-    out_spec = pl.BlockSpec((None, None, tile.turned, rank, d_state), index_map("hcb", "bhc.."))
+    blocks = Blocks(inputs, tile.turned, heads)
+    per_token = None if document_BL is None else blocks.spec("BL")
+    specs = (blocks.spec("BLRGN"), blocks.spec("HRN"), blocks.angle, blocks.spec("BHL"), blocks.spec("BHCS"), per_token)
 
     def turned(x_BLRGN, bias_HRN):
         (out_BHLRN,) = call(
@@ -292,10 +320,10 @@ def _rotate_fwd(inputs: Inputs, adjacent: bool, tile: Tile):
             "mamba3_rotate",
             tile,
             tile.rotate,
-            (n_heads, length // tile.turned, batch),
+            (n_heads // heads, length // tile.turned, batch),
             Turn(x_BLRGN, bias_HRN, inputs.angle_BLHS, inputs.dt_BHL, start_BHCS, document_BL),
-            specs,
-            [((batch, n_heads, length, rank, d_state), x_BLRGN.dtype, out_spec)],
+            Turn(*specs),
+            [((batch, n_heads, length, rank, d_state), x_BLRGN.dtype, blocks.spec("BHLRN"))],
         )
         return out_BHLRN.reshape(batch, n_heads, length * rank, d_state)
 
@@ -307,26 +335,23 @@ def _rotate_fwd(inputs: Inputs, adjacent: bool, tile: Tile):
 
 
 class Back(NamedTuple):
-    q_BLRGN: jax.Array
-    k_BLRGN: jax.Array
-    q_bias_HRN: jax.Array
-    k_bias_HRN: jax.Array
+    """As `Turn`, and the gradient of what was turned."""
+
+    x_BLRGN: jax.Array
+    bias_HRN: jax.Array
     angle_BLHS: jax.Array
     dt_BHL: jax.Array
     start_BHCS: jax.Array
     document_BL: jax.Array | None
-    dq_BHLRN: jax.Array
-    dk_BHLRN: jax.Array
+    dx_BHLRN: jax.Array
 
 
 class BackOutputs(NamedTuple):
-    """Partial sums: over one block of heads (J), or one chunk (C); R one rank."""
+    """Partial sums: over one block of heads (J), or one chunk (C); of one rank (R). float32."""
 
-    dq_JBLRN: jax.Array
-    dk_JBLRN: jax.Array
-    dq_bias_BCHRN: jax.Array
-    dk_bias_BCHRN: jax.Array
-    dangle_JRBLS: jax.Array  # from the tokens of the chunk alone
+    dx_JBLRN: jax.Array
+    dbias_BCHRN: jax.Array
+    dangle_JRBLHS: jax.Array  # from the tokens of the chunk alone
     ddt_RBHL: jax.Array  # likewise
     dphi_RBHCS: jax.Array  # the chunk's sum, for the tokens before it
 
@@ -341,158 +366,121 @@ def _suffix(dphi_TS, document_T, tile: Tile):
 
 def _back_kernel(refs: Back, out: BackOutputs, *, tile: Tile, adjacent: bool):
     """One rank of a block of heads, a chunk of tokens."""
-    heads, planes = refs.dt_BHL.shape[0], refs.start_BHCS.shape[-1]
-    pairs, still = _columns(refs.q_bias_HRN.shape[-1], planes, adjacent)
-    parts = (
-        (refs.q_BLRGN, refs.q_bias_HRN, refs.dq_BHLRN, out.dq_bias_BCHRN),
-        (refs.k_BLRGN, refs.k_bias_HRN, refs.dk_BHLRN, out.dk_bias_BCHRN),
-    )
-    angle_TS = refs.angle_BLHS[...]
+    planes = refs.start_BHCS.shape[-1]
+    pairs, still = _columns(refs.bias_HRN.shape[-1], planes, adjacent)
     document_T = None if refs.document_BL is None else refs.document_BL[...]
+    angle, shared = _of_head(refs.angle_BLHS), len(refs.angle_BLHS.shape) == 2
 
-    def head_(head, sums):
+    def one(head, sums):
         dt_T = refs.dt_BHL[head, :]
-        sin_TS, cos_TS = _sincos(_phi(angle_TS, dt_T, refs.start_BHCS[head, :], document_T, tile), tile)
-        dphi_TS, more = 0.0, []
-        for x_ref, bias_ref, dx_ref, dbias_ref in parts:
+        sin_TS, cos_TS = _sincos(_phi(angle(head), dt_T, refs.start_BHCS[head, :], document_T, tile), tile)
 
-            def load(columns, x_ref=x_ref, bias_ref=bias_ref):
-                bias_N = bias_ref[head, columns].astype(jnp.float32)
-                return x_ref[:, columns].astype(jnp.float32) + bias_N[None, :]
+        def load(columns):
+            return refs.x_BLRGN[:, columns].astype(jnp.float32) + refs.bias_HRN[head, columns].astype(jnp.float32)[None]
 
-            def load_gradient(columns, dx_ref=dx_ref):
-                return dx_ref[head, :, columns].astype(jnp.float32)
+        def load_gradient(columns):
+            return refs.dx_BHLRN[head, :, columns].astype(jnp.float32)
 
-            def store(columns, dbias_N, dbias_ref=dbias_ref):
-                dbias_ref[head, columns] = dbias_N
+        def store_bias(columns, dbias_N):
+            out.dbias_BCHRN[head, columns] = dbias_N
 
-            u_TS, w_TS = _pairs(load, pairs)
-            gu_TS, gw_TS = _pairs(load_gradient, pairs)
-            gu_TS, gw_TS = gu_TS * cos_TS + gw_TS * sin_TS, gw_TS * cos_TS - gu_TS * sin_TS
-            dphi_TS += gw_TS * u_TS - gu_TS * w_TS
-            _store_pairs(store, pairs, jnp.sum(gu_TS, axis=0), jnp.sum(gw_TS, axis=0))
-            more += [gu_TS, gw_TS]
-            for columns in still:
-                g_TN = load_gradient(columns)
-                store(columns, jnp.sum(g_TN, axis=0))
-                more.append(g_TN)
+        (u_TS, w_TS), (gu_TS, gw_TS) = _pairs(load, pairs), _pairs(load_gradient, pairs)
+        gu_TS, gw_TS = gu_TS * cos_TS + gw_TS * sin_TS, gw_TS * cos_TS - gu_TS * sin_TS
+        dphi_TS = gw_TS * u_TS - gu_TS * w_TS
+        _store_pairs(store_bias, pairs, jnp.sum(gu_TS, axis=0), jnp.sum(gw_TS, axis=0))
+        more = [gu_TS, gw_TS, *(load_gradient(columns) for columns in still)]
+        for columns, g_TN in zip(still, more[2:], strict=True):
+            store_bias(columns, jnp.sum(g_TN, axis=0))
+
         suffix_TS = _suffix(dphi_TS, document_T, tile)
-        out.ddt_RBHL[head, :] = jnp.sum(angle_TS * suffix_TS, axis=1)
+        out.ddt_RBHL[head, :] = jnp.sum(angle(head) * suffix_TS, axis=1)
         if document_T is not None:
             dphi_TS = jnp.where(document_T[:, None] == 0, dphi_TS, 0.0)
         out.dphi_RBHCS[head, :] = jnp.sum(dphi_TS, axis=0)
-        more.append(dt_T[:, None] * suffix_TS)
+        dangle_TS = dt_T[:, None] * suffix_TS
+        if shared:
+            more.append(dangle_TS)
+        else:
+            out.dangle_JRBLHS[:, head, :] = dangle_TS
         return tuple(sum_ + x for sum_, x in zip(sums, more, strict=True))
 
-    widths = [planes, planes, *[columns.size for columns in still]] * 2 + [planes]
-    sums = lax.fori_loop(0, heads, head_, tuple(jnp.zeros((angle_TS.shape[0], width), jnp.float32) for width in widths))
-    for index, ref in enumerate((out.dq_JBLRN, out.dk_JBLRN)):
-        first, second, *rest = sums[index * (2 + len(still)) :][: 2 + len(still)]
+    tokens = refs.x_BLRGN.shape[0]
+    widths = [planes, planes, *(columns.size for columns in still), *[planes] * shared]
+    zeros = tuple(jnp.zeros((tokens, width), jnp.float32) for width in widths)
+    first, second, *rest = lax.fori_loop(0, refs.dt_BHL.shape[0], one, zeros)
 
-        def store_sum(columns, x_TN, ref=ref):
-            ref[:, columns] = x_TN
+    def store(columns, x_TN):
+        out.dx_JBLRN[:, columns] = x_TN
 
-        _store_pairs(store_sum, pairs, first, second)
-        for columns, x_TN in zip(still, rest, strict=True):
-            store_sum(columns, x_TN)
-    out.dangle_JRBLS[...] = sums[-1]
-
-
-def _heads_back(inputs: Inputs, tile: Tile) -> int:
-    """Heads whose gradients one program adds up: of one group; one where every head has its own angle."""
-    if inputs.angle_BLHS.shape[2] > 1:
-        return 1
-    a_group = inputs.dt_BHL.shape[1] // inputs.q_BLRGN.shape[3]
-    return max(size for size in range(1, tile.heads_back + 1) if a_group % size == 0)
+    _store_pairs(store, pairs, first, second)
+    for columns, x_TN in zip(still, rest[: len(still)], strict=True):
+        store(columns, x_TN)
+    if shared:
+        out.dangle_JRBLHS[...] = rest[-1]
 
 
-def _launch_back(inputs: Inputs, start_BHCS, dq_BHTN, dk_BHTN, adjacent: bool, tile: Tile) -> BackOutputs:
-    batch, length, rank, groups, d_state = inputs.q_BLRGN.shape
+def _back(inputs: Inputs, start_BHCS, x_BLRGN, bias_HRN, dx_BHTN, adjacent: bool, tile: Tile):
+    """Gradients of queries or keys and of their bias, and the angle's partial sums: ranks and blocks of heads summed."""
+    batch, length, rank, groups, d_state = x_BLRGN.shape
     n_heads, planes = start_BHCS.shape[1], start_BHCS.shape[-1]
-    heads, tokens = _heads_back(inputs, tile), tile.turned
-    blocks, chunks = n_heads // heads, length // tokens
-    a_group = n_heads // groups // heads
-    shared = inputs.angle_BLHS.shape[2] == 1
+    heads, chunks, angle_heads = _heads(inputs, tile), length // tile.turned, inputs.angle_BLHS.shape[2]
+    blocks = Blocks(inputs, tile.turned, heads, ranks=rank)
+    document_BL = documents_in_chunks(inputs.document_BL, tile.turned)
+    per_token = None if document_BL is None else blocks.spec("BL")
+    dx_BHLRN = dx_BHTN.reshape(batch, n_heads, length, rank, d_state)
+    refs = Back(x_BLRGN, bias_HRN, inputs.angle_BLHS, inputs.dt_BHL, start_BHCS, document_BL, dx_BHLRN)
+    specs = (blocks.spec("BLRGN"), blocks.spec("HRN"), blocks.angle, blocks.spec("BHL"), blocks.spec("BHCS"), per_token)
 
-    def spec(*axes_and_sizes):
-        """Axes as in a name, with the size of the block; J and H are the block of heads, lower case is one."""
-        names = [axis for axis, _ in axes_and_sizes]
-
-        def index(i, c, b):
-            at = {"B": b, "C": c, "L": c, "H": i // rank, "J": i // rank, "R": i % rank, "G": i // rank // a_group}
-            return tuple(at.get(name, 0) for name in names)
-
-        return pl.BlockSpec(tuple(size for _, size in axes_and_sizes), index)
-
-    b, r, c, one_j = ("B", None), ("R", None), ("C", None), ("J", None)
-    t, h, n, s = ("L", tokens), ("H", heads), ("N", d_state), ("S", planes)
-    x, bias, rotated = spec(b, t, r, ("G", None), n), spec(h, r, n), spec(b, h, t, r, n)
-    angle = spec(b, t, ("-" if shared else "H", None), s)
-    document = None if inputs.document_BL is None else spec(b, t)
-    in_specs = Back(x, x, bias, bias, angle, spec(b, h, t), spec(b, h, c, s), document, rotated, rotated)
-
-    refs = Back(
-        *inputs[:6],
-        start_BHCS,
-        documents_in_chunks(inputs.document_BL, tokens),
-        *(array.reshape(batch, n_heads, length, rank, d_state) for array in (dq_BHTN, dk_BHTN)),
-    )
-
-    def out(shape, spec):
-        return shape, jnp.float32, spec
-
-    sums, biases = (blocks, batch, length, rank, d_state), (batch, chunks, n_heads, rank, d_state)
+    j = n_heads // heads
+    dangle = (j, rank, batch, length, 1, planes), jnp.float32, blocks.spec("JRBL1S")
+    if angle_heads > 1:
+        dangle = (1, rank, batch, length, n_heads, planes), jnp.float32, blocks.spec("1RBLHS")
     outputs = BackOutputs(
-        *[out(sums, spec(one_j, b, t, r, n))] * 2,
-        *[out(biases, spec(b, c, h, r, n))] * 2,
-        out((blocks, rank, batch, length, planes), spec(one_j, r, b, t, s)),
-        out((rank, batch, n_heads, length), spec(r, b, h, t)),
-        out((rank, batch, n_heads, chunks, planes), spec(r, b, h, c, s)),
+        ((j, batch, length, rank, d_state), jnp.float32, blocks.spec("JBLRN")),
+        ((batch, chunks, n_heads, rank, d_state), jnp.float32, blocks.spec("BCHRN")),
+        dangle,
+        ((rank, batch, n_heads, length), jnp.float32, blocks.spec("RBHL")),
+        ((rank, batch, n_heads, chunks, planes), jnp.float32, blocks.spec("RBHCS")),
     )
     kernel = functools.partial(_back_kernel, adjacent=adjacent)
-    grid = (blocks * rank, chunks, batch)  # neighbours share queries and keys
-    return call(kernel, "mamba3_rotate_back", tile, tile.rotate_back, grid, refs, in_specs, outputs)
+    grid = (j * rank, chunks, batch)  # neighbours share queries or keys
+    specs = Back(*specs, blocks.spec("BHLRN"))
+    out = call(kernel, "mamba3_rotate_back", tile, tile.rotate_back, grid, refs, specs, outputs)
+    dx_GBLRN = jnp.sum(out.dx_JBLRN.reshape(groups, -1, *out.dx_JBLRN.shape[1:]), axis=1)
+    dbias_HRN = jnp.sum(out.dbias_BCHRN, axis=(0, 1)).astype(bias_HRN.dtype)
+    angles = jnp.sum(out.dangle_JRBLHS, axis=(0, 1)), jnp.sum(out.ddt_RBHL, axis=0), jnp.sum(out.dphi_RBHCS, axis=0)
+    return jnp.moveaxis(dx_GBLRN, 0, 3).astype(x_BLRGN.dtype), dbias_HRN, angles
 
 
 def _rotate_bwd(adjacent: bool, tile: Tile, residuals, cotangents):
     inputs, start_BHCS = residuals
     dq_BHTN, dk_BHTN, dlast_BHS = cotangents
-    batch, length, rank, groups, d_state = inputs.q_BLRGN.shape
+    batch, length = inputs.q_BLRGN.shape[:2]
     n_heads, planes = start_BHCS.shape[1], start_BHCS.shape[-1]
-    back = _launch_back(inputs, start_BHCS, dq_BHTN, dk_BHTN, adjacent, tile)
+    dq_BLRGN, dq_bias_HRN, of_q = _back(
+        inputs, start_BHCS, inputs.q_BLRGN, inputs.q_bias_HRN, dq_BHTN, adjacent, tile
+    )
+    dk_BLRGN, dk_bias_HRN, of_k = _back(
+        inputs, start_BHCS, inputs.k_BLRGN, inputs.k_bias_HRN, dk_BHTN, adjacent, tile
+    )
+    dangle_BLHS, ddt_BHL, dphi_BHCS = jax.tree.map(jnp.add, of_q, of_k)
     chunks = length // tile.turned
-
-    def summed(dx_JBLRN, like):
-        dx_JBLRN = dx_JBLRN.reshape(groups, -1, *dx_JBLRN.shape[1:])
-        return jnp.moveaxis(jnp.sum(dx_JBLRN, axis=1), 0, 3).astype(like.dtype)
-
-    later_BHCS, dfirst_BHS, within_BCQ = _later(inputs, jnp.sum(back.dphi_RBHCS, axis=0), dlast_BHS, tile)
+    later_BHCS, dfirst_BHS, within_BCQ = _later(inputs, dphi_BHCS, dlast_BHS, tile)
     dt_BHCQ = inputs.dt_BHL.reshape(batch, n_heads, chunks, tile.turned)
     angle_BCQHS = inputs.angle_BLHS.reshape(batch, chunks, tile.turned, -1, planes)
     if within_BCQ is not None:
         dt_BHCQ = jnp.where(within_BCQ[:, None], dt_BHCQ, 0.0)
         angle_BCQHS = jnp.where(within_BCQ[..., None, None], angle_BCQHS, 0.0)
     exact = {"precision": "highest"}
-    ddt_BHL = jnp.sum(back.ddt_RBHL, axis=0)
-    dangle_JBLS = jnp.sum(back.dangle_JRBLS, axis=1)
     if angle_BCQHS.shape[3] == 1:
-        ddt_BHL += jnp.einsum("bcqs,bhcs->bhcq", angle_BCQHS[:, :, :, 0], later_BHCS, **exact).reshape(ddt_BHL.shape)
-        dangle_BCQS = jnp.einsum("bhcq,bhcs->bcqs", dt_BHCQ, later_BHCS, **exact)
-        dangle_BLHS = (jnp.sum(dangle_JBLS, axis=0) + dangle_BCQS.reshape(batch, length, planes))[:, :, None]
+        more_BHCQ = jnp.einsum("bcqs,bhcs->bhcq", angle_BCQHS[:, :, :, 0], later_BHCS, **exact)
+        more_BCQHS = jnp.einsum("bhcq,bhcs->bcqs", dt_BHCQ, later_BHCS, **exact)
     else:
-        ddt_BHL += jnp.einsum("bcqhs,bhcs->bhcq", angle_BCQHS, later_BHCS, **exact).reshape(ddt_BHL.shape)
-        dangle_BCQHS = jnp.moveaxis(dt_BHCQ[..., None] * later_BHCS[:, :, :, None], 1, 3)
-        dangle_BLHS = jnp.moveaxis(dangle_JBLS, 0, 2) + dangle_BCQHS.reshape(batch, length, n_heads, planes)
-    gradients = Inputs(
-        summed(back.dq_JBLRN, inputs.q_BLRGN),
-        summed(back.dk_JBLRN, inputs.k_BLRGN),
-        jnp.sum(back.dq_bias_BCHRN, axis=(0, 1)).astype(inputs.q_bias_HRN.dtype),
-        jnp.sum(back.dk_bias_BCHRN, axis=(0, 1)).astype(inputs.k_bias_HRN.dtype),
-        dangle_BLHS,
-        ddt_BHL,
-        dfirst_BHS,
-        None,
-    )
+        more_BHCQ = jnp.einsum("bcqhs,bhcs->bhcq", angle_BCQHS, later_BHCS, **exact)
+        more_BCQHS = jnp.moveaxis(dt_BHCQ[..., None] * later_BHCS[:, :, :, None], 1, 3)
+    dangle_BLHS += more_BCQHS.reshape(dangle_BLHS.shape)
+    ddt_BHL += more_BHCQ.reshape(ddt_BHL.shape)
+    gradients = Inputs(dq_BLRGN, dk_BLRGN, dq_bias_HRN, dk_bias_HRN, dangle_BLHS, ddt_BHL, dfirst_BHS, None)
     return (gradients,)
 
 

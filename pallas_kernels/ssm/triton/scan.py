@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.ssm.triton.common import NN, NT, TN, Tile, call, exp, index_map, iota, product, silu
 
@@ -118,13 +119,49 @@ def rows_of(index, tile: Tile):
     return pl.ds(index * tile.rows, tile.rows)
 
 
-def values(refs, index, tile: Tile):
+class Weights(NamedTuple):
+    """Those of one head, float32, a row of the tile each (ranks repeat) where there are ranks. Loaded before the loop."""
+
+    skip: jax.Array | None
+    v_rank_TP: jax.Array | None
+    gate_rank_TP: jax.Array | None
+    out_rank_TP: jax.Array | None
+    norm_P: jax.Array | None
+
+    @classmethod
+    def load(cls, refs: Inputs, tile: Tile):
+        def whole(ref):
+            return None if ref is None else ref[...].astype(jnp.float32)
+
+        def rows(ref):
+            if ref is None:
+                return None
+            return gathered(ref, lax.rem(iota(tile.rows), jnp.int32(tile.rank))).astype(jnp.float32)
+
+        skip, *ranked = (getattr(refs, name, None) for name in ("skip_H", "v_rank_HRP", "gate_rank_HRP", "out_rank_HRP"))
+        return cls(whole(skip), *(rows(ref) for ref in ranked), whole(refs.norm_HP))
+
+
+def gathered(ref, row_T):
+    """Rows of a ref (*, P)."""
+    column_P = iota(ref.shape[-1])
+    shape = (row_T.shape[0], column_P.shape[0])
+    return plt.load(ref.at[jnp.broadcast_to(row_T[:, None], shape), jnp.broadcast_to(column_P[None, :], shape)])
+
+
+def token_rows(ref, index, tile: Tile):
+    """A chunk of a ref of tokens (L, P), a token's entries repeated for its ranks: (T, P)."""
+    if tile.rank == 1:
+        return ref[rows_of(index, tile), :]
+    return gathered(ref, index * tile.tokens + lax.div(iota(tile.rows), jnp.int32(tile.rank)))
+
+
+def values(refs: Inputs, weights: Weights, index, tile: Tile):
     """x_TP: v for every rank."""
-    v_QP = refs.v_BLHP[tokens_of(index, tile), :]
-    if refs.v_rank_HRP is None:
-        return v_QP
-    ranked = v_QP.astype(jnp.float32)[:, None, :] * refs.v_rank_HRP[...].astype(jnp.float32)[None]
-    return ranked.reshape(tile.rows, v_QP.shape[-1]).astype(v_QP.dtype)
+    v_TP = token_rows(refs.v_BLHP, index, tile)
+    if weights.v_rank_TP is None:
+        return v_TP
+    return (v_TP.astype(jnp.float32) * weights.v_rank_TP).astype(v_TP.dtype)
 
 
 class Decay(NamedTuple):
@@ -179,25 +216,26 @@ class Decay(NamedTuple):
 
 def _forward_kernel(refs: Inputs, out: Outputs, *, tile: Tile):
     dtype = refs.q_BHTN.dtype
+    weights = Weights.load(refs, tile)
 
     def chunk(index, h_PN):
         rows = rows_of(index, tile)
-        q_TN, k_TN, x_TP = refs.q_BHTN[rows, :], refs.k_BHTN[rows, :], values(refs, index, tile)
+        q_TN, k_TN, x_TP = refs.q_BHTN[rows, :], refs.k_BHTN[rows, :], values(refs, weights, index, tile)
         decay = Decay.load(refs, index, tile)
         gamma_T, kappa_T = refs.gamma_BHT[rows], refs.kappa_BHT[rows]
         decay_TT, own_TT = decay.between(tile)
 
         mixed_TT = product(q_TN, k_TN, NT, dtype, tile)
         mixed_TT *= decay_TT * jnp.where(own_TT, gamma_T[None, :], kappa_T[None, :])
-        if refs.skip_H is not None:
+        if weights.skip is not None:
             row_T = iota(tile.rows)
-            mixed_TT += jnp.where(row_T[:, None] == row_T[None, :], refs.skip_H[...].astype(jnp.float32), 0.0)
+            mixed_TT += jnp.where(row_T[:, None] == row_T[None, :], weights.skip, 0.0)
         y_TP = decay.since_T(tile)[:, None] * product(q_TN, h_PN, NT, dtype, tile)
         y_TP += product(mixed_TT, x_TP, NN, dtype, tile)
         if out.y_BLHRP is not None:
             kept = y_TP.reshape(tile.tokens, tile.rank, y_TP.shape[-1]).astype(out.y_BLHRP.dtype)
             out.y_BLHRP[tokens_of(index, tile), :, :] = kept
-        out.o_BLHP[tokens_of(index, tile), :] = _finished(y_TP, refs, index, tile).astype(out.o_BLHP.dtype)
+        out.o_BLHP[tokens_of(index, tile), :] = _finished(y_TP, refs, weights, index, tile).astype(out.o_BLHP.dtype)
 
         x_TP = x_TP.astype(jnp.float32) * (decay.until_T(tile) * kappa_T)[:, None]
         return decay.whole(tile) * h_PN + product(x_TP, k_TN, TN, dtype, tile)
@@ -206,22 +244,14 @@ def _forward_kernel(refs: Inputs, out: Outputs, *, tile: Tile):
     out.h_BHSPN[...] = lax.fori_loop(0, chunks, chunk, refs.h_BHSPN[...])
 
 
-def _finished(y_TP, refs: Inputs, index, tile: Tile):
+def _finished(y_TP, refs: Inputs, weights: Weights, index, tile: Tile):
     """`finish` of one chunk: (Q, P)."""
-
-    def load(ref):
-        return None if ref is None else ref[...].astype(jnp.float32)
-
-    gate_QP = None
+    gate_TP = None
     if refs.gate_BLHP is not None:
-        gate_QP = refs.gate_BLHP[tokens_of(index, tile), :].astype(jnp.float32)
+        gate_TP = token_rows(refs.gate_BLHP, index, tile).astype(jnp.float32)
     act = functools.partial(silu, dtype=refs.v_BLHP.dtype, tile=tile)
-    weights = [load(ref) for ref in (refs.gate_rank_HRP, refs.out_rank_HRP, refs.norm_HP)]
-    if tile.rank == 1:  # no axis of size one: it would cost a change of layout
-        weights[:2] = [None if w_RP is None else w_RP.reshape(-1) for w_RP in weights[:2]]
-        return finish(y_TP, gate_QP, *weights, act, tile)
-    y_QRP = y_TP.reshape(tile.tokens, tile.rank, y_TP.shape[-1])
-    return jnp.sum(finish(y_QRP, None if gate_QP is None else gate_QP[:, None, :], *weights, act, tile), axis=1)
+    o_TP = finish(y_TP, gate_TP, weights.gate_rank_TP, weights.out_rank_TP, weights.norm_P, act, tile)
+    return o_TP if tile.rank == 1 else jnp.sum(o_TP.reshape(tile.tokens, tile.rank, -1), axis=1)
 
 
 def finish(y_P, gate_P, gate_rank_P, out_rank_P, norm_P, silu, tile: Tile):
@@ -237,12 +267,13 @@ def finish(y_P, gate_P, gate_rank_P, out_rank_P, norm_P, silu, tile: Tile):
 
 def _added_kernel(refs: Inputs, out: Added, *, tile: Tile):
     dtype = refs.k_BHTN.dtype
+    weights = Weights.load(refs, tile)
 
     def chunk(index, carry):
         h_PN, left = carry
         decay = Decay.load(refs, index, tile)
         weight_T = decay.until_T(tile) * refs.kappa_BHT[rows_of(index, tile)]
-        x_TP = values(refs, index, tile).astype(jnp.float32) * weight_T[:, None]
+        x_TP = values(refs, weights, index, tile).astype(jnp.float32) * weight_T[:, None]
         whole = decay.whole(tile)
         return whole * h_PN + product(x_TP, refs.k_BHTN[rows_of(index, tile), :], TN, dtype, tile), whole * left
 

@@ -16,6 +16,8 @@ after it: summed over a few chunks, and every `anchor` chunks taken from the two
 """
 
 import functools
+import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -33,6 +35,8 @@ from pallas_kernels.ssm.triton.scan import (
     finish,
     forward,
     rows_of,
+    Weights,
+    token_rows,
     tokens_of,
     values,
 )
@@ -104,11 +108,12 @@ def _keep(ref, h_PN, index, tile: Tile):
 
 def _query_kernel(refs: Gradients, out: Query, *, tile: Tile):
     inputs, dtype = refs.inputs, refs.inputs.k_BHTN.dtype
+    weights = Weights.load(inputs, tile)
 
     def chunk(index, h_PN):
         _keep(out.h_BHSAPN, h_PN, index, tile)
         rows = rows_of(index, tile)
-        k_TN, x_TP, dy_TP = inputs.k_BHTN[rows, :], values(inputs, index, tile), _dy_TP(refs, index, tile)
+        k_TN, x_TP, dy_TP = inputs.k_BHTN[rows, :], values(inputs, weights, index, tile), _dy_TP(refs, index, tile)
         decay = Decay.load(inputs, index, tile)
         gamma_T, kappa_T = inputs.gamma_BHT[rows], inputs.kappa_BHT[rows]
         decay_TT, own_TT = decay.between(tile)
@@ -148,10 +153,11 @@ def _demanded_kernel(refs: Gradients, out: Added, *, tile: Tile):
 
 def _key_kernel(refs: Gradients, out: Key, *, tile: Tile):
     inputs, dtype = refs.inputs, refs.inputs.q_BHTN.dtype
+    weights = Weights.load(inputs, tile)
 
     def chunk(index, dh_PN):
         rows = rows_of(index, tile)
-        q_TN, x_TP, dy_TP = inputs.q_BHTN[rows, :], values(inputs, index, tile), _dy_TP(refs, index, tile)
+        q_TN, x_TP, dy_TP = inputs.q_BHTN[rows, :], values(inputs, weights, index, tile), _dy_TP(refs, index, tile)
         decay = Decay.load(inputs, index, tile)
         gamma_T, kappa_T = inputs.gamma_BHT[rows], inputs.kappa_BHT[rows]
         decay_TT, own_TT = decay.between(tile, transposed=True)
@@ -171,17 +177,17 @@ def _key_kernel(refs: Gradients, out: Key, *, tile: Tile):
 
 def _value_kernel(refs: Gradients, out: Value, *, tile: Tile):
     inputs, dtype = refs.inputs, refs.inputs.q_BHTN.dtype
-    skip = None if inputs.skip_H is None else inputs.skip_H[...].astype(jnp.float32)
-    width = inputs.v_BLHP.shape[-1]
+    weights = Weights.load(inputs, tile)
+    ranked = inputs.v_rank_HRP is not None
 
     def by_rank(x_TP):
-        return x_TP.reshape(tile.tokens, tile.rank, width)
+        return x_TP.reshape(tile.tokens, tile.rank, x_TP.shape[-1])
 
     def chunk(index, carry):
-        dh_PN, *dv_rank_RP = carry
+        dh_PN, *dv_rank_TP = carry
         rows, tokens = rows_of(index, tile), tokens_of(index, tile)
         q_TN, k_TN, dy_TP = inputs.q_BHTN[rows, :], inputs.k_BHTN[rows, :], _dy_TP(refs, index, tile)
-        x_TP = values(inputs, index, tile).astype(jnp.float32)
+        x_TP = values(inputs, weights, index, tile).astype(jnp.float32)
         decay = Decay.load(inputs, index, tile)
         gamma_T, kappa_T = inputs.gamma_BHT[rows], inputs.kappa_BHT[rows]
         decay_TT, own_TT = decay.between(tile, transposed=True)
@@ -198,20 +204,22 @@ def _value_kernel(refs: Gradients, out: Value, *, tile: Tile):
         out.dgamma_BHT[rows] = jnp.sum(x_TP * down_TP, axis=1)
         out.dskip_BHT[rows] = jnp.sum(x_TP * dy_TP.astype(jnp.float32), axis=1)
         dx_TP = kappa_T[:, None] * dlater_TP + gamma_T[:, None] * down_TP
-        if skip is not None:
-            dx_TP += skip * dy_TP.astype(jnp.float32)
+        if weights.skip is not None:
+            dx_TP += weights.skip * dy_TP.astype(jnp.float32)
 
-        if inputs.v_rank_HRP is not None:
-            v_QRP = inputs.v_BLHP[tokens, :].astype(jnp.float32)[:, None, :]
-            dv_rank_RP = [dv_rank_RP[0] + jnp.sum(by_rank(dx_TP) * v_QRP, axis=0)]
-            dx_TP = jnp.sum(by_rank(dx_TP) * inputs.v_rank_HRP[...].astype(jnp.float32)[None], axis=1)
+        if ranked:
+            v_TP = token_rows(inputs.v_BLHP, index, tile).astype(jnp.float32)
+            dv_rank_TP = [dv_rank_TP[0] + dx_TP * v_TP]
+            dx_TP = dx_TP * weights.v_rank_TP
+        if tile.rank > 1:
+            dx_TP = jnp.sum(by_rank(dx_TP), axis=1)
         out.dv_BLHP[tokens, :] = dx_TP.astype(out.dv_BLHP.dtype)
-        return _demand(refs, decay, q_TN, dh_PN, index, tile), *dv_rank_RP
+        return _demand(refs, decay, q_TN, dh_PN, index, tile), *dv_rank_TP
 
-    more = [] if inputs.v_rank_HRP is None else [jnp.zeros(inputs.v_rank_HRP.shape, jnp.float32)]
+    more = [jnp.zeros((tile.rows, inputs.v_BLHP.shape[-1]), jnp.float32)] * ranked
     _, *more = _backwards(inputs.q_BHTN.shape[0] // tile.rows, chunk, (refs.dh_BHSPN[...], *more))
-    if out.dv_rank_BHSRP is not None:
-        out.dv_rank_BHSRP[...] = more[0]
+    if ranked:
+        out.dv_rank_BHSRP[...] = jnp.sum(by_rank(more[0]), axis=0)
 
 
 def _scan_fwd(inputs: Inputs, tile: Tile):
@@ -263,7 +271,8 @@ def _scan_bwd(tile: Tile, residuals, cotangents):
         d["skip_H"] = jnp.sum(value.dskip_BHT, axis=(0, 2)).astype(inputs.skip_H.dtype)
     if ranks is not None:
         d["v_rank_HRP"] = jnp.sum(value.dv_rank_BHSRP, axis=(0, 2)).astype(inputs.v_rank_HRP.dtype)
-    crossing_BHSA = jnp.sum(query.h_BHSAPN * key.dh_BHSAPN, axis=(-1, -2))
+    # The barrier keeps XLA for GPU from computing these sums again for each of their users.
+    crossing_BHSA = lax.optimization_barrier(jnp.sum(query.h_BHSAPN * key.dh_BHSAPN, axis=(-1, -2)))
     end_BH = jnp.sum(last_BHPN * dlast_BHPN, axis=(-1, -2))
     dlog_decay_BHT = _decay_back(inputs, received_BHT, crossing_BHSA, end_BH, tile)
     has_rest = inputs.decay_rest_BHT is not None
@@ -291,25 +300,74 @@ def _without(refs: Gradients, *fields: str) -> Gradients:
     return refs._replace(inputs=refs.inputs._replace(**dict.fromkeys(fields)))
 
 
+class Finish(NamedTuple):
+    """What `finish` reads, as in `Inputs`, and the gradient of what it returns."""
+
+    y_BLHRP: jax.Array
+    do_BLHP: jax.Array
+    gate_BLHP: jax.Array | None
+    gate_rank_HRP: jax.Array | None
+    out_rank_HRP: jax.Array | None
+    norm_HP: jax.Array | None
+
+
+class FinishOutputs(NamedTuple):
+    dy_BLHRP: jax.Array
+    received_BHT: jax.Array  # dy . y
+    gate_BLHP: jax.Array | None  # its gradient, and those of the weights, a segment each
+    gate_rank_BHSRP: jax.Array | None
+    out_rank_BHSRP: jax.Array | None
+    norm_BHSP: jax.Array | None
+
+
+def _finish_kernel(refs: Finish, out: FinishOutputs, *, tile: Tile):
+    names = ("gate_rank_HRP", "out_rank_HRP", "norm_HP")
+    weights = dict(zip(names, Weights.load(refs, tile)[2:], strict=True))
+    weights = {name: weight for name, weight in weights.items() if weight is not None}
+
+    def finished(y_TP, gate_TP, weights):
+        return finish(y_TP, gate_TP, *(weights.get(name) for name in names), jax.nn.silu, tile)
+
+    def by_rank(x_TP):
+        return x_TP.reshape(tile.tokens, tile.rank, x_TP.shape[-1])
+
+    def chunk(index, sums):
+        tokens = tokens_of(index, tile)
+        y_TP = refs.y_BLHRP[tokens, :, :].reshape(tile.rows, refs.y_BLHRP.shape[-1]).astype(jnp.float32)
+        gate_TP = None
+        if refs.gate_BLHP is not None:
+            gate_TP = token_rows(refs.gate_BLHP, index, tile).astype(jnp.float32)
+        do_TP = token_rows(refs.do_BLHP, index, tile).astype(jnp.float32)
+        dy_TP, dgate_TP, d = jax.vjp(finished, y_TP, gate_TP, weights)[1](do_TP)
+        out.dy_BLHRP[tokens, :, :] = by_rank(dy_TP).astype(out.dy_BLHRP.dtype)
+        out.received_BHT[rows_of(index, tile)] = jnp.sum(dy_TP * y_TP, axis=1)
+        if dgate_TP is not None:
+            dgate_QP = dgate_TP if tile.rank == 1 else jnp.sum(by_rank(dgate_TP), axis=1)
+            out.gate_BLHP[tokens, :] = dgate_QP.astype(out.gate_BLHP.dtype)
+        return jax.tree.map(jnp.add, sums, d)
+
+    zeros = {name: jnp.zeros(weight.shape, jnp.float32) for name, weight in weights.items()}
+    sums = lax.fori_loop(0, out.received_BHT.shape[0] // tile.rows, chunk, zeros)
+    for name, ref in zip(names, out[3:], strict=True):
+        if ref is not None:
+            ref[...] = sums[name] if name == "norm_HP" else jnp.sum(by_rank(sums[name]), axis=0)
+
+
 def _finish_back(inputs: Inputs, y_BLHRP, do_BLHP, tile: Tile):
     """dy, dy . y of every row, and the gradients of what `finish` alone reads."""
-
-    def finished(y_BLHRP, parts):
-        gate_BLHP, gate_rank_HRP, out_rank_HRP, norm_HP = parts
-        gate_BLH1P = None if gate_BLHP is None else gate_BLHP[..., None, :].astype(jnp.float32)
-        norm_H1P = None if norm_HP is None else norm_HP[:, None]
-        return jnp.sum(finish(y_BLHRP, gate_BLH1P, gate_rank_HRP, out_rank_HRP, norm_H1P, jax.nn.silu, tile), axis=-2)
-
+    chunks = inputs.q_BHTN.shape[2] // tile.rows
+    grid = Grid(inputs, replace(tile, segments=chunks // math.gcd(chunks, 8)))
     names = ("gate_BLHP", "gate_rank_HRP", "out_rank_HRP", "norm_HP")
-    y_BLHRP = y_BLHRP.astype(jnp.float32)
-    _, pull = jax.vjp(finished, y_BLHRP, [getattr(inputs, name) for name in names])
-    dy_BLHRP, parts = pull(do_BLHP.astype(jnp.float32))
-    received_BLHR = jnp.sum(dy_BLHRP * y_BLHRP, axis=-1)
-    return (
-        dy_BLHRP.astype(do_BLHP.dtype),
-        jnp.swapaxes(received_BLHR, 1, 2).reshape(*inputs.gamma_BHT.shape),
-        dict(zip(names, parts, strict=True)),
-    )
+    given = [getattr(inputs, name) for name in names]
+    refs = Finish(y_BLHRP, do_BLHP, *given)
+    out = [grid.out("BLHP", do_BLHP.dtype), grid.out("BHSRP"), grid.out("BHSRP"), grid.out("BHSP")]
+    out = [None if array is None else axes for array, axes in zip(given, out, strict=True)]
+    out = FinishOutputs(grid.out("BLHRP", do_BLHP.dtype), grid.out("BHT"), *out)
+    out = grid(_finish_kernel, "mamba3_finish_back", tile.finish, refs, out)
+    d = {"gate_BLHP": out.gate_BLHP}
+    for name, array, sums in zip(names[1:], given[1:], out[3:], strict=True):
+        d[name] = None if array is None else jnp.sum(sums, axis=(0, 2)).astype(array.dtype)
+    return out.dy_BLHRP, out.received_BHT, d
 
 
 def _segments_back(refs: Gradients, left_BHS, tile: Tile):
