@@ -30,7 +30,7 @@ class Tile:
     width: int | None = None  # entries of P that are not padding; None: all
     segments: int = 1  # parts of the length side by side, of equally many chunks
     turned: int = 16  # tokens that a program of the rotation turns
-    heads: int = 8  # at most, that a program of the rotation takes one after another
+    heads_turned: int = 8  # at most, that a program of the rotation takes one after another
     anchor: int = 16  # chunks between two states that the backward pass keeps to start its sums from again
     rotate: Launch = Launch(2, 1)
     rotate_back: Launch = Launch(1, 1)
@@ -88,11 +88,24 @@ def exp(x, tile: Tile):
     return approximate("ex2.approx.ftz.f32", x * math.log2(math.e))
 
 
-def silu(x, dtype, tile: Tile):
-    """x sigmoid(x); where the result is rounded to bfloat16, by a tanh that is good to 7e-6."""
+def sigmoid(x, dtype, tile: Tile):
+    """Where the result is rounded to bfloat16, by a tanh that is good to 7e-6."""
     if tile.interpret or dtype == jnp.float32:
-        return x / (1 + exp(-x, tile))
-    return 0.5 * x * (1 + approximate("tanh.approx.f32", 0.5 * x))
+        return 1 / (1 + exp(-x, tile))
+    return 0.5 + 0.5 * approximate("tanh.approx.f32", 0.5 * x)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def silu(x, dtype, tile: Tile):
+    """x sigmoid(x)."""
+    return x * sigmoid(x, dtype, tile)
+
+
+@silu.defjvp
+def _silu_jvp(dtype, tile, primals, tangents):
+    (x,), (dx,) = primals, tangents
+    gate = sigmoid(x, dtype, tile)
+    return x * gate, (gate + x * gate * (1 - gate)) * dx
 
 
 def approximate(instruction: str, x):

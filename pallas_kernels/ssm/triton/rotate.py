@@ -103,38 +103,33 @@ class Whole(NamedTuple):
     turn_rest_BLHS: jax.Array  # and the rest, together to 2^-36
     dt_BHL: jax.Array
     document_BL: jax.Array | None
-    last_BL: jax.Array | None  # the document at the end of the chunk
 
 
 def _whole_kernel(refs: Whole, out_ref, *, tile: Tile):
-    """The angle of a few chunks, each of its last document, to 2^-36 of itself, for a block of heads.
+    """The angle of a chunk (of its last document), to 2^-36 of itself, for a block of heads: token by token.
 
     A float32 product would be off by 2^-25 of itself, the same way at every token of a constant input: 1e-2 rad after a
     million tokens. Products of two numbers of 12 bits are exact, whether a compiler fuses them with a sum or not.
     """
-    turn, turn_rest = _of_head(refs.turn_BLHS), _of_head(refs.turn_rest_BLHS)
-    if refs.document_BL is not None:
-        is_last_T1 = (refs.document_BL[...] == refs.last_BL[...])[:, None]
-
-    def by_chunk(x_TS):
-        return jnp.sum(x_TS.reshape(-1, tile.turned, x_TS.shape[-1]), axis=1)
-
-    def one(head, done):
-        dt_T = refs.dt_BHL[head, :]
-        dt_head_T = _head(dt_T)
-        exact_TS = turn(head) * dt_head_T[:, None]
-        rest_TS = turn(head) * (dt_T - dt_head_T)[:, None] + turn_rest(head) * dt_T[:, None]
-        exact_TS -= jnp.floor(exact_TS + 0.5)
-        coarse_TS = (exact_TS * 2.0**30).astype(jnp.int32)
-        rest_TS += exact_TS - coarse_TS.astype(jnp.float32) * 2.0**-30
+    coarse_HS, small_HS = jnp.int32(0), 0.0
+    for token in range(tile.turned):
+        turn_HS, turn_rest_HS = (
+            ref[token, :][None, :] if len(ref.shape) == 2 else ref[token, :, :]
+            for ref in (refs.turn_BLHS, refs.turn_rest_BLHS)
+        )
+        dt_H1 = refs.dt_BHL[:, token][:, None]
         if refs.document_BL is not None:
-            coarse_TS, rest_TS = jnp.where(is_last_T1, coarse_TS, 0), jnp.where(is_last_T1, rest_TS, 0.0)
-        rest_CS = by_chunk(rest_TS)
-        rest_CS -= jnp.floor(rest_CS + 0.5)
-        out_ref[0][head, :, :] = by_chunk(coarse_TS) * 4 + (rest_CS * 2.0**31).astype(jnp.int32) * 2
-        return done
-
-    lax.fori_loop(0, refs.dt_BHL.shape[0], one, 0)
+            is_last = refs.document_BL[token] == refs.document_BL[tile.turned - 1]
+            dt_H1 = jnp.where(is_last, dt_H1, 0.0)
+        dt_head_H1 = _head(dt_H1)
+        exact_HS = turn_HS * dt_head_H1
+        exact_HS -= jnp.floor(exact_HS + 0.5)
+        more_HS = (exact_HS * 2.0**30).astype(jnp.int32)
+        small_HS += turn_HS * (dt_H1 - dt_head_H1) + turn_rest_HS * dt_H1
+        small_HS += exact_HS - more_HS.astype(jnp.float32) * 2.0**-30
+        coarse_HS += more_HS
+    small_HS -= jnp.floor(small_HS + 0.5)
+    out_ref[0][...] = coarse_HS * 4 + (small_HS * 2.0**31).astype(jnp.int32) * 2
 
 
 def _of_head(ref):
@@ -168,21 +163,17 @@ def _starts(inputs: Inputs, document_BL, tile: Tile):
     batch, length, _, planes = inputs.angle_BLHS.shape
     n_heads, chunks = inputs.dt_BHL.shape[1], length // tile.turned
     turn_BLHS, turn_rest_BLHS = _turns(inputs.angle_BLHS)
-    together, heads = math.gcd(chunks, 4), _heads(inputs, tile)
-    blocks = Blocks(inputs, together * tile.turned, heads)
-    per_token, last_BL = None, None
-    if document_BL is not None:
-        per_token = blocks.spec("BL")
-        last_BL = jnp.repeat(document_BL[:, tile.turned - 1 :: tile.turned], tile.turned, axis=1)
+    heads = _heads(inputs, tile)
+    blocks = Blocks(inputs, tile.turned, heads)
     (whole_BHCS,) = call(
         _whole_kernel,
         "mamba3_angles",
         tile,
-        tile.rotate,
-        (n_heads // heads, chunks // together, batch),
-        Whole(turn_BLHS, turn_rest_BLHS, inputs.dt_BHL, document_BL, last_BL),
-        Whole(blocks.angle, blocks.angle, blocks.spec("BHL"), per_token, per_token),
-        [((batch, n_heads, chunks, planes), jnp.int32, blocks.spec("BHCS", C=together))],
+        tile.rotate._replace(warps=1),
+        (n_heads // heads, chunks, batch),
+        Whole(turn_BLHS, turn_rest_BLHS, inputs.dt_BHL, document_BL),
+        Whole(blocks.angle, blocks.angle, blocks.spec("BHL"), None if document_BL is None else blocks.spec("BL")),
+        [((batch, n_heads, chunks, planes), jnp.int32, blocks.spec("BHCS"))],
     )
     turns_BHS = inputs.first_BHS * INVERSE_TURN
     first_BHS = ((turns_BHS - jnp.floor(turns_BHS + 0.5)) * 2.0**31).astype(jnp.int32) * 2
@@ -275,9 +266,11 @@ def _turn_kernel(refs: Turn, out_ref, *, tile: Tile, adjacent: bool):
 
 
 def _heads(inputs: Inputs, tile: Tile) -> int:
-    """Heads that one program takes after another: all of one group."""
-    a_group = inputs.dt_BHL.shape[1] // inputs.q_BLRGN.shape[3]
-    return max(size for size in range(1, tile.heads + 1) if a_group % size == 0)
+    """Heads that one program takes after another: a power of two, all of one group, few where programs are few."""
+    batch, n_heads, length = inputs.dt_BHL.shape
+    a_group = n_heads // inputs.q_BLRGN.shape[3]
+    most = max(1, min(tile.heads_turned, batch * n_heads * (length // tile.turned) // 4096))
+    return max(size for size in (1, 2, 4, 8, 16, 32) if size <= most and a_group % size == 0)
 
 
 class Blocks:

@@ -13,7 +13,6 @@ device, a first pass leaves what every segment adds to the state, `combine` give
 kernel then runs all segments at once.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -122,7 +121,6 @@ def rows_of(index, tile: Tile):
 class Weights(NamedTuple):
     """Those of one head, float32, a row of the tile each (ranks repeat) where there are ranks. Loaded before the loop."""
 
-    skip: jax.Array | None
     v_rank_TP: jax.Array | None
     gate_rank_TP: jax.Array | None
     out_rank_TP: jax.Array | None
@@ -138,8 +136,8 @@ class Weights(NamedTuple):
                 return None
             return gathered(ref, lax.rem(iota(tile.rows), jnp.int32(tile.rank))).astype(jnp.float32)
 
-        skip, *ranked = (getattr(refs, name, None) for name in ("skip_H", "v_rank_HRP", "gate_rank_HRP", "out_rank_HRP"))
-        return cls(whole(skip), *(rows(ref) for ref in ranked), whole(refs.norm_HP))
+        ranked = (getattr(refs, name, None) for name in ("v_rank_HRP", "gate_rank_HRP", "out_rank_HRP"))
+        return cls(*(rows(ref) for ref in ranked), whole(refs.norm_HP))
 
 
 def gathered(ref, row_T):
@@ -227,9 +225,9 @@ def _forward_kernel(refs: Inputs, out: Outputs, *, tile: Tile):
 
         mixed_TT = product(q_TN, k_TN, NT, dtype, tile)
         mixed_TT *= decay_TT * jnp.where(own_TT, gamma_T[None, :], kappa_T[None, :])
-        if weights.skip is not None:
+        if refs.skip_H is not None:
             row_T = iota(tile.rows)
-            mixed_TT += jnp.where(row_T[:, None] == row_T[None, :], weights.skip, 0.0)
+            mixed_TT += jnp.where(row_T[:, None] == row_T[None, :], refs.skip_H[...].astype(jnp.float32), 0.0)
         y_TP = decay.since_T(tile)[:, None] * product(q_TN, h_PN, NT, dtype, tile)
         y_TP += product(mixed_TT, x_TP, NN, dtype, tile)
         if out.y_BLHRP is not None:
@@ -249,7 +247,7 @@ def _finished(y_TP, refs: Inputs, weights: Weights, index, tile: Tile):
     gate_TP = None
     if refs.gate_BLHP is not None:
         gate_TP = token_rows(refs.gate_BLHP, index, tile).astype(jnp.float32)
-    act = functools.partial(silu, dtype=refs.v_BLHP.dtype, tile=tile)
+    act = lambda gate_TP: silu(gate_TP, refs.v_BLHP.dtype, tile)  # noqa: E731
     o_TP = finish(y_TP, gate_TP, weights.gate_rank_TP, weights.out_rank_TP, weights.norm_P, act, tile)
     return o_TP if tile.rank == 1 else jnp.sum(o_TP.reshape(tile.tokens, tile.rank, -1), axis=1)
 

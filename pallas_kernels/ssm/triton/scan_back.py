@@ -23,9 +23,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import triton as plt
+from jax.experimental import pallas as pl
 
-from pallas_kernels.ssm.triton.common import NN, NT, TN, Tile, call, product
+from pallas_kernels.ssm.triton.common import NN, NT, TN, Tile, call, product, silu
 from pallas_kernels.ssm.triton.scan import (
     Added,
     Decay,
@@ -99,11 +99,10 @@ def _since_dy_TP(refs: Gradients, decay: Decay, index, tile: Tile):
 
 def _keep(ref, h_PN, index, tile: Tile):
     """Store a state at every `anchor`-th chunk."""
-    place, between = lax.div(index, jnp.int32(tile.anchor)), lax.rem(index, jnp.int32(tile.anchor))
-    if tile.interpret:  # whose masked stores write NaN to what was not written yet
-        lax.cond(between == 0, lambda: ref.__setitem__(place, h_PN), lambda: None)
-        return
-    plt.store(ref.at[place], h_PN, mask=jnp.full(h_PN.shape, between == 0))
+    def store():
+        ref[lax.div(index, jnp.int32(tile.anchor))] = h_PN
+
+    pl.when(lax.rem(index, jnp.int32(tile.anchor)) == 0)(store)
 
 
 def _query_kernel(refs: Gradients, out: Query, *, tile: Tile):
@@ -193,19 +192,24 @@ def _value_kernel(refs: Gradients, out: Value, *, tile: Tile):
         decay_TT, own_TT = decay.between(tile, transposed=True)
 
         score_TT = product(k_TN, q_TN, NT, dtype, tile)  # of sources (down) and targets
-        dlater_TP = decay.until_T(tile)[:, None] * product(k_TN, dh_PN, NT, dtype, tile)
-        dlater_TP += product(jnp.where(own_TT, 0.0, score_TT * decay_TT), dy_TP, NN, dtype, tile)
+        dlater_TP = product(jnp.where(own_TT, 0.0, score_TT * decay_TT), dy_TP, NN, dtype, tile)
+        dlater_TP += decay.until_T(tile)[:, None] * product(k_TN, dh_PN, NT, dtype, tile)
+        out.dkappa_BHT[rows] = jnp.sum(x_TP * dlater_TP, axis=1)
+        dx_TP = kappa_T[:, None] * dlater_TP
         own_TT = jnp.where(own_TT, score_TT, 0.0)
+        dy32_TP = dy_TP.astype(jnp.float32)
+        dskip_T = jnp.sum(x_TP * dy32_TP, axis=1)
+        out.dskip_BHT[rows] = dskip_T
         if tile.rank == 1:
-            down_TP = dy_TP.astype(jnp.float32) * jnp.sum(own_TT, axis=1)[:, None]
+            own_T = jnp.sum(own_TT, axis=1)
+            out.dgamma_BHT[rows] = own_T * dskip_T
+            dx_TP += (gamma_T * own_T)[:, None] * dy32_TP
         else:
             down_TP = product(own_TT, dy_TP, NN, dtype, tile)
-        out.dkappa_BHT[rows] = jnp.sum(x_TP * dlater_TP, axis=1)
-        out.dgamma_BHT[rows] = jnp.sum(x_TP * down_TP, axis=1)
-        out.dskip_BHT[rows] = jnp.sum(x_TP * dy_TP.astype(jnp.float32), axis=1)
-        dx_TP = kappa_T[:, None] * dlater_TP + gamma_T[:, None] * down_TP
-        if weights.skip is not None:
-            dx_TP += weights.skip * dy_TP.astype(jnp.float32)
+            out.dgamma_BHT[rows] = jnp.sum(x_TP * down_TP, axis=1)
+            dx_TP += gamma_T[:, None] * down_TP
+        if inputs.skip_H is not None:
+            dx_TP += inputs.skip_H[...].astype(jnp.float32) * dy32_TP
 
         if ranked:
             v_TP = token_rows(inputs.v_BLHP, index, tile).astype(jnp.float32)
@@ -271,9 +275,10 @@ def _scan_bwd(tile: Tile, residuals, cotangents):
         d["skip_H"] = jnp.sum(value.dskip_BHT, axis=(0, 2)).astype(inputs.skip_H.dtype)
     if ranks is not None:
         d["v_rank_HRP"] = jnp.sum(value.dv_rank_BHSRP, axis=(0, 2)).astype(inputs.v_rank_HRP.dtype)
-    # The barrier keeps XLA for GPU from computing these sums again for each of their users.
-    crossing_BHSA = lax.optimization_barrier(jnp.sum(query.h_BHSAPN * key.dh_BHSAPN, axis=(-1, -2)))
+    crossing_BHSA = jnp.sum(query.h_BHSAPN * key.dh_BHSAPN, axis=(-1, -2))
     end_BH = jnp.sum(last_BHPN * dlast_BHPN, axis=(-1, -2))
+    # Or XLA for GPU computes these sums again for each of their users.
+    crossing_BHSA, end_BH = lax.optimization_barrier((crossing_BHSA, end_BH))
     dlog_decay_BHT = _decay_back(inputs, received_BHT, crossing_BHSA, end_BH, tile)
     has_rest = inputs.decay_rest_BHT is not None
     gradients = inputs._replace(
@@ -322,11 +327,12 @@ class FinishOutputs(NamedTuple):
 
 def _finish_kernel(refs: Finish, out: FinishOutputs, *, tile: Tile):
     names = ("gate_rank_HRP", "out_rank_HRP", "norm_HP")
-    weights = dict(zip(names, Weights.load(refs, tile)[2:], strict=True))
+    act = lambda gate_TP: silu(gate_TP, refs.do_BLHP.dtype, tile)  # noqa: E731
+    weights = dict(zip(names, Weights.load(refs, tile)[1:], strict=True))
     weights = {name: weight for name, weight in weights.items() if weight is not None}
 
     def finished(y_TP, gate_TP, weights):
-        return finish(y_TP, gate_TP, *(weights.get(name) for name in names), jax.nn.silu, tile)
+        return finish(y_TP, gate_TP, *(weights.get(name) for name in names), act, tile)
 
     def by_rank(x_TP):
         return x_TP.reshape(tile.tokens, tile.rank, x_TP.shape[-1])
@@ -355,6 +361,7 @@ def _finish_kernel(refs: Finish, out: FinishOutputs, *, tile: Tile):
 
 def _finish_back(inputs: Inputs, y_BLHRP, do_BLHP, tile: Tile):
     """dy, dy . y of every row, and the gradients of what `finish` alone reads."""
+    tile = replace(tile, rows=max(16, tile.rows // 2))  # fewer registers a program, more programs
     chunks = inputs.q_BHTN.shape[2] // tile.rows
     grid = Grid(inputs, replace(tile, segments=chunks // math.gcd(chunks, 8)))
     names = ("gate_BLHP", "gate_rank_HRP", "out_rank_HRP", "norm_HP")
