@@ -401,24 +401,22 @@ def _decay_back(inputs: Inputs, received_BHT, crossing_BHSA, end_BH, tile: Tile)
         spare = anchors * tile.anchor - chunks
         return jnp.pad(array_BHSC, [(0, 0)] * 3 + [(0, spare)]).reshape(*array_BHSC.shape[:3], anchors, tile.anchor)
 
+    # over_c = sum of r in the later chunks c' that c reaches, up to the next state kept, and what crosses there.
     received_BHSCT = received_BHT.reshape(batch, n_heads, segments, chunks, tile.rows)
-    carried_BHSCT, kept_BHSAC = received_BHSCT, None
+    carried_BHSCT, reach_BHSACC, reach_end_BHSAC = received_BHSCT, jnp.tri(tile.anchor, k=-1, dtype=bool).T, True
     if inputs.document_BT is not None:
         document_BHSCT = inputs.document_BT.reshape(batch, 1, segments, chunks, tile.rows)
         carried_BHSCT = jnp.where(document_BHSCT == 0, received_BHSCT, 0.0)
-        kept_BHSAC = by_anchor(document_BHSCT[..., -1]) == 0
+        begun_BHSAC = jnp.cumsum(by_anchor((document_BHSCT[..., -1] > 0).astype(jnp.int32)), axis=-1)
+        begun_before_BHSAC = jnp.pad(begun_BHSAC[..., :-1], [(0, 0)] * 4 + [(1, 0)])
+        reach_BHSACC = reach_BHSACC & (begun_BHSAC[..., :, None] == begun_before_BHSAC[..., None, :])
+        reach_end_BHSAC = begun_BHSAC == begun_BHSAC[..., -1:]
     carried_BHSAC = by_anchor(jnp.sum(carried_BHSCT, axis=-1))
-
-    # From the end: what crosses the beginning of a chunk is what its tokens take of it and what goes on to later ones.
     crossing_BHS = jnp.concatenate([crossing_BHSA.reshape(batch, n_heads, -1), end_BH[..., None]], axis=-1)
-    crossing_BHSA = crossing_BHS[..., 1:].reshape(crossing_BHSA.shape)
-    over = []
-    for chunk in reversed(range(tile.anchor)):
-        over.append(crossing_BHSA)
-        if kept_BHSAC is not None:
-            crossing_BHSA = jnp.where(kept_BHSAC[..., chunk], crossing_BHSA, 0.0)
-        crossing_BHSA = crossing_BHSA + carried_BHSAC[..., chunk]
-    over_BHSC = jnp.stack(over[::-1], axis=-1).reshape(batch, n_heads, segments, -1)[..., :chunks]
+    ends_BHSA = crossing_BHS[..., 1:].reshape(crossing_BHSA.shape)
+    over_BHSAC = jnp.sum(jnp.where(reach_BHSACC, carried_BHSAC[..., None, :], 0.0), axis=-1)
+    over_BHSAC += jnp.where(reach_end_BHSAC, ends_BHSA[..., None], 0.0)
+    over_BHSC = lax.optimization_barrier(over_BHSAC.reshape(batch, n_heads, segments, -1)[..., :chunks])
     is_last_T = jnp.arange(tile.rows) == tile.rows - 1
     return (received_BHSCT + jnp.where(is_last_T, over_BHSC[..., None], 0.0)).reshape(received_BHT.shape)
 
