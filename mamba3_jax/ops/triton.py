@@ -59,6 +59,8 @@ def triton(
     padding = -length % unit
 
     gamma_BLH, kappa_BLH, first_BH = trapezoid(tokens.dt_BLH, tokens.trap_BLH, tokens.start_BL)
+    # Or XLA for GPU sums the gradient of first_BH, of all of a state, again for every token.
+    first_BH = jax.lax.optimization_barrier(first_BH)
 
     def padded(array_BL):
         """Zeros after the end: dt = 0 and log_a = 0 leave the state as it is."""

@@ -163,7 +163,7 @@ def _starts(inputs: Inputs, document_BL, tile: Tile):
     batch, length, _, planes = inputs.angle_BLHS.shape
     n_heads, chunks = inputs.dt_BHL.shape[1], length // tile.turned
     turn_BLHS, turn_rest_BLHS = _turns(inputs.angle_BLHS)
-    heads = _heads(inputs, tile)
+    heads = _heads(inputs, tile.heads_turned, tile)
     blocks = Blocks(inputs, tile.turned, heads)
     (whole_BHCS,) = call(
         _whole_kernel,
@@ -177,10 +177,11 @@ def _starts(inputs: Inputs, document_BL, tile: Tile):
     )
     turns_BHS = inputs.first_BHS * INVERSE_TURN
     first_BHS = ((turns_BHS - jnp.floor(turns_BHS + 0.5)) * 2.0**31).astype(jnp.int32) * 2
+    if document_BL is None:
+        start_BHCS = jnp.cumsum(jnp.concatenate([first_BHS[:, :, None], whole_BHCS[:, :, :-1]], axis=2), axis=2)
+        return start_BHCS, start_BHCS[:, :, -1] + whole_BHCS[:, :, -1]
     up_to_BHCS = jnp.cumsum(whole_BHCS, axis=2)
     before_BHCS = up_to_BHCS - whole_BHCS
-    if document_BL is None:
-        return first_BHS[:, :, None] + before_BHCS, first_BHS + up_to_BHCS[:, :, -1]
     # After a chunk with a start: from that chunk on, whose sum began at its last start.
     begins_BC = document_BL.reshape(batch, chunks, tile.turned)[:, :, -1] > 0
     latest_BC = lax.cummax(jnp.where(begins_BC, jnp.arange(chunks, dtype=jnp.int32), -1), axis=1)
@@ -265,11 +266,11 @@ def _turn_kernel(refs: Turn, out_ref, *, tile: Tile, adjacent: bool):
     lax.fori_loop(0, refs.bias_HRN.shape[0], one, 0)
 
 
-def _heads(inputs: Inputs, tile: Tile) -> int:
+def _heads(inputs: Inputs, at_most: int, tile: Tile) -> int:
     """Heads that one program takes after another: a power of two, all of one group, few where programs are few."""
     batch, n_heads, length = inputs.dt_BHL.shape
     a_group = n_heads // inputs.q_BLRGN.shape[3]
-    most = max(1, min(tile.heads_turned, batch * n_heads * (length // tile.turned) // 4096))
+    most = max(1, min(at_most, batch * n_heads * (length // tile.turned) // 4096))
     return max(size for size in (1, 2, 4, 8, 16, 32) if size <= most and a_group % size == 0)
 
 
@@ -300,7 +301,7 @@ class Blocks:
 
 def _rotate_fwd(inputs: Inputs, adjacent: bool, tile: Tile):
     batch, length, rank, _, d_state = inputs.q_BLRGN.shape
-    n_heads, heads = inputs.dt_BHL.shape[1], _heads(inputs, tile)
+    n_heads, heads = inputs.dt_BHL.shape[1], _heads(inputs, tile.heads_turned, tile)
     document_BL = documents_in_chunks(inputs.document_BL, tile.turned)
     start_BHCS, last_BHS = _starts(inputs, document_BL, tile)
     blocks = Blocks(inputs, tile.turned, heads)
@@ -416,7 +417,7 @@ def _back(inputs: Inputs, start_BHCS, x_BLRGN, bias_HRN, dx_BHTN, adjacent: bool
     """Gradients of queries or keys and of their bias, and the angle's partial sums: ranks and blocks of heads summed."""
     batch, length, rank, groups, d_state = x_BLRGN.shape
     n_heads, planes = start_BHCS.shape[1], start_BHCS.shape[-1]
-    heads, chunks, angle_heads = _heads(inputs, tile), length // tile.turned, inputs.angle_BLHS.shape[2]
+    heads, chunks, angle_heads = _heads(inputs, tile.heads_back, tile), length // tile.turned, inputs.angle_BLHS.shape[2]
     blocks = Blocks(inputs, tile.turned, heads, ranks=rank)
     document_BL = documents_in_chunks(inputs.document_BL, tile.turned)
     per_token = None if document_BL is None else blocks.spec("BL")

@@ -192,24 +192,22 @@ def _value_kernel(refs: Gradients, out: Value, *, tile: Tile):
         decay_TT, own_TT = decay.between(tile, transposed=True)
 
         score_TT = product(k_TN, q_TN, NT, dtype, tile)  # of sources (down) and targets
-        dlater_TP = product(jnp.where(own_TT, 0.0, score_TT * decay_TT), dy_TP, NN, dtype, tile)
-        dlater_TP += decay.until_T(tile)[:, None] * product(k_TN, dh_PN, NT, dtype, tile)
-        out.dkappa_BHT[rows] = jnp.sum(x_TP * dlater_TP, axis=1)
-        dx_TP = kappa_T[:, None] * dlater_TP
+        dlater_TP = decay.until_T(tile)[:, None] * product(k_TN, dh_PN, NT, dtype, tile)
+        dlater_TP += product(jnp.where(own_TT, 0.0, score_TT * decay_TT), dy_TP, NN, dtype, tile)
         own_TT = jnp.where(own_TT, score_TT, 0.0)
-        dy32_TP = dy_TP.astype(jnp.float32)
-        dskip_T = jnp.sum(x_TP * dy32_TP, axis=1)
-        out.dskip_BHT[rows] = dskip_T
+        dskip_T = jnp.sum(x_TP * dy_TP.astype(jnp.float32), axis=1)
         if tile.rank == 1:
             own_T = jnp.sum(own_TT, axis=1)
-            out.dgamma_BHT[rows] = own_T * dskip_T
-            dx_TP += (gamma_T * own_T)[:, None] * dy32_TP
+            dgamma_T, down_TP = own_T * dskip_T, own_T[:, None] * dy_TP.astype(jnp.float32)
         else:
             down_TP = product(own_TT, dy_TP, NN, dtype, tile)
-            out.dgamma_BHT[rows] = jnp.sum(x_TP * down_TP, axis=1)
-            dx_TP += gamma_T[:, None] * down_TP
+            dgamma_T = jnp.sum(x_TP * down_TP, axis=1)
+        out.dkappa_BHT[rows] = jnp.sum(x_TP * dlater_TP, axis=1)
+        out.dgamma_BHT[rows] = dgamma_T
+        out.dskip_BHT[rows] = dskip_T
+        dx_TP = kappa_T[:, None] * dlater_TP + gamma_T[:, None] * down_TP
         if inputs.skip_H is not None:
-            dx_TP += inputs.skip_H[...].astype(jnp.float32) * dy32_TP
+            dx_TP += inputs.skip_H[...].astype(jnp.float32) * dy_TP.astype(jnp.float32)
 
         if ranked:
             v_TP = token_rows(inputs.v_BLHP, index, tile).astype(jnp.float32)
