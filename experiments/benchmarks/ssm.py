@@ -4,13 +4,16 @@
     python -m experiments.benchmarks.ssm --cases=mimo4 --chunk=16,32,64        a sweep of the chunk size
     python -m experiments.benchmarks.ssm --growth                              operations and memory against length
 
-Times forward, and forward with the gradient of everything that goes in. First the same configuration is run on a short
-row and compared with `recurrent` in float64: values, state and every gradient. Beside the times stand two floors
-measured in the same run: every input and output moved once at the bandwidth of a copy, and the implementation's own
-matrix products at the rate of a large one.
+Times forward, and forward with the gradient of everything that goes in; for a case of one token, a decoding step whose
+state is donated and fed back. First the same configuration is run on a short row and compared with `recurrent` in
+float64: values, state and every gradient. Beside the times stand two floors measured in the same run: every input and
+output moved once at the bandwidth of a copy, and the matrix products of plain XLA's algorithm at the rate of a large
+one. Calls take turns on several copies of small inputs, so that a device's cache does not hold them.
 """
 
 import dataclasses
+import itertools
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 
 import jax
@@ -19,7 +22,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments.benchmarks import common, flops
-from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, Tokens, ssm
+from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State, Tokens, empty_state, ssm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,39 +43,61 @@ class Case:
         return "adjacent" if self.rank == 1 else "half"
 
 
+def with_mimo(cases: dict[str, Case]) -> dict[str, Case]:
+    """And each of them with four ranks."""
+    return cases | {
+        f"mimo4{name.removeprefix('siso')}": dataclasses.replace(case, rank=4) for name, case in cases.items()
+    }
+
+
 LARGE = Case(batch=16, length=2048, heads=32, width=64, d_state=128, dtype="bfloat16")
 SMALL = Case(batch=2, length=2048, heads=8, width=64, d_state=64)
 CASES = {
-    "gpu": {"siso": LARGE, "mimo4": dataclasses.replace(LARGE, rank=4)},
-    "tpu": {"siso": LARGE, "mimo4": dataclasses.replace(LARGE, rank=4)},
-    "cpu": {"siso": SMALL, "mimo4": dataclasses.replace(SMALL, rank=4)},
+    "gpu": with_mimo(
+        {
+            "siso": LARGE,
+            "siso_b2_l16384": dataclasses.replace(LARGE, batch=2, length=16384),
+            "siso_b1_l131072": dataclasses.replace(LARGE, batch=1, length=131072),
+            "siso_b1_l2048": dataclasses.replace(LARGE, batch=1),
+            "siso_decode": dataclasses.replace(LARGE, batch=128, length=1, heads=64),
+        }
+    ),
+    "tpu": with_mimo({"siso": LARGE}),
+    "cpu": with_mimo({"siso": SMALL}),
 }
 CHECKED_LENGTH = 331  # prime: no chunk size divides it
 GROWTH_LENGTHS = (2048, 8192, 32768, 131072)
-# float32 sums over a few hundred tokens; bfloat16 keeps 8 bits of every operand. As in tests/ops.
-TOLERANCE = {"float32": (1e-5, 2e-4), "bfloat16": (1e-2, 3e-2)}
+CACHE_BYTES = 2**28  # more than any device's
+
+# float32 sums over a few hundred tokens; bfloat16 keeps 8 bits of every operand. Values, gradients, and those of what
+# adds up over the row.
+TOLERANCE = {"float32": (1e-5, 2e-4, 2e-4), "bfloat16": (5e-3, 1e-2, 2e-2)}
+ADDS_UP = ("dt_BLH", "log_a_BLH", "angle_BLHS")
 
 FLAGS = flags.FLAGS
 
 
 def inputs(case: Case, seed: int = 0) -> tuple[Tokens, Heads]:
     """Random tokens and heads with the statistics of a fresh layer: dt from 0.001 to 0.1, keys of unit RMS."""
-    random = np.random.default_rng(seed)
+    keys = iter(jax.random.split(jax.random.key(seed), 16))
     shape_BLH = (case.batch, case.length, case.heads)
     shape_BLRGN = (case.batch, case.length, case.rank, case.groups, case.d_state)
     planes = case.d_state // 4
 
     def normal(*shape, dtype=case.dtype):
-        return jnp.asarray(random.standard_normal(shape, np.float32), dtype)
+        return jax.random.normal(next(keys), shape, jnp.float32).astype(dtype)
 
-    dt_BLH = jnp.asarray(np.exp(random.uniform(np.log(1e-3), np.log(1e-1), shape_BLH)), jnp.float32)
+    def uniform(low, high):
+        return jax.random.uniform(next(keys), shape_BLH, jnp.float32, low, high)
+
+    dt_BLH = jnp.exp(uniform(np.log(1e-3), np.log(1e-1)))
     tokens = Tokens(
         q_BLRGN=normal(*shape_BLRGN),
         k_BLRGN=normal(*shape_BLRGN),
         v_BLHP=normal(*shape_BLH, case.width),
         dt_BLH=dt_BLH,
-        log_a_BLH=-dt_BLH * jnp.asarray(random.uniform(0.5, 2.0, shape_BLH), jnp.float32),
-        trap_BLH=jnp.asarray(random.uniform(0, 1, shape_BLH), jnp.float32),
+        log_a_BLH=-dt_BLH * uniform(0.5, 2.0),
+        trap_BLH=uniform(0.0, 1.0),
         angle_BLHS=jnp.pi * jnp.tanh(normal(*shape_BLH[:2], 1, planes, dtype="float32")),
         gate_BLHP=normal(*shape_BLH, case.width),
     )
@@ -95,40 +120,77 @@ def forward(tokens: Tokens, heads: Heads, *, case: Case, implementation: str, ch
 
 def backward(tokens: Tokens, heads: Heads, dy_BLHP, *, case: Case, implementation: str, chunk: int | None):
     """The output, the state, and the gradient of sum(y dy) with respect to everything that went in."""
-
-    def loss(tokens, heads):
-        y_BLHP, state = forward(tokens, heads, case=case, implementation=implementation, chunk=chunk)
-        return jnp.sum(y_BLHP.astype(jnp.float32) * dy_BLHP), (y_BLHP, state)
-
-    (_, values), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(tokens, heads)
-    return values, gradients
+    function = partial(forward, case=case, implementation=implementation, chunk=chunk)
+    (y_BLHP, state), pull = jax.vjp(function, tokens, heads)
+    return (y_BLHP, state), pull((dy_BLHP.astype(y_BLHP.dtype), jax.tree.map(jnp.zeros_like, state)))
 
 
+def decode(state: State, tokens: Tokens, heads: Heads, *, case: Case, implementation: str | None, chunk: int | None):
+    """The state after one more token, and the token's output."""
+    del chunk
+    y_BLHP, state = ssm(tokens, heads, state, rotation=case.rotation, implementation=implementation)
+    return state, y_BLHP
+
+
+@lru_cache
 def check(case: Case, implementation: str, chunk: int | None) -> dict[str, float]:
-    """Errors of the same configuration on a short row against `recurrent` in float64.
+    """Errors on `case`, a short one, against `recurrent` in float64.
 
-    Returns the largest relative error of the values (output and state) and of the gradients.
+    Returns the largest relative error of the values (output and state), of the gradients, and of those of dt, log_a and
+    the angle, which add up over the row.
 
     Raises:
         ValueError: one of them is over the tolerance of the case's dtype.
     """
-    small = dataclasses.replace(case, batch=1, length=CHECKED_LENGTH, heads=2 * case.groups)
-    function = partial(backward, case=small, implementation=implementation, chunk=chunk)
-    got_values, got_gradients = jax.jit(function)(*checked_inputs(small))
-    want_values, want_gradients = reference(small)
-    of_values, of_gradients = TOLERANCE[case.dtype]
+    function = partial(backward, case=case, implementation=implementation, chunk=chunk)
+    got_values, got_gradients = jax.jit(function)(*checked_inputs(case))
+    want_values, want_gradients = reference(case)
+    of_values, of_gradients, of_sums = TOLERANCE[case.dtype]
     values, gradients = named_errors(got_values, want_values), named_errors(got_gradients, want_gradients)
+    sums = {name: gradients.pop(name) for name in list(gradients) if name.endswith(ADDS_UP)}
     return {
         "value_error": common.require(values, of_values, f"{implementation}, values"),
         "gradient_error": common.require(gradients, of_gradients, f"{implementation}, gradients"),
+        "sum_error": common.require(sums, of_sums, f"{implementation}, gradients of dt, log_a and angle"),
     }
+
+
+def short(case: Case) -> Case:
+    """The same configuration on a short row of few heads; of one token, a short row as well: it decodes to a state."""
+    return dataclasses.replace(case, batch=1, length=CHECKED_LENGTH, heads=2 * case.groups)
+
+
+def check_decode(case: Case, implementation: str | None) -> dict[str, float]:
+    """Errors of three decoding steps from a state of random numbers, against `recurrent` in float64."""
+    case = dataclasses.replace(case, batch=2, heads=2 * case.groups)
+
+    def steps(state, tokens, heads, implementation):
+        outputs = []
+        for _ in range(3):
+            state, y_BLHP = decode(state, tokens, heads, case=case, implementation=implementation, chunk=None)
+            outputs.append(y_BLHP)
+        return outputs, state._replace(angle_BHS=jnp.stack([jnp.cos(state.angle_BHS), jnp.sin(state.angle_BHS)]))
+
+    arguments = (random_state(case, seed=5), *inputs(case, seed=1))
+    got = jax.jit(partial(steps, implementation=implementation))(*arguments)
+    with jax.enable_x64(True):
+        exact = jax.tree.map(lambda array: np.asarray(array, np.float64), arguments)
+        want = jax.tree.map(np.asarray, jax.jit(partial(steps, implementation="recurrent"))(*exact))
+    errors = named_errors(got, want)
+    return {"value_error": common.require(errors, TOLERANCE[case.dtype][0], f"{implementation}, decoding")}
+
+
+def random_state(case: Case, seed: int) -> State:
+    tokens, _ = inputs(case, seed)
+    state, keys = empty_state(tokens), iter(jax.random.split(jax.random.key(seed), 4))
+    return jax.tree.map(lambda x: jax.random.uniform(next(keys), x.shape, jnp.float32).astype(x.dtype), state)
 
 
 def checked_inputs(small: Case):
     """Other numbers than those that are timed, and the gradient of the output."""
     tokens, heads = inputs(small, seed=1)
     dy_BLHP = np.random.default_rng(2).standard_normal(tokens.v_BLHP.shape, np.float32)
-    return tokens, heads, jnp.asarray(dy_BLHP)
+    return tokens, heads, jnp.asarray(dy_BLHP, tokens.v_BLHP.dtype)
 
 
 @lru_cache
@@ -162,34 +224,99 @@ def nbytes(tree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def rows_of(name: str, case: Case, implementation: str, chunk: int | None, best: dict[str, float]) -> list[dict]:
-    """Check, then time forward and forward with backward; one row each."""
-    errors = check(case, implementation, chunk)
-    tokens, heads = inputs(case)
-    dy_BLHP = jax.random.normal(jax.random.key(3), tokens.v_BLHP.shape, jnp.float32)
-    rows = []
-    for what, function, arguments in (
-        ("forward", forward, (tokens, heads)),
-        ("forward+backward", backward, (tokens, heads, dy_BLHP)),
-    ):
-        function = partial(function, case=case, implementation=implementation, chunk=chunk)
-        row = {"case": name, "implementation": implementation, "chunk": chunk or "auto", "what": what, **errors}
-        operations = flops.count(function, *arguments).matmul
-        moved = nbytes(arguments) + nbytes(jax.eval_shape(function, *arguments))
-        row |= {
-            "gflop": operations / 1e9,
-            "bytes_floor_ms": moved / best["copy_gb_s"] / 1e6,
-            "matmul_floor_ms": operations / best["matmul_gflop_s"] / 1e6,
-        }
+@dataclasses.dataclass
+class Task:
+    """One function to time."""
+
+    name: str
+    case: Case
+    implementation: str | None
+    chunk: int | None
+    what: str
+
+    def function(self, implementation: str | None = None):
+        function = {"forward": forward, "forward+backward": backward, "decode": decode}[self.what]
+        return partial(function, case=self.case, implementation=implementation or self.implementation, chunk=self.chunk)
+
+    def arguments(self, seed: int = 0):
+        tokens, heads = inputs(self.case, seed)
+        if self.what == "forward":
+            return tokens, heads
+        if self.what == "decode":
+            return random_state(self.case, seed), tokens, heads
+        return tokens, heads, jax.random.normal(jax.random.key(3), tokens.v_BLHP.shape).astype(tokens.v_BLHP.dtype)
+
+    def compile(self):
+        """Or the error that stopped it."""
+        donated = {"donate_argnums": 0} if self.what == "decode" else {}
         try:
-            compiled = jax.jit(function).lower(*arguments).compile()
-            timing = common.measure(partial(compiled, *arguments))
-            row |= {"ms": timing.median * 1e3, "best_ms": timing.best * 1e3, "temp_mib": common.temp_mib(compiled)}
+            return jax.jit(self.function(), **donated).lower(*jax.eval_shape(self.arguments)).compile()
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            row["failed"] = "out of memory"
-        rows.append(row)
+            return error
+
+
+def tasks_of(name: str, case: Case, implementations: list[str], chunks: list[int | None]) -> list[Task]:
+    tasks = []
+    for implementation, chunk in itertools.product(implementations, chunks):
+        if case.length > 1:
+            tasks += [Task(name, case, implementation, chunk, what) for what in ("forward", "forward+backward")]
+        elif not tasks:  # a step has no chunks: plain XLA, and what is the fastest here
+            tasks = [Task(name, case, implementation, None, "decode") for implementation in ("recurrent", None)]
+    return tasks
+
+
+def row_of(task: Task, compiled, best: dict[str, float]) -> dict:
+    """Check, then time what was compiled."""
+    case = task.case
+    row = {"case": task.name, "implementation": task.implementation or "default", "chunk": task.chunk or "auto"}
+    row["what"] = task.what
+    if task.what == "decode":
+        row |= check_decode(case, task.implementation)
+    else:
+        row |= check(short(case), task.implementation, task.chunk)
+    abstract = jax.eval_shape(task.arguments)
+    operations = flops.count(task.function("recurrent" if task.what == "decode" else "chunked"), *abstract).matmul
+    moved = nbytes(abstract) + nbytes(jax.eval_shape(task.function(), *abstract))
+    row |= {
+        "gflop": operations / 1e9,
+        "bytes_floor_ms": moved / best["copy_gb_s"] / 1e6,
+        "matmul_floor_ms": operations / best["matmul_gflop_s"] / 1e6,
+    }
+    try:
+        if isinstance(compiled, Exception):
+            raise compiled
+        timing = measure_task(task, compiled, nbytes(abstract))
+        row |= {"ms": timing.median * 1e3, "best_ms": timing.best * 1e3, "temp_mib": common.temp_mib(compiled)}
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        row["failed"] = "out of memory"
+    return row
+
+
+def measure_task(task: Task, compiled, size: int) -> common.Timing:
+    if task.what == "decode":
+        state, tokens, heads = task.arguments()
+
+        def step():
+            nonlocal state
+            state, y_BLHP = compiled(state, tokens, heads)
+            return y_BLHP
+
+        return common.measure(step)
+    copies = [task.arguments(seed) for seed in range(max(1, min(16, CACHE_BYTES // size)))]
+    turns = itertools.cycle(copies)
+    return common.measure(lambda: compiled(*next(turns)))
+
+
+def rows_of(tasks: list[Task], best: dict[str, dict]) -> list[dict]:
+    """One row a task; all are compiled first, side by side."""
+    with ThreadPoolExecutor() as pool:
+        compiled = list(pool.map(Task.compile, tasks))
+    rows = []
+    for task, program in zip(tasks, compiled, strict=True):
+        rows.append(row_of(task, program, best[task.case.dtype]))
+        print(common.table(rows[-1:], COLUMNS).splitlines()[-1], flush=True)
     return rows
 
 
@@ -220,7 +347,7 @@ def abstract(case: Case):
     one_token = inputs(dataclasses.replace(case, length=1))
     tokens, heads = one_token
     tokens = jax.tree.map(lambda array: jnp.broadcast_to(array, (case.batch, case.length, *array.shape[2:])), tokens)
-    return tokens, heads, jnp.zeros(tokens.v_BLHP.shape, jnp.float32)
+    return tokens, heads, jnp.zeros(tokens.v_BLHP.shape, case.dtype)
 
 
 COLUMNS = {
@@ -235,6 +362,7 @@ COLUMNS = {
     "temp MiB": "temp_mib",
     "error": "value_error",
     "gradient error": "gradient_error",
+    "of dt, log_a, angle": "sum_error",
     "failed": "failed",
 }
 GROWTH_COLUMNS = {
@@ -261,20 +389,21 @@ def main(argv):
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(FLAGS.device, FLAGS.device))
     platform = jax.default_backend()
     origin = common.provenance(FLAGS.commit)
-    implementations = chosen("implementations", FLAGS.implementations, IMPLEMENTATIONS)
+    implementations = FLAGS.implementations or (
+        ["triton", "chunked"] if platform == "gpu" else ["chunked", "associative"]
+    )
+    implementations = chosen("implementations", implementations, IMPLEMENTATIONS)
     cases = CASES[platform]
     names = chosen("cases", FLAGS.cases or list(cases), cases)
     chunks = [int(chunk) or None for chunk in FLAGS.chunk]
     best, rows = {}, []
     if not FLAGS.growth:
         best = {dtype: ceilings(dtype) for dtype in {cases[name].dtype for name in names}}
-    for name in names:
-        for implementation in implementations:
-            for chunk in chunks:
-                if FLAGS.growth:
-                    rows += growth(cases[name], implementation, chunk)
-                else:
-                    rows += rows_of(name, cases[name], implementation, chunk, best[cases[name].dtype])
+    if FLAGS.growth:
+        for name, implementation, chunk in itertools.product(names, implementations, chunks):
+            rows += growth(cases[name], implementation, chunk)
+    else:
+        rows = rows_of([task for name in names for task in tasks_of(name, cases[name], implementations, chunks)], best)
     print(common.table(rows, GROWTH_COLUMNS if FLAGS.growth else COLUMNS))
     kind = "growth" if FLAGS.growth else "ssm"
     sizes = {name: dataclasses.asdict(cases[name]) for name in names}
@@ -283,7 +412,9 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("implementations", ["chunked", "associative"], "names in mamba3_jax.ops.ssm.IMPLEMENTATIONS")
+    flags.DEFINE_list(
+        "implementations", [], "names in mamba3_jax.ops.ssm.IMPLEMENTATIONS; empty: the ones for this device"
+    )
     flags.DEFINE_list("cases", [], "names in CASES for this device; empty: all")
     flags.DEFINE_list("chunk", ["0"], "tokens a chunk, one or several; 0: the implementation chooses")
     flags.DEFINE_enum("device", "", ["", "cpu", "gpu", "tpu"], "empty: JAX's default")

@@ -1,7 +1,8 @@
-"""The Triton kernels without a GPU: they lower for CUDA, refuse what they cannot run, leave nothing unwritten.
+"""The Triton kernels without a GPU: they lower for CUDA, refuse what they cannot run, do not depend on how they are cut.
 
-Their results are tested with every other implementation's in tests/ops, in Pallas's interpreter. That accepts more than
-the GPU does, so they are lowered for CUDA too. Neither runs the Triton compiler.
+Their results are tested with every other implementation's in tests/ops, in Pallas's interpreter, which fills outputs
+with NaN first. It accepts more than the GPU does, so the kernels are lowered for CUDA too. Neither runs the Triton
+compiler.
 """
 
 import functools
@@ -14,7 +15,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 from mamba3_jax.ops.ssm import ssm
 from mamba3_jax.ops.triton import check, triton
-from pallas_kernels.ssm.triton import Tile, scan
+from pallas_kernels.ssm.triton import rotate, scan
+from pallas_kernels.ssm.triton.common import Tile
+from pallas_kernels.ssm.triton.scan_back import scan as run_scan
 from tests.ops import cases
 from tests.ops.cases import MIMO, SISO, bfloat16, draw
 from tests.ops.quick import quick_jit
@@ -25,88 +28,102 @@ GPU = AbstractMesh(
     axis_types=(AxisType.Auto,),
     abstract_device=AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu"),
 )
+KERNELS = ("angles", "rotate", "scan", "finish_back", "query_gradient", "key_gradient", "value_gradient", "rotate_back")
+# Sizes that the kernels take as they are.
+SISO_LARGE = SISO._replace(batch=1, length=300, groups=1, d_state=128, width=64, planes=32)
+MIMO_LARGE = MIMO._replace(batch=1, length=300, d_state=128, width=64, planes=32, norm=False, shared_angle=True)
 
 
-def inputs(rows=64, d_state=32, width=16, dtype=jnp.float32, batch=1, n_heads=2):
-    """Arguments of `scan`, random."""
-    random = np.random.default_rng(0)
-
-    def normal(*sizes):
-        return jnp.asarray(random.standard_normal((batch, n_heads, *sizes)), jnp.float32)
-
-    q, k, x = (normal(rows, size).astype(dtype) for size in (d_state, d_state, width))
-    rest, gamma, kappa = -0.1 * jnp.abs(normal(rows)), normal(rows), normal(rows)
-    document = jnp.zeros((batch, rows), jnp.int32)
-    return q, k, x, jnp.zeros_like(rest), rest, gamma, kappa, document, normal(width, d_state)
-
-
-def run(*arrays, tile: Tile):
-    """Outputs and all gradients of `scan`."""
-    *real, document, h_BHPN = arrays
-    results, pull = jax.vjp(lambda h_BHPN, *real: scan(*real, document, h_BHPN, tile), h_BHPN, *real)
-    return results, pull(results)
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """What is traced is for a GPU: nothing runs."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setitem(ssm.__globals__["IMPLEMENTATIONS"], "triton", triton)
 
 
 @pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("packed", [False, True], ids=["one_document", "packed"])
 @pytest.mark.parametrize(
-    ("d_state", "width", "rank", "segments"),
+    ("shape", "segments"),
     [
-        (16, 16, 1, 2),
-        (128, 64, 1, 1),
-        (128, 64, 1, 4),
-        (256, 128, 1, 1),
-        (64, 32, 2, 1),
-        (128, 64, 4, 2),
-        (128, 64, 8, 1),
+        (SISO_LARGE, 1),
+        (SISO_LARGE._replace(planes=64, groups=2, norm=True), 2),
+        (SISO_LARGE._replace(d_state=16, width=32, planes=4), 1),
+        (SISO_LARGE._replace(d_state=256, width=128, planes=64), 1),
+        (MIMO_LARGE, 2),
+        (MIMO_LARGE._replace(rank=2, shared_angle=False, norm=True), 1),
+        (MIMO_LARGE._replace(rank=8, d_state=64, planes=32), 1),
+        (MIMO, 1),
     ],
+    ids=lambda value: f"{value}" if isinstance(value, int) else f"R{value.rank}N{value.d_state}P{value.width}",
 )
-def test_lowers_for_cuda(d_state, width, rank, segments, dtype):
-    arrays = inputs(256, d_state, width, dtype)
+def test_lowers_for_cuda(shape, segments, packed, dtype, on_gpu):
+    tokens, heads, state = draw(shape)
+    if dtype == jnp.bfloat16:
+        tokens = bfloat16(tokens)
+    start_BL = np.zeros(tokens.dt_BLH.shape[:2], bool) if packed else None
+
+    def run(tokens, heads, state):
+        def op(tokens, heads, state):
+            tokens = tokens._replace(start_BL=start_BL)
+            return triton(tokens, heads, state, rotation=shape.rotation, segments=segments)
+
+        results, pull = jax.vjp(op, tokens, heads, state)
+        return results, pull(results)
+
     with use_abstract_mesh(GPU):
-        traced = jax.jit(functools.partial(run, tile=Tile(rank=rank, segments=segments))).trace(*arrays)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert "mamba3_scan" in text
-    assert "mamba3_scan_backward" in text
-    assert ("mamba3_segments_backward" in text) == (segments > 1)
+        text = jax.jit(run).trace(tokens, heads, state).lower(lowering_platforms=("cuda",)).as_text()
+    assert all(f"mamba3_{name}" in text for name in KERNELS)
+    assert all((f"mamba3_{name}" in text) == (segments > 1) for name in ("segments", "segments_back"))
 
 
 @pytest.mark.parametrize("shape", [SISO, MIMO], ids=["siso", "mimo"])
 @pytest.mark.parametrize("starts", [(), (0, 16, 39, 40, 60)], ids=["one_document", "packed"])
-def test_the_number_of_segments_does_not_matter(shape, starts):
-    """Values and all gradients, a ragged last segment and segments of one chunk included."""
+def test_how_the_length_is_cut_does_not_matter(shape, starts):
+    """Values and all gradients: a ragged last segment, segments of one chunk, one or several chunks between states."""
     shape = shape._replace(length=67)
     inputs, cotangent = draw(shape), cases.cotangents(shape)
     start_BL = np.isin(np.arange(67), starts)[None] & np.array([[True], [False]])
     want = cases.reference(inputs, start_BL, cotangent, shape.rotation)
 
-    @functools.partial(quick_jit, static_argnums=0)
-    def run(segments, inputs):
+    @functools.partial(quick_jit, static_argnums=(0, 1, 2))
+    def run(segments, anchor, heads_back, inputs):
         def op(inputs):
             tokens, heads, state = inputs
             tokens = tokens._replace(start_BL=start_BL)
-            return triton(tokens, heads, state, rotation=shape.rotation, chunk=16, segments=segments, interpret=True)
+            how = {"segments": segments, "anchor": anchor, "heads_back": heads_back}
+            return triton(tokens, heads, state, rotation=shape.rotation, chunk=16, interpret=True, **how)
 
         results, pull = jax.vjp(op, inputs)
         return results, pull(cotangent)[0]
 
-    for segments in (1, 2, 3, 5):
-        results, gradients = run(segments, inputs)
+    for how in ((1, 1, 1), (1, 2, 2), (3, 16, 32), (5, 2, 32)):
+        results, gradients = run(*how, inputs)
         cases.check_results(results, want[0], 1e-5)
         cases.check_gradients(gradients, want[1], 1e-4)
 
 
-def test_rows_after_the_end_do_nothing():
-    """Zero keys' weights and no decay: the outputs, states and gradients before them are the same, bit for bit."""
-    arrays = inputs(64)
-    tail = [jnp.pad(array, [(0, 0)] * 2 + [(0, 32)] + [(0, 0)] * (array.ndim - 3)) for array in arrays[:7]]
-    document = jnp.zeros((1, 96), jnp.int32)
-    tile = Tile(rows=32, interpret=True)
-    short, padded = run(*arrays, tile=tile), run(*tail, document, arrays[8], tile=tile)
-    np.testing.assert_array_equal(padded[0][0][:, :, :64], short[0][0])
-    np.testing.assert_array_equal(padded[0][1], short[0][1])
-    for got, want in zip(padded[1], short[1], strict=True):
-        np.testing.assert_array_equal(got[:, :, :64] if got.shape != want.shape else got, want)
+def test_the_same_call_gives_the_same_bits():
+    """Values and gradients: no sum depends on the order in which programs end."""
+    inputs, cotangent = draw(SISO), cases.cotangents(SISO)
+    call = cases.pulled("triton", SISO.rotation)
+    for first, second in zip(*(jax.tree.leaves(call(inputs, None, cotangent)) for _ in range(2)), strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+def scan_inputs(rows=64, d_state=32, width=16, dtype=jnp.float32, rank=1) -> scan.Inputs:
+    """Shapes alone."""
+
+    def shape(*sizes, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    rotated, scalars = shape(1, 2, rows, d_state, dtype=dtype), shape(1, 2, rows)
+    v_BLHP = shape(1, rows // rank, 2, width, dtype=dtype)
+    h_BHSPN = shape(1, 2, 1, width, d_state)
+    return scan.Inputs(
+        rotated, rotated, v_BLHP, None, scalars, None, scalars, scalars, None, h_BHSPN, None, None, None, None, None
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,44 +134,44 @@ def test_rows_after_the_end_do_nothing():
         ({"width": 256}, Tile(), "width=256 is not a power of two from 16 to 128"),
         ({}, Tile(rows=8), "tile.rows=8 is not a power of two from 16 to 128"),
         ({"rows": 96}, Tile(), "rows=96 and tile.rank=1 do not fit tile.segments=1 of chunks of tile.rows=64"),
-        ({}, Tile(rank=3), "rows=64 and tile.rank=3 do not fit tile.segments=1 of chunks of tile.rows=64"),
+        ({}, Tile(rank=3), "tile.rank=3 is not a power of two from 1 to 16"),
         ({}, Tile(segments=2), "rows=64 and tile.rank=1 do not fit tile.segments=2 of chunks of tile.rows=64"),
         ({"dtype": jnp.float16}, Tile(), "q is float16, wanted float32 or bfloat16"),
     ],
 )
-def test_what_the_kernels_cannot_run(sizes, tile, message):
+def test_what_the_scan_cannot_run(sizes, tile, message):
     with pytest.raises(ValueError, match=message):
-        scan(*inputs(**sizes), tile)
+        jax.eval_shape(functools.partial(run_scan, tile=tile), scan_inputs(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("d_state", "planes", "length", "message"),
+    [
+        (48, 12, 64, "d_state=48 is not a power of two"),
+        (64, 8, 64, "d_state=64 is not a power of two with a quarter or half of it planes=8"),
+        (64, 16, 60, "length=60 and rank=1 do not fit"),
+    ],
+)
+def test_what_the_rotation_cannot_run(d_state, planes, length, message):
+    x, bias = jnp.zeros((1, length, 1, 1, d_state)), jnp.zeros((2, 1, d_state))
+    angle, dt, first = jnp.zeros((1, length, 1, planes)), jnp.zeros((1, 2, length)), jnp.zeros((1, 2, planes))
+    with pytest.raises(ValueError, match=message):
+        rotate.rotate(rotate.Inputs(x, x, bias, bias, angle, dt, first, None), True, Tile())
 
 
 def test_a_named_implementation_runs_or_raises(monkeypatch):
-    monkeypatch.setitem(ssm.__globals__["IMPLEMENTATIONS"], "triton", ssm.__globals__["triton"])
+    monkeypatch.setitem(ssm.__globals__["IMPLEMENTATIONS"], "triton", triton)
     tokens, heads, state = draw(SISO)
     if jax.default_backend() == "cpu":
         with pytest.raises(ValueError, match="implementation='triton' needs an NVIDIA GPU, the backend is 'cpu'"):
             ssm(tokens, heads, state, implementation="triton")
     for shape, message in (
-        (SISO._replace(d_state=258), "d_state up to 256 and P up to 128, not d_state=258"),
-        (SISO._replace(width=129), "d_state up to 256 and P up to 128, not d_state=8, P=129"),
+        (SISO._replace(d_state=258), "d_state up to 256 .* not d_state=258"),
+        (SISO._replace(d_state=200, planes=50), "d_state up to 256 .* not d_state=200 with planes=50"),
+        (SISO._replace(width=129), "P up to 128, not d_state=8 with planes=2, P=129"),
         (MIMO._replace(rank=3), "a power of two up to 16, not rank=3"),
     ):
         with pytest.raises(ValueError, match=message):
             check(draw(shape)[0], interpret=True)
     with pytest.raises(ValueError, match="computes in float32, dt is float64"):
         check(draw(SISO, dtype=np.float64)[0], interpret=True)
-
-
-@pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
-@pytest.mark.parametrize("shape", [SISO, MIMO], ids=["siso", "mimo"])
-def test_the_whole_op_lowers_for_cuda(shape, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    tokens, heads, state = draw(shape._replace(length=200))
-    op = functools.partial(ssm, rotation=shape.rotation, implementation="triton")
-    monkeypatch.setitem(ssm.__globals__["IMPLEMENTATIONS"], "triton", ssm.__globals__["triton"])
-
-    def loss(*inputs):
-        return sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(op(*inputs)))
-
-    with use_abstract_mesh(GPU):
-        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(bfloat16(tokens), heads, state)
-        assert "mamba3_scan_backward" in traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -106,30 +106,35 @@ class Whole(NamedTuple):
 
 
 def _whole_kernel(refs: Whole, out_ref, *, tile: Tile):
-    """The angle of a chunk (of its last document), to 2^-36 of itself, for a block of heads: token by token.
+    """The angle of chunks (of the last document of each), to 2^-36 of itself, for a block of heads: token by token.
 
     A float32 product would be off by 2^-25 of itself, the same way at every token of a constant input: 1e-2 rad after a
     million tokens. Products of two numbers of 12 bits are exact, whether a compiler fuses them with a sum or not.
     """
-    coarse_HS, small_HS = jnp.int32(0), 0.0
+    chunks = out_ref[0].shape[1]
+    coarse_HCS, small_HCS = jnp.int32(0), 0.0
     for token in range(tile.turned):
-        turn_HS, turn_rest_HS = (
-            ref[token, :][None, :] if len(ref.shape) == 2 else ref[token, :, :]
+        of_chunks = pl.ds(token, chunks, stride=tile.turned)
+        turn_HCS, turn_rest_HCS = (
+            ref[of_chunks, :][None] if len(ref.shape) == 2 else ref[token, :, :][:, None]
             for ref in (refs.turn_BLHS, refs.turn_rest_BLHS)
         )
-        dt_H1 = refs.dt_BHL[:, token][:, None]
+        dt_HC1 = refs.dt_BHL[:, of_chunks][..., None]
         if refs.document_BL is not None:
-            is_last = refs.document_BL[token] == refs.document_BL[tile.turned - 1]
-            dt_H1 = jnp.where(is_last, dt_H1, 0.0)
-        dt_head_H1 = _head(dt_H1)
-        exact_HS = turn_HS * dt_head_H1
-        exact_HS -= jnp.floor(exact_HS + 0.5)
-        more_HS = (exact_HS * 2.0**30).astype(jnp.int32)
-        small_HS += turn_HS * (dt_H1 - dt_head_H1) + turn_rest_HS * dt_H1
-        small_HS += exact_HS - more_HS.astype(jnp.float32) * 2.0**-30
-        coarse_HS += more_HS
-    small_HS -= jnp.floor(small_HS + 0.5)
-    out_ref[0][...] = coarse_HS * 4 + (small_HS * 2.0**31).astype(jnp.int32) * 2
+            last_C = refs.document_BL[pl.ds(tile.turned - 1, chunks, stride=tile.turned)]
+            dt_HC1 = jnp.where((refs.document_BL[of_chunks] == last_C)[None, :, None], dt_HC1, 0.0)
+        dt_head_HC1 = _head(dt_HC1)
+        exact_HCS = turn_HCS * dt_head_HC1
+        exact_HCS -= jnp.floor(exact_HCS + 0.5)
+        more_HCS = (exact_HCS * 2.0**30).astype(jnp.int32)
+        small_HCS += turn_HCS * (dt_HC1 - dt_head_HC1) + turn_rest_HCS * dt_HC1
+        small_HCS += exact_HCS - more_HCS.astype(jnp.float32) * 2.0**-30
+        coarse_HCS += more_HCS
+    small_HCS -= jnp.floor(small_HCS + 0.5)
+    more_HCS = (small_HCS * 2.0**30).astype(jnp.int32)
+    small_HCS -= more_HCS.astype(jnp.float32) * 2.0**-30
+    # Rounded, not cut off: the same error at every chunk would add up.
+    out_ref[0][...] = (coarse_HCS + more_HCS) * 4 + jnp.floor(small_HCS * 2.0**32 + 0.5).astype(jnp.int32)
 
 
 def _of_head(ref):
@@ -164,16 +169,18 @@ def _starts(inputs: Inputs, document_BL, tile: Tile):
     n_heads, chunks = inputs.dt_BHL.shape[1], length // tile.turned
     turn_BLHS, turn_rest_BLHS = _turns(inputs.angle_BLHS)
     heads = _heads(inputs, tile.heads_turned, tile)
-    blocks = Blocks(inputs, tile.turned, heads)
+    # One chunk a program; the interpreter takes a while for each, whatever its size.
+    together = math.gcd(chunks, 4096) if tile.interpret and inputs.angle_BLHS.shape[2] == 1 else 1
+    blocks = Blocks(inputs, together * tile.turned, heads)
     (whole_BHCS,) = call(
         _whole_kernel,
         "mamba3_angles",
         tile,
         tile.rotate._replace(warps=1),
-        (n_heads // heads, chunks, batch),
+        (n_heads // heads, chunks // together, batch),
         Whole(turn_BLHS, turn_rest_BLHS, inputs.dt_BHL, document_BL),
         Whole(blocks.angle, blocks.angle, blocks.spec("BHL"), None if document_BL is None else blocks.spec("BL")),
-        [((batch, n_heads, chunks, planes), jnp.int32, blocks.spec("BHCS"))],
+        [((batch, n_heads, chunks, planes), jnp.int32, blocks.spec("BHCS", C=together))],
     )
     turns_BHS = inputs.first_BHS * INVERSE_TURN
     first_BHS = ((turns_BHS - jnp.floor(turns_BHS + 0.5)) * 2.0**31).astype(jnp.int32) * 2

@@ -1,0 +1,131 @@
+"""One token of the op in a Pallas Triton kernel, for NVIDIA GPUs. A leaf: Pallas Triton is deprecated upstream."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from mamba3_jax.ops.output import finish
+from mamba3_jax.ops.recurrent import per_head, ranked, recurrent, within_a_turn
+from mamba3_jax.ops.rotary import rotate
+from mamba3_jax.ops.triton import check
+from mamba3_jax.ops.types import Heads, State, Tokens
+
+
+def decode(tokens: Tokens, heads: Heads, state: State, *, rotation: str, interpret: bool = False, tile=None):
+    """`recurrent` for one token, the state's ssm in place where it is donated.
+
+    Bias, rotation and coefficients are plain XLA; what reads or writes the state is `pallas_kernels.ssm.triton.decode`.
+    The backward pass is that of `recurrent`, on the inputs.
+
+    Args:
+        interpret: run the kernel's program on any backend, slowly, for tests.
+        tile: a `pallas_kernels.ssm.triton.decode.Tile`; None chooses. Performance only.
+
+    Raises:
+        ValueError: more than one token, or what `triton` raises for.
+    """
+    check(tokens, interpret)
+    if tokens.dt_BLH.shape[1] != 1:
+        raise ValueError(f"decode is one token, not length={tokens.dt_BLH.shape[1]}")
+    return _decode(tokens, heads, state, rotation, interpret, tile)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _decode(tokens: Tokens, heads: Heads, state: State, rotation: str, interpret: bool, tile):
+    return _step(tokens, heads, state, rotation, interpret, tile)
+
+
+def _decode_fwd(tokens, heads, state, rotation, interpret, tile):
+    return _step(tokens, heads, state, rotation, interpret, tile), (tokens, heads, state)
+
+
+def _decode_bwd(rotation, interpret, tile, inputs, cotangents):
+    _, pull = jax.vjp(functools.partial(recurrent, rotation=rotation), *inputs)
+    return pull(cotangents)
+
+
+_decode.defvjp(_decode_fwd, _decode_bwd)
+
+
+def _step(tokens: Tokens, heads: Heads, state: State, rotation: str, interpret: bool, tile):
+    # Here, since everything else works without the kernel.
+    from pallas_kernels.ssm.triton import decode as kernel
+
+    token = jax.tree.map(lambda array: array[:, 0], tokens)
+    n_heads, width, d_state = state.ssm_BHPN.shape[1:]
+    rank = token.q_BLRGN.shape[1]
+    spare_P, spare_N = _tile_size(width) - width, _tile_size(d_state) - d_state
+    angle_BHS, q_BHRN, k_BHRN = _turned(token, heads, state, rotation)
+    a_BH, beta_BH, gamma_BH = _coefficients(token)
+
+    tile = kernel.Tile(**{**(tile or default_tile(rank)).__dict__, "width": width, "interpret": interpret})
+    tile = kernel.fitting(tile, width + spare_P, d_state + spare_N, n_heads, norm=heads.norm_HP is not None)
+    cross_BHRJ = _cross(state, token, q_BHRN, k_BHRN) if tile.reads == "old" else None
+    wide = functools.partial(_padded_last, spare=spare_P)
+    long = functools.partial(_padded_last, spare=spare_N)
+    inputs = kernel.Inputs(
+        jnp.pad(state.ssm_BHPN, [(0, 0), (0, 0), (0, spare_P), (0, spare_N)]),
+        *(long(state.k_BRHN), wide(state.v_BHP)),
+        *(long(q_BHRN), long(k_BHRN), wide(token.v_BLHP)),
+        *(a_BH, beta_BH, gamma_BH, cross_BHRJ),
+        None if token.start_BL is None else token.start_BL.astype(jnp.int32),
+        *(wide(token.gate_BLHP), heads.skip_H),
+        *(wide(x) for x in (heads.v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP)),
+    )
+    out = kernel.decode(inputs, tile)
+    o_BHP = out.o_BHP
+    if o_BHP is None:
+        x_BHRP = ranked(token.v_BLHP.astype(jnp.float32), heads)
+        o_BHP = finish(out.y_BHRP[..., :width], x_BHRP, token.gate_BLHP, heads)
+    y_BLHP = o_BHP[:, None, :, :width].astype(tokens.v_BLHP.dtype)
+    last_k_BRHN = jnp.swapaxes(k_BHRN, 1, 2).astype(tokens.k_BLRGN.dtype)
+    return y_BLHP, State(angle_BHS, out.h_BHPN[:, :, :width, :d_state], last_k_BRHN, token.v_BLHP)
+
+
+def default_tile(rank: int):
+    """The fastest measured."""
+    from pallas_kernels.ssm.triton import decode as kernel
+
+    return kernel.Tile()
+
+
+def _turned(token: Tokens, heads: Heads, state: State, rotation: str):
+    """The token's angle, and its queries and keys, biased and rotated, float32."""
+    n_heads = token.dt_BLH.shape[-1]
+    before_BHS = state.angle_BHS.astype(jnp.float32)
+    if token.start_BL is not None:
+        before_BHS = jnp.where(token.start_BL[:, None, None], 0, before_BHS)
+    angle_BHS = within_a_turn(before_BHS + token.angle_BLHS.astype(jnp.float32) * token.dt_BLH[..., None])
+    both = ((token.q_BLRGN, heads.q_bias_HRN), (token.k_BLRGN, heads.k_bias_HRN))
+    biased = (per_head(x.astype(jnp.float32), n_heads) + bias_HRN for x, bias_HRN in both)
+    return angle_BHS, *(rotate(x_BHRN, angle_BHS[:, :, None], rotation) for x_BHRN in biased)
+
+
+def _coefficients(token: Tokens):
+    """a, beta, gamma: see `recurrent`. A start has no decayed past: both are exactly zero."""
+    a_BH = jnp.exp(token.log_a_BLH)
+    if token.start_BL is not None:
+        a_BH = jnp.where(token.start_BL[:, None], 0, a_BH)
+    return a_BH, (1 - token.trap_BLH) * token.dt_BLH * a_BH, token.trap_BLH * token.dt_BLH
+
+
+def _cross(state: State, token: Tokens, q_BHRN, k_BHRN):
+    """k_s . q_r for the ranks s of the token before, then of this one; the weight of s is in its X."""
+    before_BHRN = jnp.swapaxes(state.k_BRHN, 1, 2).astype(jnp.float32)
+    if token.start_BL is not None:
+        before_BHRN = jnp.where(token.start_BL[:, None, None, None], 0, before_BHRN)
+    # Sums that fuse, not products of matrices of so few rows.
+    both = (jnp.sum(q_BHRN[:, :, :, None] * k[:, :, None], axis=-1) for k in (before_BHRN, k_BHRN))
+    return jnp.concatenate(list(both), axis=-1)
+
+
+def _padded_last(array, spare: int):
+    if array is None or not spare:
+        return array
+    return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, spare)])
+
+
+def _tile_size(size: int) -> int:
+    """The smallest power of two from 16 that is not below."""
+    return max(16, 1 << (size - 1).bit_length())

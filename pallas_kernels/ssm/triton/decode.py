@@ -1,0 +1,329 @@
+"""One token of the op in a Pallas Triton kernel: the state is read once and written once, in place.
+
+    h' = a h + sum_s w_s X_s k_s^T,   y_r = h' q_r = a h q_r + sum_s (k_s . q_r) w_s X_s
+    o = sum_r out_rank_r norm(y_r + D X_r) silu(gate gate_rank_r)
+
+s runs over the R ranks of the token before (w = beta = (1 - trap) dt a), then over those of this one (w = gamma =
+trap dt); X_s = v_rank v; keys and queries come biased and rotated.
+
+The state's bytes are the floor, so everything else has to hide behind them. What does not by itself is the sums over N
+that cross threads: R of them for each row of P. So N is taken in blocks of few columns, whose products add up thread by
+thread, and threads exchange what is left once a row.
+
+Letters: B batch, R rank, H heads, N state per head, P head width; J = 2 R, the two tokens' ranks; C columns of N at a
+time; I ranks and K = J, padded for a tensor core.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.ssm.triton.common import NN, NT, iota, product, sigmoid
+
+NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the kernel is cut, and what computes its sums. Performance only, but for `width`, the shape's.
+
+    Sums are "fma", element by element, or "dot", on tensor cores by three products of TF32 parts.
+    """
+
+    rows: int = 64  # of P a program, at most
+    columns: int = 32  # of N at a time, at most
+    heads: int = 1  # a program, one after another, the next one's state on its way
+    warps: int = 4
+    update: str = "fma"  # the sum over ranks that goes into the state
+    readout: str = "fma"  # the sums over N
+    reads: str = "new"  # state that q reads; "old": k_s . q_r, from outside, make up for what the token adds
+    finish: bool = True  # skip, norm, gate and the sum over ranks too, where a program has all that they need
+    width: int | None = None  # entries of P that are not padding; None: all
+    interpret: bool = False  # on the CPU, for tests
+
+
+class Inputs(NamedTuple):
+    """None: absent."""
+
+    h_BHPN: jax.Array  # float32, the state before the token
+    before_k_BRHN: jax.Array  # of the token before
+    before_v_BHP: jax.Array
+    q_BHRN: jax.Array
+    k_BHRN: jax.Array
+    v_BHP: jax.Array
+    a_BH: jax.Array  # these three float32
+    beta_BH: jax.Array
+    gamma_BH: jax.Array
+    cross_BHRJ: jax.Array | None  # float32, k_s . q_r: what reads="old" needs
+    start_B: jax.Array | None  # int32; what is not 0 forgets everything before
+    gate_BHP: jax.Array | None
+    skip_H: jax.Array | None
+    v_rank_HRP: jax.Array | None
+    gate_rank_HRP: jax.Array | None
+    out_rank_HRP: jax.Array | None
+    norm_HP: jax.Array | None
+
+
+class Outputs(NamedTuple):
+    h_BHPN: jax.Array  # in the buffer of the one before, where that is donated
+    o_BHP: jax.Array | None  # like v
+    y_BHRP: jax.Array | None  # float32: y alone, where the program does not finish
+
+
+def fitting(tile: Tile, width: int, d_state: int, n_heads: int, *, norm: bool) -> Tile:
+    """`tile` cut down to the sizes, which are padded to powers of two; norm needs all of P in one program."""
+    heads = tile.heads
+    while n_heads % heads:
+        heads //= 2
+    rows = min(tile.rows, width)
+    values = {"heads": heads, "rows": rows, "columns": min(tile.columns, d_state)}
+    return Tile(**{**tile.__dict__, **values, "finish": tile.finish and (rows == width or not norm)})
+
+
+def decode(inputs: Inputs, tile: Tile) -> Outputs:
+    """The state after the token, and o or y (see `Outputs`); `tile` as `fitting` gives it.
+
+    Raises:
+        ValueError: N or P not a power of two of at least 16, R not one up to 16, or a tile that does not fit.
+    """
+    batch, n_heads, width, d_state = inputs.h_BHPN.shape
+    rank = inputs.q_BHRN.shape[2]
+    for name, size, least, most in (
+        ("d_state", d_state, 16, 1024),
+        ("width", width, 16, 1024),
+        ("rank", rank, 1, 16),
+        ("tile.rows", tile.rows, 16, width),
+        ("tile.columns", tile.columns, 16, d_state),
+    ):
+        if size & (size - 1) or not least <= size <= most:
+            raise ValueError(f"{name}={size} is not a power of two from {least} to {most}")
+    if n_heads % tile.heads or {tile.update, tile.readout} - {"fma", "dot"} or tile.reads not in ("new", "old"):
+        raise ValueError(f"{tile} does not fit {n_heads=} or names an unknown way")
+    if (tile.reads == "old") != (inputs.cross_BHRJ is not None):
+        raise ValueError(f"{tile.reads=} with cross_BHRJ {'absent' if inputs.cross_BHRJ is None else 'given'}")
+    whole = {"R": rank, "N": d_state, "J": 2 * rank}
+
+    def spec(axes: str) -> pl.BlockSpec:
+        sizes = {"B": None, "H": tile.heads, "P": tile.rows, **whole}
+        index = lambda *at: tuple(dict(zip("PHB", at, strict=True)).get(axis, 0) for axis in axes)  # noqa: E731
+        return pl.BlockSpec(tuple(sizes[axis] for axis in axes), index)
+
+    def specs(arrays):
+        fields = zip(type(arrays)._fields, arrays, strict=True)
+        return type(arrays)(*[None if x is None else spec(name.split("_")[-1]) for name, x in fields])
+
+    shape = jax.ShapeDtypeStruct
+    y = shape((batch, n_heads, width), inputs.v_BHP.dtype), shape((batch, n_heads, rank, width), jnp.float32)
+    out = Outputs(shape(inputs.h_BHPN.shape, jnp.float32), *((y[0], None) if tile.finish else (None, y[1])))
+    how = {"compiler_params": plt.CompilerParams(num_warps=tile.warps, num_stages=1)}
+    (outputs,) = pl.pallas_call(
+        functools.partial(_kernel, tile=tile),
+        grid=(width // tile.rows, n_heads // tile.heads, batch),
+        in_specs=(specs(inputs),),
+        out_specs=[specs(out)],
+        out_shape=[out],
+        input_output_aliases={0: 0},
+        name="mamba3_decode",
+        **({"interpret": True} if tile.interpret else how),
+    )(inputs)
+    return outputs
+
+
+class Vectors(NamedTuple):
+    """What a program knows of a head but its state, float32: numbers, and one vector a rank."""
+
+    a: jax.Array
+    before_x_P: list  # times their weight
+    x_P: list
+    weighted_x_P: list  # times gamma
+
+
+def _kernel(refs: Inputs, out: Outputs, *, tile: Tile):
+    blocks = [pl.ds(start, tile.columns) for start in range(0, refs.h_BHPN.shape[-1], tile.columns)]
+    keep = None if refs.start_B is None else refs.start_B[...] == 0
+
+    def load(head: int):
+        return [_kept(refs.h_BHPN, (head, slice(None), columns), keep) for columns in blocks]
+
+    ahead = load(0)
+    for head in range(tile.heads):
+        h_PC = ahead
+        if head + 1 < tile.heads:  # before this head's stores, which loads are not moved across
+            ahead = load(head + 1)
+        vectors = _vectors(refs, head, keep)
+        readout = (_ReadoutDot if tile.readout == "dot" else _ReadoutFma)(refs, head, tile)
+        x_PK = _stacked_x(refs, head, keep, tile) if "dot" in (tile.update, tile.readout) else None
+        for columns, old_PC in zip(blocks, h_PC, strict=True):
+            if tile.reads == "old":
+                readout.add(old_PC, columns)
+            if tile.update == "dot":
+                k_KC = _stacked_k(refs, head, columns, keep)
+                new_PC = vectors.a * old_PC + product(x_PK, k_KC, NN, jnp.float32, tile)
+            else:
+                new_PC = _updated(refs, head, columns, old_PC, vectors, keep)
+            out.h_BHPN[head, :, columns] = new_PC
+            if tile.reads == "new":
+                readout.add(new_PC, columns)
+        _write(refs, out, head, readout.ranks(vectors, x_PK), vectors, tile)
+
+
+def _kept(ref, at, keep):
+    """What is there, zeros where all of the past is forgotten: not even read."""
+    if keep is None:
+        return ref[at].astype(jnp.float32)
+    return plt.load(ref.at[at], mask=jnp.broadcast_to(keep, _shape(ref, at)), other=0).astype(jnp.float32)
+
+
+def _shape(ref, at):
+    """Of ref[at]: numbers, whole axes and `pl.ds`."""
+    sizes = zip(ref.shape, at, strict=True)
+    return tuple(size if isinstance(index, slice) else index.size for size, index in sizes if type(index) is not int)
+
+
+def _vectors(refs: Inputs, head: int, keep) -> Vectors:
+    rank = refs.q_BHRN.shape[1]
+    v_P = refs.v_BHP[head, :].astype(jnp.float32)
+    before_v_P = refs.beta_BH[head] * _kept(refs.before_v_BHP, (head, slice(None)), keep)
+    gamma = refs.gamma_BH[head]
+    if refs.v_rank_HRP is None:
+        return Vectors(refs.a_BH[head], [before_v_P], [v_P], [gamma * v_P])
+    v_ranks_P = [refs.v_rank_HRP[head, r, :].astype(jnp.float32) for r in range(rank)]
+    x_P = [v_rank_P * v_P for v_rank_P in v_ranks_P]
+    return Vectors(refs.a_BH[head], [v_rank_P * before_v_P for v_rank_P in v_ranks_P], x_P, [gamma * x for x in x_P])
+
+
+# --- element by element ---
+
+
+def _updated(refs: Inputs, head: int, columns, h_PC, vectors: Vectors, keep):
+    """Not one sum over a stacked axis: that crosses threads."""
+    h_PC = vectors.a * h_PC
+    for r, (before_x_P, x_P) in enumerate(zip(vectors.before_x_P, vectors.weighted_x_P, strict=True)):
+        before_k_C = _kept(refs.before_k_BRHN, (r, head, columns), keep)
+        h_PC += before_x_P[:, None] * before_k_C[None, :]
+        h_PC += x_P[:, None] * refs.k_BHRN[head, r, columns].astype(jnp.float32)[None, :]
+    return h_PC
+
+
+class _ReadoutFma:
+    def __init__(self, refs: Inputs, head: int, tile: Tile):
+        self.refs, self.head, self.old = refs, head, tile.reads == "old"
+        self.sums_PC = [0.0] * refs.q_BHRN.shape[1]
+
+    def add(self, h_PC, columns):
+        for r, sum_PC in enumerate(self.sums_PC):
+            q_C = self.refs.q_BHRN[self.head, r, columns].astype(jnp.float32)
+            self.sums_PC[r] = sum_PC + h_PC * q_C[None, :]
+
+    def ranks(self, vectors: Vectors, x_PK):
+        """y_r, one vector of P a rank."""
+        y_P = [jnp.sum(sum_PC, axis=1) for sum_PC in self.sums_PC]
+        if not self.old:
+            return y_P
+        added_P = [*vectors.before_x_P, *vectors.weighted_x_P]
+        cross = lambda r, s: self.refs.cross_BHRJ[self.head, r, s]  # noqa: E731
+        return [sum((cross(r, s) * x_P for s, x_P in enumerate(added_P)), vectors.a * y) for r, y in enumerate(y_P)]
+
+
+# --- on tensor cores ---
+
+
+def _gathered(ref, *at, mask):
+    """ref[at], float32, zeros where `mask` is false: every index an array or a number, within the ref."""
+    at = tuple(jnp.broadcast_to(jnp.asarray(index, jnp.int32), mask.shape) for index in at)
+    return plt.load(ref.at[at], mask=mask, other=0).astype(jnp.float32)
+
+
+def _sources(rank: int):
+    """Which rank a row of the 2 R stacked ones is, and whether of the token before, of this one, or padding."""
+    s_K = iota(max(16, 2 * rank))  # fewer are silently wrong
+    return s_K & (rank - 1), s_K < rank, (s_K >= rank) & (s_K < 2 * rank)
+
+
+def _stacked_k(refs: Inputs, head: int, columns, keep):
+    """Keys of the token before, then of this one, then zeros: (K, C)."""
+    rank_K, before_K, now_K = _sources(refs.q_BHRN.shape[1])
+    if keep is not None:
+        before_K &= keep
+    column_C = columns.start + iota(columns.size)
+    wide = lambda mask_K: jnp.broadcast_to(mask_K[:, None], (mask_K.shape[0], columns.size))  # noqa: E731
+    before_KC = _gathered(refs.before_k_BRHN, rank_K[:, None], head, column_C[None, :], mask=wide(before_K))
+    return before_KC + _gathered(refs.k_BHRN, head, rank_K[:, None], column_C[None, :], mask=wide(now_K))
+
+
+def _stacked_x(refs: Inputs, head: int, keep, tile: Tile):
+    """w_s X_s, likewise: (P, K)."""
+    rank_K, before_K, now_K = _sources(refs.q_BHRN.shape[1])
+    v_P = refs.gamma_BH[head] * refs.v_BHP[head, :].astype(jnp.float32)
+    before_v_P = refs.beta_BH[head] * _kept(refs.before_v_BHP, (head, slice(None)), keep)
+    x_PK = jnp.where(before_K[None, :], before_v_P[:, None], jnp.where(now_K[None, :], v_P[:, None], 0.0))
+    if refs.v_rank_HRP is None:
+        return x_PK
+    used_PK = jnp.broadcast_to((before_K | now_K)[None, :], x_PK.shape)
+    return x_PK * _gathered(refs.v_rank_HRP, head, rank_K[None, :], iota(tile.rows)[:, None], mask=used_PK)
+
+
+class _ReadoutDot:
+    def __init__(self, refs: Inputs, head: int, tile: Tile):
+        self.refs, self.head, self.tile = refs, head, tile
+        self.rank = refs.q_BHRN.shape[1]
+        self.rank_I = iota(max(8, self.rank))
+        self.sum_PI = None
+
+    def _padded(self, column_C):
+        """Which entries of (I, C) are a rank's, and the rank of every row, the last one's again after it."""
+        mask_IC = jnp.broadcast_to((self.rank_I < self.rank)[:, None], (self.rank_I.shape[0], column_C.shape[0]))
+        return mask_IC, jnp.minimum(self.rank_I, self.rank - 1)[:, None]
+
+    def add(self, h_PC, columns):
+        column_C = columns.start + iota(columns.size)
+        mask_IC, rank_I1 = self._padded(column_C)
+        q_IC = _gathered(self.refs.q_BHRN, self.head, rank_I1, column_C[None, :], mask=mask_IC)
+        y_PI = product(h_PC, q_IC, NT, jnp.float32, self.tile)
+        self.sum_PI = y_PI if self.sum_PI is None else self.sum_PI + y_PI
+
+    def ranks(self, vectors: Vectors, x_PK):
+        y_PI = self.sum_PI
+        if self.tile.reads == "old":
+            s_K = iota(x_PK.shape[1])
+            mask_IK, rank_I1 = self._padded(s_K)
+            mask_IK &= (s_K < 2 * self.rank)[None, :]
+            s_1K = jnp.minimum(s_K, 2 * self.rank - 1)[None, :]
+            cross_IK = _gathered(self.refs.cross_BHRJ, self.head, rank_I1, s_1K, mask=mask_IK)
+            y_PI = vectors.a * y_PI + product(x_PK, cross_IK, NT, jnp.float32, self.tile)
+        return [jnp.sum(jnp.where((self.rank_I == r)[None, :], y_PI, 0.0), axis=1) for r in range(self.rank)]
+
+
+# --- outputs ---
+
+
+def _write(refs: Inputs, out: Outputs, head: int, y_P: list, vectors: Vectors, tile: Tile):
+    if out.y_BHRP is not None:
+        for r, y in enumerate(y_P):
+            out.y_BHRP[head, r, :] = y
+        return
+    finished = [_finished(refs, head, r, y, vectors.x_P[r], out.o_BHP.dtype, tile) for r, y in enumerate(y_P)]
+    out.o_BHP[head, :] = sum(finished[1:], finished[0]).astype(out.o_BHP.dtype)
+
+
+def _finished(refs: Inputs, head: int, r: int, y_P, x_P, dtype, tile: Tile):
+    """What rank r adds to the output: SPEC section 7."""
+    if refs.skip_H is not None:
+        y_P += refs.skip_H[head].astype(jnp.float32) * x_P
+    if refs.norm_HP is not None:
+        mean_square = jnp.sum(y_P * y_P) / (tile.width or tile.rows)
+        y_P *= lax.rsqrt(mean_square + NORM_EPS) * refs.norm_HP[head, :].astype(jnp.float32)
+    if refs.gate_BHP is not None:
+        gate_P = refs.gate_BHP[head, :].astype(jnp.float32)
+        if refs.gate_rank_HRP is not None:
+            gate_P *= refs.gate_rank_HRP[head, r, :].astype(jnp.float32)
+        y_P *= gate_P * sigmoid(gate_P, dtype, tile)
+    if refs.out_rank_HRP is not None:
+        y_P *= refs.out_rank_HRP[head, r, :].astype(jnp.float32)
+    return y_P
