@@ -1,12 +1,13 @@
 """The front door of the state space op: checks, the table of implementations, and `ssm` itself."""
 
+import jax
 import jax.numpy as jnp
 
 from mamba3_jax.ops.associative import associative
 from mamba3_jax.ops.chunked import chunked
 from mamba3_jax.ops.recurrent import recurrent
 from mamba3_jax.ops.rotary import ROTATIONS
-from mamba3_jax.ops.triton import triton
+from mamba3_jax.ops.triton import triton, unsupported
 from mamba3_jax.ops.types import Heads, State, Tokens, accumulator, empty_state
 
 __all__ = ["IMPLEMENTATIONS", "Heads", "State", "Tokens", "empty_state", "ssm"]
@@ -56,8 +57,15 @@ def ssm(
 
 
 def default_implementation(tokens: Tokens) -> str:
-    """One token is a plain step; anything longer is worth chunks."""
-    return "recurrent" if tokens.dt_BLH.shape[1] == 1 else "chunked"
+    """One token is a plain step, anything longer is worth chunks: in kernels on one NVIDIA GPU.
+
+    Over several devices XLA cannot divide a kernel as it divides plain code, so there it stays with the latter.
+    """
+    if tokens.dt_BLH.shape[1] == 1:
+        return "recurrent"
+    if jax.default_backend() == "gpu" and jax.device_count() == 1 and unsupported(tokens) is None:
+        return "triton" if "NVIDIA" in jax.devices()[0].device_kind else "chunked"
+    return "chunked"
 
 
 def check(tokens: Tokens, heads: Heads, state: State | None, rotation: str, chunk: int | None) -> None:

@@ -40,7 +40,7 @@ def triton(
     """
     # Here, since everything else works without the kernels.
     from pallas_kernels.ssm.triton import rotate, scan, scan_back
-    from pallas_kernels.ssm.triton.common import Tile, documents_in_chunks
+    from pallas_kernels.ssm.triton.common import Launch, Tile, documents_in_chunks
 
     check(tokens, interpret)
     batch, length, rank, _, d_state = tokens.q_BLRGN.shape
@@ -54,6 +54,8 @@ def triton(
     chunk = _power_of_two(max(16, rank, min(64, rows))) // rank
     n_chunks = -(-length // chunk)
     segments = segments or max(1, min(PROGRAMS // (batch * n_heads), n_chunks // 4))
+    if rank > 1:
+        tile = {"value": Launch(4, 1)} | tile
     tile = Tile(rows=chunk * rank, rank=rank, width=width, segments=segments, interpret=interpret, **tile)
     unit = max(chunk, tile.turned) * segments
     padding = -length % unit
@@ -126,7 +128,7 @@ class Layout:
             self.columns = np.asarray(to_planes(jnp.arange(d_state), planes, rotation))
         self.planes = max(4, 1 << (planes - 1).bit_length())
         rest = d_state - 2 * planes
-        while rest > 2 * self.planes or self.planes < 8 and not rest:
+        while rest > 2 * self.planes or (self.planes < 8 and not rest):
             self.planes *= 2
         self.size = 4 * self.planes if rest else 2 * self.planes
         places = np.arange(self.size).reshape(2, -1)
@@ -148,7 +150,7 @@ class Layout:
 
 def _log_decay(log_a_BHL, start_BL, chunk: int):
     """`log_decay` of every chunk: two (B, H, L)."""
-    batch, n_heads, length = log_a_BHL.shape
+    batch, n_heads = log_a_BHL.shape[:2]
     start_EQ = None if start_BL is None else start_BL.reshape(-1, chunk)
     within_EQQ, _ = documents(start_EQ, chunk)
     log_a_BCHQ = jnp.swapaxes(log_a_BHL.reshape(batch, n_heads, -1, chunk), 1, 2)
@@ -158,21 +160,29 @@ def _log_decay(log_a_BHL, start_BL, chunk: int):
 
 
 def check(tokens: Tokens, interpret: bool) -> None:
-    """Raise ValueError, naming it, for what the kernel does not support."""
+    """Raise ValueError, naming it, for what the kernels do not support."""
     if not interpret and jax.default_backend() != "gpu":
         raise ValueError(f"implementation='triton' needs an NVIDIA GPU, the backend is {jax.default_backend()!r}")
+    wish = unsupported(tokens)
+    if wish is not None:
+        raise ValueError(f"implementation='triton' {wish}")
+
+
+def unsupported(tokens: Tokens) -> str | None:
+    """What the kernels want of these shapes and dtypes, and what they got; None: nothing."""
     rank, d_state, width = tokens.q_BLRGN.shape[2], tokens.q_BLRGN.shape[-1], tokens.v_BLHP.shape[-1]
+    planes = tokens.angle_BLHS.shape[-1]
     if tokens.dt_BLH.dtype != jnp.float32:
-        raise ValueError(f"implementation='triton' computes in float32, dt is {tokens.dt_BLH.dtype}")
+        return f"computes in float32, dt is {tokens.dt_BLH.dtype}"
+    dtype = jnp.result_type(tokens.q_BLRGN, tokens.k_BLRGN, tokens.v_BLHP)
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        return f"wants q, k and v in float32 or bfloat16, not {dtype}"
     if rank & (rank - 1) or rank > 16:
-        raise ValueError(f"implementation='triton' wants a rank that is a power of two up to 16, not {rank=}")
-    size = Layout(d_state, tokens.angle_BLHS.shape[-1], "half").size
-    if size > 256 or width > 128:
-        planes = tokens.angle_BLHS.shape[-1]
-        raise ValueError(
-            f"implementation='triton' wants d_state up to 256 (with room for the planes) and P up to 128, not {d_state=}"
-            f" with {planes=}, P={width}"
-        )
+        return f"wants a rank that is a power of two up to 16, not {rank=}"
+    if width > 128 or Layout(d_state, planes, "half").size > 256:
+        room = "d_state up to 256 (with room for the planes) and P up to 128"
+        return f"wants {room}, not {d_state=} with {planes=}, P={width}"
+    return None
 
 
 def _padded_last(array_P, spare: int):

@@ -14,7 +14,8 @@ from jax.experimental.pallas import triton as plt
 NN, NT, TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
 
 
-class Launch(NamedTuple):
+@dataclass(frozen=True)
+class Launch:
     """How one kernel runs: warps a program, and how many steps ahead its loop loads."""
 
     warps: int

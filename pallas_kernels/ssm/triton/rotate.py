@@ -8,6 +8,7 @@ length, and the overflow is the modulo.
 
 import functools
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -99,14 +100,15 @@ def _sincos(phi_TS, tile: Tile):
 class Whole(NamedTuple):
     """What adds up over a row: see `_whole_kernel`."""
 
-    turn_BLHS: jax.Array  # angle / (2 pi), its leading 12 bits
-    turn_rest_BLHS: jax.Array  # and the rest, together to 2^-36
+    head_BLHS: jax.Array  # angle / (2 pi): its leading 12 bits
+    middle_BLHS: jax.Array  # the next 12
+    tail_BLHS: jax.Array  # and the rest, together to 2^-47
     dt_BHL: jax.Array
     document_BL: jax.Array | None
 
 
 def _whole_kernel(refs: Whole, out_ref, *, tile: Tile):
-    """The angle of chunks (of the last document of each), to 2^-36 of itself, for a block of heads: token by token.
+    """The angle of chunks (of the last document of each), to 2^-47 of itself, for a block of heads: token by token.
 
     A float32 product would be off by 2^-25 of itself, the same way at every token of a constant input: 1e-2 rad after a
     million tokens. Products of two numbers of 12 bits are exact, whether a compiler fuses them with a sum or not.
@@ -115,26 +117,29 @@ def _whole_kernel(refs: Whole, out_ref, *, tile: Tile):
     coarse_HCS, small_HCS = jnp.int32(0), 0.0
     for token in range(tile.turned):
         of_chunks = pl.ds(token, chunks, stride=tile.turned)
-        turn_HCS, turn_rest_HCS = (
-            ref[of_chunks, :][None] if len(ref.shape) == 2 else ref[token, :, :][:, None]
-            for ref in (refs.turn_BLHS, refs.turn_rest_BLHS)
+        head_HCS, middle_HCS, tail_HCS = (
+            ref[of_chunks, :][None] if len(ref.shape) == 2 else ref[token, :, :][:, None] for ref in refs[:3]
         )
         dt_HC1 = refs.dt_BHL[:, of_chunks][..., None]
         if refs.document_BL is not None:
             last_C = refs.document_BL[pl.ds(tile.turned - 1, chunks, stride=tile.turned)]
             dt_HC1 = jnp.where((refs.document_BL[of_chunks] == last_C)[None, :, None], dt_HC1, 0.0)
         dt_head_HC1 = _head(dt_HC1)
-        exact_HCS = turn_HCS * dt_head_HC1
-        exact_HCS -= jnp.floor(exact_HCS + 0.5)
-        more_HCS = (exact_HCS * 2.0**30).astype(jnp.int32)
-        small_HCS += turn_HCS * (dt_HC1 - dt_head_HC1) + turn_rest_HCS * dt_HC1
-        small_HCS += exact_HCS - more_HCS.astype(jnp.float32) * 2.0**-30
-        coarse_HCS += more_HCS
-    small_HCS -= jnp.floor(small_HCS + 0.5)
-    more_HCS = (small_HCS * 2.0**30).astype(jnp.int32)
-    small_HCS -= more_HCS.astype(jnp.float32) * 2.0**-30
+        dt_tail_HC1 = dt_HC1 - dt_head_HC1
+        small_HCS += middle_HCS * dt_tail_HC1 + tail_HCS * dt_HC1
+        for exact_HCS in (head_HCS * dt_head_HC1, head_HCS * dt_tail_HC1, middle_HCS * dt_head_HC1):
+            more_HCS, rest_HCS = _fixed(exact_HCS)
+            coarse_HCS, small_HCS = coarse_HCS + more_HCS, small_HCS + rest_HCS
+    more_HCS, rest_HCS = _fixed(small_HCS)
     # Rounded, not cut off: the same error at every chunk would add up.
-    out_ref[0][...] = (coarse_HCS + more_HCS) * 4 + jnp.floor(small_HCS * 2.0**32 + 0.5).astype(jnp.int32)
+    out_ref[0][...] = (coarse_HCS + more_HCS) * 4 + jnp.floor(rest_HCS * 2.0**32 + 0.5).astype(jnp.int32)
+
+
+def _fixed(turns):
+    """turns modulo 1 as a multiple of 2^-30 and an exact rest below it."""
+    turns -= jnp.floor(turns + 0.5)
+    fixed = (turns * 2.0**30).astype(jnp.int32)
+    return fixed, turns - fixed.astype(jnp.float32) * 2.0**-30
 
 
 def _of_head(ref):
@@ -151,23 +156,27 @@ def _head(x):
 
 
 def _turns(angle):
-    """angle / (2 pi): the leading 12 bits, and the rest to 2^-36."""
+    """angle / (2 pi): the leading 12 bits, the next 12, and the rest to 2^-47."""
     scale = 2.0 ** (12 - math.frexp(INVERSE_TURN)[1])
     first = math.floor(INVERSE_TURN * scale) / scale
     second = math.floor((INVERSE_TURN - first) * scale * 4096) / (scale * 4096)
-    head = _head(angle)
-    tail = angle - head
-    product = head * first
-    turn = _head(product)
-    small = tail * second + angle * (INVERSE_TURN - first - second)
-    return turn, (product - turn) + (tail * first + (head * second + small))
+    angle_head = _head(angle)
+    angle_tail = angle - angle_head
+    exact = [angle_head * first, angle_tail * first, angle_head * second]
+    head = _head(exact[0])
+    middle = [exact[0] - head, exact[1], exact[2]]
+    heads = [_head(x) for x in middle]
+    sum_ = (heads[0] + heads[1]) + heads[2]  # of a few multiples of a common step: exact
+    middle_head = _head(sum_)
+    rest = sum(x - y for x, y in zip(middle, heads, strict=True))
+    small = angle_tail * second + angle * (INVERSE_TURN - first - second)
+    return head, middle_head, (sum_ - middle_head) + (rest + small)
 
 
 def _starts(inputs: Inputs, document_BL, tile: Tile):
     """start_BHCS, the angle before every chunk of `tile.turned` tokens, and the last angle, 32-bit."""
     batch, length, _, planes = inputs.angle_BLHS.shape
     n_heads, chunks = inputs.dt_BHL.shape[1], length // tile.turned
-    turn_BLHS, turn_rest_BLHS = _turns(inputs.angle_BLHS)
     heads = _heads(inputs, tile.heads_turned, tile)
     # One chunk a program; the interpreter takes a while for each, whatever its size.
     together = math.gcd(chunks, 4096) if tile.interpret and inputs.angle_BLHS.shape[2] == 1 else 1
@@ -176,10 +185,10 @@ def _starts(inputs: Inputs, document_BL, tile: Tile):
         _whole_kernel,
         "mamba3_angles",
         tile,
-        tile.rotate._replace(warps=1),
+        replace(tile.rotate, warps=1),
         (n_heads // heads, chunks // together, batch),
-        Whole(turn_BLHS, turn_rest_BLHS, inputs.dt_BHL, document_BL),
-        Whole(blocks.angle, blocks.angle, blocks.spec("BHL"), None if document_BL is None else blocks.spec("BL")),
+        Whole(*_turns(inputs.angle_BLHS), inputs.dt_BHL, document_BL),
+        Whole(*[blocks.angle] * 3, blocks.spec("BHL"), None if document_BL is None else blocks.spec("BL")),
         [((batch, n_heads, chunks, planes), jnp.int32, blocks.spec("BHCS", C=together))],
     )
     turns_BHS = inputs.first_BHS * INVERSE_TURN
@@ -421,10 +430,14 @@ def _back_kernel(refs: Back, out: BackOutputs, *, tile: Tile, adjacent: bool):
 
 
 def _back(inputs: Inputs, start_BHCS, x_BLRGN, bias_HRN, dx_BHTN, adjacent: bool, tile: Tile):
-    """Gradients of queries or keys and of their bias, and the angle's partial sums: ranks and blocks of heads summed."""
+    """Gradients of queries or keys, of their bias, and the angle's: sums over ranks and blocks of heads."""
     batch, length, rank, groups, d_state = x_BLRGN.shape
     n_heads, planes = start_BHCS.shape[1], start_BHCS.shape[-1]
-    heads, chunks, angle_heads = _heads(inputs, tile.heads_back, tile), length // tile.turned, inputs.angle_BLHS.shape[2]
+    heads, chunks, angle_heads = (
+        _heads(inputs, tile.heads_back, tile),
+        length // tile.turned,
+        inputs.angle_BLHS.shape[2],
+    )
     blocks = Blocks(inputs, tile.turned, heads, ranks=rank)
     document_BL = documents_in_chunks(inputs.document_BL, tile.turned)
     per_token = None if document_BL is None else blocks.spec("BL")
@@ -458,12 +471,8 @@ def _rotate_bwd(adjacent: bool, tile: Tile, residuals, cotangents):
     dq_BHTN, dk_BHTN, dlast_BHS = cotangents
     batch, length = inputs.q_BLRGN.shape[:2]
     n_heads, planes = start_BHCS.shape[1], start_BHCS.shape[-1]
-    dq_BLRGN, dq_bias_HRN, of_q = _back(
-        inputs, start_BHCS, inputs.q_BLRGN, inputs.q_bias_HRN, dq_BHTN, adjacent, tile
-    )
-    dk_BLRGN, dk_bias_HRN, of_k = _back(
-        inputs, start_BHCS, inputs.k_BLRGN, inputs.k_bias_HRN, dk_BHTN, adjacent, tile
-    )
+    dq_BLRGN, dq_bias_HRN, of_q = _back(inputs, start_BHCS, inputs.q_BLRGN, inputs.q_bias_HRN, dq_BHTN, adjacent, tile)
+    dk_BLRGN, dk_bias_HRN, of_k = _back(inputs, start_BHCS, inputs.k_BLRGN, inputs.k_bias_HRN, dk_BHTN, adjacent, tile)
     dangle_BLHS, ddt_BHL, dphi_BHCS = jax.tree.map(jnp.add, of_q, of_k)
     chunks = length // tile.turned
     later_BHCS, dfirst_BHS, within_BCQ = _later(inputs, dphi_BHCS, dlast_BHS, tile)

@@ -87,8 +87,15 @@ class Grid:
         self.chunks = self.rows // tile.rows
         self.shape = (self.batch, self.heads, tile.segments)
         self.sizes = {
-            **{"B": self.batch, "H": self.heads, "S": tile.segments, "R": tile.rank, "P": self.width, "N": self.d_state},
-            **{"T": rows, "L": rows // tile.rank, "A": -(-self.chunks // tile.anchor)},
+            "B": self.batch,
+            "H": self.heads,
+            "S": tile.segments,
+            "R": tile.rank,
+            "P": self.width,
+            "N": self.d_state,
+            "T": rows,
+            "L": rows // tile.rank,
+            "A": -(-self.chunks // tile.anchor),
         }
 
     def spec(self, axes: str) -> pl.BlockSpec:
@@ -119,7 +126,7 @@ def rows_of(index, tile: Tile):
 
 
 class Weights(NamedTuple):
-    """Those of one head, float32, a row of the tile each (ranks repeat) where there are ranks. Loaded before the loop."""
+    """Those of one head, float32; of ranks, a row for every row of a chunk. Loaded before the loop."""
 
     v_rank_TP: jax.Array | None
     gate_rank_TP: jax.Array | None

@@ -12,7 +12,7 @@ e^(c_t - c_s) inside a chunk, S = q k^T, and x' = kappa x:
 The gradient of a decay needs no products of its own. A pair's log weight is c_t - c_s, so the gradient of c_t is what
 token t receives less what it gives, r_t = dy_t . y_t - kappa_t dkappa_t (both without the own token's part and the
 skip's), and the last row of a chunk adds what crosses its end, <dh, h>. That in turn is the sum of r over the tokens
-after it: summed over a few chunks, and every `anchor` chunks taken from the two states, so that rounding cannot pile up.
+after it: summed over a few chunks, and every `anchor` chunks taken from the two states, for rounding must not pile up.
 """
 
 import functools
@@ -31,11 +31,11 @@ from pallas_kernels.ssm.triton.scan import (
     Decay,
     Grid,
     Inputs,
+    Weights,
     combine,
     finish,
     forward,
     rows_of,
-    Weights,
     token_rows,
     tokens_of,
     values,
@@ -99,6 +99,7 @@ def _since_dy_TP(refs: Gradients, decay: Decay, index, tile: Tile):
 
 def _keep(ref, h_PN, index, tile: Tile):
     """Store a state at every `anchor`-th chunk."""
+
     def store():
         ref[lax.div(index, jnp.int32(tile.anchor))] = h_PN
 
