@@ -159,7 +159,7 @@ def test_a_named_implementation_runs_or_raises(monkeypatch):
             ssm(tokens, heads, state, implementation="triton")
     for shape, message in (
         (SISO._replace(d_state=258), "d_state up to 256 .* not d_state=258"),
-        (SISO._replace(d_state=200, planes=50), "d_state up to 256 .* not d_state=200 with planes=50"),
+        (SISO._replace(d_state=250, planes=40), "d_state up to 256 .* not d_state=250 with planes=40"),
         (SISO._replace(width=129), "P up to 128, not d_state=8 with planes=2, P=129"),
         (MIMO._replace(rank=3), "a power of two up to 16, not rank=3"),
     ):
