@@ -86,7 +86,7 @@ def triton(
         jnp.pad(state.angle_BHS, [(0, 0), (0, 0), (0, layout.planes - planes)]),
         document_BL,
     )
-    q_BHTN, k_BHTN, angle_BHS = rotate.rotate(rotated, layout.adjacent, tile)
+    q_BHTN, k_BHTN, angle_BHS = rotate.rotate(rotated, tile)
     angle_BHS = angle_BHS[..., :planes]
 
     spare = _tile_size(width) - width
@@ -113,39 +113,39 @@ def triton(
 
 
 class Layout:
-    """Where the kernels keep the entries of a state: N and S must be powers of two there, and N = 2 S or 4 S.
+    """Where the kernels keep the entries of a state: plane i at (2 i, 2 i + 1), then what does not turn.
 
-    Sizes that are so already stay as they are. Others get the half layout, plane i at (i, i + N/2), with room between.
+    N and S are powers of two there, and N = 2 S or 4 S. What is so already stays as it is, other sizes get room between.
+    Products of queries and keys do not see the order.
     """
 
     def __init__(self, d_state: int, planes: int, rotation: str):
-        self.size, self.planes, self.adjacent = d_state, planes, rotation == "adjacent"
-        self.columns = None
-        if d_state == _tile_size(d_state) and planes >= 4 and planes in (d_state // 2, d_state // 4):
-            return
-        self.adjacent = False
-        with jax.ensure_compile_time_eval():
-            self.columns = np.asarray(to_planes(jnp.arange(d_state), planes, rotation))
         self.planes = max(4, 1 << (planes - 1).bit_length())
         rest = d_state - 2 * planes
         while rest > 2 * self.planes or (self.planes < 8 and not rest):
             self.planes *= 2
         self.size = 4 * self.planes if rest else 2 * self.planes
-        places = np.arange(self.size).reshape(2, -1)
-        still = places[:, self.planes :].ravel()[:rest]
-        self.places = np.concatenate([places[0, :planes], places[1, :planes], still])
+        with jax.ensure_compile_time_eval():
+            in_planes = np.asarray(to_planes(jnp.arange(d_state), planes, rotation))
+        pairs = in_planes[: 2 * planes].reshape(2, planes).T.ravel()
+        # Entry `columns[i]` of the op goes to `places[i]` of the kernels.
+        self.columns = np.concatenate([pairs, in_planes[2 * planes :]])
+        self.places = np.concatenate([np.arange(2 * planes), 2 * self.planes + np.arange(rest)])
+        self.same = self.size == d_state and (self.columns == self.places).all()
 
     def to(self, array_N):
         """From the op's order to the kernels', zeros in between."""
-        if self.columns is None:
+        if self.same:
             return array_N
-        zeros = jnp.zeros((*array_N.shape[:-1], self.size), array_N.dtype)
-        return zeros.at[..., self.places].set(array_N[..., self.columns])
+        source = np.full(self.size, -1)
+        source[self.places] = self.columns
+        moved = jnp.take(array_N, np.maximum(source, 0), axis=-1)
+        return moved if (source >= 0).all() else jnp.where(source >= 0, moved, 0)
 
     def back(self, array_N):
-        if self.columns is None:
+        if self.same:
             return array_N
-        return array_N[..., self.places][..., np.argsort(self.columns)]
+        return jnp.take(array_N, self.places[np.argsort(self.columns)], axis=-1)
 
 
 def _log_decay(log_a_BHL, start_BL, chunk: int):

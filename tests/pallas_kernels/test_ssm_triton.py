@@ -148,7 +148,7 @@ def test_what_the_rotation_cannot_run(d_state, planes, length, message):
     x, bias = jnp.zeros((1, length, 1, 1, d_state)), jnp.zeros((2, 1, d_state))
     angle, dt, first = jnp.zeros((1, length, 1, planes)), jnp.zeros((1, 2, length)), jnp.zeros((1, 2, planes))
     with pytest.raises(ValueError, match=message):
-        rotate.rotate(rotate.Inputs(x, x, bias, bias, angle, dt, first, None), True, Tile())
+        rotate.rotate(rotate.Inputs(x, x, bias, bias, angle, dt, first, None), Tile())
 
 
 def test_a_named_implementation_runs_or_raises(monkeypatch):

@@ -31,7 +31,7 @@ class Tile:
     segments: int = 1  # parts of the length side by side, of equally many chunks
     turned: int = 16  # tokens that a program of the rotation turns
     heads_turned: int = 8  # at most, that a program of the rotation takes one after another
-    heads_back: int = 32  # likewise, of its backward pass, which adds up their gradients
+    heads_back: int = 16  # likewise, of its backward pass, which adds up their gradients
     anchor: int = 16  # chunks between two states that the backward pass keeps to start its sums from again
     rotate: Launch = Launch(2, 1)
     rotate_back: Launch = Launch(1, 1)

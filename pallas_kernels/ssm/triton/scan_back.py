@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.ssm.triton.common import NN, NT, TN, Tile, call, product, silu
 from pallas_kernels.ssm.triton.scan import (
@@ -100,10 +101,11 @@ def _since_dy_TP(refs: Gradients, decay: Decay, index, tile: Tile):
 def _keep(ref, h_PN, index, tile: Tile):
     """Store a state at every `anchor`-th chunk."""
 
-    def store():
-        ref[lax.div(index, jnp.int32(tile.anchor))] = h_PN
-
-    pl.when(lax.rem(index, jnp.int32(tile.anchor)) == 0)(store)
+    place, between = lax.div(index, jnp.int32(tile.anchor)), lax.rem(index, jnp.int32(tile.anchor))
+    if tile.interpret:  # whose masked stores write NaN to what was not written yet
+        pl.when(between == 0)(lambda: ref.__setitem__(place, h_PN))
+        return
+    plt.store(ref.at[place], h_PN, mask=jnp.full(h_PN.shape, between == 0))  # a branch holds up the loop's loads
 
 
 def _query_kernel(refs: Gradients, out: Query, *, tile: Tile):
