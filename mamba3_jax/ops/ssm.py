@@ -57,15 +57,14 @@ def ssm(
 
 
 def default_implementation(tokens: Tokens) -> str:
-    """One token is a plain step, anything longer is worth chunks: in kernels on one NVIDIA GPU.
+    """Kernels on one NVIDIA GPU; elsewhere one token is a plain step, and anything longer is worth chunks.
 
     Over several devices XLA cannot divide a kernel as it divides plain code, so there it stays with the latter.
     """
-    if tokens.dt_BLH.shape[1] == 1:
-        return "recurrent"
-    if jax.default_backend() == "gpu" and jax.device_count() == 1 and unsupported(tokens) is None:
-        return "triton" if "NVIDIA" in jax.devices()[0].device_kind else "chunked"
-    return "chunked"
+    one_gpu = jax.default_backend() == "gpu" and jax.device_count() == 1
+    if one_gpu and "NVIDIA" in jax.devices()[0].device_kind and unsupported(tokens) is None:
+        return "triton"
+    return "recurrent" if tokens.dt_BLH.shape[1] == 1 else "chunked"
 
 
 def check(tokens: Tokens, heads: Heads, state: State | None, rotation: str, chunk: int | None) -> None:

@@ -24,7 +24,7 @@ def triton(
     interpret: bool = False,
     **tile,
 ):
-    """The sums of `chunked` in two fused kernels, `pallas_kernels.ssm.triton`: rotate, then scan.
+    """The sums of `chunked` in two fused kernels, `pallas_kernels.ssm.triton`: rotate, then scan; one token: `decode`.
 
     The backward pass keeps the inputs, rotated queries and keys, the outputs before norm and gate, and the state before
     every segment.
@@ -39,10 +39,13 @@ def triton(
         ValueError: no NVIDIA GPU, float64, a rank that is not a power of two up to 16, d_state over 256 or P over 128.
     """
     # Here, since everything else works without the kernels.
+    from mamba3_jax.ops import decode
     from pallas_kernels.ssm.triton import rotate, scan, scan_back
     from pallas_kernels.ssm.triton.common import Launch, Tile, documents_in_chunks
 
     check(tokens, interpret)
+    if tokens.dt_BLH.shape[1] == 1:
+        return decode.decode(tokens, heads, state, rotation=rotation, interpret=interpret)
     batch, length, rank, _, d_state = tokens.q_BLRGN.shape
     n_heads, width = tokens.v_BLHP.shape[2:]
     planes = tokens.angle_BLHS.shape[-1]
@@ -115,8 +118,8 @@ def triton(
 class Layout:
     """Where the kernels keep the entries of a state: plane i at (2 i, 2 i + 1), then what does not turn.
 
-    N and S are powers of two there, and N = 2 S or 4 S. What is so already stays as it is, other sizes get room between.
-    Products of queries and keys do not see the order.
+    N and S are powers of two there, and N = 2 S or 4 S: other sizes get room between. Products of queries and keys do
+    not see the order.
     """
 
     def __init__(self, d_state: int, planes: int, rotation: str):

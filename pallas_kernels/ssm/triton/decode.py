@@ -177,7 +177,9 @@ def _kept(ref, at, keep):
     """What is there, zeros where all of the past is forgotten: not even read."""
     if keep is None:
         return ref[at].astype(jnp.float32)
-    return plt.load(ref.at[at], mask=jnp.broadcast_to(keep, _shape(ref, at)), other=0).astype(jnp.float32)
+    mask = jnp.broadcast_to(keep, _shape(ref, at))
+    at = tuple(jnp.int32(index) if type(index) is int else index for index in at)  # or the interpreter fails
+    return plt.load(ref.at[at], mask=mask, other=0).astype(jnp.float32)
 
 
 def _shape(ref, at):

@@ -233,7 +233,7 @@ class Turn(NamedTuple):
 
 
 def _still(d_state: int, planes: int):
-    """The entries that do not turn, a list of at most one slice of N; the planes are the pairs (2 i, 2 i + 1) before."""
+    """The entries that do not turn: at most one slice of N. Before them are the planes, pairs (2 i, 2 i + 1)."""
     return [pl.ds(2 * planes, d_state - 2 * planes)] if d_state > 2 * planes else []
 
 

@@ -179,17 +179,21 @@ def _key_kernel(refs: Gradients, out: Key, *, tile: Tile):
 
 def _value_kernel(refs: Gradients, out: Value, *, tile: Tile):
     inputs, dtype = refs.inputs, refs.inputs.q_BHTN.dtype
-    weights = Weights.load(inputs, tile)
     ranked = inputs.v_rank_HRP is not None
 
     def by_rank(x_TP):
         return x_TP.reshape(tile.tokens, tile.rank, x_TP.shape[-1])
 
     def chunk(index, carry):
-        dh_PN, *dv_rank_TP = carry
+        dh_PN, *dv_rank_RP = carry
         rows, tokens = rows_of(index, tile), tokens_of(index, tile)
         q_TN, k_TN, dy_TP = inputs.q_BHTN[rows, :], inputs.k_BHTN[rows, :], _dy_TP(refs, index, tile)
-        x_TP = values(inputs, weights, index, tile).astype(jnp.float32)
+        v_QRP = inputs.v_BLHP[tokens, :].astype(jnp.float32)[:, None, :]
+        if ranked:
+            v_rank_1RP = inputs.v_rank_HRP[...].astype(jnp.float32)[None]
+            x_TP = (v_QRP * v_rank_1RP).astype(dtype).reshape(dy_TP.shape).astype(jnp.float32)
+        else:
+            x_TP = v_QRP.reshape(dy_TP.shape)
         decay = Decay.load(inputs, index, tile)
         gamma_T, kappa_T = inputs.gamma_BHT[rows], inputs.kappa_BHT[rows]
         decay_TT, own_TT = decay.between(tile, transposed=True)
@@ -213,18 +217,15 @@ def _value_kernel(refs: Gradients, out: Value, *, tile: Tile):
             dx_TP += inputs.skip_H[...].astype(jnp.float32) * dy_TP.astype(jnp.float32)
 
         if ranked:
-            v_TP = token_rows(inputs.v_BLHP, index, tile).astype(jnp.float32)
-            dv_rank_TP = [dv_rank_TP[0] + dx_TP * v_TP]
-            dx_TP = dx_TP * weights.v_rank_TP
-        if tile.rank > 1:
-            dx_TP = jnp.sum(by_rank(dx_TP), axis=1)
+            dv_rank_RP = [dv_rank_RP[0] + jnp.sum(by_rank(dx_TP) * v_QRP, axis=0)]
+            dx_TP = jnp.sum(by_rank(dx_TP) * v_rank_1RP, axis=1)
         out.dv_BLHP[tokens, :] = dx_TP.astype(out.dv_BLHP.dtype)
-        return _demand(refs, decay, q_TN, dh_PN, index, tile), *dv_rank_TP
+        return _demand(refs, decay, q_TN, dh_PN, index, tile), *dv_rank_RP
 
-    more = [jnp.zeros((tile.rows, inputs.v_BLHP.shape[-1]), jnp.float32)] * ranked
+    more = [jnp.zeros((tile.rank, inputs.v_BLHP.shape[-1]), jnp.float32)] * ranked
     _, *more = _backwards(inputs.q_BHTN.shape[0] // tile.rows, chunk, (refs.dh_BHSPN[...], *more))
     if ranked:
-        out.dv_rank_BHSRP[...] = jnp.sum(by_rank(more[0]), axis=0)
+        out.dv_rank_BHSRP[...] = more[0]
 
 
 def _scan_fwd(inputs: Inputs, tile: Tile):
