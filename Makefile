@@ -1,6 +1,7 @@
 # make run      train a small Mamba-3 on real text, evaluate it, sample from it (minutes, 2 CPU cores)
 # make parity   the state-tracking experiment: what rotation is for
 # make test     lint and tests
+# make test-gpu the op and its kernels on this machine's GPU, with the python that has jax for it
 # All of them install into .venv first.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ WORKDIR ?= runs/text
 PYTEST ?= -n auto --maxprocesses=8 -m "not slow"
 BIN := .venv/bin
 
-.PHONY: run parity test install clean
+.PHONY: run parity test test-gpu install clean
 
 run: install
 	$(BIN)/python -m launch.train --config=experiments/text.py --workdir=$(WORKDIR)
@@ -18,6 +19,10 @@ run: install
 
 parity: install
 	$(BIN)/python -m experiments.parity --workdir=runs/parity --results=
+
+# On a machine with a GPU, in an environment that has jax for it: the op and its kernels, compiled for real.
+test-gpu:
+	JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -n 8 tests/ops tests/pallas_kernels
 
 test: install
 	$(BIN)/ruff check .

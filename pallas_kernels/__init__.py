@@ -1,4 +1,6 @@
-"""The ops of `mamba3_jax.ops`, fused, one folder an op and one file a backend. Imports jax and nothing of ours.
+"""The ops of `mamba3_jax.ops`, fused, one folder an op, in it one a backend.
 
-So far the scan in Triton, taken by `implementation="triton"` and by nothing else: it has not run on a GPU yet.
+Imports jax and nothing of ours.
+
+So far Triton, for NVIDIA GPUs: `implementation="triton"`, the default on one of them.
 """

@@ -97,7 +97,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         question="How fast is the op on a GPU in plain XLA (batch 16, length 2,048, 32 heads, P 64, N 128, bf16)?",
-        command="python -m experiments.benchmarks.ssm",
+        command="python -m experiments.benchmarks.ssm --implementations=chunked --cases=siso,mimo4",
         cost="3 minutes, one GPU",
         expected="SISO 4 ms forward, 20 ms forward+backward; MIMO R=4 15 and 84",
         result="benchmarks/results/ssm_gpu.json",

@@ -13,6 +13,7 @@ one. Calls take turns on several copies of small inputs, so that a device's cach
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 
@@ -309,15 +310,12 @@ def measure_task(task: Task, compiled, size: int) -> common.Timing:
     return common.measure(lambda: compiled(*next(turns)))
 
 
-def rows_of(tasks: list[Task], best: dict[str, dict]) -> list[dict]:
+def rows_of(tasks: list[Task], best: dict[str, dict]) -> Iterator[dict]:
     """One row a task; all are compiled first, side by side."""
     with ThreadPoolExecutor() as pool:
         compiled = list(pool.map(Task.compile, tasks))
-    rows = []
     for task, program in zip(tasks, compiled, strict=True):
-        rows.append(row_of(task, program, best[task.case.dtype]))
-        print(common.table(rows[-1:], COLUMNS).splitlines()[-1], flush=True)
-    return rows
+        yield row_of(task, program, best[task.case.dtype])
 
 
 def growth(case: Case, implementation: str, chunk: int | None) -> list[dict]:
@@ -400,15 +398,22 @@ def main(argv):
     if not FLAGS.growth:
         best = {dtype: ceilings(dtype) for dtype in {cases[name].dtype for name in names}}
     if FLAGS.growth:
-        for name, implementation, chunk in itertools.product(names, implementations, chunks):
-            rows += growth(cases[name], implementation, chunk)
+        found = (
+            row
+            for name, implementation, chunk in itertools.product(names, implementations, chunks)
+            for row in growth(cases[name], implementation, chunk)
+        )
     else:
-        rows = rows_of([task for name in names for task in tasks_of(name, cases[name], implementations, chunks)], best)
-    print(common.table(rows, GROWTH_COLUMNS if FLAGS.growth else COLUMNS))
-    kind = "growth" if FLAGS.growth else "ssm"
+        found = rows_of([task for name in names for task in tasks_of(name, cases[name], implementations, chunks)], best)
+    kind, columns = ("growth", GROWTH_COLUMNS) if FLAGS.growth else ("ssm", COLUMNS)
     sizes = {name: dataclasses.asdict(cases[name]) for name in names}
-    name = FLAGS.name or f"{kind}_{platform}"
-    print(common.write(name, origin, rows, FLAGS.out, cases=sizes, ceilings=best))
+    for row in found:
+        rows.append(row)
+        print(common.table([row], columns).splitlines()[-1], flush=True)
+        # After every row: a program that is stopped leaves what it has.
+        path = common.write(FLAGS.name or f"{kind}_{platform}", origin, rows, FLAGS.out, cases=sizes, ceilings=best)
+    print(common.table(rows, columns))
+    print(path)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mamba3_jax.ops.chunked import log_decay
 from mamba3_jax.ops.chunks import documents, incoming, last_state
 from mamba3_jax.ops.discretize import trapezoid
-from mamba3_jax.ops.rotary import to_planes
+from mamba3_jax.ops.rotary import from_planes, to_planes
 from mamba3_jax.ops.types import Heads, State, Tokens
 
 PROGRAMS = 256  # that fill an H200: two on each of its 132 multiprocessors
@@ -123,32 +122,30 @@ class Layout:
     """
 
     def __init__(self, d_state: int, planes: int, rotation: str):
+        self.own_planes, self.rest, self.rotation = planes, d_state - 2 * planes, rotation
         self.planes = max(4, 1 << (planes - 1).bit_length())
-        rest = d_state - 2 * planes
-        while rest > 2 * self.planes or (self.planes < 8 and not rest):
+        while self.rest > 2 * self.planes or (self.planes < 8 and not self.rest):
             self.planes *= 2
-        self.size = 4 * self.planes if rest else 2 * self.planes
-        with jax.ensure_compile_time_eval():
-            in_planes = np.asarray(to_planes(jnp.arange(d_state), planes, rotation))
-        pairs = in_planes[: 2 * planes].reshape(2, planes).T.ravel()
-        # Entry `columns[i]` of the op goes to `places[i]` of the kernels.
-        self.columns = np.concatenate([pairs, in_planes[2 * planes :]])
-        self.places = np.concatenate([np.arange(2 * planes), 2 * self.planes + np.arange(rest)])
-        self.same = self.size == d_state and (self.columns == self.places).all()
+        self.size = 4 * self.planes if self.rest else 2 * self.planes
+        self.same = rotation == "adjacent" and self.size == d_state and self.planes == planes
 
     def to(self, array_N):
         """From the op's order to the kernels', zeros in between."""
         if self.same:
             return array_N
-        source = np.full(self.size, -1)
-        source[self.places] = self.columns
-        moved = jnp.take(array_N, np.maximum(source, 0), axis=-1)
-        return moved if (source >= 0).all() else jnp.where(source >= 0, moved, 0)
+        planes = self.own_planes
+        first, second, rest = jnp.split(to_planes(array_N, planes, self.rotation), (planes, 2 * planes), axis=-1)
+        pairs = jnp.stack([first, second], axis=-1).reshape(*first.shape[:-1], -1)
+        spare = (2 * (self.planes - planes), self.size - 2 * self.planes - self.rest)
+        return jnp.concatenate([_padded_last(x, more) for x, more in zip((pairs, rest), spare, strict=True)], axis=-1)
 
     def back(self, array_N):
         if self.same:
             return array_N
-        return jnp.take(array_N, self.places[np.argsort(self.columns)], axis=-1)
+        pairs = array_N[..., : 2 * self.own_planes].reshape(*array_N.shape[:-1], self.own_planes, 2)
+        rest = array_N[..., 2 * self.planes :][..., : self.rest]
+        in_planes = jnp.concatenate([pairs[..., 0], pairs[..., 1], rest], axis=-1)
+        return from_planes(in_planes, self.own_planes, self.rotation)
 
 
 def _log_decay(log_a_BHL, start_BL, chunk: int):

@@ -1,1 +1,1 @@
-"""The chunked scan of Mamba-3, from rotated queries and keys to outputs: one file a backend, all as `triton.scan`."""
+"""Mamba-3's op: rotation, chunked scan and decoding step, one folder a backend. NOTES.md says what was tried."""
