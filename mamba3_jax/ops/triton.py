@@ -35,7 +35,8 @@ def triton(
         tile: other fields of `pallas_kernels.ssm.triton.common.Tile`. Performance only.
 
     Raises:
-        ValueError: no NVIDIA GPU, float64, a rank that is not a power of two up to 16, d_state over 256 or P over 128.
+        ValueError: no NVIDIA GPU, float64, a rank that is not a power of two up to 16, d_state over 256, P over 128, or
+            float32 with P d_state over 128 x 128.
     """
     # Here, since everything else works without the kernels.
     from mamba3_jax.ops import decode
@@ -51,12 +52,14 @@ def triton(
     layout = Layout(d_state, planes, rotation)
     dtype = jnp.result_type(tokens.q_BLRGN, tokens.k_BLRGN, tokens.v_BLHP)
 
-    large = _tile_size(width) * layout.size * dtype.itemsize > 64 * 128 * 2
+    large = _tile_size(width) * layout.size > 64 * 128
     rows = chunk * rank if chunk else 64 >> (large and dtype == jnp.float32)
     chunk = _power_of_two(max(16, rank, min(64, rows))) // rank
     n_chunks = -(-length // chunk)
     segments = segments or max(1, min(PROGRAMS // (batch * n_heads), n_chunks // 4))
-    if rank > 1:
+    if large:  # a state that fills the registers of four warps, and tiles that fill shared memory
+        tile = dict.fromkeys(("forward", "added", "query", "key", "value"), Launch(8, 1)) | tile
+    elif rank > 1:
         tile = {"value": Launch(4, 1)} | tile
     tile = Tile(rows=chunk * rank, rank=rank, width=width, segments=segments, interpret=interpret, **tile)
     unit = max(chunk, tile.turned) * segments
@@ -182,6 +185,8 @@ def unsupported(tokens: Tokens) -> str | None:
     if width > 128 or Layout(d_state, planes, "half").size > 256:
         room = "d_state up to 256 (with room for the planes) and P up to 128"
         return f"wants {room}, not {d_state=} with {planes=}, P={width}"
+    if dtype == jnp.float32 and _tile_size(width) * Layout(d_state, planes, "half").size > 128 * 128:
+        return f"has no room for float32 with P d_state over 128 x 128, not {d_state=}, P={width}"
     return None
 
 

@@ -50,7 +50,8 @@ def on_gpu(monkeypatch):
         (SISO_LARGE, 1),
         (SISO_LARGE._replace(planes=64, groups=2, norm=True), 2),
         (SISO_LARGE._replace(d_state=16, width=32, planes=4), 1),
-        (SISO_LARGE._replace(d_state=256, width=128, planes=64), 1),
+        (SISO_LARGE._replace(d_state=256, planes=64), 1),
+        (SISO_LARGE._replace(d_state=128, width=128), 1),
         (MIMO_LARGE, 2),
         (MIMO_LARGE._replace(rank=2, shared_angle=False, norm=True), 1),
         (MIMO_LARGE._replace(rank=8, d_state=64, planes=32), 1),
@@ -76,6 +77,18 @@ def test_lowers_for_cuda(shape, segments, packed, dtype, on_gpu):
         text = jax.jit(run).trace(tokens, heads, state).lower(lowering_platforms=("cuda",)).as_text()
     assert all(f"mamba3_{name}" in text for name in KERNELS)
     assert all((f"mamba3_{name}" in text) == (segments > 1) for name in ("segments", "segments_back"))
+
+
+@pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
+def test_the_largest_state_lowers_for_cuda(on_gpu):
+    tokens, heads, state = draw(SISO_LARGE._replace(d_state=256, width=128, planes=64))
+
+    def loss(tokens, heads, state):
+        return jnp.sum(triton(bfloat16(tokens), heads, state, rotation="adjacent")[0].astype(jnp.float32))
+
+    with use_abstract_mesh(GPU):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(tokens, heads, state)
+        assert "mamba3_value_gradient" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("shape", [SISO, MIMO], ids=["siso", "mimo"])
@@ -165,5 +178,7 @@ def test_a_named_implementation_runs_or_raises(monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             check(draw(shape)[0], interpret=True)
+    with pytest.raises(ValueError, match="no room for float32 with P d_state over 128 x 128, not d_state=256, P=128"):
+        check(draw(SISO._replace(d_state=256, width=128, planes=64))[0], interpret=True)
     with pytest.raises(ValueError, match="computes in float32, dt is float64"):
         check(draw(SISO, dtype=np.float64)[0], interpret=True)
