@@ -200,9 +200,6 @@ def _vectors(refs: Inputs, head: int, keep) -> Vectors:
     return Vectors(refs.a_BH[head], [v_rank_P * before_v_P for v_rank_P in v_ranks_P], x_P, [gamma * x for x in x_P])
 
 
-# --- element by element ---
-
-
 def _updated(refs: Inputs, head: int, columns, h_PC, vectors: Vectors, keep):
     """Not one sum over a stacked axis: that crosses threads."""
     h_PC = vectors.a * h_PC
@@ -231,9 +228,6 @@ class _ReadoutFma:
         added_P = [*vectors.before_x_P, *vectors.weighted_x_P]
         cross = lambda r, s: self.refs.cross_BHRJ[self.head, r, s]  # noqa: E731
         return [sum((cross(r, s) * x_P for s, x_P in enumerate(added_P)), vectors.a * y) for r, y in enumerate(y_P)]
-
-
-# --- on tensor cores ---
 
 
 def _gathered(ref, *at, mask):
@@ -300,9 +294,6 @@ class _ReadoutDot:
             cross_IK = _gathered(self.refs.cross_BHRJ, self.head, rank_I1, s_1K, mask=mask_IK)
             y_PI = vectors.a * y_PI + product(x_PK, cross_IK, NT, jnp.float32, self.tile)
         return [jnp.sum(jnp.where((self.rank_I == r)[None, :], y_PI, 0.0), axis=1) for r in range(self.rank)]
-
-
-# --- outputs ---
 
 
 def _write(refs: Inputs, out: Outputs, head: int, y_P: list, vectors: Vectors, tile: Tile):

@@ -55,9 +55,6 @@ def _rotate(inputs: Inputs, tile: Tile):
     return _rotate_fwd(inputs, tile)[0]
 
 
-# --- angles ---
-
-
 def _increments(angle_TS, dt_T):
     """angle dt as a 32-bit fraction of a turn, to 2^-24 of itself: what adds up inside a chunk."""
     turns_TS = angle_TS * (dt_T * INVERSE_TURN)[:, None]
@@ -218,9 +215,6 @@ def _radians(phi_BHS):
     return lax.shift_right_logical(phi_BHS, jnp.int32(8)).astype(jnp.float32) * (2 * math.pi / 2.0**24)
 
 
-# --- forward ---
-
-
 class Turn(NamedTuple):
     """What one program sees: a chunk of a head's tokens."""
 
@@ -332,9 +326,6 @@ def _rotate_fwd(inputs: Inputs, tile: Tile):
 
     q_BHTN, k_BHTN = turned(inputs.q_BLRGN, inputs.q_bias_HRN), turned(inputs.k_BLRGN, inputs.k_bias_HRN)
     return (q_BHTN, k_BHTN, _radians(last_BHS)), (inputs, start_BHCS)
-
-
-# --- backward ---
 
 
 class Back(NamedTuple):
