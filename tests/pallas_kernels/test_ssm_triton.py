@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
+from mamba3_jax.config import ModelConfig
+from mamba3_jax.model import LanguageModel
 from mamba3_jax.ops.ssm import ssm
 from mamba3_jax.ops.triton import check, triton
 from pallas_kernels.ssm.triton import rotate, scan
@@ -89,6 +91,26 @@ def test_the_largest_state_lowers_for_cuda(on_gpu):
     with use_abstract_mesh(GPU):
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(tokens, heads, state)
         assert "mamba3_value_gradient" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
+@pytest.mark.parametrize(
+    "how", [{}, {"mimo_rank": 2, "compute_dtype": "bfloat16", "remat": "op"}], ids=["siso", "mimo"]
+)
+def test_a_model_lowers_for_cuda(how, on_gpu):
+    """A training step's gradient on packed rows, and a decoding step."""
+    model = LanguageModel(ModelConfig(implementation="triton", d_model=128, d_state=64, **how))
+    tokens_BL, start_BL = np.zeros((2, 96), np.int32), np.zeros((2, 96), bool)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens_BL)
+
+    def loss(params):
+        return jnp.mean(jnp.square(model.apply(params, tokens_BL, None, start_BL)[0]))
+
+    with use_abstract_mesh(GPU):
+        step = jax.jit(jax.grad(loss)).trace(params).lower(lowering_platforms=("cuda",)).as_text()
+        token = jax.jit(model.apply).trace(params, tokens_BL[:, :1]).lower(lowering_platforms=("cuda",)).as_text()
+    assert all(f"mamba3_{name}" in step for name in KERNELS)
+    assert "mamba3_decode" in token
 
 
 @pytest.mark.parametrize("shape", [SISO, MIMO], ids=["siso", "mimo"])
