@@ -1,0 +1,253 @@
+"""A whole layer and a whole training step on a GPU: the kernels, as training takes them by default, and plain XLA.
+
+    python -m experiments.benchmarks.train
+    python -m experiments.benchmarks.train --models=siso-180m --implementations=default --length=8192 --batch=2
+
+The step is the trainer's own: loss, gradients and AdamW of one of `mamba3_jax.presets` at its real vocabulary, on rows
+of random tokens in documents of random length. The layer is one mixer, bfloat16, forward and with the gradient of its
+parameters and its input. Every result is first compared with that of the first implementation: the step's loss and
+gradient norm, the layer's output and gradients. MFU: model FLOPs (`mamba3_jax.train.flops`) over the device's peak.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from experiments.benchmarks import common
+from mamba3_jax.config import Config, DataConfig, ModelConfig
+from mamba3_jax.data.batch import Batch
+from mamba3_jax.mixers.mamba3 import Mamba3
+from mamba3_jax.presets import PRESETS
+from mamba3_jax.sharding import make_mesh, using
+from mamba3_jax.train.flops import flops_per_token, peak_flops
+from mamba3_jax.train.step import batch_shapes, init_state, put, state_shapes, train_step
+
+LAYERS = {
+    "layer siso": ModelConfig(vocab_size=8, d_model=1024, pattern="M", compute_dtype="bfloat16"),
+    "layer mimo4": ModelConfig(vocab_size=8, d_model=1024, pattern="M", compute_dtype="bfloat16", mimo_rank=4),
+}
+LAYER_BATCH, LAYER_LENGTH = 4, 2048
+MODELS = ("siso-180m", "mimo-180m", *LAYERS)
+# Two bfloat16 paths: of the loss, a mean over the batch; of what is rounded at every layer.
+TOLERANCE = {"loss": 1e-3, "grad_norm": 2e-2, "y": 1e-2, "gradients": 4e-2}
+
+FLAGS = flags.FLAGS
+
+
+@dataclasses.dataclass
+class Program:
+    """One function to time."""
+
+    model: str
+    what: str
+    implementation: str
+    config: ModelConfig
+    function: Callable
+    shapes: Callable[[], tuple]  # of the arguments
+    arguments: Callable[[], tuple]
+    values: Callable  # of a result: what must agree between implementations, by name
+    batch: int
+    length: int
+    donated: bool = False  # the first argument, which the first result takes the place of
+    scope: Callable = contextlib.nullcontext
+
+    def compile(self):
+        donated = {"donate_argnums": 0} if self.donated else {}
+        shapes = self.shapes()
+        with self.scope():
+            lowered = jax.jit(self.function, **donated).lower(*shapes)
+        self.kernels = "mamba3_" in lowered.as_text()  # how theirs are called
+        return lowered.compile()
+
+    def calls(self, compiled) -> Callable:
+        """A function that runs it once more; a donated argument is fed back."""
+        arguments = self.arguments()
+        if not self.donated:
+            return partial(compiled, *arguments)
+        state, *rest = arguments
+
+        def step():
+            nonlocal state
+            state, result = compiled(state, *rest)
+            return result
+
+        return step
+
+
+def documents(config: DataConfig, vocab_size: int) -> Batch:
+    """Random tokens in documents of geometric length, 512 on average; every row begins one."""
+    random = np.random.default_rng(0)
+    shape = (config.batch, config.length)
+    tokens_BL = random.integers(0, vocab_size, shape, np.int32)
+    start_BL = random.random(shape) < 1 / 512
+    start_BL[:, 0] = True
+    return Batch(tokens_BL, np.roll(tokens_BL, -1, axis=1), np.ones(shape, np.float32), start_BL)
+
+
+def step_program(model: str, implementation: str, batch: int, length: int) -> Program:
+    """As `mamba3_jax.train.loop` compiles it, on a mesh of one device."""
+    config = Config(model=dataclasses.replace(PRESETS[model], implementation=implementation))
+    config.data = DataConfig(batch=batch, length=length)
+    mesh = make_mesh("data:1", jax.devices()[:1])
+
+    def shapes():
+        return state_shapes(config, mesh), batch_shapes(config.data, mesh)
+
+    def arguments():
+        shardings = jax.tree.map(lambda shape: shape.sharding, shapes()[0])
+        with using(mesh):
+            state = jax.jit(partial(init_state, config), out_shardings=shardings)()
+            return state, put(documents(config.data, config.model.vocab_size), mesh)
+
+    return Program(
+        model,
+        "training step",
+        implementation,
+        config.model,
+        partial(train_step, config),
+        shapes,
+        arguments,
+        lambda metrics: {name: metrics[name] for name in ("loss", "grad_norm")},
+        batch,
+        length,
+        donated=True,
+        scope=partial(using, mesh),
+    )
+
+
+def layer_programs(model: str, implementation: str, batch: int, length: int) -> list[Program]:
+    """One mixer: forward, and forward with every gradient."""
+    config = dataclasses.replace(LAYERS[model], implementation=implementation)
+    mixer = Mamba3(config)
+
+    def forward(params, x_BLD):
+        return mixer.apply({"params": params}, x_BLD)[0]
+
+    def backward(params, x_BLD, dy_BLD):
+        y_BLD, pull = jax.vjp(forward, params, x_BLD)
+        return y_BLD, pull(dy_BLD)
+
+    def arguments(count: int):
+        keys = jax.random.split(jax.random.key(0), count)
+        shape = (batch, length, config.d_model)
+        params = nn.meta.unbox(mixer.init(keys[0], jnp.zeros((1, 1, config.d_model)))["params"])
+        return params, *(jax.random.normal(key, shape).astype(config.compute_dtype) for key in keys[1:])
+
+    def program(what, function, count, values):
+        given = jax.jit(partial(arguments, count))
+        shapes = partial(jax.eval_shape, given)
+        return Program(model, what, implementation, config, function, shapes, given, values, batch, length)
+
+    return [
+        program("forward", forward, 2, lambda y_BLD: {"y": y_BLD}),
+        program("forward+backward", backward, 3, lambda result: {"y": result[0], "gradients": result[1]}),
+    ]
+
+
+def programs_of(model: str, implementations: list[str], batch: int, length: int) -> list[Program]:
+    """Beside each other what is compared; "default" is what a config without an implementation gets."""
+    found = []
+    for implementation in implementations:
+        name = "" if implementation == "default" else implementation
+        if model in LAYERS:
+            found += layer_programs(model, name, LAYER_BATCH, LAYER_LENGTH)
+        else:
+            found.append(step_program(model, name, batch, length))
+    return sorted(found, key=lambda program: program.what)
+
+
+def errors(got: dict, want: dict) -> dict[str, float]:
+    """The largest relative error under each name, after raising for one over its tolerance."""
+    found = {}
+    for name, wanted in want.items():
+        pairs = zip(jax.tree.leaves(got[name]), jax.tree.leaves(wanted), strict=True)
+        found[name] = max(common.rel_rms(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in pairs)
+    return found
+
+
+def row_of(program: Program, compiled, want: dict | None) -> tuple[dict, dict]:
+    """Check, then time; returns the row, and the values that were checked."""
+    call = program.calls(compiled)
+    got = jax.device_get(program.values(call()))
+    row = {"model": program.model, "what": program.what, "batch": program.batch, "length": program.length}
+    row["implementation"] = program.implementation or f"default: {'kernels' if program.kernels else 'plain XLA'}"
+    row |= {f"{name} error": error for name, error in errors(got, want or got).items()}
+    for name, tolerance in TOLERANCE.items():
+        if name in got:
+            common.require({name: row[f"{name} error"]}, tolerance, f"{program.model}, {program.what}")
+    timing = common.measure(call, batch_seconds=0.5)
+    memory = compiled.memory_analysis()
+    resident = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    row |= {"ms": timing.median * 1e3, "best_ms": timing.best * 1e3}
+    row |= {"temp_mib": common.temp_mib(compiled), "peak_mib": common.temp_mib(compiled) + resident / 2**20}
+    row["tokens_per_second"] = program.batch * program.length / timing.median
+    if program.what == "training step":
+        row["loss"] = float(got["loss"])
+        if peak := peak_flops(0.0):
+            flops = row["tokens_per_second"] * flops_per_token(program.config, program.length)
+            row["mfu"] = flops * jax.device_count() / peak  # of the one device it runs on
+    return row, got
+
+
+COLUMNS = {
+    "model": "model",
+    "batch": "batch",
+    "length": "length",
+    "": "what",
+    "implementation": "implementation",
+    "ms": "ms",
+    "best": "best_ms",
+    "tokens/s": "tokens_per_second",
+    "MFU": "mfu",
+    "memory, MiB": "peak_mib",
+    "loss": "loss",
+    "of loss": "loss error",
+    "of gradient norm": "grad_norm error",
+    "of output": "y error",
+    "of gradients": "gradients error",
+}
+
+
+def main(argv):
+    del argv
+    if jax.default_backend() != "gpu":
+        raise app.UsageError(f"needs a GPU: the backend is {jax.default_backend()!r}")
+    origin = common.provenance(FLAGS.commit)
+    programs = [
+        program
+        for model in FLAGS.models
+        for program in programs_of(model, FLAGS.implementations, FLAGS.batch, FLAGS.length)
+    ]
+    rows, want, before = [], None, None
+    with ThreadPoolExecutor() as pool:
+        compiled = list(pool.map(Program.compile, programs))  # all before anything is timed
+    for program, binary in zip(programs, compiled, strict=True):
+        if (program.model, program.what) != before:
+            want, before = None, (program.model, program.what)
+        row, got = row_of(program, binary, want)
+        want = want or got
+        rows.append(row)
+        print(common.table([row], COLUMNS).splitlines()[-1], flush=True)
+        # After every row: a program that is stopped leaves what it has.
+        path = common.write(FLAGS.name, origin, rows, FLAGS.out)
+    print(common.table(rows, COLUMNS))
+    print(path)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_multi_enum("models", list(MODELS), [*PRESETS, *LAYERS], "which models and layers")
+    flags.DEFINE_list("implementations", ["chunked", "default"], "names in ops.ssm.IMPLEMENTATIONS, or default")
+    flags.DEFINE_integer("batch", 8, "rows of a training step", lower_bound=1)
+    flags.DEFINE_integer("length", 2048, "tokens of a row of a training step", lower_bound=1)
+    flags.DEFINE_string("name", "train_gpu", "of the result file")
+    flags.DEFINE_string("out", "", "directory of the result file; empty: experiments/benchmarks/results")
+    flags.DEFINE_string("commit", "", "recorded where the code runs outside its git checkout")
+    app.run(main)
