@@ -3,16 +3,20 @@
 import jax
 import jax.numpy as jnp
 
+from mamba3_jax.ops import choices
 from mamba3_jax.ops.associative import associative
 from mamba3_jax.ops.chunked import chunked
 from mamba3_jax.ops.recurrent import recurrent
 from mamba3_jax.ops.rotary import ROTATIONS
-from mamba3_jax.ops.triton import triton, unsupported
+from mamba3_jax.ops.triton import triton
+from mamba3_jax.ops.triton import unsupported as triton_unsupported
 from mamba3_jax.ops.types import Heads, State, Tokens, accumulator, empty_state
 
 __all__ = ["IMPLEMENTATIONS", "Heads", "State", "Tokens", "empty_state", "ssm"]
 
 IMPLEMENTATIONS = {"recurrent": recurrent, "associative": associative, "chunked": chunked, "triton": triton}
+# Those for NVIDIA GPUs, the first the default where nothing was measured: what each wants of inputs that it cannot run.
+KERNELS = {"triton": triton_unsupported}
 
 
 def ssm(
@@ -57,14 +61,23 @@ def ssm(
 
 
 def default_implementation(tokens: Tokens) -> str:
-    """Kernels on one NVIDIA GPU; elsewhere one token is a plain step, and anything longer is worth chunks.
+    """On an NVIDIA GPU what was measured to be the fastest (`choices`), or kernels; elsewhere plain XLA.
 
-    Over several devices XLA cannot divide a kernel as it divides plain code, so there it stays with the latter.
+    There one token is a plain step, and anything longer is worth chunks. Over several devices XLA cannot divide a
+    kernel as it divides plain code, so there it stays with the latter.
+
+    Raises:
+        ValueError: the table of choices names an implementation that is not one.
     """
-    one_gpu = jax.default_backend() == "gpu" and jax.device_count() == 1
-    if one_gpu and "NVIDIA" in jax.devices()[0].device_kind and unsupported(tokens) is None:
-        return "triton"
-    return "recurrent" if tokens.dt_BLH.shape[1] == 1 else "chunked"
+    plain = "recurrent" if tokens.dt_BLH.shape[1] == 1 else "chunked"
+    device = jax.devices()[0].device_kind
+    if jax.default_backend() != "gpu" or jax.device_count() > 1 or "NVIDIA" not in device:
+        return plain
+    entry = choices.choose(device, tokens)
+    if entry is not None and entry.implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"{choices.PATH} has {entry}, whose implementation is not one of {sorted(IMPLEMENTATIONS)}")
+    wanted = [*([entry.implementation] if entry else []), *KERNELS]
+    return next((name for name in wanted if name not in KERNELS or KERNELS[name](tokens) is None), plain)
 
 
 def check(tokens: Tokens, heads: Heads, state: State | None, rotation: str, chunk: int | None) -> None:

@@ -1,8 +1,11 @@
 """The op in Pallas Triton kernels, for NVIDIA GPUs. A leaf: Pallas Triton is deprecated upstream."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
+from mamba3_jax.ops import choices
 from mamba3_jax.ops.chunked import log_decay
 from mamba3_jax.ops.chunks import documents, incoming, last_state
 from mamba3_jax.ops.discretize import trapezoid
@@ -21,7 +24,7 @@ def triton(
     chunk: int | None = None,
     segments: int | None = None,
     interpret: bool = False,
-    **tile,
+    **launch,
 ):
     """The sums of `chunked` in two fused kernels, `pallas_kernels.ssm.triton`: rotate, then scan; one token: `decode`.
 
@@ -30,9 +33,10 @@ def triton(
 
     Args:
         chunk: tokens a chunk; the kernel takes the power of two at or below it that its tiles allow.
-        segments: how many parts of the length run side by side; None: as many as fill the device. Performance only.
+        segments: how many parts of the length run side by side; None: as many as there are `programs` for.
         interpret: run the kernels' program on any backend, slowly, for tests.
-        tile: other fields of `pallas_kernels.ssm.triton.common.Tile`. Performance only.
+        launch: other fields of `pallas_kernels.ssm.triton.common.Tile`, and `programs`, how many fill the device.
+            What is not given is the table's (`choices`) or, where it has nothing, chosen by hand. Performance only.
 
     Raises:
         ValueError: no NVIDIA GPU, float64, a rank that is not a power of two up to 16, d_state over 256, P over 128, or
@@ -41,28 +45,26 @@ def triton(
     # Here, since everything else works without the kernels.
     from mamba3_jax.ops import decode
     from pallas_kernels.ssm.triton import rotate, scan, scan_back
-    from pallas_kernels.ssm.triton.common import Launch, Tile, documents_in_chunks
+    from pallas_kernels.ssm.triton.common import documents_in_chunks
 
     check(tokens, interpret)
+    launch = choices.launch("triton", tokens) | launch
     if tokens.dt_BLH.shape[1] == 1:
-        return decode.decode(tokens, heads, state, rotation=rotation, interpret=interpret)
-    batch, length, rank, _, d_state = tokens.q_BLRGN.shape
-    n_heads, width = tokens.v_BLHP.shape[2:]
+        tile = None
+        if launch:
+            tile = decode.default_tile(tokens.q_BLRGN.shape[2])
+            tile = dataclasses.replace(tile, **_known(launch, tile))
+        return decode.decode(tokens, heads, state, rotation=rotation, interpret=interpret, tile=tile)
+    _, length, rank, _, d_state = tokens.q_BLRGN.shape
+    width = tokens.v_BLHP.shape[-1]
     planes = tokens.angle_BLHS.shape[-1]
     layout = Layout(d_state, planes, rotation)
     dtype = jnp.result_type(tokens.q_BLRGN, tokens.k_BLRGN, tokens.v_BLHP)
 
-    large = _tile_size(width) * layout.size > 64 * 128
-    rows = chunk * rank if chunk else 64 >> (large and dtype == jnp.float32)
-    chunk = _power_of_two(max(16, rank, min(64, rows))) // rank
-    n_chunks = -(-length // chunk)
-    segments = segments or max(1, min(PROGRAMS // (batch * n_heads), n_chunks // 4))
-    if large:  # a state that fills the registers of four warps, and tiles that fill shared memory
-        tile = dict.fromkeys(("forward", "added", "query", "key", "value"), Launch(8, 1)) | tile
-    elif rank > 1:
-        tile = {"value": Launch(4, 1)} | tile
-    tile = Tile(rows=chunk * rank, rank=rank, width=width, segments=segments, interpret=interpret, **tile)
-    unit = max(chunk, tile.turned) * segments
+    launch |= {name: value for name, value in (("chunk", chunk), ("segments", segments)) if value}
+    tile = tile_of(tokens, layout.size, launch, interpret)
+    chunk = tile.tokens
+    unit = max(chunk, tile.turned) * tile.segments
     padding = -length % unit
 
     gamma_BLH, kappa_BLH, first_BH = trapezoid(tokens.dt_BLH, tokens.trap_BLH, tokens.start_BL)
@@ -115,6 +117,30 @@ def triton(
     h_BHPN = layout.back(h_BHPN[:, :, :width])
     y_BLHP = y_BLHP[:, :length, :, :width].astype(tokens.v_BLHP.dtype)
     return y_BLHP, last_state(tokens, heads, angle_BHS, h_BHPN, rotation)
+
+
+def tile_of(tokens: Tokens, d_state: int, launch: dict, interpret: bool):
+    """The kernels' `Tile`: what `launch` says, the rest chosen by hand. `d_state` is the kernels'."""
+    from pallas_kernels.ssm.triton.common import Launch, Tile
+
+    batch, length, rank = tokens.q_BLRGN.shape[:3]
+    n_heads, width = tokens.v_BLHP.shape[2:]
+    launch = _known(launch, Tile, "chunk", "programs")
+    # Of a kernel, as JSON has it: [warps, stages].
+    launch = {name: Launch(*value) if isinstance(value, list) else value for name, value in launch.items()}
+
+    dtype = jnp.result_type(tokens.q_BLRGN, tokens.k_BLRGN, tokens.v_BLHP)
+    large = _tile_size(width) * d_state > 64 * 128
+    rows = launch.pop("chunk", 0) * rank or 64 >> (large and dtype == jnp.float32)
+    rows = _power_of_two(max(16, rank, min(64, rows)))
+    n_chunks = -(-length // (rows // rank))
+    segments = max(1, min(launch.pop("programs", PROGRAMS) // (batch * n_heads), n_chunks // 4))
+    by_hand = {"segments": segments}
+    if large:  # a state that fills the registers of four warps, and tiles that fill shared memory
+        by_hand |= dict.fromkeys(("forward", "added", "query", "key", "value"), Launch(8, 1))
+    elif rank > 1:
+        by_hand["value"] = Launch(4, 1)
+    return Tile(**{"rows": rows, "rank": rank, "width": width, "interpret": interpret} | by_hand | launch)
 
 
 class Layout:
@@ -188,6 +214,14 @@ def unsupported(tokens: Tokens) -> str | None:
     if dtype == jnp.float32 and _tile_size(width) * Layout(d_state, planes, "half").size > 128 * 128:
         return f"has no room for float32 with P d_state over 128 x 128, not {d_state=}, P={width}"
     return None
+
+
+def _known(launch: dict, tile, *more: str) -> dict:
+    """`launch`, after ValueError for what is neither a field of `tile` nor one of `more`."""
+    known = {field.name for field in dataclasses.fields(tile)} | set(more)
+    if unknown := sorted(set(launch) - known):
+        raise ValueError(f"implementation='triton' has no {', '.join(unknown)} to be launched with: {sorted(known)}")
+    return launch
 
 
 def _padded_last(array_P, spare: int):

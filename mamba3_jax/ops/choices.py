@@ -1,0 +1,106 @@
+"""What was measured to be the fastest, by device and shape: choices.json, written by `experiments.benchmarks.tune`."""
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from mamba3_jax.ops.types import Tokens
+
+PATH = Path(__file__).with_name("choices.json")
+# Of a device that was not measured, another of its architecture is the nearest.
+ARCHITECTURES = {
+    "Ampere": r"A100|A800|A30|A10G?|A40|A6000|RTX 30\d\d",
+    "Ada": r"L4|L40S?|L20|RTX 40\d\d",
+    "Hopper": r"H100|H200|H800|H20|GH200",
+    "Blackwell": r"B100|B200|B300|GB200|GB300|RTX 50\d\d",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One entry of the table: on this device, for inputs of this kind, what to run and how."""
+
+    device: str  # jax's device_kind
+    rank: int
+    dtype: str  # of q, k and v
+    width: int  # P and N, rounded up to powers of two
+    d_state: int
+    heads: int  # times the batch
+    length: int
+    implementation: str
+    launch: dict = dataclasses.field(default_factory=dict)  # by implementation: what it is told beside the inputs
+    measured: dict = dataclasses.field(default_factory=dict)  # ms of forward+backward by implementation, commit, date
+
+
+def choose(device: str, tokens: Tokens) -> Choice | None:
+    """The entry for these inputs: of this device, or else of one of its architecture; None where nothing fits.
+
+    Rank, dtype, sizes of the state, and whether it is one token, must be the entry's; of the entries left, the nearest
+    in batch x heads and length.
+    """
+    batch, length, rank, _, d_state = tokens.q_BLRGN.shape
+    heads, width = batch * tokens.v_BLHP.shape[2], tokens.v_BLHP.shape[3]
+    dtype = jnp.result_type(tokens.q_BLRGN, tokens.k_BLRGN, tokens.v_BLHP).name
+    kind = (rank, dtype, rounded(width), rounded(d_state), length == 1)
+
+    def fits(entry: Choice) -> bool:
+        return kind == (entry.rank, entry.dtype, entry.width, entry.d_state, entry.length == 1)
+
+    def distance(entry: Choice) -> float:
+        return abs(math.log2(entry.heads / heads)) + abs(math.log2(entry.length / length))
+
+    found = [entry for entry in table() if fits(entry)]
+    own = [entry for entry in found if entry.device == device]
+    akin = [entry for entry in found if architecture(entry.device) == architecture(device) is not None]
+    return min(own or akin, key=distance, default=None)
+
+
+def launch(implementation: str, tokens: Tokens) -> dict:
+    """What the table tells this implementation for these inputs on this process's devices; mostly nothing."""
+    entry = choose(jax.devices()[0].device_kind, tokens)
+    return dict(entry.launch.get(implementation, {})) if entry else {}
+
+
+def rounded(size: int) -> int:
+    """The smallest power of two that is not below."""
+    return 1 << (size - 1).bit_length()
+
+
+def architecture(device: str) -> str | None:
+    """NVIDIA's name of it, or None where it is not known."""
+    for name, models in ARCHITECTURES.items():
+        if re.search(rf"\b({models})\b", device):
+            return name
+    return None
+
+
+@functools.cache
+def table(path: Path = PATH) -> tuple[Choice, ...]:
+    """Every entry of the file.
+
+    Raises:
+        ValueError: what is wrong, and with which entry.
+    """
+    try:
+        entries = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    return tuple(_entry(values, f"{path}, entry {number}") for number, values in enumerate(entries))
+
+
+def _entry(values, where: str) -> Choice:
+    fields = {field.name: field for field in dataclasses.fields(Choice)}
+    needed = {name for name, field in fields.items() if field.default_factory is dataclasses.MISSING}
+    if not isinstance(values, dict) or set(values) - set(fields) or needed - set(values):
+        raise ValueError(f"{where}: {values} has not the fields {', '.join(fields)}")
+    for name, value in values.items():
+        kind = fields[name].type
+        if type(value) is not kind or (kind is int and value < 1):
+            raise ValueError(f"{where}: {name}={value!r} is not a {'positive ' * (kind is int)}{kind.__name__}")
+    return Choice(**values)

@@ -1,0 +1,138 @@
+"""The table of what was measured to be the fastest: which entry serves, and that what cannot be is refused."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mamba3_jax.ops import choices, ssm
+from mamba3_jax.ops.choices import Choice, choose
+from mamba3_jax.ops.triton import Layout, tile_of, triton
+from pallas_kernels.ssm.triton.common import Launch, Tile
+from tests.ops.cases import SISO, bfloat16, draw
+
+SHAPE = SISO._replace(batch=2, length=48, heads=32, groups=1, d_state=128, width=64, planes=32)
+ENTRY = Choice("NVIDIA H200", 1, "bfloat16", width=64, d_state=128, heads=64, length=48, implementation="triton")
+
+
+def tokens_of(shape=SHAPE, dtype=jnp.bfloat16):
+    """Shapes alone."""
+    tokens = jax.eval_shape(lambda: draw(shape)[0])
+    return jax.eval_shape(bfloat16, tokens) if dtype == jnp.bfloat16 else tokens
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """Puts entries in the place of the shipped ones."""
+    return lambda *entries: monkeypatch.setattr(choices, "table", lambda: entries)
+
+
+def test_the_nearest_entry_serves(table):
+    few = dataclasses.replace(ENTRY, heads=2)
+    long = dataclasses.replace(ENTRY, length=4096)
+    step = dataclasses.replace(ENTRY, length=1)
+    other = dataclasses.replace(ENTRY, device="NVIDIA H100 80GB HBM3")
+    table(few, long, step, other, ENTRY)
+    assert choose("NVIDIA H200", tokens_of()) is ENTRY
+    assert choose("NVIDIA H200", tokens_of(SHAPE._replace(heads=64, length=40))) is ENTRY
+    assert choose("NVIDIA H200", tokens_of(SHAPE._replace(batch=1, heads=4))) is few
+    assert choose("NVIDIA H200", tokens_of(SHAPE._replace(length=2048))) is long
+    assert choose("NVIDIA H200", tokens_of(SHAPE._replace(length=1))) is step
+    assert choose("NVIDIA H100 80GB HBM3", tokens_of(SHAPE._replace(length=2048))) is other  # its own, though far
+    assert choose("NVIDIA GH200 480GB", tokens_of(SHAPE._replace(batch=1, heads=4))) is few  # its architecture's
+    # Another rank, dtype or state, an architecture without entries, a device that nobody knows: what was chosen by hand
+    assert choose("NVIDIA H200", tokens_of(SHAPE._replace(width=32))) is None
+    assert choose("NVIDIA H200", tokens_of(SHAPE._replace(d_state=256))) is None
+    assert choose("NVIDIA H200", tokens_of(SHAPE._replace(rank=2))) is None
+    assert choose("NVIDIA H200", tokens_of(dtype=jnp.float32)) is None
+    assert choose("NVIDIA A100-SXM4-80GB", tokens_of()) is None
+    assert choose("NVIDIA Quantum 9000", tokens_of()) is None
+
+
+@pytest.fixture
+def on_h200(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H200")])
+
+
+def test_the_default_implementation(table, on_h200, monkeypatch):
+    def default(entry, shape=SHAPE):
+        table(*[entry] * (entry is not None))
+        return ssm.default_implementation(tokens_of(shape))
+
+    plain = dataclasses.replace(ENTRY, implementation="chunked")
+    assert default(None) == default(ENTRY) == default(None, SHAPE._replace(length=1)) == "triton"
+    assert default(plain) == "chunked"
+    # A kernel that the table names and that cannot run these inputs gives way; a plain one is for everything.
+    later = dataclasses.replace(ENTRY, implementation="later")
+    monkeypatch.setitem(ssm.IMPLEMENTATIONS, "later", None)
+    monkeypatch.setitem(ssm.KERNELS, "later", lambda tokens: "wants something else")
+    assert default(later) == "triton"
+    monkeypatch.setitem(ssm.KERNELS, "later", lambda tokens: None)
+    assert default(later) == "later"
+    monkeypatch.delitem(ssm.KERNELS, "later")
+    assert default(None, SHAPE._replace(rank=3)) == "chunked"
+    assert default(None, SHAPE._replace(rank=3, length=1)) == "recurrent"
+    with pytest.raises(ValueError, match=r"choices.json has .*implementation='fastest'.* is not one of"):
+        default(dataclasses.replace(ENTRY, implementation="fastest"))
+
+
+def test_the_launch_is_the_tables(table, on_h200):
+    told = {"chunk": 32, "programs": 512, "forward": [8, 3], "heads_turned": 2}
+    table(dataclasses.replace(ENTRY, launch={"triton": told}))
+    tokens = tokens_of(SHAPE._replace(length=1024))
+    size = Layout(128, 32, "adjacent").size
+    by_hand = tile_of(tokens, size, {}, False)
+    assert by_hand == Tile(rows=64, width=64, segments=4)
+    tile = tile_of(tokens, size, choices.launch("triton", tokens), False)
+    assert tile == dataclasses.replace(by_hand, rows=32, segments=8, forward=Launch(8, 3), heads_turned=2)
+    assert choices.launch("mosaic_gpu", tokens) == {}
+    for launch in ({"chunks": 1}, {"forwards": [4, 2]}):
+        with pytest.raises(ValueError, match=rf"implementation='triton' has no {next(iter(launch))} to be launched"):
+            tile_of(tokens, size, launch, False)
+
+
+def test_a_token_is_told_too(table, on_h200):
+    table(dataclasses.replace(ENTRY, length=1, dtype="float32", launch={"triton": {"nonsense": 1}}))
+    tokens, heads, state = draw(SHAPE._replace(length=1))
+    with pytest.raises(ValueError, match="has no nonsense to be launched with"):
+        triton(tokens, heads, state, rotation="adjacent")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": "1"}, "entry 1: rank='1' is not a positive int"),
+        ({"heads": 0}, "entry 1: heads=0 is not a positive int"),
+        ({"device": 5}, "entry 1: device=5 is not a str"),
+        ({"launch": [1]}, r"entry 1: launch=\[1\] is not a dict"),
+        ({"ranks": 1}, "entry 1: .* has not the fields device, rank"),
+    ],
+)
+def test_a_wrong_entry_is_named(change, message, tmp_path):
+    path = tmp_path / "choices.json"
+    entry = dataclasses.asdict(ENTRY)
+    path.write_text(json.dumps([entry]))
+    assert choices.table(path) == (ENTRY,)
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps([entry, entry | change]))
+    with pytest.raises(ValueError, match=message):
+        choices.table(path)
+    path.write_text("[")
+    with pytest.raises(ValueError, match=r"other.json is not JSON"):
+        choices.table(path)
+
+
+def test_the_shipped_table_can_be_used():
+    """Every entry names implementations that are, and launches that the kernels know."""
+    for entry in choices.table():
+        assert {entry.implementation, *entry.launch} <= set(ssm.IMPLEMENTATIONS), entry
+        assert choices.architecture(entry.device), entry
+        sizes = (entry.width, entry.d_state)
+        assert sizes == tuple(map(choices.rounded, sizes)), entry
+        if entry.length > 1:
+            shape = SHAPE._replace(rank=entry.rank, width=entry.width, d_state=entry.d_state)
+            tile_of(tokens_of(shape), entry.d_state, entry.launch.get("triton", {}), False)
