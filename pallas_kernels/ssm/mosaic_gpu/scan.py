@@ -1,0 +1,547 @@
+"""Bias, rotation and the chunked scan in one Pallas Mosaic GPU kernel, forward.
+
+    y_t = sum_{s < t} e^(c_t - c_s) kappa_s (q_t . k_s) x_s  +  gamma_t (q_t . k_t) x_t  +  e^(c_t) h_0 q_t  +  D x_t
+    h_T = sum_s e^(c_T - c_s) kappa_s x_s k_s^T  +  e^(c_T) h_0
+    o_t = sum over ranks of out_rank norm(y_t) silu(gate gate_rank)
+
+within a chunk of 64 rows, c the log2 of the decay since its first token; q and k are biased and turned by the angles of
+`phase` as they are read. A row is one rank of one token, **tokens fastest**: of the four warps that share a tile, each
+then holds rows of one rank, so that what belongs to a rank is one vector a warp, and a chunk's tile is the same block of
+tokens copied once for every rank.
+
+One program, one warpgroup, computes a head of a batch entry, or a segment of it. The state stays in registers; two
+programs share a multiprocessor, and one computes while the other waits. Of what a chunk reads, q, the angles and the
+gate have one place in shared memory, filled again as soon as they are in registers; what wgmma reads until the end of
+the chunk (k and v) has two.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.experimental.mosaic.gpu as mgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+NORM_EPS = 1e-5
+ROWS = 64  # of a chunk: what wgmma computes at least
+WIDTH = 64  # P
+TILE, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the kernel is cut. Performance only, but for `rank` and `width`, the shape's."""
+
+    rank: int = 1
+    width: int = WIDTH  # entries of P that are not padding
+    segments: int = 1  # parts of the length side by side, of equally many chunks
+    keep: bool = False  # y too, which the backward pass needs
+    interpret: object = None  # plgpu's InterpretParams: on the CPU, for tests
+
+    @property
+    def tokens(self) -> int:
+        """Of a chunk."""
+        return ROWS // self.rank
+
+
+class Inputs(NamedTuple):
+    """Padded to whole chunks: L = C Q. N in plane order: first entries of S planes, second ones, the rest."""
+
+    q_BLRGN: jax.Array
+    k_BLRGN: jax.Array
+    v_BLHP: jax.Array
+    gate_BLHP: jax.Array | None
+    phase_BHLS: jax.Array  # int16, fractions of a turn
+    scalars_BHCXT: jax.Array  # float32, of every row: log2 decay, gamma, kappa and, for packed rows, the document
+    h_BHSPN: jax.Array  # float32, the state before every segment
+    q_bias_HRN: jax.Array  # float32, as all below
+    k_bias_HRN: jax.Array
+    skip_H: jax.Array | None
+    v_rank_HRP: jax.Array | None
+    gate_rank_HRP: jax.Array | None
+    out_rank_HRP: jax.Array | None
+    norm_HP: jax.Array | None
+
+
+class Outputs(NamedTuple):
+    o_BLHP: jax.Array  # like v
+    h_BHSPN: jax.Array  # float32, the state after every segment
+    y_BLHRP: jax.Array | None  # before norm and gate
+
+
+class Shared(NamedTuple):
+    """Shared memory."""
+
+    q_TN: jax.Array
+    k_2TN: jax.Array  # turned in place
+    v_2TP: jax.Array  # times v_rank, in place
+    x_TP: jax.Array  # weighted for the state; later, what is stored
+    gate_TP: jax.Array  # the gate, then the output, in place
+    phase_TS: jax.Array
+    scalars_2XT: jax.Array
+    h_PN: jax.Array
+    q_bias_RN: jax.Array
+    k_bias_RN: jax.Array
+    v_rank_RP: jax.Array | None
+    gate_rank_RP: jax.Array | None
+    out_rank_RP: jax.Array | None
+    norm_1P: jax.Array | None
+
+
+class Barriers(NamedTuple):
+    """Raised when what was copied has arrived."""
+
+    early: jax.Array  # q and phase
+    chunk: jax.Array  # two: k, v, scalars
+    gate: jax.Array
+    head: jax.Array  # what does not depend on the chunk
+
+
+def check(inputs: Inputs, tile: Tile) -> None:
+    """Raise ValueError, naming it, for a size that the kernel cannot run."""
+    batch, length, rank, groups, d_state = inputs.q_BLRGN.shape
+    n_heads, width = inputs.v_BLHP.shape[2:]
+    planes = inputs.phase_BHLS.shape[-1]
+    if tile.rank not in (1, 2, 4) or rank != tile.rank:
+        raise ValueError(f"{tile.rank=} is not 1, 2 or 4, or q has another {rank=}")
+    if d_state not in (64, 128) or width != WIDTH:
+        raise ValueError(f"{d_state=} is not 64 or 128, or {width=} not {WIDTH}")
+    if planes not in (16, 32, 64) or 2 * planes > d_state:
+        raise ValueError(f"{planes=} is not 16, 32 or 64, or more than {d_state=} holds")
+    if length % (tile.tokens * tile.segments) or length == 0:
+        raise ValueError(f"{length=} is not a multiple of {tile.segments=} chunks of {tile.tokens} tokens")
+    if n_heads % groups:
+        raise ValueError(f"{n_heads=} is not a multiple of {groups=}")
+
+
+def forward(inputs: Inputs, tile: Tile) -> Outputs:
+    """See the module; h of `inputs` is what comes before every segment.
+
+    Raises:
+        ValueError: see `check`.
+    """
+    check(inputs, tile)
+    batch, length, rank, groups, d_state = inputs.q_BLRGN.shape
+    n_heads = inputs.v_BLHP.shape[2]
+    n_chunks = length // tile.tokens
+    flat = inputs._replace(  # the copy engine sees at most five axes, those of a tile twice
+        q_BLRGN=inputs.q_BLRGN.reshape(batch, length, -1),
+        k_BLRGN=inputs.k_BLRGN.reshape(batch, length, -1),
+        v_BLHP=inputs.v_BLHP.reshape(batch, length, -1),
+        gate_BLHP=None if inputs.gate_BLHP is None else inputs.gate_BLHP.reshape(batch, length, -1),
+        phase_BHLS=inputs.phase_BHLS.reshape(batch * n_heads, length, -1),
+        scalars_BHCXT=inputs.scalars_BHCXT.reshape(batch * n_heads * n_chunks, -1, ROWS),
+        norm_HP=None if inputs.norm_HP is None else inputs.norm_HP[:, None],
+    )
+    sizes = Sizes(n_heads, n_heads // groups, groups, n_chunks // tile.segments, d_state, inputs.phase_BHLS.shape[-1])
+    out_type = (
+        jax.ShapeDtypeStruct((batch, length, n_heads * WIDTH), inputs.v_BLHP.dtype),
+        jax.ShapeDtypeStruct(inputs.h_BHSPN.shape, jnp.float32),
+        *([jax.ShapeDtypeStruct((batch, length, n_heads * rank * WIDTH), inputs.v_BLHP.dtype)] * tile.keep),
+    )
+    arrays, tree = jax.tree.flatten(flat)
+    n_scalars = inputs.scalars_BHCXT.shape[3]
+
+    def kernel(*refs):
+        inputs, out = jax.tree.unflatten(tree, refs[: len(arrays)]), refs[len(arrays) :]
+        body = functools.partial(_kernel, inputs, Outputs(*out, *[None] * (3 - len(out))), sizes=sizes, tile=tile)
+        shared = _shared(inputs, n_scalars, sizes, tile)
+        n_head = sum(x is not None for x in shared[-6:])
+        barriers = Barriers(
+            plgpu.Barrier(num_arrivals=2 * rank),
+            plgpu.Barrier(num_arrivals=2 * rank + 1, num_barriers=2),
+            plgpu.Barrier(num_arrivals=rank),
+            plgpu.Barrier(num_arrivals=n_head),
+        )
+        pl.run_scoped(body, shared, barriers)
+
+    interpret = {} if tile.interpret is None else {"interpret": tile.interpret}
+    o_BLHP, h_BHSPN, *y = plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        grid=(batch * n_heads * tile.segments,),
+        grid_names=("program",),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,  # commit_smem stands wherever warps exchange something
+        ),
+        kernel_name="mamba3_mosaic_scan",
+        **interpret,
+    )(*arrays)
+    y_BLHRP = y[0].reshape(batch, length, n_heads, rank, WIDTH) if y else None
+    return Outputs(o_BLHP.reshape(inputs.v_BLHP.shape), h_BHSPN, y_BLHRP)
+
+
+def scan(inputs: Inputs, tile: Tile) -> Outputs:
+    """`forward`, in segments; h of `inputs` of shape (B, H, 1, P, N), the state before the row."""
+    return forward(inputs, tile)
+
+
+def interpreter():
+    """What runs the kernel on the CPU."""
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax 0.10 has no public name
+
+    return InterpretGPUParams()
+
+
+@dataclass(frozen=True)
+class Sizes:
+    heads: int
+    heads_a_group: int
+    groups: int
+    chunks: int  # of a segment
+    d_state: int
+    planes: int
+
+
+def _tiled(*shape, dtype=jnp.bfloat16):
+    """Shared memory as wgmma and the copy engine want a matrix."""
+    swizzle = min(128, shape[-1] * jnp.dtype(dtype).itemsize)
+    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+
+
+def _shared(refs: Inputs, n_scalars: int, sizes: Sizes, tile: Tile) -> Shared:
+    d_state = sizes.d_state
+
+    def vectors(ref, size):
+        return None if ref is None else plgpu.SMEM((ref.shape[1], size), jnp.float32)
+
+    return Shared(
+        _tiled(ROWS, d_state),
+        _tiled(2, ROWS, d_state),
+        _tiled(2, ROWS, WIDTH),
+        _tiled(ROWS, WIDTH),
+        _tiled(ROWS, WIDTH),
+        _tiled(ROWS, sizes.planes, dtype=jnp.int16),
+        plgpu.SMEM((2, n_scalars, ROWS), jnp.float32),
+        _tiled(WIDTH, d_state),
+        vectors(refs.q_bias_HRN, d_state),
+        vectors(refs.k_bias_HRN, d_state),
+        vectors(refs.v_rank_HRP, WIDTH),
+        vectors(refs.gate_rank_HRP, WIDTH),
+        vectors(refs.out_rank_HRP, WIDTH),
+        vectors(refs.norm_HP, WIDTH),
+    )
+
+
+class Program:
+    """Which part of the arrays one program works on, and its copies."""
+
+    def __init__(self, refs: Inputs, out: Outputs, shared: Shared, barriers: Barriers, sizes: Sizes, tile: Tile):
+        self.refs, self.out, self.shared, self.barriers, self.sizes, self.tile = refs, out, shared, barriers, sizes, tile
+        program = lax.axis_index("program")
+        # Heads run fastest: neighbours read the same queries and keys.
+        self.head = lax.rem(program, jnp.int32(sizes.heads))
+        rest = lax.div(program, jnp.int32(sizes.heads))
+        self.segment, self.batch = lax.rem(rest, jnp.int32(tile.segments)), lax.div(rest, jnp.int32(tile.segments))
+        self.group = lax.div(self.head, jnp.int32(sizes.heads_a_group))
+        self.row = self.batch * sizes.heads + self.head
+
+    def tokens(self, index):
+        return pl.ds((self.segment * self.sizes.chunks + index) * self.tile.tokens, self.tile.tokens)
+
+    def _rows(self, rank: int):
+        return pl.ds(rank * self.tile.tokens, self.tile.tokens)
+
+    def load_head(self):
+        names = ("q_bias_HRN", "k_bias_HRN", "v_rank_HRP", "gate_rank_HRP", "out_rank_HRP", "norm_HP")
+        for name, to in zip(names, self.shared[-6:], strict=True):
+            if to is not None:
+                plgpu.copy_gmem_to_smem(getattr(self.refs, name).at[self.head], to, self.barriers.head)
+
+    def load_early(self, index):
+        """q and the angles of a chunk."""
+        sizes, tile, tokens = self.sizes, self.tile, self.tokens(index)
+        for rank in range(tile.rank):
+            columns = pl.ds((rank * sizes.groups + self.group) * sizes.d_state, sizes.d_state)
+            q_QN, to = self.refs.q_BLRGN.at[self.batch, tokens, columns], self.shared.q_TN.at[self._rows(rank)]
+            plgpu.copy_gmem_to_smem(q_QN, to, self.barriers.early)
+            phase_QS, to = self.refs.phase_BHLS.at[self.row, tokens], self.shared.phase_TS.at[self._rows(rank)]
+            plgpu.copy_gmem_to_smem(phase_QS, to, self.barriers.early)
+
+    def load_chunk(self, index, slot):
+        """k, v and scalars of a chunk."""
+        sizes, tile, tokens, barrier = self.sizes, self.tile, self.tokens(index), self.barriers.chunk.at[slot]
+        for rank in range(tile.rank):
+            columns = pl.ds((rank * sizes.groups + self.group) * sizes.d_state, sizes.d_state)
+            k_QN, to = self.refs.k_BLRGN.at[self.batch, tokens, columns], self.shared.k_2TN.at[slot, self._rows(rank)]
+            plgpu.copy_gmem_to_smem(k_QN, to, barrier)
+            v_QP = self.refs.v_BLHP.at[self.batch, tokens, pl.ds(self.head * WIDTH, WIDTH)]
+            plgpu.copy_gmem_to_smem(v_QP, self.shared.v_2TP.at[slot, self._rows(rank)], barrier)
+        chunk = (self.row * tile.segments + self.segment) * sizes.chunks + index
+        plgpu.copy_gmem_to_smem(self.refs.scalars_BHCXT.at[chunk], self.shared.scalars_2XT.at[slot], barrier)
+
+    def load_gate(self, index):
+        gate_QP = self.refs.gate_BLHP.at[self.batch, self.tokens(index), pl.ds(self.head * WIDTH, WIDTH)]
+        for rank in range(self.tile.rank):
+            plgpu.copy_gmem_to_smem(gate_QP, self.shared.gate_TP.at[self._rows(rank)], self.barriers.gate)
+
+    def store(self, from_TP, index):
+        """The output of a chunk, its first rows."""
+        to = self.out.o_BLHP.at[self.batch, self.tokens(index), pl.ds(self.head * WIDTH, WIDTH)]
+        plgpu.copy_smem_to_gmem(from_TP.at[self._rows(0)], to)
+
+    def store_y(self, from_TP, index):
+        for rank in range(self.tile.rank):
+            columns = pl.ds((self.head * self.tile.rank + rank) * WIDTH, WIDTH)
+            to = self.out.y_BLHRP.at[self.batch, self.tokens(index), columns]
+            plgpu.copy_smem_to_gmem(from_TP.at[self._rows(rank)], to)
+
+
+def _kernel(refs: Inputs, out: Outputs, shared: Shared, barriers: Barriers, *, sizes: Sizes, tile: Tile):
+    program = Program(refs, out, shared, barriers, sizes, tile)
+    chunks, gated = sizes.chunks, refs.gate_BLHP is not None
+    skip = None if refs.skip_H is None else refs.skip_H[program.head]
+    program.load_head()
+    program.load_early(0)
+    for index in range(min(2, chunks)):
+        program.load_chunk(index, index)
+    if gated:
+        program.load_gate(0)
+    plgpu.barrier_wait(barriers.head)
+
+    def chunk(index, h_PN):
+        slot = lax.rem(index, jnp.int32(2))
+        k_TN, v_TP, scalars_XT = shared.k_2TN.at[slot], shared.v_2TP.at[slot], shared.scalars_2XT.at[slot]
+        plgpu.barrier_wait(barriers.early)
+        plgpu.barrier_wait(barriers.chunk.at[slot])
+        decay = Decay(scalars_XT, tile)
+
+        phase_TS = _load(shared.phase_TS, TILE, tile).astype(jnp.float32) * (2 * jnp.pi / 2.0**16)
+        turn = functools.partial(_turned, sin_TS=jnp.sin(phase_TS), cos_TS=jnp.cos(phase_TS), tile=tile)
+        q_TN = turn(shared.q_TN, shared.q_bias_RN)
+        k_TN[...] = turn(k_TN, shared.k_bias_RN)
+        shared.h_PN[...] = h_PN.astype(jnp.bfloat16)
+        # What was stored in the last chunk has left shared memory by now.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if gated:
+            pl.when(index > 0)(lambda: program.load_gate(index))
+        x_TP = _load(v_TP, TILE, tile).astype(jnp.float32)
+        if shared.v_rank_RP is not None:
+            x_TP *= _of_rank(shared.v_rank_RP, tile)
+            v_TP[...] = x_TP.astype(jnp.bfloat16)
+        shared.x_TP[...] = (x_TP * _down(decay.weight_until_T(), WIDTH)).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        pl.when(index + 1 < chunks)(lambda: program.load_early(index + 1))
+
+        score_TT, y_TP = _products([(q_TN, (k_TN, "t"), ROWS), (q_TN, (shared.h_PN, "t"), WIDTH)], tile)
+        score_TT *= decay.weight_TT(tile)
+        if refs.skip_H is not None:
+            row_TT, column_TT = (_iota((ROWS, ROWS), axis, TILE, tile) for axis in (0, 1))
+            score_TT = jnp.where(row_TT == column_TT, score_TT + skip, score_TT)
+        y_TP *= _down(decay.since_T(), WIDTH)
+        score_TT = score_TT.astype(jnp.bfloat16)
+        y_TP, h_PN = _added(
+            [y_TP, h_PN * decay.whole()], [(score_TT, (v_TP, "")), ((shared.x_TP, "t"), (k_TN, ""))], tile
+        )
+        _finish(y_TP, program, index, tile)
+        pl.when(index + 2 < chunks)(lambda: program.load_chunk(index + 2, slot))
+        return h_PN
+
+    h_ref = (program.batch, program.head, program.segment)
+    h_PN = lax.fori_loop(0, chunks, chunk, _load(refs.h_BHSPN.at[h_ref], TILE, tile, optimized=False))
+    out.h_BHSPN.at[h_ref][...] = h_PN
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _finish(y_TP, program: Program, index, tile: Tile):
+    """Norm, gate, sum over ranks, and the stores. Ends with a barrier: all have read what the chunk copied."""
+    refs, shared = program.refs, program.shared
+    if tile.keep:
+        plgpu.commit_smem()  # all products with x are done
+        shared.x_TP[...] = y_TP.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        program.store_y(shared.x_TP, index)
+    if shared.norm_1P is not None:
+        mean_T = jnp.sum(jnp.square(y_TP), axis=1) * (1 / tile.width)
+        y_TP *= _down(lax.rsqrt(mean_T + NORM_EPS), WIDTH)
+        y_TP *= _across(_load(shared.norm_1P.at[0], COLUMN, tile), ROWS)
+    if refs.gate_BLHP is not None:
+        plgpu.barrier_wait(program.barriers.gate)
+        gate_TP = _load(shared.gate_TP, TILE, tile).astype(jnp.float32)
+        if shared.gate_rank_RP is not None:
+            gate_TP *= _of_rank(shared.gate_rank_RP, tile)
+        y_TP *= gate_TP * (0.5 + 0.5 * jnp.tanh(0.5 * gate_TP))
+    if shared.out_rank_RP is not None:
+        y_TP *= _of_rank(shared.out_rank_RP, tile)
+    shared.gate_TP[...] = y_TP.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    if tile.rank == 1:
+        program.store(shared.gate_TP, index)
+        return
+    # Ranks are in different warps: a product with ones adds them up, for each of the warps alike.
+    token_TT = [_token(_iota((ROWS, ROWS), axis, TILE, tile), tile) for axis in (0, 1)]
+    ones_TT = jnp.where(token_TT[0] == token_TT[1], 1.0, 0.0).astype(jnp.bfloat16)
+    (o_TP,) = _products([(ones_TT, (shared.gate_TP, ""), WIDTH)], tile)
+    if tile.keep:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    shared.x_TP[...] = o_TP.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    program.store(shared.x_TP, index)
+
+
+class Decay:
+    """What the scalars of a chunk weigh. Vectors are loaded where they are used: they would fill the registers."""
+
+    def __init__(self, scalars_XT, tile: Tile):
+        self.scalars_XT, self.tile = scalars_XT, tile
+        self.packed = scalars_XT.shape[0] == 4
+
+    def _scalar(self, which: int, layout):
+        return _load(self.scalars_XT.at[which], layout, self.tile)
+
+    def _last(self, which: int):
+        return self.scalars_XT[which, ROWS - 1]
+
+    def weight_TT(self, tile: Tile):
+        """e^(c_t - c_s) kappa_s for targets t (down) after sources s, in a document; gamma_t where t = s."""
+        shape = (ROWS, ROWS)
+        target_TT, source_TT = (_token(_iota(shape, axis, TILE, tile), tile) for axis in (0, 1))
+        before_TT = target_TT > source_TT
+        if self.packed:
+            before_TT &= _down(self._scalar(3, ROW), ROWS) == _across(self._scalar(3, COLUMN), ROWS)
+        gap_TT = _down(self._scalar(0, ROW), ROWS) - _across(self._scalar(0, COLUMN), ROWS)
+        later_TT = jnp.exp2(gap_TT) * _across(self._scalar(2, COLUMN), ROWS)
+        own_TT = jnp.where(target_TT == source_TT, _across(self._scalar(1, COLUMN), ROWS), 0.0)
+        return jnp.where(before_TT, later_TT, own_TT)
+
+    def since_T(self):
+        """What is left at each row of the state before the chunk."""
+        since_T = jnp.exp2(self._scalar(0, ROW))
+        return jnp.where(self._scalar(3, ROW) == 0.0, since_T, 0.0) if self.packed else since_T
+
+    def weight_until_T(self):
+        """kappa, and what is left of it at the end of the chunk."""
+        until_T = jnp.exp2(self._last(0) - self._scalar(0, ROW)) * self._scalar(2, ROW)
+        return jnp.where(self._scalar(3, ROW) == self._last(3), until_T, 0.0) if self.packed else until_T
+
+    def whole(self):
+        """What is left at the end of the chunk of the state before it."""
+        whole = jnp.exp2(self._last(0))
+        return jnp.where(self._last(3) == 0.0, whole, 0.0) if self.packed else whole
+
+
+def _turned(x_TN, bias_RN, *, sin_TS, cos_TS, tile: Tile):
+    x_TN = _load(x_TN, TILE, tile).astype(jnp.float32) + _of_rank(bias_RN, tile)
+    planes, d_state = sin_TS.shape[1], x_TN.shape[1]
+    u_TS, w_TS = x_TN[:, :planes], x_TN[:, planes : 2 * planes]
+    parts = [u_TS * cos_TS - w_TS * sin_TS, u_TS * sin_TS + w_TS * cos_TS]
+    if d_state > 2 * planes:
+        parts.append(x_TN[:, 2 * planes :])
+    return _joined([part.astype(jnp.bfloat16) for part in parts], tile)
+
+
+def _joined(parts, tile: Tile):
+    """Columns side by side: lax.concatenate, which jax 0.10 does not lower here."""
+    if tile.interpret is not None:
+        return jnp.concatenate(parts, axis=1)
+    shape = (ROWS, sum(part.shape[1] for part in parts))
+
+    @plgpu.inline_mgpu(
+        arg_types=(TILE,) * len(parts), return_type=plgpu.ShapeDtypeStruct(shape, parts[0].dtype, layout=TILE)
+    )
+    def join(ctx, *parts):
+        registers = np.concatenate([part.registers for part in parts], axis=1)
+        return mgpu.FragmentedArray(_registers=registers, _layout=TILE.to_mgpu(), _is_signed=None)
+
+    return join(*parts)
+
+
+def _load(ref, layout, tile: Tile, optimized: bool = True):
+    if tile.interpret is not None:
+        return ref[...]
+    return plgpu.load(ref, (), layout=layout, optimized=optimized)
+
+
+def _iota(shape, axis: int, layout, tile: Tile):
+    if tile.interpret is not None:
+        return lax.broadcasted_iota(jnp.int32, shape, axis)
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
+
+
+def _token(row, tile: Tile):
+    return row if tile.rank == 1 else row & (tile.tokens - 1)
+
+
+def _down(x_T, columns: int):
+    return lax.broadcast_in_dim(x_T, (x_T.shape[0], columns), (0,))
+
+
+def _across(x_P, rows: int):
+    return lax.broadcast_in_dim(x_P, (rows, x_P.shape[0]), (1,))
+
+
+def _of_rank(ref_RN, tile: Tile):
+    """(T, N): every row is its rank's of a ref (R, N)."""
+    rank, size = ref_RN.shape
+    if rank == 1:
+        return _across(_load(ref_RN.at[0], COLUMN, tile), ROWS)
+    if tile.interpret is not None:
+        return jnp.repeat(ref_RN[...], tile.tokens, axis=0)
+
+    # A warp holds 16 rows, of one rank: it loads that rank's vector as if it were everybody's.
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((ROWS, size), jnp.float32, layout=TILE)
+    )
+    def load(ctx, ref):
+        import jax.experimental.mosaic.gpu.utils as utils
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith
+
+        i32 = ir.IntegerType.get_signless(32)
+        warp = arith.remui(utils.warp_idx(sync=False), utils.c(4, i32))
+        row = arith.index_cast(ir.IndexType.get(), arith.divui(warp, utils.c(4 // rank, i32)))
+        vector = mgpu.FragmentedArray.load_untiled(
+            utils.memref_slice(ref, row), layout=COLUMN.to_mgpu(), optimized=False
+        )
+        return vector.broadcast_in_dim((ROWS, size), (1,), TILE.to_mgpu())
+
+    return load(ref_RN)
+
+
+def _operand(x):
+    """A ref, with "t" to be transposed, or an array."""
+    if isinstance(x, tuple):
+        return plgpu.transpose_ref(x[0], (1, 0)) if x[1] else x[0]
+    return x
+
+
+def _value(x):
+    """The same in the interpreter, which has no wgmma on registers."""
+    if isinstance(x, tuple):
+        value = x[0][...]
+        x = value.T if x[1] else value
+    return x.astype(jnp.float32)
+
+
+def _products(pairs, tile: Tile):
+    """a . b of every (a, b, columns of b), side by side."""
+    if tile.interpret is not None:
+        return [jnp.dot(_value(a), _value(b), precision="highest") for a, b, _ in pairs]
+
+    def run(*sums):
+        for sum_, (a, b, _) in zip(sums, pairs, strict=True):
+            plgpu.wgmma(sum_, _operand(a), _operand(b))
+        return [sum_[...] for sum_ in sums]
+
+    return pl.run_scoped(run, *(plgpu.ACC((ROWS, columns), jnp.float32) for _, _, columns in pairs))
+
+
+def _added(sums, pairs, tile: Tile):
+    """sum + a . b of every sum and (a, b), side by side."""
+    if tile.interpret is not None:
+        products = [jnp.dot(_value(a), _value(b), precision="highest") for a, b in pairs]
+        return [x + y for x, y in zip(sums, products, strict=True)]
+
+    def run(refs):
+        for ref, (a, b) in zip(refs, pairs, strict=True):
+            plgpu.wgmma(ref, _operand(a), _operand(b))
+
+    return pl.run_state(run)([plgpu.ACC.init(x) for x in sums])
