@@ -16,7 +16,7 @@ the chunk (k and v) has two.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -52,7 +52,7 @@ class Tile:
 class Inputs(NamedTuple):
     """Padded to whole chunks: L = C Q. N in plane order: first entries of S planes, second ones, the rest."""
 
-    q_BLRGN: jax.Array
+    q_BLRGN: jax.Array | None  # None: no output, only the state that a segment adds
     k_BLRGN: jax.Array
     v_BLHP: jax.Array
     gate_BLHP: jax.Array | None
@@ -69,7 +69,7 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    o_BLHP: jax.Array  # like v
+    o_BLHP: jax.Array | None  # like v
     h_BHSPN: jax.Array  # float32, the state after every segment
     y_BLHRP: jax.Array | None  # before norm and gate
 
@@ -77,7 +77,7 @@ class Outputs(NamedTuple):
 class Shared(NamedTuple):
     """Shared memory."""
 
-    q_TN: jax.Array
+    q_TN: jax.Array | None
     k_2TN: jax.Array  # turned in place
     v_2TP: jax.Array  # times v_rank, in place
     x_TP: jax.Array  # weighted for the state; later, what is stored
@@ -104,11 +104,11 @@ class Barriers(NamedTuple):
 
 def check(inputs: Inputs, tile: Tile) -> None:
     """Raise ValueError, naming it, for a size that the kernel cannot run."""
-    batch, length, rank, groups, d_state = inputs.q_BLRGN.shape
+    batch, length, rank, groups, d_state = inputs.k_BLRGN.shape
     n_heads, width = inputs.v_BLHP.shape[2:]
     planes = inputs.phase_BHLS.shape[-1]
     if tile.rank not in (1, 2, 4) or rank != tile.rank:
-        raise ValueError(f"{tile.rank=} is not 1, 2 or 4, or q has another {rank=}")
+        raise ValueError(f"{tile.rank=} is not 1, 2 or 4, or k has another {rank=}")
     if d_state not in (64, 128) or width != WIDTH:
         raise ValueError(f"{d_state=} is not 64 or 128, or {width=} not {WIDTH}")
     if planes not in (16, 32, 64) or 2 * planes > d_state:
@@ -126,44 +126,41 @@ def forward(inputs: Inputs, tile: Tile) -> Outputs:
         ValueError: see `check`.
     """
     check(inputs, tile)
-    batch, length, rank, groups, d_state = inputs.q_BLRGN.shape
-    n_heads = inputs.v_BLHP.shape[2]
+    batch, length, rank, groups, d_state = inputs.k_BLRGN.shape
+    n_heads, dtype = inputs.v_BLHP.shape[2], inputs.v_BLHP.dtype
     n_chunks = length // tile.tokens
+    rows = lambda array: None if array is None else array.reshape(batch, length, -1)  # noqa: E731
     flat = inputs._replace(  # the copy engine sees at most five axes, those of a tile twice
-        q_BLRGN=inputs.q_BLRGN.reshape(batch, length, -1),
-        k_BLRGN=inputs.k_BLRGN.reshape(batch, length, -1),
-        v_BLHP=inputs.v_BLHP.reshape(batch, length, -1),
-        gate_BLHP=None if inputs.gate_BLHP is None else inputs.gate_BLHP.reshape(batch, length, -1),
+        **{name: rows(getattr(inputs, name)) for name in ("q_BLRGN", "k_BLRGN", "v_BLHP", "gate_BLHP")},
         phase_BHLS=inputs.phase_BHLS.reshape(batch * n_heads, length, -1),
         scalars_BHCXT=inputs.scalars_BHCXT.reshape(batch * n_heads * n_chunks, -1, ROWS),
         norm_HP=None if inputs.norm_HP is None else inputs.norm_HP[:, None],
     )
     sizes = Sizes(n_heads, n_heads // groups, groups, n_chunks // tile.segments, d_state, inputs.phase_BHLS.shape[-1])
-    out_type = (
-        jax.ShapeDtypeStruct((batch, length, n_heads * WIDTH), inputs.v_BLHP.dtype),
-        jax.ShapeDtypeStruct(inputs.h_BHSPN.shape, jnp.float32),
-        *([jax.ShapeDtypeStruct((batch, length, n_heads * rank * WIDTH), inputs.v_BLHP.dtype)] * tile.keep),
+    out = Outputs(
+        None if inputs.q_BLRGN is None else jax.ShapeDtypeStruct((batch, length, n_heads * WIDTH), dtype),
+        jax.ShapeDtypeStruct((batch, n_heads, tile.segments, WIDTH, d_state), jnp.float32),
+        jax.ShapeDtypeStruct((batch, length, n_heads * rank * WIDTH), dtype) if tile.keep else None,
     )
+    out_types, out_tree = jax.tree.flatten(out)
     arrays, tree = jax.tree.flatten(flat)
     n_scalars = inputs.scalars_BHCXT.shape[3]
 
     def kernel(*refs):
-        inputs, out = jax.tree.unflatten(tree, refs[: len(arrays)]), refs[len(arrays) :]
-        body = functools.partial(_kernel, inputs, Outputs(*out, *[None] * (3 - len(out))), sizes=sizes, tile=tile)
+        inputs, out = jax.tree.unflatten(tree, refs[: len(arrays)]), jax.tree.unflatten(out_tree, refs[len(arrays) :])
         shared = _shared(inputs, n_scalars, sizes, tile)
-        n_head = sum(x is not None for x in shared[-6:])
         barriers = Barriers(
-            plgpu.Barrier(num_arrivals=2 * rank),
+            plgpu.Barrier(num_arrivals=rank if inputs.q_BLRGN is None else 2 * rank),
             plgpu.Barrier(num_arrivals=2 * rank + 1, num_barriers=2),
             plgpu.Barrier(num_arrivals=rank),
-            plgpu.Barrier(num_arrivals=n_head),
+            plgpu.Barrier(num_arrivals=sum(x is not None for x in shared[-6:])),
         )
-        pl.run_scoped(body, shared, barriers)
+        pl.run_scoped(functools.partial(_kernel, inputs, out, sizes=sizes, tile=tile), shared, barriers)
 
     interpret = {} if tile.interpret is None else {"interpret": tile.interpret}
-    o_BLHP, h_BHSPN, *y = plgpu.kernel(
+    outputs = plgpu.kernel(
         kernel,
-        out_type=out_type,
+        out_type=out_types,
         grid=(batch * n_heads * tile.segments,),
         grid_names=("program",),
         compiler_params=plgpu.CompilerParams(
@@ -174,13 +171,46 @@ def forward(inputs: Inputs, tile: Tile) -> Outputs:
         kernel_name="mamba3_mosaic_scan",
         **interpret,
     )(*arrays)
-    y_BLHRP = y[0].reshape(batch, length, n_heads, rank, WIDTH) if y else None
-    return Outputs(o_BLHP.reshape(inputs.v_BLHP.shape), h_BHSPN, y_BLHRP)
+    out = jax.tree.unflatten(out_tree, outputs)
+    o_BLHP = None if out.o_BLHP is None else out.o_BLHP.reshape(inputs.v_BLHP.shape)
+    y_BLHRP = None if out.y_BLHRP is None else out.y_BLHRP.reshape(batch, length, n_heads, rank, WIDTH)
+    return Outputs(o_BLHP, out.h_BHSPN, y_BLHRP)
 
 
 def scan(inputs: Inputs, tile: Tile) -> Outputs:
-    """`forward`, in segments; h of `inputs` of shape (B, H, 1, P, N), the state before the row."""
-    return forward(inputs, tile)
+    """`forward`, whatever the number of segments; h of `inputs` (B, H, 1, P, N) is the state before the row.
+
+    Where heads and batch entries are too few to fill the device, a first pass leaves what every segment adds to the
+    state; `combine` gives the state before each, and the kernel then runs all segments at once.
+
+    Raises:
+        ValueError: see `check`.
+    """
+    if tile.segments == 1:
+        return forward(inputs, tile)
+    nothing = dict.fromkeys(("q_BLRGN", "gate_BLHP", "skip_H", "gate_rank_HRP", "out_rank_HRP", "norm_HP"))
+    batch, n_heads, _, width, d_state = inputs.h_BHSPN.shape
+    zeros_BHSPN = jnp.zeros((batch, n_heads, tile.segments, width, d_state), jnp.float32)
+    needed = inputs._replace(**nothing, q_bias_HRN=None, h_BHSPN=zeros_BHSPN)
+    added_BHSPN = forward(needed, replace(tile, keep=False)).h_BHSPN
+    h_BHSPN = combine(inputs.h_BHSPN, added_BHSPN, inputs.scalars_BHCXT)
+    return forward(inputs._replace(h_BHSPN=h_BHSPN), tile)
+
+
+def combine(h_BH1PN, added_BHSPN, scalars_BHCXT):
+    """h_s = left_s h_{s-1} + added_s: the states before every segment."""
+    batch, n_heads, segments = added_BHSPN.shape[:3]
+    last_BHSCX = scalars_BHCXT[..., -1].reshape(batch, n_heads, segments, -1, scalars_BHCXT.shape[3])
+    left_BHS = jnp.exp2(jnp.sum(last_BHSCX[..., 0], axis=-1))
+    if last_BHSCX.shape[-1] == 4:
+        left_BHS = jnp.where(jnp.all(last_BHSCX[..., 3] == 0, axis=-1), left_BHS, 0.0)
+    left_BHS = jnp.pad(left_BHS[:, :, :-1], ((0, 0), (0, 0), (1, 0)))
+    states_BHSPN = jnp.concatenate([h_BH1PN, added_BHSPN[:, :, :-1]], axis=2)
+
+    def compose(first, second):
+        return first[0] * second[0], second[0][..., None, None] * first[1] + second[1]
+
+    return lax.associative_scan(compose, (left_BHS, states_BHSPN), axis=2)[1]
 
 
 def interpreter():
@@ -214,7 +244,7 @@ def _shared(refs: Inputs, n_scalars: int, sizes: Sizes, tile: Tile) -> Shared:
         return None if ref is None else plgpu.SMEM((ref.shape[1], size), jnp.float32)
 
     return Shared(
-        _tiled(ROWS, d_state),
+        None if refs.q_BLRGN is None else _tiled(ROWS, d_state),
         _tiled(2, ROWS, d_state),
         _tiled(2, ROWS, WIDTH),
         _tiled(ROWS, WIDTH),
@@ -260,9 +290,10 @@ class Program:
         """q and the angles of a chunk."""
         sizes, tile, tokens = self.sizes, self.tile, self.tokens(index)
         for rank in range(tile.rank):
-            columns = pl.ds((rank * sizes.groups + self.group) * sizes.d_state, sizes.d_state)
-            q_QN, to = self.refs.q_BLRGN.at[self.batch, tokens, columns], self.shared.q_TN.at[self._rows(rank)]
-            plgpu.copy_gmem_to_smem(q_QN, to, self.barriers.early)
+            if self.refs.q_BLRGN is not None:
+                columns = pl.ds((rank * sizes.groups + self.group) * sizes.d_state, sizes.d_state)
+                q_QN, to = self.refs.q_BLRGN.at[self.batch, tokens, columns], self.shared.q_TN.at[self._rows(rank)]
+                plgpu.copy_gmem_to_smem(q_QN, to, self.barriers.early)
             phase_QS, to = self.refs.phase_BHLS.at[self.row, tokens], self.shared.phase_TS.at[self._rows(rank)]
             plgpu.copy_gmem_to_smem(phase_QS, to, self.barriers.early)
 
@@ -298,6 +329,7 @@ class Program:
 def _kernel(refs: Inputs, out: Outputs, shared: Shared, barriers: Barriers, *, sizes: Sizes, tile: Tile):
     program = Program(refs, out, shared, barriers, sizes, tile)
     chunks, gated = sizes.chunks, refs.gate_BLHP is not None
+    only_state = refs.q_BLRGN is None
     skip = None if refs.skip_H is None else refs.skip_H[program.head]
     program.load_head()
     program.load_early(0)
@@ -316,9 +348,10 @@ def _kernel(refs: Inputs, out: Outputs, shared: Shared, barriers: Barriers, *, s
 
         phase_TS = _load(shared.phase_TS, TILE, tile).astype(jnp.float32) * (2 * jnp.pi / 2.0**16)
         turn = functools.partial(_turned, sin_TS=jnp.sin(phase_TS), cos_TS=jnp.cos(phase_TS), tile=tile)
-        q_TN = turn(shared.q_TN, shared.q_bias_RN)
         k_TN[...] = turn(k_TN, shared.k_bias_RN)
-        shared.h_PN[...] = h_PN.astype(jnp.bfloat16)
+        if not only_state:
+            q_TN = turn(shared.q_TN, shared.q_bias_RN)
+            shared.h_PN[...] = h_PN.astype(jnp.bfloat16)
         # What was stored in the last chunk has left shared memory by now.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if gated:
@@ -331,17 +364,19 @@ def _kernel(refs: Inputs, out: Outputs, shared: Shared, barriers: Barriers, *, s
         plgpu.commit_smem()
         pl.when(index + 1 < chunks)(lambda: program.load_early(index + 1))
 
-        score_TT, y_TP = _products([(q_TN, (k_TN, "t"), ROWS), (q_TN, (shared.h_PN, "t"), WIDTH)], tile)
-        score_TT *= decay.weight_TT(tile)
-        if refs.skip_H is not None:
-            row_TT, column_TT = (_iota((ROWS, ROWS), axis, TILE, tile) for axis in (0, 1))
-            score_TT = jnp.where(row_TT == column_TT, score_TT + skip, score_TT)
-        y_TP *= _down(decay.since_T(), WIDTH)
-        score_TT = score_TT.astype(jnp.bfloat16)
-        y_TP, h_PN = _added(
-            [y_TP, h_PN * decay.whole()], [(score_TT, (v_TP, "")), ((shared.x_TP, "t"), (k_TN, ""))], tile
-        )
-        _finish(y_TP, program, index, tile)
+        h_sum = (h_PN * decay.whole(), (shared.x_TP, "t"), (k_TN, ""))
+        if only_state:
+            (h_PN,) = _sums([h_sum], tile)
+            plgpu.commit_smem()
+        else:
+            score_TT, y_TP = _products([(q_TN, (k_TN, "t"), ROWS), (q_TN, (shared.h_PN, "t"), WIDTH)], tile)
+            score_TT *= decay.weight_TT(tile)
+            if skip is not None:
+                row_TT, column_TT = (_iota((ROWS, ROWS), axis, TILE, tile) for axis in (0, 1))
+                score_TT = jnp.where(row_TT == column_TT, score_TT + skip, score_TT)
+            y_TP *= _down(decay.since_T(), WIDTH)
+            y_TP, h_PN = _sums([(y_TP, score_TT.astype(jnp.bfloat16), (v_TP, "")), h_sum], tile)
+            _finish(y_TP, program, index, tile)
         pl.when(index + 2 < chunks)(lambda: program.load_chunk(index + 2, slot))
         return h_PN
 
@@ -534,14 +569,13 @@ def _products(pairs, tile: Tile):
     return pl.run_scoped(run, *(plgpu.ACC((ROWS, columns), jnp.float32) for _, _, columns in pairs))
 
 
-def _added(sums, pairs, tile: Tile):
-    """sum + a . b of every sum and (a, b), side by side."""
+def _sums(sums, tile: Tile):
+    """c + a . b of every (c, a, b), side by side."""
     if tile.interpret is not None:
-        products = [jnp.dot(_value(a), _value(b), precision="highest") for a, b in pairs]
-        return [x + y for x, y in zip(sums, products, strict=True)]
+        return [c + jnp.dot(_value(a), _value(b), precision="highest") for c, a, b in sums]
 
     def run(refs):
-        for ref, (a, b) in zip(refs, pairs, strict=True):
+        for ref, (_, a, b) in zip(refs, sums, strict=True):
             plgpu.wgmma(ref, _operand(a), _operand(b))
 
-    return pl.run_state(run)([plgpu.ACC.init(x) for x in sums])
+    return pl.run_state(run)([plgpu.ACC.init(c) for c, _, _ in sums])
