@@ -80,9 +80,14 @@ def architecture(device: str) -> str | None:
     return None
 
 
+def table() -> tuple[Choice, ...]:
+    """Every entry that there is."""
+    return read(PATH)
+
+
 @functools.cache
-def table(path: Path = PATH) -> tuple[Choice, ...]:
-    """Every entry of the file.
+def read(path: Path) -> tuple[Choice, ...]:
+    """Every entry of a file.
 
     Raises:
         ValueError: what is wrong, and with which entry.

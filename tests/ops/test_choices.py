@@ -116,14 +116,14 @@ def test_a_wrong_entry_is_named(change, message, tmp_path):
     path = tmp_path / "choices.json"
     entry = dataclasses.asdict(ENTRY)
     path.write_text(json.dumps([entry]))
-    assert choices.table(path) == (ENTRY,)
+    assert choices.read(path) == (ENTRY,)
     path = tmp_path / "other.json"
     path.write_text(json.dumps([entry, entry | change]))
     with pytest.raises(ValueError, match=message):
-        choices.table(path)
+        choices.read(path)
     path.write_text("[")
     with pytest.raises(ValueError, match=r"other.json is not JSON"):
-        choices.table(path)
+        choices.read(path)
 
 
 def test_the_shipped_table_can_be_used():
