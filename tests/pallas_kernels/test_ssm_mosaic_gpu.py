@@ -1,0 +1,205 @@
+"""The Mosaic GPU kernel without a GPU: its numbers in Pallas's interpreter, what it refuses, that it lowers for CUDA.
+
+The interpreter runs copies and barriers as written but takes wgmma and the layout of registers on trust; lowering checks
+those, not shared memory's size, spills or races, which only a GPU shows.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+
+from mamba3_jax.ops import mosaic_gpu as glue
+from mamba3_jax.ops.mosaic_gpu import check, mosaic_gpu
+from mamba3_jax.ops.ssm import ssm
+from pallas_kernels.ssm.mosaic_gpu import scan
+from pallas_kernels.ssm.mosaic_gpu.scan import Tile
+from tests.ops import cases
+from tests.ops.cases import MIMO, SISO, bfloat16, draw
+
+GPU = AbstractMesh(
+    (1,),
+    ("device",),
+    axis_types=(AxisType.Auto,),
+    abstract_device=AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu"),
+)
+SISO_LARGE = SISO._replace(length=131, heads=2, groups=1, d_state=64, width=64, planes=16)
+MIMO_LARGE = MIMO._replace(batch=1, length=40, d_state=64, width=64, planes=16)
+# bfloat16 has 2^-9: queries, keys, values, weights and the state are rounded once each before their products.
+ROUNDED = 5e-3
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """What is traced is for a Hopper GPU: nothing runs."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(glue, "_capability", lambda: "9.0")
+    monkeypatch.setitem(ssm.__globals__["IMPLEMENTATIONS"], "mosaic_gpu", mosaic_gpu)
+
+
+@pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
+@pytest.mark.parametrize("starts", [(), (0, 5, 64, 100)], ids=["one_document", "packed"])
+@pytest.mark.parametrize(
+    ("shape", "segments"),
+    [
+        (SISO_LARGE, 1),
+        (SISO_LARGE._replace(d_state=128, planes=32, groups=2, norm=True, rotation="half"), 2),
+        (SISO_LARGE._replace(d_state=50, planes=5, width=24, gate=False, skip=False), 1),
+        (MIMO_LARGE._replace(d_state=128, planes=64), 2),
+        (MIMO_LARGE._replace(rank=2, shared_angle=True, norm=False), 1),
+    ],
+    ids=lambda value: f"{value}" if isinstance(value, int) else f"R{value.rank}N{value.d_state}P{value.width}",
+)
+def test_lowers_for_cuda(shape, segments, starts, on_gpu):
+    tokens, heads, state = draw(shape)
+    start_BL = np.isin(np.arange(shape.length), starts)[None] | np.zeros((shape.batch, 1), bool) if starts else None
+
+    def run(tokens, heads, state):
+        def op(tokens, heads, state):
+            tokens = tokens._replace(start_BL=start_BL)
+            return mosaic_gpu(tokens, heads, state, rotation=shape.rotation, segments=segments)
+
+        results, pull = jax.vjp(op, tokens, heads, state)
+        return results, pull(results)
+
+    with use_abstract_mesh(GPU):
+        text = jax.jit(run).trace(bfloat16(tokens), heads, state).lower(lowering_platforms=("cuda",)).as_text()
+    for name, times in (("mamba3_phase", 1), ("mamba3_value_gradient", 1)):
+        assert name in text, times
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == segments
+
+
+@functools.cache
+def wanted(shape, starts):
+    tokens, heads, state = draw(shape)
+    return cases.reference((bfloat16(tokens), heads, state), start(shape, starts), cases.cotangents(shape), shape.rotation)
+
+
+def start(shape, starts):
+    """The first row has documents; None: no row has."""
+    if not starts:
+        return None
+    return np.isin(np.arange(shape.length), starts)[None] & (np.arange(shape.batch) == 0)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("shape", "starts", "segments"),
+    [
+        (SISO_LARGE, (), 1),
+        (SISO_LARGE._replace(d_state=128, planes=32, groups=2, norm=True, rotation="half"), (0, 5, 64, 100), 2),
+        (MIMO_LARGE, (), 1),
+        (MIMO_LARGE._replace(rank=2, length=70, width=24, d_state=50, planes=5), (3, 16, 40), 3),
+    ],
+    ids=["siso", "siso_packed", "mimo", "mimo_padded"],
+)
+def test_agrees_with_the_definition(shape, starts, segments):
+    """Values, from a state, to a state."""
+    tokens, heads, state = draw(shape)
+    tokens = bfloat16(tokens)._replace(start_BL=start(shape, starts))
+    run = functools.partial(mosaic_gpu, rotation=shape.rotation, segments=segments, interpret=True)
+    results = jax.jit(run)(tokens, heads, state)
+    cases.check_results(results, wanted(shape, starts)[0], ROUNDED)
+
+
+def test_documents_do_not_see_each_other():
+    """Bitwise: what stands before a start changes nothing after it."""
+    shape = SISO_LARGE._replace(batch=1, length=100)
+    tokens, heads, state = draw(shape)
+    others, _, other_state = draw(shape, seed=1)
+    before = np.arange(shape.length) < 70
+
+    def mixed(array, other):
+        return np.where(before.reshape(1, -1, *[1] * (array.ndim - 2)), other, array)
+
+    run = jax.jit(functools.partial(mosaic_gpu, rotation=shape.rotation, segments=1, interpret=True))
+    start_BL = start(shape, (70,))
+    results = [
+        run(bfloat16(tokens)._replace(start_BL=start_BL), heads, state)
+        for tokens, state in ((tokens, state), (jax.tree.map(mixed, tokens, others), other_state))
+    ]
+    (y, end), (other_y, other_end) = jax.tree.map(lambda array: np.asarray(array, np.float32), results)
+    np.testing.assert_array_equal(y[:, 70:], other_y[:, 70:])
+    jax.tree.map(np.testing.assert_array_equal, end, other_end)
+    assert not np.array_equal(y[:, :70], other_y[:, :70])
+
+
+def test_gradients_agree_with_the_definition():
+    shape = SISO_LARGE._replace(batch=1, length=40, d_state=32, width=16, planes=8)
+    inputs = draw(shape)
+    inputs = (bfloat16(inputs[0]), *inputs[1:])
+
+    @jax.jit
+    def run(inputs):
+        def op(inputs):
+            tokens, heads, state = inputs
+            tokens = tokens._replace(start_BL=start(shape, (5, 20)))
+            return mosaic_gpu(tokens, heads, state, rotation=shape.rotation, interpret=True)
+
+        results, pull = jax.vjp(op, inputs)
+        cotangent = jax.tree.map(lambda x, like: x.astype(like.dtype), cases.cotangents(shape), results)
+        return pull(cotangent)[0]
+
+    cases.check_gradients(run(inputs), wanted(shape, (5, 20))[1], 2e-2)
+
+
+def scan_inputs(length=64, rank=1, d_state=64, width=64, planes=16, heads=2, groups=1) -> scan.Inputs:
+    """Shapes alone."""
+
+    def shape(*sizes, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    x_BLRGN = shape(1, length, rank, groups, d_state, dtype=jnp.bfloat16)
+    return scan.Inputs(
+        x_BLRGN,
+        x_BLRGN,
+        shape(1, length, heads, width, dtype=jnp.bfloat16),
+        None,
+        shape(1, heads, length, planes, dtype=jnp.int16),
+        shape(1, heads, length * rank // 64, 3, 64),
+        shape(1, heads, 1, width, d_state),
+        *[shape(heads, rank, d_state)] * 2,
+        *[None] * 5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tile", "message"),
+    [
+        ({"d_state": 256}, Tile(), "d_state=256 is not 64 or 128"),
+        ({"width": 128}, Tile(), "width=128 not 64"),
+        ({"planes": 8}, Tile(), "planes=8 is not 16, 32 or 64"),
+        ({"planes": 64}, Tile(), "planes=64 is not 16, 32 or 64, or more than d_state=64 holds"),
+        ({"rank": 8}, Tile(rank=8), "tile.rank=8 is not 1, 2 or 4"),
+        ({"rank": 2}, Tile(), "k has another rank=2"),
+        ({"length": 96}, Tile(), "length=96 is not a multiple of tile.segments=1 chunks of 64 tokens"),
+        ({"length": 64}, Tile(segments=2), "length=64 is not a multiple of tile.segments=2 chunks of 64 tokens"),
+        ({"heads": 3, "groups": 2}, Tile(), "n_heads=3 is not a multiple of groups=2"),
+    ],
+)
+def test_what_the_scan_cannot_run(sizes, tile, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(functools.partial(scan.scan, tile=tile), scan_inputs(**sizes))
+
+
+def test_a_named_implementation_runs_or_raises(monkeypatch):
+    monkeypatch.setitem(ssm.__globals__["IMPLEMENTATIONS"], "mosaic_gpu", mosaic_gpu)
+    tokens, heads, state = draw(SISO_LARGE)
+    if jax.default_backend() == "cpu":
+        with pytest.raises(ValueError, match="implementation='mosaic_gpu' needs a Hopper GPU .* not cpu"):
+            ssm(bfloat16(tokens), heads, state, implementation="mosaic_gpu")
+    monkeypatch.setattr(glue, "_capability", lambda: "8.0")
+    with pytest.raises(ValueError, match="needs a Hopper GPU .* not a GPU of compute capability 8.0"):
+        check(bfloat16(tokens), interpret=False)
+    with pytest.raises(ValueError, match="wants q, k and v in bfloat16, not float32"):
+        check(tokens, interpret=True)
+    for shape, message in (
+        (SISO_LARGE._replace(d_state=130), "d_state up to 128 .* not d_state=130"),
+        (SISO_LARGE._replace(d_state=128, planes=33), "d_state up to 128 .* not d_state=128 with planes=33"),
+        (SISO_LARGE._replace(width=65), "P up to 64, not d_state=64 with planes=16, P=65"),
+        (MIMO_LARGE._replace(rank=8), "a rank of 1, 2 or 4, not rank=8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check(bfloat16(draw(shape)[0]), interpret=True)
