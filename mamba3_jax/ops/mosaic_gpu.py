@@ -124,7 +124,8 @@ def _forward(tokens: Tokens, heads: Heads, state: State, rotation: str, segments
     phase_BHLS, angle_BHS = phase.phase(angles, TritonTile(interpret=interpret))
 
     log_decay_BHL = sum(triton_op._log_decay(by_head(tokens.log_a_BLH), padded(tokens.start_BL), chunk))
-    scalars = [log_decay_BHL * math.log2(math.e), by_head(gamma_BLH), by_head(kappa_BLH)]
+    log_decay_BHL *= math.log2(math.e)
+    scalars = [log_decay_BHL, log_decay_BHL - jnp.log2(by_head(kappa_BLH)), by_head(gamma_BLH)]
     if document_BL is not None:
         document_BHL = documents_in_chunks(document_BL, chunk)[:, None].astype(jnp.float32)
         scalars.append(jnp.broadcast_to(document_BHL, log_decay_BHL.shape))
@@ -151,7 +152,7 @@ def _forward(tokens: Tokens, heads: Heads, state: State, rotation: str, segments
 
 
 class Layout:
-    """Where the kernel keeps the entries of a state: the first entries of S planes, the second ones, what does not turn.
+    """Where the kernel keeps the entries of a state: the first entries of S planes, the second ones, and the rest.
 
     S is 16, 32 or 64 there and N 64 or 128: other sizes get room between. Products of queries and keys do not see the
     order.

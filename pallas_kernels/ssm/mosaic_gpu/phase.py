@@ -1,7 +1,7 @@
-"""The cumulative angle of every token and head, for `scan`: phi_t = phi_{t-1} + angle_t dt_t, 16-bit fractions of a turn.
+"""The cumulative angle of every token and head, for `scan`: phi_t = phi_{t-1} + angle_t dt_t, in 2^-16 turns.
 
-Summed as in `pallas_kernels.ssm.triton.rotate`, in 32 bits, and rounded at the end: to 5e-5 rad, where bfloat16 queries and
-keys have 2e-3 of themselves. Pallas Triton too: Mosaic GPU has no sums along a tile.
+Summed as in `pallas_kernels.ssm.triton.rotate`, in 32 bits, and rounded at the end: to 5e-5 rad, where bfloat16 queries
+and keys have 2e-3 of themselves. Pallas Triton too: Mosaic GPU has no sums along a tile.
 """
 
 from typing import NamedTuple

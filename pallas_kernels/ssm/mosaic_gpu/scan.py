@@ -6,8 +6,8 @@
 
 within a chunk of 64 rows, c the log2 of the decay since its first token; q and k are biased and turned by the angles of
 `phase` as they are read. A row is one rank of one token, **tokens fastest**: of the four warps that share a tile, each
-then holds rows of one rank, so that what belongs to a rank is one vector a warp, and a chunk's tile is the same block of
-tokens copied once for every rank.
+then holds rows of one rank, so that what belongs to a rank is one vector a warp, and a chunk's tile is the same block
+of tokens copied once for every rank.
 
 One program, one warpgroup, computes a head of a batch entry, or a segment of it. The state stays in registers; two
 programs share a multiprocessor, and one computes while the other waits. Of what a chunk reads, q, the angles and the
@@ -57,7 +57,7 @@ class Inputs(NamedTuple):
     v_BLHP: jax.Array
     gate_BLHP: jax.Array | None
     phase_BHLS: jax.Array  # int16, fractions of a turn
-    scalars_BHCXT: jax.Array  # float32, of every row: log2 decay, gamma, kappa and, for packed rows, the document
+    scalars_BHCXT: jax.Array  # float32, of every row: c, c - log2 kappa, gamma and, for packed rows, the document
     h_BHSPN: jax.Array  # float32, the state before every segment
     q_bias_HRN: jax.Array  # float32, as all below
     k_bias_HRN: jax.Array
@@ -104,7 +104,7 @@ class Barriers(NamedTuple):
 
 def check(inputs: Inputs, tile: Tile) -> None:
     """Raise ValueError, naming it, for a size that the kernel cannot run."""
-    batch, length, rank, groups, d_state = inputs.k_BLRGN.shape
+    length, rank, groups, d_state = inputs.k_BLRGN.shape[1:]
     n_heads, width = inputs.v_BLHP.shape[2:]
     planes = inputs.phase_BHLS.shape[-1]
     if tile.rank not in (1, 2, 4) or rank != tile.rank:
@@ -265,7 +265,14 @@ class Program:
     """Which part of the arrays one program works on, and its copies."""
 
     def __init__(self, refs: Inputs, out: Outputs, shared: Shared, barriers: Barriers, sizes: Sizes, tile: Tile):
-        self.refs, self.out, self.shared, self.barriers, self.sizes, self.tile = refs, out, shared, barriers, sizes, tile
+        self.refs, self.out, self.shared, self.barriers, self.sizes, self.tile = (
+            refs,
+            out,
+            shared,
+            barriers,
+            sizes,
+            tile,
+        )
         program = lax.axis_index("program")
         # Heads run fastest: neighbours read the same queries and keys.
         self.head = lax.rem(program, jnp.int32(sizes.heads))
@@ -442,10 +449,9 @@ class Decay:
         before_TT = target_TT > source_TT
         if self.packed:
             before_TT &= _down(self._scalar(3, ROW), ROWS) == _across(self._scalar(3, COLUMN), ROWS)
-        gap_TT = _down(self._scalar(0, ROW), ROWS) - _across(self._scalar(0, COLUMN), ROWS)
-        later_TT = jnp.exp2(gap_TT) * _across(self._scalar(2, COLUMN), ROWS)
-        own_TT = jnp.where(target_TT == source_TT, _across(self._scalar(1, COLUMN), ROWS), 0.0)
-        return jnp.where(before_TT, later_TT, own_TT)
+        gap_TT = _down(self._scalar(0, ROW), ROWS) - _across(self._scalar(1, COLUMN), ROWS)
+        own_TT = jnp.where(target_TT == source_TT, _across(self._scalar(2, COLUMN), ROWS), 0.0)
+        return jnp.where(before_TT, jnp.exp2(gap_TT), own_TT)  # what lies after a token may be infinite
 
     def since_T(self):
         """What is left at each row of the state before the chunk."""
@@ -454,7 +460,7 @@ class Decay:
 
     def weight_until_T(self):
         """kappa, and what is left of it at the end of the chunk."""
-        until_T = jnp.exp2(self._last(0) - self._scalar(0, ROW)) * self._scalar(2, ROW)
+        until_T = jnp.exp2(self._last(0) - self._scalar(1, ROW))
         return jnp.where(self._scalar(3, ROW) == self._last(3), until_T, 0.0) if self.packed else until_T
 
     def whole(self):
