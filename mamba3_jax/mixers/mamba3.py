@@ -12,6 +12,7 @@ from mamba3_jax.config import ModelConfig
 from mamba3_jax.nn.initial import inverse_softplus_dt, linear
 from mamba3_jax.nn.norm import rms_norm
 from mamba3_jax.nn.precision import DTYPES, einsum
+from mamba3_jax.ops.sharded import sharded
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State, Tokens, ssm
 
 # lambda_t from its logit; the paper's ablations are constants
@@ -117,6 +118,7 @@ class Mamba3(nn.Module):
             implementation=config.implementation or None,
             chunk=config.chunk or None,
         )
+        op = sharded(op, *nn.logical_to_mesh_axes(("batch", "heads")))
         if config.remat == "op":
             op = jax.checkpoint(op)
         y_BLHP, state = op(self.tokens(x_BLD, start_BL), self.heads(), state)

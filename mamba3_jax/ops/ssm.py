@@ -8,6 +8,7 @@ from mamba3_jax.ops.associative import associative
 from mamba3_jax.ops.chunked import chunked
 from mamba3_jax.ops.recurrent import recurrent
 from mamba3_jax.ops.rotary import ROTATIONS
+from mamba3_jax.ops.sharded import one_device
 from mamba3_jax.ops.triton import triton
 from mamba3_jax.ops.triton import unsupported as triton_unsupported
 from mamba3_jax.ops.types import Heads, State, Tokens, accumulator, empty_state
@@ -63,15 +64,15 @@ def ssm(
 def default_implementation(tokens: Tokens) -> str:
     """On an NVIDIA GPU what was measured to be the fastest (`choices`), or kernels; elsewhere plain XLA.
 
-    There one token is a plain step, and anything longer is worth chunks. Over several devices XLA cannot divide a
-    kernel as it divides plain code, so there it stays with the latter.
+    There one token is a plain step, and anything longer is worth chunks. XLA cannot divide a kernel over devices as it
+    divides plain code: that takes `ops.sharded`.
 
     Raises:
         ValueError: the table of choices names an implementation that is not one.
     """
     plain = "recurrent" if tokens.dt_BLH.shape[1] == 1 else "chunked"
     device = jax.devices()[0].device_kind
-    if jax.default_backend() != "gpu" or jax.device_count() > 1 or "NVIDIA" not in device:
+    if jax.default_backend() != "gpu" or not one_device() or "NVIDIA" not in device:
         return plain
     entry = choices.choose(device, tokens)
     if entry is not None and entry.implementation not in IMPLEMENTATIONS:

@@ -1,0 +1,62 @@
+"""The op over a mesh of devices, rows and heads split between them: each computes its part as one device would."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as Spec
+
+from mamba3_jax.ops.types import Heads, State, Tokens
+
+
+def sharded(op, batch: str | None, split: str | None):
+    """`op(tokens, heads, state)`, e.g. `ssm`, over the mesh in context (`jax.set_mesh`); without one, `op` itself.
+
+    XLA divides plain code over devices by itself, but not a kernel. What heads share is whole on each of them, and its
+    gradient the sum of theirs.
+
+    Args:
+        batch: the mesh axis that rows are split over, or None. Too few rows to split are whole on every device.
+        split: the mesh axis that heads are split over, or None.
+
+    Raises:
+        ValueError: (the call) heads that their axis does not divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1 or (batch is None and split is None) or AxisType.Manual in mesh.axis_types:
+        return op
+
+    def call(tokens: Tokens, heads: Heads, state: State | None = None):
+        rows, (n_heads, groups) = tokens.dt_BLH.shape[0], (tokens.dt_BLH.shape[2], tokens.q_BLRGN.shape[3])
+        parts = mesh.shape[split] if split else 1
+        if n_heads % parts:
+            raise ValueError(f"{n_heads=} is not a multiple of the mesh's {split}={parts}")
+        row = None if batch is None or rows % mesh.shape[batch] else batch
+        by_group, by_angle = None, split if tokens.angle_BLHS.shape[2] > 1 else None
+        if groups > 1:  # as many as give every device those of its own heads
+            by_group, copies = split, math.lcm(groups, parts) // groups
+            q_BLRGN, k_BLRGN = (jnp.repeat(x, copies, axis=3) for x in (tokens.q_BLRGN, tokens.k_BLRGN))
+            tokens = tokens._replace(q_BLRGN=q_BLRGN, k_BLRGN=k_BLRGN)
+        shared, own = Spec(row, None, None, by_group), Spec(row, None, split)
+        of_tokens = Tokens(shared, shared, own, own, own, own, Spec(row, None, by_angle), own, Spec(row))
+        of_state = State(Spec(row, split), Spec(row, split), own, Spec(row, split))
+        given = [(tokens, of_tokens), (heads, Heads(*[Spec(split)] * len(heads))), (state, of_state)]
+        specs = tuple(None if arrays is None else _where(arrays, specs) for arrays, specs in given)
+        # check_vma: kernels do not say over which axes their outputs differ.
+        run = jax.shard_map(op, in_specs=specs, out_specs=(own, of_state), check_vma=False)
+        return run(tokens, heads, state)
+
+    return call
+
+
+def one_device() -> bool:
+    """Whether one device computes what is traced: there is no other, or it is inside `jax.shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() == 1 or mesh.size == 1 or set(mesh.axis_types) == {AxisType.Manual}
+
+
+def _where(arrays, specs):
+    """The specs of the arrays that are there."""
+    pairs = zip(arrays, specs, strict=True)
+    return type(specs)(*(None if array is None else spec for array, spec in pairs))

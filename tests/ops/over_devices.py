@@ -1,0 +1,85 @@
+"""Run by test_sharded.py in a process of its own with 4 devices: prints a line a case, or raises."""
+
+import functools
+
+import jax
+import numpy as np
+
+from mamba3_jax.ops.sharded import one_device, sharded
+from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
+from mamba3_jax.ops.triton import triton
+from mamba3_jax.sharding import make_mesh
+from tests.ops import cases
+from tests.ops.cases import MIMO, SISO, draw
+
+SISO = SISO._replace(batch=4, length=21, heads=4)
+MIMO = MIMO._replace(batch=4, length=21, heads=4)
+AXES = ("data", "tensor")
+CASES = {
+    # implementation, shape, mesh, packed rows
+    "a_group_on_two_devices": ("chunked", SISO, "tensor:4", False),
+    "one_row": ("chunked", SISO._replace(batch=1, shared_angle=False), "data:2,tensor:2", False),
+    "kernels": ("triton", SISO, "data:2,tensor:2", True),
+    "kernels_mimo": ("triton", MIMO._replace(rank=2), "data:2,tensor:2", False),
+}
+
+
+def results(op, inputs, start_BL, cotangent):
+    """Values and the gradients of everything."""
+
+    def call(inputs):
+        tokens, heads, state = inputs
+        return op(tokens._replace(start_BL=start_BL), heads, state)
+
+    values, pull = jax.vjp(call, inputs)
+    return values, pull(cotangent)[0]
+
+
+def worst(op, shape, mesh, packed: bool):
+    """Raises where the op over the mesh is not `recurrent` on one device; checks that its output is split."""
+    inputs, cotangent = draw(shape), cases.cotangents(shape)
+    start_BL = np.random.default_rng(0).random((shape.batch, shape.length)) < 0.2 if packed else None
+    want = cases.reference(inputs, start_BL, cotangent, shape.rotation)
+    with jax.set_mesh(mesh):
+        run = jax.jit(functools.partial(results, sharded(op, *(axis if axis in mesh.shape else None for axis in AXES))))
+        got = run(inputs, start_BL, cotangent)
+    cases.check_results(got[0], want[0], 1e-5)
+    cases.check_gradients(got[1], want[1], 1e-4)
+    return got[0][0].sharding.shard_shape(got[0][0].shape)
+
+
+def main():
+    IMPLEMENTATIONS["triton"] = functools.partial(triton, interpret=True)
+    for name, (implementation, shape, spec, packed) in CASES.items():
+        op = functools.partial(ssm, rotation=shape.rotation, implementation=implementation, chunk=8)
+        shard = worst(op, shape, make_mesh(spec), packed)
+        print(name, *shard)
+
+    def one_head_wrong(tokens, heads, state):
+        y_BLHP, state = ssm(tokens, heads, state)
+        return y_BLHP * (1 + 1e-3 * (jax.lax.axis_index("tensor") == 1)), state
+
+    mesh = make_mesh("data:2,tensor:2")
+    try:
+        worst(one_head_wrong, SISO, mesh, False)
+    except AssertionError:
+        print("caught")
+
+    seen = []
+
+    def seeing(tokens, heads, state):
+        seen.append(one_device())
+        return ssm(tokens, heads, state)
+
+    with jax.set_mesh(mesh):
+        assert sharded(ssm, None, None) is ssm
+        try:
+            jax.eval_shape(sharded(ssm, *AXES), *draw(SISO._replace(heads=3, groups=1)))
+        except ValueError as error:
+            print(error)
+        jax.eval_shape(sharded(seeing, *AXES), *draw(SISO))
+        assert (seen, one_device()) == ([True], False)  # inside, the default may be a kernel
+
+
+if __name__ == "__main__":
+    main()
