@@ -6,8 +6,7 @@
 
 within a chunk of 64 rows, c the log2 of the decay since its first token; q and k are biased and turned by the angles of
 `phase` as they are read. A row is one rank of one token, **tokens fastest**: of the four warps that share a tile, each
-then holds rows of one rank, so that what belongs to a rank is one vector a warp, and a chunk's tile is the same block
-of tokens copied once for every rank.
+then holds rows of one rank, see `registers`.
 
 One program, one warpgroup, computes a head of a batch entry, or a segment of it. The state stays in registers; two
 programs share a multiprocessor, and one computes while the other waits. Of what a chunk reads, q, the angles and the
@@ -20,17 +19,15 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
-import jax.experimental.mosaic.gpu as mgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.ssm.mosaic_gpu.registers import COLUMN, ROW, ROWS, TILE, joined, of_ranks, of_tokens
+
 NORM_EPS = 1e-5
-ROWS = 64  # of a chunk: what wgmma computes at least
 WIDTH = 64  # P
-TILE, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
 @dataclass(frozen=True)
@@ -79,10 +76,12 @@ class Shared(NamedTuple):
 
     q_TN: jax.Array | None
     k_2TN: jax.Array  # turned in place
-    v_2TP: jax.Array  # times v_rank, in place
-    x_TP: jax.Array  # weighted for the state; later, what is stored
-    gate_TP: jax.Array  # the gate, then the output, in place
-    phase_TS: jax.Array
+    v_2QP: jax.Array
+    x_TP: jax.Array | None  # v of every rank; None for one rank
+    weighted_TP: jax.Array  # x, weighted for the state; later, what is stored
+    gate_QP: jax.Array  # for one rank, the output in place
+    y_TP: jax.Array | None  # the output of every rank; None for one
+    phase_QS: jax.Array
     scalars_2XT: jax.Array
     h_PN: jax.Array
     q_bias_RN: jax.Array
@@ -150,9 +149,9 @@ def forward(inputs: Inputs, tile: Tile) -> Outputs:
         inputs, out = jax.tree.unflatten(tree, refs[: len(arrays)]), jax.tree.unflatten(out_tree, refs[len(arrays) :])
         shared = _shared(inputs, n_scalars, sizes, tile)
         barriers = Barriers(
-            plgpu.Barrier(num_arrivals=rank if inputs.q_BLRGN is None else 2 * rank),
-            plgpu.Barrier(num_arrivals=2 * rank + 1, num_barriers=2),
-            plgpu.Barrier(num_arrivals=rank),
+            plgpu.Barrier(num_arrivals=1 if inputs.q_BLRGN is None else rank + 1),
+            plgpu.Barrier(num_arrivals=rank + 2, num_barriers=2),
+            plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=sum(x is not None for x in shared[-6:])),
         )
         pl.run_scoped(functools.partial(_kernel, inputs, out, sizes=sizes, tile=tile), shared, barriers)
@@ -246,10 +245,12 @@ def _shared(refs: Inputs, n_scalars: int, sizes: Sizes, tile: Tile) -> Shared:
     return Shared(
         None if refs.q_BLRGN is None else _tiled(ROWS, d_state),
         _tiled(2, ROWS, d_state),
-        _tiled(2, ROWS, WIDTH),
+        _tiled(2, tile.tokens, WIDTH),
+        None if tile.rank == 1 else _tiled(ROWS, WIDTH),
         _tiled(ROWS, WIDTH),
-        _tiled(ROWS, WIDTH),
-        _tiled(ROWS, sizes.planes, dtype=jnp.int16),
+        _tiled(tile.tokens, WIDTH),
+        None if tile.rank == 1 else _tiled(ROWS, WIDTH),
+        _tiled(tile.tokens, sizes.planes, dtype=jnp.int16),
         plgpu.SMEM((2, n_scalars, ROWS), jnp.float32),
         _tiled(WIDTH, d_state),
         vectors(refs.q_bias_HRN, d_state),
@@ -295,31 +296,29 @@ class Program:
 
     def load_early(self, index):
         """q and the angles of a chunk."""
-        sizes, tile, tokens = self.sizes, self.tile, self.tokens(index)
-        for rank in range(tile.rank):
-            if self.refs.q_BLRGN is not None:
-                columns = pl.ds((rank * sizes.groups + self.group) * sizes.d_state, sizes.d_state)
-                q_QN, to = self.refs.q_BLRGN.at[self.batch, tokens, columns], self.shared.q_TN.at[self._rows(rank)]
-                plgpu.copy_gmem_to_smem(q_QN, to, self.barriers.early)
-            phase_QS, to = self.refs.phase_BHLS.at[self.row, tokens], self.shared.phase_TS.at[self._rows(rank)]
-            plgpu.copy_gmem_to_smem(phase_QS, to, self.barriers.early)
+        tokens, barrier = self.tokens(index), self.barriers.early
+        if self.refs.q_BLRGN is not None:
+            self._load_ranks(self.refs.q_BLRGN, tokens, self.shared.q_TN, barrier)
+        plgpu.copy_gmem_to_smem(self.refs.phase_BHLS.at[self.row, tokens], self.shared.phase_QS, barrier)
 
     def load_chunk(self, index, slot):
         """k, v and scalars of a chunk."""
-        sizes, tile, tokens, barrier = self.sizes, self.tile, self.tokens(index), self.barriers.chunk.at[slot]
-        for rank in range(tile.rank):
-            columns = pl.ds((rank * sizes.groups + self.group) * sizes.d_state, sizes.d_state)
-            k_QN, to = self.refs.k_BLRGN.at[self.batch, tokens, columns], self.shared.k_2TN.at[slot, self._rows(rank)]
-            plgpu.copy_gmem_to_smem(k_QN, to, barrier)
-            v_QP = self.refs.v_BLHP.at[self.batch, tokens, pl.ds(self.head * WIDTH, WIDTH)]
-            plgpu.copy_gmem_to_smem(v_QP, self.shared.v_2TP.at[slot, self._rows(rank)], barrier)
-        chunk = (self.row * tile.segments + self.segment) * sizes.chunks + index
+        tokens, barrier = self.tokens(index), self.barriers.chunk.at[slot]
+        self._load_ranks(self.refs.k_BLRGN, tokens, self.shared.k_2TN.at[slot], barrier)
+        v_QP = self.refs.v_BLHP.at[self.batch, tokens, pl.ds(self.head * WIDTH, WIDTH)]
+        plgpu.copy_gmem_to_smem(v_QP, self.shared.v_2QP.at[slot], barrier)
+        chunk = (self.row * self.tile.segments + self.segment) * self.sizes.chunks + index
         plgpu.copy_gmem_to_smem(self.refs.scalars_BHCXT.at[chunk], self.shared.scalars_2XT.at[slot], barrier)
+
+    def _load_ranks(self, ref, tokens, to_TN, barrier):
+        d_state = self.sizes.d_state
+        for rank in range(self.tile.rank):
+            columns = pl.ds((rank * self.sizes.groups + self.group) * d_state, d_state)
+            plgpu.copy_gmem_to_smem(ref.at[self.batch, tokens, columns], to_TN.at[self._rows(rank)], barrier)
 
     def load_gate(self, index):
         gate_QP = self.refs.gate_BLHP.at[self.batch, self.tokens(index), pl.ds(self.head * WIDTH, WIDTH)]
-        for rank in range(self.tile.rank):
-            plgpu.copy_gmem_to_smem(gate_QP, self.shared.gate_TP.at[self._rows(rank)], self.barriers.gate)
+        plgpu.copy_gmem_to_smem(gate_QP, self.shared.gate_QP, self.barriers.gate)
 
     def store(self, from_TP, index):
         """The output of a chunk, its first rows."""
@@ -335,7 +334,7 @@ class Program:
 
 def _kernel(refs: Inputs, out: Outputs, shared: Shared, barriers: Barriers, *, sizes: Sizes, tile: Tile):
     program = Program(refs, out, shared, barriers, sizes, tile)
-    chunks, gated = sizes.chunks, refs.gate_BLHP is not None
+    chunks, gated, interpret = sizes.chunks, refs.gate_BLHP is not None, tile.interpret is not None
     only_state = refs.q_BLRGN is None
     skip = None if refs.skip_H is None else refs.skip_H[program.head]
     program.load_head()
@@ -348,12 +347,12 @@ def _kernel(refs: Inputs, out: Outputs, shared: Shared, barriers: Barriers, *, s
 
     def chunk(index, h_PN):
         slot = lax.rem(index, jnp.int32(2))
-        k_TN, v_TP, scalars_XT = shared.k_2TN.at[slot], shared.v_2TP.at[slot], shared.scalars_2XT.at[slot]
+        k_TN, v_QP, scalars_XT = shared.k_2TN.at[slot], shared.v_2QP.at[slot], shared.scalars_2XT.at[slot]
         plgpu.barrier_wait(barriers.early)
         plgpu.barrier_wait(barriers.chunk.at[slot])
         decay = Decay(scalars_XT, tile)
 
-        phase_TS = _load(shared.phase_TS, TILE, tile).astype(jnp.float32) * (2 * jnp.pi / 2.0**16)
+        phase_TS = of_tokens(shared.phase_QS, interpret).astype(jnp.float32) * (2 * jnp.pi / 2.0**16)
         turn = functools.partial(_turned, sin_TS=jnp.sin(phase_TS), cos_TS=jnp.cos(phase_TS), tile=tile)
         k_TN[...] = turn(k_TN, shared.k_bias_RN)
         if not only_state:
@@ -363,15 +362,17 @@ def _kernel(refs: Inputs, out: Outputs, shared: Shared, barriers: Barriers, *, s
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if gated:
             pl.when(index > 0)(lambda: program.load_gate(index))
-        x_TP = _load(v_TP, TILE, tile).astype(jnp.float32)
-        if shared.v_rank_RP is not None:
-            x_TP *= _of_rank(shared.v_rank_RP, tile)
-            v_TP[...] = x_TP.astype(jnp.bfloat16)
-        shared.x_TP[...] = (x_TP * _down(decay.weight_until_T(), WIDTH)).astype(jnp.bfloat16)
+        x_ref, x_TP = v_QP, of_tokens(v_QP, interpret).astype(jnp.float32)
+        if tile.rank > 1:
+            if shared.v_rank_RP is not None:
+                x_TP *= of_ranks(shared.v_rank_RP, interpret)
+            x_ref = shared.x_TP
+            x_ref[...] = x_TP.astype(jnp.bfloat16)
+        shared.weighted_TP[...] = (x_TP * _down(decay.weight_until_T(), WIDTH)).astype(jnp.bfloat16)
         plgpu.commit_smem()
         pl.when(index + 1 < chunks)(lambda: program.load_early(index + 1))
 
-        h_sum = (h_PN * decay.whole(), (shared.x_TP, "t"), (k_TN, ""))
+        h_sum = (h_PN * decay.whole(), (shared.weighted_TP, "t"), (k_TN, ""))
         if only_state:
             (h_PN,) = _sums([h_sum], tile)
             plgpu.commit_smem()
@@ -382,7 +383,7 @@ def _kernel(refs: Inputs, out: Outputs, shared: Shared, barriers: Barriers, *, s
                 row_TT, column_TT = (_iota((ROWS, ROWS), axis, TILE, tile) for axis in (0, 1))
                 score_TT = jnp.where(row_TT == column_TT, score_TT + skip, score_TT)
             y_TP *= _down(decay.since_T(), WIDTH)
-            y_TP, h_PN = _sums([(y_TP, score_TT.astype(jnp.bfloat16), (v_TP, "")), h_sum], tile)
+            y_TP, h_PN = _sums([(y_TP, score_TT.astype(jnp.bfloat16), (x_ref, "")), h_sum], tile)
             _finish(y_TP, program, index, tile)
         pl.when(index + 2 < chunks)(lambda: program.load_chunk(index + 2, slot))
         return h_PN
@@ -395,38 +396,39 @@ def _kernel(refs: Inputs, out: Outputs, shared: Shared, barriers: Barriers, *, s
 
 def _finish(y_TP, program: Program, index, tile: Tile):
     """Norm, gate, sum over ranks, and the stores. Ends with a barrier: all have read what the chunk copied."""
-    refs, shared = program.refs, program.shared
+    refs, shared, interpret = program.refs, program.shared, tile.interpret is not None
     if tile.keep:
-        plgpu.commit_smem()  # all products with x are done
-        shared.x_TP[...] = y_TP.astype(jnp.bfloat16)
+        plgpu.commit_smem()  # all products with `weighted` are done
+        shared.weighted_TP[...] = y_TP.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        program.store_y(shared.x_TP, index)
+        program.store_y(shared.weighted_TP, index)
     if shared.norm_1P is not None:
         mean_T = jnp.sum(jnp.square(y_TP), axis=1) * (1 / tile.width)
-        y_TP *= _down(lax.rsqrt(mean_T + NORM_EPS), WIDTH)
-        y_TP *= _across(_load(shared.norm_1P.at[0], COLUMN, tile), ROWS)
+        y_TP *= _down(lax.rsqrt(mean_T + NORM_EPS), WIDTH) * of_ranks(shared.norm_1P, interpret)
     if refs.gate_BLHP is not None:
         plgpu.barrier_wait(program.barriers.gate)
-        gate_TP = _load(shared.gate_TP, TILE, tile).astype(jnp.float32)
+        gate_TP = of_tokens(shared.gate_QP, interpret).astype(jnp.float32)
         if shared.gate_rank_RP is not None:
-            gate_TP *= _of_rank(shared.gate_rank_RP, tile)
+            gate_TP *= of_ranks(shared.gate_rank_RP, interpret)
         y_TP *= gate_TP * (0.5 + 0.5 * jnp.tanh(0.5 * gate_TP))
     if shared.out_rank_RP is not None:
-        y_TP *= _of_rank(shared.out_rank_RP, tile)
-    shared.gate_TP[...] = y_TP.astype(jnp.bfloat16)
-    plgpu.commit_smem()
+        y_TP *= of_ranks(shared.out_rank_RP, interpret)
     if tile.rank == 1:
-        program.store(shared.gate_TP, index)
+        shared.gate_QP[...] = y_TP.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        program.store(shared.gate_QP, index)
         return
     # Ranks are in different warps: a product with ones adds them up, for each of the warps alike.
+    shared.y_TP[...] = y_TP.astype(jnp.bfloat16)
+    plgpu.commit_smem()
     token_TT = [_token(_iota((ROWS, ROWS), axis, TILE, tile), tile) for axis in (0, 1)]
     ones_TT = jnp.where(token_TT[0] == token_TT[1], 1.0, 0.0).astype(jnp.bfloat16)
-    (o_TP,) = _products([(ones_TT, (shared.gate_TP, ""), WIDTH)], tile)
+    (o_TP,) = _products([(ones_TT, (shared.y_TP, ""), WIDTH)], tile)
     if tile.keep:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    shared.x_TP[...] = o_TP.astype(jnp.bfloat16)
+    shared.weighted_TP[...] = o_TP.astype(jnp.bfloat16)
     plgpu.commit_smem()
-    program.store(shared.x_TP, index)
+    program.store(shared.weighted_TP, index)
 
 
 class Decay:
@@ -470,29 +472,14 @@ class Decay:
 
 
 def _turned(x_TN, bias_RN, *, sin_TS, cos_TS, tile: Tile):
-    x_TN = _load(x_TN, TILE, tile).astype(jnp.float32) + _of_rank(bias_RN, tile)
+    interpret = tile.interpret is not None
+    x_TN = _load(x_TN, TILE, tile).astype(jnp.float32) + of_ranks(bias_RN, interpret)
     planes, d_state = sin_TS.shape[1], x_TN.shape[1]
     u_TS, w_TS = x_TN[:, :planes], x_TN[:, planes : 2 * planes]
     parts = [u_TS * cos_TS - w_TS * sin_TS, u_TS * sin_TS + w_TS * cos_TS]
     if d_state > 2 * planes:
         parts.append(x_TN[:, 2 * planes :])
-    return _joined([part.astype(jnp.bfloat16) for part in parts], tile)
-
-
-def _joined(parts, tile: Tile):
-    """Columns side by side: lax.concatenate, which jax 0.10 does not lower here."""
-    if tile.interpret is not None:
-        return jnp.concatenate(parts, axis=1)
-    shape = (ROWS, sum(part.shape[1] for part in parts))
-
-    @plgpu.inline_mgpu(
-        arg_types=(TILE,) * len(parts), return_type=plgpu.ShapeDtypeStruct(shape, parts[0].dtype, layout=TILE)
-    )
-    def join(ctx, *parts):
-        registers = np.concatenate([part.registers for part in parts], axis=1)
-        return mgpu.FragmentedArray(_registers=registers, _layout=TILE.to_mgpu(), _is_signed=None)
-
-    return join(*parts)
+    return joined([part.astype(jnp.bfloat16) for part in parts], interpret)
 
 
 def _load(ref, layout, tile: Tile, optimized: bool = True):
@@ -517,34 +504,6 @@ def _down(x_T, columns: int):
 
 def _across(x_P, rows: int):
     return lax.broadcast_in_dim(x_P, (rows, x_P.shape[0]), (1,))
-
-
-def _of_rank(ref_RN, tile: Tile):
-    """(T, N): every row is its rank's of a ref (R, N)."""
-    rank, size = ref_RN.shape
-    if rank == 1:
-        return _across(_load(ref_RN.at[0], COLUMN, tile), ROWS)
-    if tile.interpret is not None:
-        return jnp.repeat(ref_RN[...], tile.tokens, axis=0)
-
-    # A warp holds 16 rows, of one rank: it loads that rank's vector as if it were everybody's.
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((ROWS, size), jnp.float32, layout=TILE)
-    )
-    def load(ctx, ref):
-        import jax.experimental.mosaic.gpu.utils as utils
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith
-
-        i32 = ir.IntegerType.get_signless(32)
-        warp = arith.remui(utils.warp_idx(sync=False), utils.c(4, i32))
-        row = arith.index_cast(ir.IndexType.get(), arith.divui(warp, utils.c(4 // rank, i32)))
-        vector = mgpu.FragmentedArray.load_untiled(
-            utils.memref_slice(ref, row), layout=COLUMN.to_mgpu(), optimized=False
-        )
-        return vector.broadcast_in_dim((ROWS, size), (1,), TILE.to_mgpu())
-
-    return load(ref_RN)
 
 
 def _operand(x):
