@@ -2,19 +2,19 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from mamba3_jax.ops import triton as triton_op
+from mamba3_jax.ops import triton
 from mamba3_jax.ops.chunks import incoming, last_state
 from mamba3_jax.ops.discretize import trapezoid
 from mamba3_jax.ops.rotary import from_planes, to_planes
 from mamba3_jax.ops.types import Heads, State, Tokens
 
 PROGRAMS = 264  # that fill an H200: two on each of its 132 multiprocessors
-WIDTH = 64  # P, padded
+ROWS, WIDTH = 64, 64  # of a chunk; P, padded
 
 
 def mosaic_gpu(
@@ -30,10 +30,11 @@ def mosaic_gpu(
     """The sums of `chunked` in one fused kernel, `pallas_kernels.ssm.mosaic_gpu`; one token: as `triton`.
 
     Queries and keys are turned inside the scan: they are read as they come, once a head, and never stored turned. The
-    backward pass is that of `triton`, which computes its forward pass again.
+    backward pass is that of `triton`, which turns them again; it keeps the inputs, the outputs before norm and gate,
+    and the state before every segment.
 
     Args:
-        chunk: tokens a chunk of the backward pass; here it is always 64 rows, ranks times tokens.
+        chunk: ignored: it is always 64 rows, ranks times tokens.
         segments: how many parts of the length run side by side; None: as many as fill the device. Performance only.
         interpret: run the kernels' program on any backend, slowly, for tests.
 
@@ -42,53 +43,12 @@ def mosaic_gpu(
             with the planes padded to 16, 32 or 64.
     """
     check(tokens, interpret)
-    how = (rotation, chunk, segments, interpret)
     if tokens.dt_BLH.shape[1] == 1:
-        return triton_op.triton(tokens, heads, state, rotation=rotation, interpret=interpret)
-    return _op(how, tokens._replace(start_BL=None), heads, state, tokens.start_BL)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _op(how, tokens: Tokens, heads: Heads, state: State, start_BL):
-    rotation, _, segments, interpret = how
-    return _forward(tokens._replace(start_BL=start_BL), heads, state, rotation, segments, interpret)
-
-
-def _op_fwd(how, tokens, heads, state, start_BL):
-    return _op(how, tokens, heads, state, start_BL), (tokens, heads, state, start_BL)
-
-
-def _op_bwd(how, residuals, cotangents):
-    rotation, chunk, _, interpret = how
-    tokens, heads, state, start_BL = residuals
-
-    def op(tokens, heads, state):
-        tokens = tokens._replace(start_BL=start_BL)
-        return triton_op.triton(tokens, heads, state, rotation=rotation, chunk=chunk, interpret=interpret)
-
-    _, pull = jax.vjp(op, tokens, heads, state)
-    no_start = None if start_BL is None else np.zeros(start_BL.shape, jax.dtypes.float0)
-    return *pull(cotangents), no_start
-
-
-_op.defvjp(_op_fwd, _op_bwd)
-
-
-def _forward(tokens: Tokens, heads: Heads, state: State, rotation: str, segments: int | None, interpret: bool):
-    # Here, since everything else works without the kernels.
-    from pallas_kernels.ssm.mosaic_gpu import phase, scan
-    from pallas_kernels.ssm.triton import rotate
-    from pallas_kernels.ssm.triton.common import Tile as TritonTile
-    from pallas_kernels.ssm.triton.common import documents_in_chunks
-
-    batch, length, rank, _, d_state = tokens.q_BLRGN.shape
-    n_heads, width = tokens.v_BLHP.shape[2:]
-    planes = tokens.angle_BLHS.shape[-1]
-    layout = Layout(d_state, planes, rotation)
-    chunk = scan.ROWS // rank
-    n_chunks = -(-length // chunk)
-    segments = segments or max(1, min(PROGRAMS // (batch * n_heads), n_chunks // 4))
-    tile = scan.Tile(rank=rank, width=width, segments=segments, interpret=scan.interpreter() if interpret else None)
+        return triton.triton(tokens, heads, state, rotation=rotation, interpret=interpret)
+    batch, length, rank = tokens.q_BLRGN.shape[:3]
+    n_heads = tokens.v_BLHP.shape[2]
+    chunk = ROWS // rank
+    segments = segments or max(1, min(PROGRAMS // (batch * n_heads), -(-length // chunk) // 4))
     padding = -length % (chunk * segments)
 
     gamma_BLH, kappa_BLH, first_BH = trapezoid(tokens.dt_BLH, tokens.trap_BLH, tokens.start_BL)
@@ -100,55 +60,156 @@ def _forward(tokens: Tokens, heads: Heads, state: State, rotation: str, segments
             return array_BL
         return jnp.pad(array_BL, [(0, 0), (0, padding), *[(0, 0)] * (array_BL.ndim - 2)])
 
-    def wide(array_P):
-        return _last_padded(array_P, WIDTH - width)
-
     def by_head(array_BLH):
         return jnp.swapaxes(padded(array_BLH), 1, 2)
 
     document_BL = None
     if tokens.start_BL is not None:
         document_BL = jnp.cumsum(padded(tokens.start_BL).astype(jnp.int32), axis=1)
-    q_BLRGN, k_BLRGN = (layout.to(padded(x.astype(jnp.bfloat16))) for x in (tokens.q_BLRGN, tokens.k_BLRGN))
-    angle_BLHS = _last_padded(padded(tokens.angle_BLHS), layout.planes - planes)
-    angles = rotate.Inputs(
-        q_BLRGN,
-        k_BLRGN,
-        None,
-        None,
-        angle_BLHS,
+    narrow = (tokens.q_BLRGN, tokens.k_BLRGN, tokens.v_BLHP, tokens.gate_BLHP)
+    per_token = Scan(
+        *(None if x is None else padded(x.astype(jnp.bfloat16)) for x in narrow),
+        padded(tokens.angle_BLHS),
         by_head(tokens.dt_BLH),
-        _last_padded(state.angle_BHS, layout.planes - planes),
-        document_BL,
+        sum(triton._log_decay(by_head(tokens.log_a_BLH), padded(tokens.start_BL), chunk)),
+        by_head(gamma_BLH),
+        by_head(kappa_BLH),
+        state.angle_BHS,
+        incoming(state, first_BH, heads),
+        heads,
     )
-    phase_BHLS, angle_BHS = phase.phase(angles, TritonTile(interpret=interpret))
+    y_BLHP, h_BHPN, angle_BHS = _scan((rotation, segments, interpret), per_token, document_BL)
+    return y_BLHP[:, :length].astype(tokens.v_BLHP.dtype), last_state(tokens, heads, angle_BHS, h_BHPN, rotation)
 
-    log_decay_BHL = sum(triton_op._log_decay(by_head(tokens.log_a_BLH), padded(tokens.start_BL), chunk))
-    log_decay_BHL *= math.log2(math.e)
-    scalars = [log_decay_BHL, log_decay_BHL - jnp.log2(by_head(kappa_BLH)), by_head(gamma_BLH)]
-    if document_BL is not None:
-        document_BHL = documents_in_chunks(document_BL, chunk)[:, None].astype(jnp.float32)
-        scalars.append(jnp.broadcast_to(document_BHL, log_decay_BHL.shape))
-    scalars_BHCXQ = jnp.stack([x.reshape(batch, n_heads, -1, chunk) for x in scalars], axis=3)
 
+class Scan(NamedTuple):
+    """What the kernels of both passes read: whole chunks, entries of P and N as the op has them."""
+
+    q_BLRGN: jax.Array
+    k_BLRGN: jax.Array
+    v_BLHP: jax.Array
+    gate_BLHP: jax.Array | None
+    angle_BLHS: jax.Array
+    dt_BHL: jax.Array
+    log_decay_BHL: jax.Array  # since the first token of the chunk, or of its document in the chunk
+    gamma_BHL: jax.Array
+    kappa_BHL: jax.Array
+    angle_BHS: jax.Array  # before the row, as the state
+    h_BHPN: jax.Array
+    heads: Heads
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(how, inputs: Scan, document_BL):
+    """y_BLHP, the last h_BHPN, and the last angle_BHS."""
+    return _forward(how, inputs, document_BL, keep=False)[0]
+
+
+def _scan_fwd(how, inputs: Scan, document_BL):
+    results, kept = _forward(how, inputs, document_BL, keep=True)
+    return results, (inputs, document_BL, kept)
+
+
+def _forward(how, inputs: Scan, document_BL, *, keep: bool):
+    """The results, and what the backward pass needs beside the inputs."""
+    # Here, since everything else works without the kernels.
+    from pallas_kernels.ssm.mosaic_gpu import phase, scan
+    from pallas_kernels.ssm.triton import common, rotate
+
+    rotation, segments, interpret = how
+    batch, n_heads, _ = inputs.dt_BHL.shape
+    rank, _, d_state = inputs.q_BLRGN.shape[2:]
+    width, planes = inputs.v_BLHP.shape[-1], inputs.angle_BHS.shape[-1]
+    layout = Layout(d_state, planes, rotation)
+    interpreter = scan.interpreter() if interpret else None
+    tile = scan.Tile(rank=rank, width=width, segments=segments, keep=keep, interpret=interpreter)
+
+    wide = lambda array_P: _last_padded(array_P, WIDTH - width)  # noqa: E731
+    turning = lambda array_S: _last_padded(array_S, layout.planes - planes)  # noqa: E731
     float32 = lambda array: None if array is None else array.astype(jnp.float32)  # noqa: E731
-    h_BHPN = layout.to(incoming(state, first_BH, heads))
-    inputs = scan.Inputs(
-        q_BLRGN,
-        k_BLRGN,
-        wide(padded(tokens.v_BLHP.astype(jnp.bfloat16))),
-        wide(None if tokens.gate_BLHP is None else padded(tokens.gate_BLHP.astype(jnp.bfloat16))),
-        phase_BHLS,
-        jnp.tile(scalars_BHCXQ, rank),
-        jnp.pad(h_BHPN, [(0, 0), (0, 0), (0, WIDTH - width), (0, 0)])[:, :, None],
-        *(float32(layout.to(x)) for x in (heads.q_bias_HRN, heads.k_bias_HRN)),
-        float32(heads.skip_H),
-        *(float32(wide(x)) for x in (heads.v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP)),
+    q_BLRGN, k_BLRGN = layout.to(inputs.q_BLRGN), layout.to(inputs.k_BLRGN)
+    angles = (turning(inputs.angle_BLHS), inputs.dt_BHL, turning(inputs.angle_BHS), document_BL)
+    phase_BHLS, angle_BHS = phase.phase(
+        rotate.Inputs(q_BLRGN, k_BLRGN, None, None, *angles), common.Tile(interpret=interpret)
     )
-    out = scan.scan(inputs, tile)
-    y_BLHP = out.o_BLHP[:, :length, :, :width].astype(tokens.v_BLHP.dtype)
+    log_decay_BHL = inputs.log_decay_BHL * math.log2(math.e)
+    scalars = [log_decay_BHL, log_decay_BHL - jnp.log2(inputs.kappa_BHL), inputs.gamma_BHL]
+    if document_BL is not None:
+        document_BHL = common.documents_in_chunks(document_BL, tile.tokens)[:, None].astype(jnp.float32)
+        scalars.append(jnp.broadcast_to(document_BHL, log_decay_BHL.shape))
+    scalars_BHCXQ = jnp.stack([x.reshape(batch, n_heads, -1, tile.tokens) for x in scalars], axis=3)
+
+    heads, h_BHPN = inputs.heads, layout.to(inputs.h_BHPN)
+    out, starts_BHSPN, left_BHS = scan.scan(
+        scan.Inputs(
+            q_BLRGN,
+            k_BLRGN,
+            wide(inputs.v_BLHP),
+            wide(inputs.gate_BLHP),
+            phase_BHLS,
+            jnp.tile(scalars_BHCXQ, rank),
+            jnp.pad(h_BHPN, [(0, 0), (0, 0), (0, WIDTH - width), (0, 0)])[:, :, None],
+            *(float32(layout.to(x)) for x in (heads.q_bias_HRN, heads.k_bias_HRN)),
+            float32(heads.skip_H),
+            *(float32(wide(x)) for x in (heads.v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP)),
+        ),
+        tile,
+    )
     h_BHPN = layout.back(out.h_BHSPN[:, :, -1, :width])
-    return y_BLHP, last_state(tokens, heads, angle_BHS[..., :planes], h_BHPN, rotation)
+    kept = None
+    if keep:
+        kept = out.y_BLHRP[..., :width], layout.back(starts_BHSPN[..., :width, :]), left_BHS, h_BHPN
+    return (out.o_BLHP[..., :width], h_BHPN, angle_BHS[..., :planes]), kept
+
+
+def _scan_bwd(how, residuals, cotangents):
+    from pallas_kernels.ssm.triton import common, rotate, scan, scan_back
+
+    rotation, segments, interpret = how
+    inputs, document_BL, (y_BLHRP, starts_BHSPN, left_BHS, last_BHPN) = residuals
+    do_BLHP, dlast_BHPN, dangle_BHS = cotangents
+    rank, _, d_state = inputs.q_BLRGN.shape[2:]
+    width, planes = inputs.v_BLHP.shape[-1], inputs.angle_BHS.shape[-1]
+    layout, spare = triton.Layout(d_state, planes, rotation), triton._tile_size(width) - width
+    by_hand = {"value": common.Launch(4, 1)} if rank > 1 else {}  # see `triton.tile_of`
+    tile = common.Tile(rank=rank, width=width, segments=segments, interpret=interpret, **by_hand)
+
+    wide = lambda array_P: _last_padded(array_P, spare)  # noqa: E731
+    turning = lambda array_S: _last_padded(array_S, layout.planes - planes)  # noqa: E731
+    tall = lambda array_PN: jnp.pad(layout.to(array_PN), [*[(0, 0)] * (array_PN.ndim - 2), (0, spare), (0, 0)])  # noqa: E731
+    by_row = lambda array_L: None if array_L is None else jnp.repeat(array_L, rank, axis=-1)  # noqa: E731
+
+    def as_triton(inputs: Scan):
+        """Its inputs, from queries and keys turned again, and the last angle."""
+        heads = inputs.heads
+        unturned = (inputs.q_BLRGN, inputs.k_BLRGN, heads.q_bias_HRN, heads.k_bias_HRN)
+        angles = (turning(inputs.angle_BLHS), inputs.dt_BHL, turning(inputs.angle_BHS), document_BL)
+        q_BHTN, k_BHTN, angle_BHS = rotate.rotate(rotate.Inputs(*(layout.to(x) for x in unturned), *angles), tile)
+        document_BT = by_row(common.documents_in_chunks(document_BL, tile.tokens))
+        weights = (heads.v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP)
+        turned = scan.Inputs(
+            q_BHTN,
+            k_BHTN,
+            wide(inputs.v_BLHP),
+            wide(inputs.gate_BLHP),
+            by_row(inputs.log_decay_BHL),
+            None,
+            by_row(inputs.gamma_BHL),
+            by_row(inputs.kappa_BHL),
+            None,
+            tall(inputs.h_BHPN)[:, :, None],
+            heads.skip_H,
+            *(wide(x) for x in weights),
+        )
+        return (turned, angle_BHS[..., :planes]), document_BT
+
+    (turned, _), pull, document_BT = jax.vjp(as_triton, inputs, has_aux=True)
+    kept = (turned._replace(document_BT=document_BT), wide(y_BLHRP), tall(starts_BHSPN), left_BHS, tall(last_BHPN))
+    (gradients,) = scan_back._scan_bwd(tile, kept, (wide(do_BLHP), tall(dlast_BHPN)))
+    return *pull((gradients, dangle_BHS)), None
+
+
+_scan.defvjp(_scan_fwd, _scan_bwd)
 
 
 class Layout:

@@ -126,8 +126,15 @@ def test_documents_do_not_see_each_other():
     assert not np.array_equal(y[:, :70], other_y[:, :70])
 
 
-def test_gradients_agree_with_the_definition():
-    shape = SISO_LARGE._replace(batch=1, length=40, d_state=32, width=16, planes=8)
+@pytest.mark.parametrize(
+    ("shape", "starts", "segments"),
+    [
+        (SISO_LARGE._replace(batch=1, length=40, d_state=32, width=16, planes=8), (5, 20), 1),
+        (MIMO_LARGE._replace(length=35, heads=1, d_state=16, width=16, planes=4), (20,), 2),
+    ],
+    ids=["siso", "mimo"],
+)
+def test_gradients_agree_with_the_definition(shape, starts, segments):
     inputs = draw(shape)
     inputs = (bfloat16(inputs[0]), *inputs[1:])
 
@@ -135,14 +142,14 @@ def test_gradients_agree_with_the_definition():
     def run(inputs):
         def op(inputs):
             tokens, heads, state = inputs
-            tokens = tokens._replace(start_BL=start(shape, (5, 20)))
-            return mosaic_gpu(tokens, heads, state, rotation=shape.rotation, interpret=True)
+            tokens = tokens._replace(start_BL=start(shape, starts))
+            return mosaic_gpu(tokens, heads, state, rotation=shape.rotation, segments=segments, interpret=True)
 
         results, pull = jax.vjp(op, inputs)
         cotangent = jax.tree.map(lambda x, like: x.astype(like.dtype), cases.cotangents(shape), results)
         return pull(cotangent)[0]
 
-    cases.check_gradients(run(inputs), wanted(shape, (5, 20))[1], 2e-2)
+    cases.check_gradients(run(inputs), wanted(shape, starts)[1], 2e-2)
 
 
 def scan_inputs(length=64, rank=1, d_state=64, width=64, planes=16, heads=2, groups=1) -> scan.Inputs:

@@ -176,40 +176,43 @@ def forward(inputs: Inputs, tile: Tile) -> Outputs:
     return Outputs(o_BLHP, out.h_BHSPN, y_BLHRP)
 
 
-def scan(inputs: Inputs, tile: Tile) -> Outputs:
-    """`forward`, whatever the number of segments; h of `inputs` (B, H, 1, P, N) is the state before the row.
+def scan(inputs: Inputs, tile: Tile):
+    """Outputs, the state before every segment, and what every segment leaves of it (None for one segment).
 
     Where heads and batch entries are too few to fill the device, a first pass leaves what every segment adds to the
     state; `combine` gives the state before each, and the kernel then runs all segments at once.
+
+    Args:
+        inputs: h of shape (B, H, 1, P, N), the state before the row.
 
     Raises:
         ValueError: see `check`.
     """
     if tile.segments == 1:
-        return forward(inputs, tile)
+        return forward(inputs, tile), inputs.h_BHSPN, None
     nothing = dict.fromkeys(("q_BLRGN", "gate_BLHP", "skip_H", "gate_rank_HRP", "out_rank_HRP", "norm_HP"))
     batch, n_heads, _, width, d_state = inputs.h_BHSPN.shape
     zeros_BHSPN = jnp.zeros((batch, n_heads, tile.segments, width, d_state), jnp.float32)
     needed = inputs._replace(**nothing, q_bias_HRN=None, h_BHSPN=zeros_BHSPN)
     added_BHSPN = forward(needed, replace(tile, keep=False)).h_BHSPN
-    h_BHSPN = combine(inputs.h_BHSPN, added_BHSPN, inputs.scalars_BHCXT)
-    return forward(inputs._replace(h_BHSPN=h_BHSPN), tile)
+    h_BHSPN, left_BHS = combine(inputs.h_BHSPN, added_BHSPN, inputs.scalars_BHCXT)
+    return forward(inputs._replace(h_BHSPN=h_BHSPN), tile), h_BHSPN, left_BHS
 
 
 def combine(h_BH1PN, added_BHSPN, scalars_BHCXT):
-    """h_s = left_s h_{s-1} + added_s: the states before every segment."""
+    """h_s = left_s h_{s-1} + added_s: the states before every segment, and left."""
     batch, n_heads, segments = added_BHSPN.shape[:3]
     last_BHSCX = scalars_BHCXT[..., -1].reshape(batch, n_heads, segments, -1, scalars_BHCXT.shape[3])
     left_BHS = jnp.exp2(jnp.sum(last_BHSCX[..., 0], axis=-1))
     if last_BHSCX.shape[-1] == 4:
         left_BHS = jnp.where(jnp.all(last_BHSCX[..., 3] == 0, axis=-1), left_BHS, 0.0)
-    left_BHS = jnp.pad(left_BHS[:, :, :-1], ((0, 0), (0, 0), (1, 0)))
+    before_BHS = jnp.pad(left_BHS[:, :, :-1], ((0, 0), (0, 0), (1, 0)))
     states_BHSPN = jnp.concatenate([h_BH1PN, added_BHSPN[:, :, :-1]], axis=2)
 
     def compose(first, second):
         return first[0] * second[0], second[0][..., None, None] * first[1] + second[1]
 
-    return lax.associative_scan(compose, (left_BHS, states_BHSPN), axis=2)[1]
+    return lax.associative_scan(compose, (before_BHS, states_BHSPN), axis=2)[1], left_BHS
 
 
 def interpreter():
