@@ -50,7 +50,9 @@ class ModelConfig:
 
     # how it is run
     compute_dtype: str = "float32"  # float32 | bfloat16; parameters stay float32
-    remat: str = "none"  # none | block | op: what the backward pass recomputes
+    # What the backward pass computes again: none | rotation: the kernels' rotated queries and keys, most of what they
+    # keep; their outputs and states are kept | op: the whole op; its inputs are kept | block: the layer
+    remat: str = "none"
     scan_layers: bool = True
 
 

@@ -11,7 +11,7 @@ from mamba3_jax.nn.initial import linear
 from mamba3_jax.nn.norm import NORMS
 from mamba3_jax.nn.precision import DTYPES, einsum
 
-REMATS = ("none", "block", "op")
+REMATS = ("none", "rotation", "op", "block")
 
 
 def segments(pattern):

@@ -42,6 +42,10 @@ def no_angle(theta_BLS, dt_BLH):
 
 ANGLES = {"data": data_angle, "rope": rope_angle, "none": no_angle}
 
+# By config.remat: what the backward pass keeps of the op beside its inputs, by the names that kernels give. What has no
+# such names (plain XLA) keeps nothing.
+KEPT = {"op": (), "rotation": ("ssm_y", "ssm_states")}
+
 
 class Sizes(NamedTuple):
     """What a config implies for one layer."""
@@ -118,9 +122,9 @@ class Mamba3(nn.Module):
             implementation=config.implementation or None,
             chunk=config.chunk or None,
         )
+        if config.remat in KEPT:
+            op = jax.checkpoint(op, policy=jax.checkpoint_policies.save_only_these_names(*KEPT[config.remat]))
         op = sharded(op, *nn.logical_to_mesh_axes(("batch", "heads")))
-        if config.remat == "op":
-            op = jax.checkpoint(op)
         y_BLHP, state = op(self.tokens(x_BLD, start_BL), self.heads(), state)
         return einsum("blhp,hpd->bld", y_BLHP, self.out, dtype=DTYPES[config.compute_dtype]), state
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mamba3_jax.ops import choices
 from mamba3_jax.ops.chunked import log_decay
@@ -29,7 +30,7 @@ def triton(
     """The sums of `chunked` in two fused kernels, `pallas_kernels.ssm.triton`: rotate, then scan; one token: `decode`.
 
     The backward pass keeps the inputs, rotated queries and keys, the outputs before norm and gate, and the state before
-    every segment.
+    every segment; for the policies of `jax.checkpoint` these are named ssm_rotated, ssm_y and ssm_states.
 
     Args:
         chunk: tokens a chunk; the kernel takes the power of two at or below it that its tiles allow.
@@ -94,6 +95,7 @@ def triton(
         document_BL,
     )
     q_BHTN, k_BHTN, angle_BHS = rotate.rotate(rotated, tile)
+    q_BHTN, k_BHTN = checkpoint_name((q_BHTN, k_BHTN), "ssm_rotated")
     angle_BHS = angle_BHS[..., :planes]
 
     spare = _tile_size(width) - width

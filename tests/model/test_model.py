@@ -145,7 +145,9 @@ def test_no_gradient_crosses_a_boundary():
         assert all((np.abs(x).max() > 0) == (document == 0) for x in floats)
 
 
-@pytest.mark.parametrize("change", [{"scan_layers": False}, {"remat": "block"}, {"remat": "op"}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"scan_layers": False}, *({"remat": how} for how in ("rotation", "op", "block"))], ids=str
+)
 def test_how_it_is_run_changes_no_value_and_no_gradient(change):
     loss, gradient = gradients(**change)
     want_loss, want_gradient = gradients()
