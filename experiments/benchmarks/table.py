@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import app, flags
 
 from experiments import parity
-from experiments.benchmarks import common, depth, layer, ssm
+from experiments.benchmarks import common, depth, layer, ssm, train
 from experiments.benchmarks.experiments import EXPERIMENTS
 
 FILES = (common.REPOSITORY / "README.md", common.REPOSITORY / "experiments" / "README.md")
@@ -76,6 +76,7 @@ TABLES = {
     "parity": parity_table,
     "layer": table_of("layer", layer.COLUMNS),
     "ssm": table_of("ssm", ssm.COLUMNS),
+    "train": table_of("train", train.COLUMNS),
     "growth": table_of("growth", ssm.GROWTH_COLUMNS),
     "depth": table_of("depth", depth.COLUMNS),
     "experiments": experiments_table,
