@@ -36,8 +36,10 @@ LAYERS = {
 }
 LAYER_BATCH, LAYER_LENGTH = 4, 2048
 MODELS = ("siso-180m", "mimo-180m", *LAYERS)
-# Two bfloat16 paths: of the loss, a mean over the batch; of what is rounded at every layer.
-TOLERANCE = {"loss": 1e-3, "grad_norm": 2e-2, "y": 1e-2, "gradients": 4e-2}
+# Two bfloat16 paths. What adds up over the row, of random sign, is far from float32 on either after 2,048 tokens: the
+# angle's columns of in_kq_angle 0.1 on both, dt_bias 0.01 in plain XLA and 0.05 to 0.1 by the Triton kernels.
+TOLERANCE = {"loss": 1e-3, "grad_norm": 2e-2, "y": 1e-2, "gradients": 2e-2, "sums": 2e-1}
+ADDS_UP = ("dt_bias", "in_kq_angle")
 
 FLAGS = flags.FLAGS
 
@@ -135,6 +137,11 @@ def layer_programs(model: str, implementation: str, batch: int, length: int) -> 
         y_BLD, pull = jax.vjp(forward, params, x_BLD)
         return y_BLD, pull(dy_BLD)
 
+    def values(result):
+        y_BLD, (of_params, of_x_BLD) = result
+        of_sums = {name: of_params.pop(name) for name in ADDS_UP}
+        return {"y": y_BLD, "gradients": (of_params, of_x_BLD), "sums": of_sums}
+
     def arguments(count: int):
         keys = jax.random.split(jax.random.key(0), count)
         shape = (batch, length, config.d_model)
@@ -148,7 +155,7 @@ def layer_programs(model: str, implementation: str, batch: int, length: int) -> 
 
     return [
         program("forward", forward, 2, lambda y_BLD: {"y": y_BLD}),
-        program("forward+backward", backward, 3, lambda result: {"y": result[0], "gradients": result[1]}),
+        program("forward+backward", backward, 3, values),
     ]
 
 
@@ -213,6 +220,7 @@ COLUMNS = {
     "of gradient norm": "grad_norm error",
     "of output": "y error",
     "of gradients": "gradients error",
+    "of sums over the row": "sums error",
 }
 
 

@@ -1,0 +1,60 @@
+"""The benchmark of a layer and a training step, in small on any device: what it times agrees, or it is not timed."""
+
+import pytest
+
+from experiments.benchmarks import common, train
+from experiments.benchmarks.experiments import train_speed
+from mamba3_jax.config import ModelConfig
+from mamba3_jax.ops.ssm import IMPLEMENTATIONS
+
+TINY = ModelConfig(vocab_size=16, d_model=16, pattern="M", d_state=8, head_dim=8, compute_dtype="bfloat16")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setitem(train.PRESETS, "tiny", TINY)
+    monkeypatch.setitem(train.LAYERS, "layer tiny", TINY)
+    monkeypatch.setattr(train, "LAYER_LENGTH", 16)
+    quick = {"batch_seconds": 1e-3, "batches": 1, "warm_up": 1}
+    monkeypatch.setattr(common, "measure", lambda function, **_: MEASURE(function, **quick))
+
+
+MEASURE = common.measure
+
+
+def test_a_layer_is_checked_before_it_is_timed(monkeypatch):
+    def off(*args, **options):
+        y_BLHP, state = IMPLEMENTATIONS["recurrent"](*args, **options)
+        return y_BLHP * 1.05, state
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "wrong", off)
+    programs = train.programs_of("layer tiny", ["chunked", "recurrent", "wrong"], 2, 16)
+    assert [program.what for program in programs] == ["forward"] * 3 + ["forward+backward"] * 3
+    plain, other, wrong = programs[3:]
+    row, want = train.row_of(plain, plain.compile(), None)
+    assert row["y error"] == row["gradients error"] == 0
+    row, _ = train.row_of(other, other.compile(), want)
+    assert 0 < row["y error"] < 1e-2
+    assert {"ms", "peak_mib", "sums error"} <= set(row)
+    with pytest.raises(ValueError, match=r"layer tiny, forward.backward: relative error over 1e-02 in y"):
+        train.row_of(wrong, wrong.compile(), want)
+
+
+def test_a_step_is_the_trainers():
+    (program,) = train.programs_of("tiny", ["default"], 2, 16)
+    row, got = train.row_of(program, program.compile(), None)
+    assert row["implementation"] == "default: plain XLA"
+    assert 2 < row["loss"] == got["loss"] < 4  # log 16 is 2.8
+    assert row["tokens_per_second"] == pytest.approx(2 * 16 / row["ms"] * 1e3)
+    with pytest.raises(ValueError, match="tiny, training step: relative error over 1e-03 in loss"):
+        train.row_of(program, program.compile(), got | {"loss": got["loss"] * 1.002})
+
+
+def test_the_sentence():
+    step, layer = {"what": "training step"}, {"what": "forward"}
+    rows = [
+        step | {"model": "a", "implementation": "chunked", "ms": 250.0, "tokens_per_second": 1.0},
+        step | {"model": "a", "implementation": "default: kernels", "ms": 100.0, "tokens_per_second": 163840.0},
+        layer | {"model": "b", "implementation": "default: kernels", "ms": 0.5},
+    ]
+    assert train_speed({"rows": rows}) == "a 163,840 tokens/s (2.50x)"
