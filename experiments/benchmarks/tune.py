@@ -44,6 +44,8 @@ LAUNCHES = {
         **dict.fromkeys(("forward", "added", "query", "key", "value"), WARPS_AND_STAGES),
     }
 }
+# Gradients that add up over a long row, of random sign, differ by this much between two right orders of bfloat16.
+LONG_SUMS = 0.2
 WORTH = 0.99  # of the time: two measurements of the same differ by less than the rest
 
 FLAGS = flags.FLAGS
@@ -133,8 +135,13 @@ class Clock:
                 ssm.check(ssm.short(self.case), self.implementation, None)
             untold = dataclasses.replace(trial, launch={})
             self.want = jax.jit(untold.function())(*untold.arguments())
-        found = {str(i): float(each) for i, each in enumerate(differences(compiled(*trial.arguments()), self.want))}
-        common.require(found, ssm.TOLERANCE[self.case.dtype][2], f"{self.implementation} {trial.launch}")
+        found = differences(compiled(*trial.arguments()), self.want)
+        paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(self.want)]
+        found = {path: float(error) for path, error in zip(paths, found, strict=True)}
+        sums = {path: found.pop(path) for path in paths if path.endswith(ssm.ADDS_UP)}
+        what = f"{self.implementation} {trial.launch}"
+        common.require(found, ssm.TOLERANCE[self.case.dtype][2], what)
+        common.require(sums, LONG_SUMS, what)
 
 
 class Progress:
