@@ -1,8 +1,4 @@
-"""The op's forward pass in Pallas Mosaic GPU, for Hopper: bias, rotation and scan in one kernel. bfloat16 only."""
-
-import functools
-import math
-from typing import NamedTuple
+"""The op in Pallas Mosaic GPU, for Hopper: bias, rotation and scan in one kernel, three with the backward pass."""
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +25,9 @@ def mosaic_gpu(
 ):
     """The sums of `chunked` in one fused kernel, `pallas_kernels.ssm.mosaic_gpu`; one token: as `triton`.
 
-    Queries and keys are turned inside the scan: they are read as they come, once a head, and never stored turned. The
-    backward pass is that of `triton`, which turns them again; it keeps the inputs, the outputs before norm and gate,
-    and the state before every segment.
+    Queries and keys are turned inside the scans: they are read as they come, once a head, and never stored turned. The
+    backward pass keeps the inputs, the angles, the outputs before norm and gate, and the state before every segment.
+    bfloat16 only: Hopper's wgmma has no products of true float32.
 
     Args:
         chunk: ignored: it is always 64 rows, ranks times tokens.
@@ -42,6 +38,9 @@ def mosaic_gpu(
         ValueError: no Hopper GPU, q, k and v not bfloat16, a rank other than 1, 2 or 4, P over 64, or d_state over 128
             with the planes padded to 16, 32 or 64.
     """
+    # Here, since everything else works without the kernels.
+    from pallas_kernels.ssm.mosaic_gpu import op, scan
+
     check(tokens, interpret)
     if tokens.dt_BLH.shape[1] == 1:
         return triton.triton(tokens, heads, state, rotation=rotation, interpret=interpret)
@@ -66,150 +65,33 @@ def mosaic_gpu(
     document_BL = None
     if tokens.start_BL is not None:
         document_BL = jnp.cumsum(padded(tokens.start_BL).astype(jnp.int32), axis=1)
-    narrow = (tokens.q_BLRGN, tokens.k_BLRGN, tokens.v_BLHP, tokens.gate_BLHP)
-    per_token = Scan(
-        *(None if x is None else padded(x.astype(jnp.bfloat16)) for x in narrow),
-        padded(tokens.angle_BLHS),
+    width, planes = tokens.v_BLHP.shape[-1], tokens.angle_BLHS.shape[-1]
+    layout = Layout(tokens.q_BLRGN.shape[-1], planes, rotation)
+    wide = lambda array_P: _last_padded(array_P, WIDTH - width)  # noqa: E731
+    turning = lambda array_S: _last_padded(array_S, layout.planes - planes)  # noqa: E731
+    narrow = lambda array_BL: None if array_BL is None else padded(array_BL.astype(jnp.bfloat16))  # noqa: E731
+    float32 = lambda array: None if array is None else array.astype(jnp.float32)  # noqa: E731
+    h_BHPN = layout.to(incoming(state, first_BH, heads))
+    inputs = op.Inputs(
+        *(layout.to(narrow(x)) for x in (tokens.q_BLRGN, tokens.k_BLRGN)),
+        *(wide(narrow(x)) for x in (tokens.v_BLHP, tokens.gate_BLHP)),
+        turning(padded(tokens.angle_BLHS)),
         by_head(tokens.dt_BLH),
         sum(triton._log_decay(by_head(tokens.log_a_BLH), padded(tokens.start_BL), chunk)),
         by_head(gamma_BLH),
         by_head(kappa_BLH),
-        state.angle_BHS,
-        incoming(state, first_BH, heads),
-        heads,
+        turning(state.angle_BHS),
+        jnp.pad(h_BHPN, [(0, 0), (0, 0), (0, WIDTH - width), (0, 0)]),
+        *(float32(layout.to(x)) for x in (heads.q_bias_HRN, heads.k_bias_HRN)),
+        float32(heads.skip_H),
+        *(float32(wide(x)) for x in (heads.v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP)),
     )
-    y_BLHP, h_BHPN, angle_BHS = _scan((rotation, segments, interpret), per_token, document_BL)
-    return y_BLHP[:, :length].astype(tokens.v_BLHP.dtype), last_state(tokens, heads, angle_BHS, h_BHPN, rotation)
-
-
-class Scan(NamedTuple):
-    """What the kernels of both passes read: whole chunks, entries of P and N as the op has them."""
-
-    q_BLRGN: jax.Array
-    k_BLRGN: jax.Array
-    v_BLHP: jax.Array
-    gate_BLHP: jax.Array | None
-    angle_BLHS: jax.Array
-    dt_BHL: jax.Array
-    log_decay_BHL: jax.Array  # since the first token of the chunk, or of its document in the chunk
-    gamma_BHL: jax.Array
-    kappa_BHL: jax.Array
-    angle_BHS: jax.Array  # before the row, as the state
-    h_BHPN: jax.Array
-    heads: Heads
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(how, inputs: Scan, document_BL):
-    """y_BLHP, the last h_BHPN, and the last angle_BHS."""
-    return _forward(how, inputs, document_BL, keep=False)[0]
-
-
-def _scan_fwd(how, inputs: Scan, document_BL):
-    results, kept = _forward(how, inputs, document_BL, keep=True)
-    return results, (inputs, document_BL, kept)
-
-
-def _forward(how, inputs: Scan, document_BL, *, keep: bool):
-    """The results, and what the backward pass needs beside the inputs."""
-    # Here, since everything else works without the kernels.
-    from pallas_kernels.ssm.mosaic_gpu import phase, scan
-    from pallas_kernels.ssm.triton import common, rotate
-
-    rotation, segments, interpret = how
-    batch, n_heads, _ = inputs.dt_BHL.shape
-    rank, _, d_state = inputs.q_BLRGN.shape[2:]
-    width, planes = inputs.v_BLHP.shape[-1], inputs.angle_BHS.shape[-1]
-    layout = Layout(d_state, planes, rotation)
     interpreter = scan.interpreter() if interpret else None
-    tile = scan.Tile(rank=rank, width=width, segments=segments, keep=keep, interpret=interpreter)
-
-    wide = lambda array_P: _last_padded(array_P, WIDTH - width)  # noqa: E731
-    turning = lambda array_S: _last_padded(array_S, layout.planes - planes)  # noqa: E731
-    float32 = lambda array: None if array is None else array.astype(jnp.float32)  # noqa: E731
-    q_BLRGN, k_BLRGN = layout.to(inputs.q_BLRGN), layout.to(inputs.k_BLRGN)
-    angles = (turning(inputs.angle_BLHS), inputs.dt_BHL, turning(inputs.angle_BHS), document_BL)
-    phase_BHLS, angle_BHS = phase.phase(
-        rotate.Inputs(q_BLRGN, k_BLRGN, None, None, *angles), common.Tile(interpret=interpret)
-    )
-    log_decay_BHL = inputs.log_decay_BHL * math.log2(math.e)
-    scalars = [log_decay_BHL, log_decay_BHL - jnp.log2(inputs.kappa_BHL), inputs.gamma_BHL]
-    if document_BL is not None:
-        document_BHL = common.documents_in_chunks(document_BL, tile.tokens)[:, None].astype(jnp.float32)
-        scalars.append(jnp.broadcast_to(document_BHL, log_decay_BHL.shape))
-    scalars_BHCXQ = jnp.stack([x.reshape(batch, n_heads, -1, tile.tokens) for x in scalars], axis=3)
-
-    heads, h_BHPN = inputs.heads, layout.to(inputs.h_BHPN)
-    out, starts_BHSPN, left_BHS = scan.scan(
-        scan.Inputs(
-            q_BLRGN,
-            k_BLRGN,
-            wide(inputs.v_BLHP),
-            wide(inputs.gate_BLHP),
-            phase_BHLS,
-            jnp.tile(scalars_BHCXQ, rank),
-            jnp.pad(h_BHPN, [(0, 0), (0, 0), (0, WIDTH - width), (0, 0)])[:, :, None],
-            *(float32(layout.to(x)) for x in (heads.q_bias_HRN, heads.k_bias_HRN)),
-            float32(heads.skip_H),
-            *(float32(wide(x)) for x in (heads.v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP)),
-        ),
-        tile,
-    )
-    h_BHPN = layout.back(out.h_BHSPN[:, :, -1, :width])
-    kept = None
-    if keep:
-        kept = out.y_BLHRP[..., :width], layout.back(starts_BHSPN[..., :width, :]), left_BHS, h_BHPN
-    return (out.o_BLHP[..., :width], h_BHPN, angle_BHS[..., :planes]), kept
-
-
-def _scan_bwd(how, residuals, cotangents):
-    from pallas_kernels.ssm.triton import common, rotate, scan, scan_back
-
-    rotation, segments, interpret = how
-    inputs, document_BL, (y_BLHRP, starts_BHSPN, left_BHS, last_BHPN) = residuals
-    do_BLHP, dlast_BHPN, dangle_BHS = cotangents
-    rank, _, d_state = inputs.q_BLRGN.shape[2:]
-    width, planes = inputs.v_BLHP.shape[-1], inputs.angle_BHS.shape[-1]
-    layout, spare = triton.Layout(d_state, planes, rotation), triton._tile_size(width) - width
-    by_hand = {"value": common.Launch(4, 1)} if rank > 1 else {}  # see `triton.tile_of`
-    tile = common.Tile(rank=rank, width=width, segments=segments, interpret=interpret, **by_hand)
-
-    wide = lambda array_P: _last_padded(array_P, spare)  # noqa: E731
-    turning = lambda array_S: _last_padded(array_S, layout.planes - planes)  # noqa: E731
-    tall = lambda array_PN: jnp.pad(layout.to(array_PN), [*[(0, 0)] * (array_PN.ndim - 2), (0, spare), (0, 0)])  # noqa: E731
-    by_row = lambda array_L: None if array_L is None else jnp.repeat(array_L, rank, axis=-1)  # noqa: E731
-
-    def as_triton(inputs: Scan):
-        """Its inputs, from queries and keys turned again, and the last angle."""
-        heads = inputs.heads
-        unturned = (inputs.q_BLRGN, inputs.k_BLRGN, heads.q_bias_HRN, heads.k_bias_HRN)
-        angles = (turning(inputs.angle_BLHS), inputs.dt_BHL, turning(inputs.angle_BHS), document_BL)
-        q_BHTN, k_BHTN, angle_BHS = rotate.rotate(rotate.Inputs(*(layout.to(x) for x in unturned), *angles), tile)
-        document_BT = by_row(common.documents_in_chunks(document_BL, tile.tokens))
-        weights = (heads.v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP)
-        turned = scan.Inputs(
-            q_BHTN,
-            k_BHTN,
-            wide(inputs.v_BLHP),
-            wide(inputs.gate_BLHP),
-            by_row(inputs.log_decay_BHL),
-            None,
-            by_row(inputs.gamma_BHL),
-            by_row(inputs.kappa_BHL),
-            None,
-            tall(inputs.h_BHPN)[:, :, None],
-            heads.skip_H,
-            *(wide(x) for x in weights),
-        )
-        return (turned, angle_BHS[..., :planes]), document_BT
-
-    (turned, _), pull, document_BT = jax.vjp(as_triton, inputs, has_aux=True)
-    kept = (turned._replace(document_BT=document_BT), wide(y_BLHRP), tall(starts_BHSPN), left_BHS, tall(last_BHPN))
-    (gradients,) = scan_back._scan_bwd(tile, kept, (wide(do_BLHP), tall(dlast_BHPN)))
-    return *pull((gradients, dangle_BHS)), None
-
-
-_scan.defvjp(_scan_fwd, _scan_bwd)
+    tile = scan.Tile(rank=rank, width=width, segments=segments, interpret=interpreter)
+    y_BLHP, h_BHPN, angle_BHS = op.mamba3(inputs, document_BL, tile)
+    y_BLHP = y_BLHP[:, :length, :, :width].astype(tokens.v_BLHP.dtype)
+    h_BHPN = layout.back(h_BHPN[:, :, :width])
+    return y_BLHP, last_state(tokens, heads, angle_BHS[..., :planes], h_BHPN, rotation)
 
 
 class Layout:

@@ -452,12 +452,22 @@ def _back(inputs: Inputs, start_BHCS, x_BLRGN, bias_HRN, dx_BHTN, tile: Tile):
 def _rotate_bwd(tile: Tile, residuals, cotangents):
     inputs, start_BHCS = residuals
     dq_BHTN, dk_BHTN, dlast_BHS = cotangents
-    batch, length = inputs.q_BLRGN.shape[:2]
-    n_heads, planes = start_BHCS.shape[1], start_BHCS.shape[-1]
     dq_BLRGN, dq_bias_HRN, of_q = _back(inputs, start_BHCS, inputs.q_BLRGN, inputs.q_bias_HRN, dq_BHTN, tile)
     dk_BLRGN, dk_bias_HRN, of_k = _back(inputs, start_BHCS, inputs.k_BLRGN, inputs.k_bias_HRN, dk_BHTN, tile)
-    dangle_BLHS, ddt_BHL, dphi_BHCS = jax.tree.map(jnp.add, of_q, of_k)
-    chunks = length // tile.turned
+    dangles = add_later(inputs, *jax.tree.map(jnp.add, of_q, of_k), dlast_BHS, tile)
+    return (Inputs(dq_BLRGN, dk_BLRGN, dq_bias_HRN, dk_bias_HRN, *dangles, None),)
+
+
+def add_later(inputs: Inputs, dangle_BLHS, ddt_BHL, dphi_BHCS, dlast_BHS, tile: Tile):
+    """Gradients of angle, dt and the first angle: those that come from the tokens of a chunk, and what comes from later
+    ones, whose angles are all turned by a chunk's.
+
+    Args:
+        dphi_BHCS: a chunk's sum, for the tokens before it.
+        dlast_BHS: of the angle after the row.
+    """
+    batch, n_heads, length = inputs.dt_BHL.shape
+    chunks, planes = length // tile.turned, dlast_BHS.shape[-1]
     later_BHCS, dfirst_BHS, within_BCQ = _later(inputs, dphi_BHCS, dlast_BHS, tile)
     dt_BHCQ = inputs.dt_BHL.reshape(batch, n_heads, chunks, tile.turned)
     angle_BCQHS = inputs.angle_BLHS.reshape(batch, chunks, tile.turned, -1, planes)
@@ -471,10 +481,7 @@ def _rotate_bwd(tile: Tile, residuals, cotangents):
     else:
         more_BHCQ = jnp.einsum("bcqhs,bhcs->bhcq", angle_BCQHS, later_BHCS, **exact)
         more_BCQHS = jnp.moveaxis(dt_BHCQ[..., None] * later_BHCS[:, :, :, None], 1, 3)
-    dangle_BLHS += more_BCQHS.reshape(dangle_BLHS.shape)
-    ddt_BHL += more_BHCQ.reshape(ddt_BHL.shape)
-    gradients = Inputs(dq_BLRGN, dk_BLRGN, dq_bias_HRN, dk_bias_HRN, dangle_BLHS, ddt_BHL, dfirst_BHS, None)
-    return (gradients,)
+    return dangle_BLHS + more_BCQHS.reshape(dangle_BLHS.shape), ddt_BHL + more_BHCQ.reshape(ddt_BHL.shape), dfirst_BHS
 
 
 def _later(inputs: Inputs, dphi_BHCS, dlast_BHS, tile: Tile):
