@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from mamba3_jax.ops import choices
 from mamba3_jax.ops.associative import associative
 from mamba3_jax.ops.chunked import chunked
+from mamba3_jax.ops.mosaic_gpu import mosaic_gpu
+from mamba3_jax.ops.mosaic_gpu import unsupported as mosaic_gpu_unsupported
 from mamba3_jax.ops.recurrent import recurrent
 from mamba3_jax.ops.rotary import ROTATIONS
 from mamba3_jax.ops.sharded import one_device
@@ -15,7 +17,13 @@ from mamba3_jax.ops.types import Heads, State, Tokens, accumulator, empty_state
 
 __all__ = ["IMPLEMENTATIONS", "Heads", "State", "Tokens", "empty_state", "ssm"]
 
-IMPLEMENTATIONS = {"recurrent": recurrent, "associative": associative, "chunked": chunked, "triton": triton}
+IMPLEMENTATIONS = {
+    "recurrent": recurrent,
+    "associative": associative,
+    "chunked": chunked,
+    "triton": triton,
+    "mosaic_gpu": mosaic_gpu,
+}
 # Those for NVIDIA GPUs, the first the default where nothing was measured: what each wants of inputs that it cannot run.
 KERNELS = {"triton": triton_unsupported}
 

@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssm.mosaic_gpu.registers import COLUMN, ROW, ROWS, TILE, joined, of_ranks, of_tokens
 from pallas_kernels.ssm.mosaic_gpu.scan import WIDTH, Sizes, Tile
-from pallas_kernels.ssm.mosaic_gpu.tiles import across, down, iota, load, product, products, tiled
+from pallas_kernels.ssm.mosaic_gpu.tiles import across, down, iota, load, product, product_into, products, tiled
 
 ANCHOR = 1024  # tokens between two states that are kept, for the sums of the decay's gradient to start from again
 DECAY, SHIFTED, GAMMA, KAPPA, DOCUMENT = range(5)
@@ -66,16 +66,18 @@ class Key(NamedTuple):
 class Shared(NamedTuple):
     q_TN: jax.Array  # as it comes
     k_TN: jax.Array | None
-    turned_k_TN: jax.Array | None  # and the gradient of q or k on its way out
+    turned_k_TN: jax.Array | None  # for `query` alone, and the gradient on its way out
     v_QP: jax.Array | None
     x_TP: jax.Array | None
     dy_TP: jax.Array
     weighted_TP: jax.Array | None
-    phase_2QS: jax.Array
-    scalars_2XT: jax.Array
+    phase_CQS: jax.Array
+    scalars_CXT: jax.Array
     h_PN: jax.Array
+    low_PN: jax.Array | None  # what is left of dh, rounded to bfloat16 in h
     dphi_TS: jax.Array | None
     rows_XT: jax.Array | None
+    dv_rank_TP: jax.Array | None
     q_bias_RN: jax.Array
     k_bias_RN: jax.Array | None
     v_rank_RP: jax.Array | None
@@ -85,7 +87,7 @@ class Barriers(NamedTuple):
     q: jax.Array
     k: jax.Array
     values: jax.Array
-    chunk: jax.Array  # two: phase, scalars
+    chunk: jax.Array  # phase, scalars: two chunks of `query`, one of `key`
     head: jax.Array
 
 
@@ -97,16 +99,18 @@ def _shared(refs: Inputs, sizes: Sizes, tile: Tile, *, query: bool) -> Shared:
     return Shared(
         tiled(ROWS, d_state),
         tiled(ROWS, d_state) if both else None,
-        tiled(ROWS, d_state) if both else None,
+        tiled(ROWS, d_state) if query else None,
         tiled(tile.tokens, WIDTH) if both else None,
         tiled(ROWS, WIDTH) if both and ranked else None,
         tiled(ROWS, WIDTH),
         tiled(ROWS, WIDTH) if query else None,
-        tiled(2, tile.tokens, planes, dtype=jnp.int16),
-        plgpu.SMEM((2, refs.scalars_BHCXT.shape[1], ROWS), jnp.float32),
+        tiled(1 + query, tile.tokens, planes, dtype=jnp.int16),
+        plgpu.SMEM((1 + query, refs.scalars_BHCXT.shape[1], ROWS), jnp.float32),
         tiled(WIDTH, d_state),
+        None if query or only_state else tiled(WIDTH, d_state),
         tiled(ROWS, planes) if ranked and both else None,
         None if query or only_state else plgpu.SMEM((3, ROWS), jnp.float32),
+        None if query or only_state or not ranked else tiled(ROWS, WIDTH, dtype=jnp.float32),
         vectors(refs.q_bias_HRN, d_state),
         vectors(refs.k_bias_HRN, d_state),
         vectors(refs.v_rank_HRP, WIDTH),
@@ -171,16 +175,16 @@ class Program:
     def load_chunk(self, index, slot):
         barrier = self.barriers.chunk.at[slot]
         phase_QS = self.refs.phase_BHLS.at[self.row, self.tokens(index)]
-        plgpu.copy_gmem_to_smem(phase_QS, self.shared.phase_2QS.at[slot], barrier)
+        plgpu.copy_gmem_to_smem(phase_QS, self.shared.phase_CQS.at[slot], barrier)
         scalars_XT = self.refs.scalars_BHCXT.at[self.chunk_of_row(index)]
-        plgpu.copy_gmem_to_smem(scalars_XT, self.shared.scalars_2XT.at[slot], barrier)
+        plgpu.copy_gmem_to_smem(scalars_XT, self.shared.scalars_CXT.at[slot], barrier)
 
-    def store_turned(self, to_BHLX, index):
+    def store_turned(self, from_TN, to_BHLX, index):
         """The gradient of q or k."""
         for rank in range(self.tile.rank):
             columns = pl.ds(rank * self.sizes.d_state, self.sizes.d_state)
             to_QN = to_BHLX.at[self.row, self.tokens(index), columns]
-            plgpu.copy_smem_to_gmem(self.shared.turned_k_TN.at[self.rows(rank)], to_QN)
+            plgpu.copy_smem_to_gmem(from_TN.at[self.rows(rank)], to_QN)
 
     def store_dphi(self, dphi_TS, to_BHLS, index):
         """Summed over ranks."""
@@ -326,7 +330,7 @@ def _query_kernel(refs: Inputs, out: Query, shared: Shared, barriers: Barriers, 
     def chunk(index, h_PN):
         slot = lax.rem(index, jnp.int32(2))
         _keep(out.h_BHSAPN, h_PN, program, index, anchor)
-        decay, phase_QS = Decay(shared.scalars_2XT.at[slot], tile), shared.phase_2QS.at[slot]
+        decay, phase_QS = Decay(shared.scalars_CXT.at[slot], tile), shared.phase_CQS.at[slot]
         plgpu.barrier_wait(barriers.chunk.at[slot])
         plgpu.barrier_wait(barriers.k)
         turned_k_TN = Turn(phase_QS, interpret).there(shared.k_TN, shared.k_bias_RN)
@@ -366,7 +370,7 @@ def _query_kernel(refs: Inputs, out: Query, shared: Shared, barriers: Barriers, 
         shared.turned_k_TN[...] = dq_TN
         program.store_dphi(dphi_TS, out.dphi_BHLS, index)
         plgpu.commit_smem()
-        program.store_turned(out.dq_BHLRN, index)
+        program.store_turned(shared.turned_k_TN, out.dq_BHLRN, index)
         return h_PN
 
     lax.fori_loop(0, chunks, chunk, load(refs.h_BHSPN.at[program.state], TILE, interpret, optimized=False))
@@ -381,32 +385,29 @@ def _key_kernel(refs: Inputs, out: Key, shared: Shared, barriers: Barriers, *, s
     program.load_k(chunks - 1)
     program.load_q(chunks - 1)
     program.load_values(chunks - 1)
-    for index in range(min(2, chunks)):
-        program.load_chunk(chunks - 1 - index, index)
+    program.load_chunk(chunks - 1, 0)
     plgpu.barrier_wait(barriers.head)
 
-    def chunk(step, carry):
-        dh_PN, *dv_rank_TP = carry
-        index, slot = chunks - 1 - step, lax.rem(step, jnp.int32(2))
-        decay, phase_QS = Decay(shared.scalars_2XT.at[slot], tile), shared.phase_2QS.at[slot]
-        plgpu.barrier_wait(barriers.chunk.at[slot])
+    def chunk(step, dh_PN):
+        index = chunks - 1 - step
+        decay, phase_QS = Decay(shared.scalars_CXT.at[0], tile), shared.phase_CQS.at[0]
+        q_TN, k_TN = shared.q_TN, shared.k_TN
+        plgpu.barrier_wait(barriers.chunk.at[0])
         turn = Turn(phase_QS, interpret)
-        q_TN, k_TN = shared.q_TN, shared.turned_k_TN
         if not only_state:
-            shared.h_PN[...] = dh_PN.astype(jnp.bfloat16)
             plgpu.barrier_wait(barriers.k)
-            turned_k_TN = turn.there(shared.k_TN, shared.k_bias_RN)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last chunk stored has left
-            k_TN[...] = turned_k_TN
+            k_TN[...] = turn.there(k_TN, shared.k_bias_RN)
         plgpu.barrier_wait(barriers.q)
         q_TN[...] = turn.there(q_TN, shared.q_bias_RN)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last chunk stored has left
+        if not only_state:
+            # It waits in two halves, good to 2^-17, until all else is done: registers are few.
+            shared.h_PN[...] = dh_PN.astype(jnp.bfloat16)
+            shared.low_PN[...] = (dh_PN - dh_PN.astype(jnp.bfloat16).astype(jnp.float32)).astype(jnp.bfloat16)
         plgpu.barrier_wait(barriers.values)
         plgpu.commit_smem()
-        sums = []
         if not only_state:
-            pl.when(step + 1 < chunks)(lambda: program.load_k(index - 1))
-            dk_pairs, dv_ref, dv_rank_TP = _values_back(program, decay, dv_rank_TP)
-            sums = [(sizes.d_state, *dk_pairs)]
+            dk_pairs, dv_ref = _values_back(program, decay)
         dy_TP = load(shared.dy_TP, TILE, interpret).astype(jnp.float32) * down(decay.since_T(), WIDTH)
         shared.dy_TP[...] = dy_TP.astype(jnp.bfloat16)
         plgpu.commit_smem()
@@ -414,50 +415,54 @@ def _key_kernel(refs: Inputs, out: Key, shared: Shared, barriers: Barriers, *, s
             to_QP = out.dv_BLHP.at[program.batch, program.tokens(index), pl.ds(program.head * WIDTH, WIDTH)]
             plgpu.copy_smem_to_gmem(dv_ref.at[program.rows(0)], to_QP)
             plgpu.copy_smem_to_gmem(shared.rows_XT, out.drows_BHCXT.at[program.chunk_of_row(index)])
-        sums.append((dh_PN * decay.whole(), (("t", shared.dy_TP), q_TN)))
 
-        if only_state:
-            dh_PN = products(sums, interpret, lambda dh: dh())
-        else:
+            def turned_back(dk):
+                dk_TN = dk()
+                return Turn(phase_QS, interpret).back(dk_TN, load(k_TN, TILE, interpret))
 
-            def turned_back(dk, dh):
-                k_TN, turn = load(shared.turned_k_TN, TILE, interpret), Turn(phase_QS, interpret)
-                return *turn.back(dk(), k_TN), dh()
-
-            dk_TN, dphi_TS, dh_PN = products(sums, interpret, turned_back)
-        plgpu.commit_smem()  # all products are done
-        pl.when(step + 1 < chunks)(lambda: program.load_q(index - 1))
-        if not only_state:
-            k_TN[...] = dk_TN
+            dk_TN, dphi_TS = products([(sizes.d_state, *dk_pairs)], interpret, turned_back)
+            high_PN, low_PN = (load(ref, TILE, interpret).astype(jnp.float32) for ref in (shared.h_PN, shared.low_PN))
+            dh_PN = high_PN + low_PN
             program.store_dphi(dphi_TS, out.dphi_BHLS, index)
-            plgpu.commit_smem()
-            program.store_turned(out.dk_BHLRN, index)
+            plgpu.commit_smem()  # all have read h
+            shared.h_PN[...] = dk_TN
+        dh_PN = product_into(dh_PN * decay.whole(), ("t", shared.dy_TP), q_TN, interpret)
+        plgpu.commit_smem()  # all products are done
+
+        @pl.when(step + 1 < chunks)
+        def _():
+            program.load_chunk(index - 1, 0)
+            program.load_k(index - 1)
+            program.load_q(index - 1)
+
+        if not only_state:
+            program.store_turned(shared.h_PN, out.dk_BHLRN, index)
             _keep(out.dh_BHSAPN, dh_PN, program, index, anchor)
             if tile.rank == 1:
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # dv has left, dk may not have
         pl.when(step + 1 < chunks)(lambda: program.load_values(index - 1))
-        pl.when(step + 2 < chunks)(lambda: program.load_chunk(index - 2, slot))
-        return dh_PN, *dv_rank_TP
+        return dh_PN
 
-    carry = [load(refs.h_BHSPN.at[program.state], TILE, interpret, optimized=False)]
-    if tile.rank > 1 and not only_state:
+    dv_rank_TP = shared.dv_rank_TP
+    if dv_rank_TP is not None:
         zeros_TP = jnp.zeros((ROWS, WIDTH), jnp.float32)
-        carry.append(zeros_TP if interpret else plgpu.layout_cast(zeros_TP, TILE))
-    dh_PN, *dv_rank_TP = lax.fori_loop(0, chunks, chunk, tuple(carry))
+        dv_rank_TP[...] = zeros_TP if interpret else plgpu.layout_cast(zeros_TP, TILE)
+    dh_PN = load(refs.h_BHSPN.at[program.state], TILE, interpret, optimized=False)
+    dh_PN = lax.fori_loop(0, chunks, chunk, dh_PN)
     if only_state:
         out.dh_BHSAPN.at[(*program.state, 0)][...] = dh_PN
-    if dv_rank_TP:
-        out.dv_rank_BHSTP.at[program.state][...] = dv_rank_TP[0]
+    if dv_rank_TP is not None:
+        out.dv_rank_BHSTP.at[program.state][...] = load(dv_rank_TP, TILE, interpret)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _values_back(program: Program, decay: Decay, dv_rank_TP: list):
+def _values_back(program: Program, decay: Decay):
     """The gradient of the values of a chunk and of its scalars, into shared memory; what sums to the keys' gradient.
 
     What can be loaded or computed again is: registers are few. Ends with all products with dy done.
     """
     shared, interpret, ranked = program.shared, program.interpret, program.tile.rank > 1
-    q_TN, k_TN = shared.q_TN, shared.turned_k_TN
+    q_TN, k_TN = shared.q_TN, shared.k_TN
 
     def weighted(score, mixed):
         """Inside the chunk: weights of outputs for values, of values for keys; and a token's own score."""
@@ -496,14 +501,15 @@ def _values_back(program: Program, decay: Decay, dv_rank_TP: list):
     dx_TP, weighted_TP = products(sums, interpret, summed)
     dv_ref = shared.v_QP
     if ranked:
-        dv_rank_TP = [dv_rank_TP[0] + dx_TP * of_tokens(shared.v_QP, interpret).astype(jnp.float32)]
+        dv_rank_TP = dx_TP * of_tokens(shared.v_QP, interpret).astype(jnp.float32)
+        shared.dv_rank_TP[...] = load(shared.dv_rank_TP, TILE, interpret) + dv_rank_TP
         dv_ref = shared.x_TP
         dv_ref[...] = (dx_TP * of_ranks(shared.v_rank_RP, interpret)).astype(jnp.bfloat16)
         dx_TP = program.over_ranks(dv_ref)
     else:
         plgpu.commit_smem()
     dv_ref[...] = dx_TP.astype(jnp.bfloat16)
-    return [(weighted_TP, shared.h_PN), (mixed_TT, q_TN)], dv_ref, dv_rank_TP
+    return [(weighted_TP, shared.h_PN), (mixed_TT, q_TN)], dv_ref
 
 
 def _call(kernel, name: str, inputs: Inputs, out, sizes: Sizes, tile: Tile):
@@ -523,16 +529,16 @@ def _call(kernel, name: str, inputs: Inputs, out, sizes: Sizes, tile: Tile):
 
     def body(*refs):
         inputs, out = jax.tree.unflatten(tree, refs[: len(arrays)]), jax.tree.unflatten(out_tree, refs[len(arrays) :])
-        both = inputs.k_BLRGN is not None
+        both, query = inputs.k_BLRGN is not None, kernel is _query_kernel
         heads = (inputs.q_bias_HRN, inputs.k_bias_HRN, inputs.v_rank_HRP)
         barriers = Barriers(
             plgpu.Barrier(num_arrivals=tile.rank),
             plgpu.Barrier(num_arrivals=tile.rank),
             plgpu.Barrier(num_arrivals=both + tile.rank),
-            plgpu.Barrier(num_arrivals=2, num_barriers=2),
+            plgpu.Barrier(num_arrivals=2, num_barriers=1 + query),
             plgpu.Barrier(num_arrivals=sum(x is not None for x in heads)),
         )
-        shared = _shared(inputs, sizes, tile, query=kernel is _query_kernel)
+        shared = _shared(inputs, sizes, tile, query=query)
         pl.run_scoped(functools.partial(kernel, inputs, out, sizes=sizes, tile=tile), shared, barriers)
 
     outputs = plgpu.kernel(
@@ -544,6 +550,7 @@ def _call(kernel, name: str, inputs: Inputs, out, sizes: Sizes, tile: Tile):
             approx_math=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             unsafe_no_auto_barriers=True,  # commit_smem stands wherever warps exchange something
+            reduction_scratch_bytes=512,  # sums are within a warp
         ),
         kernel_name=name,
         **({} if tile.interpret is None else {"interpret": tile.interpret}),

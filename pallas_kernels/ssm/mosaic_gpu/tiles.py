@@ -66,6 +66,11 @@ def product(a, b, columns: int, interpret: bool):
     return products([(columns, (a, b))], interpret, lambda x: x())
 
 
+def product_into(c, a, b, interpret: bool):
+    """c + a . b."""
+    return products([(c, (a, b))], interpret, lambda x: x())
+
+
 def _waiting(refs, lengths):
     later = [sum(lengths[i + 1 :]) for i in range(len(refs))]
     return [functools.partial(plgpu.wgmma_accumulator_load, ref, wait_n=n) for ref, n in zip(refs, later, strict=True)]
