@@ -25,7 +25,7 @@ IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu,
 }
 # Those for NVIDIA GPUs, the first the default where nothing was measured: what each wants of inputs that it cannot run.
-KERNELS = {"triton": triton_unsupported}
+KERNELS = {"triton": triton_unsupported, "mosaic_gpu": mosaic_gpu_unsupported}
 
 
 def ssm(
