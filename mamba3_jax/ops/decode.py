@@ -1,5 +1,6 @@
 """One token of the op in a Pallas Triton kernel, for NVIDIA GPUs. A leaf: Pallas Triton is deprecated upstream."""
 
+import dataclasses
 import functools
 
 import jax
@@ -15,12 +16,13 @@ from mamba3_jax.ops.types import Heads, State, Tokens
 def decode(tokens: Tokens, heads: Heads, state: State, *, rotation: str, interpret: bool = False, tile=None):
     """`recurrent` for one token, the state's ssm in place where it is donated.
 
-    Bias, rotation and coefficients are plain XLA; what reads or writes the state is `pallas_kernels.ssm.triton.decode`.
+    One rank is one kernel, `pallas_kernels.ssm.triton.decode_fused`, with all of the state in place. With more, bias,
+    rotation and coefficients are plain XLA; what reads or writes the state is `pallas_kernels.ssm.triton.decode`.
     The backward pass is that of `recurrent`, on the inputs.
 
     Args:
         interpret: run the kernel's program on any backend, slowly, for tests.
-        tile: a `pallas_kernels.ssm.triton.decode.Tile`; None chooses. Performance only.
+        tile: a `Tile` of either, and with it the kernel; None chooses. Performance only.
 
     Raises:
         ValueError: more than one token, or what `triton` raises for.
@@ -51,15 +53,18 @@ _decode.defvjp(_decode_fwd, _decode_bwd)
 def _step(tokens: Tokens, heads: Heads, state: State, rotation: str, interpret: bool, tile):
     # Here, since everything else works without the kernel.
     from pallas_kernels.ssm.triton import decode as kernel
+    from pallas_kernels.ssm.triton import decode_fused
 
-    token = jax.tree.map(lambda array: array[:, 0], tokens)
+    token = jax.tree.map(lambda array: jnp.squeeze(array, 1), tokens)
+    tile = tile or default_tile(token.q_BLRGN.shape[1])
+    if isinstance(tile, decode_fused.Tile):
+        return _fused_step(token, heads, state, rotation, dataclasses.replace(tile, interpret=interpret))
     n_heads, width, d_state = state.ssm_BHPN.shape[1:]
-    rank = token.q_BLRGN.shape[1]
     spare_P, spare_N = _tile_size(width) - width, _tile_size(d_state) - d_state
     angle_BHS, q_BHRN, k_BHRN = _turned(token, heads, state, rotation)
     a_BH, beta_BH, gamma_BH = _coefficients(token)
 
-    tile = kernel.Tile(**{**(tile or default_tile(rank)).__dict__, "width": width, "interpret": interpret})
+    tile = kernel.Tile(**{**tile.__dict__, "width": width, "interpret": interpret})
     tile = kernel.fitting(tile, width + spare_P, d_state + spare_N, n_heads, norm=heads.norm_HP is not None)
     cross_BHRJ = _cross(state, token, q_BHRN, k_BHRN) if tile.reads == "old" else None
     wide = functools.partial(_padded_last, spare=spare_P)
@@ -83,13 +88,32 @@ def _step(tokens: Tokens, heads: Heads, state: State, rotation: str, interpret: 
     return y_BLHP, State(angle_BHS, out.h_BHPN[:, :, :width, :d_state], last_k_BRHN, token.v_BLHP)
 
 
+def _fused_step(token: Tokens, heads: Heads, state: State, rotation: str, tile):
+    from pallas_kernels.ssm.triton import decode_fused
+
+    inputs = decode_fused.Inputs(
+        *(state.ssm_BHPN, state.angle_BHS, state.k_BRHN, state.v_BHP),
+        *(token.q_BLRGN, token.k_BLRGN, token.v_BLHP),
+        *(token.dt_BLH, token.log_a_BLH, token.trap_BLH, token.angle_BLHS),
+        None if token.start_BL is None else token.start_BL.astype(jnp.int32),
+        *(heads.q_bias_HRN, heads.k_bias_HRN, token.gate_BLHP, heads.skip_H),
+        *(heads.v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP),
+    )
+    out = decode_fused.decode(inputs, rotation, tile)
+    return out.o_BHP[:, None], State(out.angle_BHS, out.h_BHPN, out.k_BRHN, out.v_BHP)
+
+
 def default_tile(rank: int):
-    """The fastest measured on an H200 (R 1 and 4); from R 8 on, what fits in registers."""
+    """The fastest measured, on an H100 (R 1) and an H200 (R 4); from R 8 on, what fits in registers."""
     from pallas_kernels.ssm.triton import decode as kernel
+    from pallas_kernels.ssm.triton import decode_fused
+
+    if rank == 1:
+        return decode_fused.Tile()
 
     if rank >= 8:
         return kernel.Tile(columns=128, update="dot", readout="dot")
-    return kernel.Tile(columns=128, rows=64, warps=8) if rank == 1 else kernel.Tile(columns=32, rows=32, warps=2)
+    return kernel.Tile(columns=32, rows=32, warps=2)
 
 
 def _turned(token: Tokens, heads: Heads, state: State, rotation: str):

@@ -11,6 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 from mamba3_jax.ops.decode import decode
 from mamba3_jax.ops.recurrent import recurrent
 from pallas_kernels.ssm.triton.decode import Tile
+from pallas_kernels.ssm.triton.decode_fused import Tile as FusedTile
 from tests.helpers import rel_rms
 from tests.ops import cases
 from tests.ops.cases import MIMO, SISO, bfloat16, draw
@@ -39,6 +40,8 @@ TILES = {
     "dot_old": Tile(columns=16, heads=2, update="dot", readout="dot", reads="old"),
     "mixed": Tile(rows=16, update="dot", reads="old", finish=False),
     "mixed_new": Tile(readout="dot"),
+    "fused": FusedTile(),
+    "fused_16": FusedTile(columns=16, warps=2, batch_first=False),
 }
 
 
@@ -79,7 +82,7 @@ def test_every_tile_is_recurrent(tile, rank):
     cases.check_results(got, double(inputs, shape), 1e-6)
 
 
-@pytest.mark.parametrize("tile", ["fma", "fma_old_rows", "dot_old"])
+@pytest.mark.parametrize("tile", ["fma", "fma_old_rows", "dot_old", "fused"])
 def test_a_start_forgets_exactly(tile):
     """Not a number of the state is read, not even one that is not a number."""
     shape = MIMO._replace(**SIZED)

@@ -1,0 +1,295 @@
+"""One token of the op in one Pallas Triton kernel, bias and turn included; the fastest for one rank, see NOTES.
+
+    h' = a h + sum_s w_s X_s k_s^T,   y_r = h' q_r
+    o = sum_r out_rank_r norm(y_r + D X_r) silu(gate gate_rank_r)
+
+s runs over the R ranks of the token before (w = beta = (1 - trap) dt a), then over those of this one (w = gamma =
+trap dt); X_s = v_rank v. This token's queries and keys are biased here, and turned by the angle phi' = phi + dt turn
+(mod 2 pi); the key of the token before comes as it was left.
+
+A program has one head of one row: 64 x 128 numbers of state are 64 registers of each of 128 threads. The state's bytes
+are the floor, so everything else has to hide behind them. Two things do not by themselves: sums over N that cross
+threads, R of them for each row of P, and what every thread does again for the keys of its columns. So N is cut in
+blocks of few columns, and a thread has the same few columns of every block: little is left to exchange after it has
+summed its own. And keys and queries are turned in tiles of one number a thread, which Triton then hands around.
+
+Letters: B batch, R rank, G groups of q/k, H heads, N state per head, P head width, S planes; N = A blocks of C columns.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.ssm.triton.common import iota, sigmoid
+
+NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the kernel is cut. Performance only."""
+
+    columns: int = 32  # of N a block, at most: a power of two
+    warps: int = 4
+    batch_first: bool = True  # in the grid: neighbours share a head's weights, or else a row's queries and keys
+    interpret: bool = False  # on the CPU, for tests
+
+
+class Inputs(NamedTuple):
+    """None: absent. The first four are the state, of the token before."""
+
+    h_BHPN: jax.Array  # float32
+    angle_BHS: jax.Array  # float32
+    before_k_BRHN: jax.Array  # biased and turned
+    before_v_BHP: jax.Array
+    q_BRGN: jax.Array
+    k_BRGN: jax.Array
+    v_BHP: jax.Array
+    dt_BH: jax.Array  # these four float32
+    log_a_BH: jax.Array
+    trap_BH: jax.Array
+    turn_BHS: jax.Array  # radians per unit dt; H may be 1: shared
+    start_B: jax.Array | None  # int32; what is not 0 forgets everything before
+    q_bias_HRN: jax.Array
+    k_bias_HRN: jax.Array
+    gate_BHP: jax.Array | None
+    skip_H: jax.Array | None
+    v_rank_HRP: jax.Array | None
+    gate_rank_HRP: jax.Array | None
+    out_rank_HRP: jax.Array | None
+    norm_HP: jax.Array | None
+
+
+class Outputs(NamedTuple):
+    """The state after the token, in the buffers of the one before where those are donated, and o."""
+
+    h_BHPN: jax.Array
+    angle_BHS: jax.Array
+    k_BRHN: jax.Array  # like tokens' k
+    v_BHP: jax.Array
+    o_BHP: jax.Array  # like v
+
+
+def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
+    """`rotation`: "adjacent", plane i is (2 i, 2 i + 1), or "half", (i, i + N / 2)."""
+    batch, n_heads = inputs.h_BHPN.shape[:2]
+    if tile.columns & (tile.columns - 1) or tile.columns < 1:
+        raise ValueError(f"{tile.columns=} is not a power of two")
+    heads_a_group = n_heads // inputs.q_BRGN.shape[2]
+    grid, order = ((batch, n_heads), "BH") if tile.batch_first else ((n_heads, batch), "HB")
+
+    def spec(array, axes: str) -> pl.BlockSpec:
+        """One head of one row, whole."""
+
+        def index(*program):
+            at = dict(zip(order, program, strict=True))
+            at["G"] = lax.div(at["H"], jnp.int32(heads_a_group))
+            return tuple(at.get(axis, 0) if size > 1 else 0 for axis, size in zip(axes, array.shape, strict=True))
+
+        return pl.BlockSpec(
+            tuple(None if axis in "BHG" else size for axis, size in zip(axes, array.shape, strict=True)), index
+        )
+
+    def specs(arrays):
+        fields = zip(type(arrays)._fields, arrays, strict=True)
+        return type(arrays)(*[None if x is None else spec(x, name.split("_")[-1]) for name, x in fields])
+
+    shape = jax.ShapeDtypeStruct
+    out = Outputs(
+        *(shape(inputs.h_BHPN.shape, jnp.float32), shape(inputs.angle_BHS.shape, jnp.float32)),
+        *(shape(inputs.before_k_BRHN.shape, inputs.k_BRGN.dtype), shape(inputs.v_BHP.shape, inputs.v_BHP.dtype)),
+        shape(inputs.v_BHP.shape, inputs.v_BHP.dtype),
+    )
+    in_place = {i: i for i in range(4) if inputs[i].dtype == out[i].dtype}
+    how = {"compiler_params": plt.CompilerParams(num_warps=tile.warps, num_stages=1)}
+    (outputs,) = pl.pallas_call(
+        functools.partial(_kernel, rotation=rotation, tile=tile),
+        grid=grid,
+        in_specs=(specs(inputs),),
+        out_specs=[specs(out)],
+        out_shape=[out],
+        input_output_aliases=in_place,
+        name="mamba3_decode",
+        **({"interpret": True} if tile.interpret else how),
+    )(inputs)
+    return outputs
+
+
+def _kernel(refs: Inputs, out: Outputs, *, rotation: str, tile: Tile):
+    """A ref has the axes of its name but for B, H and G."""
+    width, d_state = refs.h_BHPN.shape
+    columns = min(tile.columns, _tile_size(d_state))
+    p_P = iota(_tile_size(width))
+    n_AC = _iota2(_tile_size(d_state) // columns, columns)
+    keep = None if refs.start_B is None else refs.start_B[...] == 0
+    here_P, here_AC = _inside(p_P, width), _inside(n_AC, d_state)
+    here_PAC = _both(None if here_P is None else here_P[:, None, None], _in_rows(here_AC))
+
+    at_PAC = p_P[:, None, None], n_AC[None]
+    h_PAC = _load(refs.h_BHPN, *at_PAC, mask=_both(here_PAC, keep))
+
+    dt, log_a, trap = refs.dt_BH[...], refs.log_a_BH[...], refs.trap_BH[...]
+    a = jnp.exp(log_a)
+    turned = _Turned(refs, n_AC, here_AC, keep, rotation)
+    rank = refs.q_BRGN.shape[0]
+    v_P = _load(refs.v_BHP, p_P, mask=here_P)
+    before_v_P = (1 - trap) * dt * a * _load(refs.before_v_BHP, p_P, mask=_both(here_P, keep))
+    angle_S, s_S = _advanced_angle(refs, keep)
+
+    def row(ref, r):
+        return None if ref is None else _load(ref, r, p_P, mask=here_P)
+
+    def load_keys(r):
+        before_k_AC = _load(refs.before_k_BRHN, r, n_AC, mask=_both(here_AC, keep))
+        return before_k_AC, turned.load(refs.k_BRGN, refs.k_bias_HRN, r), row(refs.v_rank_HRP, r)
+
+    def update(r, loaded, h_PAC):  # not one sum over a stacked axis: that crosses threads
+        before_k_AC, k, v_rank_P = loaded
+        h_PAC += _times(before_v_P, v_rank_P)[:, None][:, None] * before_k_AC[None]
+        k_AC = turned(k)
+        h_PAC += _times(trap * dt * v_P, v_rank_P)[:, None][:, None] * k_AC[None]
+        _barrier(tile)
+        _store(out.k_BRHN, k_AC, r, n_AC, mask=here_AC)
+        return h_PAC
+
+    h_PAC = _for_ranks(rank, load_keys, update, a * h_PAC)
+    _store(out.h_BHPN, h_PAC, *at_PAC, mask=here_PAC)
+    _store(out.angle_BHS, angle_S, s_S, mask=_inside(s_S, refs.angle_BHS.shape[0]))
+    _store(out.v_BHP, v_P, p_P, mask=here_P)
+
+    skip = 0.0 if refs.skip_H is None else refs.skip_H[...].astype(jnp.float32)
+    gate_P = None if refs.gate_BHP is None else _load(refs.gate_BHP, p_P, mask=here_P)
+    norm_P = None if refs.norm_HP is None else _load(refs.norm_HP, p_P, mask=here_P)
+
+    def load_queries(r):
+        q = turned.load(refs.q_BRGN, refs.q_bias_HRN, r)
+        return q, row(refs.v_rank_HRP, r), row(refs.gate_rank_HRP, r), row(refs.out_rank_HRP, r)
+
+    def readout(r, loaded, o_P):
+        """SPEC section 7."""
+        q, v_rank_P, gate_rank_P, out_rank_P = loaded
+        y_P = jnp.sum(jnp.sum(h_PAC * turned(q)[None], axis=1), axis=1)
+        y_P += skip * _times(v_P, v_rank_P)
+        if norm_P is not None:
+            y_P *= lax.rsqrt(jnp.sum(y_P * y_P) / width + NORM_EPS) * norm_P
+        if gate_P is not None:
+            gated_P = _times(gate_P, gate_rank_P)
+            y_P *= gated_P * sigmoid(gated_P, out.o_BHP.dtype, tile)
+        return o_P + _times(y_P, out_rank_P)
+
+    o_P = _for_ranks(rank, load_queries, readout, jnp.zeros(p_P.shape, jnp.float32))
+    _store(out.o_BHP, o_P, p_P, mask=here_P)
+
+
+def _for_ranks(rank: int, load, step, carry):
+    """step(r, load(r), carry) for every r; what the next one needs is on its way."""
+
+    def ahead(r, carry):
+        loaded, carry = carry
+        return load(r + 1), step(r, loaded, carry)
+
+    loaded, carry = lax.fori_loop(0, rank - 1, ahead, (load(0), carry))
+    return step(rank - 1, loaded, carry)
+
+
+def _barrier(tile: Tile):
+    """Between what one thread reads and what another writes in its place."""
+    if not tile.interpret:
+        plt.debug_barrier()
+
+
+class _Turned:
+    """Queries or keys of this token, biased and turned: an entry and the other one of its plane, times cos and sin."""
+
+    def __init__(self, refs: Inputs, n_AC, here_AC, keep, rotation: str):
+        (planes,), half = refs.angle_BHS.shape, refs.h_BHPN.shape[1] // 2
+        if rotation == "adjacent":
+            plane_AC, is_second_AC, self.partner_AC = n_AC >> 1, n_AC & 1 == 1, n_AC ^ 1
+        else:
+            is_second_AC = n_AC >= half
+            plane_AC = jnp.where(is_second_AC, n_AC - half, n_AC)
+            self.partner_AC = jnp.where(is_second_AC, n_AC - half, n_AC + half)
+        angle_AC = _advanced(refs, plane_AC, plane_AC < planes, keep)  # none turns by 0
+        sin_AC, self.cos_AC = jnp.sin(angle_AC), jnp.cos(angle_AC)
+        self.sin_AC = jnp.where(is_second_AC, sin_AC, -sin_AC)
+        self.n_AC, self.here_AC = n_AC, here_AC
+
+    def load(self, x_ref, bias_ref, r):
+        return [
+            _load(ref, r, at_AC, mask=self.here_AC)
+            for ref in (x_ref, bias_ref)
+            for at_AC in (self.n_AC, self.partner_AC)
+        ]
+
+    def __call__(self, loaded):
+        own, other, own_bias, other_bias = loaded
+        return (own + own_bias) * self.cos_AC + (other + other_bias) * self.sin_AC
+
+
+def _advanced_angle(refs: Inputs, keep):
+    s_S = iota(_tile_size(refs.angle_BHS.shape[0]))
+    return _advanced(refs, s_S, _inside(s_S, refs.angle_BHS.shape[0]), keep), s_S
+
+
+def _advanced(refs: Inputs, at, mask, keep):
+    """This token's angle of the planes `at`, in [0, 2 pi); 0 where `mask` is false."""
+    angle = _load(refs.angle_BHS, at, mask=_both(mask, keep)) + refs.dt_BH[...] * _load(refs.turn_BHS, at, mask=mask)
+    for _ in range(2):  # a tiny negative angle rounds up to a whole turn, which is zero
+        angle = angle - 2 * np.pi * jnp.floor(angle * (1 / (2 * np.pi)))
+    return angle
+
+
+def _times(x_P, rank_P):
+    return x_P if rank_P is None else x_P * rank_P
+
+
+def _iota2(rows: int, columns: int):
+    """0, 1, 2, ... row by row."""
+    one = functools.partial(lax.broadcasted_iota, jnp.int32, (rows, columns))
+    return columns * one(0) + one(1)
+
+
+def _tile_size(size: int) -> int:
+    """The smallest power of two from 16 that is not below: other sizes no array here may have."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _inside(index, size: int):
+    """Which of these are not padding; None: all."""
+    return None if index.size == size else index < size
+
+
+def _in_rows(mask_AC):
+    return None if mask_AC is None else mask_AC[None]
+
+
+def _both(mask, other):
+    """None: all."""
+    return other if mask is None else mask if other is None else mask & other
+
+
+def _load(ref, *at, mask=None):
+    """ref[at] in float32; zeros, nothing read, where the mask is false."""
+    at = _indices(at)
+    mask = None if mask is None else jnp.broadcast_to(mask, at[0].shape)
+    other = None if mask is None else 0
+    return plt.load(ref.at[at], mask=mask, other=other).astype(jnp.float32)
+
+
+def _store(ref, value, *at, mask=None):
+    at = _indices(at)
+    mask = None if mask is None else jnp.broadcast_to(mask, at[0].shape)
+    plt.store(ref.at[at], value.astype(ref.dtype), mask=mask)
+
+
+def _indices(at):
+    """Numbers and arrays, as arrays of one shape."""
+    shape = jnp.broadcast_shapes(*(jnp.shape(index) for index in at))
+    return tuple(jnp.broadcast_to(jnp.asarray(index, jnp.int32), shape) for index in at)
