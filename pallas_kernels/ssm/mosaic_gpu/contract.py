@@ -1,0 +1,78 @@
+"""What the scan reads and writes, and how it is cut."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+
+from pallas_kernels.ssm.mosaic_gpu.registers import ROWS
+
+WIDTH = 64  # P
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the kernel is cut. Performance only, but for `rank` and `width`, the shape's."""
+
+    rank: int = 1
+    width: int = WIDTH  # entries of P that are not padding
+    segments: int = 1  # parts of the length side by side, of equally many chunks
+    keep: bool = False  # y too, which the backward pass needs
+    interpret: object = None  # plgpu's InterpretParams: on the CPU, for tests
+
+    @property
+    def tokens(self) -> int:
+        """Of a chunk."""
+        return ROWS // self.rank
+
+
+class Inputs(NamedTuple):
+    """Padded to whole chunks: L = C Q. N in plane order: first entries of S planes, second ones, the rest."""
+
+    q_BLRGN: jax.Array | None  # None: no output, only the state that a segment adds
+    k_BLRGN: jax.Array
+    v_BLHP: jax.Array
+    gate_BLHP: jax.Array | None
+    phase_BHLS: jax.Array  # int16, fractions of a turn
+    scalars_BHCXT: jax.Array  # float32, of every row: c, c - log2 kappa, gamma and, for packed rows, the document
+    h_BHSPN: jax.Array  # float32, the state before every segment
+    q_bias_HRN: jax.Array  # float32, as all below
+    k_bias_HRN: jax.Array
+    skip_H: jax.Array | None
+    v_rank_HRP: jax.Array | None
+    gate_rank_HRP: jax.Array | None
+    out_rank_HRP: jax.Array | None
+    norm_HP: jax.Array | None
+
+
+class Outputs(NamedTuple):
+    o_BLHP: jax.Array | None  # like v
+    h_BHSPN: jax.Array  # float32, the state after every segment
+    y_BLHRP: jax.Array | None  # before norm and gate
+
+
+@dataclass(frozen=True)
+class Sizes:
+    heads: int
+    heads_a_group: int
+    groups: int
+    chunks: int  # of a segment
+    d_state: int
+    planes: int
+
+
+def check(inputs: Inputs, tile: Tile) -> None:
+    """Raise ValueError, naming it, for a size that the kernel cannot run."""
+    length, rank, groups, d_state = inputs.k_BLRGN.shape[1:]
+    n_heads, width = inputs.v_BLHP.shape[2:]
+    planes = inputs.phase_BHLS.shape[-1]
+    if tile.rank not in (1, 2, 4) or rank != tile.rank:
+        raise ValueError(f"{tile.rank=} is not 1, 2 or 4, or k has another {rank=}")
+    if d_state not in (64, 128) or width != WIDTH:
+        raise ValueError(f"{d_state=} is not 64 or 128, or {width=} not {WIDTH}")
+    if planes not in (16, 32, 64) or 2 * planes > d_state:
+        raise ValueError(f"{planes=} is not 16, 32 or 64, or more than {d_state=} holds")
+    if length % (tile.tokens * tile.segments) or length == 0:
+        raise ValueError(f"{length=} is not a multiple of {tile.segments=} chunks of {tile.tokens} tokens")
+    if n_heads % groups:
+        raise ValueError(f"{n_heads=} is not a multiple of {groups=}")

@@ -1,0 +1,339 @@
+"""The kernel of `scan`: one head of a batch entry, or a segment of it, chunk after chunk.
+
+The state stays in registers. Of what a chunk reads, q, the angles and the gate have one place in shared memory, filled
+again as soon as they are in registers; what wgmma reads until the end of the chunk (k, turned in place, and v) has two.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.ssm.mosaic_gpu.contract import WIDTH, Inputs, Outputs, Sizes, Tile
+from pallas_kernels.ssm.mosaic_gpu.registers import COLUMN, ROW, ROWS, TILE, joined, of_ranks, of_tokens
+from pallas_kernels.ssm.mosaic_gpu.tiles import across, down, iota, load, tiled
+
+NORM_EPS = 1e-5
+
+
+class Shared(NamedTuple):
+    """Shared memory."""
+
+    q_TN: jax.Array | None
+    k_2TN: jax.Array  # turned in place
+    v_2QP: jax.Array
+    x_TP: jax.Array | None  # v of every rank; None for one rank
+    weighted_TP: jax.Array  # x, weighted for the state; later, what is stored
+    gate_QP: jax.Array  # for one rank, the output in place
+    y_TP: jax.Array | None  # the output of every rank; None for one
+    phase_QS: jax.Array
+    scalars_2XT: jax.Array
+    h_PN: jax.Array
+    q_bias_RN: jax.Array
+    k_bias_RN: jax.Array
+    v_rank_RP: jax.Array | None
+    gate_rank_RP: jax.Array | None
+    out_rank_RP: jax.Array | None
+    norm_1P: jax.Array | None
+
+
+class Barriers(NamedTuple):
+    """Raised when what was copied has arrived."""
+
+    early: jax.Array  # q and phase
+    chunk: jax.Array  # two: k, v, scalars
+    gate: jax.Array
+    head: jax.Array  # what does not depend on the chunk
+
+
+def shared(refs: Inputs, n_scalars: int, sizes: Sizes, tile: Tile) -> Shared:
+    d_state = sizes.d_state
+
+    def vectors(ref, size):
+        return None if ref is None else plgpu.SMEM((ref.shape[1], size), jnp.float32)
+
+    return Shared(
+        None if refs.q_BLRGN is None else tiled(ROWS, d_state),
+        tiled(2, ROWS, d_state),
+        tiled(2, tile.tokens, WIDTH),
+        None if tile.rank == 1 else tiled(ROWS, WIDTH),
+        tiled(ROWS, WIDTH),
+        tiled(tile.tokens, WIDTH),
+        None if tile.rank == 1 else tiled(ROWS, WIDTH),
+        tiled(tile.tokens, sizes.planes, dtype=jnp.int16),
+        plgpu.SMEM((2, n_scalars, ROWS), jnp.float32),
+        tiled(WIDTH, d_state),
+        vectors(refs.q_bias_HRN, d_state),
+        vectors(refs.k_bias_HRN, d_state),
+        vectors(refs.v_rank_HRP, WIDTH),
+        vectors(refs.gate_rank_HRP, WIDTH),
+        vectors(refs.out_rank_HRP, WIDTH),
+        vectors(refs.norm_HP, WIDTH),
+    )
+
+
+class Program:
+    """Which part of the arrays one program works on, and its copies."""
+
+    def __init__(self, refs: Inputs, out: Outputs, shared: Shared, barriers: Barriers, sizes: Sizes, tile: Tile):
+        self.refs, self.out, self.shared, self.barriers, self.sizes, self.tile = (
+            refs,
+            out,
+            shared,
+            barriers,
+            sizes,
+            tile,
+        )
+        program = lax.axis_index("program")
+        # Heads run fastest: neighbours read the same queries and keys.
+        self.head = lax.rem(program, jnp.int32(sizes.heads))
+        rest = lax.div(program, jnp.int32(sizes.heads))
+        self.segment, self.batch = lax.rem(rest, jnp.int32(tile.segments)), lax.div(rest, jnp.int32(tile.segments))
+        self.group = lax.div(self.head, jnp.int32(sizes.heads_a_group))
+        self.row = self.batch * sizes.heads + self.head
+
+    def tokens(self, index):
+        return pl.ds((self.segment * self.sizes.chunks + index) * self.tile.tokens, self.tile.tokens)
+
+    def _rows(self, rank: int):
+        return pl.ds(rank * self.tile.tokens, self.tile.tokens)
+
+    def load_head(self):
+        names = ("q_bias_HRN", "k_bias_HRN", "v_rank_HRP", "gate_rank_HRP", "out_rank_HRP", "norm_HP")
+        for name, to in zip(names, self.shared[-6:], strict=True):
+            if to is not None:
+                plgpu.copy_gmem_to_smem(getattr(self.refs, name).at[self.head], to, self.barriers.head)
+
+    def load_early(self, index):
+        """q and the angles of a chunk."""
+        tokens, barrier = self.tokens(index), self.barriers.early
+        if self.refs.q_BLRGN is not None:
+            self._load_ranks(self.refs.q_BLRGN, tokens, self.shared.q_TN, barrier)
+        plgpu.copy_gmem_to_smem(self.refs.phase_BHLS.at[self.row, tokens], self.shared.phase_QS, barrier)
+
+    def load_chunk(self, index, slot):
+        """k, v and scalars of a chunk."""
+        tokens, barrier = self.tokens(index), self.barriers.chunk.at[slot]
+        self._load_ranks(self.refs.k_BLRGN, tokens, self.shared.k_2TN.at[slot], barrier)
+        v_QP = self.refs.v_BLHP.at[self.batch, tokens, pl.ds(self.head * WIDTH, WIDTH)]
+        plgpu.copy_gmem_to_smem(v_QP, self.shared.v_2QP.at[slot], barrier)
+        chunk = (self.row * self.tile.segments + self.segment) * self.sizes.chunks + index
+        plgpu.copy_gmem_to_smem(self.refs.scalars_BHCXT.at[chunk], self.shared.scalars_2XT.at[slot], barrier)
+
+    def _load_ranks(self, ref, tokens, to_TN, barrier):
+        d_state = self.sizes.d_state
+        for rank in range(self.tile.rank):
+            columns = pl.ds((rank * self.sizes.groups + self.group) * d_state, d_state)
+            plgpu.copy_gmem_to_smem(ref.at[self.batch, tokens, columns], to_TN.at[self._rows(rank)], barrier)
+
+    def load_gate(self, index):
+        gate_QP = self.refs.gate_BLHP.at[self.batch, self.tokens(index), pl.ds(self.head * WIDTH, WIDTH)]
+        plgpu.copy_gmem_to_smem(gate_QP, self.shared.gate_QP, self.barriers.gate)
+
+    def store(self, from_TP, index):
+        """The output of a chunk, its first rows."""
+        to = self.out.o_BLHP.at[self.batch, self.tokens(index), pl.ds(self.head * WIDTH, WIDTH)]
+        plgpu.copy_smem_to_gmem(from_TP.at[self._rows(0)], to)
+
+    def store_y(self, from_TP, index):
+        for rank in range(self.tile.rank):
+            columns = pl.ds((self.head * self.tile.rank + rank) * WIDTH, WIDTH)
+            to = self.out.y_BLHRP.at[self.batch, self.tokens(index), columns]
+            plgpu.copy_smem_to_gmem(from_TP.at[self._rows(rank)], to)
+
+
+def kernel(refs: Inputs, out: Outputs, shared: Shared, barriers: Barriers, *, sizes: Sizes, tile: Tile):
+    program = Program(refs, out, shared, barriers, sizes, tile)
+    chunks, gated, interpret = sizes.chunks, refs.gate_BLHP is not None, tile.interpret is not None
+    only_state = refs.q_BLRGN is None
+    skip = None if refs.skip_H is None else refs.skip_H[program.head]
+    program.load_head()
+    program.load_early(0)
+    for index in range(min(2, chunks)):
+        program.load_chunk(index, index)
+    if gated:
+        program.load_gate(0)
+    plgpu.barrier_wait(barriers.head)
+
+    def chunk(index, h_PN):
+        slot = lax.rem(index, jnp.int32(2))
+        k_TN, v_QP, scalars_XT = shared.k_2TN.at[slot], shared.v_2QP.at[slot], shared.scalars_2XT.at[slot]
+        plgpu.barrier_wait(barriers.early)
+        plgpu.barrier_wait(barriers.chunk.at[slot])
+        decay = Decay(scalars_XT, tile)
+
+        phase_TS = of_tokens(shared.phase_QS, interpret).astype(jnp.float32) * (2 * jnp.pi / 2.0**16)
+        turn = functools.partial(_turned, sin_TS=jnp.sin(phase_TS), cos_TS=jnp.cos(phase_TS), tile=tile)
+        k_TN[...] = turn(k_TN, shared.k_bias_RN)
+        if not only_state:
+            q_TN = turn(shared.q_TN, shared.q_bias_RN)
+            shared.h_PN[...] = h_PN.astype(jnp.bfloat16)
+        # What was stored in the last chunk has left shared memory by now.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if gated:
+            pl.when(index > 0)(lambda: program.load_gate(index))
+        x_ref, x_TP = v_QP, of_tokens(v_QP, interpret).astype(jnp.float32)
+        if tile.rank > 1:
+            if shared.v_rank_RP is not None:
+                x_TP *= of_ranks(shared.v_rank_RP, interpret)
+            x_ref = shared.x_TP
+            x_ref[...] = x_TP.astype(jnp.bfloat16)
+        shared.weighted_TP[...] = (x_TP * down(decay.weight_until_T(), WIDTH)).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        pl.when(index + 1 < chunks)(lambda: program.load_early(index + 1))
+
+        h_sum = (h_PN * decay.whole(), (shared.weighted_TP, "t"), (k_TN, ""))
+        if only_state:
+            (h_PN,) = _sums([h_sum], tile)
+            plgpu.commit_smem()
+        else:
+            score_TT, y_TP = _products([(q_TN, (k_TN, "t"), ROWS), (q_TN, (shared.h_PN, "t"), WIDTH)], tile)
+            score_TT *= decay.weight_TT(tile)
+            if skip is not None:
+                row_TT, column_TT = (iota(axis, tile.interpret is not None) for axis in (0, 1))
+                score_TT = jnp.where(row_TT == column_TT, score_TT + skip, score_TT)
+            y_TP *= down(decay.since_T(), WIDTH)
+            y_TP, h_PN = _sums([(y_TP, score_TT.astype(jnp.bfloat16), (x_ref, "")), h_sum], tile)
+            _finish(y_TP, program, index, tile)
+        pl.when(index + 2 < chunks)(lambda: program.load_chunk(index + 2, slot))
+        return h_PN
+
+    h_ref = (program.batch, program.head, program.segment)
+    h_PN = lax.fori_loop(0, chunks, chunk, load(refs.h_BHSPN.at[h_ref], TILE, interpret, optimized=False))
+    out.h_BHSPN.at[h_ref][...] = h_PN
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _finish(y_TP, program: Program, index, tile: Tile):
+    """Norm, gate, sum over ranks, and the stores. Ends with a barrier: all have read what the chunk copied."""
+    refs, shared, interpret = program.refs, program.shared, tile.interpret is not None
+    if tile.keep:
+        plgpu.commit_smem()  # all products with `weighted` are done
+        shared.weighted_TP[...] = y_TP.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        program.store_y(shared.weighted_TP, index)
+    if shared.norm_1P is not None:
+        mean_T = jnp.sum(jnp.square(y_TP), axis=1) * (1 / tile.width)
+        y_TP *= down(lax.rsqrt(mean_T + NORM_EPS), WIDTH) * of_ranks(shared.norm_1P, interpret)
+    if refs.gate_BLHP is not None:
+        plgpu.barrier_wait(program.barriers.gate)
+        gate_TP = of_tokens(shared.gate_QP, interpret).astype(jnp.float32)
+        if shared.gate_rank_RP is not None:
+            gate_TP *= of_ranks(shared.gate_rank_RP, interpret)
+        y_TP *= gate_TP * (0.5 + 0.5 * jnp.tanh(0.5 * gate_TP))
+    if shared.out_rank_RP is not None:
+        y_TP *= of_ranks(shared.out_rank_RP, interpret)
+    if tile.rank == 1:
+        shared.gate_QP[...] = y_TP.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        program.store(shared.gate_QP, index)
+        return
+    # Ranks are in different warps: a product with ones adds them up, for each of the warps alike.
+    shared.y_TP[...] = y_TP.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    token_TT = [_token(iota(axis, tile.interpret is not None), tile) for axis in (0, 1)]
+    ones_TT = jnp.where(token_TT[0] == token_TT[1], 1.0, 0.0).astype(jnp.bfloat16)
+    (o_TP,) = _products([(ones_TT, (shared.y_TP, ""), WIDTH)], tile)
+    if tile.keep:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    shared.weighted_TP[...] = o_TP.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    program.store(shared.weighted_TP, index)
+
+
+class Decay:
+    """What the scalars of a chunk weigh. Vectors are loaded where they are used: they would fill the registers."""
+
+    def __init__(self, scalars_XT, tile: Tile):
+        self.scalars_XT, self.tile = scalars_XT, tile
+        self.packed = scalars_XT.shape[0] == 4
+
+    def _scalar(self, which: int, layout):
+        return load(self.scalars_XT.at[which], layout, self.tile.interpret is not None)
+
+    def _last(self, which: int):
+        return self.scalars_XT[which, ROWS - 1]
+
+    def weight_TT(self, tile: Tile):
+        """e^(c_t - c_s) kappa_s for targets t (down) after sources s, in a document; gamma_t where t = s."""
+        target_TT, source_TT = (_token(iota(axis, tile.interpret is not None), tile) for axis in (0, 1))
+        before_TT = target_TT > source_TT
+        if self.packed:
+            before_TT &= down(self._scalar(3, ROW), ROWS) == across(self._scalar(3, COLUMN), ROWS)
+        gap_TT = down(self._scalar(0, ROW), ROWS) - across(self._scalar(1, COLUMN), ROWS)
+        own_TT = jnp.where(target_TT == source_TT, across(self._scalar(2, COLUMN), ROWS), 0.0)
+        return jnp.where(before_TT, jnp.exp2(gap_TT), own_TT)  # what lies after a token may be infinite
+
+    def since_T(self):
+        """What is left at each row of the state before the chunk."""
+        since_T = jnp.exp2(self._scalar(0, ROW))
+        return jnp.where(self._scalar(3, ROW) == 0.0, since_T, 0.0) if self.packed else since_T
+
+    def weight_until_T(self):
+        """kappa, and what is left of it at the end of the chunk."""
+        until_T = jnp.exp2(self._last(0) - self._scalar(1, ROW))
+        return jnp.where(self._scalar(3, ROW) == self._last(3), until_T, 0.0) if self.packed else until_T
+
+    def whole(self):
+        """What is left at the end of the chunk of the state before it."""
+        whole = jnp.exp2(self._last(0))
+        return jnp.where(self._last(3) == 0.0, whole, 0.0) if self.packed else whole
+
+
+def _turned(x_TN, bias_RN, *, sin_TS, cos_TS, tile: Tile):
+    interpret = tile.interpret is not None
+    x_TN = load(x_TN, TILE, interpret).astype(jnp.float32) + of_ranks(bias_RN, interpret)
+    planes, d_state = sin_TS.shape[1], x_TN.shape[1]
+    u_TS, w_TS = x_TN[:, :planes], x_TN[:, planes : 2 * planes]
+    parts = [u_TS * cos_TS - w_TS * sin_TS, u_TS * sin_TS + w_TS * cos_TS]
+    if d_state > 2 * planes:
+        parts.append(x_TN[:, 2 * planes :])
+    return joined([part.astype(jnp.bfloat16) for part in parts], interpret)
+
+
+def _token(row, tile: Tile):
+    return row if tile.rank == 1 else row & (tile.tokens - 1)
+
+
+def _operand(x):
+    """A ref, with "t" to be transposed, or an array."""
+    if isinstance(x, tuple):
+        return plgpu.transpose_ref(x[0], (1, 0)) if x[1] else x[0]
+    return x
+
+
+def _value(x):
+    """The same in the interpreter, which has no wgmma on registers."""
+    if isinstance(x, tuple):
+        value = x[0][...]
+        x = value.T if x[1] else value
+    return x.astype(jnp.float32)
+
+
+def _products(pairs, tile: Tile):
+    """a . b of every (a, b, columns of b), side by side."""
+    if tile.interpret is not None:
+        return [jnp.dot(_value(a), _value(b), precision="highest") for a, b, _ in pairs]
+
+    def run(*sums):
+        for sum_, (a, b, _) in zip(sums, pairs, strict=True):
+            plgpu.wgmma(sum_, _operand(a), _operand(b))
+        return [sum_[...] for sum_ in sums]
+
+    return pl.run_scoped(run, *(plgpu.ACC((ROWS, columns), jnp.float32) for _, _, columns in pairs))
+
+
+def _sums(sums, tile: Tile):
+    """c + a . b of every (c, a, b), side by side."""
+    if tile.interpret is not None:
+        return [c + jnp.dot(_value(a), _value(b), precision="highest") for c, a, b in sums]
+
+    def run(refs):
+        for ref, (_, a, b) in zip(refs, sums, strict=True):
+            plgpu.wgmma(ref, _operand(a), _operand(b))
+
+    return pl.run_state(run)([plgpu.ACC.init(c) for c, _, _ in sums])
