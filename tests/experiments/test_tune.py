@@ -9,6 +9,7 @@ import pytest
 
 from experiments.benchmarks import common, ssm, tune
 from mamba3_jax.ops import choices
+from mamba3_jax.ops.decode import default_tile
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS
 from pallas_kernels.ssm.triton.common import Tile
 
@@ -19,6 +20,7 @@ ORIGIN = {"device": "NVIDIA H200", "jax": "1", "commit": "abc"}
 def test_every_launch_is_one_of_the_kernels():
     fields = {field.name for field in dataclasses.fields(Tile)}
     assert set(tune.LAUNCHES["triton"]) <= fields
+    assert all(set(tune.STEP["triton"]) <= set(vars(default_tile(rank))) for rank in (1, 4))
     structure, _ = tune.options(dataclasses.replace(TINY, rank=2), "triton")
     assert structure == {"programs": (128, 256, 512), "chunk": [8, 16, 32]}
 
@@ -94,8 +96,7 @@ def test_what_is_wrong_is_no_choice_and_nothing_is_timed_twice(checked, tmp_path
 
 
 def test_an_entry_is_written_in_the_place_of_the_one_before(checked, tmp_path, monkeypatch):
-    monkeypatch.setitem(tune.KERNELS, "scaled", lambda tokens: None)
-    monkeypatch.setitem(tune.KERNELS, "triton", lambda tokens: "wants a GPU")
+    monkeypatch.setattr(tune, "KERNELS", {"scaled": lambda tokens: None, "other": lambda tokens: "wants a GPU"})
     progress, path = tune.Progress(tmp_path / "tune.json", ORIGIN), tmp_path / "choices.json"
     step = dataclasses.replace(TINY, length=1)
     for case in (TINY, step, TINY):
