@@ -26,7 +26,7 @@ GPU = AbstractMesh(
     axis_types=(AxisType.Auto,),
     abstract_device=AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu"),
 )
-SISO_LARGE = SISO._replace(length=131, heads=2, groups=1, d_state=64, width=64, planes=16)
+SISO_LARGE = SISO._replace(batch=1, length=131, heads=2, groups=1, d_state=64, width=64, planes=16)
 MIMO_LARGE = MIMO._replace(batch=1, length=40, d_state=64, width=64, planes=16)
 # bfloat16 has 2^-9: queries, keys, values, weights and the state are rounded once each before their products.
 ROUNDED = 5e-3
@@ -44,13 +44,12 @@ def on_gpu(monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "starts", "segments"),
     [
-        (SISO_LARGE, (), 1),
         (SISO_LARGE._replace(d_state=128, planes=32, groups=2, norm=True, rotation="half"), (5, 64), 2),
         (SISO_LARGE._replace(d_state=50, planes=5, width=24, gate=False, skip=False), (), 1),
         (MIMO_LARGE._replace(d_state=128, planes=64), (5, 39), 2),
         (MIMO_LARGE._replace(rank=2, shared_angle=True, norm=False), (), 1),
     ],
-    ids=["siso", "siso_packed", "siso_padded", "mimo_packed", "mimo"],
+    ids=["siso_packed", "siso_padded", "mimo_packed", "mimo"],
 )
 def test_lowers_for_cuda(shape, starts, segments, on_gpu):
     tokens, heads, state = draw(shape)
@@ -91,9 +90,9 @@ def start(shape, starts):
     ("shape", "starts", "segments"),
     [
         (SISO_LARGE, (), 1),
-        (SISO_LARGE._replace(d_state=128, planes=32, groups=2, norm=True, rotation="half"), (0, 5, 64, 100), 2),
+        (SISO_LARGE._replace(batch=2, d_state=128, planes=32, groups=2, norm=True, rotation="half"), (0, 5, 64), 2),
         (MIMO_LARGE, (), 1),
-        (MIMO_LARGE._replace(rank=2, length=70, width=24, d_state=50, planes=5), (3, 16, 40), 3),
+        (MIMO_LARGE._replace(heads=1, rank=2, length=70, width=24, d_state=50, planes=5), (3, 16, 40), 3),
     ],
     ids=["siso", "siso_packed", "mimo", "mimo_padded"],
 )
@@ -108,7 +107,7 @@ def test_agrees_with_the_definition(shape, starts, segments):
 
 def test_documents_do_not_see_each_other():
     """Bitwise: what stands before a start changes nothing after it."""
-    shape = SISO_LARGE._replace(batch=1, length=100)
+    shape = SISO_LARGE._replace(length=100)
     tokens, heads, state = draw(shape)
     others, _, other_state = draw(shape, seed=1)
     before = np.arange(shape.length) < 70
@@ -131,7 +130,7 @@ def test_documents_do_not_see_each_other():
 @pytest.mark.parametrize(
     ("shape", "starts", "segments"),
     [
-        (SISO_LARGE._replace(batch=1, length=40, d_state=32, width=16, planes=8), (5, 20), 1),
+        (SISO_LARGE._replace(length=40, heads=1, d_state=32, width=16, planes=8), (5, 20), 1),
         (MIMO_LARGE._replace(length=35, heads=1, d_state=16, width=16, planes=4), (20,), 2),
     ],
     ids=["siso", "mimo"],
