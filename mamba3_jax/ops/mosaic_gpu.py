@@ -122,15 +122,26 @@ class Layout:
 
 
 def check(tokens: Tokens, interpret: bool) -> None:
-    """Raise ValueError, naming it, for what the kernel does not support."""
-    if not interpret:
-        capability = _capability()
-        if capability != "9.0":
-            found = jax.default_backend() if capability is None else f"a GPU of compute capability {capability}"
-            raise ValueError(f"implementation='mosaic_gpu' needs a Hopper GPU (compute capability 9.0), not {found}")
-    wish = unsupported(tokens)
+    """Raise ValueError, naming it, for what the kernels do not support."""
+    wish = (None if interpret else needs()) or unsupported(tokens)
     if wish is not None:
         raise ValueError(f"implementation='mosaic_gpu' {wish}")
+
+
+def refuses(tokens: Tokens) -> str | None:
+    """What keeps these inputs from it on this process's devices; None: nothing."""
+    if tokens.dt_BLH.shape[1] == 1:
+        return "leaves one token to implementation='triton'"
+    return needs() or unsupported(tokens)
+
+
+def needs() -> str | None:
+    """What the kernels want of this process's devices, and what it got; None: nothing."""
+    capability = _capability()
+    if capability == "9.0":
+        return None
+    found = jax.default_backend() if capability is None else f"a GPU of compute capability {capability}"
+    return f"needs a Hopper GPU (compute capability 9.0), not {found}"
 
 
 def _capability() -> str | None:

@@ -7,7 +7,7 @@ from mamba3_jax.ops import choices
 from mamba3_jax.ops.associative import associative
 from mamba3_jax.ops.chunked import chunked
 from mamba3_jax.ops.mosaic_gpu import mosaic_gpu
-from mamba3_jax.ops.mosaic_gpu import unsupported as mosaic_gpu_unsupported
+from mamba3_jax.ops.mosaic_gpu import refuses as mosaic_gpu_refuses
 from mamba3_jax.ops.recurrent import recurrent
 from mamba3_jax.ops.rotary import ROTATIONS
 from mamba3_jax.ops.sharded import one_device
@@ -25,7 +25,7 @@ IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu,
 }
 # Those for NVIDIA GPUs, the first the default where nothing was measured: what each wants of inputs that it cannot run.
-KERNELS = {"triton": triton_unsupported, "mosaic_gpu": mosaic_gpu_unsupported}
+KERNELS = {"mosaic_gpu": mosaic_gpu_refuses, "triton": triton_unsupported}
 
 
 def ssm(

@@ -5,6 +5,7 @@ import functools
 import jax
 import pytest
 
+from mamba3_jax.ops.mosaic_gpu import mosaic_gpu
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS
 from mamba3_jax.ops.triton import triton
 
@@ -13,5 +14,6 @@ from mamba3_jax.ops.triton import triton
 def interpreted():
     with pytest.MonkeyPatch.context() as patch:
         if jax.default_backend() == "cpu":
-            patch.setitem(IMPLEMENTATIONS, "triton", functools.partial(triton, interpret=True))
+            for name, kernels in (("triton", triton), ("mosaic_gpu", mosaic_gpu)):
+                patch.setitem(IMPLEMENTATIONS, name, functools.partial(kernels, interpret=True))
         yield

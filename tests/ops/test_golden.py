@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State, Tokens, ssm
+from mamba3_jax.ops.ssm import Heads, State, Tokens, ssm
 from tests.helpers import GOLDEN, golden, rel_rms
+from tests.ops.cases import FLOAT32
 from tests.ops.quick import quick_jit
 
-NAMES = sorted(IMPLEMENTATIONS)
 CASES = [case for case in json.loads((GOLDEN / "manifest.json").read_text())["cases"] if case["kind"].startswith("op_")]
 WHOLE = [case["name"] for case in CASES if not case["kind"].endswith("_step")]
 STEPS = [case["name"] for case in CASES if case["kind"].endswith("_step")]
@@ -164,7 +164,7 @@ def check_gradients(gradient: dict, arrays: dict, tolerance: float):
         assert error < tolerance, f"gradient of {key}: {error:.2e} is not below {tolerance}"
 
 
-@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("implementation", FLOAT32)
 @pytest.mark.parametrize("name", WHOLE)
 def test_recorded_case(name, implementation):
     _, leaves, arrays = recorded(name)
@@ -185,7 +185,7 @@ def test_recurrent_in_float64(name):
             check_gradients(gradient, arrays, EXACT)
 
 
-@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("implementation", FLOAT32)
 def test_recorded_case_with_optimised_code(implementation):
     """As `test_recorded_case`, compiled as users do."""
     _, leaves, arrays = recorded("mimo_r4_norm")
@@ -194,7 +194,7 @@ def test_recorded_case_with_optimised_code(implementation):
     check_gradients(gradient, arrays, GRADIENT)
 
 
-@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("implementation", FLOAT32)
 def test_state_at_the_end_of_every_recorded_document(implementation):
     case, leaves, arrays = recorded("mimo_r4_varlen3")
     tokens, heads, _ = op_inputs(leaves)
@@ -207,7 +207,7 @@ def test_state_at_the_end_of_every_recorded_document(implementation):
         check_outputs(outputs(y, state, mimo=True), {**at_end, "out.y": arrays["out.y"][:, :end]}, FORWARD)
 
 
-@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("implementation", FLOAT32)
 @pytest.mark.parametrize("name", STEPS)
 def test_recorded_decoding(name, implementation):
     """Prefill, then token by token: outputs, and the state after the prefill, the first step and the last."""

@@ -19,8 +19,8 @@ from mamba3_jax.ops.ssm import Heads, State, ssm
 from tests.helpers import rel_rms
 from tests.ops import cases
 from tests.ops.cases import (
+    FLOAT32,
     MIMO,
-    NAMES,
     SISO,
     Shape,
     check_gradients,
@@ -37,7 +37,7 @@ FORWARD, GRADIENT = 1e-5, 1e-4
 BFLOAT16 = 1e-2  # eps 4e-3, rounded on the way in, once or twice inside, and on the way out
 
 repeatable = functools.partial(settings, deadline=None, derandomize=True, database=None)
-every_implementation = pytest.mark.parametrize("implementation", NAMES)
+every_implementation = pytest.mark.parametrize("implementation", FLOAT32)
 siso_and_mimo = pytest.mark.parametrize("shape", [SISO, MIMO], ids=["siso", "mimo"])
 
 
@@ -72,7 +72,7 @@ def test_implementations_agree(shape, seed, with_start):
     if with_start:
         start_BL = np.random.default_rng(seed).random((shape.batch, shape.length)) < 0.2
     want = cases.reference(inputs, start_BL, cotangent, shape.rotation)
-    for implementation in NAMES:
+    for implementation in FLOAT32:
         results, gradients = pulled(implementation, shape.rotation)(inputs, start_BL, cotangent)
         check_results(results, want[0], FORWARD)
         check_gradients(gradients, want[1], GRADIENT)
@@ -295,7 +295,7 @@ def test_without_trapezoid_rotation_and_bias_it_is_mamba2(implementation):
     assert rel_rms(forward(implementation, "adjacent")(tokens, heads)[0], want) < FORWARD
 
 
-@pytest.mark.parametrize("implementation", sorted({*NAMES} - {"recurrent"}))
+@pytest.mark.parametrize("implementation", sorted({*FLOAT32} - {"recurrent"}))
 def test_a_gentle_decay_after_steep_ones_keeps_its_digits(implementation):
     """Differences of float32 sums that have grown to thousands would be off by 1e-3."""
     shape = SISO._replace(length=67)
@@ -308,7 +308,7 @@ def test_a_gentle_decay_after_steep_ones_keeps_its_digits(implementation):
     check_gradients(gradients, want[1], GRADIENT)
 
 
-@pytest.mark.parametrize("implementation", sorted({*NAMES} - {"recurrent"}))
+@pytest.mark.parametrize("implementation", sorted({*FLOAT32} - {"recurrent"}))
 def test_chunk_size_does_not_matter(implementation):
     shape = MIMO._replace(length=67, rank=2)
     inputs, cotangent = draw(shape), cases.cotangents(shape)
@@ -341,7 +341,7 @@ def test_permuting_heads_permutes_outputs(shape, implementation):
     check_results((got, got_after), (y[:, :, order], want), 1e-6)
 
 
-@pytest.mark.parametrize("implementation", sorted({*NAMES} - {"triton"}))  # which has no float64
+@pytest.mark.parametrize("implementation", sorted({*FLOAT32} - {"triton"}))  # which has no float64
 @siso_and_mimo
 def test_gradients_are_finite_differences(shape, implementation):
     """Along a random direction of each input, in float64: (f(x + e d) - f(x - e d)) / 2e is the gradient times d."""
@@ -419,7 +419,7 @@ def test_planted_error_in_the_carried_state_is_caught(part):
     assert rel_rms(y, whole[:, 6:]) > FORWARD
 
 
-@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("implementation", FLOAT32)
 @pytest.mark.parametrize("shape", [SISO, MIMO], ids=["siso", "mimo"])
 def test_the_same_call_gives_the_same_bits(shape, implementation):
     """Values and gradients: no sum depends on the order in which programs end."""
