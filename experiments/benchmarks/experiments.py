@@ -68,6 +68,16 @@ def _deeper(first: dict, last: dict) -> str:
     return f"from {first['layers']} to {last['layers']} layers: compile time x {seconds}, HLO instructions x {size}"
 
 
+def tpu_estimates(result: dict) -> str:
+    """For one chip, of every implementation: how far the compiler's estimate is from the roofline."""
+    rows = [row for row in result["rows"] if row["chip"] == "v5e" and "estimate_over_roofline" in row]
+    each = (
+        f"{row['case']} {row['what']} {row['implementation']} {significant(row['estimate_over_roofline'])}x"
+        for row in rows
+    )
+    return f"v5e, over the roofline: {', '.join(each)}"
+
+
 def parity_scores(result: dict) -> str:
     """Every variant's and seed's accuracy at the longest trained length."""
     length = str(max(result["trained_lengths"]))
@@ -123,6 +133,14 @@ EXPERIMENTS = (
         expected="2.5x a SISO step, 3.7x a SISO layer forward; MIMO not measured yet",
         result="benchmarks/results/train_gpu.json",
         got=train_speed,
+    ),
+    Experiment(
+        question="What would the op take on TPUs, by the TPU compiler's own estimate (no TPU)?",
+        command="python -m experiments.benchmarks.tpu_aot",
+        cost="20 minutes, 2 cores",
+        expected="plain XLA: a SISO step 1.9x the roofline on v5e; training many times it",
+        result="benchmarks/results/tpu_aot.json",
+        got=tpu_estimates,
     ),
     Experiment(
         question="Do work and memory a token grow with the length?",

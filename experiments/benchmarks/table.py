@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import app, flags
 
 from experiments import parity
-from experiments.benchmarks import common, depth, layer, ssm, train
+from experiments.benchmarks import common, depth, layer, ssm, tpu_aot, train
 from experiments.benchmarks.experiments import EXPERIMENTS
 
 FILES = (common.REPOSITORY / "README.md", common.REPOSITORY / "experiments" / "README.md")
@@ -79,6 +79,7 @@ TABLES = {
     "train": table_of("train", train.COLUMNS),
     "growth": table_of("growth", ssm.GROWTH_COLUMNS),
     "depth": table_of("depth", depth.COLUMNS),
+    "tpu_aot": table_of("tpu", tpu_aot.COLUMNS),
     "experiments": experiments_table,
 }
 

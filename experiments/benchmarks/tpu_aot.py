@@ -1,0 +1,296 @@
+"""The op compiled for TPUs that need not be there: what each program moves and how long its compiler thinks it takes.
+
+    pip install "libtpu==0.0.42.*"                            with jax 0.10; 0.0.48.* with jax 0.11
+    python -m experiments.benchmarks.tpu_aot                  every chip, SISO and MIMO R=4, bf16
+    python -m experiments.benchmarks.tpu_aot --full           the paper's heads and lengths, bf16 and f32: hours
+    python -m experiments.benchmarks.tpu_aot --implementations=chunked,mosaic_tpu --chips=v5e --cases=siso
+
+Nothing runs. From the compiler: bytes moved to and from HBM and cycles (`experiments.benchmarks.hlo` says how they are
+added up; a kernel's cycles from the compiler's simulation of a smaller call, see `kernel_cycles`), temporary memory,
+seconds to compile. By arithmetic: matrix operations (of `chunked`, counted from its jaxpr, whatever the
+implementation), the least bytes (inputs and outputs once), and the roofline, the larger of those over the chip's peaks.
+`estimate` is the largest of cycles over the clock (where that is known), bytes over the bandwidth and operations over
+the peak: good for ranking programs, never compared with a TPU. All per device: half a chip on v4 and Ironwood (tpu7x),
+a whole one on the others.
+"""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+# Before libtpu is loaded: there is no TPU to ask, and another process may have it loaded too.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+}
+os.environ.update(ENVIRONMENT if __name__ == "__main__" else {})
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+from absl import app, flags  # noqa: E402
+from jax.sharding import Mesh, SingleDeviceSharding  # noqa: E402
+
+from experiments.benchmarks import common, flops, hlo, ssm  # noqa: E402
+from mamba3_jax.ops.ssm import IMPLEMENTATIONS  # noqa: E402
+
+FLAGS = flags.FLAGS
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Public figures of one device, as JAX counts devices; source: cloud.google.com/tpu/docs, one page a generation."""
+
+    topology: str
+    tera_flops: float  # bf16
+    gb_s: float
+    # v4, v5e, v5p: the peak over what their four 128 x 128 units a core do a cycle; for the others no such figure.
+    ghz: float | None = None
+    cores: int = 1  # a device; a program's cycles are a core's
+
+
+CHIPS = {
+    "v4": Chip("v4:1x1x1", 275 / 2, 1228 / 2, 1.05),
+    "v5e": Chip("v5e:1x1", 197, 819, 1.5),
+    "v5p": Chip("v5p:1x1x1", 459, 2765, 1.75, cores=2),
+    "v6e": Chip("v6e:1x1", 918, 1640),
+    "tpu7x": Chip("tpu7x:1x1x1", 2307 / 2, 7380 / 2),
+}
+# A float32 product at Precision.HIGHEST is six of bfloat16.
+PASSES = {"bfloat16": 1, "float32": 6}
+
+LARGE = ssm.Case(batch=16, length=2048, heads=32, width=64, d_state=128, dtype="bfloat16")
+LONG = dataclasses.replace(LARGE, batch=1, length=32768)
+STEP = dataclasses.replace(LARGE, batch=128, length=1)
+CASES = ssm.with_mimo({"siso": LARGE, "siso_decode": STEP})
+FULL = {
+    f"{name}_h{heads}_{dtype}": dataclasses.replace(case, heads=heads, dtype=dtype)
+    for dtype in PASSES
+    for heads in (24, 32, 64)
+    for name, case in ssm.with_mimo({"siso": LARGE, "siso_long": LONG, "siso_decode": STEP}).items()
+}
+
+
+class Target:
+    """One device of a chip, to compile for."""
+
+    def __init__(self, name: str):
+        from jax.experimental import topologies
+
+        self.name, self.chip = name, CHIPS[name]
+        bounds = [1] * 3  # one chip: a kernel under plain jit needs no shard_map
+        found = topologies.get_topology_desc(self.chip.topology, platform="tpu", chips_per_host_bounds=bounds)
+        self.device = found.devices[0]
+
+    def compile(self, task: ssm.Task):
+        place = SingleDeviceSharding(self.device)
+        arguments = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(task.arguments)
+        )
+        donated = {"donate_argnums": 0} if task.what == "decode" else {}
+        mesh = Mesh(np.array([self.device]), ("one",))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tells Pallas which chip
+            return jax.jit(task.function(), **donated).lower(*arguments).compile()
+
+
+def tasks_of(name: str, case: ssm.Case, implementations: list[str]) -> list[ssm.Task]:
+    """`chunked` of one token is `recurrent`."""
+    if case.length == 1:
+        steps = dict.fromkeys("recurrent" if each == "chunked" else each for each in implementations)
+        return [ssm.Task(name, case, each, None, "decode") for each in steps]
+    whats = ("forward", "forward+backward")
+    return [ssm.Task(name, case, each, None, what) for what in whats for each in implementations]
+
+
+def row_of(task: ssm.Task, target: Target) -> dict:
+    """Compile one task for one chip."""
+    row = {"chip": target.name, "case": task.name, "implementation": task.implementation, "what": task.what}
+    row |= floors(task, target.chip)
+    begin = time.perf_counter()
+    try:
+        compiled = target.compile(task)
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+        return row | {"failed": str(error).strip().splitlines()[0][:200]}
+    row["compile_s"] = time.perf_counter() - begin
+    memory, program = compiled.memory_analysis(), hlo.Program(compiled.as_text())
+    cost, cycles = program.cost(), None
+    row |= {"temp_mib": memory.temp_size_in_bytes / 2**20, "hbm_mb": cost.hbm_bytes / 1e6}
+    if not program.kernels():
+        cycles = cost.cycles
+    elif (inside := kernel_cycles(task, target.name)) is not None:
+        cycles = cost.cycles + inside
+    return row | estimates(row, cycles, target.chip)
+
+
+def floors(task: ssm.Task, chip: Chip) -> dict:
+    """Operations, bytes and the time that they need at least."""
+    abstract = jax.eval_shape(task.arguments)
+    operations = flops.count(task.function("recurrent" if task.what == "decode" else "chunked"), *abstract).matmul
+    moved = ssm.nbytes(abstract) + ssm.nbytes(jax.eval_shape(task.function("chunked"), *abstract))
+    matmul_ms = operations * PASSES[task.case.dtype] / chip.tera_flops / 1e9
+    bytes_ms = moved / chip.gb_s / 1e6
+    return {
+        "matmul_gflop": operations / 1e9,
+        "least_mb": moved / 1e6,
+        "matmul_ms": matmul_ms,
+        "roofline_ms": max(matmul_ms, bytes_ms),
+    }
+
+
+def estimates(row: dict, cycles: int | None, chip: Chip) -> dict:
+    """What follows from a program's bytes and cycles; the cycles of a device of two cores are shared."""
+    known = [row["matmul_ms"], row["hbm_mb"] / chip.gb_s]
+    if cycles is not None and chip.ghz is not None:
+        known.append(cycles / chip.cores / chip.ghz / 1e6)
+    return {
+        "mega_cycles": None if cycles is None else cycles / 1e6,
+        "estimate_ms": max(known),
+        "bytes_over_least": row["hbm_mb"] / row["least_mb"],
+        "estimate_over_roofline": max(known) / row["roofline_ms"],
+    }
+
+
+def over_plain(rows: list[dict]) -> list[dict]:
+    """The rows, those of other implementations with their bytes and cycles over plain XLA's."""
+    key = lambda row: (row["chip"], row["case"], row["what"])  # noqa: E731
+    plain = {key(row): row for row in rows if row["implementation"] in ("chunked", "recurrent")}
+    shown = []
+    for row in rows:
+        base, ratios = plain.get(key(row)), {}
+        if base is not None and base is not row:
+            for field in ("hbm_mb", "mega_cycles", "estimate_ms"):
+                if row.get(field) is not None and base.get(field) is not None:
+                    ratios[f"{field}_over_plain"] = row[field] / base[field]
+        shown.append(row | ratios)
+    return shown
+
+
+def kernel_cycles(task: ssm.Task, chip: str) -> float | None:
+    """Cycles of the task's kernels: the compiler simulates every step of their grids, so of a smaller call, scaled up.
+
+    In a process of its own, since libtpu reads the wish once, before anything is compiled. None where it simulates
+    nothing (v4, for which it stops the process).
+    """
+    if chip == "v4":
+        return None
+    case = task.case
+    small = dataclasses.replace(case, batch=min(case.batch, 4), length=min(case.length, 512))
+    if case.length > 1:
+        small = dataclasses.replace(small, batch=1, heads=min(case.heads, 8))
+    with tempfile.TemporaryDirectory() as folder:
+        flag = f"--xla_jf_dump_static_llo_profile_to={folder}"
+        sizes = [f"{field.name}={getattr(small, field.name)}" for field in dataclasses.fields(small)]
+        command = [
+            sys.executable,
+            "-m",
+            "experiments.benchmarks.tpu_aot",
+            f"--chips={chip}",
+            f"--only={','.join(sizes)}",
+        ]
+        command += [f"--implementations={task.implementation}", f"--what={task.what}"]
+        run = subprocess.run(
+            command, env=os.environ | {"LIBTPU_INIT_ARGS": flag}, cwd=common.REPOSITORY, capture_output=True, text=True
+        )
+        if run.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {run.stderr.strip().splitlines()[-1]}")
+        cycles = sum(profiled(path.read_text()) for path in Path(folder).glob("*_static_llo_profile.textproto"))
+    share = small.batch * small.length * small.heads / (case.batch * case.length * case.heads)
+    return cycles / share
+
+
+def profiled(text: str) -> int:
+    """Cycles of one kernel's profile."""
+    return sum(map(int, re.findall(r"estimated_cycles:\s*(\d+)", text)[:1]))
+
+
+def only(sizes: str, implementation: str, what: str, chip: str) -> None:
+    """Compile one call, for what the compiler leaves in the folder that its flags name."""
+    given = dict(part.split("=") for part in sizes.split(","))
+    case = ssm.Case(**{name: value if name == "dtype" else int(value) for name, value in given.items()})
+    Target(chip).compile(ssm.Task("only", case, implementation, None, what))
+
+
+def libtpu_version() -> str:
+    """Or a one-line error that says how to get it."""
+    try:
+        import libtpu
+    except ImportError:
+        wanted = "0.0.42" if jax.__version_info__ < (0, 11) else "0.0.48"
+        sys.exit(f'There is no libtpu, the compiler for TPUs: pip install "libtpu=={wanted}.*" (no TPU is needed).')
+    return libtpu.__version__
+
+
+COLUMNS = {
+    "chip": "chip",
+    "case": "case",
+    "implementation": "implementation",
+    "": "what",
+    "least MB": "least_mb",
+    "HBM MB": "hbm_mb",
+    "over least": "bytes_over_least",
+    "temp MiB": "temp_mib",
+    "Mcycles": "mega_cycles",
+    "roofline, ms": "roofline_ms",
+    "estimate, ms": "estimate_ms",
+    "over roofline": "estimate_over_roofline",
+    "bytes / plain": "hbm_mb_over_plain",
+    "cycles / plain": "mega_cycles_over_plain",
+    "estimate / plain": "estimate_ms_over_plain",
+    "failed": "failed",
+}
+
+
+def kept(before: dict | None, tasks: list[tuple[str, ssm.Task]], origin: dict) -> list[dict]:
+    """Rows of an earlier run by the same compiler that this one does not take again."""
+    if before is None or any(before[key] != origin[key] for key in ("jax", "libtpu")):
+        return []
+    again = {(chip, task.name, task.implementation, task.what) for chip, task in tasks}
+    return [r for r in before["rows"] if (r["chip"], r["case"], r["implementation"], r["what"]) not in again]
+
+
+def main(argv):
+    del argv
+    version = libtpu_version()
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.default_backend = lambda: "tpu"  # nothing runs: what is traced is for a TPU
+    implementations = ssm.chosen("implementations", FLAGS.implementations, IMPLEMENTATIONS)
+    chips = ssm.chosen("chips", FLAGS.chips, CHIPS)
+    if FLAGS.only:
+        return only(FLAGS.only, implementations[0], FLAGS.what, chips[0])
+    cases = FULL if FLAGS.full else CASES
+    names = ssm.chosen("cases", FLAGS.cases or list(cases), cases)
+    tasks = [(chip, t) for chip in chips for name in names for t in tasks_of(name, cases[name], implementations)]
+    tasks = [(chip, task) for chip, task in tasks if FLAGS.what in ("", task.what)]
+    origin = common.provenance() | {"platform": "tpu", "device": f"no TPU (libtpu {version})", "libtpu": version}
+    rows = kept(common.read(FLAGS.name, FLAGS.out) if FLAGS.keep else None, tasks, origin)
+    sizes = {name: dataclasses.asdict(case) for name, case in (CASES | FULL).items()}
+    peaks = {name: dataclasses.asdict(chip) for name, chip in CHIPS.items()}
+    for chip, task in tasks:
+        rows.append(row_of(task, Target(chip)))
+        print(common.table([rows[-1]], COLUMNS).splitlines()[-1], flush=True)
+        # After every row: a program that is stopped leaves what it has.
+        used = {row["case"]: sizes[row["case"]] for row in rows}
+        path = common.write(FLAGS.name, origin, over_plain(rows), FLAGS.out, cases=used, chips=peaks)
+    print(common.table(over_plain(rows), COLUMNS))
+    print(path)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("implementations", ["chunked"], "names in mamba3_jax.ops.ssm.IMPLEMENTATIONS")
+    flags.DEFINE_list("chips", list(CHIPS), "names in CHIPS")
+    flags.DEFINE_list("cases", [], "names in CASES, or in FULL with --full; empty: all")
+    flags.DEFINE_enum("what", "", ["", "forward", "forward+backward", "decode"], "empty: all")
+    flags.DEFINE_bool("full", False, "the paper's heads and lengths, bf16 and f32")
+    flags.DEFINE_bool("keep", True, "rows of the result file that this run does not take again, where versions agree")
+    flags.DEFINE_string("out", "", "directory of the result file; empty: experiments/benchmarks/results")
+    flags.DEFINE_string("name", "tpu_aot", "of the result file")
+    flags.DEFINE_string("only", "", "internal: compile one case of these sizes and leave")
+    app.run(main)

@@ -1,0 +1,145 @@
+"""What is read from a compiled TPU program, and the arithmetic beside it; nothing here needs the TPU compiler."""
+
+import dataclasses
+import sys
+
+import pytest
+
+from experiments.benchmarks import common, hlo, ssm, tpu_aot
+
+# A loop of 16 trips over slices of an array in HBM; its body writes 128 rows of 2,048 in place, by way of VMEM.
+PROGRAM = """HloModule jit_f, is_scheduled=true, input_output_alias={}
+
+%update (p0: f32[2048,256], p1: f32[128,256], p2: s32[]) -> f32[2048,256] {
+  %p0 = BIG parameter(0)
+  %p1 = f32[128,256]{1,0:T(8,128)} parameter(1)
+  %p2 = INT parameter(2)
+  %zero = INT constant(0)
+  ROOT %dus = BIG dynamic-update-slice(%p0, %p1, %p2, %zero)
+}
+
+%take (q0: f32[2048,256], q1: s32[]) -> f32[128,256] {
+  %q0 = BIG parameter(0)
+  %q1 = INT parameter(1)
+  %zero.1 = INT constant(0)
+  %turned = BIG bitcast(%q0)
+  ROOT %part = f32[128,256]{1,0:T(8,128)} dynamic-slice(%turned, %q1, %zero.1), dynamic_slice_sizes={128,256}
+}
+
+%body (arg: (s32[], f32[2048,256], f32[2048,256])) -> (s32[], f32[2048,256], f32[2048,256]) {
+  %arg = (INT, BIG, BIG) parameter(0)
+  %i = INT get-tuple-element(%arg), index=0
+  %x = BIG get-tuple-element(%arg), index=1
+  %y = BIG get-tuple-element(%arg), index=2
+  %near = f32[128,256]{1,0:T(8,128)S(1)} fusion(%x, %i), kind=kLoop, calls=%take, backend_config={"w":{"estimated_cycles":"100"}}
+  %far = BIG fusion(%y, %near, %i), kind=kLoop, calls=%update, backend_config={"w":{"estimated_cycles":"50"}}
+  %one = INT constant(1)
+  %next = s32[]{:T(128)S(6)} add(%i, %one)
+  ROOT %out = (INT, BIG, BIG) tuple(%next, %x, %far)
+}
+
+%condition (arg.1: (s32[], f32[2048,256], f32[2048,256])) -> pred[] {
+  %arg.1 = (INT, BIG, BIG) parameter(0)
+  %i.1 = INT get-tuple-element(%arg.1), index=0
+  %bound = INT constant(16)
+  ROOT %less = pred[]{:T(512)} compare(%i.1, %bound), direction=LT
+}
+
+ENTRY %main (a: f32[2048,256], b: bf16[3,64]) -> f32[2048,256] {
+  %a = BIG parameter(0)
+  %b = bf16[3,64]{1,0:T(4,128)(2,1)} parameter(1)
+  %begin = s32[]{:T(128)S(6)} constant(0)
+  %room = BIG custom-call(), custom_call_target="AllocateBuffer"
+  %start = (bf16[3,64]{1,0:T(4,128)(2,1)S(1)}, bf16[3,64]{1,0:T(4,128)(2,1)}, u32[]{:S(2)}) copy-start(%b)
+  %done = bf16[3,64]{1,0:T(4,128)(2,1)S(1)} copy-done(%start)
+  %packed = (INT, BIG, BIG) tuple(%begin, %a, %room)
+  %while = (INT, BIG, BIG) while(%packed), condition=%condition, body=%body
+  ROOT %result = BIG get-tuple-element(%while), index=2
+}
+""".replace("BIG", "f32[2048,256]{1,0:T(8,128)}").replace("INT", "s32[]{:T(128)}")
+ROWS = 128 * 256 * 4  # bytes that a trip reads, and that it writes
+
+
+def test_a_loop_counts_once_a_trip_and_only_what_it_moves():
+    cost = hlo.Program(PROGRAM).cost()
+    scalars = cost.hbm_bytes - 16 * 2 * ROWS - 4 * 128 * 2  # the copy of b: three rows of 64 fill a tile of 4 x 128
+    assert 0 <= scalars <= 16 * 8 * 512
+    assert cost.cycles == 16 * 150
+    once = hlo.Program(PROGRAM.replace("constant(16)", "constant(1)")).cost()
+    assert once.cycles == 150
+
+
+def test_vmem_is_not_hbm():
+    shape = "f32[2048,256]{1,0:T(8,128)S(1)}"
+    assert hlo.hbm_bytes(shape) == 0
+    assert hlo.hbm_bytes(shape, anywhere=True) == hlo.hbm_bytes(shape.replace("S(1)", "")) == 2048 * 256 * 4
+    assert hlo.hbm_bytes("f32[5,3]{0,1:T(8,128)}") == 8 * 128 * 4  # the layout's minor axis is the first
+    assert hlo.hbm_bytes("(bf16[16,128]{1,0:T(8,128)(2,1)}, s32[]{:T(128)}, token[])") == 16 * 128 * 2 + 4
+
+
+def test_unknown_trip_count_is_refused():
+    with pytest.raises(ValueError, match="how often"):
+        hlo.Program(PROGRAM.replace("direction=LT", "direction=NE")).cost()
+
+
+def test_a_kernel_is_seen():
+    call = '  %k = f32[8,128]{1,0:T(8,128)} custom-call(%a), custom_call_target="tpu_custom_call"\n  %while = '
+    assert hlo.Program(PROGRAM).kernels() == 0
+    assert hlo.Program(PROGRAM.replace("  %while = ", call)).kernels() == 1
+
+
+def test_floors_are_arithmetic():
+    """A step in float32: the state twice and little else; one product with the state, as six of bfloat16."""
+    case = ssm.Case(batch=2, length=1, heads=4, width=64, d_state=128)
+    task = ssm.Task("step", case, "recurrent", None, "decode")
+    found = tpu_aot.floors(task, tpu_aot.CHIPS["v5e"])
+    assert found["matmul_gflop"] == pytest.approx(2 * 2 * 4 * 64 * 128 / 1e9)
+    assert found["matmul_ms"] == pytest.approx(6 * found["matmul_gflop"] / 197)
+    assert 2 * 4 * (2 * 4 * 64 * 128) < found["least_mb"] * 1e6 < 1.2 * 2 * 4 * (2 * 4 * 64 * 128)
+    assert found["roofline_ms"] == pytest.approx(found["least_mb"] / 819)
+    half = tpu_aot.floors(
+        dataclasses.replace(task, case=dataclasses.replace(case, dtype="bfloat16")), tpu_aot.CHIPS["v5e"]
+    )
+    assert half["matmul_ms"] == pytest.approx(found["matmul_ms"] / 6)
+
+
+def test_estimate_is_the_largest():
+    row = {"matmul_ms": 1.0, "roofline_ms": 1.5, "hbm_mb": 1638.0, "least_mb": 819.0}
+    found = tpu_aot.estimates(row, 6_000_000, tpu_aot.CHIPS["v5e"])
+    assert (found["estimate_ms"], found["mega_cycles"], found["bytes_over_least"]) == (4.0, 6.0, 2.0)
+    assert tpu_aot.estimates(row, None, tpu_aot.CHIPS["v5e"])["estimate_ms"] == pytest.approx(2.0)
+    assert tpu_aot.estimates(row, 10**9, tpu_aot.CHIPS["v6e"])["estimate_ms"] == 1.0  # no clock: no time from cycles
+
+
+def test_rows_stand_beside_plain_xla():
+    at = {"chip": "v5e", "case": "siso", "what": "forward"}
+    plain = at | {"implementation": "chunked", "hbm_mb": 100.0, "mega_cycles": 50.0, "estimate_ms": 2.0}
+    kernel = at | {"implementation": "mosaic_tpu", "hbm_mb": 25.0, "mega_cycles": None, "estimate_ms": 0.5}
+    failed = at | {"implementation": "other", "failed": "VMEM"}
+    shown = tpu_aot.over_plain([kernel, plain, failed])
+    assert shown[0]["hbm_mb_over_plain"] == shown[0]["estimate_ms_over_plain"] == 0.25
+    assert "mega_cycles_over_plain" not in shown[0]
+    assert shown[1:] == [plain, failed]
+
+
+def test_earlier_rows_are_kept_where_versions_agree():
+    task = ssm.Task("siso", tpu_aot.LARGE, "chunked", None, "forward")
+    row = {"chip": "v4", "case": "siso", "implementation": "chunked", "what": "forward"}
+    other = row | {"chip": "v5e"}
+    before = {"jax": "1", "libtpu": "2", "rows": [row, other]}
+    assert tpu_aot.kept(before, [("v4", task)], {"jax": "1", "libtpu": "2"}) == [other]
+    assert tpu_aot.kept(before, [("v4", task)], {"jax": "1", "libtpu": "3"}) == []
+    assert tpu_aot.kept(None, [("v4", task)], {}) == []
+
+
+def test_without_libtpu_it_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(SystemExit, match=r'pip install "libtpu==0\.0\.4\d\.\*"'):
+        tpu_aot.libtpu_version()
+
+
+def test_recorded_table_has_a_commit_and_a_compiler():
+    result = common.read("tpu_aot")
+    if result is not None:
+        assert result["libtpu"] in result["device"]
+        assert {row["chip"] for row in result["rows"]} <= set(tpu_aot.CHIPS)
