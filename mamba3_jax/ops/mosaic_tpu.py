@@ -1,0 +1,185 @@
+"""The op in Pallas Mosaic for TPUs: bias, rotation, scan, norm and gate in one kernel, one more backward."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mamba3_jax.ops.chunked import log_decay
+from mamba3_jax.ops.chunks import documents, incoming, last_state
+from mamba3_jax.ops.discretize import trapezoid
+from mamba3_jax.ops.rotary import from_planes, to_planes
+from mamba3_jax.ops.types import Heads, State, Tokens
+
+LANES = 128
+RANKS = (1, 2, 4, 8)
+
+
+def mosaic_tpu(
+    tokens: Tokens,
+    heads: Heads,
+    state: State,
+    *,
+    rotation: str,
+    chunk: int | None = None,
+    tiles=None,
+    interpret: object = None,
+):
+    """The sums of `chunked` in one fused kernel, `pallas_kernels.ssm.mosaic_tpu`.
+
+    Queries and keys are biased and turned inside the kernel: they are read once a chunk for all heads of a group, and
+    nothing of size L H N is ever stored. The backward pass keeps the inputs and the state before every chunk.
+
+    Args:
+        chunk: tokens a chunk, rounded up to a multiple of 16; None: the tiles'. Performance only.
+        tiles: `pallas_kernels.ssm.mosaic_tpu.contract.Tiles`; None: those of this process's TPU.
+        interpret: pltpu.InterpretParams: run the kernels' program on any backend, slowly, for tests.
+
+    Raises:
+        ValueError: no TPU, float64, a rank other than 1, 2, 4 or 8, d_state over 256, P over 128, or tiles that do not
+            fit in VMEM.
+    """
+    # Here, since everything else works without the kernels.
+    from pallas_kernels.ssm.mosaic_tpu import op
+
+    check(tokens, interpret, tiles)
+    tiles = tiles_of(tokens, chunk, tiles, interpret)
+    length, n_heads, width = tokens.v_BLHP.shape[1:]
+    d_state, planes = tokens.q_BLRGN.shape[-1], tokens.angle_BLHS.shape[-1]
+    padding = -length % tiles.tokens
+    spare = padded_width(n_heads, width, tiles.heads) - width
+    layout = Layout(d_state, planes, rotation)
+    dtype = jnp.result_type(tokens.q_BLRGN, tokens.k_BLRGN, tokens.v_BLHP)
+
+    def padded(array_BL):
+        """Zeros after the end: dt = 0 and log_a = 0 leave the state as it is."""
+        if array_BL is None or not padding:
+            return array_BL
+        return jnp.pad(array_BL, [(0, 0), (0, padding), *[(0, 0)] * (array_BL.ndim - 2)])
+
+    wide = lambda array_P: _last_padded(array_P, spare)  # noqa: E731
+    float32 = lambda array: None if array is None else array.astype(jnp.float32)  # noqa: E731
+    narrow = lambda array: None if array is None else padded(array.astype(dtype))  # noqa: E731
+    by_group = lambda x_BLRGN: jnp.swapaxes(layout.to(narrow(x_BLRGN)), 2, 3)  # noqa: E731
+    gamma_BLH, kappa_BLH, first_BH = trapezoid(tokens.dt_BLH, tokens.trap_BLH, tokens.start_BL)
+    start_BL = padded(tokens.start_BL)
+    decay_BLH, rest_BLH, document_BL = _log_decay(padded(tokens.log_a_BLH), start_BL, tiles.tokens)
+    if dtype != jnp.float32:  # whose products have fewer digits than the sum's parts
+        decay_BLH, rest_BLH = decay_BLH + rest_BLH, None
+    angle_BLHS = _last_padded(padded(tokens.angle_BLHS), layout.half - planes)
+    if angle_BLHS.shape[2] == 1:
+        angle_BLHS = jnp.broadcast_to(angle_BLHS, (*angle_BLHS.shape[:2], tiles.heads, layout.half))
+    h_BHPN = layout.to(incoming(state, first_BH, heads))
+    skip_HP = None if heads.skip_H is None else jnp.broadcast_to(heads.skip_H[:, None], (n_heads, width + spare))
+    inputs = op.Inputs(
+        by_group(tokens.q_BLRGN),
+        by_group(tokens.k_BLRGN),
+        wide(narrow(tokens.v_BLHP)),
+        wide(narrow(tokens.gate_BLHP)),
+        angle_BLHS,
+        padded(tokens.dt_BLH),
+        decay_BLH,
+        rest_BLH,
+        padded(gamma_BLH),
+        padded(kappa_BLH),
+        _last_padded(state.angle_BHS, layout.half - planes),
+        jnp.pad(h_BHPN, [(0, 0), (0, 0), (0, spare), (0, 0)]),
+        *(float32(layout.to(bias_HRN)) for bias_HRN in (heads.q_bias_HRN, heads.k_bias_HRN)),
+        float32(skip_HP),
+        *(float32(wide(x)) for x in (heads.v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP)),
+    )
+    y_BLHP, h_BHPN, angle_BHS = op.mamba3(inputs, document_BL, tiles)
+    y_BLHP = y_BLHP[:, :length, :, :width].astype(tokens.v_BLHP.dtype)
+    h_BHPN = layout.back(h_BHPN[:, :, :width])
+    return y_BLHP, last_state(tokens, heads, angle_BHS[..., :planes], h_BHPN, rotation)
+
+
+class Layout:
+    """Where the kernel keeps the entries of a state: plane i at (i, i + N/2), in between what does not turn.
+
+    N is a multiple of 128 there. Products of queries and keys do not see the order.
+    """
+
+    def __init__(self, d_state: int, planes: int, rotation: str):
+        self.planes, self.rest, self.rotation = planes, d_state - 2 * planes, rotation
+        self.size = -(-d_state // LANES) * LANES
+        self.half = self.size // 2
+        self.first_rest = min(self.rest, self.half - planes)
+
+    def to(self, array_N):
+        """From the op's order to the kernel's, zeros in between."""
+        ends = (self.planes, 2 * self.planes, 2 * self.planes + self.first_rest)
+        first, second, more, rest = jnp.split(to_planes(array_N, self.planes, self.rotation), ends, axis=-1)
+        halves = (jnp.concatenate(pair, axis=-1) for pair in ((first, more), (second, rest)))
+        return jnp.concatenate([_last_padded(x, self.half - x.shape[-1]) for x in halves], axis=-1)
+
+    def back(self, array_N):
+        low, high = jnp.split(array_N, 2, axis=-1)
+        first, more, _ = jnp.split(low, (self.planes, self.planes + self.first_rest), axis=-1)
+        second, rest, _ = jnp.split(high, (self.planes, self.planes + self.rest - self.first_rest), axis=-1)
+        return from_planes(jnp.concatenate([first, second, more, rest], axis=-1), self.planes, self.rotation)
+
+
+def _log_decay(log_a_BLH, start_BL, chunk: int):
+    """`log_decay` of every chunk, two (B, L, H); and the document starts in the chunk up to each token."""
+    batch, length, n_heads = log_a_BLH.shape
+    start_EQ = None if start_BL is None else start_BL.reshape(-1, chunk)
+    within_EQQ, document_EQ = documents(start_EQ, chunk)
+    log_a_EHQ = jnp.swapaxes(log_a_BLH.reshape(-1, chunk, n_heads), 1, 2)
+    decay_BLH, rest_BLH = (jnp.swapaxes(x, 1, 2).reshape(log_a_BLH.shape) for x in log_decay(log_a_EHQ, within_EQQ))
+    return decay_BLH, rest_BLH, None if document_EQ is None else document_EQ.reshape(batch, length)
+
+
+def tiles_of(tokens: Tokens, chunk: int | None, tiles, interpret):
+    """What is not given, by the chip; never more tokens than there are."""
+    from pallas_kernels.ssm.mosaic_tpu.tiles import block, default, this_chip
+
+    n_heads, width = tokens.v_BLHP.shape[2:]
+    rank, groups, d_state = tokens.q_BLRGN.shape[2:]
+    half = -(-d_state // LANES) * LANES // 2
+    shape = (n_heads, groups, width, half, tokens.angle_BLHS.shape[2] == 1)
+    if tiles is None:
+        chip = "v5e" if interpret is not None else this_chip()
+        tiles = default(chip, rank, *shape)
+    heads = block(*shape) if tiles.heads is None else tiles.heads
+    most = min(chunk or tiles.tokens, tokens.dt_BLH.shape[1])
+    return dataclasses.replace(tiles, tokens=-(-most // 16) * 16, heads=heads, width=width, interpret=interpret)
+
+
+def padded_width(n_heads: int, width: int, heads: int) -> int:
+    """P in the kernel: such that a block of heads fills its lanes, unless it has all of them."""
+    if heads == n_heads:
+        return width
+    unit = LANES // heads
+    return -(-width // unit) * unit
+
+
+def check(tokens: Tokens, interpret=None, tiles=None) -> None:
+    """Raise ValueError, naming it, for what the kernels do not support."""
+    # Tiles name a chip to compile for, whatever this process has.
+    if interpret is None and tiles is None and jax.default_backend() != "tpu":
+        raise ValueError(f"implementation='mosaic_tpu' needs a TPU, the backend is {jax.default_backend()!r}")
+    wish = unsupported(tokens)
+    if wish is not None:
+        raise ValueError(f"implementation='mosaic_tpu' {wish}")
+
+
+def unsupported(tokens: Tokens) -> str | None:
+    """What the kernels want of these shapes and dtypes, and what they got; None: nothing."""
+    rank, d_state, width = tokens.q_BLRGN.shape[2], tokens.q_BLRGN.shape[-1], tokens.v_BLHP.shape[-1]
+    if tokens.dt_BLH.dtype != jnp.float32:
+        return f"computes in float32, dt is {tokens.dt_BLH.dtype}"
+    dtype = jnp.result_type(tokens.q_BLRGN, tokens.k_BLRGN, tokens.v_BLHP)
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        return f"wants q, k and v in float32 or bfloat16, not {dtype}"
+    if rank not in RANKS:
+        return f"wants a rank of {', '.join(map(str, RANKS))}, not {rank=}"
+    if width > 128 or d_state > 256:
+        return f"wants d_state up to 256 and P up to 128, not {d_state=}, P={width}"
+    return None
+
+
+def _last_padded(array_P, spare: int):
+    if array_P is None or not spare:
+        return array_P
+    return jnp.pad(array_P, [(0, 0)] * (array_P.ndim - 1) + [(0, spare)])

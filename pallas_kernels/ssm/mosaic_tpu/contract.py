@@ -1,0 +1,210 @@
+"""What the scan reads and how it is cut.
+
+A grid step is one chunk of a block of J heads; heads run fastest, so that what they share (queries, keys, angles) is
+fetched once a chunk, and the state of all heads waits in VMEM. A chunk has Q tokens and T = R Q rows: **ranks outer,
+tokens inner**, so that a rank is a slice of rows and what is one number a token is repeated by concatenation.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+LANES = 128
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the kernels are cut. Performance only."""
+
+    tokens: int = 128  # of a chunk, Q: a multiple of 16
+    heads: int | None = None  # a grid step, J; None: left to the shapes
+    width: int | None = None  # entries of P that are not padding; None: all
+    vmem: int = 56  # MiB that the kernels may take
+    interpret: object = None  # pltpu's InterpretParams: on the CPU, for tests
+
+
+class Inputs(NamedTuple):
+    """Whole chunks, L = C Q. N a multiple of 128, in plane order: plane i is (i, i + N/2), what does not turn has angle 0.
+
+    q and k in the dtype of the products, v and gate too, all else
+    float32.
+    """
+
+    q_BLGRN: jax.Array
+    k_BLGRN: jax.Array
+    v_BLHP: jax.Array
+    gate_BLHP: jax.Array | None
+    angle_BLHS: jax.Array  # radians per unit dt, S = N/2; the H axis is J where heads share it (J copies), or H
+    dt_BLH: jax.Array
+    decay_BLH: jax.Array  # log, since the first token of the chunk, or of its document in the chunk
+    rest_BLH: jax.Array | None  # what decay lacks: their differences are taken apart. For float32
+    gamma_BLH: jax.Array  # a token's weight in its own output
+    kappa_BLH: jax.Array  # and in later ones
+    first_BHS: jax.Array  # radians: the angle before the row
+    h_BHPN: jax.Array  # the state before it
+    q_bias_HRN: jax.Array
+    k_bias_HRN: jax.Array
+    skip_HP: jax.Array | None  # the same for all of P
+    v_rank_HRP: jax.Array | None
+    gate_rank_HRP: jax.Array | None
+    out_rank_HRP: jax.Array | None
+    norm_HP: jax.Array | None
+
+
+class Refs(NamedTuple):
+    """What the kernels see: `Inputs` with trailing axes joined, the numbers of a token stacked."""
+
+    q_BLX: jax.Array
+    k_BLX: jax.Array
+    v_BLX: jax.Array
+    gate_BLX: jax.Array | None
+    angle_BLX: jax.Array
+    start_BCKX: jax.Array  # turns: the angle before every chunk; K blocks of heads, (.., 1, J N/2)
+    scalars_BHCXQ: jax.Array  # dt, decay, gamma, kappa and, where there is one, decay's rest
+    document_BCQ: jax.Array | None  # float32, document starts in the chunk up to here; (.., 1, Q)
+    h_BHPN: jax.Array | None  # before the row; the backward pass: before every chunk, (B, C, H, P, N)
+    q_bias_HRN: jax.Array
+    k_bias_HRN: jax.Array
+    skip_HRP: jax.Array | None
+    v_rank_HRP: jax.Array | None
+    gate_rank_HRP: jax.Array | None
+    out_rank_HRP: jax.Array | None
+    norm_HRP: jax.Array | None
+
+
+class Grid:
+    """Sizes, and the block of every array that one grid step sees.
+
+    Raises:
+        ValueError: sizes that the kernels cannot run.
+    """
+
+    def __init__(self, inputs: Inputs, tiles: Tiles, *, backwards: bool = False):
+        self.batch, self.length, self.groups, self.rank, self.d_state = inputs.q_BLGRN.shape
+        self.n_heads, self.width = inputs.v_BLHP.shape[2:]
+        self.tiles, self.backwards, self.dtype = tiles, backwards, inputs.q_BLGRN.dtype
+        self.tokens, self.heads = tiles.tokens, tiles.heads
+        self.half = self.d_state // 2
+        self.shared_angle = inputs.angle_BLHS.shape[2] == self.heads  # or a single block has all heads: the same
+        self.rows = self.rank * self.tokens
+        self.scalars = 4 + (inputs.rest_BLH is not None)
+        _check(self)
+        self.chunks, self.blocks = self.length // self.tokens, self.n_heads // self.heads
+        a_group = self.n_heads // self.groups
+        self.blocks_a_group = max(1, a_group // self.heads)  # grid steps that see the same group
+        self.groups_a_block = max(1, self.heads // a_group)
+        self.heads_a_group = a_group
+        self.shape = (self.batch, self.chunks, self.blocks)
+
+    def _spec(self, block, index):
+        last = self.chunks - 1
+        if self.backwards:
+            return pl.BlockSpec(block, lambda b, step, j: index(b, last - step, j))
+        return pl.BlockSpec(block, index)
+
+    def of_groups(self):
+        """q, k: (B, L, G R N)."""
+        lanes = self.groups_a_block * self.rank * self.d_state
+        return self._spec((None, self.tokens, lanes), lambda b, c, j: (b, c, lax.div(j, self.blocks_a_group)))
+
+    def of_heads(self):
+        """v, gate, output: (B, L, H P)."""
+        return self._spec((None, self.tokens, self.heads * self.width), lambda b, c, j: (b, c, j))
+
+    def of_angles(self):
+        """(B, L, J N/2) or (B, L, H N/2)."""
+        shared = self.shared_angle
+        return self._spec((None, self.tokens, self.heads * self.half), lambda b, c, j: (b, c, 0 if shared else j))
+
+    def of_starts(self):
+        return self._spec((None, None, None, 1, self.heads * self.half), lambda b, c, j: (b, c, j, 0, 0))
+
+    def of_tokens(self, numbers: int):
+        """(B, H, C, X, Q)."""
+        return self._spec((None, self.heads, None, numbers, self.tokens), lambda b, c, j: (b, j, c, 0, 0))
+
+    def of_documents(self):
+        return self._spec((None, None, 1, self.tokens), lambda b, c, j: (b, c, 0, 0))
+
+    def of_states(self):
+        """Of every chunk: (B, C, H, P, N)."""
+        return self._spec((None, None, self.heads, self.width, self.d_state), lambda b, c, j: (b, c, j, 0, 0))
+
+    def before(self, *sizes: int):
+        """(B, H, ..): read in the first steps of a row; later ones stay at the last block, which costs nothing."""
+        block, zeros, last = (None, self.heads, *sizes), (0,) * len(sizes), self.blocks - 1
+        return pl.BlockSpec(block, lambda b, step, j: (b, jnp.where(step == 0, j, last), *zeros))
+
+    def after(self, *sizes: int):
+        """(B, H, ..): written in the last steps of a row; earlier ones stay at the first block."""
+        block, zeros, last = (None, self.heads, *sizes), (0,) * len(sizes), self.chunks - 1
+        return pl.BlockSpec(block, lambda b, step, j: (b, jnp.where(step == last, j, 0), *zeros))
+
+    def of_weights(self, array_HRP):
+        if array_HRP is None:
+            return None
+        return pl.BlockSpec((self.heads, *array_HRP.shape[1:]), lambda b, c, j: (j, 0, 0))
+
+    def weights(self, refs: Refs):
+        return [self.of_weights(array) for array in refs[-7:]]
+
+    @property
+    def own_width(self) -> int:
+        """P without its padding."""
+        return self.tiles.width or self.width
+
+    def lanes_of_group(self, head: int) -> int:
+        """Where in the block's lanes the queries of its head (of J) begin."""
+        return head // self.heads_a_group * self.rank * self.d_state
+
+
+def _check(grid: Grid) -> None:
+    tokens, heads, n_heads, width = grid.tokens, grid.heads, grid.n_heads, grid.width
+    if grid.length % tokens or grid.length == 0 or tokens % 16:
+        raise ValueError(f"{grid.length=} is not a multiple of tiles.tokens={tokens}, a multiple of 16")
+    if n_heads % grid.groups or n_heads % heads:
+        raise ValueError(f"{n_heads=} is not a multiple of {grid.groups=} and tiles.heads={heads}")
+    a_group = n_heads // grid.groups
+    if a_group % heads and heads % a_group:
+        raise ValueError(f"tiles.heads={heads} and the {a_group} heads of a group do not divide one another")
+    if heads != n_heads and heads * width % LANES:
+        raise ValueError(f"tiles.heads={heads} heads of P={width} are not a multiple of {LANES} lanes")
+    if grid.d_state % LANES:
+        raise ValueError(f"{grid.d_state=} is not a multiple of {LANES}")
+    if heads != n_heads and not grid.shared_angle and heads * grid.half % LANES:
+        raise ValueError(f"tiles.heads={heads} heads of {grid.half} angles are not a multiple of {LANES} lanes")
+    if grid.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"q is {grid.dtype}, wanted float32 or bfloat16")
+
+
+def refs_of(inputs: Inputs, start_BCHS, document_BL, grid: Grid, h) -> Refs:
+    """`Refs` from `Inputs`."""
+    batch, length, chunks = grid.batch, grid.length, grid.chunks
+    flat = lambda array: None if array is None else array.reshape(batch, length, -1)  # noqa: E731
+    one = lambda array: None if array is None else array[:, None]  # noqa: E731
+    numbers = [inputs.dt_BLH, inputs.decay_BLH, inputs.gamma_BLH, inputs.kappa_BLH]
+    if inputs.rest_BLH is not None:
+        numbers.append(inputs.rest_BLH)
+    stacked = jnp.stack(numbers, axis=1).reshape(batch, len(numbers), chunks, grid.tokens, grid.n_heads)
+    document_BCQ = None
+    if document_BL is not None:
+        document_BCQ = document_BL.astype(jnp.float32).reshape(batch, chunks, 1, grid.tokens)
+    return Refs(
+        *(flat(array) for array in inputs[:5]),
+        start_BCHS.reshape(batch, chunks, grid.blocks, 1, -1),
+        stacked.transpose(0, 4, 2, 1, 3),
+        document_BCQ,
+        h,
+        inputs.q_bias_HRN,
+        inputs.k_bias_HRN,
+        one(inputs.skip_HP),
+        inputs.v_rank_HRP,
+        inputs.gate_rank_HRP,
+        inputs.out_rank_HRP,
+        one(inputs.norm_HP),
+    )

@@ -1,0 +1,33 @@
+"""The op in Pallas Mosaic for TPUs, forward and backward: `mamba3`, one custom derivative around both kernels.
+
+The backward pass keeps the inputs, the state and the angle before every chunk.
+"""
+
+import functools
+
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_kernels.ssm.mosaic_tpu import scan
+from pallas_kernels.ssm.mosaic_tpu.contract import Inputs, Tiles
+from pallas_kernels.ssm.mosaic_tpu.starts import starts
+
+
+def mamba3(inputs: Inputs, document_BL, tiles: Tiles):
+    """o_BLHP, the last state h_BHPN, and the last angle_BHS in radians, in [0, 2 pi).
+
+    Args:
+        document_BL: int32, document starts in the chunk up to each token; None: one document.
+
+    Raises:
+        ValueError: see `contract.Grid`.
+    """
+    return _forward(inputs, document_BL, tiles, keep=False)[0]
+
+
+def _forward(inputs: Inputs, document_BL, tiles: Tiles, *, keep: bool):
+    angle_BLHS = inputs.angle_BLHS
+    if angle_BLHS.shape[2] != inputs.dt_BLH.shape[2]:
+        angle_BLHS = angle_BLHS[:, :, :1]  # copies
+    start_BCHS, angle_BHS = starts(angle_BLHS, inputs.dt_BLH, inputs.first_BHS, document_BL, tiles.tokens)
+    o_BLHP, h_BHPN, h_BCHPN = scan.forward(inputs, start_BCHS, document_BL, tiles, keep=keep)
+    return (o_BLHP, h_BHPN, angle_BHS), (start_BCHS, h_BCHPN)

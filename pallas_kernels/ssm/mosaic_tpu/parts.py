@@ -1,0 +1,258 @@
+"""What the forward and the backward kernel share: products, masks, decays, rotation, and the end of a token."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.ssm.mosaic_tpu.contract import Grid, Refs
+
+NN, NT, TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
+NORM_EPS = 1e-5
+INVERSE_TURN = 1 / (2 * math.pi)
+
+
+def product(a, b, dimensions, grid: Grid, dtype=None):
+    """a . b with float32 sums; operands are rounded to the dtype of the products first."""
+    dtype = dtype or grid.dtype
+    a, b = a.astype(dtype), b.astype(dtype)
+    if grid.tiles.interpret is not None:  # not every CPU has this product of bfloat16
+        a, b, dtype = a.astype(jnp.float32), b.astype(jnp.float32), jnp.float32
+    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def ranks(x, rank: int, axis: int = 0):
+    """One number a token for every rank, one rank after another."""
+    return x if rank == 1 else jnp.concatenate([x] * rank, axis)
+
+
+def over_ranks(x_TX, rank: int):
+    """The sum over the ranks of every token."""
+    tokens = x_TX.shape[0] // rank
+    return sum(x_TX[r * tokens : (r + 1) * tokens] for r in range(rank))
+
+
+def per_rank(x_QX, weight_RX):
+    """(R Q, X): every token times every rank's weight."""
+    return jnp.concatenate([x_QX * weight_RX[r : r + 1] for r in range(weight_RX.shape[0])], axis=0)
+
+
+class Masks(NamedTuple):
+    """Of the tokens of a chunk; the same for all heads."""
+
+    within_QQ: jax.Array  # token s (across) is not after t and in its document
+    own_QQ: jax.Array
+    carried_Q1: jax.Array | None  # no document starts in the chunk up to here; None: none at all
+    left_Q1: jax.Array | None  # no document starts later in the chunk
+
+    @classmethod
+    def load(cls, refs: Refs, grid: Grid):
+        shape = (grid.tokens, grid.tokens)
+        t_QQ, s_QQ = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+        if refs.document_BCQ is None:
+            return cls(t_QQ >= s_QQ, t_QQ == s_QQ, None, None)
+        document_1Q = refs.document_BCQ[...]
+        document_Q1 = document_1Q.T
+        within_QQ = (t_QQ >= s_QQ) & (document_Q1 == document_1Q)
+        return cls(within_QQ, t_QQ == s_QQ, document_Q1 == 0, document_Q1 == document_1Q[:, grid.tokens - 1 :])
+
+
+class Decay(NamedTuple):
+    """Of a head in a chunk, and what a token weighs."""
+
+    within_QQ: jax.Array  # e^(c_t - c_s), zero where s is after t or in another document
+    since_Q1: jax.Array  # e^(c_t): of the state before the chunk
+    until_Q1: jax.Array  # e^(c_T - c_s): in the state after it
+    gamma_1Q: jax.Array
+    kappa_1Q: jax.Array
+    kappa_Q1: jax.Array
+    dt_Q1: jax.Array
+
+    @classmethod
+    def load(cls, scalars_XQ, masks: Masks):
+        columns_QX = scalars_XQ.T
+        row = lambda x: scalars_XQ[x : x + 1]  # noqa: E731
+        column = lambda x: columns_QX[:, x : x + 1]  # noqa: E731
+        last = scalars_XQ.shape[1] - 1
+        gap_QQ, until_Q1, since_Q1 = column(1) - row(1), row(1)[:, last:] - column(1), column(1)
+        if scalars_XQ.shape[0] > 4:
+            gap_QQ += column(4) - row(4)
+            until_Q1 += row(4)[:, last:] - column(4)
+            since_Q1 += column(4)
+        # Masked before exp as well: what lies after a token grows without bound.
+        within_QQ = jnp.where(masks.within_QQ, jnp.exp(jnp.where(masks.within_QQ, gap_QQ, 0.0)), 0.0)
+        since_Q1, until_Q1 = jnp.exp(since_Q1), jnp.exp(jnp.minimum(until_Q1, 0.0))
+        if masks.left_Q1 is not None:
+            since_Q1 = jnp.where(masks.carried_Q1, since_Q1, 0.0)
+            until_Q1 = jnp.where(masks.left_Q1, until_Q1, 0.0)
+        return cls(within_QQ, since_Q1, until_Q1, row(2), row(3), column(3), column(0))
+
+    def whole(self):
+        """(1, 1): what the chunk leaves of the state before it."""
+        return self.since_Q1[self.since_Q1.shape[0] - 1 :]
+
+    def weight_QQ(self, masks: Masks):
+        return self.within_QQ * jnp.where(masks.own_QQ, self.gamma_1Q, self.kappa_1Q)
+
+
+class Turn(NamedTuple):
+    """(u, w) -> (u cos - w sin, u sin + w cos) of the planes of a head: rows of Q tokens."""
+
+    sin_QN: jax.Array  # -sin, sin
+    cos_QN: jax.Array
+
+    @classmethod
+    def of(cls, sin_QS, cos_QS):
+        return cls(jnp.concatenate([-sin_QS, sin_QS], axis=1), jnp.concatenate([cos_QS, cos_QS], axis=1))
+
+    def there(self, x_QN):
+        return x_QN * self.cos_QN + partner(x_QN) * self.sin_QN
+
+    def back(self, dx_QN):
+        return dx_QN * self.cos_QN - partner(dx_QN) * self.sin_QN
+
+
+def partner(x_QN):
+    """The other entry of every entry's plane."""
+    half = x_QN.shape[1] // 2
+    return jnp.concatenate([x_QN[:, half:], x_QN[:, :half]], axis=1)
+
+
+def sincos(refs: Refs, dt_QJ, masks: Masks, grid: Grid):
+    """sin and cos of phi_t = phi_0 + sum_{s <= t} angle_s dt_s for the heads of a block: (Q, J N/2), heads in turn.
+
+    Sums of numbers of 8 bits times zeros and ones are exact in bfloat16 products; modulo a turn nothing grows.
+    """
+    angle_QX = refs.angle_BLX[...]
+    dt_QX = jnp.concatenate([jnp.broadcast_to(dt_Q1, (grid.tokens, grid.half)) for dt_Q1 in dt_QJ], axis=1)
+    if grid.dtype == jnp.float32:
+        exact_QX, rest_QX = increments(angle_QX, dt_QX, 2.0**-16)
+    else:
+        exact_QX, rest_QX = (angle_QX * INVERSE_TURN) * dt_QX, 0.0
+    exact_QX -= jnp.floor(exact_QX + 0.5)
+    high_QX = jnp.floor(exact_QX * 2.0**8 + 0.5) * 2.0**-8
+    low_QX = exact_QX - high_QX
+    middle_QX = jnp.floor(low_QX * 2.0**16 + 0.5) * 2.0**-16
+    pieces_QX = jnp.concatenate([high_QX, middle_QX, (low_QX - middle_QX) + rest_QX], axis=1)
+    sums_QX = product(masks.within_QQ.astype(jnp.float32), pieces_QX, NN, grid, jnp.bfloat16)
+    high_QX, middle_QX, rest_QX = jnp.split(sums_QX, 3, axis=1)
+    start_1X = refs.start_BCKX[...]
+    start_QX = jnp.broadcast_to(start_1X, high_QX.shape)
+    if masks.carried_Q1 is not None:
+        start_QX = jnp.where(masks.carried_Q1, start_QX, 0.0)
+    high_QX = high_QX - jnp.floor(high_QX)
+    return _sincos(high_QX + start_QX, middle_QX + rest_QX)
+
+
+def _sincos(turns, rest):
+    """An eighth of a turn around each quarter is a short polynomial."""
+    quarter = jnp.floor(4 * turns + 0.5)
+    offset = (turns - quarter / 4) + rest
+    square = offset * offset
+    sin, cos = offset * _polynomial(_SIN, square), _polynomial(_COS, square)
+    quarter = quarter.astype(jnp.int32) & 3
+    odd = (quarter & 1) == 1
+    sin, cos = jnp.where(odd, cos, sin), jnp.where(odd, sin, cos)
+    return jnp.where(quarter >= 2, -sin, sin), jnp.where((quarter == 1) | (quarter == 2), -cos, cos)
+
+
+# sin(2 pi r) / r and cos(2 pi r) in powers of r^2, highest first, minimax over |r| <= 1/8 (mamba3_jax/ops/angle.py).
+_SIN = (-75.402067876577, 81.592553539954, -41.341662633064, 6.283185287867)
+_COS = (59.220407246083, -85.442852120153, 64.939316208438, -19.739208650358, 0.999999999953)
+
+
+def _polynomial(coefficients, x):
+    sum_ = coefficients[0]
+    for coefficient in coefficients[1:]:
+        sum_ = sum_ * x + coefficient
+    return sum_
+
+
+def increments(angle, dt, step: float):
+    """angle dt / (2 pi), modulo 1, as a multiple of `step` and a rest below it, together good to about 2^-40.
+
+    A float32 product alone would be off by 2^-25 of itself, the same way at every token of a constant input. Products
+    of two 12-bit pieces are exact, whether a compiler fuses them with a sum or not.
+    """
+    angle_head = _head(angle)
+    angle_tail = angle - angle_head
+    constant_head, constant_middle, constant_tail = _INVERSE_TURN_PIECES
+    first, second, third = angle_head * constant_head, angle_tail * constant_head, angle_head * constant_middle
+    pieces = [_head(first), first - _head(first), _head(second), _head(third)]
+    tail = (second - pieces[2]) + (third - pieces[3]) + (angle_tail * constant_middle + angle * constant_tail)
+    dt_head = _head(dt)
+    dt_tail = dt - dt_head
+    exact = 0.0
+    rest = tail * dt + (pieces[1] + pieces[2] + pieces[3]) * dt_tail
+    for term in [piece * dt_head for piece in pieces] + [pieces[0] * dt_tail]:
+        coarse = jnp.floor(term / step + 0.5) * step
+        exact += coarse - jnp.floor(coarse + 0.5)
+        rest += term - coarse
+    fine = jnp.floor(rest / step + 0.5) * step
+    return exact - jnp.floor(exact + 0.5) + fine, rest - fine
+
+
+def _head(x):
+    """The leading 12 bits of a float32's significand."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return lax.bitcast_convert_type(bits & jnp.int32(-4096), jnp.float32)
+
+
+def _pieces(value: float) -> tuple[float, float, float]:
+    """value = a + b + c, the first two of 12 bits each."""
+    scale = 2.0 ** (12 - math.frexp(value)[1])
+    first = math.floor(value * scale) / scale
+    second = math.floor((value - first) * scale * 4096) / (scale * 4096)
+    return first, second, value - first - second
+
+
+_INVERSE_TURN_PIECES = _pieces(INVERSE_TURN)
+
+
+def rows_of_head(ref, head: int, grid: Grid):
+    """Queries or keys of the group of a head of the block: of every rank (Q, N), float32."""
+    begin, size = grid.lanes_of_group(head), grid.d_state
+    slices = (ref[:, begin + r * size : begin + (r + 1) * size] for r in range(grid.rank))
+    return [x_QN.astype(jnp.float32) for x_QN in slices]
+
+
+def turned(x_RQN, bias_RN, turn: Turn):
+    """(T, N), float32."""
+    return jnp.concatenate([turn.there(x_QN + bias_RN[r : r + 1]) for r, x_QN in enumerate(x_RQN)], axis=0)
+
+
+class Ends(NamedTuple):
+    """The weights of `finish`, of a head."""
+
+    skip_1P: jax.Array | None
+    gate_rank_RP: jax.Array | None
+    out_rank_RP: jax.Array | None
+    norm_1P: jax.Array | None
+
+    @classmethod
+    def load(cls, refs: Refs, head: int):
+        fields = (refs.skip_HRP, refs.gate_rank_HRP, refs.out_rank_HRP, refs.norm_HRP)
+        return cls(*(None if ref is None else ref[head] for ref in fields))
+
+
+def finish(y_TP, x_TP, gate_QP, ends: Ends, rank: int, width: int):
+    """o = sum over ranks of out_rank norm(y + D x) silu(gate gate_rank), (Q, P); `width` of P are no padding."""
+    tokens = y_TP.shape[0] // rank
+    if ends.skip_1P is not None:
+        y_TP = y_TP + ends.skip_1P * x_TP
+    if ends.norm_1P is not None:
+        mean_square_T1 = jnp.sum(y_TP * y_TP, axis=1, keepdims=True) / width
+        y_TP = y_TP * lax.rsqrt(mean_square_T1 + NORM_EPS) * ends.norm_1P
+    out_QP = 0.0
+    for r in range(rank):
+        y_QP = y_TP[r * tokens : (r + 1) * tokens]
+        if gate_QP is not None:
+            gated_QP = gate_QP if ends.gate_rank_RP is None else gate_QP * ends.gate_rank_RP[r : r + 1]
+            y_QP = y_QP * (gated_QP / (1 + jnp.exp(-gated_QP)))
+        if ends.out_rank_RP is not None:
+            y_QP = y_QP * ends.out_rank_RP[r : r + 1]
+        out_QP = out_QP + y_QP
+    return out_QP

@@ -1,0 +1,60 @@
+"""Default `Tiles` by chip, and the VMEM that they take."""
+
+import jax
+
+from pallas_kernels.ssm.mosaic_tpu.contract import LANES, Tiles
+
+CHIPS = {  # MiB of VMEM for the kernels, of a core's 16, 128, 64, 128 and 64; rows of a chunk
+    "v4": (15, 128),
+    "v5e": (100, 256),
+    "v5p": (56, 256),
+    "v6e": (100, 256),
+    "tpu7x": (56, 256),
+}
+KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+
+
+def default(chip: str, rank: int, *heads) -> Tiles:
+    """`Tiles` for a chip of `CHIPS`.
+
+    Args:
+        heads: as for `block`; none: left to the shapes.
+
+    Raises:
+        ValueError: an unknown chip.
+    """
+    if chip not in CHIPS:
+        raise ValueError(f"{chip=} is not one of {sorted(CHIPS)}")
+    vmem, rows = CHIPS[chip]
+    tokens = max(64, rows // rank)
+    return Tiles(tokens=tokens, heads=block(*heads) if heads else None, vmem=vmem)
+
+
+def block(n_heads: int, groups: int, width: int, half: int, shared_angle: bool) -> int:
+    """Heads of a grid step: those that fill 128 lanes, if groups and angles allow.
+
+    Args:
+        width: P.
+        half: N/2, the angles of a head in the kernel.
+    """
+    a_group = n_heads // groups
+
+    def fits(heads: int) -> bool:
+        if n_heads % heads or (a_group % heads and heads % a_group):
+            return False
+        return heads == n_heads or (LANES % heads == 0 and (shared_angle or heads * half % LANES == 0))
+
+    wanted = (4, 2) if width <= 32 else (2,)
+    return next((heads for heads in (*wanted, 1) if fits(heads)), n_heads)
+
+
+def this_chip() -> str:
+    """The name in `CHIPS` of this process's TPU.
+
+    Raises:
+        ValueError: another device.
+    """
+    kind = jax.devices()[0].device_kind
+    if kind not in KINDS:
+        raise ValueError(f"device {kind!r} is not one of {sorted(KINDS)}: pass tiles")
+    return KINDS[kind]
