@@ -31,7 +31,7 @@ PROGRAM = """HloModule jit_f, is_scheduled=true, input_output_alias={}
   %i = INT get-tuple-element(%arg), index=0
   %x = BIG get-tuple-element(%arg), index=1
   %y = BIG get-tuple-element(%arg), index=2
-  %near = f32[128,256]{1,0:T(8,128)S(1)} fusion(%x, %i), kind=kLoop, calls=%take, backend_config={"w":{"estimated_cycles":"100"}}
+  %near = f32[128,256]{1,0:T(8,128)S(1)} fusion(%x, %i), calls=%take, backend_config={"w":{"estimated_cycles":"100"}}
   %far = BIG fusion(%y, %near, %i), kind=kLoop, calls=%update, backend_config={"w":{"estimated_cycles":"50"}}
   %one = INT constant(1)
   %next = s32[]{:T(128)S(6)} add(%i, %one)
