@@ -126,7 +126,7 @@ def _bwd(tile: Tile, residuals, cotangents):
     none = dict.fromkeys(triton_scan.Inputs._fields)
     ends = triton_scan.Inputs(**none | weights | {"q_BHTN": rows_BHTN, "v_BLHP": inputs.v_BLHP})
     rows = _triton_tile(tile, rows=ROWS, rank=rank)
-    dy_BLHRP, received_BHT, d = triton_back._finish_back(ends, kept.y_BLHRP, do_BLHP, rows)
+    dy_BLHRP, _, d = triton_back._finish_back(ends, kept.y_BLHRP, do_BLHP, rows)
 
     refs = scan_back.Inputs(
         inputs.q_BLRGN,
@@ -153,19 +153,22 @@ def _bwd(tile: Tile, residuals, cotangents):
         _angles(inputs, document_BL), of_heads(query.dphi_BHLS), of_heads(key.dphi_BHLS), dangle_BHS, heads_tile
     )
 
-    drows_BHCXRQ = key.drows_BHCXT.reshape(batch, n_heads, -1, 3, rank, tile.tokens)
-    dkappa_BHL, dgamma_BHL, dskip_BHL = (
+    drows_BHCXRQ = key.drows_BHCXT.reshape(batch, n_heads, -1, 4, rank, tile.tokens)
+    dkappa_BHL, dgamma_BHL, dskip_BHL, given_BHL = (
         drows_BHCQ.reshape(batch, n_heads, length) for drows_BHCQ in jnp.moveaxis(jnp.sum(drows_BHCXRQ, axis=4), 3, 0)
     )
-    received_BHL = jnp.sum(received_BHT.reshape(batch, n_heads, length, rank), axis=-1)
-    received_BHL -= inputs.gamma_BHL * dgamma_BHL + inputs.kappa_BHL * dkappa_BHL
+    received_BHCRQ = query.received_BHCT.reshape(batch, n_heads, -1, rank, tile.tokens)
+    received_BHL = jnp.sum(received_BHCRQ, axis=3).reshape(batch, n_heads, length) - given_BHL
     if inputs.skip_H is not None:
-        received_BHL -= inputs.skip_H[:, None] * dskip_BHL
         d["skip_H"] = jnp.sum(dskip_BHL, axis=(0, 2))
     if inputs.v_rank_HRP is not None:
         dv_rank_BHSRQP = key.dv_rank_BHSTP.reshape(*key.dv_rank_BHSTP.shape[:3], rank, tile.tokens, -1)
         d["v_rank_HRP"] = jnp.sum(dv_rank_BHSRQP, axis=(0, 2, 4))
-    crossing_BHSA = jnp.sum(query.h_BHSAPN * key.dh_BHSAPN, axis=(-1, -2))
+    kept_BHSAPN = query.h_BHSAPN.astype(jnp.float32)
+    crossing_BHSA = jnp.sum(kept_BHSAPN[:, :, :, :1] * key.dh_BHSPN[:, :, :, None], axis=(-1, -2))
+    if kept_BHSAPN.shape[3] > 1:
+        later_BHSA = jnp.sum(kept_BHSAPN[:, :, :, 1:] * key.dh_BHSAPN.astype(jnp.float32), axis=(-1, -2))
+        crossing_BHSA = jnp.concatenate([crossing_BHSA, later_BHSA], axis=3)
     end_BH = jnp.sum(kept.last_BHPN * dlast_BHPN, axis=(-1, -2))
     # Or XLA for GPU computes these sums again for each of their users.
     crossing_BHSA, end_BH = lax.optimization_barrier((crossing_BHSA, end_BH))
@@ -182,7 +185,7 @@ def _bwd(tile: Tile, residuals, cotangents):
         log_decay_BHL=dlog_decay_BHL,
         gamma_BHL=dgamma_BHL,
         kappa_BHL=dkappa_BHL,
-        h_BHPN=key.dh_BHSAPN[:, :, 0, 0],
+        h_BHPN=key.dh_BHSPN[:, :, 0],
         q_bias_HRN=dq_bias_HRN,
         k_bias_HRN=dk_bias_HRN,
         **d,
@@ -195,7 +198,7 @@ def _segments_back(refs: scan_back.Inputs, left_BHS, dlast_BHPN, tile: Tile):
     if tile.segments == 1:
         return dlast_BHPN[:, :, None]
     zeros_BHSPN = jnp.zeros_like(refs.h_BHSPN)
-    demanded_BHSPN = scan_back.key(refs._replace(h_BHSPN=zeros_BHSPN), tile, only_state=True).dh_BHSAPN[:, :, :, 0]
+    demanded_BHSPN = scan_back.key(refs._replace(h_BHSPN=zeros_BHSPN), tile, only_state=True).dh_BHSPN
     # From the end: what a segment's last state is asked for is what the next one asks of its first.
     added = triton_scan.Added(jnp.flip(demanded_BHSPN, axis=2), jnp.flip(left_BHS, axis=2))
     return jnp.flip(triton_scan.combine(dlast_BHPN, added)[0], axis=2)

@@ -26,7 +26,7 @@ from pallas_kernels.ssm.mosaic_gpu.registers import COLUMN, ROW, ROWS, TILE, joi
 from pallas_kernels.ssm.mosaic_gpu.scan import WIDTH, Sizes, Tile
 from pallas_kernels.ssm.mosaic_gpu.tiles import across, down, iota, load, product, product_into, products, tiled
 
-ANCHOR = 1024  # tokens between two states that are kept, for the sums of the decay's gradient to start from again
+ANCHOR = 256  # tokens between two states that are kept, for the sums of the decay's gradient to start from again
 DECAY, SHIFTED, GAMMA, KAPPA, DOCUMENT = range(5)
 
 
@@ -49,7 +49,8 @@ class Inputs(NamedTuple):
 class Query(NamedTuple):
     dq_BHLRN: jax.Array  # turned back
     dphi_BHLS: jax.Array
-    h_BHSAPN: jax.Array  # the state before every `anchor` chunks
+    received_BHCT: jax.Array  # q . dq of every row
+    h_BHSAPN: jax.Array  # bfloat16, the state before every `anchor` chunks
 
 
 class Key(NamedTuple):
@@ -58,9 +59,10 @@ class Key(NamedTuple):
     dk_BHLRN: jax.Array | None
     dphi_BHLS: jax.Array | None
     dv_BLHP: jax.Array | None
-    drows_BHCXT: jax.Array | None  # of a row: dkappa, dgamma, and the skip's
+    drows_BHCXT: jax.Array | None  # of a row: dkappa, dgamma, the skip's, and k . dk, which it gives
     dv_rank_BHSTP: jax.Array | None
-    dh_BHSAPN: jax.Array
+    dh_BHSAPN: jax.Array | None  # bfloat16, as `Query`, but for the first
+    dh_BHSPN: jax.Array  # float32, of the state before every segment
 
 
 class Shared(NamedTuple):
@@ -109,7 +111,7 @@ def _shared(refs: Inputs, sizes: Sizes, tile: Tile, *, query: bool) -> Shared:
         tiled(WIDTH, d_state),
         None if query or only_state else tiled(WIDTH, d_state),
         tiled(ROWS, planes) if ranked and both else None,
-        None if query or only_state else plgpu.SMEM((3, ROWS), jnp.float32),
+        None if only_state else plgpu.SMEM((1 if query else 4, ROWS), jnp.float32),
         None if query or only_state or not ranked else tiled(ROWS, WIDTH, dtype=jnp.float32),
         vectors(refs.q_bias_HRN, d_state),
         vectors(refs.k_bias_HRN, d_state),
@@ -179,6 +181,16 @@ class Program:
         scalars_XT = self.refs.scalars_BHCXT.at[self.chunk_of_row(index)]
         plgpu.copy_gmem_to_smem(scalars_XT, self.shared.scalars_CXT.at[slot], barrier)
 
+    def keep(self, to_BHSAPN, index):
+        """What h holds now, if it is before every `ANCHOR` tokens: of `to`, all of them or but the first."""
+        anchor = ANCHOR // self.tile.tokens
+        left_out = anchors(self.sizes, self.tile) - to_BHSAPN.shape[3]
+        place = lax.div(index, jnp.int32(anchor)) - left_out
+
+        @pl.when((lax.rem(index, jnp.int32(anchor)) == 0) & (place >= 0) & (index < self.sizes.chunks))
+        def _():
+            plgpu.copy_smem_to_gmem(self.shared.h_PN, to_BHSAPN.at[(*self.state, place)])
+
     def store_turned(self, from_TN, to_BHLX, index):
         """The gradient of q or k."""
         for rank in range(self.tile.rank):
@@ -236,9 +248,10 @@ class Decay:
     def weight_TT(self):
         """e^(c_t - c_s) kappa_s for targets t (down) after sources s, in a document; gamma_t where t = s."""
         target_TT, source_TT = self.tokens()
-        gap_TT = down(self.rows(DECAY), ROWS) - across(self.columns(SHIFTED), ROWS)
+        gap_TT = down(self.rows(DECAY), ROWS) - across(self.columns(DECAY), ROWS)
+        later_TT = jnp.exp2(gap_TT) * across(self.columns(KAPPA), ROWS)  # to the bit as `key` has it
         own_TT = jnp.where(target_TT == source_TT, across(self.columns(GAMMA), ROWS), 0.0)
-        return jnp.where(self._together(target_TT > source_TT), jnp.exp2(gap_TT), own_TT)
+        return jnp.where(self._together(target_TT > source_TT), later_TT, own_TT)
 
     def later_TT(self):
         """e^(c_t - c_s) for targets t (across) after sources s (down), in a document; 0 elsewhere."""
@@ -308,17 +321,9 @@ def _x_TP(program: Program):
     return x_TP if program.shared.v_rank_RP is None else x_TP * of_ranks(program.shared.v_rank_RP, program.interpret)
 
 
-def _keep(ref, h_PN, program: Program, index, anchor: int):
-    place, between = lax.div(index, jnp.int32(anchor)), lax.rem(index, jnp.int32(anchor))
-
-    @pl.when(between == 0)
-    def _():
-        ref.at[(*program.state, place)][...] = h_PN
-
-
 def _query_kernel(refs: Inputs, out: Query, shared: Shared, barriers: Barriers, *, sizes: Sizes, tile: Tile):
     program = Program(refs, shared, barriers, sizes, tile)
-    chunks, anchor, interpret = sizes.chunks, ANCHOR // tile.tokens, program.interpret
+    chunks, interpret = sizes.chunks, program.interpret
     program.load_head()
     program.load_k(0)
     program.load_values(0)
@@ -329,13 +334,12 @@ def _query_kernel(refs: Inputs, out: Query, shared: Shared, barriers: Barriers, 
 
     def chunk(index, h_PN):
         slot = lax.rem(index, jnp.int32(2))
-        _keep(out.h_BHSAPN, h_PN, program, index, anchor)
         decay, phase_QS = Decay(shared.scalars_CXT.at[slot], tile), shared.phase_CQS.at[slot]
         plgpu.barrier_wait(barriers.chunk.at[slot])
         plgpu.barrier_wait(barriers.k)
         turned_k_TN = Turn(phase_QS, interpret).there(shared.k_TN, shared.k_bias_RN)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last chunk stored has left
         shared.h_PN[...] = h_PN.astype(jnp.bfloat16)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last chunk's gradient has left
         k_TN = shared.turned_k_TN
         k_TN[...] = turned_k_TN
         plgpu.barrier_wait(barriers.values)
@@ -346,6 +350,7 @@ def _query_kernel(refs: Inputs, out: Query, shared: Shared, barriers: Barriers, 
         shared.weighted_TP[...] = (x_TP * down(decay.until_T(SHIFTED), WIDTH)).astype(jnp.bfloat16)
         plgpu.commit_smem()
         pl.when(index + 1 < chunks)(lambda: program.load_k(index + 1))
+        program.keep(out.h_BHSAPN, index)
 
         def weighted(mixed):
             weight_TT = decay.weight_TT()
@@ -357,8 +362,9 @@ def _query_kernel(refs: Inputs, out: Query, shared: Shared, barriers: Barriers, 
         def turned_back(dq, h):
             plgpu.barrier_wait(barriers.q)
             turn = Turn(phase_QS, interpret)
-            q_TN = turn.there(shared.q_TN, shared.q_bias_RN)
-            return *turn.back(dq(), q_TN), h()
+            q_TN, dq_TN = turn.there(shared.q_TN, shared.q_bias_RN), dq()
+            shared.rows_XT.at[0][...] = jnp.sum(q_TN.astype(jnp.float32) * dq_TN, axis=1)
+            return *turn.back(dq_TN, q_TN), h()
 
         dq_sum = (sizes.d_state, (dy_TP, shared.h_PN), (mixed_TT, k_TN))
         h_sum = (h_PN * decay.whole(), (("t", shared.weighted_TP), k_TN))
@@ -371,6 +377,7 @@ def _query_kernel(refs: Inputs, out: Query, shared: Shared, barriers: Barriers, 
         program.store_dphi(dphi_TS, out.dphi_BHLS, index)
         plgpu.commit_smem()
         program.store_turned(shared.turned_k_TN, out.dq_BHLRN, index)
+        plgpu.copy_smem_to_gmem(shared.rows_XT.at[0], out.received_BHCT.at[program.chunk_of_row(index)])
         return h_PN
 
     lax.fori_loop(0, chunks, chunk, load(refs.h_BHSPN.at[program.state], TILE, interpret, optimized=False))
@@ -379,7 +386,7 @@ def _query_kernel(refs: Inputs, out: Query, shared: Shared, barriers: Barriers, 
 
 def _key_kernel(refs: Inputs, out: Key, shared: Shared, barriers: Barriers, *, sizes: Sizes, tile: Tile):
     program = Program(refs, shared, barriers, sizes, tile)
-    chunks, anchor, interpret = sizes.chunks, ANCHOR // tile.tokens, program.interpret
+    chunks, interpret = sizes.chunks, program.interpret
     only_state = refs.k_BLRGN is None
     program.load_head()
     program.load_k(chunks - 1)
@@ -407,6 +414,7 @@ def _key_kernel(refs: Inputs, out: Key, shared: Shared, barriers: Barriers, *, s
         plgpu.barrier_wait(barriers.values)
         plgpu.commit_smem()
         if not only_state:
+            program.keep(out.dh_BHSAPN, index + 1)
             dk_pairs, dv_ref = _values_back(program, decay)
         dy_TP = load(shared.dy_TP, TILE, interpret).astype(jnp.float32) * down(decay.since_T(), WIDTH)
         shared.dy_TP[...] = dy_TP.astype(jnp.bfloat16)
@@ -414,17 +422,18 @@ def _key_kernel(refs: Inputs, out: Key, shared: Shared, barriers: Barriers, *, s
         if not only_state:
             to_QP = out.dv_BLHP.at[program.batch, program.tokens(index), pl.ds(program.head * WIDTH, WIDTH)]
             plgpu.copy_smem_to_gmem(dv_ref.at[program.rows(0)], to_QP)
-            plgpu.copy_smem_to_gmem(shared.rows_XT, out.drows_BHCXT.at[program.chunk_of_row(index)])
 
             def turned_back(dk):
-                dk_TN = dk()
-                return Turn(phase_QS, interpret).back(dk_TN, load(k_TN, TILE, interpret))
+                dk_TN, turned_TN = dk(), load(k_TN, TILE, interpret)
+                shared.rows_XT.at[3][...] = jnp.sum(turned_TN.astype(jnp.float32) * dk_TN, axis=1)
+                return Turn(phase_QS, interpret).back(dk_TN, turned_TN)
 
             dk_TN, dphi_TS = products([(sizes.d_state, *dk_pairs)], interpret, turned_back)
             high_PN, low_PN = (load(ref, TILE, interpret).astype(jnp.float32) for ref in (shared.h_PN, shared.low_PN))
             dh_PN = high_PN + low_PN
             program.store_dphi(dphi_TS, out.dphi_BHLS, index)
-            plgpu.commit_smem()  # all have read h
+            # What was kept of h has left; dv, and a sum over ranks, may not have. All have read h.
+            plgpu.wait_smem_to_gmem(1 + (tile.rank > 1), wait_read_only=True)
             shared.h_PN[...] = dk_TN
         dh_PN = product_into(dh_PN * decay.whole(), ("t", shared.dy_TP), q_TN, interpret)
         plgpu.commit_smem()  # all products are done
@@ -436,10 +445,10 @@ def _key_kernel(refs: Inputs, out: Key, shared: Shared, barriers: Barriers, *, s
             program.load_q(index - 1)
 
         if not only_state:
+            plgpu.copy_smem_to_gmem(shared.rows_XT, out.drows_BHCXT.at[program.chunk_of_row(index)])
             program.store_turned(shared.h_PN, out.dk_BHLRN, index)
-            _keep(out.dh_BHSAPN, dh_PN, program, index, anchor)
             if tile.rank == 1:
-                plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # dv has left, dk may not have
+                plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # dv has left, the others may not have
         pl.when(step + 1 < chunks)(lambda: program.load_values(index - 1))
         return dh_PN
 
@@ -449,8 +458,7 @@ def _key_kernel(refs: Inputs, out: Key, shared: Shared, barriers: Barriers, *, s
         dv_rank_TP[...] = zeros_TP if interpret else plgpu.layout_cast(zeros_TP, TILE)
     dh_PN = load(refs.h_BHSPN.at[program.state], TILE, interpret, optimized=False)
     dh_PN = lax.fori_loop(0, chunks, chunk, dh_PN)
-    if only_state:
-        out.dh_BHSAPN.at[(*program.state, 0)][...] = dh_PN
+    out.dh_BHSPN.at[program.state][...] = dh_PN
     if dv_rank_TP is not None:
         out.dv_rank_BHSTP.at[program.state][...] = load(dv_rank_TP, TILE, interpret)
     plgpu.wait_smem_to_gmem(0)
@@ -564,16 +572,21 @@ def _sizes(inputs: Inputs, tile: Tile) -> Sizes:
     return Sizes(n_heads, n_heads // groups, groups, length // tile.tokens // tile.segments, d_state, planes)
 
 
+def anchors(sizes: Sizes, tile: Tile) -> int:
+    """States that are kept of a segment."""
+    return -(-sizes.chunks // (ANCHOR // tile.tokens))
+
+
 def query(inputs: Inputs, tile: Tile) -> Query:
     """h of `inputs`: the state before every segment."""
     batch, length, rank, _, d_state = inputs.q_BLRGN.shape
     sizes = _sizes(inputs, tile)
     shape, rows = jax.ShapeDtypeStruct, batch * sizes.heads
-    anchors = -(-sizes.chunks // (ANCHOR // tile.tokens))
     out = Query(
         shape((rows, length, rank * d_state), jnp.bfloat16),
         shape((rows, length, sizes.planes), jnp.bfloat16),
-        shape((batch, sizes.heads, tile.segments, anchors, WIDTH, d_state), jnp.float32),
+        shape((rows * length // tile.tokens, ROWS), jnp.float32),
+        shape((batch, sizes.heads, tile.segments, anchors(sizes, tile), WIDTH, d_state), jnp.bfloat16),
     )
     inputs = inputs._replace(skip_H=None)
     return _call(_query_kernel, "mamba3_mosaic_query_gradient", inputs, out, sizes, tile)
@@ -587,15 +600,16 @@ def key(inputs: Inputs, tile: Tile, *, only_state: bool = False) -> Key:
     heads = (batch, sizes.heads, tile.segments)
     if only_state:
         inputs = inputs._replace(k_BLRGN=None, v_BLHP=None, k_bias_HRN=None, v_rank_HRP=None, skip_H=None)
-        out = Key(*[None] * 5, shape((*heads, 1, WIDTH, d_state), jnp.float32))
+        out = Key(*[None] * 6, shape((*heads, WIDTH, d_state), jnp.float32))
         return _call(_key_kernel, "mamba3_mosaic_segments_back", inputs, out, sizes, tile)
-    anchors = -(-sizes.chunks // (ANCHOR // tile.tokens))
+    kept = max(1, anchors(sizes, tile) - 1)
     out = Key(
         shape((rows, length, rank * d_state), jnp.bfloat16),
         shape((rows, length, sizes.planes), jnp.bfloat16),
         shape((batch, length, sizes.heads * WIDTH), jnp.bfloat16),
-        shape((rows * length // tile.tokens, 3, ROWS), jnp.float32),
+        shape((rows * length // tile.tokens, 4, ROWS), jnp.float32),
         shape((*heads, ROWS, WIDTH), jnp.float32) if rank > 1 else None,
-        shape((*heads, anchors, WIDTH, d_state), jnp.float32),
+        shape((*heads, kept, WIDTH, d_state), jnp.bfloat16),
+        shape((*heads, WIDTH, d_state), jnp.float32),
     )
     return _call(_key_kernel, "mamba3_mosaic_key_gradient", inputs, out, sizes, tile)
