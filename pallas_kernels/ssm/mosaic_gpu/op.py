@@ -70,9 +70,10 @@ def mamba3(inputs: Inputs, document_BL, tile: Tile):
 
 def _fwd(inputs: Inputs, document_BL, tile: Tile):
     results, kept = _forward(inputs, document_BL, tile, keep=True)
-    kept = kept._replace(
-        y_BLHRP=checkpoint_name(kept.y_BLHRP, "ssm_y"), starts_BHSPN=checkpoint_name(kept.starts_BHSPN, "ssm_states")
-    )
+    names = {"phase_BHLS": "ssm_rotated", "y_BLHRP": "ssm_y"}  # as the Triton op's, the rest its states
+    kept = {name: checkpoint_name(x, names.get(name, "ssm_states")) for name, x in kept._asdict().items()}
+    (o_BLHP, _, angle_BHS), kept = results, Kept(**kept)
+    results = o_BLHP, kept.last_BHPN, angle_BHS
     return results, (inputs, document_BL, kept)
 
 

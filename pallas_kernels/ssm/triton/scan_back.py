@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
@@ -230,8 +231,9 @@ def _value_kernel(refs: Gradients, out: Value, *, tile: Tile):
 
 def _scan_fwd(inputs: Inputs, tile: Tile):
     outputs, starts_BHSPN, left_BHS = forward(inputs, tile, keep=True)
-    last_BHPN = outputs.h_BHSPN[:, :, -1]
-    return (outputs.o_BLHP, last_BHPN), (inputs, outputs.y_BLHRP, starts_BHSPN, left_BHS, last_BHPN)
+    y_BLHRP = checkpoint_name(outputs.y_BLHRP, "ssm_y")
+    states = checkpoint_name((starts_BHSPN, left_BHS, outputs.h_BHSPN[:, :, -1]), "ssm_states")
+    return (outputs.o_BLHP, states[-1]), (inputs, y_BLHRP, *states)
 
 
 def _scan_bwd(tile: Tile, residuals, cotangents):
