@@ -29,7 +29,7 @@ class Tiles:
 
 
 class Inputs(NamedTuple):
-    """Whole chunks, L = C Q. N a multiple of 128, in plane order: plane i is (i, i + N/2), what does not turn has angle 0.
+    """Whole chunks, L = C Q. N a multiple of 128: plane i is (i, i + N/2), what does not turn has angle 0.
 
     q and k in the dtype of the products, v and gate too, all else
     float32.
@@ -135,15 +135,18 @@ class Grid:
         """Of every chunk: (B, C, H, P, N)."""
         return self._spec((None, None, self.heads, self.width, self.d_state), lambda b, c, j: (b, c, j, 0, 0))
 
-    def before(self, *sizes: int):
-        """(B, H, ..): read in the first steps of a row; later ones stay at the last block, which costs nothing."""
-        block, zeros, last = (None, self.heads, *sizes), (0,) * len(sizes), self.blocks - 1
-        return pl.BlockSpec(block, lambda b, step, j: (b, jnp.where(step == 0, j, last), *zeros))
+    def before(self, *sizes: int, heads: int | None = -1):
+        """(B, H, ..): read in the first steps of a row; later ones stay at the last block, which costs nothing.
 
-    def after(self, *sizes: int):
+        `heads` None: (B, K, ..).
+        """
+        heads, zeros, last = self.heads if heads else None, (0,) * len(sizes), self.blocks - 1
+        return pl.BlockSpec((None, heads, *sizes), lambda b, step, j: (b, jnp.where(step == 0, j, last), *zeros))
+
+    def after(self, *sizes: int, heads: int | None = -1):
         """(B, H, ..): written in the last steps of a row; earlier ones stay at the first block."""
-        block, zeros, last = (None, self.heads, *sizes), (0,) * len(sizes), self.chunks - 1
-        return pl.BlockSpec(block, lambda b, step, j: (b, jnp.where(step == last, j, 0), *zeros))
+        heads, zeros, last = self.heads if heads else None, (0,) * len(sizes), self.chunks - 1
+        return pl.BlockSpec((None, heads, *sizes), lambda b, step, j: (b, jnp.where(step == last, j, 0), *zeros))
 
     def of_weights(self, array_HRP):
         if array_HRP is None:

@@ -21,7 +21,7 @@ def starts(angle_BLHS, dt_BLH, first_BHS, document_BL, tokens: int):
         document_BL: document starts in the chunk up to each token, or None.
         tokens: of a chunk.
     """
-    batch, length, n_heads = dt_BLH.shape
+    batch, length, _ = dt_BLH.shape
     step = 2.0 ** (math.ceil(math.log2(tokens / 2 + 2)) - 24)
     by_chunk = lambda array: array.reshape(batch, length // tokens, tokens, *array.shape[2:])  # noqa: E731
     parts = increments(by_chunk(angle_BLHS), by_chunk(dt_BLH)[..., None], step)
