@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from experiments.benchmarks.common import significant
 from experiments.parity import scaled
@@ -25,10 +26,13 @@ def layer_ratios(result: dict) -> str:
     return ", ".join(ratios) or "only our own layer was timed"
 
 
-def op_times(result: dict) -> str:
-    """The default implementation's times."""
-    rows = [row for row in result["rows"] if row["implementation"] == "chunked" and "ms" in row]
-    return ", ".join(f"{row['case']} {row['what']} {significant(row['ms'])} ms" for row in rows)
+def op_times(result: dict, implementation: str = "chunked") -> str:
+    """One implementation's times, forward / forward+backward."""
+    rows = [row for row in result["rows"] if row["implementation"] == implementation and "ms" in row]
+    times = {}
+    for row in rows:
+        times.setdefault(row["case"], []).append(significant(row["ms"]))
+    return ", ".join(f"{case} {' / '.join(ms)} ms" for case, ms in times.items())
 
 
 def train_speed(result: dict) -> str:
@@ -125,6 +129,14 @@ EXPERIMENTS = (
         expected="SISO 4 ms forward, 20 ms forward+backward; MIMO R=4 15 and 84",
         result="benchmarks/results/ssm_gpu.json",
         got=op_times,
+    ),
+    Experiment(
+        question="And in the Hopper kernels, at that size, over long rows, and with few heads?",
+        command="python -m experiments.benchmarks.ssm --implementations=mosaic_gpu --name=ssm_hopper",
+        cost="3 minutes, one GPU",
+        expected="forward / forward+backward of siso 0.45 / 2.2 ms, mimo4 1.4 / 7.7 on an H100",
+        result="benchmarks/results/ssm_hopper.json",
+        got=partial(op_times, implementation="mosaic_gpu"),
     ),
     Experiment(
         question="How much faster do the kernels make a whole layer, and a training step of the 180M models, on a GPU?",
