@@ -2,6 +2,7 @@
 # make parity   the state-tracking experiment: what rotation is for
 # make test     lint and tests
 # make test-gpu the op and its kernels on this machine's GPU, with the python that has jax for it
+# make time-gpu every figure of a GPU in the tables, what matters most first: each is written as it comes
 # All of them install into .venv first.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ WORKDIR ?= runs/text
 PYTEST ?= -n auto --maxprocesses=8 -m "not slow"
 BIN := .venv/bin
 
-.PHONY: run parity test test-gpu install clean
+.PHONY: run parity test test-gpu time-gpu install clean
 
 run: install
 	$(BIN)/python -m launch.train --config=experiments/text.py --workdir=$(WORKDIR)
@@ -23,6 +24,13 @@ parity: install
 # On a machine with a GPU, in an environment that has jax for it: the op and its kernels, compiled for real.
 test-gpu:
 	JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -n 8 tests/ops tests/pallas_kernels
+
+time-gpu:
+	$(PYTHON) -m experiments.benchmarks.ssm --name=ssm_hopper --implementations=mosaic_gpu,triton,chunked --cases=siso,mimo4
+	$(PYTHON) -m experiments.benchmarks.train
+	$(PYTHON) -m experiments.benchmarks.ssm --name=ssm_hopper_shapes --implementations=mosaic_gpu,triton
+	$(PYTHON) -m experiments.benchmarks.profile --name=profile_hopper --implementation=mosaic_gpu
+	$(PYTHON) -m experiments.benchmarks.tune --cases=siso,mimo4,siso_decode,mimo4_decode
 
 test: install
 	$(BIN)/ruff check .

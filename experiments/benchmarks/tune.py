@@ -29,7 +29,10 @@ from mamba3_jax.ops.choices import Choice
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, KERNELS, empty_state
 
 # By implementation. Rows of a chunk are tokens times ranks; the names are those of its launch.
-STRUCTURE = {"triton": {"rows": (16, 32, 64), "programs": (128, 256, 512)}}
+STRUCTURE = {
+    "triton": {"rows": (16, 32, 64), "programs": (128, 256, 512)},
+    "mosaic_gpu": {"programs": (132, 264, 528)},
+}
 STEP = {"triton": {"columns": (16, 32, 64, 128), "warps": (1, 2, 4, 8)}}  # of one token, as STRUCTURE
 WARPS_AND_STAGES = ([4, 1], [4, 2], [4, 3], [8, 1], [8, 2])
 LAUNCHES = {

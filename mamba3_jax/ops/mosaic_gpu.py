@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from mamba3_jax.ops import triton
+from mamba3_jax.ops import choices, triton
 from mamba3_jax.ops.chunks import incoming, last_state
 from mamba3_jax.ops.discretize import trapezoid
 from mamba3_jax.ops.rotary import from_planes, to_planes
@@ -21,6 +21,7 @@ def mosaic_gpu(
     rotation: str,
     chunk: int | None = None,
     segments: int | None = None,
+    programs: int | None = None,
     interpret: bool = False,
 ):
     """The sums of `chunked` in one fused kernel, `pallas_kernels.ssm.mosaic_gpu`; one token: as `triton`.
@@ -31,7 +32,8 @@ def mosaic_gpu(
 
     Args:
         chunk: ignored: it is always 64 rows, ranks times tokens.
-        segments: how many parts of the length run side by side; None: as many as fill the device. Performance only.
+        segments: how many parts of the length run side by side; None: as many as there are `programs` for.
+        programs: how many fill the device; None: the table's (`choices`), or two on each of an H200's multiprocessors.
         interpret: run the kernels' program on any backend, slowly, for tests.
 
     Raises:
@@ -47,7 +49,8 @@ def mosaic_gpu(
     batch, length, rank = tokens.q_BLRGN.shape[:3]
     n_heads = tokens.v_BLHP.shape[2]
     chunk = ROWS // rank
-    segments = segments or max(1, min(PROGRAMS // (batch * n_heads), -(-length // chunk) // 4))
+    programs = programs or choices.launch("mosaic_gpu", tokens).get("programs", PROGRAMS)
+    segments = segments or max(1, min(programs // (batch * n_heads), -(-length // chunk) // 4))
     padding = -length % (chunk * segments)
 
     gamma_BLH, kappa_BLH, first_BH = trapezoid(tokens.dt_BLH, tokens.trap_BLH, tokens.start_BL)

@@ -109,6 +109,29 @@ def test_an_error_of_one_part_in_a_hundred_is_caught(implementation):
         cases.check_results(results, want[0], VALUES)
 
 
+@every_kernel
+def test_no_gradient_crosses_a_start(implementation):
+    """Exactly 0.0, from the later document into the earlier one and the state before it."""
+    shape, begin = SISO._replace(batch=1, heads=1, length=100), 70
+    tokens, heads, state = narrow(draw(shape))
+    start_BL = (np.arange(shape.length) == begin)[None]
+
+    @jax.jit
+    def gradients(tokens, state):
+        def loss(tokens, state):
+            tokens = tokens._replace(start_BL=start_BL)
+            y_BLHP, after = ssm(tokens, heads, state, rotation=shape.rotation, implementation=implementation)
+            return jnp.sum(y_BLHP[:, begin:].astype(jnp.float32)) + sum(jnp.sum(x.astype(jnp.float32)) for x in after)
+
+        return jax.grad(loss, argnums=(0, 1))(tokens, state)
+
+    of_tokens, of_state = jax.tree.map(lambda x: np.asarray(x, np.float64), gradients(tokens, state))
+    for array in jax.tree.leaves(of_tokens):
+        assert not array[:, :begin].any()
+        assert array[:, begin:].any()
+    assert not any(array.any() for array in of_state)
+
+
 @on_gpu
 @every_kernel
 @pytest.mark.parametrize("shape", [SISO, MIMO], ids=["siso", "mimo"])

@@ -28,6 +28,7 @@ GPU = AbstractMesh(
 )
 SISO_LARGE = SISO._replace(batch=1, length=131, heads=2, groups=1, d_state=64, width=64, planes=16)
 MIMO_LARGE = MIMO._replace(batch=1, length=40, d_state=64, width=64, planes=16)
+INTERPRET = jax.default_backend() == "cpu"
 # bfloat16 has 2^-9: queries, keys, values, weights and the state are rounded once each before their products.
 ROUNDED = 5e-3
 
@@ -100,7 +101,7 @@ def test_agrees_with_the_definition(shape, starts, segments):
     """Values, from a state, to a state."""
     tokens, heads, state = draw(shape)
     tokens = bfloat16(tokens)._replace(start_BL=start(shape, starts))
-    run = functools.partial(mosaic_gpu, rotation=shape.rotation, segments=segments, interpret=True)
+    run = functools.partial(mosaic_gpu, rotation=shape.rotation, segments=segments, interpret=INTERPRET)
     results = jax.jit(run)(tokens, heads, state)
     cases.check_results(results, wanted(shape, starts)[0], ROUNDED)
 
@@ -115,7 +116,7 @@ def test_documents_do_not_see_each_other():
     def mixed(array, other):
         return np.where(before.reshape(1, -1, *[1] * (array.ndim - 2)), other, array)
 
-    run = jax.jit(functools.partial(mosaic_gpu, rotation=shape.rotation, segments=1, interpret=True))
+    run = jax.jit(functools.partial(mosaic_gpu, rotation=shape.rotation, segments=1, interpret=INTERPRET))
     start_BL = start(shape, (70,))
     results = [
         run(bfloat16(tokens)._replace(start_BL=start_BL), heads, state)
@@ -144,7 +145,7 @@ def test_gradients_agree_with_the_definition(shape, starts, segments):
         def op(inputs):
             tokens, heads, state = inputs
             tokens = tokens._replace(start_BL=start(shape, starts))
-            return mosaic_gpu(tokens, heads, state, rotation=shape.rotation, segments=segments, interpret=True)
+            return mosaic_gpu(tokens, heads, state, rotation=shape.rotation, segments=segments, interpret=INTERPRET)
 
         results, pull = jax.vjp(op, inputs)
         cotangent = jax.tree.map(lambda x, like: x.astype(like.dtype), cases.cotangents(shape), results)
@@ -202,7 +203,7 @@ def test_a_named_implementation_runs_or_raises(monkeypatch):
     with pytest.raises(ValueError, match=r"needs a Hopper GPU .* not a GPU of compute capability 8.0"):
         check(bfloat16(tokens), interpret=False)
     with pytest.raises(ValueError, match="wants q, k and v in bfloat16, not float32"):
-        check(tokens, interpret=True)
+        check(tokens, interpret=INTERPRET)
     for shape, message in (
         (SISO_LARGE._replace(d_state=130), "d_state up to 128 .* not d_state=130"),
         (SISO_LARGE._replace(d_state=128, planes=33), "d_state up to 128 .* not d_state=128 with planes=33"),
@@ -210,4 +211,4 @@ def test_a_named_implementation_runs_or_raises(monkeypatch):
         (MIMO_LARGE._replace(rank=8), "a rank of 1, 2 or 4, not rank=8"),
     ):
         with pytest.raises(ValueError, match=message):
-            check(bfloat16(draw(shape)[0]), interpret=True)
+            check(bfloat16(draw(shape)[0]), interpret=INTERPRET)
