@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.ssm.mosaic_gpu import scan, scan_back
+from pallas_kernels.ssm.mosaic_gpu import back, key_back, query_back, scan
 from pallas_kernels.ssm.mosaic_gpu.phase import phase
 from pallas_kernels.ssm.mosaic_gpu.scan import ROWS, Tile
 from pallas_kernels.ssm.mosaic_gpu.sums_back import angles_back, heads_back
@@ -129,7 +129,7 @@ def _bwd(tile: Tile, residuals, cotangents):
     rows = _triton_tile(tile, rows=ROWS, rank=rank)
     dy_BLHRP, _, d = triton_back._finish_back(ends, kept.y_BLHRP, do_BLHP, rows)
 
-    refs = scan_back.Inputs(
+    refs = back.Inputs(
         inputs.q_BLRGN,
         inputs.k_BLRGN,
         inputs.v_BLHP,
@@ -142,8 +142,8 @@ def _bwd(tile: Tile, residuals, cotangents):
         inputs.v_rank_HRP,
         inputs.skip_H,
     )
-    query = scan_back.query(refs, tile)
-    key = scan_back.key(refs._replace(h_BHSPN=_segments_back(refs, kept.left_BHS, dlast_BHPN, tile)), tile)
+    query = query_back.query(refs, tile)
+    key = key_back.key(refs._replace(h_BHSPN=_segments_back(refs, kept.left_BHS, dlast_BHPN, tile)), tile)
 
     heads_tile = _triton_tile(tile)
     per_head = lambda dx_BHLX: dx_BHLX.reshape(batch, n_heads, length, rank, d_state)  # noqa: E731
@@ -173,7 +173,7 @@ def _bwd(tile: Tile, residuals, cotangents):
     end_BH = jnp.sum(kept.last_BHPN * dlast_BHPN, axis=(-1, -2))
     # Or XLA for GPU computes these sums again for each of their users.
     crossing_BHSA, end_BH = lax.optimization_barrier((crossing_BHSA, end_BH))
-    tokens = _triton_tile(tile, rows=tile.tokens, segments=tile.segments, anchor=scan_back.ANCHOR // tile.tokens)
+    tokens = _triton_tile(tile, rows=tile.tokens, segments=tile.segments, anchor=back.ANCHOR // tile.tokens)
     documents = ends._replace(document_BT=common.documents_in_chunks(document_BL, tile.tokens))
     dlog_decay_BHL = triton_back._decay_back(documents, received_BHL, crossing_BHSA, end_BH, tokens)
     gradients = inputs._replace(
@@ -194,12 +194,12 @@ def _bwd(tile: Tile, residuals, cotangents):
     return gradients, None
 
 
-def _segments_back(refs: scan_back.Inputs, left_BHS, dlast_BHPN, tile: Tile):
+def _segments_back(refs: back.Inputs, left_BHS, dlast_BHPN, tile: Tile):
     """The gradient of the state after every segment."""
     if tile.segments == 1:
         return dlast_BHPN[:, :, None]
     zeros_BHSPN = jnp.zeros_like(refs.h_BHSPN)
-    demanded_BHSPN = scan_back.key(refs._replace(h_BHSPN=zeros_BHSPN), tile, only_state=True).dh_BHSPN
+    demanded_BHSPN = key_back.key(refs._replace(h_BHSPN=zeros_BHSPN), tile, only_state=True).dh_BHSPN
     # From the end: what a segment's last state is asked for is what the next one asks of its first.
     added = triton_scan.Added(jnp.flip(demanded_BHSPN, axis=2), jnp.flip(left_BHS, axis=2))
     return jnp.flip(triton_scan.combine(dlast_BHPN, added)[0], axis=2)

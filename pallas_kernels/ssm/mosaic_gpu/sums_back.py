@@ -1,4 +1,4 @@
-"""What the gradients of `scan_back` leave to be added up: over heads, and the angle's over later tokens.
+"""What `query_back` and `key_back` leave to be added up: over heads, and the angle's gradient over later tokens.
 
 In Pallas Triton, as `phase`: both stream through memory, and Mosaic GPU has no sums along a tile.
 """

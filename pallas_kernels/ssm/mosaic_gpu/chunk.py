@@ -1,0 +1,104 @@
+"""What the scalars of a chunk weigh in the backward pass, and the turning of its queries and keys there and back."""
+
+import jax.numpy as jnp
+
+from pallas_kernels.ssm.mosaic_gpu.contract import Tile
+from pallas_kernels.ssm.mosaic_gpu.registers import COLUMN, ROW, ROWS, TILE, joined, of_ranks, of_tokens
+from pallas_kernels.ssm.mosaic_gpu.tiles import across, down, iota, load
+
+DECAY, SHIFTED, GAMMA, KAPPA, DOCUMENT = range(5)  # the scalars, see `back.Inputs`
+
+
+class Decay:
+    """What the scalars of a chunk weigh. Vectors are loaded where they are used: they would fill the registers."""
+
+    def __init__(self, scalars_XT, tile: Tile):
+        self.scalars_XT, self.tile, self.interpret = scalars_XT, tile, tile.interpret is not None
+        self.packed = scalars_XT.shape[0] == 5
+
+    def rows(self, which: int):
+        return load(self.scalars_XT.at[which], ROW, self.interpret)
+
+    def columns(self, which: int):
+        return load(self.scalars_XT.at[which], COLUMN, self.interpret)
+
+    def last(self, which: int):
+        return self.scalars_XT[which, ROWS - 1]
+
+    def tokens(self):
+        """Down and across."""
+        return (token(iota(axis, self.interpret), self.tile) for axis in (0, 1))
+
+    def _together(self, before_TT):
+        if not self.packed:
+            return before_TT
+        return before_TT & (down(self.rows(DOCUMENT), ROWS) == across(self.columns(DOCUMENT), ROWS))
+
+    def weight_TT(self):
+        """e^(c_t - c_s) kappa_s for targets t (down) after sources s, in a document; gamma_t where t = s."""
+        target_TT, source_TT = self.tokens()
+        gap_TT = down(self.rows(DECAY), ROWS) - across(self.columns(DECAY), ROWS)
+        later_TT = jnp.exp2(gap_TT) * across(self.columns(KAPPA), ROWS)  # to the bit as `key` has it
+        own_TT = jnp.where(target_TT == source_TT, across(self.columns(GAMMA), ROWS), 0.0)
+        return jnp.where(self._together(target_TT > source_TT), later_TT, own_TT)
+
+    def later_TT(self):
+        """e^(c_t - c_s) for targets t (across) after sources s (down), in a document; 0 elsewhere."""
+        source_TT, target_TT = self.tokens()
+        gap_TT = across(self.columns(DECAY), ROWS) - down(self.rows(DECAY), ROWS)
+        return jnp.where(self._together(target_TT > source_TT), jnp.exp2(gap_TT), 0.0)
+
+    def own_TT(self):
+        down_TT, across_TT = self.tokens()
+        return down_TT == across_TT
+
+    def since_T(self):
+        """What is left at each row of the state before the chunk."""
+        since_T = jnp.exp2(self.rows(DECAY))
+        return jnp.where(self.rows(DOCUMENT) == 0.0, since_T, 0.0) if self.packed else since_T
+
+    def until_T(self, which: int = DECAY):
+        """What is left of each row at the end of the chunk; SHIFTED: times kappa."""
+        until_T = jnp.exp2(self.last(DECAY) - self.rows(which))
+        return jnp.where(self.rows(DOCUMENT) == self.last(DOCUMENT), until_T, 0.0) if self.packed else until_T
+
+    def whole(self):
+        """What is left at the end of the chunk of the state before it."""
+        whole = jnp.exp2(self.last(DECAY))
+        return jnp.where(self.last(DOCUMENT) == 0.0, whole, 0.0) if self.packed else whole
+
+
+def token(row, tile: Tile):
+    return row if tile.rank == 1 else row & (tile.tokens - 1)
+
+
+class Turn:
+    """The angles of a chunk: of turning there and back. Computed where it is used, as registers are few."""
+
+    def __init__(self, phase_QS, interpret: bool):
+        radians_TS = of_tokens(phase_QS, interpret).astype(jnp.float32) * (2 * jnp.pi / 2.0**16)
+        self.sin_TS, self.cos_TS, self.interpret = jnp.sin(radians_TS), jnp.cos(radians_TS), interpret
+
+    def _joined(self, u_TS, w_TS, rest_TN):
+        """bfloat16."""
+        parts = [part.astype(jnp.bfloat16) for part in (u_TS, w_TS, rest_TN) if part.shape[1]]
+        return joined(parts, self.interpret)
+
+    def _split(self, x_TN):
+        planes = self.sin_TS.shape[1]
+        rest_TN = x_TN[:, 2 * planes :] if x_TN.shape[1] > 2 * planes else jnp.zeros((ROWS, 0))
+        return x_TN[:, :planes], x_TN[:, planes : 2 * planes], rest_TN
+
+    def there(self, x_ref, bias_RN):
+        x_TN = load(x_ref, TILE, self.interpret).astype(jnp.float32) + of_ranks(bias_RN, self.interpret)
+        u_TS, w_TS, rest_TN = self._split(x_TN)
+        sin_TS, cos_TS = self.sin_TS, self.cos_TS
+        return self._joined(u_TS * cos_TS - w_TS * sin_TS, u_TS * sin_TS + w_TS * cos_TS, rest_TN)
+
+    def back(self, dx_TN, x_TN):
+        """The gradient of what was turned into x, and of the angle."""
+        du_TS, dw_TS, rest_TN = self._split(dx_TN)
+        u_TS, w_TS, _ = (part.astype(jnp.float32) for part in self._split(x_TN))
+        sin_TS, cos_TS = self.sin_TS, self.cos_TS
+        dphi_TS = dw_TS * u_TS - du_TS * w_TS
+        return self._joined(du_TS * cos_TS + dw_TS * sin_TS, dw_TS * cos_TS - du_TS * sin_TS, rest_TN), dphi_TS
