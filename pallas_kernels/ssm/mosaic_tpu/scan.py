@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.ssm.mosaic_tpu import parts
 from pallas_kernels.ssm.mosaic_tpu.contract import MIB, Grid, Inputs, Refs, refs_of
 from pallas_kernels.ssm.mosaic_tpu.parts import NN, NT, TN, Decay, Ends, Masks, Turn, product, ranks
+from pallas_kernels.ssm.mosaic_tpu.tiles import check_vmem
 
 
 class Outputs(NamedTuple):
@@ -74,7 +75,15 @@ def specs_of(refs: Refs, grid: Grid, state) -> Refs:
 
 
 def call(kernel, name: str, grid: Grid, refs, specs, out, out_specs, scratch):
-    """pallas_call of `kernel(refs, out, *scratch)`, both trees as they are here."""
+    """pallas_call of `kernel(refs, out, *scratch)`, both trees as they are here.
+
+    Raises:
+        ValueError: more VMEM than there is.
+    """
+    is_spec = lambda x: isinstance(x, pl.BlockSpec)  # noqa: E731
+    arrays, blocks = jax.tree.leaves((refs, out)), jax.tree.leaves((specs, out_specs), is_leaf=is_spec)
+    of_blocks = [(spec.block_shape, array.dtype) for spec, array in zip(blocks, arrays, strict=True)]
+    check_vmem(name, grid, of_blocks, [(x.shape, x.dtype) for x in jax.tree.leaves(scratch)])
     (result,) = pl.pallas_call(
         lambda refs, out, *scratch: kernel(refs, out, *scratch),
         grid=grid.shape,

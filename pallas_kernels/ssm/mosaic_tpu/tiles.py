@@ -1,15 +1,18 @@
 """Default `Tiles` by chip, and the VMEM that they take."""
 
+import math
+
 import jax
+import jax.numpy as jnp
 
-from pallas_kernels.ssm.mosaic_tpu.contract import LANES, Tiles
+from pallas_kernels.ssm.mosaic_tpu.contract import LANES, MIB, Grid, Tiles
 
-CHIPS = {  # MiB of VMEM for the kernels, of a core's 16, 128, 64, 128 and 64; rows of a chunk
-    "v4": (15, 128),
-    "v5e": (100, 256),
-    "v5p": (56, 256),
-    "v6e": (100, 256),
-    "tpu7x": (56, 256),
+CHIPS = {  # MiB of VMEM for the kernels, of a core's 16, 128, 64, 128 and 64; rows of a chunk, and tokens at least
+    "v4": (15, 128, 32),
+    "v5e": (100, 256, 64),
+    "v5p": (56, 256, 64),
+    "v6e": (100, 256, 64),
+    "tpu7x": (56, 256, 64),
 }
 KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
 
@@ -25,8 +28,8 @@ def default(chip: str, rank: int, *heads) -> Tiles:
     """
     if chip not in CHIPS:
         raise ValueError(f"{chip=} is not one of {sorted(CHIPS)}")
-    vmem, rows = CHIPS[chip]
-    tokens = max(64, rows // rank)
+    vmem, rows, least = CHIPS[chip]
+    tokens = max(least, rows // rank)
     return Tiles(tokens=tokens, heads=block(*heads) if heads else None, vmem=vmem)
 
 
@@ -58,3 +61,29 @@ def this_chip() -> str:
     if kind not in KINDS:
         raise ValueError(f"device {kind!r} is not one of {sorted(KINDS)}: pass tiles")
     return KINDS[kind]
+
+
+def check_vmem(name: str, grid: Grid, blocks, scratch) -> None:
+    """Raise ValueError, naming the tile to shrink, where a kernel takes more VMEM than there is.
+
+    Args:
+        blocks: (block, dtype) of every array; there are two of each, one on its way.
+        scratch: (shape, dtype).
+    """
+    # What the compiler keeps of a chunk in between: T x T and T x N, float32.
+    squares, rows = (8, 16) if grid.backwards else (4, 8)
+    between = 4 * grid.rows * (squares * grid.rows + rows * grid.d_state)
+    total = 2 * sum(_size(*block) for block in blocks) + sum(_size(*array) for array in scratch) + between
+    if total > grid.tiles.vmem * MIB:
+        raise ValueError(
+            f"{name} takes about {total / MIB:.1f} MiB of VMEM, more than tiles.vmem={grid.tiles.vmem}: "
+            f"shrink tiles.tokens={grid.tokens} (of {grid.rank} ranks and {grid.heads} heads)"
+        )
+
+
+def _size(shape, dtype) -> int:
+    """Bytes in VMEM, where a tile is 8 rows of 128 lanes of 32 bits."""
+    *outer, rows, lanes = (size or 1 for size in shape)
+    bytes_ = jnp.dtype(dtype).itemsize
+    up = lambda size, unit: -(-size // unit) * unit  # noqa: E731
+    return math.prod(outer) * up(rows, 32 // bytes_) * up(lanes, LANES) * bytes_

@@ -1,0 +1,259 @@
+"""The TPU kernels without a TPU: their numbers in the TPU interpreter, what they refuse, that they lower for TPU.
+
+The interpreter runs the pipeline of blocks as the grid says, in a random order where it says "parallel", with memory
+that starts as NaN. Lowering finds what Mosaic cannot express; `experiments/benchmarks/tpu_aot.py` has libtpu compile.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from mamba3_jax.ops.mosaic_tpu import check, mosaic_tpu
+from mamba3_jax.ops.ssm import ssm
+from pallas_kernels.ssm.mosaic_tpu import parts, scan
+from pallas_kernels.ssm.mosaic_tpu.contract import Tiles
+from pallas_kernels.ssm.mosaic_tpu.tiles import default
+from tests.ops import cases
+from tests.ops.cases import MIMO, SISO, bfloat16, draw
+from tests.ops.quick import quick_jit
+
+INTERPRETER = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+SMALL = SISO._replace(length=40, batch=1)
+RANKED = MIMO._replace(length=20, batch=1)
+# bfloat16 has 2^-9: queries, keys, values, weights and the state are rounded once each before their products. With
+# ranks, sums of 8 entries (as in `MIMO`) cancel too much for these bounds, in `chunked` too; sums of 64 do not.
+EXACT, ROUNDED = (1e-5, 2e-4), (5e-3, 1e-2)
+OTHERS = {"dt_BLH", "log_a_BLH", "angle_BLHS", "angle_BHS"}  # 2e-2 in bfloat16
+
+
+def start(shape, places):
+    """A document starts at every one of `places` in the first row; None: no starts at all."""
+    if not places:
+        return None
+    start_BL = np.zeros((shape.batch, shape.length), bool)
+    start_BL[0, list(places)] = True
+    return start_BL
+
+
+@functools.cache
+def wanted(shape, starts, narrow):
+    tokens, heads, state = draw(shape)
+    tokens = bfloat16(tokens) if narrow else tokens
+    return cases.reference((tokens, heads, state), start(shape, starts), cases.cotangents(shape), shape.rotation)
+
+
+def pulled(shape, starts, narrow, interpret):
+    """Results and gradients of the kernels, in chunks of 16."""
+    tokens, heads, state = draw(shape)
+    tokens = bfloat16(tokens) if narrow else tokens
+
+    @quick_jit
+    def run(inputs):
+        def op(inputs):
+            tokens, heads, state = inputs
+            tokens = tokens._replace(start_BL=start(shape, starts))
+            return mosaic_tpu(tokens, heads, state, rotation=shape.rotation, chunk=16, interpret=interpret)
+
+        results, pull = jax.vjp(op, inputs)
+        cotangent = jax.tree.map(lambda x, like: x.astype(like.dtype), cases.cotangents(shape), results)
+        return results, pull(cotangent)[0]
+
+    return run((tokens, heads, state))
+
+
+def check_all(shape, starts, narrow, interpret):
+    results, gradients = pulled(shape, starts, narrow, interpret)
+    want, want_gradients = wanted(shape, starts, narrow)
+    values, tolerance = ROUNDED if narrow else EXACT
+    cases.check_results(results, want, values)
+    if not narrow:
+        cases.check_gradients(gradients, want_gradients, tolerance)
+        return
+    largest = max(cases.rms(leaf) for leaf in jax.tree.leaves(want_gradients))
+    want = cases.named(want_gradients)
+    for name, value in cases.named(gradients).items():
+        difference = cases.rms(np.asarray(value, np.float64) - want[name])
+        error = difference / max(cases.rms(want[name]), 1e-4 * largest)
+        bound = 2 * tolerance if any(name.endswith(other) for other in OTHERS) else tolerance
+        assert error < bound, f"gradient of {name}: {error:.2e} is not below {bound}"
+
+
+@pytest.mark.parametrize(
+    ("shape", "starts", "narrow"),
+    [
+        (SMALL, (), False),
+        (SMALL._replace(batch=2, groups=1), (5, 16, 37), True),
+        (RANKED._replace(heads=4, rank=2), (7,), False),
+    ],
+    ids=["siso", "siso_packed_bfloat16", "mimo_packed"],
+)
+def test_agrees_with_the_definition_in_the_tpu_interpreter(shape, starts, narrow):
+    """Values and gradients, from a state, to a state."""
+    check_all(shape, starts, narrow, INTERPRETER)
+    pltpu.reset_tpu_interpret_mode_state()
+
+
+@pytest.mark.parametrize(
+    ("shape", "starts", "narrow"),
+    [
+        (SMALL._replace(groups=1, shared_angle=False), (0, 5, 16, 17), False),
+        (
+            SMALL._replace(gate=False, skip=False, heads=2, groups=1, width=64, d_state=16, planes=8, norm=True),
+            (),
+            False,
+        ),
+        (SMALL._replace(heads=3, groups=3, d_state=130, planes=60, width=70, rotation="half"), (), False),
+        (SMALL._replace(heads=8, groups=2, width=24, shared_angle=False), (30,), False),
+        (SMALL._replace(heads=6, groups=2, width=64), (30,), True),
+        (RANKED, (7,), False),
+        (RANKED._replace(heads=2, d_state=64, width=64, planes=16), (), True),
+        (RANKED._replace(rank=8), (7,), False),
+    ],
+    ids=["angles", "no_gate", "wide", "four_heads", "groups", "mimo4", "mimo4_bfloat16", "mimo8"],
+)
+def test_agrees_with_the_definition(shape, starts, narrow):
+    """More of the same, in the quick interpreter."""
+    check_all(shape, starts, narrow, True)
+
+
+def test_a_thousandth_is_caught(monkeypatch):
+    """The comparisons above are not vacuous: each of two planted errors fails them."""
+    whole = parts.Decay.whole
+    with monkeypatch.context() as patch:
+        patch.setattr(parts.Decay, "whole", lambda decay: 1.001 * whole(decay))
+        with pytest.raises(AssertionError, match="is not below"):
+            check_all(SMALL, (), False, True)
+    back = parts.Turn.back
+    monkeypatch.setattr(parts.Turn, "back", lambda turn, dx: 1.001 * back(turn, dx))
+    with pytest.raises(AssertionError, match=r"gradient of .*q_BLRGN.* is not below"):
+        check_all(SMALL, (), False, True)
+
+
+def test_a_state_that_is_not_carried_is_caught(monkeypatch):
+    """What the TPU interpreter adds: chunks in any order give wrong numbers."""
+
+    def parallel(**how):
+        return pltpu.CompilerParams(**how | {"dimension_semantics": ("parallel", "parallel", "arbitrary")})
+
+    class Wrong:
+        CompilerParams = staticmethod(parallel)
+        VMEM = pltpu.VMEM
+
+    monkeypatch.setattr(scan, "pltpu", Wrong)
+    tokens, heads, state = draw(SMALL._replace(length=96))
+    run = functools.partial(mosaic_tpu, rotation="adjacent", chunk=16, interpret=INTERPRETER)
+    y_BLHP, _ = jax.jit(run)(tokens, heads, state)
+    pltpu.reset_tpu_interpret_mode_state()
+    monkeypatch.undo()
+    want, _ = jax.jit(functools.partial(ssm, implementation="chunked"))(tokens, heads, state)
+    assert not np.allclose(y_BLHP, want, atol=1e-3)
+
+
+def test_documents_do_not_see_each_other():
+    """Bitwise: what stands before a start changes nothing after it, and gets no gradient from it."""
+    shape = SMALL._replace(groups=1)
+    tokens, heads, state = draw(shape)
+    others, _, other_state = draw(shape, seed=1)
+    place = 21
+    start_BL = start(shape, (place,))
+
+    def mixed(array, other):
+        return np.concatenate([other[:, :place], array[:, place:]], axis=1)
+
+    def run(tokens, state):
+        op = functools.partial(mosaic_tpu, rotation=shape.rotation, chunk=16, interpret=True)
+        return op(tokens._replace(start_BL=start_BL), heads, state)
+
+    compiled = quick_jit(run)
+    y, end = compiled(tokens, state)
+    other_y, other_end = compiled(jax.tree.map(mixed, tokens, others), other_state)
+    np.testing.assert_array_equal(y[:, place:], other_y[:, place:])
+    jax.tree.map(np.testing.assert_array_equal, end, other_end)
+    assert not np.array_equal(y[:, :place], other_y[:, :place])
+
+    gradients = quick_jit(jax.grad(lambda *inputs: jnp.sum(run(*inputs)[0][:, place:] ** 2), argnums=(0, 1)))
+    of_tokens, of_state = gradients(tokens, state)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(of_state))
+    for name, leaf in cases.named(of_tokens).items():
+        assert not np.any(leaf[:, :place]), name
+        assert np.any(leaf[:, place:]), name
+
+
+def test_the_angle_after_a_million_tokens():
+    """1,048,576 times the same increment: within 1e-4 rad, chunks' starts and the last angle."""
+    from pallas_kernels.ssm.mosaic_tpu.starts import starts
+
+    length, angle, dt = 2**20, np.float32(2.1), np.float32(0.37)
+    shape = (1, length, 1)
+    start_BCHS, last_BHS = jax.jit(functools.partial(starts, document_BL=None, tokens=256))(
+        jnp.full((*shape, 1), angle), jnp.full(shape, dt), jnp.zeros((1, 1, 1))
+    )
+    increment = float(angle) * float(dt)
+    for got, tokens in ((last_BHS[0, 0, 0], length), (start_BCHS[0, -1, 0, 0] * 2 * np.pi, length - 256)):
+        difference = (float(got) - increment * tokens) % (2 * np.pi)
+        assert min(difference, 2 * np.pi - difference) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("shape", "starts"),
+    [
+        (SISO._replace(length=300, heads=4, groups=1, d_state=128, width=64, planes=32), ()),
+        (MIMO._replace(length=300, heads=4, groups=2, d_state=128, width=64, planes=32), (5, 299)),
+    ],
+    ids=["siso", "mimo_packed"],
+)
+@pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16"])
+def test_lowers_for_tpu(shape, starts, narrow):
+    tokens, heads, state = draw(shape)
+    tokens = bfloat16(tokens) if narrow else tokens
+
+    def op(tokens, heads, state):
+        tokens = tokens._replace(start_BL=start(shape, starts))
+        return mosaic_tpu(tokens, heads, state, rotation=shape.rotation, tiles=default("v5e", shape.rank))
+
+    def with_gradients(*inputs):
+        results, pull = jax.vjp(op, *inputs)
+        return results, pull(results)
+
+    def kernels(run):
+        traced = jax.jit(run).trace(tokens, heads, state)
+        return traced.lower(lowering_platforms=("tpu",)).as_text().count("stablehlo.custom_call @tpu_custom_call")
+
+    assert kernels(op) == 1
+    assert kernels(with_gradients) == 2
+
+
+def test_a_named_implementation_runs_or_raises(monkeypatch):
+    monkeypatch.setitem(ssm.__globals__["IMPLEMENTATIONS"], "mosaic_tpu", mosaic_tpu)
+    tokens, heads, state = draw(SMALL)
+    with pytest.raises(ValueError, match="implementation='mosaic_tpu' needs a TPU, the backend is"):
+        ssm(tokens, heads, state, implementation="mosaic_tpu")
+    for shape, message in (
+        (SMALL._replace(rank=3, ranked=True), "a rank of 1, 2, 4, 8, not rank=3"),
+        (SMALL._replace(d_state=258), "d_state up to 256 and P up to 128, not d_state=258"),
+        (SMALL._replace(width=129), "P up to 128, not d_state=8, P=129"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check(draw(shape)[0], INTERPRETER)
+    with pytest.raises(ValueError, match="wants q, k and v in float32 or bfloat16, not float16"):
+        check(
+            tokens._replace(
+                q_BLRGN=tokens.q_BLRGN.astype(np.float16),
+                k_BLRGN=tokens.k_BLRGN.astype(np.float16),
+                v_BLHP=tokens.v_BLHP.astype(np.float16),
+            ),
+            INTERPRETER,
+        )
+    with jax.enable_x64(True), pytest.raises(ValueError, match="computes in float32, dt is float64"):
+        check(tokens._replace(dt_BLH=np.float64(tokens.dt_BLH)), INTERPRETER)
+    with pytest.raises(ValueError, match="chip='v9' is not one of"):
+        default("v9", 1)
+    run = functools.partial(mosaic_tpu, rotation="adjacent", tiles=Tiles(tokens=1024, vmem=16))
+    with pytest.raises(ValueError, match=r"scan takes about .* more than tiles.vmem=16: shrink tiles.tokens=1024"):
+        jax.eval_shape(run, *draw(SMALL._replace(length=1100)))
+    with pytest.raises(ValueError, match=r"n_heads=4 is not a multiple of .* tiles.heads=3"):
+        mosaic_tpu(tokens, heads, state, rotation="adjacent", interpret=True, tiles=Tiles(heads=3))
