@@ -98,30 +98,43 @@ def mosaic_gpu(
 
 
 class Layout:
-    """Where the kernel keeps the entries of a state: the first entries of S planes, the second ones, and the rest.
+    """Where the kernels keep the entries of a state: plane i at (i, i + N / 2), as MIMO weights do, the rest between.
 
-    S is 16, 32 or 64 there and N 64 or 128: other sizes get room between. Products of queries and keys do not see the
-    order.
+    S is 16, 32 or 64 there and N 64 or 128: other sizes get room. Products of queries and keys do not see the order.
     """
 
     def __init__(self, d_state: int, planes: int, rotation: str):
         self.own_planes, self.rest, self.rotation = planes, d_state - 2 * planes, rotation
         self.planes = max(16, 1 << (planes - 1).bit_length())
         self.size = max(64, 1 << (2 * self.planes + self.rest - 1).bit_length())
+        self.same = rotation == "half" and (self.planes, self.size) == (planes, d_state)
+        room = self.size // 2 - self.planes
+        # Of the entries in plane order (first ones, second ones, rest), where each run begins, its size, and its room.
+        first_rest = min(room, self.rest)
+        self.runs = (
+            (0, planes, self.planes),
+            (2 * planes, first_rest, room),
+            (planes, planes, self.planes),
+            (2 * planes + first_rest, self.rest - first_rest, room),
+        )
 
     def to(self, array_N):
-        """From the op's order to the kernel's, zeros in between."""
-        planes = self.own_planes
-        parts = jnp.split(to_planes(array_N, planes, self.rotation), (planes, 2 * planes), axis=-1)
-        spare = (self.planes - planes, self.planes - planes, self.size - 2 * self.planes - self.rest)
-        return jnp.concatenate([_last_padded(x, more) for x, more in zip(parts, spare, strict=True)], axis=-1)
+        """From the op's order to the kernels', zeros in between."""
+        if self.same:
+            return array_N
+        array_N = to_planes(array_N, self.own_planes, self.rotation)
+        parts = [_last_padded(array_N[..., begin : begin + size], room - size) for begin, size, room in self.runs]
+        return jnp.concatenate(parts, axis=-1)
 
     def back(self, array_N):
-        parts = (array_N[..., begin : begin + size] for begin, size in self._parts())
-        return from_planes(jnp.concatenate(list(parts), axis=-1), self.own_planes, self.rotation)
-
-    def _parts(self):
-        return (0, self.own_planes), (self.planes, self.own_planes), (2 * self.planes, self.rest)
+        if self.same:
+            return array_N
+        firsts, rest, seconds, more = jnp.split(
+            array_N, [self.planes, self.size // 2, self.size // 2 + self.planes], -1
+        )
+        parts = (firsts, self.runs[0]), (seconds, self.runs[2]), (rest, self.runs[1]), (more, self.runs[3])
+        in_planes = jnp.concatenate([part[..., :size] for part, (_, size, _) in parts], axis=-1)
+        return from_planes(in_planes, self.own_planes, self.rotation)
 
 
 def check(tokens: Tokens, interpret: bool) -> None:

@@ -3,7 +3,16 @@
 import jax.numpy as jnp
 
 from pallas_kernels.ssm.mosaic_gpu.contract import Tile
-from pallas_kernels.ssm.mosaic_gpu.registers import COLUMN, ROW, ROWS, TILE, joined, of_ranks, of_tokens
+from pallas_kernels.ssm.mosaic_gpu.registers import (
+    COLUMN,
+    ROW,
+    ROWS,
+    TILE,
+    joined_planes,
+    of_ranks,
+    of_tokens,
+    planes_of,
+)
 from pallas_kernels.ssm.mosaic_gpu.tiles import across, down, iota, load
 
 DECAY, SHIFTED, GAMMA, KAPPA, DOCUMENT = range(5)  # the scalars, see `back.Inputs`
@@ -79,26 +88,18 @@ class Turn:
         radians_TS = of_tokens(phase_QS, interpret).astype(jnp.float32) * (2 * jnp.pi / 2.0**16)
         self.sin_TS, self.cos_TS, self.interpret = jnp.sin(radians_TS), jnp.cos(radians_TS), interpret
 
-    def _joined(self, u_TS, w_TS, rest_TN):
-        """bfloat16."""
-        parts = [part.astype(jnp.bfloat16) for part in (u_TS, w_TS, rest_TN) if part.shape[1]]
-        return joined(parts, self.interpret)
-
-    def _split(self, x_TN):
-        planes = self.sin_TS.shape[1]
-        rest_TN = x_TN[:, 2 * planes :] if x_TN.shape[1] > 2 * planes else jnp.zeros((ROWS, 0))
-        return x_TN[:, :planes], x_TN[:, planes : 2 * planes], rest_TN
-
     def there(self, x_ref, bias_RN):
         x_TN = load(x_ref, TILE, self.interpret).astype(jnp.float32) + of_ranks(bias_RN, self.interpret)
-        u_TS, w_TS, rest_TN = self._split(x_TN)
+        u_TS, rest, w_TS, more = planes_of(x_TN, self.sin_TS.shape[1])
         sin_TS, cos_TS = self.sin_TS, self.cos_TS
-        return self._joined(u_TS * cos_TS - w_TS * sin_TS, u_TS * sin_TS + w_TS * cos_TS, rest_TN)
+        turned = (u_TS * cos_TS - w_TS * sin_TS, rest, u_TS * sin_TS + w_TS * cos_TS, more)
+        return joined_planes(turned, self.interpret)
 
     def back(self, dx_TN, x_TN):
         """The gradient of what was turned into x, and of the angle."""
-        du_TS, dw_TS, rest_TN = self._split(dx_TN)
-        u_TS, w_TS, _ = (part.astype(jnp.float32) for part in self._split(x_TN))
-        sin_TS, cos_TS = self.sin_TS, self.cos_TS
-        dphi_TS = dw_TS * u_TS - du_TS * w_TS
-        return self._joined(du_TS * cos_TS + dw_TS * sin_TS, dw_TS * cos_TS - du_TS * sin_TS, rest_TN), dphi_TS
+        planes, sin_TS, cos_TS = self.sin_TS.shape[1], self.sin_TS, self.cos_TS
+        du_TS, rest, dw_TS, more = planes_of(dx_TN, planes)
+        u_TS, _, w_TS, _ = planes_of(x_TN, planes)
+        dphi_TS = dw_TS * u_TS.astype(jnp.float32) - du_TS * w_TS.astype(jnp.float32)
+        parts = (du_TS * cos_TS + dw_TS * sin_TS, rest, dw_TS * cos_TS - du_TS * sin_TS, more)
+        return joined_planes(parts, self.interpret), dphi_TS

@@ -27,7 +27,7 @@ class Tile:
 
 
 class Inputs(NamedTuple):
-    """Padded to whole chunks: L = C Q. N in plane order: first entries of S planes, second ones, the rest."""
+    """Padded to whole chunks: L = C Q. Plane i is entries (i, i + N / 2) of N."""
 
     q_BLRGN: jax.Array | None  # None: no output, only the state that a segment adds
     k_BLRGN: jax.Array

@@ -23,7 +23,7 @@ from pallas_kernels.ssm.triton import scan_back as triton_back
 
 
 class Inputs(NamedTuple):
-    """Whole chunks; N in plane order, P and N padded: see `scan.check`. bfloat16 tokens, all else float32."""
+    """Whole chunks, P and N padded: see `scan.Inputs` and its `check`. bfloat16 tokens, all else float32."""
 
     q_BLRGN: jax.Array
     k_BLRGN: jax.Array

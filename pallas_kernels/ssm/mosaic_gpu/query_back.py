@@ -77,8 +77,9 @@ def _kernel(refs: Inputs, out: Query, shared: Shared, barriers: Barriers, *, siz
 
         def turned_back(dq, h):
             plgpu.barrier_wait(barriers.q)
+            dq_TN = dq()
             turn = Turn(phase_QS, interpret)
-            q_TN, dq_TN = turn.there(shared.q_TN, shared.q_bias_RN), dq()
+            q_TN = turn.there(shared.q_TN, shared.q_bias_RN)
             shared.rows_XT.at[0][...] = jnp.sum(q_TN.astype(jnp.float32) * dq_TN, axis=1)
             return *turn.back(dq_TN, q_TN), h()
 

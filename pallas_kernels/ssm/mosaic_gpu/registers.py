@@ -30,6 +30,20 @@ def joined(parts, interpret: bool):
     return join(*parts)
 
 
+def planes_of(x_TN, planes: int):
+    """The first entries of the planes, what lies between, the second ones, and the rest: plane i is (i, i + N / 2)."""
+    half = x_TN.shape[1] // 2
+    u_TS, w_TS = x_TN[:, :planes], x_TN[:, half : half + planes]
+    if planes == half:
+        return u_TS, None, w_TS, None
+    return u_TS, x_TN[:, planes:half], w_TS, x_TN[:, half + planes :]
+
+
+def joined_planes(parts, interpret: bool):
+    """`planes_of` undone, in bfloat16."""
+    return joined([part.astype(jnp.bfloat16) for part in parts if part is not None], interpret)
+
+
 def of_ranks(ref_RN, interpret: bool):
     """(T, N): every row is its rank's of a ref (R, N), float32."""
     rank, size = ref_RN.shape

@@ -14,7 +14,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssm.mosaic_gpu.contract import WIDTH, Inputs, Outputs, Sizes, Tile
-from pallas_kernels.ssm.mosaic_gpu.registers import COLUMN, ROW, ROWS, TILE, joined, of_ranks, of_tokens
+from pallas_kernels.ssm.mosaic_gpu.registers import (
+    COLUMN,
+    ROW,
+    ROWS,
+    TILE,
+    joined_planes,
+    of_ranks,
+    of_tokens,
+    planes_of,
+)
 from pallas_kernels.ssm.mosaic_gpu.tiles import across, down, iota, load, tiled
 
 NORM_EPS = 1e-5
@@ -287,12 +296,9 @@ class Decay:
 def _turned(x_TN, bias_RN, *, sin_TS, cos_TS, tile: Tile):
     interpret = tile.interpret is not None
     x_TN = load(x_TN, TILE, interpret).astype(jnp.float32) + of_ranks(bias_RN, interpret)
-    planes, d_state = sin_TS.shape[1], x_TN.shape[1]
-    u_TS, w_TS = x_TN[:, :planes], x_TN[:, planes : 2 * planes]
-    parts = [u_TS * cos_TS - w_TS * sin_TS, u_TS * sin_TS + w_TS * cos_TS]
-    if d_state > 2 * planes:
-        parts.append(x_TN[:, 2 * planes :])
-    return joined([part.astype(jnp.bfloat16) for part in parts], interpret)
+    u_TS, rest, w_TS, more = planes_of(x_TN, sin_TS.shape[1])
+    turned = (u_TS * cos_TS - w_TS * sin_TS, rest, u_TS * sin_TS + w_TS * cos_TS, more)
+    return joined_planes(turned, interpret)
 
 
 def _token(row, tile: Tile):
