@@ -1,0 +1,74 @@
+"""One token of the op in a Pallas Mosaic kernel, for TPUs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from mamba3_jax.ops.recurrent import recurrent
+from mamba3_jax.ops.types import Heads, State, Tokens
+
+
+def decode_tpu(tokens: Tokens, heads: Heads, state: State, *, rotation: str, tile=None):
+    """`recurrent` for one token, all of the state in place where it is donated: `pallas_kernels.ssm.mosaic_tpu.decode`.
+
+    The backward pass is that of `recurrent`, on the inputs.
+
+    Args:
+        tile: a `pallas_kernels.ssm.mosaic_tpu.decode.Tile`; None chooses. Performance only, but for `interpret`: the
+            kernel's program on any backend, slowly, for tests.
+
+    Raises:
+        ValueError: what `unsupported` says, or a tile that does not fit in VMEM.
+    """
+    reason = unsupported(tokens)
+    if reason is not None:
+        raise ValueError(f"the TPU's decode kernel wants {reason}")
+    return _decode(tokens, heads, state, rotation, tile)
+
+
+def unsupported(tokens: Tokens) -> str | None:
+    """What the kernel wants of inputs that it cannot run, or None."""
+    length, d_state = tokens.dt_BLH.shape[1], tokens.q_BLRGN.shape[-1]
+    if length != 1:
+        return f"one token, not {length=}"
+    dtypes = {tokens.q_BLRGN.dtype, tokens.k_BLRGN.dtype, tokens.v_BLHP.dtype}
+    if tokens.dt_BLH.dtype != jnp.float32 or not dtypes <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
+        return f"float32 or bfloat16, not {sorted(map(str, dtypes | {tokens.dt_BLH.dtype}))}"
+    del d_state
+    return None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _decode(tokens: Tokens, heads: Heads, state: State, rotation: str, tile):
+    return _step(tokens, heads, state, rotation, tile)
+
+
+def _decode_fwd(tokens, heads, state, rotation, tile):
+    return _step(tokens, heads, state, rotation, tile), (tokens, heads, state)
+
+
+def _decode_bwd(rotation, tile, inputs, cotangents):
+    del tile
+    _, pull = jax.vjp(functools.partial(recurrent, rotation=rotation), *inputs)
+    return pull(cotangents)
+
+
+_decode.defvjp(_decode_fwd, _decode_bwd)
+
+
+def _step(tokens: Tokens, heads: Heads, state: State, rotation: str, tile):
+    # Here, since everything else works without the kernel.
+    from pallas_kernels.ssm.mosaic_tpu import decode as kernel
+
+    token = jax.tree.map(lambda array: jnp.squeeze(array, 1), tokens)
+    inputs = kernel.Inputs(
+        *(state.ssm_BHPN, state.angle_BHS, state.k_BRHN, state.v_BHP),
+        *(token.q_BLRGN, token.k_BLRGN, token.v_BLHP),
+        *(token.dt_BLH, token.log_a_BLH, token.trap_BLH, token.angle_BLHS),
+        None if token.start_BL is None else token.start_BL.astype(jnp.int32),
+        *(heads.q_bias_HRN, heads.k_bias_HRN, token.gate_BLHP, heads.skip_H),
+        *(heads.v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP),
+    )
+    out = kernel.decode(inputs, rotation, tile or kernel.Tile())
+    return out.o_BHP[:, None], State(out.angle_BHS, out.h_BHPN, out.k_BRHN, out.v_BHP)
