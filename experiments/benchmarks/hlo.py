@@ -66,10 +66,10 @@ class Program:
                 instruction = parse(line)
                 current[instruction.name] = instruction
 
-    def kernels(self) -> int:
-        """How many calls of Pallas kernels there are."""
+    def kernels(self) -> list[str]:
+        """The names of the calls of Pallas kernels."""
         each = (i for computation in self.computations.values() for i in computation.values())
-        return sum('custom_call_target="tpu_custom_call"' in i.attributes for i in each)
+        return [i.name for i in each if 'custom_call_target="tpu_custom_call"' in i.attributes]
 
     def cost(self, computation: str = "") -> Cost:
         """Of one run of a computation, the entry unless named."""

@@ -40,6 +40,7 @@ from absl import app, flags  # noqa: E402
 from jax.sharding import Mesh, SingleDeviceSharding  # noqa: E402
 
 from experiments.benchmarks import common, flops, hlo, ssm  # noqa: E402
+from mamba3_jax.ops.decode_tpu import decode_tpu  # noqa: E402
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS  # noqa: E402
 
 FLAGS = flags.FLAGS
@@ -54,13 +55,12 @@ class Chip:
     gb_s: float
     # v4, v5e, v5p: the peak over what their four 128 x 128 units a core do a cycle; for the others no such figure.
     ghz: float | None = None
-    cores: int = 1  # a device; a program's cycles are a core's
 
 
 CHIPS = {
     "v4": Chip("v4:1x1x1", 275 / 2, 1228 / 2, 1.05),
     "v5e": Chip("v5e:1x1", 197, 819, 1.5),
-    "v5p": Chip("v5p:1x1x1", 459, 2765, 1.75, cores=2),
+    "v5p": Chip("v5p:1x1x1", 459, 2765, 1.75),
     "v6e": Chip("v6e:1x1", 918, 1640),
     "tpu7x": Chip("tpu7x:1x1x1", 2307 / 2, 7380 / 2),
 }
@@ -103,7 +103,9 @@ class Target:
 
 def tasks_of(name: str, case: ssm.Case, implementations: list[str]) -> list[ssm.Task]:
     """`chunked` of one token is `recurrent`."""
-    if case.length == 1:
+    if case.length > 1:
+        implementations = [each for each in implementations if each != "decode_tpu"]
+    else:
         steps = dict.fromkeys("recurrent" if each == "chunked" else each for each in implementations)
         return [ssm.Task(name, case, each, None, "decode") for each in steps]
     whats = ("forward", "forward+backward")
@@ -121,13 +123,14 @@ def row_of(task: ssm.Task, target: Target) -> dict:
         return row | {"failed": str(error).strip().splitlines()[0][:200]}
     row["compile_s"] = time.perf_counter() - begin
     memory, program = compiled.memory_analysis(), hlo.Program(compiled.as_text())
-    cost, cycles = program.cost(), None
+    cost, cycles = program.cost(), 0.0
     row |= {"temp_mib": memory.temp_size_in_bytes / 2**20, "hbm_mb": cost.hbm_bytes / 1e6}
-    if not program.kernels():
-        cycles = cost.cycles
-    elif (inside := kernel_cycles(task, target.name)) is not None:
-        cycles = cost.cycles + inside
-    return row | estimates(row, cycles, target.chip)
+    if program.kernels():
+        try:
+            cycles = kernel_cycles(task, target.name)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            return row | {"no_cycles": str(error)[:200]}
+    return row | {"mega_cycles": (cost.cycles + cycles) / 1e6}
 
 
 def floors(task: ssm.Task, chip: Chip) -> dict:
@@ -145,49 +148,53 @@ def floors(task: ssm.Task, chip: Chip) -> dict:
     }
 
 
-def estimates(row: dict, cycles: int | None, chip: Chip) -> dict:
-    """What follows from a program's bytes and cycles; the cycles of a device of two cores are shared."""
-    known = [row["matmul_ms"], row["hbm_mb"] / chip.gb_s]
-    if cycles is not None and chip.ghz is not None:
-        known.append(cycles / chip.cores / chip.ghz / 1e6)
-    return {
-        "mega_cycles": None if cycles is None else cycles / 1e6,
-        "estimate_ms": max(known),
-        "bytes_over_least": row["hbm_mb"] / row["least_mb"],
-        "estimate_over_roofline": max(known) / row["roofline_ms"],
-    }
+def estimates(row: dict) -> dict:
+    """What follows from a program's bytes and cycles."""
+    if "failed" in row:
+        return {}
+    chip, cycles = CHIPS[row["chip"]], row.get("mega_cycles")
+    found = {"bytes_over_least": row["hbm_mb"] / row["least_mb"]}
+    if cycles is None:
+        return found
+    times = [row["matmul_ms"], row["hbm_mb"] / chip.gb_s, cycles / chip.ghz if chip.ghz else 0.0]
+    return found | {"estimate_ms": max(times), "estimate_over_roofline": max(times) / row["roofline_ms"]}
 
 
-def over_plain(rows: list[dict]) -> list[dict]:
-    """The rows, those of other implementations with their bytes and cycles over plain XLA's."""
+def derived(rows: list[dict]) -> list[dict]:
+    """The rows with what follows from them; those of other implementations with their share of plain XLA's figures."""
     key = lambda row: (row["chip"], row["case"], row["what"])  # noqa: E731
+    rows = [row | estimates(row) for row in rows]
     plain = {key(row): row for row in rows if row["implementation"] in ("chunked", "recurrent")}
-    shown = []
-    for row in rows:
-        base, ratios = plain.get(key(row)), {}
-        if base is not None and base is not row:
-            for field in ("hbm_mb", "mega_cycles", "estimate_ms"):
-                if row.get(field) is not None and base.get(field) is not None:
-                    ratios[f"{field}_over_plain"] = row[field] / base[field]
-        shown.append(row | ratios)
-    return shown
+    for i, row in enumerate(rows):
+        base = plain.get(key(row), row)
+        for field in ("hbm_mb", "mega_cycles", "estimate_ms"):
+            if base is not row and row.get(field) is not None and base.get(field) is not None:
+                rows[i] = rows[i] | {f"{field}_over_plain": row[field] / base[field]}
+    return rows
 
 
-def kernel_cycles(task: ssm.Task, chip: str) -> float | None:
-    """Cycles of the task's kernels: the compiler simulates every step of their grids, so of a smaller call, scaled up.
+def kernel_cycles(task: ssm.Task, chip: str) -> float:
+    """Cycles of the task's kernels: the compiler simulates every step of their grids, so of two small calls, drawn out.
 
-    In a process of its own, since libtpu reads the wish once, before anything is compiled. None where it simulates
-    nothing (v4, for which it stops the process).
+    Raises:
+        RuntimeError: the compiler simulates nothing (for v4) or fails to.
     """
     if chip == "v4":
-        return None
+        raise RuntimeError("the compiler simulates no kernel for v4")
     case = task.case
-    small = dataclasses.replace(case, batch=min(case.batch, 4), length=min(case.length, 512))
-    if case.length > 1:
-        small = dataclasses.replace(small, batch=1, heads=min(case.heads, 8))
+    grown = {"batch": (4, 8)} if case.length == 1 else {"length": (512, 1024)}
+    ((field, sizes),) = grown.items()
+    fixed = {} if case.length == 1 else {"batch": 1, "heads": min(case.heads, 8)}
+    first, second = (dataclasses.replace(case, **fixed, **{field: size}) for size in sizes)
+    work = lambda case: case.batch * case.length * case.heads  # noqa: E731
+    one, two = (simulated(dataclasses.replace(task, case=small), chip) for small in (first, second))
+    return one + (two - one) * (work(case) - work(first)) / (work(second) - work(first))
+
+
+def simulated(task: ssm.Task, chip: str) -> int:
+    """Cycles of the task's kernels, in a process of its own: libtpu reads the wish once, before it compiles."""
     with tempfile.TemporaryDirectory() as folder:
-        flag = f"--xla_jf_dump_static_llo_profile_to={folder}"
-        sizes = [f"{field.name}={getattr(small, field.name)}" for field in dataclasses.fields(small)]
+        sizes = [f"{name}={value}" for name, value in dataclasses.asdict(task.case).items()]
         command = [
             sys.executable,
             "-m",
@@ -196,26 +203,35 @@ def kernel_cycles(task: ssm.Task, chip: str) -> float | None:
             f"--only={','.join(sizes)}",
         ]
         command += [f"--implementations={task.implementation}", f"--what={task.what}"]
-        run = subprocess.run(
-            command, env=os.environ | {"LIBTPU_INIT_ARGS": flag}, cwd=common.REPOSITORY, capture_output=True, text=True
-        )
+        env = os.environ | {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_static_llo_profile_to={folder}"}
+        run = subprocess.run(command, env=env, cwd=common.REPOSITORY, capture_output=True, text=True, timeout=900)
         if run.returncode:
-            raise RuntimeError(f"{' '.join(command)}: {run.stderr.strip().splitlines()[-1]}")
-        cycles = sum(profiled(path.read_text()) for path in Path(folder).glob("*_static_llo_profile.textproto"))
-    share = small.batch * small.length * small.heads / (case.batch * case.length * case.heads)
-    return cycles / share
+            said = [line for line in run.stderr.splitlines() if line.startswith("F")] or ["it ended early"]
+            raise RuntimeError(f"the compiler's simulation failed: {said[0]}")
+        found = [profiled(path.read_text()) for path in Path(folder).glob("*_static_llo_profile.textproto")]
+    kernels = run.stdout.split()  # the others are XLA's own
+    return sum(cycles for name, cycles in found if name in kernels)
 
 
-def profiled(text: str) -> int:
-    """Cycles of one kernel's profile."""
-    return sum(map(int, re.findall(r"estimated_cycles:\s*(\d+)", text)[:1]))
+def profiled(text: str) -> tuple[str, int]:
+    """The name of an operation, a kernel's or XLA's own, and its cycles."""
+    name = re.search(r'hlo_op_name:\s*"([^"]*)"', text).group(1)
+    times = re.search(r"num_equivalent_hlos:\s*(\d+)", text)
+    return name, int(re.search(r"estimated_cycles:\s*(\d+)", text).group(1)) * int(times.group(1) if times else 1)
 
 
 def only(sizes: str, implementation: str, what: str, chip: str) -> None:
-    """Compile one call, for what the compiler leaves in the folder that its flags name."""
+    """Compile one call, for what the compiler leaves in the folder that its flags name, and say the kernels' names."""
     given = dict(part.split("=") for part in sizes.split(","))
     case = ssm.Case(**{name: value if name == "dtype" else int(value) for name, value in given.items()})
-    Target(chip).compile(ssm.Task("only", case, implementation, None, what))
+    compiled = Target(chip).compile(ssm.Task("only", case, implementation, None, what))
+    print(*hlo.Program(compiled.as_text()).kernels())
+
+
+def step_kernel(tokens, heads, state, *, rotation: str, chunk: int | None):
+    """One token by the TPU's kernel: in the table of implementations it has no name of its own."""
+    del chunk
+    return decode_tpu(tokens, heads, state, rotation=rotation)
 
 
 def libtpu_version() -> str:
@@ -245,6 +261,7 @@ COLUMNS = {
     "cycles / plain": "mega_cycles_over_plain",
     "estimate / plain": "estimate_ms_over_plain",
     "failed": "failed",
+    "without cycles": "no_cycles",
 }
 
 
@@ -253,7 +270,8 @@ def kept(before: dict | None, tasks: list[tuple[str, ssm.Task]], origin: dict) -
     if before is None or any(before[key] != origin[key] for key in ("jax", "libtpu")):
         return []
     again = {(chip, task.name, task.implementation, task.what) for chip, task in tasks}
-    return [r for r in before["rows"] if (r["chip"], r["case"], r["implementation"], r["what"]) not in again]
+    rows = [r for r in before["rows"] if (r["chip"], r["case"], r["implementation"], r["what"]) not in again]
+    return [{"commit": before["commit"], "date": before["date"]} | row for row in rows]
 
 
 def main(argv):
@@ -261,6 +279,7 @@ def main(argv):
     version = libtpu_version()
     jax.config.update("jax_enable_compilation_cache", False)
     jax.default_backend = lambda: "tpu"  # nothing runs: what is traced is for a TPU
+    IMPLEMENTATIONS["decode_tpu"] = step_kernel
     implementations = ssm.chosen("implementations", FLAGS.implementations, IMPLEMENTATIONS)
     chips = ssm.chosen("chips", FLAGS.chips, CHIPS)
     if FLAGS.only:
@@ -274,17 +293,19 @@ def main(argv):
     sizes = {name: dataclasses.asdict(case) for name, case in (CASES | FULL).items()}
     peaks = {name: dataclasses.asdict(chip) for name, chip in CHIPS.items()}
     for chip, task in tasks:
-        rows.append(row_of(task, Target(chip)))
-        print(common.table([rows[-1]], COLUMNS).splitlines()[-1], flush=True)
+        rows.append(row_of(task, Target(chip)) | {"commit": origin["commit"], "date": origin["date"]})
+        print(common.table(derived(rows)[-1:], COLUMNS).splitlines()[-1], flush=True)
         # After every row: a program that is stopped leaves what it has.
         used = {row["case"]: sizes[row["case"]] for row in rows}
-        path = common.write(FLAGS.name, origin, over_plain(rows), FLAGS.out, cases=used, chips=peaks)
-    print(common.table(over_plain(rows), COLUMNS))
+        path = common.write(FLAGS.name, origin, derived(rows), FLAGS.out, cases=used, chips=peaks)
+    print(common.table(derived(rows), COLUMNS))
     print(path)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("implementations", ["chunked"], "names in mamba3_jax.ops.ssm.IMPLEMENTATIONS")
+    flags.DEFINE_list(
+        "implementations", ["chunked", "decode_tpu"], "names in mamba3_jax.ops.ssm.IMPLEMENTATIONS, or decode_tpu"
+    )
     flags.DEFINE_list("chips", list(CHIPS), "names in CHIPS")
     flags.DEFINE_list("cases", [], "names in CASES, or in FULL with --full; empty: all")
     flags.DEFINE_enum("what", "", ["", "forward", "forward+backward", "decode"], "empty: all")

@@ -84,8 +84,8 @@ def test_unknown_trip_count_is_refused():
 
 def test_a_kernel_is_seen():
     call = '  %k = f32[8,128]{1,0:T(8,128)} custom-call(%a), custom_call_target="tpu_custom_call"\n  %while = '
-    assert hlo.Program(PROGRAM).kernels() == 0
-    assert hlo.Program(PROGRAM.replace("  %while = ", call)).kernels() == 1
+    assert hlo.Program(PROGRAM).kernels() == []
+    assert hlo.Program(PROGRAM.replace("  %while = ", call)).kernels() == ["k"]
 
 
 def test_floors_are_arithmetic():
@@ -104,30 +104,49 @@ def test_floors_are_arithmetic():
 
 
 def test_estimate_is_the_largest():
-    row = {"matmul_ms": 1.0, "roofline_ms": 1.5, "hbm_mb": 1638.0, "least_mb": 819.0}
-    found = tpu_aot.estimates(row, 6_000_000, tpu_aot.CHIPS["v5e"])
-    assert (found["estimate_ms"], found["mega_cycles"], found["bytes_over_least"]) == (4.0, 6.0, 2.0)
-    assert tpu_aot.estimates(row, None, tpu_aot.CHIPS["v5e"])["estimate_ms"] == pytest.approx(2.0)
-    assert tpu_aot.estimates(row, 10**9, tpu_aot.CHIPS["v6e"])["estimate_ms"] == 1.0  # no clock: no time from cycles
+    row = {"chip": "v5e", "matmul_ms": 1.0, "roofline_ms": 1.5, "hbm_mb": 1638.0, "least_mb": 819.0}
+    found = tpu_aot.estimates(row | {"mega_cycles": 6.0})
+    assert found == {"estimate_ms": 4.0, "bytes_over_least": 2.0, "estimate_over_roofline": pytest.approx(4 / 1.5)}
+    assert tpu_aot.estimates(row | {"mega_cycles": 1.0})["estimate_ms"] == pytest.approx(2.0)
+    assert tpu_aot.estimates(row) == {"bytes_over_least": 2.0}  # a part of the truth is no estimate
+    no_clock = tpu_aot.estimates(row | {"chip": "v6e", "mega_cycles": 1000.0, "matmul_ms": 0.0})
+    assert no_clock["estimate_ms"] == pytest.approx(1638 / 1640)
 
 
 def test_rows_stand_beside_plain_xla():
-    at = {"chip": "v5e", "case": "siso", "what": "forward"}
-    plain = at | {"implementation": "chunked", "hbm_mb": 100.0, "mega_cycles": 50.0, "estimate_ms": 2.0}
-    kernel = at | {"implementation": "mosaic_tpu", "hbm_mb": 25.0, "mega_cycles": None, "estimate_ms": 0.5}
+    at = {"chip": "v5e", "case": "siso", "what": "forward", "matmul_ms": 0.0, "roofline_ms": 1.0, "least_mb": 819.0}
+    plain = at | {"implementation": "chunked", "hbm_mb": 8190.0, "mega_cycles": 30.0}
+    kernel = at | {"implementation": "mosaic_tpu", "hbm_mb": 819.0, "mega_cycles": 1.5}
     failed = at | {"implementation": "other", "failed": "VMEM"}
-    shown = tpu_aot.over_plain([kernel, plain, failed])
-    assert shown[0]["hbm_mb_over_plain"] == shown[0]["estimate_ms_over_plain"] == 0.25
-    assert "mega_cycles_over_plain" not in shown[0]
-    assert shown[1:] == [plain, failed]
+    shown = tpu_aot.derived([kernel, plain, failed])
+    assert shown[0]["hbm_mb_over_plain"] == pytest.approx(0.1)
+    assert shown[0]["estimate_ms_over_plain"] == pytest.approx(1 / 20)
+    assert shown[0]["mega_cycles_over_plain"] == pytest.approx(1 / 20)
+    assert not any(name.endswith("_over_plain") for row in shown[1:] for name in row)
+
+
+def test_kernel_cycles_are_drawn_out(monkeypatch):
+    """What two small calls take, plus as much again for all further work."""
+
+    def simulated(task, chip):
+        return 100 + 10 * task.case.batch * task.case.heads
+
+    monkeypatch.setattr(tpu_aot, "simulated", simulated)
+    step = ssm.Task("step", tpu_aot.STEP, "decode_tpu", None, "decode")
+    assert tpu_aot.kernel_cycles(step, "v5e") == 100 + 10 * 128 * 32
+    with pytest.raises(RuntimeError, match="v4"):
+        tpu_aot.kernel_cycles(step, "v4")
+    text = 'hlo_op_estimate {\n  hlo_op_name: "mamba3_decode.1"\n  estimated_cycles: 42\n  num_equivalent_hlos: 2\n}'
+    assert tpu_aot.profiled(text) == ("mamba3_decode.1", 84)
 
 
 def test_earlier_rows_are_kept_where_versions_agree():
     task = ssm.Task("siso", tpu_aot.LARGE, "chunked", None, "forward")
     row = {"chip": "v4", "case": "siso", "implementation": "chunked", "what": "forward"}
     other = row | {"chip": "v5e"}
-    before = {"jax": "1", "libtpu": "2", "rows": [row, other]}
-    assert tpu_aot.kept(before, [("v4", task)], {"jax": "1", "libtpu": "2"}) == [other]
+    before = {"jax": "1", "libtpu": "2", "commit": "c", "date": "d", "rows": [row, other]}
+    taken = other | {"commit": "c", "date": "d"}
+    assert tpu_aot.kept(before, [("v4", task)], {"jax": "1", "libtpu": "2"}) == [taken]
     assert tpu_aot.kept(before, [("v4", task)], {"jax": "1", "libtpu": "3"}) == []
     assert tpu_aot.kept(None, [("v4", task)], {}) == []
 
