@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba3_jax.ops.ssm import Heads, State, Tokens, ssm
+from mamba3_jax.ops.ssm import KERNELS, Heads, State, Tokens, ssm
 from tests.helpers import GOLDEN, golden, rel_rms
 from tests.ops.cases import FLOAT32
 from tests.ops.quick import quick_jit
@@ -192,6 +192,37 @@ def test_recorded_case_with_optimised_code(implementation):
     got, gradient = compiled("mimo_r4_norm", implementation, jit=jax.jit)(leaves)
     check_outputs(got, arrays, FORWARD)
     check_gradients(gradient, arrays, GRADIENT)
+
+
+# On a CPU all cases would take minutes: one of each kind, the rest on demand.
+QUICK = ("siso_init_fullrope", "mimo_r4_varlen3")
+NAMED = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in WHOLE]
+
+
+@pytest.mark.parametrize("implementation", sorted(KERNELS))
+@pytest.mark.parametrize("name", NAMED)
+def test_recorded_case_in_bfloat16(name, implementation):
+    """q, k, v and gate rounded: outputs and gradients of the definition in float64 on the same numbers."""
+    _, leaves, _ = recorded(name)
+    narrow = {
+        key: jnp.asarray(leaves[key], jnp.bfloat16) for key in ("B", "C", "x", "z", "init_k", "init_v") if key in leaves
+    }
+    leaves |= narrow
+    got, gradient = compiled(name, implementation, jit=jax.jit)(leaves)
+    with jax.enable_x64(True):
+        exact = {key: np.asarray(array, np.float64) for key, array in leaves.items()}
+        want, want_gradient = jax.tree.map(np.asarray, compiled(name, "recurrent")(exact))
+    for values, wanted, tolerance in ((got, want, 5e-3), (gradient, want_gradient, 1e-2)):
+        largest = max((np.sqrt(np.mean(np.square(array))) for array in wanted.values()), default=0)
+        for key, value in values.items():
+            value, right = np.asarray(value, np.float64), wanted[key]
+            if values is got and key == "angle":
+                value, right = np.exp(1j * value), np.exp(1j * right)
+            # Over the row, of either sign: what is left of the sum has the errors of all of it.
+            adds_up = values is gradient and key in ("dt", "adt", "theta", "init_angle", "D")
+            size = max(np.sqrt(np.mean(np.square(np.abs(right)))), 1e-4 * largest)
+            error = np.sqrt(np.mean(np.square(np.abs(value - right)))) / size
+            assert error < tolerance * (1 + adds_up), f"{key}: {error:.2e} is not below {tolerance * (1 + adds_up)}"
 
 
 @pytest.mark.parametrize("implementation", FLOAT32)
