@@ -2,5 +2,5 @@
 
 Imports jax and nothing of ours.
 
-So far Triton, for NVIDIA GPUs: `implementation="triton"`, the default on one of them.
+Mosaic GPU for Hopper and Triton for other NVIDIA GPUs and other sizes, the defaults there; Mosaic for TPUs.
 """
