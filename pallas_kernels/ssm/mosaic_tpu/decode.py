@@ -41,6 +41,7 @@ class Tile:
     """How the kernel is cut. Performance only."""
 
     heads: int | None = None  # a grid step: all, or a multiple of 8 that divides them; None chooses
+    unroll: int = 8  # passes over TOGETHER heads, side by side: one waits while another computes
     vmem: int = 14  # MiB that the kernel may take: every chip has 16
     interpret: object = None  # pltpu's InterpretParams: on the CPU, for tests
 
@@ -300,7 +301,7 @@ def _kernel(refs: Refs, out: Outputs, scratch: Scratch, *, rotation: str, tile: 
     dtype = jnp.bfloat16 if tile.interpret is None else jnp.float32  # the CPU has no products of bfloat16
     together = TOGETHER if heads % TOGETHER == 0 else heads
 
-    @pl.loop(0, heads // together)
+    @pl.loop(0, heads // together, unroll=min(tile.unroll, heads // together))
     def _(group):
         _pass(refs, out, scratch, pl.ds(pl.multiple_of(group * together, together), together), kept, dtype)
 
