@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ssm.mosaic_tpu.contract import Grid, Refs
 
@@ -82,8 +83,8 @@ class Decay(NamedTuple):
             gap_QQ += column(4) - row(4)
             until_Q1 += row(4)[:, last:] - column(4)
             since_Q1 += column(4)
-        # Masked before exp as well: what lies after a token grows without bound.
-        within_QQ = jnp.where(masks.within_QQ, jnp.exp(jnp.where(masks.within_QQ, gap_QQ, 0.0)), 0.0)
+        # Masked before exp: what lies after a token grows without bound.
+        within_QQ = jnp.exp(jnp.where(masks.within_QQ, gap_QQ, -jnp.inf))
         since_Q1, until_Q1 = jnp.exp(since_Q1), jnp.exp(jnp.minimum(until_Q1, 0.0))
         if masks.left_Q1 is not None:
             since_Q1 = jnp.where(masks.carried_Q1, since_Q1, 0.0)
@@ -105,8 +106,21 @@ class Turn(NamedTuple):
     cos_QN: jax.Array
 
     @classmethod
-    def of(cls, sin_QS, cos_QS):
-        return cls(jnp.concatenate([-sin_QS, sin_QS], axis=1), jnp.concatenate([cos_QS, cos_QS], axis=1))
+    def of_heads(cls, sin_QX, cos_QX, grid: Grid) -> list:
+        """From those of all heads of a block, one head after another."""
+        lane_1N = lax.broadcasted_iota(jnp.int32, (1, grid.d_state), 1)
+        low_1N = lane_1N < grid.half
+        turns = []
+        for begin in range(0, sin_QX.shape[1], grid.d_state):
+            if sin_QX.shape[1] - begin < grid.d_state:  # one head is left
+                sin_QN, cos_QN = (jnp.concatenate([x_QX[:, begin:]] * 2, axis=1) for x_QX in (sin_QX, cos_QX))
+                turns.append(cls(jnp.where(low_1N, -sin_QN, sin_QN), cos_QN))
+                continue
+            sin_QN, cos_QN = (x_QX[:, begin : begin + grid.d_state] for x_QX in (sin_QX, cos_QX))  # of two heads
+            sin_there_QN, cos_there_QN = partner(sin_QN), partner(cos_QN)
+            turns.append(cls(jnp.where(low_1N, -sin_QN, sin_there_QN), jnp.where(low_1N, cos_QN, cos_there_QN)))
+            turns.append(cls(jnp.where(low_1N, -sin_there_QN, sin_QN), jnp.where(low_1N, cos_there_QN, cos_QN)))
+        return turns
 
     def there(self, x_QN):
         return x_QN * self.cos_QN + partner(x_QN) * self.sin_QN
@@ -117,8 +131,7 @@ class Turn(NamedTuple):
 
 def partner(x_QN):
     """The other entry of every entry's plane."""
-    half = x_QN.shape[1] // 2
-    return jnp.concatenate([x_QN[:, half:], x_QN[:, :half]], axis=1)
+    return pltpu.roll(x_QN, x_QN.shape[1] // 2, 1)
 
 
 def sincos(refs: Refs, dt_QJ, masks: Masks, grid: Grid):
@@ -251,7 +264,7 @@ def finish(y_TP, x_TP, gate_QP, ends: Ends, rank: int, width: int):
         y_QP = y_TP[r * tokens : (r + 1) * tokens]
         if gate_QP is not None:
             gated_QP = gate_QP if ends.gate_rank_RP is None else gate_QP * ends.gate_rank_RP[r : r + 1]
-            y_QP = y_QP * (gated_QP / (1 + jnp.exp(-gated_QP)))
+            y_QP = y_QP * (gated_QP * jax.nn.sigmoid(gated_QP))
         if ends.out_rank_RP is not None:
             y_QP = y_QP * ends.out_rank_RP[r : r + 1]
         out_QP = out_QP + y_QP

@@ -95,9 +95,24 @@ def call(kernel, name: str, grid: Grid, refs, specs, out, out_specs, scratch):
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=grid.tiles.vmem * MIB
         ),
+        cost_estimate=_cost(arrays, grid),
         **({} if grid.tiles.interpret is None else {"interpret": grid.tiles.interpret}),
     )(refs)
     return result
+
+
+def _cost(arrays, grid: Grid) -> pl.CostEstimate:
+    """Every array once; the products of `_kernel`, or of `scan_back`, and the triangle of the angles."""
+    rows, d_state, width = grid.rows, grid.d_state, grid.width
+    states = 5 if grid.backwards else 2  # products of T rows with a state
+    of_rows = 3 * d_state + 3 * width if grid.backwards else d_state + width
+    products = rows * rows * of_rows + states * rows * d_state * width + 2 * grid.tokens**2 * grid.d_state
+    steps = grid.batch * grid.chunks * grid.n_heads
+    return pl.CostEstimate(
+        flops=2 * steps * products,
+        transcendentals=steps * (grid.tokens**2 + rows * width),
+        bytes_accessed=sum(array.size * array.dtype.itemsize for array in arrays),
+    )
 
 
 def _kernel(refs: Refs, out: Outputs, h_HPN, *, grid: Grid):
@@ -112,10 +127,8 @@ def _kernel(refs: Refs, out: Outputs, h_HPN, *, grid: Grid):
     masks = Masks.load(refs, grid)
     decays = [Decay.load(refs.scalars_BHCXQ[head], masks) for head in range(grid.heads)]
     sin_QX, cos_QX = parts.sincos(refs, [decay.dt_Q1 for decay in decays], masks, grid)
-    for head, decay in enumerate(decays):
+    for head, (decay, turn) in enumerate(zip(decays, Turn.of_heads(sin_QX, cos_QX, grid), strict=True)):
         of_head = slice(head * grid.width, (head + 1) * grid.width)
-        planes = slice(head * grid.half, (head + 1) * grid.half)
-        turn = Turn.of(sin_QX[:, planes], cos_QX[:, planes])
         q_TN = parts.turned(parts.rows_of_head(refs.q_BLX, head, grid), refs.q_bias_HRN[head], turn)
         k_TN = parts.turned(parts.rows_of_head(refs.k_BLX, head, grid), refs.k_bias_HRN[head], turn)
         x_TP = refs.v_BLX[:, of_head].astype(jnp.float32)

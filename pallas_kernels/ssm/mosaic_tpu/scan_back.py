@@ -174,9 +174,7 @@ def _kernel(refs: Back, out: Gradients, scratch: Scratch, *, grid: Grid):
     decays = [Decay.load(inputs.scalars_BHCXQ[head], masks) for head in range(grid.heads)]
     sin_QX, cos_QX = parts.sincos(inputs, [decay.dt_Q1 for decay in decays], masks, grid)
     done = []
-    for head, decay in enumerate(decays):
-        planes = slice(head * grid.half, (head + 1) * grid.half)
-        turn = Turn.of(sin_QX[:, planes], cos_QX[:, planes])
+    for head, (decay, turn) in enumerate(zip(decays, Turn.of_heads(sin_QX, cos_QX, grid), strict=True)):
         done.append(_head(head, block * grid.heads + head, turn, decay, masks, refs, out, scratch, grid))
     dphi_QX = jnp.concatenate([one.dphi_QS for one in done], axis=1)
     ddt = _angles(dphi_QX, block, decays, masks, refs, out, scratch, grid)

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 
 from pallas_kernels.ssm.mosaic_tpu.contract import LANES, MIB, Grid, Tiles
 
-CHIPS = {  # MiB of VMEM for the kernels, of a core's 16, 128, 64, 128 and 64; rows of a chunk, and tokens at least
-    "v4": (15, 128, 32),
-    "v5e": (100, 256, 64),
-    "v5p": (56, 256, 64),
-    "v6e": (100, 256, 64),
-    "tpu7x": (56, 256, 64),
+CHIPS = {  # MiB of VMEM for the kernels, of a core's 16, 128, 64, 128 and 64; rows of a chunk with one rank, with more
+    "v4": (15, 256, 256),
+    "v5e": (100, 256, 512),
+    "v5p": (56, 256, 512),
+    "v6e": (100, 512, 512),
+    "tpu7x": (56, 256, 512),
 }
 KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
 
@@ -28,9 +28,8 @@ def default(chip: str, rank: int, *heads) -> Tiles:
     """
     if chip not in CHIPS:
         raise ValueError(f"{chip=} is not one of {sorted(CHIPS)}")
-    vmem, rows, least = CHIPS[chip]
-    tokens = max(least, rows // rank)
-    return Tiles(tokens=tokens, heads=block(*heads) if heads else None, vmem=vmem)
+    vmem, *rows = CHIPS[chip]
+    return Tiles(tokens=rows[rank > 1] // rank, heads=block(*heads) if heads else None, vmem=vmem)
 
 
 def block(n_heads: int, groups: int, width: int, half: int, shared_angle: bool) -> int:
