@@ -261,8 +261,9 @@ def tasks_of(name: str, case: Case, implementations: list[str], chunks: list[int
     for implementation, chunk in itertools.product(implementations, chunks):
         if case.length > 1:
             tasks += [Task(name, case, implementation, chunk, what) for what in ("forward", "forward+backward")]
-        elif not tasks:  # a step has no chunks: plain XLA, and what is the fastest here
-            tasks = [Task(name, case, implementation, None, "decode") for implementation in ("recurrent", None)]
+        elif not tasks:  # a step has no chunks: plain XLA, what is the default here, and a kernel that is not
+            steps = ["recurrent", None, *{"mosaic_gpu"}.intersection(implementations)]
+            tasks = [Task(name, case, implementation, None, "decode") for implementation in steps]
     return tasks
 
 

@@ -24,7 +24,7 @@ def mosaic_gpu(
     programs: int | None = None,
     interpret: bool = False,
 ):
-    """The sums of `chunked` in one fused kernel, `pallas_kernels.ssm.mosaic_gpu`; one token: as `triton`.
+    """The sums of `chunked` in one fused kernel, `pallas_kernels.ssm.mosaic_gpu`; one token: see `one_token`.
 
     Queries and keys are turned inside the scans: they are read as they come, once a head, and never stored turned. The
     backward pass keeps the inputs, the angles, the outputs before norm and gate, and the state before every segment.
@@ -45,7 +45,7 @@ def mosaic_gpu(
 
     check(tokens, interpret)
     if tokens.dt_BLH.shape[1] == 1:
-        return triton.triton(tokens, heads, state, rotation=rotation, interpret=interpret)
+        return one_token(tokens, heads, state, rotation, interpret)
     batch, length, rank = tokens.q_BLRGN.shape[:3]
     n_heads = tokens.v_BLHP.shape[2]
     chunk = ROWS // rank
@@ -95,6 +95,19 @@ def mosaic_gpu(
     y_BLHP = y_BLHP[:, :length, :, :width].astype(tokens.v_BLHP.dtype)
     h_BHPN = layout.back(h_BHPN[:, :, :width])
     return y_BLHP, last_state(tokens, heads, angle_BHS[..., :planes], h_BHPN, rotation)
+
+
+def one_token(tokens: Tokens, heads: Heads, state: State, rotation: str, interpret: bool):
+    """By the decoding step's Mosaic kernel where it can (P 64, N 64 or 128, no norm), by Triton's elsewhere."""
+    from mamba3_jax.ops import decode
+    from pallas_kernels.ssm.mosaic_gpu.decode import Tile
+    from pallas_kernels.ssm.mosaic_gpu.scan import interpreter
+
+    width, d_state = state.ssm_BHPN.shape[2:]
+    tile = None
+    if width == 64 and d_state in (64, 128) and heads.norm_HP is None:
+        tile = Tile(interpreter() if interpret else None)
+    return decode.decode(tokens, heads, state, rotation=rotation, interpret=interpret, tile=tile)
 
 
 class Layout:
