@@ -3,7 +3,7 @@
     pip install "libtpu==0.0.42.*"                            with jax 0.10; 0.0.48.* with jax 0.11
     python -m experiments.benchmarks.tpu_aot                  every chip, SISO and MIMO R=4, bf16
     python -m experiments.benchmarks.tpu_aot --full           the paper's heads and lengths, bf16 and f32: hours
-    python -m experiments.benchmarks.tpu_aot --implementations=chunked,mosaic_tpu --chips=v5e --cases=siso
+    python -m experiments.benchmarks.tpu_aot --implementations=mosaic_tpu --chips=v5e --cases=siso
 
 Nothing runs. From the compiler: bytes moved to and from HBM and cycles (`experiments.benchmarks.hlo` says how they are
 added up; a kernel's cycles from the compiler's simulation of a smaller call, see `kernel_cycles`), temporary memory,
@@ -41,6 +41,7 @@ from jax.sharding import Mesh, SingleDeviceSharding  # noqa: E402
 
 from experiments.benchmarks import common, flops, hlo, ssm  # noqa: E402
 from mamba3_jax.ops.decode_tpu import decode_tpu  # noqa: E402
+from mamba3_jax.ops.mosaic_tpu import mosaic_tpu  # noqa: E402
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS  # noqa: E402
 
 FLAGS = flags.FLAGS
@@ -91,6 +92,7 @@ class Target:
         self.device = found.devices[0]
 
     def compile(self, task: ssm.Task):
+        IMPLEMENTATIONS["mosaic_tpu"] = kernels_for(self.name)
         place = SingleDeviceSharding(self.device)
         arguments = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(task.arguments)
@@ -103,9 +105,7 @@ class Target:
 
 def tasks_of(name: str, case: ssm.Case, implementations: list[str]) -> list[ssm.Task]:
     """`chunked` of one token is `recurrent`."""
-    if case.length > 1:
-        implementations = [each for each in implementations if each != "decode_tpu"]
-    else:
+    if case.length == 1:
         steps = dict.fromkeys("recurrent" if each == "chunked" else each for each in implementations)
         return [ssm.Task(name, case, each, None, "decode") for each in steps]
     whats = ("forward", "forward+backward")
@@ -206,8 +206,10 @@ def simulated(task: ssm.Task, chip: str) -> int:
         env = os.environ | {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_static_llo_profile_to={folder}"}
         run = subprocess.run(command, env=env, cwd=common.REPOSITORY, capture_output=True, text=True, timeout=900)
         if run.returncode:
-            said = [line for line in run.stderr.splitlines() if line.startswith("F")] or ["it ended early"]
-            raise RuntimeError(f"the compiler's simulation failed: {said[0]}")
+            print(
+                *[line for line in run.stderr.splitlines() if line.startswith(("F", "Traceback"))][:3], file=sys.stderr
+            )
+            raise RuntimeError("the compiler stops where it simulates it")
         found = [profiled(path.read_text()) for path in Path(folder).glob("*_static_llo_profile.textproto")]
     kernels = run.stdout.split()  # the others are XLA's own
     return sum(cycles for name, cycles in found if name in kernels)
@@ -228,10 +230,18 @@ def only(sizes: str, implementation: str, what: str, chip: str) -> None:
     print(*hlo.Program(compiled.as_text()).kernels())
 
 
-def step_kernel(tokens, heads, state, *, rotation: str, chunk: int | None):
-    """One token by the TPU's kernel: in the table of implementations it has no name of its own."""
-    del chunk
-    return decode_tpu(tokens, heads, state, rotation=rotation)
+def kernels_for(chip: str):
+    """`mosaic_tpu` as it is on that chip, whatever this process runs on: of one token, the step's kernel."""
+
+    def implementation(tokens, heads, state, *, rotation: str, chunk: int | None):
+        from pallas_kernels.ssm.mosaic_tpu import tiles
+
+        if tokens.dt_BLH.shape[1] == 1:
+            return decode_tpu(tokens, heads, state, rotation=rotation)
+        its_own = tiles.default(chip, tokens.q_BLRGN.shape[2])
+        return mosaic_tpu(tokens, heads, state, rotation=rotation, chunk=chunk, tiles=its_own)
+
+    return implementation
 
 
 def libtpu_version() -> str:
@@ -279,8 +289,7 @@ def main(argv):
     version = libtpu_version()
     jax.config.update("jax_enable_compilation_cache", False)
     jax.default_backend = lambda: "tpu"  # nothing runs: what is traced is for a TPU
-    IMPLEMENTATIONS["decode_tpu"] = step_kernel
-    implementations = ssm.chosen("implementations", FLAGS.implementations, IMPLEMENTATIONS)
+    implementations = ssm.chosen("implementations", FLAGS.implementations, [*IMPLEMENTATIONS, "mosaic_tpu"])
     chips = ssm.chosen("chips", FLAGS.chips, CHIPS)
     if FLAGS.only:
         return only(FLAGS.only, implementations[0], FLAGS.what, chips[0])

@@ -132,7 +132,7 @@ def test_kernel_cycles_are_drawn_out(monkeypatch):
         return 100 + 10 * task.case.batch * task.case.heads
 
     monkeypatch.setattr(tpu_aot, "simulated", simulated)
-    step = ssm.Task("step", tpu_aot.STEP, "decode_tpu", None, "decode")
+    step = ssm.Task("step", tpu_aot.STEP, "mosaic_tpu", None, "decode")
     assert tpu_aot.kernel_cycles(step, "v5e") == 100 + 10 * 128 * 32
     with pytest.raises(RuntimeError, match="v4"):
         tpu_aot.kernel_cycles(step, "v4")
