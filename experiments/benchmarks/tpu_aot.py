@@ -234,10 +234,10 @@ def kernels_for(chip: str):
     """`mosaic_tpu` as it is on that chip, whatever this process runs on: of one token, the step's kernel."""
 
     def implementation(tokens, heads, state, *, rotation: str, chunk: int | None):
-        from pallas_kernels.ssm.mosaic_tpu import tiles
+        from pallas_kernels.ssm.mosaic_tpu import decode, tiles
 
         if tokens.dt_BLH.shape[1] == 1:
-            return decode_tpu(tokens, heads, state, rotation=rotation)
+            return decode_tpu(tokens, heads, state, rotation=rotation, tile=decode.Tile())
         its_own = tiles.default(chip, tokens.q_BLRGN.shape[2])
         return mosaic_tpu(tokens, heads, state, rotation=rotation, chunk=chunk, tiles=its_own)
 

@@ -19,23 +19,30 @@ def decode_tpu(tokens: Tokens, heads: Heads, state: State, *, rotation: str, til
             kernel's program on any backend, slowly, for tests.
 
     Raises:
-        ValueError: what `unsupported` says, or a tile that does not fit in VMEM.
+        ValueError: no TPU, what `unsupported` says, or a tile that does not fit in VMEM.
     """
-    reason = unsupported(tokens)
-    if reason is not None:
-        raise ValueError(f"the TPU's decode kernel wants {reason}")
+    check(tokens, tile)
     return _decode(tokens, heads, state, rotation, tile)
+
+
+def check(tokens: Tokens, tile=None) -> None:
+    """Raise ValueError, naming it, for what the kernel does not support."""
+    # A tile is for a TPU to compile for, or for the interpreter, whatever this process has.
+    if tile is None and jax.default_backend() != "tpu":
+        raise ValueError(f"the TPU's decode kernel needs a TPU, the backend is {jax.default_backend()!r}")
+    wish = unsupported(tokens)
+    if wish is not None:
+        raise ValueError(f"the TPU's decode kernel wants {wish}")
 
 
 def unsupported(tokens: Tokens) -> str | None:
     """What the kernel wants of inputs that it cannot run, or None."""
-    length, d_state = tokens.dt_BLH.shape[1], tokens.q_BLRGN.shape[-1]
+    length = tokens.dt_BLH.shape[1]
     if length != 1:
         return f"one token, not {length=}"
     dtypes = {tokens.q_BLRGN.dtype, tokens.k_BLRGN.dtype, tokens.v_BLHP.dtype}
     if tokens.dt_BLH.dtype != jnp.float32 or not dtypes <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
         return f"float32 or bfloat16, not {sorted(map(str, dtypes | {tokens.dt_BLH.dtype}))}"
-    del d_state
     return None
 
 

@@ -148,6 +148,8 @@ def test_what_it_cannot_run():
         step(SISO)(*draw(SISO._replace(length=2)))
     with jax.enable_x64(True), pytest.raises(ValueError, match="float32 or bfloat16, not"):
         step(SISO)(*jax.tree.map(jnp.asarray, draw(SISO, dtype=np.float64)))
+    with pytest.raises(ValueError, match="needs a TPU, the backend is 'cpu'"):
+        step(SISO, None)(*drawn(SISO))
     with pytest.raises(ValueError, match=r"tile\.heads=3 is neither n_heads=4"):
         step(SISO, Tile(heads=3))(*drawn(SISO))
     large = SISO._replace(heads=64, width=64, d_state=128, batch=1)
