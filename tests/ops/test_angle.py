@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from mamba3_jax.ops import angle as angles
-from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, Tokens, ssm
+from mamba3_jax.ops.ssm import Heads, Tokens, ssm
+from tests.ops.cases import FLOAT32
 
 LENGTH = 2**20
-PARALLEL = sorted({*IMPLEMENTATIONS} - {"recurrent"})
+PARALLEL = sorted({*FLOAT32} - {"recurrent"})
 LIMIT = 1e-4
 
 # name: (angle, dt), each (L, S) and (L,). Constant inputs round the same way at every token.
