@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from mamba3_jax.ops.chunked import log_decay
 from mamba3_jax.ops.chunks import documents, incoming, last_state
 from mamba3_jax.ops.discretize import trapezoid
-from mamba3_jax.ops.rotary import from_planes, to_planes
+from mamba3_jax.ops.rotary import to_planes
 from mamba3_jax.ops.types import Heads, State, Tokens
 
 LANES = 128
@@ -91,7 +91,8 @@ def mosaic_tpu(
     y_BLHP, h_BHPN, angle_BHS = op.mamba3(inputs, document_BL, tiles)
     y_BLHP = y_BLHP[:, :length, :, :width].astype(tokens.v_BLHP.dtype)
     h_BHPN = layout.back(h_BHPN[:, :, :width])
-    return y_BLHP, last_state(tokens, heads, angle_BHS[..., :planes], h_BHPN, rotation)
+    last = tokens._replace(k_BLRGN=_last(tokens.k_BLRGN), v_BLHP=_last(tokens.v_BLHP))
+    return y_BLHP, last_state(last, heads, angle_BHS[..., :planes], h_BHPN, rotation)
 
 
 class Layout:
@@ -104,20 +105,29 @@ class Layout:
         self.planes, self.rest, self.rotation = planes, d_state - 2 * planes, rotation
         self.size = -(-d_state // LANES) * LANES
         self.half = self.size // 2
-        self.first_rest = min(self.rest, self.half - planes)
+        self.same = rotation == "half" and self.size == d_state
+        self.order_NM = self._order(d_state)
 
-    def to(self, array_N):
-        """From the op's order to the kernel's, zeros in between."""
-        ends = (self.planes, 2 * self.planes, 2 * self.planes + self.first_rest)
-        first, second, more, rest = jnp.split(to_planes(array_N, self.planes, self.rotation), ends, axis=-1)
+    def _order(self, d_state: int):
+        """(N, N of the kernel): a one where an entry goes."""
+        first_rest = min(self.rest, self.half - self.planes)
+        ends = (self.planes, 2 * self.planes, 2 * self.planes + first_rest)
+        in_planes_NN = to_planes(jnp.eye(d_state), self.planes, self.rotation)
+        first, second, more, rest = jnp.split(in_planes_NN, ends, axis=-1)
         halves = (jnp.concatenate(pair, axis=-1) for pair in ((first, more), (second, rest)))
         return jnp.concatenate([_last_padded(x, self.half - x.shape[-1]) for x in halves], axis=-1)
 
+    def to(self, array_N):
+        """From the op's order to the kernel's, zeros in between."""
+        return array_N if self.same else self._product(array_N, self.order_NM)
+
     def back(self, array_N):
-        low, high = jnp.split(array_N, 2, axis=-1)
-        first, more, _ = jnp.split(low, (self.planes, self.planes + self.first_rest), axis=-1)
-        second, rest, _ = jnp.split(high, (self.planes, self.planes + self.rest - self.first_rest), axis=-1)
-        return from_planes(jnp.concatenate([first, second, more, rest], axis=-1), self.planes, self.rotation)
+        return array_N if self.same else self._product(array_N, self.order_NM.T)
+
+    def _product(self, array_N, order_NM):
+        """Exact, ones and zeros: TPUs move lanes one stride at a time, but multiply matrices in no time."""
+        order_NM = order_NM.astype(array_N.dtype)
+        return jnp.matmul(array_N, order_NM, precision="highest", preferred_element_type=array_N.dtype)
 
 
 def _log_decay(log_a_BLH, start_BL, chunk: int):
@@ -136,14 +146,16 @@ def tiles_of(tokens: Tokens, chunk: int | None, tiles, interpret):
 
     n_heads, width = tokens.v_BLHP.shape[2:]
     rank, groups, d_state = tokens.q_BLRGN.shape[2:]
-    half = -(-d_state // LANES) * LANES // 2
+    half, planes = -(-d_state // LANES) * LANES // 2, tokens.angle_BLHS.shape[-1]
     shape = (n_heads, groups, width, half, tokens.angle_BLHS.shape[2] == 1)
     if tiles is None:
         chip = "v5e" if interpret is not None else this_chip()
         tiles = default(chip, rank, *shape)
     heads = block(*shape) if tiles.heads is None else tiles.heads
     most = min(chunk or tiles.tokens, tokens.dt_BLH.shape[1])
-    return dataclasses.replace(tiles, tokens=-(-most // 16) * 16, heads=heads, width=width, interpret=interpret)
+    return dataclasses.replace(
+        tiles, tokens=-(-most // 16) * 16, heads=heads, width=width, planes=planes, interpret=interpret
+    )
 
 
 def padded_width(n_heads: int, width: int, heads: int) -> int:
@@ -177,6 +189,12 @@ def unsupported(tokens: Tokens) -> str | None:
     if width > 128 or d_state > 256:
         return f"wants d_state up to 256 and P up to 128, not {d_state=}, P={width}"
     return None
+
+
+def _last(array_BL):
+    """The last token, of the array as it lies in memory: or XLA for TPU copies all of it into another order."""
+    flat_BLX = array_BL.reshape(*array_BL.shape[:2], -1)
+    return flat_BLX[:, -1:].reshape(array_BL.shape[0], 1, *array_BL.shape[2:])
 
 
 def _last_padded(array_P, spare: int):

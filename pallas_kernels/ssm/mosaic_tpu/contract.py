@@ -24,6 +24,7 @@ class Tiles:
     tokens: int = 128  # of a chunk, Q: a multiple of 16
     heads: int | None = None  # a grid step, J; None: left to the shapes
     width: int | None = None  # entries of P that are not padding; None: all
+    planes: int | None = None  # of N/2 angles that are not zero, the first; None: all
     vmem: int = 56  # MiB that the kernels may take
     interpret: object = None  # pltpu's InterpretParams: on the CPU, for tests
 

@@ -6,6 +6,7 @@ The backward pass keeps the inputs, the state and the angle before every chunk.
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.ssm.mosaic_tpu import scan, scan_back
@@ -27,10 +28,13 @@ def mamba3(inputs: Inputs, document_BL, tiles: Tiles):
 
 
 def _forward(inputs: Inputs, document_BL, tiles: Tiles, *, keep: bool):
-    angle_BLHS = inputs.angle_BLHS
+    size = inputs.first_BHS.shape[-1]
+    planes = tiles.planes or size
+    angle_BLHS, first_BHS = inputs.angle_BLHS[..., :planes], inputs.first_BHS[..., :planes]
     if angle_BLHS.shape[2] != inputs.dt_BLH.shape[2]:
         angle_BLHS = angle_BLHS[:, :, :1]  # copies
-    start_BCHS, angle_BHS = starts(angle_BLHS, inputs.dt_BLH, inputs.first_BHS, document_BL, tiles.tokens)
+    turning = starts(angle_BLHS, inputs.dt_BLH, first_BHS, document_BL, tiles.tokens)
+    start_BCHS, angle_BHS = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - planes)]) for x in turning)
     o_BLHP, h_BHPN, h_BCHPN = scan.forward(inputs, start_BCHS, document_BL, tiles, keep=keep)
     return (o_BLHP, h_BHPN, angle_BHS), (start_BCHS, h_BCHPN)
 

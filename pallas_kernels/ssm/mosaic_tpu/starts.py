@@ -23,15 +23,18 @@ def starts(angle_BLHS, dt_BLH, first_BHS, document_BL, tokens: int):
     """
     batch, length, _ = dt_BLH.shape
     step = 2.0 ** (math.ceil(math.log2(tokens / 2 + 2)) - 24)
-    by_chunk = lambda array: array.reshape(batch, length // tokens, tokens, *array.shape[2:])  # noqa: E731
-    parts = increments(by_chunk(angle_BLHS), by_chunk(dt_BLH)[..., None], step)
-    left_BC11 = jnp.ones((batch, length // tokens, 1, 1), bool)
+    chunks = length // tokens
+    # Tokens last: XLA for TPU keeps dt and few planes so, and sums along lanes that are full.
+    dt_BCH1Q = jnp.moveaxis(dt_BLH.reshape(batch, chunks, tokens, -1), 2, 3)[:, :, :, None]
+    angle_BCHSQ = jnp.moveaxis(angle_BLHS.reshape(batch, chunks, tokens, *angle_BLHS.shape[2:]), 2, 4)
+    parts = increments(angle_BCHSQ, dt_BCH1Q, step)
+    left_BC11 = jnp.ones((batch, chunks, 1, 1), bool)
     if document_BL is not None:
-        document_BCQ = by_chunk(document_BL)
-        last_BCQ11 = (document_BCQ == document_BCQ[:, :, -1:])[..., None, None]
-        parts = (jnp.where(last_BCQ11, part, 0.0) for part in parts)
+        document_BCQ = document_BL.reshape(batch, chunks, tokens)
+        last_BC11Q = (document_BCQ == document_BCQ[:, :, -1:])[:, :, None, None]
+        parts = (jnp.where(last_BC11Q, part, 0.0) for part in parts)
         left_BC11 = (document_BCQ[:, :, -1] == 0)[..., None, None]
-    exact_BCHS, rest_BCHS = (jnp.sum(part, axis=2) for part in parts)
+    exact_BCHS, rest_BCHS = (jnp.sum(part, axis=4) for part in parts)
 
     first_BHS = first_BHS * INVERSE_TURN
     coarse_BHS = jnp.floor(first_BHS / step + 0.5) * step
