@@ -312,9 +312,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list(
-        "implementations", ["chunked", "decode_tpu"], "names in mamba3_jax.ops.ssm.IMPLEMENTATIONS, or decode_tpu"
-    )
+    flags.DEFINE_list("implementations", ["chunked", "mosaic_tpu"], "names in mamba3_jax.ops.ssm.IMPLEMENTATIONS")
     flags.DEFINE_list("chips", list(CHIPS), "names in CHIPS")
     flags.DEFINE_list("cases", [], "names in CASES, or in FULL with --full; empty: all")
     flags.DEFINE_enum("what", "", ["", "forward", "forward+backward", "decode"], "empty: all")
