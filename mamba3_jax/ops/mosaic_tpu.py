@@ -88,10 +88,11 @@ def mosaic_tpu(
         float32(skip_HP),
         *(float32(wide(x)) for x in (heads.v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP)),
     )
-    y_BLHP, h_BHPN, angle_BHS = op.mamba3(inputs, document_BL, tiles)
+    y_BLHP, h_BHPN, angle_BHS, v_BHP = op.mamba3(inputs, document_BL, length - 1, tiles)
     y_BLHP = y_BLHP[:, :length, :, :width].astype(tokens.v_BLHP.dtype)
     h_BHPN = layout.back(h_BHPN[:, :, :width])
-    last = tokens._replace(k_BLRGN=_last(tokens.k_BLRGN), v_BLHP=_last(tokens.v_BLHP))
+    v_BHP = v_BHP[..., :width].astype(tokens.v_BLHP.dtype)
+    last = tokens._replace(k_BLRGN=tokens.k_BLRGN[:, -1:], v_BLHP=v_BHP[:, None])
     return y_BLHP, last_state(last, heads, angle_BHS[..., :planes], h_BHPN, rotation)
 
 
@@ -189,12 +190,6 @@ def unsupported(tokens: Tokens) -> str | None:
     if width > 128 or d_state > 256:
         return f"wants d_state up to 256 and P up to 128, not {d_state=}, P={width}"
     return None
-
-
-def _last(array_BL):
-    """The last token, of the array as it lies in memory: or XLA for TPU copies all of it into another order."""
-    flat_BLX = array_BL.reshape(*array_BL.shape[:2], -1)
-    return flat_BLX[:, -1:].reshape(array_BL.shape[0], 1, *array_BL.shape[2:])
 
 
 def _last_padded(array_P, spare: int):
