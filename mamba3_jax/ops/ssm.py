@@ -8,6 +8,7 @@ from mamba3_jax.ops.associative import associative
 from mamba3_jax.ops.chunked import chunked
 from mamba3_jax.ops.mosaic_gpu import mosaic_gpu
 from mamba3_jax.ops.mosaic_gpu import refuses as mosaic_gpu_refuses
+from mamba3_jax.ops.mosaic_tpu import mosaic_tpu
 from mamba3_jax.ops.recurrent import recurrent
 from mamba3_jax.ops.rotary import ROTATIONS
 from mamba3_jax.ops.sharded import one_device
@@ -23,6 +24,7 @@ IMPLEMENTATIONS = {
     "chunked": chunked,
     "triton": triton,
     "mosaic_gpu": mosaic_gpu,
+    "mosaic_tpu": mosaic_tpu,
 }
 # Those for NVIDIA GPUs, the first the default where nothing was measured: what each wants of inputs that it cannot run.
 KERNELS = {"mosaic_gpu": mosaic_gpu_refuses, "triton": triton_unsupported}
