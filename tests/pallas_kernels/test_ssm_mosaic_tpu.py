@@ -17,6 +17,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from mamba3_jax.ops.mosaic_tpu import check, mosaic_tpu
 from mamba3_jax.ops.ssm import ssm
 from pallas_kernels.ssm.mosaic_tpu import parts, scan
+from pallas_kernels.ssm.mosaic_tpu.angle import starts
 from pallas_kernels.ssm.mosaic_tpu.contract import Tiles
 from pallas_kernels.ssm.mosaic_tpu.tiles import default
 from tests.ops import cases
@@ -186,8 +187,6 @@ def test_documents_do_not_see_each_other():
 
 def test_the_angle_after_a_million_tokens():
     """1,048,576 times the same increment: within 1e-4 rad, chunks' starts and the last angle."""
-    from pallas_kernels.ssm.mosaic_tpu.starts import starts
-
     length, angle, dt = 2**20, np.float32(2.1), np.float32(0.37)
     shape = (1, length, 1)
     start_BCHS, last_BHS = jax.jit(functools.partial(starts, document_BL=None, tokens=256))(

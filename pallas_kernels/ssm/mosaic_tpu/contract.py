@@ -32,8 +32,7 @@ class Tiles:
 class Inputs(NamedTuple):
     """Whole chunks, L = C Q. N a multiple of 128: plane i is (i, i + N/2), what does not turn has angle 0.
 
-    q and k in the dtype of the products, v and gate too, all else
-    float32.
+    q, k, v and gate in the dtype of the products, all else float32.
     """
 
     q_BLGRN: jax.Array

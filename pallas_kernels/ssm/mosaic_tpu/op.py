@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.ssm.mosaic_tpu import scan, scan_back
+from pallas_kernels.ssm.mosaic_tpu.angle import starts
 from pallas_kernels.ssm.mosaic_tpu.contract import Inputs, Tiles
-from pallas_kernels.ssm.mosaic_tpu.starts import starts
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

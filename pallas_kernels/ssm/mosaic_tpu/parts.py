@@ -1,6 +1,5 @@
 """What the forward and the backward kernel share: products, masks, decays, rotation, and the end of a token."""
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -8,11 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.ssm.mosaic_tpu.angle import INVERSE_TURN, increments, sincos_of
 from pallas_kernels.ssm.mosaic_tpu.contract import Grid, Refs
 
 NN, NT, TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
 NORM_EPS = 1e-5
-INVERSE_TURN = 1 / (2 * math.pi)
 
 
 def product(a, b, dimensions, grid: Grid, dtype=None):
@@ -157,72 +156,7 @@ def sincos(refs: Refs, dt_QJ, masks: Masks, grid: Grid):
     if masks.carried_Q1 is not None:
         start_QX = jnp.where(masks.carried_Q1, start_QX, 0.0)
     high_QX = high_QX - jnp.floor(high_QX)
-    return _sincos(high_QX + start_QX, middle_QX + rest_QX)
-
-
-def _sincos(turns, rest):
-    """An eighth of a turn around each quarter is a short polynomial."""
-    quarter = jnp.floor(4 * turns + 0.5)
-    offset = (turns - quarter / 4) + rest
-    square = offset * offset
-    sin, cos = offset * _polynomial(_SIN, square), _polynomial(_COS, square)
-    quarter = quarter.astype(jnp.int32) & 3
-    odd = (quarter & 1) == 1
-    sin, cos = jnp.where(odd, cos, sin), jnp.where(odd, sin, cos)
-    return jnp.where(quarter >= 2, -sin, sin), jnp.where((quarter == 1) | (quarter == 2), -cos, cos)
-
-
-# sin(2 pi r) / r and cos(2 pi r) in powers of r^2, highest first, minimax over |r| <= 1/8 (mamba3_jax/ops/angle.py).
-_SIN = (-75.402067876577, 81.592553539954, -41.341662633064, 6.283185287867)
-_COS = (59.220407246083, -85.442852120153, 64.939316208438, -19.739208650358, 0.999999999953)
-
-
-def _polynomial(coefficients, x):
-    sum_ = coefficients[0]
-    for coefficient in coefficients[1:]:
-        sum_ = sum_ * x + coefficient
-    return sum_
-
-
-def increments(angle, dt, step: float):
-    """angle dt / (2 pi), modulo 1, as a multiple of `step` and a rest below it, together good to about 2^-40.
-
-    A float32 product alone would be off by 2^-25 of itself, the same way at every token of a constant input. Products
-    of two 12-bit pieces are exact, whether a compiler fuses them with a sum or not.
-    """
-    angle_head = _head(angle)
-    angle_tail = angle - angle_head
-    constant_head, constant_middle, constant_tail = _INVERSE_TURN_PIECES
-    first, second, third = angle_head * constant_head, angle_tail * constant_head, angle_head * constant_middle
-    pieces = [_head(first), first - _head(first), _head(second), _head(third)]
-    tail = (second - pieces[2]) + (third - pieces[3]) + (angle_tail * constant_middle + angle * constant_tail)
-    dt_head = _head(dt)
-    dt_tail = dt - dt_head
-    exact = 0.0
-    rest = tail * dt + (pieces[1] + pieces[2] + pieces[3]) * dt_tail
-    for term in [piece * dt_head for piece in pieces] + [pieces[0] * dt_tail]:
-        coarse = jnp.floor(term / step + 0.5) * step
-        exact += coarse - jnp.floor(coarse + 0.5)
-        rest += term - coarse
-    fine = jnp.floor(rest / step + 0.5) * step
-    return exact - jnp.floor(exact + 0.5) + fine, rest - fine
-
-
-def _head(x):
-    """The leading 12 bits of a float32's significand."""
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    return lax.bitcast_convert_type(bits & jnp.int32(-4096), jnp.float32)
-
-
-def _pieces(value: float) -> tuple[float, float, float]:
-    """value = a + b + c, the first two of 12 bits each."""
-    scale = 2.0 ** (12 - math.frexp(value)[1])
-    first = math.floor(value * scale) / scale
-    second = math.floor((value - first) * scale * 4096) / (scale * 4096)
-    return first, second, value - first - second
-
-
-_INVERSE_TURN_PIECES = _pieces(INVERSE_TURN)
+    return sincos_of(high_QX + start_QX, middle_QX + rest_QX)
 
 
 def rows_of_head(ref, head: int, grid: Grid):

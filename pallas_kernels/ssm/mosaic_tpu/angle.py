@@ -1,0 +1,127 @@
+"""The cumulative angle in turns: exact increments and sums, sine and cosine, and the angle before every chunk.
+
+Multiples of a power of two add up exactly in float32 below 2^24 of them, in any order; modulo a turn nothing grows. So
+every increment angle dt is such a multiple and a small rest, summed apart.
+"""
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+
+INVERSE_TURN = 1 / (2 * math.pi)
+
+
+def starts(angle_BLHS, dt_BLH, first_BHS, document_BL, tokens: int):
+    """start_BCHS in turns, in [0, 1), and the last angle_BHS in radians, in [0, 2 pi).
+
+    Args:
+        angle_BLHS: radians per unit dt; the H axis may be 1.
+        first_BHS: radians.
+        document_BL: document starts in the chunk up to each token, or None.
+        tokens: of a chunk.
+    """
+    batch, length, _ = dt_BLH.shape
+    step = 2.0 ** (math.ceil(math.log2(tokens / 2 + 2)) - 24)
+    chunks = length // tokens
+    # Tokens last: XLA for TPU keeps dt and few planes so, and sums along lanes that are full.
+    dt_BCH1Q = jnp.moveaxis(dt_BLH.reshape(batch, chunks, tokens, -1), 2, 3)[:, :, :, None]
+    angle_BCHSQ = jnp.moveaxis(angle_BLHS.reshape(batch, chunks, tokens, *angle_BLHS.shape[2:]), 2, 4)
+    parts = increments(angle_BCHSQ, dt_BCH1Q, step)
+    left_BC11 = jnp.ones((batch, chunks, 1, 1), bool)
+    if document_BL is not None:
+        document_BCQ = document_BL.reshape(batch, chunks, tokens)
+        last_BC11Q = (document_BCQ == document_BCQ[:, :, -1:])[:, :, None, None]
+        parts = (jnp.where(last_BC11Q, part, 0.0) for part in parts)
+        left_BC11 = (document_BCQ[:, :, -1] == 0)[..., None, None]
+    exact_BCHS, rest_BCHS = (jnp.sum(part, axis=4) for part in parts)
+
+    first_BHS = first_BHS * INVERSE_TURN
+    coarse_BHS = jnp.floor(first_BHS / step + 0.5) * step
+
+    def joined(one_BHS, more_BCHS):
+        return jnp.concatenate([one_BHS[:, None], more_BCHS], axis=1)
+
+    def compose(before, more):
+        (exact, rest, left), (more_exact, more_rest, more_left) = before, more
+        exact = jnp.where(more_left, exact, 0.0) + more_exact
+        rest = jnp.where(more_left, rest, 0.0) + more_rest
+        moved = jnp.floor(rest / step + 0.5) * step
+        exact += moved
+        return exact - jnp.floor(exact), rest - moved, left & more_left
+
+    turns = (
+        joined(coarse_BHS - jnp.floor(coarse_BHS), exact_BCHS - jnp.floor(exact_BCHS)),
+        joined(first_BHS - coarse_BHS, rest_BCHS),
+        jnp.concatenate([jnp.ones((batch, 1, 1, 1), bool), left_BC11], axis=1),
+    )
+    exact_BCHS, rest_BCHS, _ = lax.associative_scan(compose, turns, axis=1)
+    start_BCHS = exact_BCHS + rest_BCHS
+    for _ in range(2):  # a tiny negative rest rounds up to a whole turn, which is zero
+        start_BCHS -= jnp.floor(start_BCHS)
+    return start_BCHS[:, :-1], start_BCHS[:, -1] * (2 * math.pi)
+
+
+def sincos_of(turns, rest):
+    """Of turns + rest, turns: an eighth of a turn around each quarter is a short polynomial."""
+    quarter = jnp.floor(4 * turns + 0.5)
+    offset = (turns - quarter / 4) + rest
+    square = offset * offset
+    sin, cos = offset * _polynomial(_SIN, square), _polynomial(_COS, square)
+    quarter = quarter.astype(jnp.int32) & 3
+    odd = (quarter & 1) == 1
+    sin, cos = jnp.where(odd, cos, sin), jnp.where(odd, sin, cos)
+    return jnp.where(quarter >= 2, -sin, sin), jnp.where((quarter == 1) | (quarter == 2), -cos, cos)
+
+
+# sin(2 pi r) / r and cos(2 pi r) in powers of r^2, highest first, minimax over |r| <= 1/8 (mamba3_jax/ops/angle.py).
+_SIN = (-75.402067876577, 81.592553539954, -41.341662633064, 6.283185287867)
+_COS = (59.220407246083, -85.442852120153, 64.939316208438, -19.739208650358, 0.999999999953)
+
+
+def _polynomial(coefficients, x):
+    sum_ = coefficients[0]
+    for coefficient in coefficients[1:]:
+        sum_ = sum_ * x + coefficient
+    return sum_
+
+
+def increments(angle, dt, step: float):
+    """angle dt / (2 pi), modulo 1, as a multiple of `step` and a rest below it, together good to about 2^-40.
+
+    A float32 product alone would be off by 2^-25 of itself, the same way at every token of a constant input. Products
+    of two 12-bit pieces are exact, whether a compiler fuses them with a sum or not.
+    """
+    angle_head = _head(angle)
+    angle_tail = angle - angle_head
+    constant_head, constant_middle, constant_tail = _INVERSE_TURN_PIECES
+    first, second, third = angle_head * constant_head, angle_tail * constant_head, angle_head * constant_middle
+    pieces = [_head(first), first - _head(first), _head(second), _head(third)]
+    tail = (second - pieces[2]) + (third - pieces[3]) + (angle_tail * constant_middle + angle * constant_tail)
+    dt_head = _head(dt)
+    dt_tail = dt - dt_head
+    exact = 0.0
+    rest = tail * dt + (pieces[1] + pieces[2] + pieces[3]) * dt_tail
+    for term in [piece * dt_head for piece in pieces] + [pieces[0] * dt_tail]:
+        coarse = jnp.floor(term / step + 0.5) * step
+        exact += coarse - jnp.floor(coarse + 0.5)
+        rest += term - coarse
+    fine = jnp.floor(rest / step + 0.5) * step
+    return exact - jnp.floor(exact + 0.5) + fine, rest - fine
+
+
+def _head(x):
+    """The leading 12 bits of a float32's significand."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return lax.bitcast_convert_type(bits & jnp.int32(-4096), jnp.float32)
+
+
+def _pieces(value: float) -> tuple[float, float, float]:
+    """value = a + b + c, the first two of 12 bits each."""
+    scale = 2.0 ** (12 - math.frexp(value)[1])
+    first = math.floor(value * scale) / scale
+    second = math.floor((value - first) * scale * 4096) / (scale * 4096)
+    return first, second, value - first - second
+
+
+_INVERSE_TURN_PIECES = _pieces(INVERSE_TURN)
