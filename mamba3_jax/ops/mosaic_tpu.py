@@ -173,11 +173,20 @@ def padded_width(n_heads: int, width: int, heads: int) -> int:
 def check(tokens: Tokens, interpret=None, tiles=None) -> None:
     """Raise ValueError, naming it, for what the kernels do not support."""
     # Tiles name a chip to compile for, whatever this process has.
-    if interpret is None and tiles is None and jax.default_backend() != "tpu":
-        raise ValueError(f"implementation='mosaic_tpu' needs a TPU, the backend is {jax.default_backend()!r}")
-    wish = unsupported(tokens)
+    wish = (needs() if interpret is None and tiles is None else None) or unsupported(tokens)
     if wish is not None:
         raise ValueError(f"implementation='mosaic_tpu' {wish}")
+
+
+def refuses(tokens: Tokens) -> str | None:
+    """What keeps these inputs from it on this process's devices; None: nothing."""
+    return needs() or unsupported(tokens)
+
+
+def needs() -> str | None:
+    """What the kernels want of this process's devices, and what it got; None: nothing."""
+    backend = jax.default_backend()
+    return None if backend == "tpu" else f"needs a TPU, the backend is {backend!r}"
 
 
 def unsupported(tokens: Tokens) -> str | None:
