@@ -75,9 +75,12 @@ def mosaic_gpu(
     narrow = lambda array_BL: None if array_BL is None else padded(array_BL.astype(jnp.bfloat16))  # noqa: E731
     float32 = lambda array: None if array is None else array.astype(jnp.float32)  # noqa: E731
     h_BHPN = layout.to(incoming(state, first_BH, heads))
+    v_BLHP, v_rank_HRP = tokens.v_BLHP, heads.v_rank_HRP
+    if rank == 1 and v_rank_HRP is not None:  # the kernels have weights of several ranks only
+        v_BLHP, v_rank_HRP = v_BLHP.astype(jnp.float32) * v_rank_HRP[:, 0], None
     inputs = op.Inputs(
         *(layout.to(narrow(x)) for x in (tokens.q_BLRGN, tokens.k_BLRGN)),
-        *(wide(narrow(x)) for x in (tokens.v_BLHP, tokens.gate_BLHP)),
+        *(wide(narrow(x)) for x in (v_BLHP, tokens.gate_BLHP)),
         turning(padded(tokens.angle_BLHS)),
         by_head(tokens.dt_BLH),
         sum(triton._log_decay(by_head(tokens.log_a_BLH), padded(tokens.start_BL), chunk)),
@@ -87,7 +90,7 @@ def mosaic_gpu(
         jnp.pad(h_BHPN, [(0, 0), (0, 0), (0, WIDTH - width), (0, 0)]),
         *(float32(layout.to(x)) for x in (heads.q_bias_HRN, heads.k_bias_HRN)),
         float32(heads.skip_H),
-        *(float32(wide(x)) for x in (heads.v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP)),
+        *(float32(wide(x)) for x in (v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP)),
     )
     interpreter = scan.interpreter() if interpret else None
     tile = scan.Tile(rank=rank, width=width, segments=segments, interpret=interpreter)

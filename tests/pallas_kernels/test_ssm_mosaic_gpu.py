@@ -28,6 +28,7 @@ GPU = AbstractMesh(
 )
 SISO_LARGE = SISO._replace(batch=1, length=131, heads=2, groups=1, d_state=64, width=64, planes=16)
 MIMO_LARGE = MIMO._replace(batch=1, length=40, d_state=64, width=64, planes=16)
+MIMO1 = MIMO_LARGE._replace(length=30, heads=1, rank=1, d_state=32, width=16, planes=8)
 INTERPRET = jax.default_backend() == "cpu"
 # bfloat16 has 2^-9: queries, keys, values, weights and the state are rounded once each before their products.
 ROUNDED = 5e-3
@@ -94,8 +95,9 @@ def start(shape, starts):
         (SISO_LARGE._replace(batch=2, d_state=128, planes=32, groups=2, norm=True, rotation="half"), (0, 5, 64), 2),
         (MIMO_LARGE, (), 1),
         (MIMO_LARGE._replace(heads=1, rank=2, length=70, width=24, d_state=50, planes=5), (3, 16, 40), 3),
+        (MIMO1, (), 1),
     ],
-    ids=["siso", "siso_packed", "mimo", "mimo_padded"],
+    ids=["siso", "siso_packed", "mimo", "mimo_padded", "mimo_of_one_rank"],
 )
 def test_agrees_with_the_definition(shape, starts, segments):
     """Values, from a state, to a state."""
@@ -133,8 +135,9 @@ def test_documents_do_not_see_each_other():
     [
         (SISO_LARGE._replace(length=40, heads=1, d_state=32, width=16, planes=8), (5, 20), 1),
         (MIMO_LARGE._replace(length=35, heads=1, d_state=16, width=16, planes=4), (20,), 2),
+        (MIMO1, (), 1),
     ],
-    ids=["siso", "mimo"],
+    ids=["siso", "mimo", "mimo_of_one_rank"],
 )
 def test_gradients_agree_with_the_definition(shape, starts, segments):
     inputs = draw(shape)
