@@ -1,4 +1,4 @@
-"""What the scalars of a chunk weigh in the backward pass, and the turning of its queries and keys there and back."""
+"""The turning of a chunk's queries and keys, there and back, and what its scalars weigh in the backward pass."""
 
 import jax.numpy as jnp
 

@@ -76,3 +76,5 @@ def check(inputs: Inputs, tile: Tile) -> None:
         raise ValueError(f"{length=} is not a multiple of {tile.segments=} chunks of {tile.tokens} tokens")
     if n_heads % groups:
         raise ValueError(f"{n_heads=} is not a multiple of {groups=}")
+    if tile.rank == 1 and inputs.v_rank_HRP is not None:
+        raise ValueError("v_rank of one rank is part of v")

@@ -4,7 +4,6 @@ The state stays in registers. Of what a chunk reads, q, the angles and the gate 
 again as soon as they are in registers; what wgmma reads until the end of the chunk (k, turned in place, and v) has two.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -13,16 +12,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.ssm.mosaic_gpu.chunk import Turn, token
 from pallas_kernels.ssm.mosaic_gpu.contract import WIDTH, Inputs, Outputs, Sizes, Tile
 from pallas_kernels.ssm.mosaic_gpu.registers import (
     COLUMN,
     ROW,
     ROWS,
     TILE,
-    joined_planes,
     of_ranks,
     of_tokens,
-    planes_of,
 )
 from pallas_kernels.ssm.mosaic_gpu.tiles import across, down, iota, load, tiled
 
@@ -175,11 +173,10 @@ def kernel(refs: Inputs, out: Outputs, shared: Shared, barriers: Barriers, *, si
         plgpu.barrier_wait(barriers.chunk.at[slot])
         decay = Decay(scalars_XT, tile)
 
-        phase_TS = of_tokens(shared.phase_QS, interpret).astype(jnp.float32) * (2 * jnp.pi / 2.0**16)
-        turn = functools.partial(_turned, sin_TS=jnp.sin(phase_TS), cos_TS=jnp.cos(phase_TS), tile=tile)
-        k_TN[...] = turn(k_TN, shared.k_bias_RN)
+        turn = Turn(shared.phase_QS, interpret)
+        k_TN[...] = turn.there(k_TN, shared.k_bias_RN)
         if not only_state:
-            q_TN = turn(shared.q_TN, shared.q_bias_RN)
+            q_TN = turn.there(shared.q_TN, shared.q_bias_RN)
             shared.h_PN[...] = h_PN.astype(jnp.bfloat16)
         # What was stored in the last chunk has left shared memory by now.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -244,7 +241,7 @@ def _finish(y_TP, program: Program, index, tile: Tile):
     # Ranks are in different warps: a product with ones adds them up, for each of the warps alike.
     shared.y_TP[...] = y_TP.astype(jnp.bfloat16)
     plgpu.commit_smem()
-    token_TT = [_token(iota(axis, tile.interpret is not None), tile) for axis in (0, 1)]
+    token_TT = [token(iota(axis, tile.interpret is not None), tile) for axis in (0, 1)]
     ones_TT = jnp.where(token_TT[0] == token_TT[1], 1.0, 0.0).astype(jnp.bfloat16)
     (o_TP,) = _products([(ones_TT, (shared.y_TP, ""), WIDTH)], tile)
     if tile.keep:
@@ -269,7 +266,7 @@ class Decay:
 
     def weight_TT(self, tile: Tile):
         """e^(c_t - c_s) kappa_s for targets t (down) after sources s, in a document; gamma_t where t = s."""
-        target_TT, source_TT = (_token(iota(axis, tile.interpret is not None), tile) for axis in (0, 1))
+        target_TT, source_TT = (token(iota(axis, tile.interpret is not None), tile) for axis in (0, 1))
         before_TT = target_TT > source_TT
         if self.packed:
             before_TT &= down(self._scalar(3, ROW), ROWS) == across(self._scalar(3, COLUMN), ROWS)
@@ -291,18 +288,6 @@ class Decay:
         """What is left at the end of the chunk of the state before it."""
         whole = jnp.exp2(self._last(0))
         return jnp.where(self._last(3) == 0.0, whole, 0.0) if self.packed else whole
-
-
-def _turned(x_TN, bias_RN, *, sin_TS, cos_TS, tile: Tile):
-    interpret = tile.interpret is not None
-    x_TN = load(x_TN, TILE, interpret).astype(jnp.float32) + of_ranks(bias_RN, interpret)
-    u_TS, rest, w_TS, more = planes_of(x_TN, sin_TS.shape[1])
-    turned = (u_TS * cos_TS - w_TS * sin_TS, rest, u_TS * sin_TS + w_TS * cos_TS, more)
-    return joined_planes(turned, interpret)
-
-
-def _token(row, tile: Tile):
-    return row if tile.rank == 1 else row & (tile.tokens - 1)
 
 
 def _operand(x):
