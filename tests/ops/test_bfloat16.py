@@ -132,6 +132,20 @@ def test_no_gradient_crosses_a_start(implementation):
     assert not any(array.any() for array in of_state)
 
 
+@pytest.mark.parametrize("implementation", ["mosaic_gpu"])
+def test_what_adds_up_over_a_row_is_as_good_as_over_a_few_tokens(implementation):
+    """Its errors must not add up with it: the gradients of dt, log_a, the angles and the first angle."""
+    shape = SISO._replace(batch=1, heads=1, length=600)
+    inputs = narrow(draw(shape))
+    y, after = cases.cotangents(shape)
+    cotangent = (jnp.asarray(y, jnp.bfloat16), narrow((inputs[0], None, after))[2])
+    want = cases.reference(inputs, None, cotangent, shape.rotation)
+    _, gradients = pulled(implementation, shape)(inputs, None, cotangent)
+    of_sums = lambda tree: {k: v for k, v in cases.named(tree).items() if k.endswith(ADD_UP)}  # noqa: E731
+    assert len(of_sums(gradients)) == len(ADD_UP)
+    cases.check_gradients(of_sums(gradients), of_sums(want[1]), GRADIENTS)
+
+
 @on_gpu
 @every_kernel
 @pytest.mark.parametrize("shape", [SISO, MIMO], ids=["siso", "mimo"])

@@ -14,7 +14,7 @@ one chunk adds to later sums cancels exactly; what crosses a chunk's end is take
 
 Queries and keys are turned as they are read, their gradients turned back as they are stored; the angle of a plane
 (u, w) gets dphi = dw u - du w, which does not depend on the frame. Sums over heads, and of dphi over later tokens, are
-left to `sums_back`.
+left to `sums_back`; those too cancel for the pairs of a chunk, and begin again at every `ANCHOR` (`rotate.Crossing`).
 """
 
 import functools
@@ -31,7 +31,7 @@ from pallas_kernels.ssm.mosaic_gpu.registers import ROWS, of_ranks, of_tokens
 from pallas_kernels.ssm.mosaic_gpu.scan import WIDTH, Sizes, Tile
 from pallas_kernels.ssm.mosaic_gpu.tiles import iota, product, tiled
 
-ANCHOR = 256  # tokens between two states that are kept, for the sums of the decay's gradient to start from again
+ANCHOR = 256  # tokens between two states kept, for the gradients that add up over the row to start from again
 
 
 class Inputs(NamedTuple):
@@ -187,7 +187,7 @@ class Program:
         """Summed over ranks."""
         to_QS = to_BHLS.at[self.row, self.tokens(index)]
         if self.tile.rank == 1:
-            to_QS[...] = dphi_TS.astype(jnp.bfloat16)
+            to_QS[...] = dphi_TS
             return
         self.shared.dphi_TS[...] = dphi_TS.astype(jnp.bfloat16)
         sum_TS = self.over_ranks(self.shared.dphi_TS)
@@ -255,6 +255,11 @@ def call(kernel, name: str, inputs: Inputs, out, sizes: Sizes, tile: Tile, *, qu
         **({} if tile.interpret is None else {"interpret": tile.interpret}),
     )(*arrays)
     return jax.tree.unflatten(out_tree, outputs)
+
+
+def dphi_dtype(tile: Tile):
+    """Of a pair in one chunk, what the query gets and the key gives cancel in float32, and 64 tokens are worth that."""
+    return jnp.float32 if tile.rank == 1 else jnp.bfloat16
 
 
 def sizes_of(inputs: Inputs, tile: Tile) -> Sizes:

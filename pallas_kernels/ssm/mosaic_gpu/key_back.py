@@ -8,7 +8,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssm.mosaic_gpu.back import Barriers, Inputs, Program, Shared, anchors, call, sizes_of, values
+from pallas_kernels.ssm.mosaic_gpu.back import (
+    Barriers,
+    Inputs,
+    Program,
+    Shared,
+    anchors,
+    call,
+    dphi_dtype,
+    sizes_of,
+    values,
+)
 from pallas_kernels.ssm.mosaic_gpu.chunk import GAMMA, KAPPA, SHIFTED, Decay, Turn
 from pallas_kernels.ssm.mosaic_gpu.registers import ROWS, TILE, of_ranks, of_tokens
 from pallas_kernels.ssm.mosaic_gpu.scan import WIDTH, Sizes, Tile
@@ -40,7 +50,7 @@ def key(inputs: Inputs, tile: Tile, *, only_state: bool = False) -> Key:
     kept = max(1, anchors(sizes, tile) - 1)
     out = Key(
         shape((rows, length, rank * d_state), jnp.bfloat16),
-        shape((rows, length, sizes.planes), jnp.bfloat16),
+        shape((rows, length, sizes.planes), dphi_dtype(tile)),
         shape((batch, length, sizes.heads * WIDTH), jnp.bfloat16),
         shape((rows * length // tile.tokens, 4, ROWS), jnp.float32),
         shape((*heads, ROWS, WIDTH), jnp.float32) if rank > 1 else None,

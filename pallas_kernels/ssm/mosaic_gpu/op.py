@@ -149,10 +149,10 @@ def _bwd(tile: Tile, residuals, cotangents):
     per_head = lambda dx_BHLX: dx_BHLX.reshape(batch, n_heads, length, rank, d_state)  # noqa: E731
     dq_BLRGN, dq_bias_HRN = heads_back(per_head(query.dq_BHLRN), groups, heads_tile)
     dk_BLRGN, dk_bias_HRN = heads_back(per_head(key.dk_BHLRN), groups, heads_tile)
+    crossing_BHSA, end_BH, turned = _crossing(query, key, kept.last_BHPN, dlast_BHPN, dangle_BHS.shape[-1])
     of_heads = lambda dphi_BHLS: dphi_BHLS.reshape(batch, n_heads, length, -1)  # noqa: E731
-    dangles = angles_back(
-        _angles(inputs, document_BL), of_heads(query.dphi_BHLS), of_heads(key.dphi_BHLS), dangle_BHS, heads_tile
-    )
+    dphi = of_heads(query.dphi_BHLS), of_heads(key.dphi_BHLS)
+    dangles = angles_back(_angles(inputs, document_BL), *dphi, dangle_BHS, turned, heads_tile)
 
     drows_BHCXRQ = key.drows_BHCXT.reshape(batch, n_heads, -1, 4, rank, tile.tokens)
     dkappa_BHL, dgamma_BHL, dskip_BHL, given_BHL = (
@@ -165,14 +165,6 @@ def _bwd(tile: Tile, residuals, cotangents):
     if inputs.v_rank_HRP is not None:
         dv_rank_BHSRQP = key.dv_rank_BHSTP.reshape(*key.dv_rank_BHSTP.shape[:3], rank, tile.tokens, -1)
         d["v_rank_HRP"] = jnp.sum(dv_rank_BHSRQP, axis=(0, 2, 4))
-    kept_BHSAPN = query.h_BHSAPN.astype(jnp.float32)
-    crossing_BHSA = jnp.sum(kept_BHSAPN[:, :, :, :1] * key.dh_BHSPN[:, :, :, None], axis=(-1, -2))
-    if kept_BHSAPN.shape[3] > 1:
-        later_BHSA = jnp.sum(kept_BHSAPN[:, :, :, 1:] * key.dh_BHSAPN.astype(jnp.float32), axis=(-1, -2))
-        crossing_BHSA = jnp.concatenate([crossing_BHSA, later_BHSA], axis=3)
-    end_BH = jnp.sum(kept.last_BHPN * dlast_BHPN, axis=(-1, -2))
-    # Or XLA for GPU computes these sums again for each of their users.
-    crossing_BHSA, end_BH = lax.optimization_barrier((crossing_BHSA, end_BH))
     tokens = _triton_tile(tile, rows=tile.tokens, segments=tile.segments, anchor=back.ANCHOR // tile.tokens)
     documents = ends._replace(document_BT=common.documents_in_chunks(document_BL, tile.tokens))
     dlog_decay_BHL = triton_back._decay_back(documents, received_BHL, crossing_BHSA, end_BH, tokens)
@@ -192,6 +184,24 @@ def _bwd(tile: Tile, residuals, cotangents):
         **d,
     )
     return gradients, None
+
+
+def _crossing(query: query_back.Query, key: key_back.Key, last_BHPN, dlast_BHPN, planes: int):
+    """What earlier tokens mean to later ones, by the states kept: of the decay's gradient, and of the angle's."""
+
+    def sums(h_PN, dh_PN):
+        h_PN, half = h_PN.astype(jnp.float32), h_PN.shape[-1] // 2
+        alike_N = jnp.sum(h_PN * dh_PN, axis=-2)
+        across_N = jnp.sum(jnp.roll(h_PN, half, axis=-1) * dh_PN, axis=-2)
+        return jnp.sum(alike_N, axis=-1), across_N[..., :planes] - across_N[..., half : half + planes]
+
+    starts = [sums(query.h_BHSAPN[:, :, :, :1], key.dh_BHSPN[:, :, :, None])]
+    if query.h_BHSAPN.shape[3] > 1:
+        starts.append(sums(query.h_BHSAPN[:, :, :, 1:], key.dh_BHSAPN.astype(jnp.float32)))
+    starts = [jnp.concatenate(parts, axis=3) for parts in zip(*starts, strict=True)]
+    # Or XLA for GPU computes these sums again for each of their users.
+    (start_BHSA, turned_BHGAS), (end_BH, end_BHS) = lax.optimization_barrier((starts, sums(last_BHPN, dlast_BHPN)))
+    return start_BHSA, end_BH, rotate.Crossing(turned_BHGAS, end_BHS, back.ANCHOR)
 
 
 def _segments_back(refs: back.Inputs, left_BHS, dlast_BHPN, tile: Tile):

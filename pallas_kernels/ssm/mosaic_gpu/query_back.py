@@ -8,7 +8,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssm.mosaic_gpu.back import Barriers, Inputs, Program, Shared, anchors, call, sizes_of, values
+from pallas_kernels.ssm.mosaic_gpu.back import (
+    Barriers,
+    Inputs,
+    Program,
+    Shared,
+    anchors,
+    call,
+    dphi_dtype,
+    sizes_of,
+    values,
+)
 from pallas_kernels.ssm.mosaic_gpu.chunk import SHIFTED, Decay, Turn
 from pallas_kernels.ssm.mosaic_gpu.registers import ROWS, TILE
 from pallas_kernels.ssm.mosaic_gpu.scan import WIDTH, Sizes, Tile
@@ -17,7 +27,7 @@ from pallas_kernels.ssm.mosaic_gpu.tiles import down, load, products
 
 class Query(NamedTuple):
     dq_BHLRN: jax.Array  # turned back
-    dphi_BHLS: jax.Array
+    dphi_BHLS: jax.Array  # of the angle at each token, see `back.dphi_dtype`
     received_BHCT: jax.Array  # q . dq of every row
     h_BHSAPN: jax.Array  # bfloat16, the state before every `anchor` chunks
 
@@ -29,7 +39,7 @@ def query(inputs: Inputs, tile: Tile) -> Query:
     shape, rows = jax.ShapeDtypeStruct, batch * sizes.heads
     out = Query(
         shape((rows, length, rank * d_state), jnp.bfloat16),
-        shape((rows, length, sizes.planes), jnp.bfloat16),
+        shape((rows, length, sizes.planes), dphi_dtype(tile)),
         shape((rows * length // tile.tokens, ROWS), jnp.float32),
         shape((batch, sizes.heads, tile.segments, anchors(sizes, tile), WIDTH, d_state), jnp.bfloat16),
     )

@@ -100,7 +100,7 @@ class AnglesOutputs(NamedTuple):
     dphi_BHCS: jax.Array
 
 
-def angles_back(inputs: rotate.Inputs, of_q_BHLS, of_k_BHLS, dlast_BHS, tile: Tile):
+def angles_back(inputs: rotate.Inputs, of_q_BHLS, of_k_BHLS, dlast_BHS, crossing: rotate.Crossing, tile: Tile):
     """Gradients of angle_BLHS, dt_BHL and first_BHS from those of the angle at every token and after the last."""
     batch, n_heads, length = inputs.dt_BHL.shape
     chunks, planes, angle_heads = length // tile.turned, dlast_BHS.shape[-1], inputs.angle_BLHS.shape[2]
@@ -137,7 +137,7 @@ def angles_back(inputs: rotate.Inputs, of_q_BHLS, of_k_BHLS, dlast_BHS, tile: Ti
         ],
     )
     dangle_BLHS = jnp.sum(out.dangle_JBLHS, axis=0)
-    return rotate.add_later(inputs, dangle_BLHS, out.ddt_BHL, out.dphi_BHCS, dlast_BHS, tile)
+    return rotate.add_later(inputs, dangle_BLHS, out.ddt_BHL, out.dphi_BHCS, dlast_BHS, tile, crossing)
 
 
 def _angles_kernel(refs: Angles, outs, *, tile: Tile):
