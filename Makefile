@@ -9,6 +9,7 @@ PYTHON ?= python3
 WORKDIR ?= runs/text
 PYTEST ?= -n auto --maxprocesses=8 -m "not slow"
 BIN := .venv/bin
+GPU_PYTEST := $(PYTHON) -m pytest tests/ops tests/pallas_kernels --ignore-glob="*tpu*"
 
 .PHONY: run parity test test-gpu time-gpu install clean
 
@@ -22,8 +23,10 @@ parity: install
 	$(BIN)/python -m experiments.parity --workdir=runs/parity --results=
 
 # On a machine with a GPU, in an environment that has jax for it: the op and its kernels, compiled for real.
+# Then, one after another, what wants all of its memory.
 test-gpu:
-	JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -n 8 tests/ops tests/pallas_kernels
+	JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false $(GPU_PYTEST) -n 14 -m "not alone"
+	JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_ALLOCATOR=platform $(GPU_PYTEST) -m alone
 
 time-gpu:
 	$(PYTHON) -m experiments.benchmarks.ssm --name=ssm_hopper --implementations=mosaic_gpu,triton,chunked --cases=siso,mimo4

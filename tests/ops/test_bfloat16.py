@@ -176,6 +176,7 @@ def test_the_same_bits_whatever_memory_held(shape, implementation):
 
 
 @on_gpu
+@pytest.mark.alone
 @every_kernel
 def test_a_million_tokens(implementation):
     """Past 2^32 entries of queries of all heads: the last tokens' outputs and gradients are those of the last alone."""

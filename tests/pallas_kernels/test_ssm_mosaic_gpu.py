@@ -205,6 +205,7 @@ def test_a_named_implementation_runs_or_raises(monkeypatch):
     monkeypatch.setattr(glue, "_capability", lambda: "8.0")
     with pytest.raises(ValueError, match=r"needs a Hopper GPU .* not a GPU of compute capability 8.0"):
         check(bfloat16(tokens), interpret=False)
+    monkeypatch.setattr(glue, "_capability", lambda: "9.0")
     with pytest.raises(ValueError, match="wants q, k and v in bfloat16, not float32"):
         check(tokens, interpret=INTERPRET)
     for shape, message in (
