@@ -3,11 +3,11 @@
     python -m experiments.benchmarks.tune                          every case; the same command goes on after a stop
     python -m experiments.benchmarks.tune --cases=siso,mimo4 --out=DIR
 
-What is timed is forward+backward, of a case of one token the step. First every cut of the sequence in STRUCTURE, then
-from the best of these every launch in LAUNCHES alone: one kernel hardly changes another's time, so the best of each are
-then put together, and kept if they are faster still. The untouched kernels are checked against `recurrent` in float64,
-and every other way against them, before it is timed; what does not compile or is not right is not a choice. Every time
-is kept in --progress at once.
+What is timed is forward+backward, of a case of one token the step. First every implementation as it comes; then, of
+those NEAR the fastest, every cut of the sequence in STRUCTURE, and from the best of these every launch in LAUNCHES
+alone: one kernel hardly changes another's time, so the best of each are then put together, and kept if they are faster
+still. The untouched kernels are checked against `recurrent` in float64, and every other way against them, before it is
+timed; what does not compile or is not right is not a choice. Every time is kept in --progress at once.
 """
 
 import dataclasses
@@ -50,6 +50,7 @@ LAUNCHES = {
 # Gradients that add up over a long row, of random sign, differ by this much between two right orders of bfloat16.
 LONG_SUMS = 0.2
 WORTH = 0.99  # of the time: two measurements of the same differ by less than the rest
+NEAR = 1.25  # of the fastest as they come: launches gain less than the rest, so what is slower is not searched
 
 FLAGS = flags.FLAGS
 
@@ -205,10 +206,13 @@ def choice_of(name: str, case: ssm.Case, progress: Progress, origin: dict) -> Ch
     """The table's entry for a case: the fastest implementation, and how each is launched."""
     abstract = jax.eval_shape(lambda: ssm.inputs(case)[0])
     kernels = [name for name, unsupported in KERNELS.items() if unsupported(abstract) is None]
-    fastest, launch = {}, {}
-    for implementation in (*kernels, "recurrent" if case.length == 1 else "chunked"):
-        clock = Clock(name, case, implementation, progress)
-        told, fastest[implementation] = search(*options(case, implementation), clock.times)
+    implementations = (*kernels, "recurrent" if case.length == 1 else "chunked")
+    clocks = {implementation: Clock(name, case, implementation, progress) for implementation in implementations}
+    fastest, launch = {each: clock.times([{}])[0] for each, clock in clocks.items()}, {}
+    for implementation in implementations:
+        if fastest[implementation] > NEAR * min(fastest.values()):
+            continue
+        told, fastest[implementation] = search(*options(case, implementation), clocks[implementation].times)
         if told:
             launch[implementation] = told
     best = min(fastest, key=fastest.get)

@@ -152,7 +152,9 @@ def _bwd(tile: Tile, residuals, cotangents):
     crossing_BHSA, end_BH, turned = _crossing(query, key, kept.last_BHPN, dlast_BHPN, dangle_BHS.shape[-1])
     of_heads = lambda dphi_BHLS: dphi_BHLS.reshape(batch, n_heads, length, -1)  # noqa: E731
     dphi = of_heads(query.dphi_BHLS), of_heads(key.dphi_BHLS)
-    dangles = angles_back(_angles(inputs, document_BL), *dphi, dangle_BHS, turned, heads_tile)
+    # Twice as many tokens a program are 0.027 ms of 0.184 faster (H100, B16 L2048 H32).
+    angles_tile = dataclasses.replace(heads_tile, turned=min(32, tile.tokens))
+    dangles = angles_back(_angles(inputs, document_BL), *dphi, dangle_BHS, turned, angles_tile)
 
     drows_BHCXRQ = key.drows_BHCXT.reshape(batch, n_heads, -1, 4, rank, tile.tokens)
     dkappa_BHL, dgamma_BHL, dskip_BHL, given_BHL = (
@@ -190,14 +192,16 @@ def _crossing(query: query_back.Query, key: key_back.Key, last_BHPN, dlast_BHPN,
     """What earlier tokens mean to later ones, by the states kept: of the decay's gradient, and of the angle's."""
 
     def sums(h_PN, dh_PN):
-        h_PN, half = h_PN.astype(jnp.float32), h_PN.shape[-1] // 2
-        alike_N = jnp.sum(h_PN * dh_PN, axis=-2)
-        across_N = jnp.sum(jnp.roll(h_PN, half, axis=-1) * dh_PN, axis=-2)
-        return jnp.sum(alike_N, axis=-1), across_N[..., :planes] - across_N[..., half : half + planes]
+        (u_PS, w_PS), (du_PS, dw_PS) = (jnp.split(x.astype(jnp.float32), 2, axis=-1) for x in (h_PN, dh_PN))
+        # Both in one pass over the states, which XLA would not fuse.
+        both, zeros = (u_PS * du_PS + w_PS * dw_PS, w_PS * du_PS - u_PS * dw_PS), (jnp.float32(0),) * 2
+        add = lambda a, b: (a[0] + b[0], a[1] + b[1])  # noqa: E731
+        alike_S, across_S = lax.reduce(both, zeros, add, (both[0].ndim - 2,))
+        return jnp.sum(alike_S, axis=-1), across_S[..., :planes]
 
     starts = [sums(query.h_BHSAPN[:, :, :, :1], key.dh_BHSPN[:, :, :, None])]
     if query.h_BHSAPN.shape[3] > 1:
-        starts.append(sums(query.h_BHSAPN[:, :, :, 1:], key.dh_BHSAPN.astype(jnp.float32)))
+        starts.append(sums(query.h_BHSAPN[:, :, :, 1:], key.dh_BHSAPN))
     starts = [jnp.concatenate(parts, axis=3) for parts in zip(*starts, strict=True)]
     # Or XLA for GPU computes these sums again for each of their users.
     (start_BHSA, turned_BHGAS), (end_BH, end_BHS) = lax.optimization_barrier((starts, sums(last_BHPN, dlast_BHPN)))
