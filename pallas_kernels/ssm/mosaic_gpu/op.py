@@ -192,6 +192,8 @@ def _crossing(query: query_back.Query, key: key_back.Key, last_BHPN, dlast_BHPN,
     """What earlier tokens mean to later ones, by the states kept: of the decay's gradient, and of the angle's."""
 
     def sums(h_PN, dh_PN):
+        # As the keys before it read dh: what its rounding changes there would stay in every sum over earlier tokens.
+        dh_PN = dh_PN.astype(jnp.bfloat16)
         (u_PS, w_PS), (du_PS, dw_PS) = (jnp.split(x.astype(jnp.float32), 2, axis=-1) for x in (h_PN, dh_PN))
         # Both in one pass over the states, which XLA would not fuse.
         both, zeros = (u_PS * du_PS + w_PS * dw_PS, w_PS * du_PS - u_PS * dw_PS), (jnp.float32(0),) * 2
