@@ -19,7 +19,9 @@ from tests.ops import cases
 from tests.ops.cases import MIMO, SISO, bfloat16, draw
 
 VALUES, GRADIENTS, SUMS = 5e-3, 1e-2, 2e-2
-ADD_UP = ("dt_BLH", "log_a_BLH", "angle_BLHS", "angle_BHS")  # over the row: so do their errors
+# Over the row, so do their errors; of either sign: what is left has those of all of it (the skip's with a norm, which
+# does not see scale).
+ADD_UP = ("dt_BLH", "log_a_BLH", "angle_BLHS", "angle_BHS", "skip_H")
 ON_GPU = jax.default_backend() == "gpu"
 on_gpu = pytest.mark.skipif(not ON_GPU, reason="a GPU's memory and sizes")
 every_kernel = pytest.mark.parametrize("implementation", sorted(KERNELS))
