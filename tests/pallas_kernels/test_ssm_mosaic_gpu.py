@@ -15,7 +15,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 from mamba3_jax.ops import mosaic_gpu as glue
 from mamba3_jax.ops.mosaic_gpu import check, mosaic_gpu
 from mamba3_jax.ops.ssm import ssm
-from pallas_kernels.ssm.mosaic_gpu import scan
+from pallas_kernels.ssm.mosaic_gpu import back, scan
 from pallas_kernels.ssm.mosaic_gpu.scan import Tile
 from tests.ops import cases
 from tests.ops.cases import MIMO, SISO, bfloat16, draw
@@ -131,15 +131,19 @@ def test_documents_do_not_see_each_other():
 
 
 @pytest.mark.parametrize(
-    ("shape", "starts", "segments"),
+    ("shape", "starts", "segments", "anchor"),
     [
-        (SISO_LARGE._replace(length=40, heads=1, d_state=32, width=16, planes=8), (5, 20), 1),
-        (MIMO_LARGE._replace(length=35, heads=1, d_state=16, width=16, planes=4), (20,), 2),
-        (MIMO1, (), 1),
+        (SISO_LARGE._replace(length=40, heads=1, d_state=32, width=16, planes=8), (5, 20), 1, 1024),
+        (SISO_LARGE._replace(length=200, heads=1), (), 1, 64),
+        (SISO_LARGE._replace(length=230, heads=1), (70,), 1, 128),
+        (MIMO_LARGE._replace(length=35, heads=1, d_state=16, width=16, planes=4), (20,), 2, 1024),
+        (MIMO1, (), 1, 1024),
     ],
-    ids=["siso", "mimo", "mimo_of_one_rank"],
+    ids=["siso", "siso_often_kept", "siso_packed", "mimo", "mimo_of_one_rank"],
 )
-def test_gradients_agree_with_the_definition(shape, starts, segments):
+def test_gradients_agree_with_the_definition(shape, starts, segments, anchor, monkeypatch):
+    """However far apart the states are that are kept."""
+    monkeypatch.setattr(back, "ANCHOR", anchor)
     inputs = draw(shape)
     inputs = (bfloat16(inputs[0]), *inputs[1:])
 

@@ -31,7 +31,7 @@ from pallas_kernels.ssm.mosaic_gpu.registers import ROWS, of_ranks, of_tokens
 from pallas_kernels.ssm.mosaic_gpu.scan import WIDTH, Sizes, Tile
 from pallas_kernels.ssm.mosaic_gpu.tiles import iota, product, tiled
 
-ANCHOR = 512  # tokens between two states kept, for the gradients that add up over the row to start from again
+ANCHOR = 1024  # tokens between two states kept, for the gradients that add up over the row to start from again
 
 
 class Inputs(NamedTuple):
