@@ -17,7 +17,7 @@ from tests.ops.quick import quick_jit
 
 ON_CPU = jax.default_backend() == "cpu"
 TILE = Tile(interpreter() if ON_CPU else None)
-SIZED = {"length": 1, "width": 64, "d_state": 64, "planes": 16, "norm": False}
+SIZED = {"length": 1, "width": 64, "d_state": 64, "planes": 16}
 SHAPES = {
     "siso": SISO._replace(gate=False, **SIZED),
     "mimo": MIMO._replace(**SIZED),
