@@ -78,7 +78,7 @@ def test_what_it_cannot_run():
     for shape, message in (
         (SHAPES["siso"]._replace(width=32), "width=32 is not 64"),
         (SHAPES["siso"]._replace(d_state=32, planes=8), "d_state=32 not 64 or 128"),
-        (SHAPES["siso"]._replace(norm=True), "has no norm"),
+        (SHAPES["mimo"]._replace(rank=8), "rank=8 is not in"),
     ):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(functools.partial(step(shape)), *draw(shape))

@@ -9,10 +9,11 @@ trap dt); X_s = v_rank v. This token's queries and keys are biased here, and tur
 
 A program has one head of one row. The copy engine brings the state into shared memory, so that what is on its way holds
 no registers, and several programs share a multiprocessor: one computes while others wait. The state's bytes are the
-floor. While they come, queries and keys are turned, every entry by one thread; what a rank adds to the output is
-finished that way too, a rank a warp.
+floor. While they come, everything else is computed, every number by one thread, a rank a warp: the keys and values that
+go into the state, the queries, and what the output is made of beside them.
 
-Letters: B batch, R rank, G groups of q/k, H heads, N state per head, M = N / 2, P head width, S planes.
+Letters: B batch, R rank, J = 2 R, the two tokens' ranks, G groups of q/k, H heads, N state per head, M = N / 2, P head
+width, S planes.
 """
 
 from dataclasses import dataclass
@@ -75,29 +76,25 @@ class Outputs(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """Shared memory: what is copied there, then what is computed."""
+    """Shared memory; float32."""
 
     h_PN: jax.Array
-    angle_M: jax.Array  # in place; the first S count
+    angle_M: jax.Array  # of planes, the first S count
     turn_M: jax.Array
-    before_k_RN: jax.Array
-    before_v_P: jax.Array
-    v_P: jax.Array
-    gate_P: jax.Array | None
-    v_rank_RP: jax.Array | None
-    gate_rank_RP: jax.Array | None
-    out_rank_RP: jax.Array | None
-    norm_P: jax.Array | None
+    next_angle_M: jax.Array
+    k_JN: jax.Array
+    x_JP: jax.Array  # w X
     q_RN: jax.Array
-    k_RN: jax.Array
     y_RP: jax.Array
+    skip_RP: jax.Array | None  # D X
+    scale_RP: jax.Array | None  # what y is multiplied by: weights of norm and rank, gate
 
 
 class Barriers(NamedTuple):
     """Raised when what was copied has arrived."""
 
     turn: jax.Array  # the angle before, and the turn
-    rest: jax.Array
+    state: jax.Array
 
 
 def check(inputs: Inputs) -> None:
@@ -111,7 +108,10 @@ def check(inputs: Inputs) -> None:
 
 
 def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
-    """The state after the token, and its output. `rotation`: "adjacent", plane i is (2 i, 2 i + 1), or "half", (i, i + M).
+    """The state after the token, and its output.
+
+    Args:
+        rotation: "adjacent", plane i is (2 i, 2 i + 1), or "half", (i, i + M).
 
     Raises:
         ValueError: P not 64, N not 64 or 128, R not 1, 2 or 4, or S not a multiple of 4.
@@ -130,24 +130,18 @@ def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
         jax.new_ref(lax.empty(inputs.v_BHP.shape, inputs.v_BHP.dtype)),
     )
 
-    def vectors(ref, *shape):
-        return None if ref is None else plgpu.SMEM(shape, ref.dtype)
+    def vectors(*shape, present=True):
+        return plgpu.SMEM(shape, jnp.float32) if present else None
 
-    copied = (
+    shared = Shared(
         tiled(width, d_state, dtype=jnp.float32),
-        vectors(refs.angle_BHS, d_state // 2),
-        vectors(refs.turn_BHS, d_state // 2),
-        vectors(refs.before_k_BRHN, rank, d_state),
-        vectors(refs.before_v_BHP, width),
-        vectors(refs.v_BHP, width),
-        vectors(refs.gate_BHP, width),
-        vectors(refs.v_rank_HRP, rank, width),
-        vectors(refs.gate_rank_HRP, rank, width),
-        vectors(refs.out_rank_HRP, rank, width),
-        vectors(refs.norm_HP, width),
+        *(vectors(d_state // 2) for _ in range(3)),
+        *(vectors(2 * rank, d_state), vectors(2 * rank, width), vectors(rank, d_state), vectors(rank, width)),
+        vectors(rank, width, present=inputs.skip_H is not None),
+        vectors(
+            rank, width, present=any(x is not None for x in (inputs.gate_BHP, inputs.out_rank_HRP, inputs.norm_HP))
+        ),
     )
-    shared = Shared(*copied, *(plgpu.SMEM((rank, size), jnp.float32) for size in (d_state, d_state, width)))
-    copies = sum(x is not None for x in copied)
 
     @pl.core_map(
         plgpu.Mesh(grid=(n_heads, batch), grid_names=("head", "row")),
@@ -160,7 +154,7 @@ def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
     def _():
         pl.run_scoped(
             lambda *scratch: Program(refs, out, *scratch, rotation, tile).run(),
-            *(shared, Barriers(plgpu.Barrier(num_arrivals=2), plgpu.Barrier(num_arrivals=copies - 2))),
+            *(shared, Barriers(plgpu.Barrier(num_arrivals=2), plgpu.Barrier())),
         )
 
     return Outputs(*(ref[...] for ref in out))
@@ -175,86 +169,71 @@ class Program:
         self.rank, self.d_state = shared.q_RN.shape
         self.b, self.h = lax.axis_index("row"), lax.axis_index("head")
         self.keep = None if refs.start_B is None else refs.start_B[self.b] == 0
+        self.by_rank = ranks_of_warps(self.rank)
 
     def run(self):
-        b, h, out, shared = self.b, self.h, self.out, self.shared
-        self.copy()
-        dt, log_a, trap = (ref[b, h] for ref in (self.refs.dt_BH, self.refs.log_a_BH, self.refs.trap_BH))
+        refs, out, shared, at = self.refs, self.out, self.shared, (self.b, self.h)
+        planes = pl.ds(0, refs.angle_BHS.shape[-1])
+        turned_by = 0 if refs.turn_BHS.shape[1] == 1 else self.h
+        plgpu.copy_gmem_to_smem(refs.h_BHPN.at[*at], shared.h_PN, self.barriers.state)
+        plgpu.copy_gmem_to_smem(refs.angle_BHS.at[*at], shared.angle_M.at[planes], self.barriers.turn)
+        plgpu.copy_gmem_to_smem(refs.turn_BHS.at[self.b, turned_by], shared.turn_M.at[planes], self.barriers.turn)
+        dt, log_a, trap = (ref[*at] for ref in (refs.dt_BH, refs.log_a_BH, refs.trap_BH))
+        a = jnp.exp(log_a)
+        v_P = self.values((1 - trap) * dt * a, trap * dt)
+        self.scale()
         k_RN = self.turn(dt)
-        plgpu.commit_smem()
-        self.store(shared.angle_M.at[self.planes], out.angle_BHS.at[b, h])
-        plgpu.barrier_wait(self.barriers.rest)
-        out.k_BRHN.at[b, :, h][...] = k_RN.astype(out.k_BRHN.dtype)
-        self.store(shared.v_P, out.v_BHP.at[b, h])
+        plgpu.commit_smem()  # and all have read what is overwritten here
+        out.k_BRHN.at[self.b, :, self.h][...] = k_RN.astype(out.k_BRHN.dtype)
+        out.v_BHP.at[*at][...] = v_P.astype(out.v_BHP.dtype)
+        plgpu.copy_smem_to_gmem(shared.next_angle_M.at[planes], out.angle_BHS.at[*at])
 
-        h_PN = self.updated(dt, jnp.exp(log_a), trap)
+        plgpu.barrier_wait(self.barriers.state)
+        h_PN = self.updated(a)
         shared.h_PN[...] = h_PN
         self.read_out(h_PN)
         plgpu.commit_smem()
-        self.store(shared.h_PN, out.h_BHPN.at[b, h])
+        plgpu.copy_smem_to_gmem(shared.h_PN, out.h_BHPN.at[*at])
         self.finish()
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    @property
-    def planes(self):
-        return pl.ds(0, self.refs.angle_BHS.shape[-1])
+    def values(self, beta, gamma):
+        """What goes into the state, and past it; also v."""
+        refs, shared = self.refs, self.shared
+        v_P, before_v_P = (self.of_head(ref) for ref in (refs.v_BHP, refs.before_v_BHP))
+        x_RP = self.times(self.all_ranks(v_P), refs.v_rank_HRP)
+        before_x_RP = self.times(self.all_ranks(self.kept(before_v_P)), refs.v_rank_HRP)
+        shared.x_JP.at[pl.ds(0, self.rank)][...] = beta * before_x_RP
+        shared.x_JP.at[pl.ds(self.rank, self.rank)][...] = gamma * x_RP
+        if refs.skip_H is not None:
+            shared.skip_RP[...] = refs.skip_H[self.h].astype(jnp.float32) * x_RP
+        return v_P
 
-    def copy(self):
-        refs, shared, b, h = self.refs, self.shared, self.b, self.h
-        turned_by = 0 if refs.turn_BHS.shape[1] == 1 else h
-        turn, rest = self.barriers
-        for ref, at, to, barrier in (
-            (refs.h_BHPN, (b, h), shared.h_PN, rest),
-            (refs.angle_BHS, (b, h), shared.angle_M.at[self.planes], turn),
-            (refs.turn_BHS, (b, turned_by), shared.turn_M.at[self.planes], turn),
-            (refs.before_k_BRHN, (b, slice(None), h), shared.before_k_RN, rest),
-            (refs.before_v_BHP, (b, h), shared.before_v_P, rest),
-            (refs.v_BHP, (b, h), shared.v_P, rest),
-            (refs.gate_BHP, (b, h), shared.gate_P, rest),
-            (refs.v_rank_HRP, (h,), shared.v_rank_RP, rest),
-            (refs.gate_rank_HRP, (h,), shared.gate_rank_RP, rest),
-            (refs.out_rank_HRP, (h,), shared.out_rank_RP, rest),
-            (refs.norm_HP, (h,), shared.norm_P, rest),
-        ):
-            if ref is not None:
-                plgpu.copy_gmem_to_smem(ref.at[*at], to, barrier)
-
-    def store(self, shared, to):
-        plgpu.copy_smem_to_gmem(shared, to)
-
-    def kept(self, x):
-        return x if self.keep is None else jnp.where(self.keep, x, 0.0)
-
-    def load(self, ref, layout, optimized: bool = True):
-        return load(ref, layout, self.interpret, optimized).astype(jnp.float32)
-
-    def laid(self, x, layout):
-        return x if self.interpret else plgpu.layout_cast(x, layout)
+    def scale(self):
+        refs, scale_RP = self.refs, None
+        if refs.gate_BHP is not None:
+            gate_RP = self.times(self.all_ranks(self.of_head(refs.gate_BHP)), refs.gate_rank_HRP)
+            scale_RP = gate_RP / (1 + jnp.exp(-gate_RP))
+        if refs.norm_HP is not None:
+            norm_RP = self.all_ranks(self.load(refs.norm_HP.at[self.h], self.by_rank.reduce(0)))
+            scale_RP = norm_RP if scale_RP is None else scale_RP * norm_RP
+        scale_RP = self.times(scale_RP, refs.out_rank_HRP)
+        if scale_RP is not None:
+            self.shared.scale_RP[...] = scale_RP
 
     def turn(self, dt):
-        """Advance the angle, turn q and k; also k, a rank a warp."""
-        refs, shared, by_rank = self.refs, self.shared, ranks_of_warps(self.rank)
-        (planes,), half = refs.angle_BHS.shape[-1:], self.d_state // 2
+        """Advance the angle, turn queries and keys; also k."""
+        refs, shared, layout = self.refs, self.shared, pairs_of(self.rank, self.rotation)
         heads_a_group = refs.h_BHPN.shape[1] // refs.q_BRGN.shape[2]
         group = lax.div(self.h, jnp.int32(heads_a_group))
-        layout = pairs_of(self.rank, self.rotation)
 
         def biased(x_BRGN, bias_HRN):
-            x_RN = self.load(x_BRGN.at[self.b, :, group], layout, optimized=False)
-            return x_RN + self.load(bias_HRN.at[self.h], layout, optimized=False)
+            return self.load(x_BRGN.at[self.b, :, group], layout) + self.load(bias_HRN.at[self.h], layout)
 
         q_RN, k_RN = biased(refs.q_BRGN, refs.q_bias_HRN), biased(refs.k_BRGN, refs.k_bias_HRN)
-        plgpu.barrier_wait(self.barriers.turn)
-        by_plane = by_rank.reduce(0)
-        before_M, turn_M = self.load(shared.angle_M, by_plane), self.load(shared.turn_M, by_plane)
-        angle_M = within_a_turn(self.kept(before_M) + dt * turn_M)
-        shared.angle_M[...] = angle_M
-        # The hardware's sine is exact to 2^-21 from -pi to pi, and less so beyond.
-        sin_M, cos_M = -jnp.sin(angle_M - jnp.pi), -jnp.cos(angle_M - jnp.pi)
-        if planes < half:
-            still_M = self.entries(half, by_plane) >= planes
-            sin_M, cos_M = jnp.where(still_M, 0.0, sin_M), jnp.where(still_M, 1.0, cos_M)
-        sin_RM, cos_RM = (self.laid(across(x_M, self.rank), by_rank) for x_M in (sin_M, cos_M))
+        before_k_RN = self.kept(self.load(refs.before_k_BRHN.at[self.b, :, self.h], layout))
+        shared.k_JN.at[pl.ds(0, self.rank)][...] = before_k_RN
+        sin_RM, cos_RM = (self.all_ranks(x_M) for x_M in self.sine_and_cosine(dt))
 
         def turned(x_RN):
             u_RM, w_RM = pairs(x_RN, self.rotation, self.interpret)
@@ -263,54 +242,76 @@ class Program:
 
         shared.q_RN[...] = turned(q_RN)
         k_RN = turned(k_RN)
-        shared.k_RN[...] = k_RN
+        shared.k_JN.at[pl.ds(self.rank, self.rank)][...] = k_RN
         return k_RN
 
-    def entries(self, size: int, layout):
-        """0, 1, 2, ..."""
-        if self.interpret:
-            return lax.iota(jnp.int32, size)
-        return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
+    def sine_and_cosine(self, dt):
+        shared, layout, half = self.shared, self.by_rank.reduce(0), self.d_state // 2
+        planes = self.refs.angle_BHS.shape[-1]
+        plgpu.barrier_wait(self.barriers.turn)
+        before_M, turn_M = self.load(shared.angle_M, layout), self.load(shared.turn_M, layout)
+        angle_M = within_a_turn(self.kept(before_M) + dt * turn_M)
+        shared.next_angle_M[...] = angle_M
+        # The hardware's sine is exact to 2^-21 from -pi to pi, and less so beyond.
+        sin_M, cos_M = -jnp.sin(angle_M - jnp.pi), -jnp.cos(angle_M - jnp.pi)
+        if planes == half:
+            return sin_M, cos_M
+        turns_M = self.laid(lax.broadcasted_iota(jnp.int32, (half,), 0), layout) < planes
+        return jnp.where(turns_M, sin_M, 0.0), jnp.where(turns_M, cos_M, 1.0)
 
-    def updated(self, dt, a, trap):
-        shared, d_state = self.shared, self.d_state
-        of_row = lambda ref: self.load(ref, ROW)  # noqa: E731
-        of_column = lambda ref: across(self.load(ref, COLUMN), WIDTH)  # noqa: E731
-        v_P, before_v_P = trap * dt * of_row(shared.v_P), (1 - trap) * dt * a * self.kept(of_row(shared.before_v_P))
-
+    def updated(self, a):
         # A loop, not one rank after another: all vectors at once would fill the registers, and fewer programs fit.
-        def add(r, h_PN):
-            ranked = lambda x_P: x_P if shared.v_rank_RP is None else x_P * of_row(shared.v_rank_RP.at[r])  # noqa: E731
-            h_PN += down(ranked(before_v_P), d_state) * self.kept(of_column(shared.before_k_RN.at[r]))
-            return h_PN + down(ranked(v_P), d_state) * of_column(shared.k_RN.at[r])
+        def add(j, h_PN):
+            x_P, k_N = (
+                load(self.shared.x_JP.at[j], ROW, self.interpret),
+                load(self.shared.k_JN.at[j], COLUMN, self.interpret),
+            )
+            return h_PN + down(x_P, self.d_state) * across(k_N, WIDTH)
 
-        return lax.fori_loop(0, self.rank, add, self.kept(self.load(shared.h_PN, TILE)) * a)
+        h_PN = self.kept(load(self.shared.h_PN, TILE, self.interpret))
+        return lax.fori_loop(0, 2 * self.rank, add, a * h_PN)
 
     def read_out(self, h_PN):
-        shared = self.shared
-
         def one(r, _):
-            q_PN = across(self.load(shared.q_RN.at[r], COLUMN), WIDTH)
-            shared.y_RP.at[r][...] = jnp.sum(h_PN * q_PN, axis=1)
+            q_N = load(self.shared.q_RN.at[r], COLUMN, self.interpret)
+            self.shared.y_RP.at[r][...] = jnp.sum(h_PN * across(q_N, WIDTH), axis=1)
 
         lax.fori_loop(0, self.rank, one, None)
 
     def finish(self):
         """SPEC section 7."""
-        shared, refs, by_rank = self.shared, self.refs, ranks_of_warps(self.rank)
-        of_all = lambda ref_P: self.laid(across(self.load(ref_P, by_rank.reduce(0)), self.rank), by_rank)  # noqa: E731
-        times = lambda x_RP, ref_RP: x_RP if ref_RP is None else x_RP * self.load(ref_RP, by_rank)  # noqa: E731
-        y_RP = self.load(shared.y_RP, by_rank)
-        if refs.skip_H is not None:
-            y_RP += refs.skip_H[self.h].astype(jnp.float32) * times(of_all(shared.v_P), shared.v_rank_RP)
-        if shared.norm_P is not None:
+        y_RP, skip_RP, scale_RP = (
+            None if ref is None else load(ref, self.by_rank, self.interpret) for ref in self.shared[-3:]
+        )
+        if skip_RP is not None:
+            y_RP += skip_RP
+        if self.refs.norm_HP is not None:
             scale_R = lax.rsqrt(jnp.sum(y_RP * y_RP, axis=1) * (1 / WIDTH) + NORM_EPS)
-            y_RP *= self.laid(down(scale_R, WIDTH), by_rank) * of_all(shared.norm_P)
-        if shared.gate_P is not None:
-            gate_RP = times(of_all(shared.gate_P), shared.gate_rank_RP)
-            y_RP *= gate_RP / (1 + jnp.exp(-gate_RP))
-        o_P = jnp.sum(times(y_RP, shared.out_rank_RP), axis=0)
-        self.out.o_BHP.at[self.b, self.h][...] = o_P.astype(self.out.o_BHP.dtype)
+            y_RP *= self.laid(down(scale_R, WIDTH), self.by_rank)
+        if scale_RP is not None:
+            y_RP *= scale_RP
+        self.out.o_BHP.at[self.b, self.h][...] = jnp.sum(y_RP, axis=0).astype(self.out.o_BHP.dtype)
+
+    def load(self, ref, layout):
+        return load(ref, layout, self.interpret, optimized=False).astype(jnp.float32)
+
+    def of_head(self, ref_BHP):
+        return self.load(ref_BHP.at[self.b, self.h], self.by_rank.reduce(0))
+
+    def times(self, x_RP, ref_HRP):
+        if ref_HRP is None:
+            return x_RP
+        weight_RP = self.load(ref_HRP.at[self.h], self.by_rank)
+        return weight_RP if x_RP is None else x_RP * weight_RP
+
+    def all_ranks(self, x_P):
+        return self.laid(across(x_P, self.rank), self.by_rank)
+
+    def laid(self, x, layout):
+        return x if self.interpret else plgpu.layout_cast(x, layout)
+
+    def kept(self, x):
+        return x if self.keep is None else jnp.where(self.keep, x, 0.0)
 
 
 def within_a_turn(angle):
