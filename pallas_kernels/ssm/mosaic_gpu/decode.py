@@ -90,6 +90,23 @@ class Shared(NamedTuple):
     scale_RP: jax.Array | None  # what y is multiplied by: weights of norm and rank, gate
 
 
+class Loaded(NamedTuple):
+    """Registers, a rank a warp; float32."""
+
+    q_RN: jax.Array  # these five as `pairs` wants them
+    k_RN: jax.Array
+    q_bias_RN: jax.Array
+    k_bias_RN: jax.Array
+    before_k_RN: jax.Array
+    v_P: jax.Array  # these four are the same in all warps
+    before_v_P: jax.Array
+    gate_P: jax.Array | None
+    norm_P: jax.Array | None
+    v_rank_RP: jax.Array | None
+    gate_rank_RP: jax.Array | None
+    out_rank_RP: jax.Array | None
+
+
 class Barriers(NamedTuple):
     """Raised when what was copied has arrived."""
 
@@ -180,12 +197,13 @@ class Program:
         plgpu.copy_gmem_to_smem(refs.turn_BHS.at[self.b, turned_by], shared.turn_M.at[planes], self.barriers.turn)
         dt, log_a, trap = (ref[*at] for ref in (refs.dt_BH, refs.log_a_BH, refs.trap_BH))
         a = jnp.exp(log_a)
-        v_P = self.values((1 - trap) * dt * a, trap * dt)
-        self.scale()
-        k_RN = self.turn(dt)
+        loaded = self.loaded()
+        self.values(loaded, (1 - trap) * dt * a, trap * dt)
+        self.scale(loaded)
+        k_RN = self.turn(loaded, dt)
         plgpu.commit_smem()  # and all have read what is overwritten here
         out.k_BRHN.at[self.b, :, self.h][...] = k_RN.astype(out.k_BRHN.dtype)
-        out.v_BHP.at[*at][...] = v_P.astype(out.v_BHP.dtype)
+        out.v_BHP.at[*at][...] = loaded.v_P.astype(out.v_BHP.dtype)
         plgpu.copy_smem_to_gmem(shared.next_angle_M.at[planes], out.angle_BHS.at[*at])
 
         plgpu.barrier_wait(self.barriers.state)
@@ -197,42 +215,48 @@ class Program:
         self.finish()
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def values(self, beta, gamma):
-        """What goes into the state, and past it; also v."""
-        refs, shared = self.refs, self.shared
-        v_P, before_v_P = (self.of_head(ref) for ref in (refs.v_BHP, refs.before_v_BHP))
-        x_RP = self.times(self.all_ranks(v_P), refs.v_rank_HRP)
-        before_x_RP = self.times(self.all_ranks(self.kept(before_v_P)), refs.v_rank_HRP)
+    def loaded(self) -> Loaded:
+        """All at once, before anything is stored: one wait for all."""
+        refs, b, h = self.refs, self.b, self.h
+        in_pairs, by_rank = pairs_of(self.rank, self.rotation), self.by_rank
+        group = lax.div(h, jnp.int32(refs.h_BHPN.shape[1] // refs.q_BRGN.shape[2]))
+
+        def load_as(layout, ref, *at):
+            if ref is None:
+                return None
+            return load(ref.at[*at], layout, self.interpret, optimized=False).astype(jnp.float32)
+
+        every = slice(None)
+        return Loaded(
+            *(load_as(in_pairs, ref, b, every, group) for ref in (refs.q_BRGN, refs.k_BRGN)),
+            *(load_as(in_pairs, ref, h) for ref in (refs.q_bias_HRN, refs.k_bias_HRN)),
+            load_as(in_pairs, refs.before_k_BRHN, b, every, h),
+            *(load_as(by_rank.reduce(0), ref, b, h) for ref in (refs.v_BHP, refs.before_v_BHP, refs.gate_BHP)),
+            load_as(by_rank.reduce(0), refs.norm_HP, h),
+            *(load_as(by_rank, ref, h) for ref in (refs.v_rank_HRP, refs.gate_rank_HRP, refs.out_rank_HRP)),
+        )
+
+    def values(self, loaded: Loaded, beta, gamma):
+        """What goes into the state, and past it."""
+        shared, skip_H = self.shared, self.refs.skip_H
+        x_RP = times(self.all_ranks(loaded.v_P), loaded.v_rank_RP)
+        before_x_RP = times(self.all_ranks(self.kept(loaded.before_v_P)), loaded.v_rank_RP)
         shared.x_JP.at[pl.ds(0, self.rank)][...] = beta * before_x_RP
         shared.x_JP.at[pl.ds(self.rank, self.rank)][...] = gamma * x_RP
-        if refs.skip_H is not None:
-            shared.skip_RP[...] = refs.skip_H[self.h].astype(jnp.float32) * x_RP
-        return v_P
+        if skip_H is not None:
+            shared.skip_RP[...] = skip_H[self.h].astype(jnp.float32) * x_RP
 
-    def scale(self):
-        refs, scale_RP = self.refs, None
-        if refs.gate_BHP is not None:
-            gate_RP = self.times(self.all_ranks(self.of_head(refs.gate_BHP)), refs.gate_rank_HRP)
-            scale_RP = gate_RP / (1 + jnp.exp(-gate_RP))
-        if refs.norm_HP is not None:
-            norm_RP = self.all_ranks(self.load(refs.norm_HP.at[self.h], self.by_rank.reduce(0)))
-            scale_RP = norm_RP if scale_RP is None else scale_RP * norm_RP
-        scale_RP = self.times(scale_RP, refs.out_rank_HRP)
+    def scale(self, loaded: Loaded):
+        gate_RP = times(self.all_ranks(loaded.gate_P), loaded.gate_rank_RP)
+        scale_RP = None if gate_RP is None else gate_RP / (1 + jnp.exp(-gate_RP))
+        scale_RP = times(times(scale_RP, self.all_ranks(loaded.norm_P)), loaded.out_rank_RP)
         if scale_RP is not None:
             self.shared.scale_RP[...] = scale_RP
 
-    def turn(self, dt):
+    def turn(self, loaded: Loaded, dt):
         """Advance the angle, turn queries and keys; also k."""
-        refs, shared, layout = self.refs, self.shared, pairs_of(self.rank, self.rotation)
-        heads_a_group = refs.h_BHPN.shape[1] // refs.q_BRGN.shape[2]
-        group = lax.div(self.h, jnp.int32(heads_a_group))
-
-        def biased(x_BRGN, bias_HRN):
-            return self.load(x_BRGN.at[self.b, :, group], layout) + self.load(bias_HRN.at[self.h], layout)
-
-        q_RN, k_RN = biased(refs.q_BRGN, refs.q_bias_HRN), biased(refs.k_BRGN, refs.k_bias_HRN)
-        before_k_RN = self.kept(self.load(refs.before_k_BRHN.at[self.b, :, self.h], layout))
-        shared.k_JN.at[pl.ds(0, self.rank)][...] = before_k_RN
+        shared = self.shared
+        shared.k_JN.at[pl.ds(0, self.rank)][...] = self.kept(loaded.before_k_RN)
         sin_RM, cos_RM = (self.all_ranks(x_M) for x_M in self.sine_and_cosine(dt))
 
         def turned(x_RN):
@@ -240,8 +264,8 @@ class Program:
             firsts_RM, seconds_RM = u_RM * cos_RM - w_RM * sin_RM, u_RM * sin_RM + w_RM * cos_RM
             return joined_pairs(firsts_RM, seconds_RM, self.rotation, self.interpret)
 
-        shared.q_RN[...] = turned(q_RN)
-        k_RN = turned(k_RN)
+        shared.q_RN[...] = turned(loaded.q_RN + loaded.q_bias_RN)
+        k_RN = turned(loaded.k_RN + loaded.k_bias_RN)
         shared.k_JN.at[pl.ds(self.rank, self.rank)][...] = k_RN
         return k_RN
 
@@ -249,7 +273,7 @@ class Program:
         shared, layout, half = self.shared, self.by_rank.reduce(0), self.d_state // 2
         planes = self.refs.angle_BHS.shape[-1]
         plgpu.barrier_wait(self.barriers.turn)
-        before_M, turn_M = self.load(shared.angle_M, layout), self.load(shared.turn_M, layout)
+        before_M, turn_M = (load(ref, layout, self.interpret) for ref in (shared.angle_M, shared.turn_M))
         angle_M = within_a_turn(self.kept(before_M) + dt * turn_M)
         shared.next_angle_M[...] = angle_M
         # The hardware's sine is exact to 2^-21 from -pi to pi, and less so beyond.
@@ -292,26 +316,19 @@ class Program:
             y_RP *= scale_RP
         self.out.o_BHP.at[self.b, self.h][...] = jnp.sum(y_RP, axis=0).astype(self.out.o_BHP.dtype)
 
-    def load(self, ref, layout):
-        return load(ref, layout, self.interpret, optimized=False).astype(jnp.float32)
-
-    def of_head(self, ref_BHP):
-        return self.load(ref_BHP.at[self.b, self.h], self.by_rank.reduce(0))
-
-    def times(self, x_RP, ref_HRP):
-        if ref_HRP is None:
-            return x_RP
-        weight_RP = self.load(ref_HRP.at[self.h], self.by_rank)
-        return weight_RP if x_RP is None else x_RP * weight_RP
-
     def all_ranks(self, x_P):
-        return self.laid(across(x_P, self.rank), self.by_rank)
+        return None if x_P is None else self.laid(across(x_P, self.rank), self.by_rank)
 
     def laid(self, x, layout):
         return x if self.interpret else plgpu.layout_cast(x, layout)
 
     def kept(self, x):
         return x if self.keep is None else jnp.where(self.keep, x, 0.0)
+
+
+def times(x, y):
+    """None is one."""
+    return y if x is None else x if y is None else x * y
 
 
 def within_a_turn(angle):
