@@ -108,8 +108,8 @@ def one_token(tokens: Tokens, heads: Heads, state: State, rotation: str, interpr
 
     width, d_state = state.ssm_BHPN.shape[2:]
     tile = None
-    if width == 64 and d_state in (64, 128) and heads.norm_HP is None:
-        tile = Tile(interpreter() if interpret else None)
+    if width == 64 and d_state in (64, 128):
+        tile = Tile(interpret=interpreter() if interpret else None)
     return decode.decode(tokens, heads, state, rotation=rotation, interpret=interpret, tile=tile)
 
 

@@ -37,6 +37,9 @@ NORM_EPS = 1e-5
 class Tile:
     """How the kernel runs."""
 
+    rows: int = 1  # a program, one after another
+    direct: bool = False  # the state leaves from registers
+    row_first: bool = False
     interpret: object = None  # plgpu's InterpretParams: on the CPU, for tests
 
 
@@ -161,7 +164,10 @@ def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
     )
 
     @pl.core_map(
-        plgpu.Mesh(grid=(n_heads, batch), grid_names=("head", "row")),
+        plgpu.Mesh(
+            grid=(batch // tile.rows, n_heads) if tile.row_first else (n_heads, batch // tile.rows),
+            grid_names=("row", "head") if tile.row_first else ("head", "row"),
+        ),
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
@@ -184,36 +190,57 @@ class Program:
         self.refs, self.out, self.shared, self.barriers, self.rotation = refs, out, shared, barriers, rotation
         self.interpret = tile.interpret is not None
         self.rank, self.d_state = shared.q_RN.shape
-        self.b, self.h = lax.axis_index("row"), lax.axis_index("head")
-        self.keep = None if refs.start_B is None else refs.start_B[self.b] == 0
+        self.tile = tile
+        self.h, self.b, self.keep = lax.axis_index("head"), None, None
         self.by_rank = ranks_of_warps(self.rank)
 
     def run(self):
-        refs, out, shared, at = self.refs, self.out, self.shared, (self.b, self.h)
+        first = lax.axis_index("row") * self.tile.rows
+        self.copy_state(first)
+        if self.tile.rows == 1:
+            self.row(first, None)
+        else:
+            lax.fori_loop(0, self.tile.rows, lambda i, _: self.row(first + i, i + 1 < self.tile.rows), None)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def copy_state(self, b):
+        plgpu.copy_gmem_to_smem(self.refs.h_BHPN.at[b, self.h], self.shared.h_PN, self.barriers.state)
+
+    def row(self, b, more):
+        refs, out, shared, at = self.refs, self.out, self.shared, (b, self.h)
+        self.b, self.keep = b, None if refs.start_B is None else refs.start_B[b] == 0
         planes = pl.ds(0, refs.angle_BHS.shape[-1])
         turned_by = 0 if refs.turn_BHS.shape[1] == 1 else self.h
-        plgpu.copy_gmem_to_smem(refs.h_BHPN.at[*at], shared.h_PN, self.barriers.state)
         plgpu.copy_gmem_to_smem(refs.angle_BHS.at[*at], shared.angle_M.at[planes], self.barriers.turn)
-        plgpu.copy_gmem_to_smem(refs.turn_BHS.at[self.b, turned_by], shared.turn_M.at[planes], self.barriers.turn)
+        plgpu.copy_gmem_to_smem(refs.turn_BHS.at[b, turned_by], shared.turn_M.at[planes], self.barriers.turn)
         dt, log_a, trap = (ref[*at] for ref in (refs.dt_BH, refs.log_a_BH, refs.trap_BH))
         a = jnp.exp(log_a)
         loaded = self.loaded()
+        if more is not None:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         self.values(loaded, (1 - trap) * dt * a, trap * dt)
         self.scale(loaded)
         k_RN = self.turn(loaded, dt)
         plgpu.commit_smem()  # and all have read what is overwritten here
-        out.k_BRHN.at[self.b, :, self.h][...] = k_RN.astype(out.k_BRHN.dtype)
+        out.k_BRHN.at[b, :, self.h][...] = k_RN.astype(out.k_BRHN.dtype)
         out.v_BHP.at[*at][...] = loaded.v_P.astype(out.v_BHP.dtype)
         plgpu.copy_smem_to_gmem(shared.next_angle_M.at[planes], out.angle_BHS.at[*at])
 
         plgpu.barrier_wait(self.barriers.state)
-        h_PN = self.updated(a)
-        shared.h_PN[...] = h_PN
+        h_PN = self.kept(load(self.shared.h_PN, TILE, self.interpret))
+        if more is not None:
+            plgpu.commit_smem()
+            pl.when(more)(lambda: self.copy_state(b + 1))
+        h_PN = self.updated(a * h_PN)
+        if self.tile.direct:
+            out.h_BHPN.at[*at][...] = h_PN
+        else:
+            shared.h_PN[...] = h_PN
         self.read_out(h_PN)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(shared.h_PN, out.h_BHPN.at[*at])
+        if not self.tile.direct:
+            plgpu.copy_smem_to_gmem(shared.h_PN, out.h_BHPN.at[*at])
         self.finish()
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def loaded(self) -> Loaded:
         """All at once, before anything is stored: one wait for all."""
@@ -283,7 +310,7 @@ class Program:
         turns_M = self.laid(lax.broadcasted_iota(jnp.int32, (half,), 0), layout) < planes
         return jnp.where(turns_M, sin_M, 0.0), jnp.where(turns_M, cos_M, 1.0)
 
-    def updated(self, a):
+    def updated(self, h_PN):
         # A loop, not one rank after another: all vectors at once would fill the registers, and fewer programs fit.
         def add(j, h_PN):
             x_P, k_N = (
@@ -292,8 +319,7 @@ class Program:
             )
             return h_PN + down(x_P, self.d_state) * across(k_N, WIDTH)
 
-        h_PN = self.kept(load(self.shared.h_PN, TILE, self.interpret))
-        return lax.fori_loop(0, 2 * self.rank, add, a * h_PN)
+        return lax.fori_loop(0, 2 * self.rank, add, h_PN)
 
     def read_out(self, h_PN):
         def one(r, _):
