@@ -23,7 +23,7 @@ def decode(tokens: Tokens, heads: Heads, state: State, *, rotation: str, interpr
     Args:
         interpret: run the kernel's program on any backend, slowly, for tests.
         tile: a `Tile` of either, and with it the kernel; None chooses. That of `pallas_kernels.ssm.mosaic_gpu.decode`
-            takes the place of the latter on Hopper, for P 64 and no norm; it is not timed yet. Performance only.
+            is one kernel too, for Hopper, P 64, N 64 or 128 and 1, 2 or 4 ranks. Performance only.
 
     Raises:
         ValueError: more than one token, or what `triton` raises for.
