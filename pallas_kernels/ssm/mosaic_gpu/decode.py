@@ -25,7 +25,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssm.mosaic_gpu.registers import COLUMN, ROW, TILE, joined_pairs, pairs, pairs_of, ranks_of_warps
+from pallas_kernels.ssm.mosaic_gpu.registers import (
+    COLUMN,
+    ROW,
+    TILE,
+    joined_pairs,
+    pairs,
+    pairs_of,
+    ranks_of_warps,
+    spread,
+)
 from pallas_kernels.ssm.mosaic_gpu.tiles import across, down, load, tiled
 
 WIDTH = 64  # P
@@ -37,9 +46,8 @@ NORM_EPS = 1e-5
 class Tile:
     """How the kernel runs."""
 
-    rows: int = 1  # a program, one after another
+    heads: int = 1  # a program, one after another
     direct: bool = False  # the state leaves from registers
-    row_first: bool = False
     interpret: object = None  # plgpu's InterpretParams: on the CPU, for tests
 
 
@@ -82,9 +90,8 @@ class Shared(NamedTuple):
     """Shared memory; float32."""
 
     h_PN: jax.Array
-    angle_M: jax.Array  # of planes, the first S count
-    turn_M: jax.Array
-    next_angle_M: jax.Array
+    sin_M: jax.Array  # the first S count
+    cos_M: jax.Array
     k_JN: jax.Array
     x_JP: jax.Array  # w X
     q_RN: jax.Array
@@ -96,6 +103,8 @@ class Shared(NamedTuple):
 class Loaded(NamedTuple):
     """Registers, a rank a warp; float32."""
 
+    angle_S: jax.Array  # of the token before; these two are the same in all warps
+    turn_S: jax.Array
     q_RN: jax.Array  # these five as `pairs` wants them
     k_RN: jax.Array
     q_bias_RN: jax.Array
@@ -110,21 +119,14 @@ class Loaded(NamedTuple):
     out_rank_RP: jax.Array | None
 
 
-class Barriers(NamedTuple):
-    """Raised when what was copied has arrived."""
-
-    turn: jax.Array  # the angle before, and the turn
-    state: jax.Array
-
-
 def check(inputs: Inputs) -> None:
     """Raise ValueError, naming it, for a size that the kernel cannot run."""
     width, d_state = inputs.h_BHPN.shape[2:]
-    rank, planes = inputs.q_BRGN.shape[1], inputs.angle_BHS.shape[2]
+    rank = inputs.q_BRGN.shape[1]
     if width != WIDTH or d_state not in (64, 128):
         raise ValueError(f"{width=} is not {WIDTH}, or {d_state=} not 64 or 128")
-    if rank not in RANKS or planes % 4:
-        raise ValueError(f"{rank=} is not in {RANKS}, or {planes=} not a multiple of 4, as the copy engine wants it")
+    if rank not in RANKS:
+        raise ValueError(f"{rank=} is not in {RANKS}")
 
 
 def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
@@ -134,7 +136,7 @@ def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
         rotation: "adjacent", plane i is (2 i, 2 i + 1), or "half", (i, i + M).
 
     Raises:
-        ValueError: P not 64, N not 64 or 128, R not 1, 2 or 4, or S not a multiple of 4.
+        ValueError: P not 64, N not 64 or 128, or R not 1, 2 or 4.
     """
     check(inputs)
     batch, n_heads, width, d_state = inputs.h_BHPN.shape
@@ -155,7 +157,7 @@ def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
 
     shared = Shared(
         tiled(width, d_state, dtype=jnp.float32),
-        *(vectors(d_state // 2) for _ in range(3)),
+        *(vectors(d_state // 2) for _ in range(2)),
         *(vectors(2 * rank, d_state), vectors(2 * rank, width), vectors(rank, d_state), vectors(rank, width)),
         vectors(rank, width, present=inputs.skip_H is not None),
         vectors(
@@ -164,10 +166,8 @@ def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
     )
 
     @pl.core_map(
-        plgpu.Mesh(
-            grid=(batch // tile.rows, n_heads) if tile.row_first else (n_heads, batch // tile.rows),
-            grid_names=("row", "head") if tile.row_first else ("head", "row"),
-        ),
+        # Heads run fastest, as they lie in memory: -5% against rows.
+        plgpu.Mesh(grid=(batch, n_heads // tile.heads), grid_names=("row", "heads")),
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
@@ -176,8 +176,7 @@ def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
     )
     def _():
         pl.run_scoped(
-            lambda *scratch: Program(refs, out, *scratch, rotation, tile).run(),
-            *(shared, Barriers(plgpu.Barrier(num_arrivals=2), plgpu.Barrier())),
+            lambda *scratch: Program(refs, out, *scratch, rotation, tile).run(), shared, plgpu.Barrier(num_arrivals=1)
         )
 
     return Outputs(*(ref[...] for ref in out))
@@ -186,51 +185,54 @@ def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
 class Program:
     """One head of one row."""
 
-    def __init__(self, refs: Inputs, out: Outputs, shared: Shared, barriers: Barriers, rotation: str, tile: Tile):
-        self.refs, self.out, self.shared, self.barriers, self.rotation = refs, out, shared, barriers, rotation
-        self.interpret = tile.interpret is not None
+    def __init__(self, refs: Inputs, out: Outputs, shared: Shared, arrived, rotation: str, tile: Tile):
+        self.refs, self.out, self.shared, self.arrived, self.rotation = refs, out, shared, arrived, rotation
+        self.interpret, self.tile = tile.interpret is not None, tile
         self.rank, self.d_state = shared.q_RN.shape
-        self.tile = tile
-        self.h, self.b, self.keep = lax.axis_index("head"), None, None
+        self.b, self.h = lax.axis_index("row"), None
+        self.keep = None if refs.start_B is None else refs.start_B[self.b] == 0
         self.by_rank = ranks_of_warps(self.rank)
 
     def run(self):
-        first = lax.axis_index("row") * self.tile.rows
+        first = lax.axis_index("heads") * self.tile.heads
         self.copy_state(first)
-        if self.tile.rows == 1:
-            self.row(first, None)
+        if self.tile.heads == 1:
+            self.head(first, None)
         else:
-            lax.fori_loop(0, self.tile.rows, lambda i, _: self.row(first + i, i + 1 < self.tile.rows), None)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            lax.fori_loop(0, self.tile.heads, lambda i, _: self.head(first + i, i + 1 < self.tile.heads), None)
+        if not self.tile.direct:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def copy_state(self, b):
-        plgpu.copy_gmem_to_smem(self.refs.h_BHPN.at[b, self.h], self.shared.h_PN, self.barriers.state)
+    def copy_state(self, h):
+        plgpu.copy_gmem_to_smem(self.refs.h_BHPN.at[self.b, h], self.shared.h_PN, self.arrived)
 
-    def row(self, b, more):
-        refs, out, shared, at = self.refs, self.out, self.shared, (b, self.h)
-        self.b, self.keep = b, None if refs.start_B is None else refs.start_B[b] == 0
-        planes = pl.ds(0, refs.angle_BHS.shape[-1])
-        turned_by = 0 if refs.turn_BHS.shape[1] == 1 else self.h
-        plgpu.copy_gmem_to_smem(refs.angle_BHS.at[*at], shared.angle_M.at[planes], self.barriers.turn)
-        plgpu.copy_gmem_to_smem(refs.turn_BHS.at[b, turned_by], shared.turn_M.at[planes], self.barriers.turn)
+    def head(self, h, more):
+        refs, out, shared, at = self.refs, self.out, self.shared, (self.b, h)
+        self.h = h
         dt, log_a, trap = (ref[*at] for ref in (refs.dt_BH, refs.log_a_BH, refs.trap_BH))
         a = jnp.exp(log_a)
         loaded = self.loaded()
+        angle_S = within_a_turn(self.kept(loaded.angle_S) + dt * loaded.turn_S)
         if more is not None:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.commit_smem()
+        # The hardware's sine is exact to 2^-21 from -pi to pi, and less so beyond.
+        planes = pl.ds(0, angle_S.shape[0])
+        shared.sin_M.at[planes][...] = -jnp.sin(angle_S - jnp.pi)
+        shared.cos_M.at[planes][...] = -jnp.cos(angle_S - jnp.pi)
         self.values(loaded, (1 - trap) * dt * a, trap * dt)
         self.scale(loaded)
-        k_RN = self.turn(loaded, dt)
-        plgpu.commit_smem()  # and all have read what is overwritten here
-        out.k_BRHN.at[b, :, self.h][...] = k_RN.astype(out.k_BRHN.dtype)
+        plgpu.commit_smem()  # and all have read what is overwritten from here on
+        k_RN = self.turn(loaded)
+        plgpu.commit_smem()
+        out.angle_BHS.at[*at][...] = angle_S
+        out.k_BRHN.at[self.b, :, h][...] = k_RN.astype(out.k_BRHN.dtype)
         out.v_BHP.at[*at][...] = loaded.v_P.astype(out.v_BHP.dtype)
-        plgpu.copy_smem_to_gmem(shared.next_angle_M.at[planes], out.angle_BHS.at[*at])
 
-        plgpu.barrier_wait(self.barriers.state)
+        plgpu.barrier_wait(self.arrived)
         h_PN = self.kept(load(self.shared.h_PN, TILE, self.interpret))
         if more is not None:
             plgpu.commit_smem()
-            pl.when(more)(lambda: self.copy_state(b + 1))
+            pl.when(more)(lambda: self.copy_state(h + 1))
         h_PN = self.updated(a * h_PN)
         if self.tile.direct:
             out.h_BHPN.at[*at][...] = h_PN
@@ -254,7 +256,10 @@ class Program:
             return load(ref.at[*at], layout, self.interpret, optimized=False).astype(jnp.float32)
 
         every = slice(None)
+        turned_by = 0 if refs.turn_BHS.shape[1] == 1 else h
+        of_planes = spread(refs.angle_BHS.shape[-1])
         return Loaded(
+            *(load_as(of_planes, refs.angle_BHS, b, h), load_as(of_planes, refs.turn_BHS, b, turned_by)),
             *(load_as(in_pairs, ref, b, every, group) for ref in (refs.q_BRGN, refs.k_BRGN)),
             *(load_as(in_pairs, ref, h) for ref in (refs.q_bias_HRN, refs.k_bias_HRN)),
             load_as(in_pairs, refs.before_k_BRHN, b, every, h),
@@ -280,11 +285,11 @@ class Program:
         if scale_RP is not None:
             self.shared.scale_RP[...] = scale_RP
 
-    def turn(self, loaded: Loaded, dt):
-        """Advance the angle, turn queries and keys; also k."""
+    def turn(self, loaded: Loaded):
+        """Bias and turn queries and keys; also k."""
         shared = self.shared
         shared.k_JN.at[pl.ds(0, self.rank)][...] = self.kept(loaded.before_k_RN)
-        sin_RM, cos_RM = (self.all_ranks(x_M) for x_M in self.sine_and_cosine(dt))
+        sin_RM, cos_RM = (self.all_ranks(x_M) for x_M in self.sine_and_cosine())
 
         def turned(x_RN):
             u_RM, w_RM = pairs(x_RN, self.rotation, self.interpret)
@@ -296,15 +301,9 @@ class Program:
         shared.k_JN.at[pl.ds(self.rank, self.rank)][...] = k_RN
         return k_RN
 
-    def sine_and_cosine(self, dt):
-        shared, layout, half = self.shared, self.by_rank.reduce(0), self.d_state // 2
-        planes = self.refs.angle_BHS.shape[-1]
-        plgpu.barrier_wait(self.barriers.turn)
-        before_M, turn_M = (load(ref, layout, self.interpret) for ref in (shared.angle_M, shared.turn_M))
-        angle_M = within_a_turn(self.kept(before_M) + dt * turn_M)
-        shared.next_angle_M[...] = angle_M
-        # The hardware's sine is exact to 2^-21 from -pi to pi, and less so beyond.
-        sin_M, cos_M = -jnp.sin(angle_M - jnp.pi), -jnp.cos(angle_M - jnp.pi)
+    def sine_and_cosine(self):
+        layout, half, planes = self.by_rank.reduce(0), self.d_state // 2, self.refs.angle_BHS.shape[-1]
+        sin_M, cos_M = (load(ref, layout, self.interpret) for ref in (self.shared.sin_M, self.shared.cos_M))
         if planes == half:
             return sin_M, cos_M
         turns_M = self.laid(lax.broadcasted_iota(jnp.int32, (half,), 0), layout) < planes

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ROWS = 64  # of a tile: what wgmma computes at least
-WARPS = 4
+WARPS, LANES = 4, 32
 TILE, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -104,6 +104,16 @@ def ranks_of_warps(rank: int, vector: int = 1):
         warp_dims=(*(() if rank == 1 else (-3,)), *warps),
         lane_dims=(-2,),
         vector_dim=-1,
+    )
+
+
+def spread(size: int):
+    """Layout of (S,): over as many lanes as divide S, the others and all warps with the same."""
+    lanes = min(LANES, size & -size)
+    same = () if lanes == LANES else (plgpu.Replicated(LANES // lanes),)
+    own = () if lanes == 1 else (-2,)
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(((lanes,), (1,))), warp_dims=(plgpu.Replicated(WARPS),), lane_dims=(*same, *own), vector_dim=-1
     )
 
 
