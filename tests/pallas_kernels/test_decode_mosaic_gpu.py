@@ -29,6 +29,7 @@ SHAPES = {
     "mimo": MIMO._replace(**{**LARGE, "planes": 32}),
     "mimo_adjacent": MIMO._replace(rotation="adjacent", gate=False, **{**SMALL, "planes": 32}),
     "mimo2": MIMO._replace(rank=2, heads=4, groups=2, gate_ranked=False, skip=False, norm=False, **SMALL),
+    "mimo2_adjacent": MIMO._replace(rank=2, rotation="adjacent", **{**LARGE, "planes": 5}),
     "mimo1": MIMO._replace(rank=1, norm=False, **SMALL),
 }
 
@@ -98,11 +99,12 @@ def test_angles_stay_within_a_turn():
 
 
 @pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
-def test_lowers_for_cuda_in_place(monkeypatch):
+@pytest.mark.parametrize("name", SHAPES)
+def test_lowers_for_cuda_in_place(name, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     gpu = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
     mesh = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=gpu)
-    shape = SHAPES["mimo"]
+    shape = SHAPES[name]
     tokens, heads, state = drawn(shape, True)
     state = state._replace(k_BRHN=jnp.asarray(state.k_BRHN, jnp.bfloat16), v_BHP=jnp.asarray(state.v_BHP, jnp.bfloat16))
     call = functools.partial(decode, rotation=shape.rotation, tile=Tile())

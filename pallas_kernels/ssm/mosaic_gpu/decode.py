@@ -192,6 +192,7 @@ class Program:
         self.b, self.h = lax.axis_index("row"), None
         self.keep = None if refs.start_B is None else refs.start_B[self.b] == 0
         self.by_rank = ranks_of_warps(self.rank)
+        self.ranks = slice(None) if self.rank > 1 else 0  # jax 0.10 has no (1, N) with strides
 
     def run(self):
         first = lax.axis_index("heads") * self.tile.heads
@@ -225,7 +226,8 @@ class Program:
         k_RN = self.turn(loaded)
         plgpu.commit_smem()
         out.angle_BHS.at[*at][...] = angle_S
-        out.k_BRHN.at[self.b, :, h][...] = k_RN.astype(out.k_BRHN.dtype)
+        k_RN = jnp.sum(k_RN, axis=0) if self.rank == 1 else k_RN
+        out.k_BRHN.at[self.b, self.ranks, h][...] = k_RN.astype(out.k_BRHN.dtype)
         out.v_BHP.at[*at][...] = loaded.v_P.astype(out.v_BHP.dtype)
 
         plgpu.barrier_wait(self.arrived)
@@ -255,17 +257,22 @@ class Program:
                 return None
             return load(ref.at[*at], layout, self.interpret, optimized=False).astype(jnp.float32)
 
-        every = slice(None)
+        def load_ranks(layout, ref, *at):
+            if self.rank > 1:
+                return load_as(layout, ref, *at)
+            row = load_as(layout.reduce(0), ref, *at)
+            return None if row is None else self.laid(across(row, 1), layout)
+
         turned_by = 0 if refs.turn_BHS.shape[1] == 1 else h
         of_planes = spread(refs.angle_BHS.shape[-1])
         return Loaded(
             *(load_as(of_planes, refs.angle_BHS, b, h), load_as(of_planes, refs.turn_BHS, b, turned_by)),
-            *(load_as(in_pairs, ref, b, every, group) for ref in (refs.q_BRGN, refs.k_BRGN)),
-            *(load_as(in_pairs, ref, h) for ref in (refs.q_bias_HRN, refs.k_bias_HRN)),
-            load_as(in_pairs, refs.before_k_BRHN, b, every, h),
+            *(load_ranks(in_pairs, ref, b, self.ranks, group) for ref in (refs.q_BRGN, refs.k_BRGN)),
+            *(load_ranks(in_pairs, ref, h, self.ranks) for ref in (refs.q_bias_HRN, refs.k_bias_HRN)),
+            load_ranks(in_pairs, refs.before_k_BRHN, b, self.ranks, h),
             *(load_as(by_rank.reduce(0), ref, b, h) for ref in (refs.v_BHP, refs.before_v_BHP, refs.gate_BHP)),
             load_as(by_rank.reduce(0), refs.norm_HP, h),
-            *(load_as(by_rank, ref, h) for ref in (refs.v_rank_HRP, refs.gate_rank_HRP, refs.out_rank_HRP)),
+            *(load_ranks(by_rank, x, h, self.ranks) for x in (refs.v_rank_HRP, refs.gate_rank_HRP, refs.out_rank_HRP)),
         )
 
     def values(self, loaded: Loaded, beta, gamma):

@@ -111,9 +111,9 @@ def spread(size: int):
     """Layout of (S,): over as many lanes as divide S, the others and all warps with the same."""
     lanes = min(LANES, size & -size)
     same = () if lanes == LANES else (plgpu.Replicated(LANES // lanes),)
-    own = () if lanes == 1 else (-2,)
+    tiles, own = (((1,),), ()) if lanes == 1 else (((lanes,), (1,)), (-2,))
     return plgpu.Layout.TILED(
-        plgpu.Tiling(((lanes,), (1,))), warp_dims=(plgpu.Replicated(WARPS),), lane_dims=(*same, *own), vector_dim=-1
+        plgpu.Tiling(tiles), warp_dims=(plgpu.Replicated(WARPS),), lane_dims=(*same, *own), vector_dim=-1
     )
 
 
