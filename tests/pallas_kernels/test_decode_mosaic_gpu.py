@@ -11,7 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 from mamba3_jax.ops.decode import decode
 from mamba3_jax.ops.recurrent import recurrent
-from pallas_kernels.ssm.mosaic_gpu.decode import Tile, within_a_turn
+from pallas_kernels.ssm.mosaic_gpu.decode import Tile, sine_and_cosine, within_a_turn
 from pallas_kernels.ssm.mosaic_gpu.scan import interpreter
 from tests.helpers import rel_rms
 from tests.ops import cases
@@ -96,6 +96,13 @@ def test_angles_stay_within_a_turn():
     got = np.asarray(within_a_turn(jnp.asarray(angle)))
     assert ((got >= 0) & (got < turn)).all()
     np.testing.assert_allclose(np.exp(1j * got), np.exp(1j * angle.astype(np.float64)), atol=3e-6)
+
+
+def test_sine_and_cosine():
+    angle = np.linspace(0, 2 * np.pi, 100_001)[:-1].astype(np.float32)
+    got = np.stack(sine_and_cosine(jnp.asarray(angle)))
+    exact = angle.astype(np.float64)
+    np.testing.assert_allclose(got, np.stack([np.sin(exact), np.cos(exact)]), atol=1.2e-7)
 
 
 @pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")

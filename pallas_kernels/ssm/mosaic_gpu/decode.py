@@ -46,8 +46,6 @@ NORM_EPS = 1e-5
 class Tile:
     """How the kernel runs."""
 
-    heads: int = 1  # a program, one after another
-    direct: bool = False  # the state leaves from registers
     interpret: object = None  # plgpu's InterpretParams: on the CPU, for tests
 
 
@@ -166,8 +164,7 @@ def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
     )
 
     @pl.core_map(
-        # Heads run fastest, as they lie in memory: -5% against rows.
-        plgpu.Mesh(grid=(batch, n_heads // tile.heads), grid_names=("row", "heads")),
+        plgpu.Mesh(grid=(batch, n_heads), grid_names=("row", "head")),  # heads run fastest, as they lie in memory
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
@@ -187,39 +184,22 @@ class Program:
 
     def __init__(self, refs: Inputs, out: Outputs, shared: Shared, arrived, rotation: str, tile: Tile):
         self.refs, self.out, self.shared, self.arrived, self.rotation = refs, out, shared, arrived, rotation
-        self.interpret, self.tile = tile.interpret is not None, tile
+        self.interpret = tile.interpret is not None
         self.rank, self.d_state = shared.q_RN.shape
-        self.b, self.h = lax.axis_index("row"), None
+        self.b, self.h = lax.axis_index("row"), lax.axis_index("head")
         self.keep = None if refs.start_B is None else refs.start_B[self.b] == 0
         self.by_rank = ranks_of_warps(self.rank)
         self.ranks = slice(None) if self.rank > 1 else 0  # jax 0.10 has no (1, N) with strides
 
     def run(self):
-        first = lax.axis_index("heads") * self.tile.heads
-        self.copy_state(first)
-        if self.tile.heads == 1:
-            self.head(first, None)
-        else:
-            lax.fori_loop(0, self.tile.heads, lambda i, _: self.head(first + i, i + 1 < self.tile.heads), None)
-        if not self.tile.direct:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-    def copy_state(self, h):
-        plgpu.copy_gmem_to_smem(self.refs.h_BHPN.at[self.b, h], self.shared.h_PN, self.arrived)
-
-    def head(self, h, more):
-        refs, out, shared, at = self.refs, self.out, self.shared, (self.b, h)
-        self.h = h
+        refs, out, shared, at = self.refs, self.out, self.shared, (self.b, self.h)
+        plgpu.copy_gmem_to_smem(refs.h_BHPN.at[*at], shared.h_PN, self.arrived)
         dt, log_a, trap = (ref[*at] for ref in (refs.dt_BH, refs.log_a_BH, refs.trap_BH))
         a = jnp.exp(log_a)
         loaded = self.loaded()
         angle_S = within_a_turn(self.kept(loaded.angle_S) + dt * loaded.turn_S)
-        if more is not None:
-            plgpu.commit_smem()
-        # The hardware's sine is exact to 2^-21 from -pi to pi, and less so beyond.
         planes = pl.ds(0, angle_S.shape[0])
-        shared.sin_M.at[planes][...] = -jnp.sin(angle_S - jnp.pi)
-        shared.cos_M.at[planes][...] = -jnp.cos(angle_S - jnp.pi)
+        shared.sin_M.at[planes][...], shared.cos_M.at[planes][...] = sine_and_cosine(angle_S)
         self.values(loaded, (1 - trap) * dt * a, trap * dt)
         self.scale(loaded)
         plgpu.commit_smem()  # and all have read what is overwritten from here on
@@ -227,24 +207,17 @@ class Program:
         plgpu.commit_smem()
         out.angle_BHS.at[*at][...] = angle_S
         k_RN = jnp.sum(k_RN, axis=0) if self.rank == 1 else k_RN
-        out.k_BRHN.at[self.b, self.ranks, h][...] = k_RN.astype(out.k_BRHN.dtype)
+        out.k_BRHN.at[self.b, self.ranks, self.h][...] = k_RN.astype(out.k_BRHN.dtype)
         out.v_BHP.at[*at][...] = loaded.v_P.astype(out.v_BHP.dtype)
 
         plgpu.barrier_wait(self.arrived)
-        h_PN = self.kept(load(self.shared.h_PN, TILE, self.interpret))
-        if more is not None:
-            plgpu.commit_smem()
-            pl.when(more)(lambda: self.copy_state(h + 1))
-        h_PN = self.updated(a * h_PN)
-        if self.tile.direct:
-            out.h_BHPN.at[*at][...] = h_PN
-        else:
-            shared.h_PN[...] = h_PN
+        h_PN = self.updated(a)
+        shared.h_PN[...] = h_PN
         self.read_out(h_PN)
         plgpu.commit_smem()
-        if not self.tile.direct:
-            plgpu.copy_smem_to_gmem(shared.h_PN, out.h_BHPN.at[*at])
+        plgpu.copy_smem_to_gmem(shared.h_PN, out.h_BHPN.at[*at])
         self.finish()
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def loaded(self) -> Loaded:
         """All at once, before anything is stored: one wait for all."""
@@ -296,7 +269,7 @@ class Program:
         """Bias and turn queries and keys; also k."""
         shared = self.shared
         shared.k_JN.at[pl.ds(0, self.rank)][...] = self.kept(loaded.before_k_RN)
-        sin_RM, cos_RM = (self.all_ranks(x_M) for x_M in self.sine_and_cosine())
+        sin_RM, cos_RM = (self.all_ranks(x_M) for x_M in self.sine_and_cosine_M())
 
         def turned(x_RN):
             u_RM, w_RM = pairs(x_RN, self.rotation, self.interpret)
@@ -308,7 +281,7 @@ class Program:
         shared.k_JN.at[pl.ds(self.rank, self.rank)][...] = k_RN
         return k_RN
 
-    def sine_and_cosine(self):
+    def sine_and_cosine_M(self):
         layout, half, planes = self.by_rank.reduce(0), self.d_state // 2, self.refs.angle_BHS.shape[-1]
         sin_M, cos_M = (load(ref, layout, self.interpret) for ref in (self.shared.sin_M, self.shared.cos_M))
         if planes == half:
@@ -316,7 +289,7 @@ class Program:
         turns_M = self.laid(lax.broadcasted_iota(jnp.int32, (half,), 0), layout) < planes
         return jnp.where(turns_M, sin_M, 0.0), jnp.where(turns_M, cos_M, 1.0)
 
-    def updated(self, h_PN):
+    def updated(self, a):
         # A loop, not one rank after another: all vectors at once would fill the registers, and fewer programs fit.
         def add(j, h_PN):
             x_P, k_N = (
@@ -325,7 +298,8 @@ class Program:
             )
             return h_PN + down(x_P, self.d_state) * across(k_N, WIDTH)
 
-        return lax.fori_loop(0, 2 * self.rank, add, h_PN)
+        h_PN = self.kept(load(self.shared.h_PN, TILE, self.interpret))
+        return lax.fori_loop(0, 2 * self.rank, add, a * h_PN)
 
     def read_out(self, h_PN):
         def one(r, _):
@@ -370,3 +344,18 @@ def within_a_turn(angle):
         whole = turns.astype(jnp.int32).astype(jnp.float32)  # towards zero: Mosaic has no floor
         angle = angle - 2 * jnp.pi * jnp.where(whole > turns, whole - 1, whole)
     return angle
+
+
+def sine_and_cosine(angle):
+    """Of angles in [0, 2 pi), to 1e-7; the hardware's sine is off by 5e-7, which sums of products that cancel show."""
+    quarter = (angle * (2 / jnp.pi) + 0.5).astype(jnp.int32)
+    x = angle
+    for part in (1.5703125, 4.837512969970703125e-4, 7.54978995489188216e-8):  # pi / 2; the first two times 4 are exact
+        x -= quarter.astype(jnp.float32) * part
+    # Cephes sinf and cosf, from -pi / 4 to pi / 4.
+    z = x * x
+    sin = x + x * z * ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1)
+    cos = 1 - 0.5 * z + z * z * ((2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2)
+    odd = (quarter & 1) == 1
+    sin, cos = jnp.where(odd, cos, sin), jnp.where(odd, sin, cos)
+    return jnp.where((quarter & 2) == 0, sin, -sin), jnp.where(((quarter + 1) & 2) == 0, cos, -cos)
