@@ -23,7 +23,7 @@ def decode(tokens: Tokens, heads: Heads, state: State, *, rotation: str, interpr
     Args:
         interpret: run the kernel's program on any backend, slowly, for tests.
         tile: a `Tile` of either, and with it the kernel; None chooses. That of `pallas_kernels.ssm.mosaic_gpu.decode`
-            takes the place of the latter on Hopper, for P 64 and no norm; it is not timed yet. Performance only.
+            is one kernel too, for Hopper, P 64, N 64 or 128 and 1, 2 or 4 ranks. Performance only.
 
     Raises:
         ValueError: more than one token, or what `triton` raises for.
@@ -60,14 +60,14 @@ def _step(tokens: Tokens, heads: Heads, state: State, rotation: str, interpret: 
     token = jax.tree.map(lambda array: jnp.squeeze(array, 1), tokens)
     tile = tile or default_tile(token.q_BLRGN.shape[1])
     if isinstance(tile, decode_fused.Tile):
-        return _fused_step(token, heads, state, rotation, dataclasses.replace(tile, interpret=interpret))
+        return _fused_step(token, heads, state, rotation, dataclasses.replace(tile, interpret=interpret), decode_fused)
+    if isinstance(tile, mosaic_decode.Tile):
+        return _fused_step(token, heads, state, rotation, tile, mosaic_decode)
     n_heads, width, d_state = state.ssm_BHPN.shape[1:]
     spare_P, spare_N = _tile_size(width) - width, _tile_size(d_state) - d_state
     angle_BHS, q_BHRN, k_BHRN = _turned(token, heads, state, rotation)
     a_BH, beta_BH, gamma_BH = _coefficients(token)
 
-    if isinstance(tile, mosaic_decode.Tile):
-        return _mosaic_step(token, heads, state, (angle_BHS, q_BHRN, k_BHRN), (a_BH, beta_BH, gamma_BH), tile)
     tile = kernel.Tile(**{**tile.__dict__, "width": width, "interpret": interpret})
     tile = kernel.fitting(tile, width + spare_P, d_state + spare_N, n_heads, norm=heads.norm_HP is not None)
     cross_BHRJ = _cross(state, token, q_BHRN, k_BHRN) if tile.reads == "old" else None
@@ -92,10 +92,9 @@ def _step(tokens: Tokens, heads: Heads, state: State, rotation: str, interpret: 
     return y_BLHP, State(angle_BHS, out.h_BHPN[:, :, :width, :d_state], last_k_BRHN, token.v_BLHP)
 
 
-def _fused_step(token: Tokens, heads: Heads, state: State, rotation: str, tile):
-    from pallas_kernels.ssm.triton import decode_fused
-
-    inputs = decode_fused.Inputs(
+def _fused_step(token: Tokens, heads: Heads, state: State, rotation: str, tile, kernel):
+    """By a kernel that does it all."""
+    inputs = kernel.Inputs(
         *(state.ssm_BHPN, state.angle_BHS, state.k_BRHN, state.v_BHP),
         *(token.q_BLRGN, token.k_BLRGN, token.v_BLHP),
         *(token.dt_BLH, token.log_a_BLH, token.trap_BLH, token.angle_BLHS),
@@ -103,27 +102,8 @@ def _fused_step(token: Tokens, heads: Heads, state: State, rotation: str, tile):
         *(heads.q_bias_HRN, heads.k_bias_HRN, token.gate_BLHP, heads.skip_H),
         *(heads.v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP),
     )
-    out = decode_fused.decode(inputs, rotation, tile)
+    out = kernel.decode(inputs, rotation, tile)
     return out.o_BHP[:, None], State(out.angle_BHS, out.h_BHPN, out.k_BRHN, out.v_BHP)
-
-
-def _mosaic_step(token: Tokens, heads: Heads, state: State, turned, coefficients, tile):
-    from pallas_kernels.ssm.mosaic_gpu import decode as kernel
-
-    if heads.norm_HP is not None:
-        raise ValueError(f"{tile} has no norm: its kernel does not sum over P")
-    angle_BHS, q_BHRN, k_BHRN = turned
-    float32 = lambda array: None if array is None else array.astype(jnp.float32)  # noqa: E731
-    inputs = kernel.Inputs(
-        *(state.ssm_BHPN, state.k_BRHN, state.v_BHP, q_BHRN, k_BHRN, token.v_BLHP),
-        *coefficients,
-        None if token.start_BL is None else token.start_BL.astype(jnp.int32),
-        token.gate_BLHP,
-        *(float32(x) for x in (heads.skip_H, heads.v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP)),
-    )
-    out = kernel.decode(inputs, tile)
-    last_k_BRHN = jnp.swapaxes(k_BHRN, 1, 2).astype(token.k_BLRGN.dtype)
-    return out.o_BHP[:, None], State(angle_BHS, out.h_BHPN, last_k_BRHN, token.v_BLHP)
 
 
 def default_tile(rank: int):

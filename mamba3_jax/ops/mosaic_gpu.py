@@ -101,15 +101,15 @@ def mosaic_gpu(
 
 
 def one_token(tokens: Tokens, heads: Heads, state: State, rotation: str, interpret: bool):
-    """By the decoding step's Mosaic kernel where it can (P 64, N 64 or 128, no norm), by Triton's elsewhere."""
+    """By the decoding step's Mosaic kernel where it can (P 64, N 64 or 128), by Triton's elsewhere."""
     from mamba3_jax.ops import decode
     from pallas_kernels.ssm.mosaic_gpu.decode import Tile
     from pallas_kernels.ssm.mosaic_gpu.scan import interpreter
 
     width, d_state = state.ssm_BHPN.shape[2:]
     tile = None
-    if width == 64 and d_state in (64, 128) and heads.norm_HP is None:
-        tile = Tile(interpreter() if interpret else None)
+    if width == 64 and d_state in (64, 128):
+        tile = Tile(interpret=interpreter() if interpret else None)
     return decode.decode(tokens, heads, state, rotation=rotation, interpret=interpret, tile=tile)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ROWS = 64  # of a tile: what wgmma computes at least
-WARPS = 4
+WARPS, LANES = 4, 32
 TILE, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -93,5 +93,79 @@ def of_tokens(ref_QN, interpret: bool):
     return repeat(plgpu.load(ref_QN, (), layout=layout))
 
 
+def ranks_of_warps(rank: int, vector: int = 1):
+    """Layout of few rows (R, N): a warp has one (where R is 2 or 1, others the same), a lane every 32nd column.
+
+    Of `vector` columns side by side, every 32nd such group.
+    """
+    warps = () if rank == WARPS else (plgpu.Replicated(WARPS // rank),)
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(((rank, 32 * vector), (vector,))),
+        warp_dims=(*(() if rank == 1 else (-3,)), *warps),
+        lane_dims=(-2,),
+        vector_dim=-1,
+    )
+
+
+def spread(size: int):
+    """Layout of (S,): over as many lanes as divide S, the others and all warps with the same."""
+    lanes = min(LANES, size & -size)
+    same = () if lanes == LANES else (plgpu.Replicated(LANES // lanes),)
+    tiles, own = (((1,),), ()) if lanes == 1 else (((lanes,), (1,)), (-2,))
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(tiles), warp_dims=(plgpu.Replicated(WARPS),), lane_dims=(*same, *own), vector_dim=-1
+    )
+
+
+def pairs_of(rank: int, rotation: str):
+    """Layout of (R, N) for `pairs`, which give (R, N / 2) in that of `ranks_of_warps`."""
+    return ranks_of_warps(rank, 2 if rotation == "adjacent" else 1)
+
+
+def pairs(x_RN, rotation: str, interpret: bool):
+    """The first and the second entries of the planes: (2 i, 2 i + 1), "adjacent", or (i, i + N / 2), "half"."""
+    rank, size = x_RN.shape
+    if rotation == "half":
+        return x_RN[:, : size // 2], x_RN[:, size // 2 :]
+    if interpret:
+        return x_RN[:, ::2], x_RN[:, 1::2]
+    half = plgpu.ShapeDtypeStruct((rank, size // 2), x_RN.dtype, layout=ranks_of_warps(rank))
+
+    @plgpu.inline_mgpu(arg_types=(pairs_of(rank, rotation),), return_type=(half, half))
+    def split(_, x):
+        from jax.experimental.mosaic.gpu import utils
+
+        one = lambda i: np.vectorize(lambda x: utils.vector_slice(x, slice(i, i + 1)), otypes=[object])  # noqa: E731
+        return tuple(_array(one(i)(x.registers), ranks_of_warps(rank), x) for i in range(2))
+
+    return split(x_RN)
+
+
+def joined_pairs(u_RM, w_RM, rotation: str, interpret: bool):
+    """`pairs` undone."""
+    rank, size = u_RM.shape
+    if interpret:
+        axis = 2 if rotation == "adjacent" else 1
+        return jnp.stack([u_RM, w_RM], axis=axis).reshape(rank, 2 * size)
+    half, whole = ranks_of_warps(rank), pairs_of(rank, rotation)
+
+    @plgpu.inline_mgpu(
+        arg_types=(half, half), return_type=plgpu.ShapeDtypeStruct((rank, 2 * size), u_RM.dtype, layout=whole)
+    )
+    def join(_, u, w):
+        from jax.experimental.mosaic.gpu import utils
+
+        if rotation == "half":
+            return _array(np.concatenate([u.registers, w.registers], axis=1), whole, u)
+        both = np.vectorize(lambda *pair: utils.vector_concat(pair), otypes=[object])
+        return _array(both(u.registers, w.registers), whole, u)
+
+    return join(u_RM, w_RM)
+
+
+def _array(registers, layout, like):
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=like.is_signed)
+
+
 def _tile(registers, like):
-    return mgpu.FragmentedArray(_registers=registers, _layout=TILE.to_mgpu(), _is_signed=like.is_signed)
+    return _array(registers, TILE, like)
