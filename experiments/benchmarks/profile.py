@@ -72,7 +72,7 @@ def main(argv):
     cases = ssm.CASES["gpu"]
     names = ssm.chosen("cases", FLAGS.cases, cases)
     tasks = [task for name in names for task in ssm.tasks_of(name, cases[name], [FLAGS.implementation], [None])]
-    tasks = [task for task in tasks if task.what != "decode" or task.implementation is None]
+    tasks = [task for task in tasks if task.implementation == FLAGS.implementation]
     with ThreadPoolExecutor() as pool:
         programs = list(pool.map(ssm.Task.compile, tasks))
     rows = []

@@ -261,9 +261,9 @@ def tasks_of(name: str, case: Case, implementations: list[str], chunks: list[int
     for implementation, chunk in itertools.product(implementations, chunks):
         if case.length > 1:
             tasks += [Task(name, case, implementation, chunk, what) for what in ("forward", "forward+backward")]
-        elif not tasks:  # a step has no chunks: plain XLA, what is the default here, and a kernel that is not
-            steps = ["recurrent", None, *{"mosaic_gpu"}.intersection(implementations)]
-            tasks = [Task(name, case, implementation, None, "decode") for implementation in steps]
+        elif not tasks:  # a step has no chunks: plain XLA, and the kernels asked for
+            kernels = [each for each in implementations if each not in ("recurrent", "associative", "chunked")]
+            tasks = [Task(name, case, each, None, "decode") for each in ("recurrent", *kernels)]
     return tasks
 
 

@@ -1,4 +1,4 @@
-"""One token of the op in a Pallas Triton kernel, for NVIDIA GPUs. A leaf: Pallas Triton is deprecated upstream."""
+"""One token of the op in a Pallas kernel, for NVIDIA GPUs: Mosaic GPU on Hopper, Triton elsewhere."""
 
 import dataclasses
 import functools
@@ -16,14 +16,13 @@ from mamba3_jax.ops.types import Heads, State, Tokens
 def decode(tokens: Tokens, heads: Heads, state: State, *, rotation: str, interpret: bool = False, tile=None):
     """`recurrent` for one token, the state's ssm in place where it is donated.
 
-    One rank is one kernel, `pallas_kernels.ssm.triton.decode_fused`, with all of the state in place. With more, bias,
-    rotation and coefficients are plain XLA; what reads or writes the state is `pallas_kernels.ssm.triton.decode`.
-    The backward pass is that of `recurrent`, on the inputs.
+    On Hopper one kernel, `pallas_kernels.ssm.mosaic_gpu.decode`, with all of the state in place: see `mosaic_gpu`. By
+    Triton one rank is one kernel too, `triton.decode_fused`; with more, bias, rotation and coefficients are plain XLA,
+    and what reads or writes the state is `triton.decode`. The backward pass is that of `recurrent`, on the inputs.
 
     Args:
         interpret: run the kernel's program on any backend, slowly, for tests.
-        tile: a `Tile` of either, and with it the kernel; None chooses. That of `pallas_kernels.ssm.mosaic_gpu.decode`
-            is one kernel too, for Hopper, P 64, N 64 or 128 and 1, 2 or 4 ranks. Performance only.
+        tile: a `Tile` of one of them, and with it the kernel; None: the fastest of Triton's. Performance only.
 
     Raises:
         ValueError: more than one token, or what `triton` raises for.
@@ -70,14 +69,13 @@ def _step(tokens: Tokens, heads: Heads, state: State, rotation: str, interpret: 
 
     tile = kernel.Tile(**{**tile.__dict__, "width": width, "interpret": interpret})
     tile = kernel.fitting(tile, width + spare_P, d_state + spare_N, n_heads, norm=heads.norm_HP is not None)
-    cross_BHRJ = _cross(state, token, q_BHRN, k_BHRN) if tile.reads == "old" else None
     wide = functools.partial(_padded_last, spare=spare_P)
     long = functools.partial(_padded_last, spare=spare_N)
     inputs = kernel.Inputs(
         jnp.pad(state.ssm_BHPN, [(0, 0), (0, 0), (0, spare_P), (0, spare_N)]),
         *(long(state.k_BRHN), wide(state.v_BHP)),
         *(long(q_BHRN), long(k_BHRN), wide(token.v_BLHP)),
-        *(a_BH, beta_BH, gamma_BH, cross_BHRJ),
+        *(a_BH, beta_BH, gamma_BH),
         None if token.start_BL is None else token.start_BL.astype(jnp.int32),
         *(wide(token.gate_BLHP), heads.skip_H),
         *(wide(x) for x in (heads.v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP)),
@@ -137,16 +135,6 @@ def _coefficients(token: Tokens):
     if token.start_BL is not None:
         a_BH = jnp.where(token.start_BL[:, None], 0, a_BH)
     return a_BH, (1 - token.trap_BLH) * token.dt_BLH * a_BH, token.trap_BLH * token.dt_BLH
-
-
-def _cross(state: State, token: Tokens, q_BHRN, k_BHRN):
-    """k_s . q_r for the ranks s of the token before, then of this one; the weight of s is in its X."""
-    before_BHRN = jnp.swapaxes(state.k_BRHN, 1, 2).astype(jnp.float32)
-    if token.start_BL is not None:
-        before_BHRN = jnp.where(token.start_BL[:, None, None, None], 0, before_BHRN)
-    # Sums that fuse, not products of matrices of so few rows.
-    both = (jnp.sum(q_BHRN[:, :, :, None] * k[:, :, None], axis=-1) for k in (before_BHRN, k_BHRN))
-    return jnp.concatenate(list(both), axis=-1)
 
 
 def _padded_last(array, spare: int):

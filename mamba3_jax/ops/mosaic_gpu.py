@@ -162,8 +162,6 @@ def check(tokens: Tokens, interpret: bool) -> None:
 
 def refuses(tokens: Tokens) -> str | None:
     """What keeps these inputs from it on this process's devices; None: nothing."""
-    if tokens.dt_BLH.shape[1] == 1:
-        return "leaves one token to implementation='triton'"
     return needs() or unsupported(tokens)
 
 

@@ -35,11 +35,11 @@ SHAPES = {
 }
 TILES = {
     "fma": Tile(),
-    "fma_old_rows": Tile(rows=16, columns=16, heads=2, reads="old"),
+    "fma_rows": Tile(rows=16, columns=16, heads=2),
     "dot": Tile(columns=128, update="dot", readout="dot"),
-    "dot_old": Tile(columns=16, heads=2, update="dot", readout="dot", reads="old"),
-    "mixed": Tile(rows=16, update="dot", reads="old", finish=False),
-    "mixed_new": Tile(readout="dot"),
+    "dot_columns": Tile(columns=16, heads=2, update="dot", readout="dot"),
+    "mixed": Tile(rows=16, update="dot", finish=False),
+    "readout_dot": Tile(readout="dot"),
     "fused": FusedTile(),
     "fused_16": FusedTile(columns=16, warps=2, batch_first=False),
 }
@@ -82,7 +82,7 @@ def test_every_tile_is_recurrent(tile, rank):
     cases.check_results(got, double(inputs, shape), 1e-6)
 
 
-@pytest.mark.parametrize("tile", ["fma", "fma_old_rows", "dot_old", "fused"])
+@pytest.mark.parametrize("tile", ["fma", "fma_rows", "dot_columns", "fused"])
 def test_a_start_forgets_exactly(tile):
     """Not a number of the state is read, not even one that is not a number."""
     shape = MIMO._replace(**SIZED)

@@ -1,6 +1,6 @@
 """One token of the op in a Pallas Triton kernel: the state is read once and written once, in place.
 
-    h' = a h + sum_s w_s X_s k_s^T,   y_r = h' q_r = a h q_r + sum_s (k_s . q_r) w_s X_s
+    h' = a h + sum_s w_s X_s k_s^T,   y_r = h' q_r
     o = sum_r out_rank_r norm(y_r + D X_r) silu(gate gate_rank_r)
 
 s runs over the R ranks of the token before (w = beta = (1 - trap) dt a), then over those of this one (w = gamma =
@@ -42,7 +42,6 @@ class Tile:
     warps: int = 4
     update: str = "fma"  # the sum over ranks that goes into the state
     readout: str = "fma"  # the sums over N
-    reads: str = "new"  # state that q reads; "old": k_s . q_r, from outside, make up for what the token adds
     finish: bool = True  # skip, norm, gate and the sum over ranks too, where a program has all that they need
     width: int | None = None  # entries of P that are not padding; None: all
     interpret: bool = False  # on the CPU, for tests
@@ -60,7 +59,6 @@ class Inputs(NamedTuple):
     a_BH: jax.Array  # these three float32
     beta_BH: jax.Array
     gamma_BH: jax.Array
-    cross_BHRJ: jax.Array | None  # float32, k_s . q_r: what reads="old" needs
     start_B: jax.Array | None  # int32; what is not 0 forgets everything before
     gate_BHP: jax.Array | None
     skip_H: jax.Array | None
@@ -103,11 +101,9 @@ def decode(inputs: Inputs, tile: Tile) -> Outputs:
     ):
         if size & (size - 1) or not least <= size <= most:
             raise ValueError(f"{name}={size} is not a power of two from {least} to {most}")
-    if n_heads % tile.heads or {tile.update, tile.readout} - {"fma", "dot"} or tile.reads not in ("new", "old"):
+    if n_heads % tile.heads or {tile.update, tile.readout} - {"fma", "dot"}:
         raise ValueError(f"{tile} does not fit {n_heads=} or names an unknown way")
-    if (tile.reads == "old") != (inputs.cross_BHRJ is not None):
-        raise ValueError(f"{tile.reads=} with cross_BHRJ {'absent' if inputs.cross_BHRJ is None else 'given'}")
-    whole = {"R": rank, "N": d_state, "J": 2 * rank}
+    whole = {"R": rank, "N": d_state}
 
     def spec(axes: str) -> pl.BlockSpec:
         sizes = {"B": None, "H": tile.heads, "P": tile.rows, **whole}
@@ -158,19 +154,16 @@ def _kernel(refs: Inputs, out: Outputs, *, tile: Tile):
             ahead = load(head + 1)
         vectors = _vectors(refs, head, keep)
         readout = (_ReadoutDot if tile.readout == "dot" else _ReadoutFma)(refs, head, tile)
-        x_PK = _stacked_x(refs, head, keep, tile) if "dot" in (tile.update, tile.readout) else None
+        x_PK = _stacked_x(refs, head, keep, tile) if tile.update == "dot" else None
         for columns, old_PC in zip(blocks, h_PC, strict=True):
-            if tile.reads == "old":
-                readout.add(old_PC, columns)
             if tile.update == "dot":
                 k_KC = _stacked_k(refs, head, columns, keep)
                 new_PC = vectors.a * old_PC + product(x_PK, k_KC, NN, jnp.float32, tile)
             else:
                 new_PC = _updated(refs, head, columns, old_PC, vectors, keep)
             out.h_BHPN[head, :, columns] = new_PC
-            if tile.reads == "new":
-                readout.add(new_PC, columns)
-        _write(refs, out, head, readout.ranks(vectors, x_PK), vectors, tile)
+            readout.add(new_PC, columns)
+        _write(refs, out, head, readout.ranks(), vectors, tile)
 
 
 def _kept(ref, at, keep):
@@ -212,7 +205,8 @@ def _updated(refs: Inputs, head: int, columns, h_PC, vectors: Vectors, keep):
 
 class _ReadoutFma:
     def __init__(self, refs: Inputs, head: int, tile: Tile):
-        self.refs, self.head, self.old = refs, head, tile.reads == "old"
+        del tile
+        self.refs, self.head = refs, head
         self.sums_PC = [0.0] * refs.q_BHRN.shape[1]
 
     def add(self, h_PC, columns):
@@ -220,14 +214,9 @@ class _ReadoutFma:
             q_C = self.refs.q_BHRN[self.head, r, columns].astype(jnp.float32)
             self.sums_PC[r] = sum_PC + h_PC * q_C[None, :]
 
-    def ranks(self, vectors: Vectors, x_PK):
+    def ranks(self):
         """y_r, one vector of P a rank."""
-        y_P = [jnp.sum(sum_PC, axis=1) for sum_PC in self.sums_PC]
-        if not self.old:
-            return y_P
-        added_P = [*vectors.before_x_P, *vectors.weighted_x_P]
-        cross = lambda r, s: self.refs.cross_BHRJ[self.head, r, s]  # noqa: E731
-        return [sum((cross(r, s) * x_P for s, x_P in enumerate(added_P)), vectors.a * y) for r, y in enumerate(y_P)]
+        return [jnp.sum(sum_PC, axis=1) for sum_PC in self.sums_PC]
 
 
 def _gathered(ref, *at, mask):
@@ -272,28 +261,16 @@ class _ReadoutDot:
         self.rank_I = iota(max(8, self.rank))
         self.sum_PI = None
 
-    def _padded(self, column_C):
-        """Which entries of (I, C) are a rank's, and the rank of every row, the last one's again after it."""
-        mask_IC = jnp.broadcast_to((self.rank_I < self.rank)[:, None], (self.rank_I.shape[0], column_C.shape[0]))
-        return mask_IC, jnp.minimum(self.rank_I, self.rank - 1)[:, None]
-
     def add(self, h_PC, columns):
-        column_C = columns.start + iota(columns.size)
-        mask_IC, rank_I1 = self._padded(column_C)
-        q_IC = _gathered(self.refs.q_BHRN, self.head, rank_I1, column_C[None, :], mask=mask_IC)
+        column_1C = (columns.start + iota(columns.size))[None, :]
+        rank_I1 = jnp.minimum(self.rank_I, self.rank - 1)[:, None]  # the last one's again after it
+        mask_IC = jnp.broadcast_to((self.rank_I < self.rank)[:, None], (self.rank_I.shape[0], columns.size))
+        q_IC = _gathered(self.refs.q_BHRN, self.head, rank_I1, column_1C, mask=mask_IC)
         y_PI = product(h_PC, q_IC, NT, jnp.float32, self.tile)
         self.sum_PI = y_PI if self.sum_PI is None else self.sum_PI + y_PI
 
-    def ranks(self, vectors: Vectors, x_PK):
-        y_PI = self.sum_PI
-        if self.tile.reads == "old":
-            s_K = iota(x_PK.shape[1])
-            mask_IK, rank_I1 = self._padded(s_K)
-            mask_IK &= (s_K < 2 * self.rank)[None, :]
-            s_1K = jnp.minimum(s_K, 2 * self.rank - 1)[None, :]
-            cross_IK = _gathered(self.refs.cross_BHRJ, self.head, rank_I1, s_1K, mask=mask_IK)
-            y_PI = vectors.a * y_PI + product(x_PK, cross_IK, NT, jnp.float32, self.tile)
-        return [jnp.sum(jnp.where((self.rank_I == r)[None, :], y_PI, 0.0), axis=1) for r in range(self.rank)]
+    def ranks(self):
+        return [jnp.sum(jnp.where((self.rank_I == r)[None, :], self.sum_PI, 0.0), axis=1) for r in range(self.rank)]
 
 
 def _write(refs: Inputs, out: Outputs, head: int, y_P: list, vectors: Vectors, tile: Tile):
