@@ -29,11 +29,10 @@ test-gpu:
 	JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_ALLOCATOR=platform $(GPU_PYTEST) -m alone
 
 time-gpu:
-	$(PYTHON) -m experiments.benchmarks.ssm --name=ssm_hopper --implementations=mosaic_gpu,triton,chunked --cases=siso,mimo4
+	$(PYTHON) -m experiments.benchmarks.ssm --name=ssm_hopper --implementations=mosaic_gpu,triton,chunked
 	$(PYTHON) -m experiments.benchmarks.train
-	$(PYTHON) -m experiments.benchmarks.ssm --name=ssm_hopper_shapes --implementations=mosaic_gpu,triton
 	$(PYTHON) -m experiments.benchmarks.profile --name=profile_hopper --implementation=mosaic_gpu
-	$(PYTHON) -m experiments.benchmarks.tune --cases=siso,mimo4,siso_decode,mimo4_decode
+	$(PYTHON) -m experiments.benchmarks.tune
 
 test: install
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ one. Calls take turns on several copies of small inputs, so that a device's cach
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache, partial
 
 import jax
@@ -161,6 +161,7 @@ def short(case: Case) -> Case:
     return dataclasses.replace(case, batch=1, length=CHECKED_LENGTH, heads=2 * case.groups)
 
 
+@lru_cache
 def check_decode(case: Case, implementation: str | None) -> dict[str, float]:
     """Errors of three decoding steps from a state of random numbers, against `recurrent` in float64."""
     case = dataclasses.replace(case, batch=2, heads=2 * case.groups)
@@ -247,6 +248,12 @@ class Task:
             return random_state(self.case, seed), tokens, heads
         return tokens, heads, jax.random.normal(jax.random.key(3), tokens.v_BLHP.shape).astype(tokens.v_BLHP.dtype)
 
+    def check(self) -> dict[str, float]:
+        """See `check` and `check_decode`, whose results are kept."""
+        if self.what == "decode":
+            return check_decode(self.case, self.implementation)
+        return check(short(self.case), self.implementation, self.chunk)
+
     def compile(self):
         """Or the error that stopped it."""
         donated = {"donate_argnums": 0} if self.what == "decode" else {}
@@ -269,13 +276,9 @@ def tasks_of(name: str, case: Case, implementations: list[str], chunks: list[int
 
 def row_of(task: Task, compiled, best: dict[str, float]) -> dict:
     """Check, then time what was compiled."""
-    case = task.case
     row = {"case": task.name, "implementation": task.implementation or "default", "chunk": task.chunk or "auto"}
     row["what"] = task.what
-    if task.what == "decode":
-        row |= check_decode(case, task.implementation)
-    else:
-        row |= check(short(case), task.implementation, task.chunk)
+    row |= task.check()
     abstract = jax.eval_shape(task.arguments)
     operations = flops.count(task.function("recurrent" if task.what == "decode" else "chunked"), *abstract).matmul
     moved = nbytes(abstract) + nbytes(jax.eval_shape(task.function(), *abstract))
@@ -312,9 +315,13 @@ def measure_task(task: Task, compiled, size: int) -> common.Timing:
 
 
 def rows_of(tasks: list[Task], best: dict[str, dict]) -> Iterator[dict]:
-    """One row a task; all are compiled first, side by side."""
+    """One row a task; all are compiled first, and checked, side by side."""
     with ThreadPoolExecutor() as pool:
+        # What fails here fails again where its row is wanted.
+        once = {(short(task.case), task.implementation, task.chunk): task for task in tasks}
+        checks = [pool.submit(task.check) for task in once.values()]
         compiled = list(pool.map(Task.compile, tasks))
+        wait(checks)
     for task, program in zip(tasks, compiled, strict=True):
         yield row_of(task, program, best[task.case.dtype])
 
