@@ -14,6 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.model import LanguageModel
+from mamba3_jax.ops.mosaic_tpu import mosaic_tpu
 from mamba3_jax.ops.sharded import sharded
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
 from mamba3_jax.ops.triton import triton
@@ -39,16 +40,22 @@ def test_without_a_mesh_it_is_the_op_itself():
     assert sharded(ssm, "data", "tensor") is ssm
 
 
+GPU = ("NVIDIA H200", None, "gpu", "cuda", ("mamba3_scan", "mamba3_value_gradient"))
+TPU = ("TPU v5 lite", 1, "tpu", "tpu", ('"mamba3_tpu_scan"', '"mamba3_tpu_scan_back"'))
+
+
 @pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
 @pytest.mark.parametrize("axes", [{}, {"batch": "data", "heads": "tensor"}], ids=["unknown", "known"])
-def test_training_on_several_gpus_is_by_kernels(axes, monkeypatch):
+@pytest.mark.parametrize(("kind", "cores", "backend", "platform", "kernels"), [GPU, TPU], ids=["gpu", "tpu"])
+def test_training_on_several_devices_is_by_kernels(kind, cores, backend, platform, kernels, axes, monkeypatch):
     """By default, where the model knows the mesh's axes; else XLA would divide the op, which it can in plain code."""
-    gpu = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
-    mesh = AbstractMesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, abstract_device=gpu)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    device = AbstractDevice(device_kind=kind, num_cores=cores, platform=backend)
+    mesh = AbstractMesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, abstract_device=device)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "device_count", lambda: 4)
-    monkeypatch.setitem(IMPLEMENTATIONS, "triton", triton)  # not interpreted
-    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=gpu.device_kind)] * 4)
+    for name, kernel in (("triton", triton), ("mosaic_tpu", mosaic_tpu)):
+        monkeypatch.setitem(IMPLEMENTATIONS, name, kernel)  # not interpreted
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)] * 4)
     model = LanguageModel(ModelConfig(d_model=128, d_state=64, pattern="M"))
     tokens_BL, start_BL = np.zeros((2, 96), np.int32), np.zeros((2, 96), bool)
     params = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens_BL))
@@ -57,5 +64,5 @@ def test_training_on_several_gpus_is_by_kernels(axes, monkeypatch):
         return jnp.sum(model.apply(params, tokens_BL, None, start_BL)[0])
 
     with use_abstract_mesh(mesh), nn.logical_axis_rules(tuple(axes.items())):
-        text = jax.jit(jax.grad(loss)).trace(params).lower(lowering_platforms=("cuda",)).as_text()
-    assert ("mamba3_scan" in text) == ("mamba3_value_gradient" in text) == bool(axes)
+        text = jax.jit(jax.grad(loss)).trace(params).lower(lowering_platforms=(platform,)).as_text()
+    assert [name in text for name in kernels] == [bool(axes)] * 2
