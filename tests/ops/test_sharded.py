@@ -21,7 +21,7 @@ from mamba3_jax.ops.triton import triton
 
 
 def test_several_devices_compute_what_one_does():
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.ops.over_devices"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
@@ -31,6 +31,11 @@ def test_several_devices_compute_what_one_does():
         "one_row 1 21 2 4",
         "kernels 2 21 2 4",
         "kernels_mimo 2 21 2 4",
+        "tpu_kernels 2 21 2 4",
+        "tpu_kernels_mimo 1 21 2 4",
+        "tpu_rows 1 21 4 4",
+        "tpu_decode 2 1 2 4",
+        "tpu_decode_mimo 1 1 2 4",
         "caught",
         "n_heads=3 is not a multiple of the mesh's tensor=2",
     ]
