@@ -3,15 +3,16 @@
 import jax
 import jax.numpy as jnp
 
-from mamba3_jax.ops import choices, tpu
+from mamba3_jax.ops import choices
 from mamba3_jax.ops.associative import associative
 from mamba3_jax.ops.chunked import chunked
 from mamba3_jax.ops.mosaic_gpu import mosaic_gpu
 from mamba3_jax.ops.mosaic_gpu import refuses as mosaic_gpu_refuses
-from mamba3_jax.ops.mosaic_tpu import mosaic_tpu
 from mamba3_jax.ops.recurrent import recurrent
 from mamba3_jax.ops.rotary import ROTATIONS
 from mamba3_jax.ops.sharded import one_device
+from mamba3_jax.ops.tpu import mosaic_tpu
+from mamba3_jax.ops.tpu import refuses as mosaic_tpu_refuses
 from mamba3_jax.ops.triton import refuses as triton_refuses
 from mamba3_jax.ops.triton import triton
 from mamba3_jax.ops.types import Heads, State, Tokens, accumulator, empty_state
@@ -28,7 +29,7 @@ IMPLEMENTATIONS = {
 }
 # Those of kernels, the first that runs the default where nothing was measured: what keeps inputs from each on this
 # process's devices.
-KERNELS = {"mosaic_gpu": mosaic_gpu_refuses, "triton": triton_refuses, "mosaic_tpu": tpu.refuses}
+KERNELS = {"mosaic_gpu": mosaic_gpu_refuses, "triton": triton_refuses, "mosaic_tpu": mosaic_tpu_refuses}
 
 
 def ssm(

@@ -6,22 +6,13 @@ import jax
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from mamba3_jax.ops.decode_tpu import decode_tpu
 from mamba3_jax.ops.mosaic_gpu import mosaic_gpu
-from mamba3_jax.ops.mosaic_tpu import mosaic_tpu
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS
+from mamba3_jax.ops.tpu import mosaic_tpu
 from mamba3_jax.ops.triton import triton
-from pallas_kernels.ssm.mosaic_tpu.decode import Tile
 
 # Blocks are moved as the grid says, in a random order where it says "parallel"; what nobody wrote is not a number.
 INTERPRETER = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-
-
-def tpu_interpreted(tokens, heads, state, *, rotation: str, chunk: int | None = None):
-    """`mosaic_tpu`, as it goes about one token on a TPU too."""
-    if tokens.dt_BLH.shape[1] == 1:
-        return decode_tpu(tokens, heads, state, rotation=rotation, tile=Tile(interpret=INTERPRETER))
-    return mosaic_tpu(tokens, heads, state, rotation=rotation, chunk=chunk, interpret=INTERPRETER)
 
 
 @pytest.fixture
@@ -37,5 +28,5 @@ def interpreted():
         if jax.default_backend() == "cpu":
             for name, kernels in (("triton", triton), ("mosaic_gpu", mosaic_gpu)):
                 patch.setitem(IMPLEMENTATIONS, name, functools.partial(kernels, interpret=True))
-            patch.setitem(IMPLEMENTATIONS, "mosaic_tpu", tpu_interpreted)
+            patch.setitem(IMPLEMENTATIONS, "mosaic_tpu", functools.partial(mosaic_tpu, interpret=INTERPRETER))
         yield

@@ -6,13 +6,11 @@ import math
 import jax
 import numpy as np
 
-from mamba3_jax.ops.decode_tpu import decode_tpu
-from mamba3_jax.ops.mosaic_tpu import mosaic_tpu
 from mamba3_jax.ops.sharded import one_device, sharded
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
+from mamba3_jax.ops.tpu import mosaic_tpu
 from mamba3_jax.ops.triton import triton
 from mamba3_jax.sharding import make_mesh
-from pallas_kernels.ssm.mosaic_tpu.decode import Tile
 from tests.ops import cases
 from tests.ops.cases import MIMO, SISO, draw
 
@@ -29,15 +27,8 @@ CASES = {
     "tpu_kernels_mimo": ("mosaic_tpu", MIMO, "data:4,tensor:2", False),
     "tpu_rows": ("mosaic_tpu", SISO._replace(batch=8), "data:8", False),
     "tpu_decode": ("mosaic_tpu", SISO._replace(heads=8, length=1), "data:2,tensor:4", True),
-    "tpu_decode_mimo": ("mosaic_tpu", MIMO._replace(length=1), "data:4,tensor:2", False),
+    "tpu_decode_mimo": ("mosaic_tpu", MIMO._replace(length=2), "data:4,tensor:2", False),
 }
-
-
-def tpu_interpreted(tokens, heads, state, *, rotation: str, chunk: int | None = None):
-    """In Pallas's own interpreter: the TPU's, of several devices side by side, can wait for itself (jax 0.10)."""
-    if tokens.dt_BLH.shape[1] == 1:
-        return decode_tpu(tokens, heads, state, rotation=rotation, tile=Tile(interpret=True))
-    return mosaic_tpu(tokens, heads, state, rotation=rotation, chunk=chunk, interpret=True)
 
 
 def mesh_of(spec: str):
@@ -72,7 +63,8 @@ def worst(op, shape, mesh, packed: bool):
 
 def main():
     IMPLEMENTATIONS["triton"] = functools.partial(triton, interpret=True)
-    IMPLEMENTATIONS["mosaic_tpu"] = tpu_interpreted
+    # Not in the TPU's interpreter: of several devices side by side, that can wait for itself (jax 0.10).
+    IMPLEMENTATIONS["mosaic_tpu"] = functools.partial(mosaic_tpu, interpret=True)
     for name, (implementation, shape, spec, packed) in CASES.items():
         op = functools.partial(ssm, rotation=shape.rotation, implementation=implementation, chunk=8)
         shard = worst(op, shape, mesh_of(spec), packed)

@@ -10,7 +10,7 @@ import pytest
 
 from mamba3_jax.ops import choices, ssm
 from mamba3_jax.ops.choices import Choice, choose
-from mamba3_jax.ops.mosaic_tpu import mosaic_tpu
+from mamba3_jax.ops.tpu import mosaic_tpu
 from mamba3_jax.ops.triton import Layout, tile_of, triton
 from pallas_kernels.ssm.triton.common import Launch, Tile
 from tests.ops.cases import SISO, bfloat16, draw

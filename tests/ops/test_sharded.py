@@ -14,9 +14,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.model import LanguageModel
-from mamba3_jax.ops.mosaic_tpu import mosaic_tpu
 from mamba3_jax.ops.sharded import sharded
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
+from mamba3_jax.ops.tpu import mosaic_tpu
 from mamba3_jax.ops.triton import triton
 
 
@@ -35,7 +35,7 @@ def test_several_devices_compute_what_one_does():
         "tpu_kernels_mimo 1 21 2 4",
         "tpu_rows 1 21 4 4",
         "tpu_decode 2 1 2 4",
-        "tpu_decode_mimo 1 1 2 4",
+        "tpu_decode_mimo 1 2 2 4",
         "caught",
         "n_heads=3 is not a multiple of the mesh's tensor=2",
     ]

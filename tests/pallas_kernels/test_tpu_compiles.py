@@ -22,6 +22,7 @@ from mamba3_jax.ops.mosaic_tpu import mosaic_tpu
 from mamba3_jax.ops.sharded import sharded
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State, Tokens
 from mamba3_jax.ops.ssm import ssm as op
+from mamba3_jax.ops.tpu import mosaic_tpu as kernels
 from pallas_kernels.ssm.mosaic_tpu.tiles import default
 
 needs_compiler = pytest.mark.skipif(find_spec("libtpu") is None, reason="no libtpu, the compiler for TPUs")
@@ -49,7 +50,7 @@ KERNELS = {
 @pytest.fixture(autouse=True)
 def compiler(monkeypatch):
     """What libtpu reads where there is no TPU; and `mosaic_tpu` is itself, or what the test makes of it."""
-    monkeypatch.setitem(IMPLEMENTATIONS, "mosaic_tpu", mosaic_tpu)
+    monkeypatch.setitem(IMPLEMENTATIONS, "mosaic_tpu", kernels)
     for name, value in tpu_aot.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
 
