@@ -1,6 +1,6 @@
 # make run      train a small Mamba-3 on real text, evaluate it, sample from it (minutes, 2 CPU cores)
 # make parity   the state-tracking experiment: what rotation is for
-# make test     lint and tests
+# make test     lint and tests; installs libtpu too, which compiles for TPUs that are not there (213 MB, Linux on x86-64)
 # make test-gpu the op and its kernels on this machine's GPU, with the python that has jax for it
 # make time-gpu every figure of a GPU in the tables, what matters most first: each is written as it comes
 # All of them install into .venv first.
@@ -34,7 +34,7 @@ time-gpu:
 	$(PYTHON) -m experiments.benchmarks.profile --name=profile_hopper --implementation=mosaic_gpu
 	$(PYTHON) -m experiments.benchmarks.tune
 
-test: install
+test: .venv/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m experiments.benchmarks.table --check
@@ -47,6 +47,10 @@ install: .venv/installed
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+.venv/tested: .venv/installed requirements-test.txt
+	$(BIN)/python -m pip install --quiet --requirement requirements-test.txt
 	touch $@
 
 clean:

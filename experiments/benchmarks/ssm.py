@@ -2,6 +2,7 @@
 
     python -m experiments.benchmarks.ssm                                       the cases for this device
     python -m experiments.benchmarks.ssm --cases=mimo4 --chunk=16,32,64        a sweep of the chunk size
+    python -m experiments.benchmarks.ssm --device=tpu                          on a TPU, which it has not run on yet
     python -m experiments.benchmarks.ssm --growth                              operations and memory against length
 
 Times forward, and forward with the gradient of everything that goes in; for a case of one token, a decoding step whose
@@ -11,6 +12,7 @@ output moved once at the bandwidth of a copy, and the matrix products of plain X
 one. Calls take turns on several copies of small inputs, so that a device's cache does not hold them.
 """
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator
@@ -63,8 +65,20 @@ CASES = {
             "siso_decode": dataclasses.replace(LARGE, batch=128, length=1, heads=64),
         }
     ),
-    "tpu": with_mimo({"siso": LARGE}),
+    "tpu": with_mimo(
+        {
+            "siso": LARGE,
+            "siso_b1_l32768": dataclasses.replace(LARGE, batch=1, length=32768),
+            "siso_decode": dataclasses.replace(LARGE, batch=128, length=1),
+        }
+    ),
     "cpu": with_mimo({"siso": SMALL}),
+}
+# Those for this device where none are named.
+IMPLEMENTATIONS_OF = {
+    "gpu": ["triton", "chunked"],
+    "tpu": ["mosaic_tpu", "chunked"],
+    "cpu": ["chunked", "associative"],
 }
 CHECKED_LENGTH = 331  # prime: no chunk size divides it
 GROWTH_LENGTHS = (2048, 8192, 32768, 131072)
@@ -175,7 +189,7 @@ def check_decode(case: Case, implementation: str | None) -> dict[str, float]:
 
     arguments = (random_state(case, seed=5), *inputs(case, seed=1))
     got = jax.jit(partial(steps, implementation=implementation))(*arguments)
-    with jax.enable_x64(True):
+    with exactly():
         exact = jax.tree.map(lambda array: np.asarray(array, np.float64), arguments)
         want = jax.tree.map(np.asarray, jax.jit(partial(steps, implementation="recurrent"))(*exact))
     errors = named_errors(got, want)
@@ -199,9 +213,17 @@ def checked_inputs(small: Case):
 def reference(small: Case):
     """`backward` of `recurrent` in float64, on the very numbers that the implementation gets."""
     arguments = jax.tree.map(lambda array: np.asarray(array, np.float64), checked_inputs(small))
-    with jax.enable_x64(True):
+    with exactly():
         function = partial(backward, case=small, implementation="recurrent", chunk=None)
         return jax.tree.map(np.asarray, jax.jit(function)(*arguments))
+
+
+@contextlib.contextmanager
+def exactly():
+    """Inside, float64 is float64: a TPU has none, and makes it up of float32 numbers, so the host computes for it."""
+    host = jax.devices("cpu")[0] if jax.default_backend() == "tpu" else None
+    with jax.enable_x64(True), jax.default_device(host):
+        yield
 
 
 def named_errors(got, want) -> dict[str, float]:
@@ -392,12 +414,12 @@ def chosen(flag: str, given: list[str], known) -> list[str]:
 def main(argv):
     del argv
     if FLAGS.device:
-        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(FLAGS.device, FLAGS.device))
+        # Of a TPU the host too: see `exactly`.
+        platforms = {"gpu": "cuda", "tpu": "tpu,cpu"}.get(FLAGS.device, FLAGS.device)
+        jax.config.update("jax_platforms", platforms)
     platform = jax.default_backend()
     origin = common.provenance(FLAGS.commit)
-    implementations = FLAGS.implementations or (
-        ["triton", "chunked"] if platform == "gpu" else ["chunked", "associative"]
-    )
+    implementations = FLAGS.implementations or IMPLEMENTATIONS_OF[platform]
     implementations = chosen("implementations", implementations, IMPLEMENTATIONS)
     cases = CASES[platform]
     names = chosen("cases", FLAGS.cases or list(cases), cases)

@@ -1,4 +1,4 @@
-"""One token of the op in a Pallas Mosaic kernel, for TPUs."""
+"""One token of the op in a Pallas Mosaic kernel, for TPUs; and a few, one after another."""
 
 import functools
 
@@ -8,11 +8,16 @@ import jax.numpy as jnp
 from mamba3_jax.ops.recurrent import recurrent
 from mamba3_jax.ops.types import Heads, State, Tokens
 
+# Tokens up to which steps are estimated to be no slower than the scan, which costs about the same for 2 and for 16: see
+# pallas_kernels/ssm/mosaic_tpu/NOTES.md.
+FEW = 4
+
 
 def decode_tpu(tokens: Tokens, heads: Heads, state: State, *, rotation: str, tile=None):
-    """`recurrent` for one token, all of the state in place where it is donated: `pallas_kernels.ssm.mosaic_tpu.decode`.
+    """`recurrent` for up to `FEW` tokens, all of the state in place where it is donated.
 
-    The backward pass is that of `recurrent`, on the inputs.
+    A token is one call of `pallas_kernels.ssm.mosaic_tpu.decode`, which reads the state and writes it. The backward
+    pass is that of `recurrent`, on the inputs.
 
     Args:
         tile: a `pallas_kernels.ssm.mosaic_tpu.decode.Tile`; None chooses. Performance only, but for `interpret`: the
@@ -38,8 +43,8 @@ def check(tokens: Tokens, tile=None) -> None:
 def unsupported(tokens: Tokens) -> str | None:
     """What the kernel wants of inputs that it cannot run, or None."""
     length = tokens.dt_BLH.shape[1]
-    if length != 1:
-        return f"one token, not {length=}"
+    if length > FEW:
+        return f"up to {FEW} tokens, not {length=}"
     dtypes = {tokens.q_BLRGN.dtype, tokens.k_BLRGN.dtype, tokens.v_BLHP.dtype}
     if tokens.dt_BLH.dtype != jnp.float32 or not dtypes <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
         return f"float32 or bfloat16, not {sorted(map(str, dtypes | {tokens.dt_BLH.dtype}))}"
@@ -48,11 +53,11 @@ def unsupported(tokens: Tokens) -> str | None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _decode(tokens: Tokens, heads: Heads, state: State, rotation: str, tile):
-    return _step(tokens, heads, state, rotation, tile)
+    return _steps(tokens, heads, state, rotation, tile)
 
 
 def _decode_fwd(tokens, heads, state, rotation, tile):
-    return _step(tokens, heads, state, rotation, tile), (tokens, heads, state)
+    return _steps(tokens, heads, state, rotation, tile), (tokens, heads, state)
 
 
 def _decode_bwd(rotation, tile, inputs, cotangents):
@@ -64,11 +69,20 @@ def _decode_bwd(rotation, tile, inputs, cotangents):
 _decode.defvjp(_decode_fwd, _decode_bwd)
 
 
-def _step(tokens: Tokens, heads: Heads, state: State, rotation: str, tile):
+def _steps(tokens: Tokens, heads: Heads, state: State, rotation: str, tile):
+    outputs = []
+    for place in range(tokens.dt_BLH.shape[1]):
+        token = jax.tree.map(lambda array: array[:, place], tokens)  # noqa: B023
+        o_BHP, state = _step(token, heads, state, rotation, tile)
+        outputs.append(o_BHP)
+    return jnp.stack(outputs, axis=1), state
+
+
+def _step(token: Tokens, heads: Heads, state: State, rotation: str, tile):
+    """Without the axis L."""
     # Here, since everything else works without the kernel.
     from pallas_kernels.ssm.mosaic_tpu import decode as kernel
 
-    token = jax.tree.map(lambda array: jnp.squeeze(array, 1), tokens)
     inputs = kernel.Inputs(
         *(state.ssm_BHPN, state.angle_BHS, state.k_BRHN, state.v_BHP),
         *(token.q_BLRGN, token.k_BLRGN, token.v_BLHP),
@@ -78,4 +92,4 @@ def _step(tokens: Tokens, heads: Heads, state: State, rotation: str, tile):
         *(heads.v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP),
     )
     out = kernel.decode(inputs, rotation, tile or kernel.Tile())
-    return out.o_BHP[:, None], State(out.angle_BHS, out.h_BHPN, out.k_BRHN, out.v_BHP)
+    return out.o_BHP, State(out.angle_BHS, out.h_BHPN, out.k_BRHN, out.v_BHP)

@@ -8,12 +8,13 @@ from mamba3_jax.ops.associative import associative
 from mamba3_jax.ops.chunked import chunked
 from mamba3_jax.ops.mosaic_gpu import mosaic_gpu
 from mamba3_jax.ops.mosaic_gpu import refuses as mosaic_gpu_refuses
-from mamba3_jax.ops.mosaic_tpu import mosaic_tpu
 from mamba3_jax.ops.recurrent import recurrent
 from mamba3_jax.ops.rotary import ROTATIONS
 from mamba3_jax.ops.sharded import one_device
+from mamba3_jax.ops.tpu import mosaic_tpu
+from mamba3_jax.ops.tpu import refuses as mosaic_tpu_refuses
+from mamba3_jax.ops.triton import refuses as triton_refuses
 from mamba3_jax.ops.triton import triton
-from mamba3_jax.ops.triton import unsupported as triton_unsupported
 from mamba3_jax.ops.types import Heads, State, Tokens, accumulator, empty_state
 
 __all__ = ["IMPLEMENTATIONS", "Heads", "State", "Tokens", "empty_state", "ssm"]
@@ -26,8 +27,9 @@ IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu,
     "mosaic_tpu": mosaic_tpu,
 }
-# Those for NVIDIA GPUs, the first the default where nothing was measured: what each wants of inputs that it cannot run.
-KERNELS = {"mosaic_gpu": mosaic_gpu_refuses, "triton": triton_unsupported}
+# Those of kernels, the first that runs the default where nothing was measured: what keeps inputs from each on this
+# process's devices.
+KERNELS = {"mosaic_gpu": mosaic_gpu_refuses, "triton": triton_refuses, "mosaic_tpu": mosaic_tpu_refuses}
 
 
 def ssm(
@@ -72,19 +74,18 @@ def ssm(
 
 
 def default_implementation(tokens: Tokens) -> str:
-    """On an NVIDIA GPU what was measured to be the fastest (`choices`), or kernels; elsewhere plain XLA.
+    """What was measured to be the fastest on this device (`choices`), or else kernels for it; or else plain XLA.
 
-    There one token is a plain step, and anything longer is worth chunks. XLA cannot divide a kernel over devices as it
+    In plain XLA one token is a step, and anything longer is worth chunks. XLA cannot divide a kernel over devices as it
     divides plain code: that takes `ops.sharded`.
 
     Raises:
         ValueError: the table of choices names an implementation that is not one.
     """
     plain = "recurrent" if tokens.dt_BLH.shape[1] == 1 else "chunked"
-    device = jax.devices()[0].device_kind
-    if jax.default_backend() != "gpu" or not one_device() or "NVIDIA" not in device:
+    if not one_device():
         return plain
-    entry = choices.choose(device, tokens)
+    entry = choices.choose(jax.devices()[0].device_kind, tokens)
     if entry is not None and entry.implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{choices.PATH} has {entry}, whose implementation is not one of {sorted(IMPLEMENTATIONS)}")
     wanted = [*([entry.implementation] if entry else []), *KERNELS]

@@ -199,6 +199,12 @@ def check(tokens: Tokens, interpret: bool) -> None:
         raise ValueError(f"implementation='triton' {wish}")
 
 
+def refuses(tokens: Tokens) -> str | None:
+    """What keeps these inputs from it on this process's devices; None: nothing."""
+    device = jax.devices()[0].device_kind
+    return unsupported(tokens) if "NVIDIA" in device else f"needs an NVIDIA GPU, not {device!r}"
+
+
 def unsupported(tokens: Tokens) -> str | None:
     """What the kernels want of these shapes and dtypes, and what they got; None: nothing."""
     rank, d_state, width = tokens.q_BLRGN.shape[2], tokens.q_BLRGN.shape[-1], tokens.v_BLHP.shape[-1]

@@ -73,6 +73,29 @@ def test_wrong_result_is_rejected(monkeypatch):
         ssm.check(TINY, "wrong", 16)
 
 
+def test_on_a_tpu_every_path_is_taken(monkeypatch):
+    """Its cases, tiny, and the kernels interpreted: checked against the host's float64, then called."""
+
+    def once(call):
+        jax.block_until_ready(call())
+        return common.Timing(median=1.0, best=1.0, batches=1)
+
+    monkeypatch.setattr(common, "measure", once)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setitem(IMPLEMENTATIONS, "mosaic_tpu", partial(IMPLEMENTATIONS["mosaic_tpu"], interpret=True))
+    monkeypatch.setattr(ssm, "CHECKED_LENGTH", 37)
+    tasks = []
+    for name in ("siso", "siso_decode"):
+        case = ssm.CASES["tpu"][name]
+        case = ssm.dataclasses.replace(case, batch=2, length=min(case.length, 32), heads=2, width=16, d_state=64)
+        tasks += ssm.tasks_of(name, case, ssm.IMPLEMENTATIONS_OF["tpu"], [None])
+    rows = list(ssm.rows_of(tasks, {"bfloat16": {"copy_gb_s": 1.0, "matmul_gflop_s": 1.0}}))
+    assert all(row["ms"] > 0 and row["value_error"] > 0 for row in rows)
+    assert [row["implementation"] for row in rows if row["case"] == "siso"] == [*["mosaic_tpu"] * 2, *["chunked"] * 2]
+    steps = [row["implementation"] for row in rows if row["case"] == "siso_decode"]
+    assert steps == ["recurrent", "default", "mosaic_tpu"]
+
+
 def test_require_names_what_is_wrong():
     with pytest.raises(ValueError, match=r"dk 1\.0e-03"):
         common.require({"dq": 1e-7, "dk": 1e-3}, 1e-5, "gradients")

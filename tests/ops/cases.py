@@ -12,9 +12,8 @@ from tests.helpers import rel_rms
 from tests.ops.quick import quick_jit
 
 NAMES = sorted(IMPLEMENTATIONS)
-# Without mosaic_gpu, which is bfloat16 alone: what is float32 in these tests is bfloat16 in test_bfloat16. Without
-# mosaic_tpu, whose interpreter takes seconds a call: its own tests are in tests/pallas_kernels.
-FLOAT32 = sorted({*NAMES} - {"mosaic_gpu", "mosaic_tpu"})
+# Without mosaic_gpu, which is bfloat16 alone: what is float32 in these tests is bfloat16 in test_bfloat16.
+FLOAT32 = sorted({*NAMES} - {"mosaic_gpu"})
 
 
 class Shape(NamedTuple):

@@ -1,12 +1,14 @@
-"""Run by test_sharded.py in a process of its own with 4 devices: prints a line a case, or raises."""
+"""Run by test_sharded.py in a process of its own with 8 devices: prints a line a case, or raises."""
 
 import functools
+import math
 
 import jax
 import numpy as np
 
 from mamba3_jax.ops.sharded import one_device, sharded
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
+from mamba3_jax.ops.tpu import mosaic_tpu
 from mamba3_jax.ops.triton import triton
 from mamba3_jax.sharding import make_mesh
 from tests.ops import cases
@@ -21,7 +23,18 @@ CASES = {
     "one_row": ("chunked", SISO._replace(batch=1, shared_angle=False), "data:2,tensor:2", False),
     "kernels": ("triton", SISO, "data:2,tensor:2", True),
     "kernels_mimo": ("triton", MIMO._replace(rank=2), "data:2,tensor:2", False),
+    "tpu_kernels": ("mosaic_tpu", SISO._replace(heads=8, groups=4), "data:2,tensor:4", True),
+    "tpu_kernels_mimo": ("mosaic_tpu", MIMO, "data:4,tensor:2", False),
+    "tpu_rows": ("mosaic_tpu", SISO._replace(batch=8), "data:8", False),
+    "tpu_decode": ("mosaic_tpu", SISO._replace(heads=8, length=1), "data:2,tensor:4", True),
+    "tpu_decode_mimo": ("mosaic_tpu", MIMO._replace(length=2), "data:4,tensor:2", False),
 }
+
+
+def mesh_of(spec: str):
+    """Of as many devices as it takes."""
+    devices = math.prod(int(part.partition(":")[2]) for part in spec.split(","))
+    return make_mesh(spec, jax.devices()[:devices])
 
 
 def results(op, inputs, start_BL, cotangent):
@@ -50,16 +63,18 @@ def worst(op, shape, mesh, packed: bool):
 
 def main():
     IMPLEMENTATIONS["triton"] = functools.partial(triton, interpret=True)
+    # Not in the TPU's interpreter: of several devices side by side, that can wait for itself (jax 0.10).
+    IMPLEMENTATIONS["mosaic_tpu"] = functools.partial(mosaic_tpu, interpret=True)
     for name, (implementation, shape, spec, packed) in CASES.items():
         op = functools.partial(ssm, rotation=shape.rotation, implementation=implementation, chunk=8)
-        shard = worst(op, shape, make_mesh(spec), packed)
+        shard = worst(op, shape, mesh_of(spec), packed)
         print(name, *shard)
 
     def one_head_wrong(tokens, heads, state):
         y_BLHP, state = ssm(tokens, heads, state)
         return y_BLHP * (1 + 1e-3 * (jax.lax.axis_index("tensor") == 1)), state
 
-    mesh = make_mesh("data:2,tensor:2")
+    mesh = mesh_of("data:2,tensor:2")
     try:
         worst(one_head_wrong, SISO, mesh, False)
     except AssertionError:

@@ -19,6 +19,7 @@ from tests.ops.cases import FLOAT32
 LENGTH = 2**20
 PARALLEL = sorted({*FLOAT32} - {"recurrent"})
 LIMIT = 1e-4
+pytestmark = pytest.mark.usefixtures("without_callbacks")  # which would take minutes over such a row
 
 # name: (angle, dt), each (L, S) and (L,). Constant inputs round the same way at every token.
 INPUTS = {

@@ -10,6 +10,7 @@ import pytest
 
 from mamba3_jax.ops import choices, ssm
 from mamba3_jax.ops.choices import Choice, choose
+from mamba3_jax.ops.tpu import mosaic_tpu
 from mamba3_jax.ops.triton import Layout, tile_of, triton
 from pallas_kernels.ssm.triton.common import Launch, Tile
 from tests.ops.cases import SISO, bfloat16, draw
@@ -63,7 +64,7 @@ def test_the_default_implementation(table, on_h200, monkeypatch):
         table(*[entry] * (entry is not None))
         return ssm.default_implementation(tokens_of(shape))
 
-    monkeypatch.setattr(ssm, "KERNELS", {"triton": ssm.KERNELS["triton"]})  # whatever others there are
+    monkeypatch.delitem(ssm.KERNELS, "mosaic_gpu")  # which asks the GPU itself
     plain = dataclasses.replace(ENTRY, implementation="chunked")
     assert default(None) == default(ENTRY) == default(None, SHAPE._replace(length=1)) == "triton"
     assert default(plain) == "chunked"
@@ -79,6 +80,68 @@ def test_the_default_implementation(table, on_h200, monkeypatch):
     assert default(None, SHAPE._replace(rank=3, length=1)) == "recurrent"
     with pytest.raises(ValueError, match=r"choices.json has .*implementation='fastest'.* is not one of"):
         default(dataclasses.replace(ENTRY, implementation="fastest"))
+
+
+@pytest.fixture
+def on_tpu(monkeypatch):
+    """Makes this process's device a TPU of some kind."""
+
+    def become(kind: str, devices: int = 1):
+        monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+        monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)] * devices)
+        monkeypatch.setattr(jax, "device_count", lambda: devices)
+        monkeypatch.setitem(ssm.IMPLEMENTATIONS, "mosaic_tpu", mosaic_tpu)  # not interpreted
+
+    return become
+
+
+@pytest.mark.parametrize("kind", ["TPU v4", "TPU v5 lite", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU7x"])
+def test_the_default_on_a_tpu_is_its_kernels(kind, on_tpu):
+    """Of a row and of one token; of what the kernels do not support, plain XLA."""
+    step = SHAPE._replace(length=1)
+    kernels = {"row": SHAPE, "step": step, "mimo": SHAPE._replace(rank=4), "step of rank 3": step._replace(rank=3)}
+    plain = {"rank 3": SHAPE._replace(rank=3), "state": SHAPE._replace(d_state=258), "wide": SHAPE._replace(width=129)}
+    on_tpu(kind)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        for name, shape in (kernels | plain).items():
+            wanted = "mosaic_tpu" if name in kernels else "chunked"
+            assert ssm.default_implementation(tokens_of(shape, dtype)) == wanted, name
+    half = tokens_of(step)
+    half = half._replace(q_BLRGN=jax.ShapeDtypeStruct(half.q_BLRGN.shape, jnp.float16))
+    assert ssm.default_implementation(half) == "recurrent"
+
+
+def test_the_default_on_a_tpu_has_vmem_for_its_shapes(on_tpu):
+    """Where a kernel would raise that it has not, plain XLA runs: heads that do not divide, a large state on v4."""
+    on_tpu("TPU v4")
+    heads = SHAPE._replace(length=1, heads=100, batch=1)
+    assert ssm.default_implementation(tokens_of(heads)) == "recurrent"
+    assert ssm.default_implementation(tokens_of(heads._replace(heads=96))) == "mosaic_tpu"
+    large = SHAPE._replace(length=2048, batch=1, d_state=256, width=128)
+    assert ssm.default_implementation(tokens_of(large)) == "chunked"
+    with pytest.raises(ValueError, match=r"more than tiles\.vmem=15: shrink tiles\.tokens=256"):
+        jax.eval_shape(jax.grad(named), *draw_shapes(large))
+    on_tpu("TPU v5 lite")
+    assert ssm.default_implementation(tokens_of(large)) == "mosaic_tpu"
+
+
+def named(tokens, heads):
+    return jnp.sum(ssm.ssm(tokens, heads, implementation="mosaic_tpu")[0])
+
+
+def draw_shapes(shape):
+    return jax.eval_shape(lambda: draw(shape)[:2])
+
+
+def test_where_a_tpu_has_no_default_kernel(on_tpu):
+    """One that is not known; several, which XLA would have to divide a kernel over."""
+    on_tpu("TPU v3")
+    assert ssm.default_implementation(tokens_of()) == "chunked"
+    with pytest.raises(ValueError, match=r"device 'TPU v3' is not one of .*: pass tiles"):
+        jax.eval_shape(named, *draw_shapes(SHAPE))
+    on_tpu("TPU v5 lite", devices=4)
+    assert ssm.default_implementation(tokens_of()) == "chunked"
+    assert ssm.default_implementation(tokens_of(SHAPE._replace(length=1))) == "recurrent"
 
 
 def test_the_launch_is_the_tables(table, on_h200):

@@ -193,8 +193,17 @@ def check_isolation(pull, shape, starts, start_BL):
             assert not np.any(unreached), f"state{name}: the loss of {begin}:{end} reaches the incoming state"
 
 
-@every_implementation
-@siso_and_mimo
+# Of the TPU's interpreter every kind of row, and every document of it, is half a minute.
+SLOW = {("mimo", "mosaic_tpu")}
+PAIRS = [
+    pytest.param(shape, implementation, id=f"{name}-{implementation}", marks=[pytest.mark.slow] * (pair in SLOW))
+    for name, shape in (("siso", SISO), ("mimo", MIMO))
+    for implementation in FLOAT32
+    if (pair := (name, implementation))
+]
+
+
+@pytest.mark.parametrize(("shape", "implementation"), PAIRS)
 @with_starts
 @repeatable(max_examples=6)
 @given(starts=drawn_starts)
@@ -341,7 +350,7 @@ def test_permuting_heads_permutes_outputs(shape, implementation):
     check_results((got, got_after), (y[:, :, order], want), 1e-6)
 
 
-@pytest.mark.parametrize("implementation", sorted({*FLOAT32} - {"triton"}))  # which has no float64
+@pytest.mark.parametrize("implementation", sorted({*FLOAT32} - {"triton", "mosaic_tpu"}))  # which have no float64
 @siso_and_mimo
 def test_gradients_are_finite_differences(shape, implementation):
     """Along a random direction of each input, in float64: (f(x + e d) - f(x - e d)) / 2e is the gradient times d."""
@@ -376,6 +385,7 @@ def test_gradients_are_finite_differences(shape, implementation):
 
 
 @every_implementation
+@pytest.mark.usefixtures("without_callbacks")
 def test_vmap_and_checkpoint(implementation):
     shape = MIMO._replace(batch=1, length=9)
     pairs = [(draw(shape, seed), cases.cotangents(shape, seed + 1)) for seed in (0, 4)]

@@ -16,11 +16,12 @@ from mamba3_jax.config import ModelConfig
 from mamba3_jax.model import LanguageModel
 from mamba3_jax.ops.sharded import sharded
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
+from mamba3_jax.ops.tpu import mosaic_tpu
 from mamba3_jax.ops.triton import triton
 
 
 def test_several_devices_compute_what_one_does():
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.ops.over_devices"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
@@ -30,6 +31,11 @@ def test_several_devices_compute_what_one_does():
         "one_row 1 21 2 4",
         "kernels 2 21 2 4",
         "kernels_mimo 2 21 2 4",
+        "tpu_kernels 2 21 2 4",
+        "tpu_kernels_mimo 1 21 2 4",
+        "tpu_rows 1 21 4 4",
+        "tpu_decode 2 1 2 4",
+        "tpu_decode_mimo 1 2 2 4",
         "caught",
         "n_heads=3 is not a multiple of the mesh's tensor=2",
     ]
@@ -39,16 +45,22 @@ def test_without_a_mesh_it_is_the_op_itself():
     assert sharded(ssm, "data", "tensor") is ssm
 
 
+GPU = ("NVIDIA H200", None, "gpu", "cuda", ("mamba3_scan", "mamba3_value_gradient"))
+TPU = ("TPU v5 lite", 1, "tpu", "tpu", ('"mamba3_tpu_scan"', '"mamba3_tpu_scan_back"'))
+
+
 @pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
 @pytest.mark.parametrize("axes", [{}, {"batch": "data", "heads": "tensor"}], ids=["unknown", "known"])
-def test_training_on_several_gpus_is_by_kernels(axes, monkeypatch):
+@pytest.mark.parametrize(("kind", "cores", "backend", "platform", "kernels"), [GPU, TPU], ids=["gpu", "tpu"])
+def test_training_on_several_devices_is_by_kernels(kind, cores, backend, platform, kernels, axes, monkeypatch):
     """By default, where the model knows the mesh's axes; else XLA would divide the op, which it can in plain code."""
-    gpu = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
-    mesh = AbstractMesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, abstract_device=gpu)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    device = AbstractDevice(device_kind=kind, num_cores=cores, platform=backend)
+    mesh = AbstractMesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, abstract_device=device)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "device_count", lambda: 4)
-    monkeypatch.setitem(IMPLEMENTATIONS, "triton", triton)  # not interpreted
-    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=gpu.device_kind)] * 4)
+    for name, kernel in (("triton", triton), ("mosaic_tpu", mosaic_tpu)):
+        monkeypatch.setitem(IMPLEMENTATIONS, name, kernel)  # not interpreted
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)] * 4)
     model = LanguageModel(ModelConfig(d_model=128, d_state=64, pattern="M"))
     tokens_BL, start_BL = np.zeros((2, 96), np.int32), np.zeros((2, 96), bool)
     params = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens_BL))
@@ -57,5 +69,5 @@ def test_training_on_several_gpus_is_by_kernels(axes, monkeypatch):
         return jnp.sum(model.apply(params, tokens_BL, None, start_BL)[0])
 
     with use_abstract_mesh(mesh), nn.logical_axis_rules(tuple(axes.items())):
-        text = jax.jit(jax.grad(loss)).trace(params).lower(lowering_platforms=("cuda",)).as_text()
-    assert ("mamba3_scan" in text) == ("mamba3_value_gradient" in text) == bool(axes)
+        text = jax.jit(jax.grad(loss)).trace(params).lower(lowering_platforms=(platform,)).as_text()
+    assert [name in text for name in kernels] == [bool(axes)] * 2

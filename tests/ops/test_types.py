@@ -25,9 +25,11 @@ def test_annotations_hold():
         for shape in (SISO, MIMO):
             tokens, heads, state = jax.tree.map(jnp.asarray, draw(shape._replace(length=3)))
             tokens = tokens._replace(start_BL=jnp.zeros((2, 3), bool))
-            IMPLEMENTATIONS["triton"] = functools.partial(IMPLEMENTATIONS["triton"], interpret=True)
+            for name in ("triton", "mosaic_tpu"):
+                IMPLEMENTATIONS[name] = functools.partial(IMPLEMENTATIONS[name], interpret=True)
             for implementation in FLOAT32:
-                ssm(tokens, heads, state, rotation=shape.rotation, implementation=implementation)
+                op = functools.partial(ssm, rotation=shape.rotation, implementation=implementation)
+                jax.eval_shape(op, tokens, heads, state)
         print("held")
     """)
     assert done.stdout == "held\n", done.stderr[-3000:]

@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from experiments.benchmarks import hlo, ssm, tpu_aot
-from mamba3_jax.ops.decode_tpu import decode_tpu
+from mamba3_jax.ops.decode_tpu import FEW, decode_tpu
 from mamba3_jax.ops.recurrent import recurrent
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS
 from pallas_kernels.ssm.mosaic_tpu.decode import Tile
@@ -114,6 +114,31 @@ def test_three_steps_are_a_row(name):
 
 
 @pytest.mark.parametrize("name", ["siso", "mimo4"])
+def test_a_few_tokens_at_once(name):
+    """A row's last one a start: values, and gradients of everything."""
+    shape = SHAPES[name]._replace(length=FEW)
+    tokens, heads, state = draw(shape)
+    start_BL = np.arange(FEW) == np.array([[FEW - 1], [FEW]])
+
+    @quick_jit
+    def run(inputs, cotangent):
+        def op(inputs):
+            return step(shape)(inputs[0]._replace(start_BL=start_BL), *inputs[1:])
+
+        results, pull = jax.vjp(op, inputs)
+        return results, pull(cotangent)[0]
+
+    inputs, cotangent = (tokens, heads, state), cases.cotangents(shape)
+    results, gradients = run(inputs, cotangent)
+    want = cases.reference(inputs, start_BL, cotangent, shape.rotation)
+    cases.check_results(results, want[0], 2e-6)
+    cases.check_gradients(gradients, want[1], 1e-5)
+    shifted = tokens._replace(q_BLRGN=np.roll(tokens.q_BLRGN, 1, axis=1))
+    with pytest.raises(AssertionError, match="is not below"):
+        cases.check_results(run((shifted, heads, state), cotangent)[0], want[0], 2e-6)
+
+
+@pytest.mark.parametrize("name", ["siso", "mimo4"])
 def test_bfloat16(name):
     """q, k, v and gate of 8 bits: the state is as exact as ever, y and the key left behind are rounded once."""
     tokens, heads, state = drawn(SHAPES[name])
@@ -144,8 +169,8 @@ def planted():
 
 
 def test_what_it_cannot_run():
-    with pytest.raises(ValueError, match="one token, not length=2"):
-        step(SISO)(*draw(SISO._replace(length=2)))
+    with pytest.raises(ValueError, match="up to 4 tokens, not length=5"):
+        step(SISO)(*draw(SISO._replace(length=5)))
     with jax.enable_x64(True), pytest.raises(ValueError, match="float32 or bfloat16, not"):
         step(SISO)(*jax.tree.map(jnp.asarray, draw(SISO, dtype=np.float64)))
     with pytest.raises(ValueError, match="needs a TPU, the backend is 'cpu'"):

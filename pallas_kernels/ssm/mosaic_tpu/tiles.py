@@ -14,7 +14,16 @@ CHIPS = {  # MiB of VMEM for the kernels, of a core's 16, 128, 64, 128 and 64; r
     "v6e": (100, 512, 512),
     "tpu7x": (56, 256, 512),
 }
-KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+KINDS = {  # jax's device_kind; of some chips it has had two
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
 
 
 def default(chip: str, rank: int, *heads) -> Tiles:

@@ -1,0 +1,147 @@
+"""The TPU kernels compiled by libtpu for every chip, at the paper's sizes, without a TPU: also over meshes of chips.
+
+A kernel of each kind for each chip at once; heads, lengths and dtypes in all combinations on demand (slow, an hour).
+"""
+
+import dataclasses
+import functools
+import re
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, Mesh, NamedSharding, use_abstract_mesh
+from jax.sharding import PartitionSpec as Spec
+
+from experiments.benchmarks import hlo, ssm, tpu_aot
+from mamba3_jax.ops.mosaic_tpu import mosaic_tpu
+from mamba3_jax.ops.sharded import sharded
+from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State, Tokens
+from mamba3_jax.ops.ssm import ssm as op
+from mamba3_jax.ops.tpu import mosaic_tpu as kernels
+from pallas_kernels.ssm.mosaic_tpu.tiles import default
+
+needs_compiler = pytest.mark.skipif(find_spec("libtpu") is None, reason="no libtpu, the compiler for TPUs")
+
+# Beside the decoding steps of test_decode_tpu.py; float32 with ranks, the longest to compile, for two chips.
+QUICK = {("siso_h24_bfloat16", "forward+backward", chip) for chip in tpu_aot.CHIPS}
+QUICK |= {("mimo4_long_h64_float32", "forward+backward", chip) for chip in ("v5e", "tpu7x")}
+TASKS = [
+    pytest.param(
+        *(task, chip),
+        id=f"{name}-{task.what}-{chip}",
+        marks=() if (name, task.what, chip) in QUICK else pytest.mark.slow,
+    )
+    for name, case in tpu_aot.FULL.items()
+    for task in tpu_aot.tasks_of(name, case, ["mosaic_tpu"])
+    for chip in tpu_aot.CHIPS
+]
+KERNELS = {
+    "forward": ["mamba3_tpu_scan(?!_back)"],
+    "forward+backward": ["mamba3_tpu_scan(?!_back)", "mamba3_tpu_scan_back"],
+    "decode": ["mamba3_decode"],
+}
+
+
+@pytest.fixture(autouse=True)
+def compiler(monkeypatch):
+    """What libtpu reads where there is no TPU; and `mosaic_tpu` is itself, or what the test makes of it."""
+    monkeypatch.setitem(IMPLEMENTATIONS, "mosaic_tpu", kernels)
+    for name, value in tpu_aot.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("task", "chip"), TASKS)
+def test_compiles(task, chip):
+    check_kernels(tpu_aot.Target(chip).compile(task).as_text(), task.what)
+
+
+def check_kernels(text: str, what: str) -> None:
+    """What is compiled for the chip's own unit has our kernels' names."""
+    names = " ".join(hlo.Program(text).kernels())
+    assert all(re.search(kernel, names) for kernel in KERNELS[what]), names
+
+
+@pytest.mark.parametrize("chip", tpu_aot.CHIPS)
+def test_more_vmem_than_a_chip_has_is_refused(chip):
+    """The limit is below what the chip has, and the error says what to shrink."""
+    version = {"v4": "TPU_V4", "v5e": "TPU_V5E", "v5p": "TPU_V5P", "v6e": "TPU_V6E", "tpu7x": "TPU_7X"}[chip]
+    has = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion[version], 1).vmem_capacity_bytes
+    tiles = default(chip, 1)
+    assert tiles.vmem * 2**20 < has
+    case = dataclasses.replace(tpu_aot.LARGE, length=4096)
+    run = functools.partial(mosaic_tpu, rotation=case.rotation, tiles=dataclasses.replace(tiles, tokens=4096))
+    message = rf"takes about .* MiB of VMEM, more than tiles.vmem={tiles.vmem}: shrink tiles.tokens=4096"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: run(*ssm.inputs(case), ssm.random_state(case, 0)))
+
+
+MESHES = {  # topology: data, tensor
+    "v4:2x2x2": (2, 8),
+    "v5e:2x4": (2, 4),
+    "v5p:2x2x2": (4, 2),
+    "v6e:2x4": (4, 2),
+    "tpu7x:2x2x1": (2, 4),
+}
+OF_TOKENS = Tokens(*[Spec("data")] * 2, *[Spec("data", None, "tensor")] * 4, Spec("data"), Spec("data", None, "tensor"))
+OF_STATE = State(Spec("data", "tensor"), Spec("data", "tensor"), Spec("data", None, "tensor"), Spec("data", "tensor"))
+
+
+def compiled_over(topology: str, case: ssm.Case, monkeypatch) -> str:
+    """The default, forward and backward (one token: forward), over a mesh of all of a topology's devices."""
+    devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    axes = ("data", "tensor")
+    mesh = Mesh(np.array(devices).reshape(MESHES[topology]), axes, axis_types=(AxisType.Auto,) * 2)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(jax, "device_count", lambda: len(devices))
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=devices[0].device_kind)] * len(devices))
+
+    def call(tokens, heads, state):
+        run = sharded(functools.partial(op, rotation=case.rotation), *axes)
+        if case.length == 1:
+            return run(tokens, heads, state)
+        results, pull = jax.vjp(run, tokens, heads, state)
+        return results, pull(results)
+
+    def placed(arrays, specs):
+        place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
+        return type(arrays)(*(None if x is None else place(x, s) for x, s in zip(arrays, specs, strict=True)))
+
+    arguments = jax.eval_shape(lambda: (*ssm.inputs(case), ssm.random_state(case, 0)))
+    specs = (OF_TOKENS, Heads(*[Spec("tensor")] * len(Heads._fields)), OF_STATE)
+    with use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(call).lower(*map(placed, arguments, specs)).compile().as_text()
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "topology", [name if name == "v5e:2x4" else pytest.param(name, marks=pytest.mark.slow) for name in MESHES]
+)
+@pytest.mark.parametrize(("length", "rank"), [(1, 1), (512, 1), pytest.param(512, 4, marks=pytest.mark.slow)])
+def test_compiles_over_a_mesh(topology, length, rank, monkeypatch):
+    """The kernels are in it. Nothing is gathered: only gradients of what is shared are summed, over either axis."""
+    case = ssm.Case(batch=8, length=length, heads=32, width=64, d_state=128, rank=rank, groups=1, dtype="bfloat16")
+    text = compiled_over(topology, case, monkeypatch)
+    check_kernels(text, "decode" if length == 1 else "forward+backward")
+    moved = set(re.findall(r"\b(all-[a-z]+|collective-[a-z]+|reduce-scatter)(?:-start)?\(", text))
+    assert moved == (set() if length == 1 else {"all-reduce"})
+
+
+@needs_compiler
+def test_what_is_gathered_is_seen(monkeypatch):
+    """Beside the test above: outputs that every device is to have whole."""
+    case = ssm.Case(batch=8, length=1, heads=32, width=64, d_state=128, dtype="bfloat16")
+    monkeypatch.setitem(globals(), "sharded", lambda run, *axes: whole(sharded_of(run, *axes)))
+    assert "all-gather" in compiled_over("v5e:2x4", case, monkeypatch)
+
+
+sharded_of = sharded
+
+
+def whole(run):
+    return lambda *inputs: jax.lax.with_sharding_constraint(run(*inputs)[0], Spec())
