@@ -5,7 +5,10 @@
     python -m experiments.benchmarks.tpu_aot --full           the paper's heads and lengths, bf16 and f32: hours
     python -m experiments.benchmarks.tpu_aot --implementations=mosaic_tpu --chips=v5e --cases=siso
 
-Nothing runs. From the compiler: bytes moved to and from HBM and cycles (`experiments.benchmarks.hlo` says how they are
+Nothing runs. What has one entry a token goes in and comes out as a model's projections leave it, (B, L, everything
+else): `v`, `gate` and `y` are (B, L, H P), and the op sees them reshaped inside the program, which moves nothing. As
+(B, L, H, P) arguments of their own, P = 64 would fill half of a tile's 128 lanes, and XLA would copy them around any
+program; a result file without `arguments` is of those. From the compiler: bytes moved to and from HBM and cycles (`experiments.benchmarks.hlo` says how they are
 added up; a kernel's cycles from the compiler's simulation of a smaller call, see `kernel_cycles`), temporary memory,
 seconds to compile. By arithmetic: matrix operations (of `chunked`, counted from its jaxpr, whatever the
 implementation), the least bytes (inputs and outputs once), and the roofline, the larger of those over the chip's peaks.
@@ -42,7 +45,7 @@ from jax.sharding import Mesh, SingleDeviceSharding  # noqa: E402
 from experiments.benchmarks import common, flops, hlo, ssm  # noqa: E402
 from mamba3_jax.ops.decode_tpu import decode_tpu  # noqa: E402
 from mamba3_jax.ops.mosaic_tpu import mosaic_tpu  # noqa: E402
-from mamba3_jax.ops.ssm import IMPLEMENTATIONS  # noqa: E402
+from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State  # noqa: E402
 
 FLAGS = flags.FLAGS
 
@@ -95,12 +98,29 @@ class Target:
         IMPLEMENTATIONS["mosaic_tpu"] = kernels_for(self.name)
         place = SingleDeviceSharding(self.device)
         arguments = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(task.arguments)
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            jax.eval_shape(lambda: joined(task.arguments())),
         )
         donated = {"donate_argnums": 0} if task.what == "decode" else {}
         mesh = Mesh(np.array([self.device]), ("one",))
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tells Pallas which chip
-            return jax.jit(task.function(), **donated).lower(*arguments).compile()
+            return jax.jit(in_a_model(task), **donated).lower(*arguments).compile()
+
+
+def joined(tree):
+    """What has one entry a token as (B, L, X), weights and states as they are."""
+    whole = lambda x: isinstance(x, (Heads, State))  # noqa: E731
+    return jax.tree.map(lambda x: x if whole(x) else x.reshape(*x.shape[:2], -1), tree, is_leaf=whole)
+
+
+def in_a_model(task: ssm.Task):
+    """The task's function between `joined` arguments and results."""
+    shapes = jax.eval_shape(task.arguments)
+
+    def function(*arguments):
+        return joined(task.function()(*jax.tree.map(lambda x, like: x.reshape(like.shape), arguments, shapes)))
+
+    return function
 
 
 def tasks_of(name: str, case: ssm.Case, implementations: list[str]) -> list[ssm.Task]:
@@ -276,8 +296,8 @@ COLUMNS = {
 
 
 def kept(before: dict | None, tasks: list[tuple[str, ssm.Task]], origin: dict) -> list[dict]:
-    """Rows of an earlier run by the same compiler that this one does not take again."""
-    if before is None or any(before[key] != origin[key] for key in ("jax", "libtpu")):
+    """Rows of an earlier run by the same compiler, of the same arguments, that this one does not take again."""
+    if before is None or any(before.get(key) != origin[key] for key in ("jax", "libtpu", "arguments")):
         return []
     again = {(chip, task.name, task.implementation, task.what) for chip, task in tasks}
     rows = [r for r in before["rows"] if (r["chip"], r["case"], r["implementation"], r["what"]) not in again]
@@ -298,6 +318,7 @@ def main(argv):
     tasks = [(chip, t) for chip in chips for name in names for t in tasks_of(name, cases[name], implementations)]
     tasks = [(chip, task) for chip, task in tasks if FLAGS.what in ("", task.what)]
     origin = common.provenance() | {"platform": "tpu", "device": f"no TPU (libtpu {version})", "libtpu": version}
+    origin |= {"arguments": "joined: (B, L, H P), as a model has them"}
     rows = kept(common.read(FLAGS.name, FLAGS.out) if FLAGS.keep else None, tasks, origin)
     sizes = {name: dataclasses.asdict(case) for name, case in (CASES | FULL).items()}
     peaks = {name: dataclasses.asdict(chip) for name, chip in CHIPS.items()}

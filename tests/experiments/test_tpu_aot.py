@@ -3,6 +3,8 @@
 import dataclasses
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 from experiments.benchmarks import common, hlo, ssm, tpu_aot
@@ -103,6 +105,22 @@ def test_floors_are_arithmetic():
     assert half["matmul_ms"] == pytest.approx(found["matmul_ms"] / 6)
 
 
+def test_arguments_are_those_of_a_model():
+    """Values, gates, outputs and their gradients as (B, L, H P); the same numbers, and weights and states as they are."""
+    case = ssm.Case(batch=2, length=3, heads=4, width=8, d_state=16, groups=2)
+    task = ssm.Task("small", case, "recurrent", None, "forward+backward")
+    arguments = task.arguments()
+    tokens, heads, dy = tpu_aot.joined(arguments)
+    assert tokens.v_BLHP.shape == tokens.gate_BLHP.shape == dy.shape == (2, 3, 32)
+    assert tokens.q_BLRGN.shape == (2, 3, 32)
+    assert heads.q_bias_HRN.shape == (4, 1, 16)
+    got, want = tpu_aot.in_a_model(task)(tokens, heads, dy), task.function()(*arguments)
+    (y, state), (dtokens, _) = got
+    assert y.shape == dtokens.v_BLHP.shape == (2, 3, 32)
+    assert state.ssm_BHPN.shape == (2, 4, 8, 16)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.ravel(a), np.ravel(b)), got, want)
+
+
 def test_estimate_is_the_largest():
     row = {"chip": "v5e", "matmul_ms": 1.0, "roofline_ms": 1.5, "hbm_mb": 1638.0, "least_mb": 819.0}
     found = tpu_aot.estimates(row | {"mega_cycles": 6.0})
@@ -144,10 +162,13 @@ def test_earlier_rows_are_kept_where_versions_agree():
     task = ssm.Task("siso", tpu_aot.LARGE, "chunked", None, "forward")
     row = {"chip": "v4", "case": "siso", "implementation": "chunked", "what": "forward"}
     other = row | {"chip": "v5e"}
-    before = {"jax": "1", "libtpu": "2", "commit": "c", "date": "d", "rows": [row, other]}
+    same = {"jax": "1", "libtpu": "2", "arguments": "joined"}
+    before = same | {"commit": "c", "date": "d", "rows": [row, other]}
     taken = other | {"commit": "c", "date": "d"}
-    assert tpu_aot.kept(before, [("v4", task)], {"jax": "1", "libtpu": "2"}) == [taken]
-    assert tpu_aot.kept(before, [("v4", task)], {"jax": "1", "libtpu": "3"}) == []
+    assert tpu_aot.kept(before, [("v4", task)], same) == [taken]
+    assert tpu_aot.kept(before, [("v4", task)], same | {"libtpu": "3"}) == []
+    del before["arguments"]  # of other arguments, before there was a choice
+    assert tpu_aot.kept(before, [("v4", task)], same) == []
     assert tpu_aot.kept(None, [("v4", task)], {}) == []
 
 
