@@ -8,13 +8,14 @@
 Nothing runs. What has one entry a token goes in and comes out as a model's projections leave it, (B, L, everything
 else): `v`, `gate` and `y` are (B, L, H P), and the op sees them reshaped inside the program, which moves nothing. As
 (B, L, H, P) arguments of their own, P = 64 would fill half of a tile's 128 lanes, and XLA would copy them around any
-program; a result file without `arguments` is of those. From the compiler: bytes moved to and from HBM and cycles (`experiments.benchmarks.hlo` says how they are
-added up; a kernel's cycles from the compiler's simulation of a smaller call, see `kernel_cycles`), temporary memory,
-seconds to compile. By arithmetic: matrix operations (of `chunked`, counted from its jaxpr, whatever the
-implementation), the least bytes (inputs and outputs once), and the roofline, the larger of those over the chip's peaks.
-`estimate` is the largest of cycles over the clock (where that is known), bytes over the bandwidth and operations over
-the peak: good for ranking programs, never compared with a TPU. All per device: half a chip on v4 and Ironwood (tpu7x),
-a whole one on the others.
+program; a result file without `arguments` is of those.
+
+From the compiler: bytes moved to and from HBM and cycles (`experiments.benchmarks.hlo` says how they are added up; a
+kernel's cycles from the compiler's simulation of a smaller call, see `kernel_cycles`), temporary memory, seconds to
+compile. By arithmetic: matrix operations (of `chunked`, counted from its jaxpr, whatever the implementation), the least
+bytes (inputs and outputs once), and the roofline, the larger of those over the chip's peaks. `estimate` is the largest
+of cycles over the clock (where that is known), bytes over the bandwidth and operations over the peak: good for ranking
+programs, never compared with a TPU. All per device: half a chip on v4 and Ironwood (tpu7x), a whole one on the others.
 """
 
 import dataclasses

@@ -106,7 +106,7 @@ def test_floors_are_arithmetic():
 
 
 def test_arguments_are_those_of_a_model():
-    """Values, gates, outputs and their gradients as (B, L, H P); the same numbers, and weights and states as they are."""
+    """Values, gates, outputs and their gradients are (B, L, H P), weights and states as they are; the same numbers."""
     case = ssm.Case(batch=2, length=3, heads=4, width=8, d_state=16, groups=2)
     task = ssm.Task("small", case, "recurrent", None, "forward+backward")
     arguments = task.arguments()

@@ -24,7 +24,7 @@ from pallas_kernels.ssm.mosaic_tpu.tiles import check_vmem
 class Outputs(NamedTuple):
     o_BLX: jax.Array  # like v
     h_BHPN: jax.Array  # float32, after the row
-    h_BCHPN: jax.Array | None  # before every chunk: what the backward pass keeps
+    h_BCHPN: jax.Array | None  # before every chunk, as products take it: what the backward pass keeps
 
 
 def forward(inputs: Inputs, start_BCHS, document_BL, tiles, *, keep: bool):
@@ -38,7 +38,7 @@ def forward(inputs: Inputs, start_BCHS, document_BL, tiles, *, keep: bool):
     refs = refs_of(inputs, start_BCHS, document_BL, grid, inputs.h_BHPN)
     specs = specs_of(refs, grid, grid.before(grid.width, grid.d_state))
     batch, chunks, n_heads, width, d_state = grid.batch, grid.chunks, grid.n_heads, grid.width, grid.d_state
-    states = jax.ShapeDtypeStruct((batch, chunks, n_heads, width, d_state), jnp.float32)
+    states = jax.ShapeDtypeStruct((batch, chunks, n_heads, width, d_state), grid.dtype)
     out = Outputs(
         jax.ShapeDtypeStruct(refs.v_BLX.shape, refs.v_BLX.dtype),
         jax.ShapeDtypeStruct(inputs.h_BHPN.shape, jnp.float32),
@@ -123,7 +123,7 @@ def _kernel(refs: Refs, out: Outputs, h_HPN, *, grid: Grid):
         h_HPN[pl.ds(first, grid.heads)] = refs.h_BHPN[...]
 
     if out.h_BCHPN is not None:
-        out.h_BCHPN[...] = h_HPN[pl.ds(first, grid.heads)]
+        out.h_BCHPN[...] = h_HPN[pl.ds(first, grid.heads)].astype(grid.dtype)
     masks = Masks.load(refs, grid)
     decays = [Decay.load(refs.scalars_BHCXQ[head], masks) for head in range(grid.heads)]
     sin_QX, cos_QX = parts.sincos(refs, [decay.dt_Q1 for decay in decays], masks, grid)

@@ -126,7 +126,7 @@ def _head(head: int, index, turn: Turn, decay: Decay, masks: Masks, refs: Back, 
     v_QP = inputs.v_BLX[:, of_head].astype(jnp.float32)
     x_TP = v_QP if inputs.v_rank_HRP is None else parts.per_rank(v_QP, inputs.v_rank_HRP[head])
     gate_QP = None if inputs.gate_BLX is None else inputs.gate_BLX[:, of_head].astype(jnp.float32)
-    h_PN, dh_PN = inputs.h_BHPN[head], scratch.dh_HPN[index]
+    h_PN, dh_PN = inputs.h_BHPN[head].astype(jnp.float32), scratch.dh_HPN[index]
 
     weight_TT = ranks(ranks(decay.weight_QQ(masks), rank, 0), rank, 1)
     score_TT = product(q_TN, k_TN, NT, grid)
