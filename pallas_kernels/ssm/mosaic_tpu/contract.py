@@ -24,22 +24,22 @@ class Tiles:
     tokens: int = 128  # of a chunk, Q: a multiple of 16
     heads: int | None = None  # a grid step, J; None: left to the shapes
     width: int | None = None  # entries of P that are not padding; None: all
-    planes: int | None = None  # of N/2 angles that are not zero, the first; None: all
     vmem: int = 56  # MiB that the kernels may take
     interpret: object = None  # pltpu's InterpretParams: on the CPU, for tests
 
 
 class Inputs(NamedTuple):
-    """Whole chunks, L = C Q. N a multiple of 128: plane i is (i, i + N/2), what does not turn has angle 0.
+    """Whole chunks, L = C Q. N a multiple of 128: inside, plane i is (i, i + N/2), what does not turn has angle 0.
 
-    q, k, v and gate in the dtype of the products, all else float32.
+    q, k and the states may have N in another order, see `mamba3`; biases have the kernels'. q, k, v and gate in the
+    dtype of the products, all else float32.
     """
 
     q_BLGRN: jax.Array
     k_BLGRN: jax.Array
     v_BLHP: jax.Array
     gate_BLHP: jax.Array | None
-    angle_BLHS: jax.Array  # radians per unit dt, S = N/2; the H axis is J where heads share it (J copies), or H
+    angle_BLHS: jax.Array  # radians per unit dt, S <= N/2, a multiple of 8; the H axis is 1 where heads share it
     dt_BLH: jax.Array
     decay_BLH: jax.Array  # log, since the first token of the chunk, or of its document in the chunk
     rest_BLH: jax.Array | None  # what decay lacks: their differences are taken apart. For float32
@@ -56,17 +56,26 @@ class Inputs(NamedTuple):
     norm_HP: jax.Array | None
 
 
+class Rest(NamedTuple):
+    """What both kernels read beside `Inputs`, and has no gradient."""
+
+    start_BCHS: jax.Array  # the angle before every chunk, in turns
+    document_BL: jax.Array | None  # document starts in the chunk up to each token
+    order_NM: jax.Array | None  # a one where an entry of N goes in the kernels; None: all are there
+
+
 class Refs(NamedTuple):
-    """What the kernels see: `Inputs` with trailing axes joined, the numbers of a token stacked."""
+    """What the kernels see: `Inputs` with trailing axes joined, the numbers of a token stacked, tokens in the lanes."""
 
     q_BLX: jax.Array
     k_BLX: jax.Array
     v_BLX: jax.Array
     gate_BLX: jax.Array | None
-    angle_BLX: jax.Array
+    angle_BCHSQ: jax.Array
     start_BCKX: jax.Array  # turns: the angle before every chunk; K blocks of heads, (.., 1, J N/2)
     scalars_BHCXQ: jax.Array  # dt, decay, gamma, kappa and, where there is one, decay's rest
     document_BCQ: jax.Array | None  # float32, document starts in the chunk up to here; (.., 1, Q)
+    order_NM: jax.Array | None
     h_BHPN: jax.Array | None  # before the row; the backward pass: before every chunk, (B, C, H, P, N)
     q_bias_HRN: jax.Array
     k_bias_HRN: jax.Array
@@ -90,7 +99,7 @@ class Grid:
         self.tiles, self.backwards, self.dtype = tiles, backwards, inputs.q_BLGRN.dtype
         self.tokens, self.heads = tiles.tokens, tiles.heads
         self.half = self.d_state // 2
-        self.shared_angle = inputs.angle_BLHS.shape[2] == self.heads  # or a single block has all heads: the same
+        self.planes, self.shared_angle = inputs.angle_BLHS.shape[3], inputs.angle_BLHS.shape[2] == 1
         self.rows = self.rank * self.tokens
         self.scalars = 4 + (inputs.rest_BLH is not None)
         _check(self)
@@ -117,9 +126,13 @@ class Grid:
         return self._spec((None, self.tokens, self.heads * self.width), lambda b, c, j: (b, c, j))
 
     def of_angles(self):
-        """(B, L, J N/2) or (B, L, H N/2)."""
+        """(B, C, 1 or H, S, Q)."""
         shared = self.shared_angle
-        return self._spec((None, self.tokens, self.heads * self.half), lambda b, c, j: (b, c, 0 if shared else j))
+        block = (None, None, 1 if shared else self.heads, self.planes, self.tokens)
+        return self._spec(block, lambda b, c, j: (b, c, 0 if shared else j, 0, 0))
+
+    def of_order(self):
+        return pl.BlockSpec((self.d_state, self.d_state), lambda b, c, j: (0, 0))
 
     def of_starts(self):
         return self._spec((None, None, None, 1, self.heads * self.half), lambda b, c, j: (b, c, j, 0, 0))
@@ -156,14 +169,25 @@ class Grid:
     def weights(self, refs: Refs):
         return [self.of_weights(array) for array in refs[-7:]]
 
+    def of_blocks(self, angle_HS):
+        """(.., H, S) as (.., K, 1, J N/2), zeros for what does not turn."""
+        *outer, _, planes = angle_HS.shape
+        angle_HS = jnp.pad(angle_HS, [(0, 0)] * (len(outer) + 1) + [(0, self.half - planes)])
+        return angle_HS.reshape(*outer, self.blocks, 1, self.heads * self.half)
+
     @property
     def own_width(self) -> int:
         """P without its padding."""
         return self.tiles.width or self.width
 
-    def lanes_of_group(self, head: int) -> int:
-        """Where in the block's lanes the queries of its head (of J) begin."""
-        return head // self.heads_a_group * self.rank * self.d_state
+    def group_of(self, head: int) -> int:
+        """Which of the block's groups its head (of J) reads."""
+        return head // self.heads_a_group
+
+    def lanes_of(self, group: int, rank: int) -> slice:
+        """Where in the block's lanes the queries of a group are."""
+        begin = (group * self.rank + rank) * self.d_state
+        return slice(begin, begin + self.d_state)
 
 
 def _check(grid: Grid) -> None:
@@ -179,13 +203,13 @@ def _check(grid: Grid) -> None:
         raise ValueError(f"tiles.heads={heads} heads of P={width} are not a multiple of {LANES} lanes")
     if grid.d_state % LANES:
         raise ValueError(f"{grid.d_state=} is not a multiple of {LANES}")
-    if heads != n_heads and not grid.shared_angle and heads * grid.half % LANES:
-        raise ValueError(f"tiles.heads={heads} heads of {grid.half} angles are not a multiple of {LANES} lanes")
+    if grid.planes % 8 or grid.planes > grid.half:
+        raise ValueError(f"{grid.planes=} is not a multiple of 8 up to {grid.half}")
     if grid.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"q is {grid.dtype}, wanted float32 or bfloat16")
 
 
-def refs_of(inputs: Inputs, start_BCHS, document_BL, grid: Grid, h) -> Refs:
+def refs_of(inputs: Inputs, rest: Rest, grid: Grid, h) -> Refs:
     """`Refs` from `Inputs`."""
     batch, length, chunks = grid.batch, grid.length, grid.chunks
     flat = lambda array: None if array is None else array.reshape(batch, length, -1)  # noqa: E731
@@ -195,13 +219,16 @@ def refs_of(inputs: Inputs, start_BCHS, document_BL, grid: Grid, h) -> Refs:
         numbers.append(inputs.rest_BLH)
     stacked = jnp.stack(numbers, axis=1).reshape(batch, len(numbers), chunks, grid.tokens, grid.n_heads)
     document_BCQ = None
-    if document_BL is not None:
-        document_BCQ = document_BL.astype(jnp.float32).reshape(batch, chunks, 1, grid.tokens)
+    if rest.document_BL is not None:
+        document_BCQ = rest.document_BL.astype(jnp.float32).reshape(batch, chunks, 1, grid.tokens)
+    angle_BCQHS = inputs.angle_BLHS.reshape(batch, chunks, grid.tokens, *inputs.angle_BLHS.shape[2:])
     return Refs(
-        *(flat(array) for array in inputs[:5]),
-        start_BCHS.reshape(batch, chunks, grid.blocks, 1, -1),
+        *(flat(array) for array in inputs[:4]),
+        jnp.moveaxis(angle_BCQHS, 2, 4),
+        grid.of_blocks(rest.start_BCHS),
         stacked.transpose(0, 4, 2, 1, 3),
         document_BCQ,
+        rest.order_NM,
         h,
         inputs.q_bias_HRN,
         inputs.k_bias_HRN,

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ssm.mosaic_tpu.angle import INVERSE_TURN, increments, sincos_of
@@ -133,12 +134,22 @@ def partner(x_QN):
     return pltpu.roll(x_QN, x_QN.shape[1] // 2, 1)
 
 
-def sincos(refs: Refs, dt_QJ, masks: Masks, grid: Grid):
+def load_angles(angle_QX, refs: Refs, block, grid: Grid) -> None:
+    """The angles of the heads of a block, (Q, J N/2), into VMEM: those that heads share once a chunk."""
+
+    @pl.when((block == 0) | (not grid.shared_angle))
+    def _():
+        still_XQ = jnp.zeros((grid.half - grid.planes, grid.tokens), jnp.float32)
+        heads = [0] * grid.heads if grid.shared_angle else range(grid.heads)
+        rows = [x for head in heads for x in (refs.angle_BCHSQ[head], still_XQ) if x.shape[0]]
+        angle_QX[...] = jnp.concatenate(rows, axis=0).T
+
+
+def sincos(angle_QX, refs: Refs, dt_QJ, masks: Masks, grid: Grid):
     """sin and cos of phi_t = phi_0 + sum_{s <= t} angle_s dt_s for the heads of a block: (Q, J N/2), heads in turn.
 
     Sums of numbers of 8 bits times zeros and ones are exact in bfloat16 products; modulo a turn nothing grows.
     """
-    angle_QX = refs.angle_BLX[...]
     dt_QX = jnp.concatenate([jnp.broadcast_to(dt_Q1, (grid.tokens, grid.half)) for dt_Q1 in dt_QJ], axis=1)
     if grid.dtype == jnp.float32:
         exact_QX, rest_QX = increments(angle_QX, dt_QX, 2.0**-16)
@@ -159,11 +170,17 @@ def sincos(refs: Refs, dt_QJ, masks: Masks, grid: Grid):
     return sincos_of(high_QX + start_QX, middle_QX + rest_QX)
 
 
-def rows_of_head(ref, head: int, grid: Grid):
-    """Queries or keys of the group of a head of the block: of every rank (Q, N), float32."""
-    begin, size = grid.lanes_of_group(head), grid.d_state
-    slices = (ref[:, begin + r * size : begin + (r + 1) * size] for r in range(grid.rank))
-    return [x_QN.astype(jnp.float32) for x_QN in slices]
+def ordered(x_XN, order_NM, grid: Grid, dimensions=NN):
+    """Into the kernels' order of N, float32; NT: out of it. Exact, as a product with ones and zeros."""
+    if order_NM is None:
+        return x_XN.astype(jnp.float32)
+    return product(x_XN, order_NM[...], dimensions, grid, x_XN.dtype)
+
+
+def rows_of_groups(ref, order_NM, grid: Grid):
+    """Queries or keys of every group of the block and every rank, (Q, N), float32."""
+    lanes = ((grid.lanes_of(group, r) for r in range(grid.rank)) for group in range(grid.groups_a_block))
+    return [[ordered(ref[:, each], order_NM, grid) for each in ranks_] for ranks_ in lanes]
 
 
 def turned(x_RQN, bias_RN, turn: Turn):
