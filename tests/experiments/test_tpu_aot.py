@@ -146,16 +146,20 @@ def test_rows_stand_beside_plain_xla():
 def test_kernel_cycles_are_drawn_out(monkeypatch):
     """What two small calls take, plus as much again for all further work."""
 
-    def simulated(task, chip):
-        return 100 + 10 * task.case.batch * task.case.heads
+    def simulated(task, chip, kernels):
+        if task.case.length > 1 and task.case.heads > 2:
+            raise RuntimeError("the compiler stops")
+        return 100 + 10 * task.case.batch * task.case.length * task.case.heads
 
     monkeypatch.setattr(tpu_aot, "simulated", simulated)
     step = ssm.Task("step", tpu_aot.STEP, "mosaic_tpu", None, "decode")
-    assert tpu_aot.kernel_cycles(step, "v5e") == 100 + 10 * 128 * 32
+    assert tpu_aot.kernel_cycles(step, "v5e", {"k"}) == 100 + 10 * 128 * 32
+    row = ssm.Task("siso", tpu_aot.LARGE, "mosaic_tpu", None, "forward")
+    assert tpu_aot.kernel_cycles(row, "v5e", {"k"}) == 100 + 10 * 16 * 2048 * 32
     with pytest.raises(RuntimeError, match="v4"):
-        tpu_aot.kernel_cycles(step, "v4")
+        tpu_aot.kernel_cycles(step, "v4", {"k"})
     text = 'hlo_op_estimate {\n  hlo_op_name: "mamba3_decode.1"\n  estimated_cycles: 42\n  num_equivalent_hlos: 2\n}'
-    assert tpu_aot.profiled(text) == ("mamba3_decode.1", 84)
+    assert tpu_aot.profiled(text) == ("mamba3_decode", 84)
 
 
 def test_earlier_rows_are_kept_where_versions_agree():
