@@ -90,11 +90,12 @@ def mosaic_tpu(
         *(float32(wide(x)) for x in (heads.v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP)),
     )
     order_NM = None if layout.same else layout.order_NM.astype(dtype)
-    y_BLHP, h_BHPN, angle_BHS, v_BHP = op.mamba3(inputs, document_BL, order_NM, length - 1, tiles)
+    y_BLHP, h_BHPN, angle_BHS, k_BGRN, v_BHP = op.mamba3(inputs, document_BL, order_NM, length - 1, tiles)
     y_BLHP = y_BLHP[:, :length, :, :width].astype(tokens.v_BLHP.dtype)
     h_BHPN = h_BHPN[:, :, :width, :d_state]
+    k_BRGN = jnp.swapaxes(k_BGRN[..., :d_state], 1, 2).astype(tokens.k_BLRGN.dtype)
     v_BHP = v_BHP[..., :width].astype(tokens.v_BLHP.dtype)
-    last = tokens._replace(k_BLRGN=tokens.k_BLRGN[:, -1:], v_BLHP=v_BHP[:, None])
+    last = tokens._replace(k_BLRGN=k_BRGN[:, None], v_BLHP=v_BHP[:, None])
     return y_BLHP, last_state(last, heads, angle_BHS[..., :planes], h_BHPN, rotation)
 
 
