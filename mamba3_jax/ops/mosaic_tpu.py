@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mamba3_jax.ops.chunked import log_decay
 from mamba3_jax.ops.chunks import documents, incoming, last_state
 from mamba3_jax.ops.decode_tpu import decode_tpu
 from mamba3_jax.ops.discretize import trapezoid
@@ -66,9 +65,10 @@ def mosaic_tpu(
     by_group = lambda x_BLRGN: jnp.swapaxes(layout.wide(narrow(x_BLRGN)), 2, 3)  # noqa: E731
     gamma_BLH, kappa_BLH, first_BH = trapezoid(tokens.dt_BLH, tokens.trap_BLH, tokens.start_BL)
     start_BL = padded(tokens.start_BL)
-    decay_BLH, rest_BLH, document_BL = _log_decay(padded(tokens.log_a_BLH), start_BL, tiles.tokens)
-    if dtype != jnp.float32:  # whose products have fewer digits than the sum's parts
-        decay_BLH, rest_BLH = decay_BLH + rest_BLH, None
+    document_BL = None
+    if start_BL is not None:
+        _, document_EQ = documents(start_BL.reshape(-1, tiles.tokens), tiles.tokens)
+        document_BL = document_EQ.reshape(start_BL.shape)
     more_planes = max(-(-planes // 8), 1) * 8 - planes
     h_BHPN = layout.wide(incoming(state, first_BH, heads))
     skip_HP = None if heads.skip_H is None else jnp.broadcast_to(heads.skip_H[:, None], (n_heads, width + spare))
@@ -79,8 +79,7 @@ def mosaic_tpu(
         wide(narrow(tokens.gate_BLHP)),
         _last_padded(padded(tokens.angle_BLHS), more_planes),
         padded(tokens.dt_BLH),
-        decay_BLH,
-        rest_BLH,
+        padded(tokens.log_a_BLH),
         padded(gamma_BLH),
         padded(kappa_BLH),
         _last_padded(state.angle_BHS, more_planes),
@@ -129,16 +128,6 @@ class Layout:
         """In the kernel's order, zeros in between. Exact: TPUs move lanes slowly, but multiply matrices in no time."""
         order_NM = self.order_NM.astype(array_N.dtype)
         return array_N if self.same else jnp.matmul(self.wide(array_N), order_NM, precision="highest")
-
-
-def _log_decay(log_a_BLH, start_BL, chunk: int):
-    """`log_decay` of every chunk, two (B, L, H); and the document starts in the chunk up to each token."""
-    batch, length, n_heads = log_a_BLH.shape
-    start_EQ = None if start_BL is None else start_BL.reshape(-1, chunk)
-    within_EQQ, document_EQ = documents(start_EQ, chunk)
-    log_a_EHQ = jnp.swapaxes(log_a_BLH.reshape(-1, chunk, n_heads), 1, 2)
-    decay_BLH, rest_BLH = (jnp.swapaxes(x, 1, 2).reshape(log_a_BLH.shape) for x in log_decay(log_a_EHQ, within_EQQ))
-    return decay_BLH, rest_BLH, None if document_EQ is None else document_EQ.reshape(batch, length)
 
 
 def tiles_of(tokens: Tokens, chunk: int | None, tiles, interpret):

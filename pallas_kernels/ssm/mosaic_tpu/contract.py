@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
 MIB = 2**20
@@ -41,8 +42,7 @@ class Inputs(NamedTuple):
     gate_BLHP: jax.Array | None
     angle_BLHS: jax.Array  # radians per unit dt, S <= N/2, a multiple of 8; the H axis is 1 where heads share it
     dt_BLH: jax.Array
-    decay_BLH: jax.Array  # log, since the first token of the chunk, or of its document in the chunk
-    rest_BLH: jax.Array | None  # what decay lacks: their differences are taken apart. For float32
+    log_a_BLH: jax.Array  # log of a token's decay
     gamma_BLH: jax.Array  # a token's weight in its own output
     kappa_BLH: jax.Array  # and in later ones
     first_BHS: jax.Array  # radians: the angle before the row
@@ -65,15 +65,18 @@ class Rest(NamedTuple):
 
 
 class Refs(NamedTuple):
-    """What the kernels see: `Inputs` with trailing axes joined, the numbers of a token stacked, tokens in the lanes."""
+    """What the kernels see: `Inputs` with trailing axes joined, or (L) with tokens last, see `Grid.tokens_last`."""
 
     q_BLX: jax.Array
     k_BLX: jax.Array
     v_BLX: jax.Array
     gate_BLX: jax.Array | None
-    angle_BCHSQ: jax.Array
+    angle_BHSL: jax.Array
+    dt_BHL: jax.Array
+    log_a_BHL: jax.Array
+    gamma_BHL: jax.Array
+    kappa_BHL: jax.Array
     start_BCKX: jax.Array  # turns: the angle before every chunk; K blocks of heads, (.., 1, J N/2)
-    scalars_BHCXQ: jax.Array  # dt, decay, gamma, kappa and, where there is one, decay's rest
     document_BCQ: jax.Array | None  # float32, document starts in the chunk up to here; (.., 1, Q)
     order_NM: jax.Array | None
     h_BHPN: jax.Array | None  # before the row; the backward pass: before every chunk, (B, C, H, P, N)
@@ -101,7 +104,6 @@ class Grid:
         self.half = self.d_state // 2
         self.planes, self.shared_angle = inputs.angle_BLHS.shape[3], inputs.angle_BLHS.shape[2] == 1
         self.rows = self.rank * self.tokens
-        self.scalars = 4 + (inputs.rest_BLH is not None)
         _check(self)
         self.chunks, self.blocks = self.length // self.tokens, self.n_heads // self.heads
         a_group = self.n_heads // self.groups
@@ -116,6 +118,26 @@ class Grid:
             return pl.BlockSpec(block, lambda b, step, j: index(b, last - step, j))
         return pl.BlockSpec(block, index)
 
+    def tokens_last(self, x_BL):
+        """(B, .., L), no copy of what XLA for TPU keeps so. Where Q is no multiple of 128 lanes, (B, C, .., Q)."""
+        last = jnp.moveaxis(x_BL, 1, -1)
+        if self.tokens % LANES == 0:
+            return last
+        return jnp.moveaxis(last.reshape(*last.shape[:-1], self.chunks, self.tokens), -2, 1)
+
+    def tokens_second(self, x):
+        """Back from `tokens_last`."""
+        if self.tokens % LANES:
+            x = jnp.moveaxis(x, 1, -2)
+            x = x.reshape(*x.shape[:-2], self.length)
+        return jnp.moveaxis(x, -1, 1)
+
+    def _last(self, *sizes: int, index):
+        """A chunk of what has its tokens last."""
+        if self.tokens % LANES == 0:
+            return self._spec((None, *sizes, self.tokens), lambda b, c, j: (b, *index(j), c))
+        return self._spec((None, None, *sizes, self.tokens), lambda b, c, j: (b, c, *index(j), 0))
+
     def of_groups(self):
         """q, k: (B, L, G R N)."""
         lanes = self.groups_a_block * self.rank * self.d_state
@@ -126,20 +148,18 @@ class Grid:
         return self._spec((None, self.tokens, self.heads * self.width), lambda b, c, j: (b, c, j))
 
     def of_angles(self):
-        """(B, C, 1 or H, S, Q)."""
         shared = self.shared_angle
-        block = (None, None, 1 if shared else self.heads, self.planes, self.tokens)
-        return self._spec(block, lambda b, c, j: (b, c, 0 if shared else j, 0, 0))
+        return self._last(1 if shared else self.heads, self.planes, index=lambda j: (0 if shared else j, 0))
+
+    def of_numbers(self):
+        """dt and others: those of all heads, fetched once a chunk."""
+        return self._last(self.n_heads, index=lambda j: (0,))
 
     def of_order(self):
         return pl.BlockSpec((self.d_state, self.d_state), lambda b, c, j: (0, 0))
 
     def of_starts(self):
         return self._spec((None, None, None, 1, self.heads * self.half), lambda b, c, j: (b, c, j, 0, 0))
-
-    def of_tokens(self, numbers: int):
-        """(B, H, C, X, Q)."""
-        return self._spec((None, self.heads, None, numbers, self.tokens), lambda b, c, j: (b, j, c, 0, 0))
 
     def of_documents(self):
         return self._spec((None, None, 1, self.tokens), lambda b, c, j: (b, c, 0, 0))
@@ -168,6 +188,10 @@ class Grid:
 
     def weights(self, refs: Refs):
         return [self.of_weights(array) for array in refs[-7:]]
+
+    def decays(self):
+        """VMEM for the log of the decay since the chunk's first token; for float32 also what it lacks."""
+        return pltpu.VMEM((1 + (self.dtype == jnp.float32), self.n_heads, self.tokens), jnp.float32)
 
     def of_blocks(self, angle_HS):
         """(.., H, S) as (.., K, 1, J N/2), zeros for what does not turn."""
@@ -214,19 +238,13 @@ def refs_of(inputs: Inputs, rest: Rest, grid: Grid, h) -> Refs:
     batch, length, chunks = grid.batch, grid.length, grid.chunks
     flat = lambda array: None if array is None else array.reshape(batch, length, -1)  # noqa: E731
     one = lambda array: None if array is None else array[:, None]  # noqa: E731
-    numbers = [inputs.dt_BLH, inputs.decay_BLH, inputs.gamma_BLH, inputs.kappa_BLH]
-    if inputs.rest_BLH is not None:
-        numbers.append(inputs.rest_BLH)
-    stacked = jnp.stack(numbers, axis=1).reshape(batch, len(numbers), chunks, grid.tokens, grid.n_heads)
     document_BCQ = None
     if rest.document_BL is not None:
         document_BCQ = rest.document_BL.astype(jnp.float32).reshape(batch, chunks, 1, grid.tokens)
-    angle_BCQHS = inputs.angle_BLHS.reshape(batch, chunks, grid.tokens, *inputs.angle_BLHS.shape[2:])
     return Refs(
         *(flat(array) for array in inputs[:4]),
-        jnp.moveaxis(angle_BCQHS, 2, 4),
+        *(grid.tokens_last(array) for array in inputs[4:9]),
         grid.of_blocks(rest.start_BCHS),
-        stacked.transpose(0, 4, 2, 1, 3),
         document_BCQ,
         rest.order_NM,
         h,

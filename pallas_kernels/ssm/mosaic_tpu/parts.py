@@ -1,5 +1,6 @@
 """What the forward and the backward kernel share: products, masks, decays, rotation, and the end of a token."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -73,7 +74,11 @@ class Decay(NamedTuple):
     dt_Q1: jax.Array
 
     @classmethod
-    def load(cls, scalars_XQ, masks: Masks):
+    def load(cls, refs: Refs, c_XHQ, head, masks: Masks):
+        """Of a head of all, from `load_decays`."""
+        numbers = [refs.dt_BHL, c_XHQ.at[0], refs.gamma_BHL, refs.kappa_BHL]
+        numbers += [c_XHQ.at[x] for x in range(1, c_XHQ.shape[0])]
+        scalars_XQ = jnp.concatenate([ref[pl.ds(head, 1)] for ref in numbers], axis=0)
         columns_QX = scalars_XQ.T
         row = lambda x: scalars_XQ[x : x + 1]  # noqa: E731
         column = lambda x: columns_QX[:, x : x + 1]  # noqa: E731
@@ -134,6 +139,29 @@ def partner(x_QN):
     return pltpu.roll(x_QN, x_QN.shape[1] // 2, 1)
 
 
+STEEPEST = -104.0  # exp of it is 0 in float32, so a steeper log_a decays no more
+
+
+def load_decays(c_XHQ, refs: Refs, masks: Masks, block, grid: Grid) -> None:
+    """c_t, the sum of log_a from the first token of the chunk, or of its document in it, to t: once a chunk, into VMEM.
+
+    Differences of plain float32 sums would lose the digits of a gentle decay after steep ones. What lies on a grid adds
+    up exactly, and for products of float32 the rest stays apart.
+    """
+
+    @pl.when(block == 0)
+    def _():
+        step = 2.0 ** (math.ceil(math.log2(-STEEPEST * grid.tokens)) - 24)
+        log_a_HQ = jnp.maximum(refs.log_a_BHL[...], STEEPEST)
+        exact_HQ = jnp.floor(log_a_HQ / step + 0.5) * step
+        within_QQ = masks.within_QQ.astype(jnp.float32)
+        exact_HQ, rest_HQ = (product(x, within_QQ, NT, grid, jnp.float32) for x in (exact_HQ, log_a_HQ - exact_HQ))
+        if c_XHQ.shape[0] == 1:
+            c_XHQ[0] = exact_HQ + rest_HQ
+        else:
+            c_XHQ[0], c_XHQ[1] = exact_HQ, rest_HQ
+
+
 def load_angles(angle_QX, refs: Refs, block, grid: Grid) -> None:
     """The angles of the heads of a block, (Q, J N/2), into VMEM: those that heads share once a chunk."""
 
@@ -141,7 +169,7 @@ def load_angles(angle_QX, refs: Refs, block, grid: Grid) -> None:
     def _():
         still_XQ = jnp.zeros((grid.half - grid.planes, grid.tokens), jnp.float32)
         heads = [0] * grid.heads if grid.shared_angle else range(grid.heads)
-        rows = [x for head in heads for x in (refs.angle_BCHSQ[head], still_XQ) if x.shape[0]]
+        rows = [x for head in heads for x in (refs.angle_BHSL[head], still_XQ) if x.shape[0]]
         angle_QX[...] = jnp.concatenate(rows, axis=0).T
 
 

@@ -51,6 +51,7 @@ def forward(inputs: Inputs, rest: Rest, tiles, *, keep: bool):
         [
             pltpu.VMEM((n_heads, width, d_state), jnp.float32),
             pltpu.VMEM((grid.tokens, grid.heads * grid.half), jnp.float32),
+            grid.decays(),
         ],
     )
     return out.o_BLX.reshape(inputs.v_BLHP.shape), out.h_BHPN, out.h_BCHPN
@@ -64,8 +65,8 @@ def specs_of(refs: Refs, grid: Grid, state) -> Refs:
         grid.of_heads(),
         None if refs.gate_BLX is None else grid.of_heads(),
         grid.of_angles(),
+        *[grid.of_numbers()] * 4,
         grid.of_starts(),
-        grid.of_tokens(grid.scalars),
         None if refs.document_BCQ is None else grid.of_documents(),
         None if refs.order_NM is None else grid.of_order(),
         state,
@@ -114,7 +115,7 @@ def _cost(arrays, grid: Grid) -> pl.CostEstimate:
     )
 
 
-def _kernel(refs: Refs, out: Outputs, h_HPN, angle_QX, *, grid: Grid):
+def _kernel(refs: Refs, out: Outputs, h_HPN, angle_QX, c_XHQ, *, grid: Grid):
     chunk, block = pl.program_id(1), pl.program_id(2)
     first = block * grid.heads
 
@@ -128,7 +129,8 @@ def _kernel(refs: Refs, out: Outputs, h_HPN, angle_QX, *, grid: Grid):
     if out.h_BCHPN is not None:
         out.h_BCHPN[...] = h_HPN[pl.ds(first, grid.heads)].astype(grid.dtype)
     masks = Masks.load(refs, grid)
-    decays = [Decay.load(refs.scalars_BHCXQ[head], masks) for head in range(grid.heads)]
+    parts.load_decays(c_XHQ, refs, masks, block, grid)
+    decays = [Decay.load(refs, c_XHQ, first + head, masks) for head in range(grid.heads)]
     sin_QX, cos_QX = parts.sincos(angle_QX[...], refs, [decay.dt_Q1 for decay in decays], masks, grid)
     q_GRQN, k_GRQN = (parts.rows_of_groups(ref, refs.order_NM, grid) for ref in (refs.q_BLX, refs.k_BLX))
     for head, (decay, turn) in enumerate(zip(decays, Turn.of_heads(sin_QX, cos_QX, grid), strict=True)):

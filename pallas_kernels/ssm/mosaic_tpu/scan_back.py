@@ -40,8 +40,7 @@ def backward(inputs: Inputs, rest: Rest, h_BCHPN, cotangents, tiles: Tiles) -> I
     like = lambda array: None if array is None else jax.ShapeDtypeStruct(array.shape, array.dtype)  # noqa: E731
     float32 = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
     out = Gradients(
-        *(like(array) for array in read[:5]),
-        float32(batch, n_heads, grid.chunks, 4, grid.tokens),
+        *(like(array) for array in read[:9]),
         float32(*dh_BHPN.shape),
         float32(*dphi_BKX.shape),
         [float32(batch, *array.shape) for array in weights],
@@ -52,7 +51,7 @@ def backward(inputs: Inputs, rest: Rest, h_BCHPN, cotangents, tiles: Tiles) -> I
         grid.of_heads(),
         None if out.gate_BLX is None else grid.of_heads(),
         grid.of_angles(),
-        grid.of_tokens(4),
+        *[grid.of_numbers()] * 4,
         grid.after(width, d_state),
         grid.after(1, lanes, heads=None),
         [grid.after(*array.shape[1:]) for array in weights],
@@ -66,6 +65,8 @@ def backward(inputs: Inputs, rest: Rest, h_BCHPN, cotangents, tiles: Tiles) -> I
         of_groups,
         of_angles,
         of_angles,
+        grid.decays(),
+        pltpu.VMEM((n_heads, grid.tokens), jnp.float32),
         [pltpu.VMEM(array.shape, jnp.float32) for array in weights],
     )
     of_grid = functools.partial(kernel, grid=grid)
@@ -75,7 +76,6 @@ def backward(inputs: Inputs, rest: Rest, h_BCHPN, cotangents, tiles: Tiles) -> I
 
 def _gradients(inputs: Inputs, read: Refs, d: Gradients, grid: Grid) -> Inputs:
     """As `Inputs` has them."""
-    by_token = d.scalars_BHCXQ.transpose(3, 0, 2, 4, 1).reshape(4, grid.batch, grid.length, grid.n_heads)
     present = iter(d.weights)
     weights = [None if array is None else jnp.sum(next(present), axis=0) for array in read[-7:]]
     weights = (
@@ -84,12 +84,7 @@ def _gradients(inputs: Inputs, read: Refs, d: Gradients, grid: Grid) -> Inputs:
     )
     return Inputs(
         *(None if dx is None else dx.reshape(x.shape) for dx, x in zip(d[:4], inputs[:4], strict=True)),
-        jnp.moveaxis(d.angle_BCHSQ, 4, 2).reshape(inputs.angle_BLHS.shape),
-        by_token[0],
-        by_token[1],
-        None if inputs.rest_BLH is None else by_token[1],
-        by_token[2],
-        by_token[3],
+        *(grid.tokens_second(dx) for dx in d[4:9]),
         d.dphi_BKX.reshape(grid.batch, grid.n_heads, grid.half)[..., : grid.planes],
         d.dh_BHPN,
         *weights,

@@ -46,8 +46,11 @@ class Gradients(NamedTuple):
     k_BLX: jax.Array
     v_BLX: jax.Array
     gate_BLX: jax.Array | None
-    angle_BCHSQ: jax.Array
-    scalars_BHCXQ: jax.Array  # of dt (through the angle), decay, gamma, kappa
+    angle_BHSL: jax.Array
+    dt_BHL: jax.Array  # through the angle
+    log_a_BHL: jax.Array
+    gamma_BHL: jax.Array
+    kappa_BHL: jax.Array
     dh_BHPN: jax.Array  # of the state before the row
     dphi_BKX: jax.Array  # of the angle before it
     weights: list  # (B, H, R, ..), of the weights that there are, as in `Refs`
@@ -62,6 +65,8 @@ class Scratch(NamedTuple):
     dk_QX: jax.Array
     angle_QX: jax.Array  # and its gradient, whose sum is over the blocks of heads that share it
     dangle_QX: jax.Array
+    c_XHQ: jax.Array  # and its gradient, of all heads in a chunk
+    dc_HQ: jax.Array
     weights: list
 
 
@@ -95,7 +100,8 @@ def kernel(refs: Back, out: Gradients, scratch: Scratch, *, grid: Grid):
 
     parts.load_angles(scratch.angle_QX, inputs, block, grid)
     masks = Masks.load(inputs, grid)
-    decays = [Decay.load(inputs.scalars_BHCXQ[head], masks) for head in range(grid.heads)]
+    parts.load_decays(scratch.c_XHQ, inputs, masks, block, grid)
+    decays = [Decay.load(inputs, scratch.c_XHQ, block * grid.heads + head, masks) for head in range(grid.heads)]
     sin_QX, cos_QX = parts.sincos(scratch.angle_QX[...], inputs, [decay.dt_Q1 for decay in decays], masks, grid)
     rows = [parts.rows_of_groups(ref, inputs.order_NM, grid) for ref in (inputs.q_BLX, inputs.k_BLX)]
     done = []
@@ -108,8 +114,15 @@ def kernel(refs: Back, out: Gradients, scratch: Scratch, *, grid: Grid):
     for head, (one, ddt_Q1) in enumerate(zip(done, ddt, strict=True)):
         columns_XQ = jnp.concatenate([ddt_Q1, *one.columns], axis=1).T
         dc_1Q, dgamma_1Q, dkappa_1Q = one.rows
-        rows = (columns_XQ[:1], columns_XQ[1:2] + dc_1Q, dgamma_1Q, columns_XQ[2:] + dkappa_1Q)
-        out.scalars_BHCXQ[head] = jnp.concatenate(rows, axis=0)
+        row = pl.ds(block * grid.heads + head, 1)
+        out.dt_BHL[row], out.gamma_BHL[row] = columns_XQ[:1], dgamma_1Q
+        out.kappa_BHL[row], scratch.dc_HQ[row] = columns_XQ[2:] + dkappa_1Q, columns_XQ[1:2] + dc_1Q
+
+    @pl.when(block == grid.blocks - 1)
+    def _():
+        within_QQ = masks.within_QQ.astype(jnp.float32)
+        dlog_a_HQ = product(scratch.dc_HQ[...], within_QQ, NN, grid, jnp.float32)
+        out.log_a_BHL[...] = jnp.where(inputs.log_a_BHL[...] > parts.STEEPEST, dlog_a_HQ, 0.0)
 
     @pl.when(of_group == grid.blocks_a_group - 1)
     def _():
@@ -250,7 +263,7 @@ def _angles(dphi_QX, block, decays, masks: Masks, refs: Back, out: Gradients, sc
         rows_XQ = scratch.dangle_QX[...].T
         dangle_HSQ = [rows_XQ[head * grid.half :][: grid.planes] for head in range(grid.heads)]
         for head, dangle_SQ in enumerate([sum(dangle_HSQ)] if grid.shared_angle else dangle_HSQ):
-            out.angle_BCHSQ[head] = dangle_SQ
+            out.angle_BHSL[head] = dangle_SQ
 
     ddt_QX = suffix_QX * scratch.angle_QX[...]
     per_head = (ddt_QX[:, head * grid.half : (head + 1) * grid.half] for head in range(grid.heads))
