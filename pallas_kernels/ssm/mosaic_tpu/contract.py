@@ -65,7 +65,7 @@ class Rest(NamedTuple):
 
 
 class Refs(NamedTuple):
-    """What the kernels see: `Inputs` with trailing axes joined, or (L) with tokens last, see `Grid.tokens_last`."""
+    """What the kernels see: `Inputs` with trailing axes joined, or (L) with tokens last, see `tokens_last`."""
 
     q_BLX: jax.Array
     k_BLX: jax.Array
@@ -87,6 +87,32 @@ class Refs(NamedTuple):
     gate_rank_HRP: jax.Array | None
     out_rank_HRP: jax.Array | None
     norm_HRP: jax.Array | None
+
+
+def tokens_last(x_BL, tokens: int):
+    """(B, .., L), no copy of what XLA for TPU keeps so. Where Q is no multiple of 128 lanes, (B, C, .., Q)."""
+    last = jnp.moveaxis(x_BL, 1, -1)
+    if tokens % LANES == 0:
+        return last
+    return jnp.moveaxis(last.reshape(*last.shape[:-1], -1, tokens), -2, 1)
+
+
+def tokens_second(x, tokens: int):
+    """Back from `tokens_last`."""
+    if tokens % LANES:
+        x = jnp.moveaxis(x, 1, -2)
+        x = x.reshape(*x.shape[:-2], -1)
+    return jnp.moveaxis(x, -1, 1)
+
+
+def chunk_of(sizes: tuple[int, ...], tokens: int, index):
+    """The block of a chunk of `tokens_last`, its index of the grid's: (b, c, those of `sizes`)."""
+
+    def moved(*steps):
+        b, c, others = index(*steps)
+        return (b, *others, c) if tokens % LANES == 0 else (b, c, *others, 0)
+
+    return pl.BlockSpec((None, *sizes, tokens) if tokens % LANES == 0 else (None, None, *sizes, tokens), moved)
 
 
 class Grid:
@@ -111,32 +137,15 @@ class Grid:
         self.groups_a_block = max(1, self.heads // a_group)
         self.heads_a_group = a_group
         self.shape = (self.batch, self.chunks, self.blocks)
+        self.last = self.chunks - 1
 
     def _spec(self, block, index):
-        last = self.chunks - 1
         if self.backwards:
-            return pl.BlockSpec(block, lambda b, step, j: index(b, last - step, j))
+            return pl.BlockSpec(block, lambda b, step, j: index(b, self.last - step, j))
         return pl.BlockSpec(block, index)
 
-    def tokens_last(self, x_BL):
-        """(B, .., L), no copy of what XLA for TPU keeps so. Where Q is no multiple of 128 lanes, (B, C, .., Q)."""
-        last = jnp.moveaxis(x_BL, 1, -1)
-        if self.tokens % LANES == 0:
-            return last
-        return jnp.moveaxis(last.reshape(*last.shape[:-1], self.chunks, self.tokens), -2, 1)
-
-    def tokens_second(self, x):
-        """Back from `tokens_last`."""
-        if self.tokens % LANES:
-            x = jnp.moveaxis(x, 1, -2)
-            x = x.reshape(*x.shape[:-2], self.length)
-        return jnp.moveaxis(x, -1, 1)
-
     def _last(self, *sizes: int, index):
-        """A chunk of what has its tokens last."""
-        if self.tokens % LANES == 0:
-            return self._spec((None, *sizes, self.tokens), lambda b, c, j: (b, *index(j), c))
-        return self._spec((None, None, *sizes, self.tokens), lambda b, c, j: (b, c, *index(j), 0))
+        return chunk_of(sizes, self.tokens, lambda b, c, j: (b, self.last - c if self.backwards else c, index(j)))
 
     def of_groups(self):
         """q, k: (B, L, G R N)."""
@@ -178,8 +187,8 @@ class Grid:
 
     def after(self, *sizes: int, heads: int | None = -1):
         """(B, H, ..): written in the last steps of a row; earlier ones stay at the first block."""
-        heads, zeros, last = self.heads if heads else None, (0,) * len(sizes), self.chunks - 1
-        return pl.BlockSpec((None, heads, *sizes), lambda b, step, j: (b, jnp.where(step == last, j, 0), *zeros))
+        heads, zeros = self.heads if heads else None, (0,) * len(sizes)
+        return pl.BlockSpec((None, heads, *sizes), lambda b, step, j: (b, jnp.where(step == self.last, j, 0), *zeros))
 
     def of_weights(self, array_HRP):
         if array_HRP is None:
@@ -243,7 +252,7 @@ def refs_of(inputs: Inputs, rest: Rest, grid: Grid, h) -> Refs:
         document_BCQ = rest.document_BL.astype(jnp.float32).reshape(batch, chunks, 1, grid.tokens)
     return Refs(
         *(flat(array) for array in inputs[:4]),
-        *(grid.tokens_last(array) for array in inputs[4:9]),
+        *(tokens_last(array, grid.tokens) for array in inputs[4:9]),
         grid.of_blocks(rest.start_BCHS),
         document_BCQ,
         rest.order_NM,

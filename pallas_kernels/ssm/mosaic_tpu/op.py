@@ -9,8 +9,8 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.ssm.mosaic_tpu import scan, scan_back
-from pallas_kernels.ssm.mosaic_tpu.angle import starts
 from pallas_kernels.ssm.mosaic_tpu.contract import Inputs, Rest, Tiles
+from pallas_kernels.ssm.mosaic_tpu.turns import starts
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -30,7 +30,7 @@ def mamba3(inputs: Inputs, document_BL, order_NM, last: int, tiles: Tiles):
 
 
 def _forward(inputs: Inputs, document_BL, order_NM, last: int, tiles: Tiles, *, keep: bool):
-    start_BCHS, angle_BHS = starts(inputs.angle_BLHS, inputs.dt_BLH, inputs.first_BHS, document_BL, tiles.tokens)
+    start_BCHS, angle_BHS = starts(inputs.angle_BLHS, inputs.dt_BLH, inputs.first_BHS, document_BL, tiles)
     rest = Rest(start_BCHS, document_BL, order_NM)
     o_BLHP, h_BHPN, h_BCHPN = scan.forward(inputs, rest, tiles, keep=keep)
     # Of the arrays as they lie in memory: or XLA for TPU copies all of them into another order.

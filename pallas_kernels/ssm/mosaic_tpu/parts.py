@@ -142,7 +142,7 @@ def partner(x_QN):
 STEEPEST = -104.0  # exp of it is 0 in float32, so a steeper log_a decays no more
 
 
-def load_decays(c_XHQ, refs: Refs, masks: Masks, block, grid: Grid) -> None:
+def load_decays(c_XHQ, refs: Refs, block, grid: Grid) -> None:
     """c_t, the sum of log_a from the first token of the chunk, or of its document in it, to t: once a chunk, into VMEM.
 
     Differences of plain float32 sums would lose the digits of a gentle decay after steep ones. What lies on a grid adds
@@ -154,7 +154,7 @@ def load_decays(c_XHQ, refs: Refs, masks: Masks, block, grid: Grid) -> None:
         step = 2.0 ** (math.ceil(math.log2(-STEEPEST * grid.tokens)) - 24)
         log_a_HQ = jnp.maximum(refs.log_a_BHL[...], STEEPEST)
         exact_HQ = jnp.floor(log_a_HQ / step + 0.5) * step
-        within_QQ = masks.within_QQ.astype(jnp.float32)
+        within_QQ = Masks.load(refs, grid).within_QQ.astype(jnp.float32)
         exact_HQ, rest_HQ = (product(x, within_QQ, NT, grid, jnp.float32) for x in (exact_HQ, log_a_HQ - exact_HQ))
         if c_XHQ.shape[0] == 1:
             c_XHQ[0] = exact_HQ + rest_HQ

@@ -128,8 +128,8 @@ def _kernel(refs: Refs, out: Outputs, h_HPN, angle_QX, c_XHQ, *, grid: Grid):
 
     if out.h_BCHPN is not None:
         out.h_BCHPN[...] = h_HPN[pl.ds(first, grid.heads)].astype(grid.dtype)
+    parts.load_decays(c_XHQ, refs, block, grid)
     masks = Masks.load(refs, grid)
-    parts.load_decays(c_XHQ, refs, masks, block, grid)
     decays = [Decay.load(refs, c_XHQ, first + head, masks) for head in range(grid.heads)]
     sin_QX, cos_QX = parts.sincos(angle_QX[...], refs, [decay.dt_Q1 for decay in decays], masks, grid)
     q_GRQN, k_GRQN = (parts.rows_of_groups(ref, refs.order_NM, grid) for ref in (refs.q_BLX, refs.k_BLX))

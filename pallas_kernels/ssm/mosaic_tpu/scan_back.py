@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ssm.mosaic_tpu.contract import Grid, Inputs, Refs, Rest, Tiles, refs_of
+from pallas_kernels.ssm.mosaic_tpu.contract import Grid, Inputs, Refs, Rest, Tiles, refs_of, tokens_second
 from pallas_kernels.ssm.mosaic_tpu.scan import call, specs_of
 from pallas_kernels.ssm.mosaic_tpu.scan_back_kernel import Back, Gradients, Scratch, kernel
 
@@ -84,7 +84,7 @@ def _gradients(inputs: Inputs, read: Refs, d: Gradients, grid: Grid) -> Inputs:
     )
     return Inputs(
         *(None if dx is None else dx.reshape(x.shape) for dx, x in zip(d[:4], inputs[:4], strict=True)),
-        *(grid.tokens_second(dx) for dx in d[4:9]),
+        *(tokens_second(dx, grid.tokens) for dx in d[4:9]),
         d.dphi_BKX.reshape(grid.batch, grid.n_heads, grid.half)[..., : grid.planes],
         d.dh_BHPN,
         *weights,

@@ -99,8 +99,8 @@ def kernel(refs: Back, out: Gradients, scratch: Scratch, *, grid: Grid):
             sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
 
     parts.load_angles(scratch.angle_QX, inputs, block, grid)
+    parts.load_decays(scratch.c_XHQ, inputs, block, grid)
     masks = Masks.load(inputs, grid)
-    parts.load_decays(scratch.c_XHQ, inputs, masks, block, grid)
     decays = [Decay.load(inputs, scratch.c_XHQ, block * grid.heads + head, masks) for head in range(grid.heads)]
     sin_QX, cos_QX = parts.sincos(scratch.angle_QX[...], inputs, [decay.dt_Q1 for decay in decays], masks, grid)
     rows = [parts.rows_of_groups(ref, inputs.order_NM, grid) for ref in (inputs.q_BLX, inputs.k_BLX)]
@@ -120,7 +120,7 @@ def kernel(refs: Back, out: Gradients, scratch: Scratch, *, grid: Grid):
 
     @pl.when(block == grid.blocks - 1)
     def _():
-        within_QQ = masks.within_QQ.astype(jnp.float32)
+        within_QQ = Masks.load(inputs, grid).within_QQ.astype(jnp.float32)
         dlog_a_HQ = product(scratch.dc_HQ[...], within_QQ, NN, grid, jnp.float32)
         out.log_a_BHL[...] = jnp.where(inputs.log_a_BHL[...] > parts.STEEPEST, dlog_a_HQ, 0.0)
 
