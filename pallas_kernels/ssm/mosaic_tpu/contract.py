@@ -198,9 +198,9 @@ class Grid:
     def weights(self, refs: Refs):
         return [self.of_weights(array) for array in refs[-7:]]
 
-    def decays(self):
-        """VMEM for the log of the decay since the chunk's first token; for float32 also what it lacks."""
-        return pltpu.VMEM((1 + (self.dtype == jnp.float32), self.n_heads, self.tokens), jnp.float32)
+    def numbers(self):
+        """VMEM for what is one number a token and head: dt, decay, gamma, kappa and, for float32, the decay's rest."""
+        return pltpu.VMEM((self.n_heads, 4 + (self.dtype == jnp.float32), self.tokens), jnp.float32)
 
     def of_blocks(self, angle_HS):
         """(.., H, S) as (.., K, 1, J N/2), zeros for what does not turn."""

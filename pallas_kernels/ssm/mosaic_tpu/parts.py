@@ -74,11 +74,8 @@ class Decay(NamedTuple):
     dt_Q1: jax.Array
 
     @classmethod
-    def load(cls, refs: Refs, c_XHQ, head, masks: Masks):
-        """Of a head of all, from `load_decays`."""
-        numbers = [refs.dt_BHL, c_XHQ.at[0], refs.gamma_BHL, refs.kappa_BHL]
-        numbers += [c_XHQ.at[x] for x in range(1, c_XHQ.shape[0])]
-        scalars_XQ = jnp.concatenate([ref[pl.ds(head, 1)] for ref in numbers], axis=0)
+    def load(cls, scalars_XQ, masks: Masks):
+        """From `load_numbers`."""
         columns_QX = scalars_XQ.T
         row = lambda x: scalars_XQ[x : x + 1]  # noqa: E731
         column = lambda x: columns_QX[:, x : x + 1]  # noqa: E731
@@ -142,11 +139,12 @@ def partner(x_QN):
 STEEPEST = -104.0  # exp of it is 0 in float32, so a steeper log_a decays no more
 
 
-def load_decays(c_XHQ, refs: Refs, block, grid: Grid) -> None:
-    """c_t, the sum of log_a from the first token of the chunk, or of its document in it, to t: once a chunk, into VMEM.
+def load_numbers(scalars_HXQ, refs: Refs, block, grid: Grid) -> None:
+    """dt, c, gamma, kappa and, for float32, c's rest, into VMEM one head after another: once a chunk.
 
-    Differences of plain float32 sums would lose the digits of a gentle decay after steep ones. What lies on a grid adds
-    up exactly, and for products of float32 the rest stays apart.
+    c_t is the sum of log_a from the first token of the chunk, or of its document in it, to t. Differences of plain
+    float32 sums would lose the digits of a gentle decay after steep ones. What lies on a grid adds up exactly, and for
+    products of float32 the rest stays apart.
     """
 
     @pl.when(block == 0)
@@ -156,10 +154,11 @@ def load_decays(c_XHQ, refs: Refs, block, grid: Grid) -> None:
         exact_HQ = jnp.floor(log_a_HQ / step + 0.5) * step
         within_QQ = Masks.load(refs, grid).within_QQ.astype(jnp.float32)
         exact_HQ, rest_HQ = (product(x, within_QQ, NT, grid, jnp.float32) for x in (exact_HQ, log_a_HQ - exact_HQ))
-        if c_XHQ.shape[0] == 1:
-            c_XHQ[0] = exact_HQ + rest_HQ
-        else:
-            c_XHQ[0], c_XHQ[1] = exact_HQ, rest_HQ
+        apart = grid.dtype == jnp.float32
+        c = [exact_HQ, rest_HQ] if apart else [exact_HQ + rest_HQ]
+        numbers = [refs.dt_BHL[...], c[0], refs.gamma_BHL[...], refs.kappa_BHL[...], *c[1:]]
+        for x, number_HQ in enumerate(numbers):
+            scalars_HXQ[:, x : x + 1] = number_HQ[:, None]
 
 
 def load_angles(angle_QX, refs: Refs, block, grid: Grid) -> None:

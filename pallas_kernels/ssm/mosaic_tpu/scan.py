@@ -51,7 +51,7 @@ def forward(inputs: Inputs, rest: Rest, tiles, *, keep: bool):
         [
             pltpu.VMEM((n_heads, width, d_state), jnp.float32),
             pltpu.VMEM((grid.tokens, grid.heads * grid.half), jnp.float32),
-            grid.decays(),
+            grid.numbers(),
         ],
     )
     return out.o_BLX.reshape(inputs.v_BLHP.shape), out.h_BHPN, out.h_BCHPN
@@ -115,7 +115,7 @@ def _cost(arrays, grid: Grid) -> pl.CostEstimate:
     )
 
 
-def _kernel(refs: Refs, out: Outputs, h_HPN, angle_QX, c_XHQ, *, grid: Grid):
+def _kernel(refs: Refs, out: Outputs, h_HPN, angle_QX, scalars_HXQ, *, grid: Grid):
     chunk, block = pl.program_id(1), pl.program_id(2)
     first = block * grid.heads
 
@@ -128,9 +128,9 @@ def _kernel(refs: Refs, out: Outputs, h_HPN, angle_QX, c_XHQ, *, grid: Grid):
 
     if out.h_BCHPN is not None:
         out.h_BCHPN[...] = h_HPN[pl.ds(first, grid.heads)].astype(grid.dtype)
-    parts.load_decays(c_XHQ, refs, block, grid)
+    parts.load_numbers(scalars_HXQ, refs, block, grid)
     masks = Masks.load(refs, grid)
-    decays = [Decay.load(refs, c_XHQ, first + head, masks) for head in range(grid.heads)]
+    decays = [Decay.load(scalars_HXQ[first + head], masks) for head in range(grid.heads)]
     sin_QX, cos_QX = parts.sincos(angle_QX[...], refs, [decay.dt_Q1 for decay in decays], masks, grid)
     q_GRQN, k_GRQN = (parts.rows_of_groups(ref, refs.order_NM, grid) for ref in (refs.q_BLX, refs.k_BLX))
     for head, (decay, turn) in enumerate(zip(decays, Turn.of_heads(sin_QX, cos_QX, grid), strict=True)):

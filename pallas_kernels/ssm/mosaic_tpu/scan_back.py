@@ -65,7 +65,7 @@ def backward(inputs: Inputs, rest: Rest, h_BCHPN, cotangents, tiles: Tiles) -> I
         of_groups,
         of_angles,
         of_angles,
-        grid.decays(),
+        grid.numbers(),
         pltpu.VMEM((n_heads, grid.tokens), jnp.float32),
         [pltpu.VMEM(array.shape, jnp.float32) for array in weights],
     )

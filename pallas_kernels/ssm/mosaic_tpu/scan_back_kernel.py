@@ -65,8 +65,8 @@ class Scratch(NamedTuple):
     dk_QX: jax.Array
     angle_QX: jax.Array  # and its gradient, whose sum is over the blocks of heads that share it
     dangle_QX: jax.Array
-    c_XHQ: jax.Array  # and its gradient, of all heads in a chunk
-    dc_HQ: jax.Array
+    scalars_HXQ: jax.Array
+    dc_HQ: jax.Array  # the gradient of the decay of all heads in a chunk
     weights: list
 
 
@@ -99,9 +99,9 @@ def kernel(refs: Back, out: Gradients, scratch: Scratch, *, grid: Grid):
             sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
 
     parts.load_angles(scratch.angle_QX, inputs, block, grid)
-    parts.load_decays(scratch.c_XHQ, inputs, block, grid)
+    parts.load_numbers(scratch.scalars_HXQ, inputs, block, grid)
     masks = Masks.load(inputs, grid)
-    decays = [Decay.load(inputs, scratch.c_XHQ, block * grid.heads + head, masks) for head in range(grid.heads)]
+    decays = [Decay.load(scratch.scalars_HXQ[block * grid.heads + head], masks) for head in range(grid.heads)]
     sin_QX, cos_QX = parts.sincos(scratch.angle_QX[...], inputs, [decay.dt_Q1 for decay in decays], masks, grid)
     rows = [parts.rows_of_groups(ref, inputs.order_NM, grid) for ref in (inputs.q_BLX, inputs.k_BLX)]
     done = []
