@@ -205,10 +205,13 @@ def kernel_cycles(task: ssm.Task, chip: str, kernels: set[str]) -> float:
         raise RuntimeError("the compiler simulates no kernel for v4")
     if task.case.length == 1:
         return drawn_out(task, chip, kernels, [{"batch": 4}, {"batch": 8}])
-    # Where a grid has several blocks of heads it fails at some kernels ("No DMA issue node found"), with one at none.
-    for heads in (8, 2):
+    row = dataclasses.replace(task, case=dataclasses.replace(task.case, batch=1, length=min(task.case.length, 2048)))
+    rows = task.case.batch * task.case.length / row.case.length
+    # More heads: what is done once a chunk is not drawn out. Where operands lie in VMEM it may fail at several blocks
+    # of heads ("No DMA issue node found"); with a single one it counts what is done once a chunk for every block.
+    for smaller in ([{"heads": x} for x in (4, 8)], [{"heads": 2, "length": x} for x in (512, 1024)]):
         try:
-            return drawn_out(task, chip, kernels, [{"batch": 1, "heads": heads, "length": x} for x in (512, 1024)])
+            return rows * drawn_out(row, chip, kernels, smaller)
         except RuntimeError as error:
             failed = error
     raise failed

@@ -155,7 +155,7 @@ def test_kernel_cycles_are_drawn_out(monkeypatch):
     step = ssm.Task("step", tpu_aot.STEP, "mosaic_tpu", None, "decode")
     assert tpu_aot.kernel_cycles(step, "v5e", {"k"}) == 100 + 10 * 128 * 32
     row = ssm.Task("siso", tpu_aot.LARGE, "mosaic_tpu", None, "forward")
-    assert tpu_aot.kernel_cycles(row, "v5e", {"k"}) == 100 + 10 * 16 * 2048 * 32
+    assert tpu_aot.kernel_cycles(row, "v5e", {"k"}) == 16 * (100 + 10 * 2048 * 32)
     with pytest.raises(RuntimeError, match="v4"):
         tpu_aot.kernel_cycles(step, "v4", {"k"})
     text = 'hlo_op_estimate {\n  hlo_op_name: "mamba3_decode.1"\n  estimated_cycles: 42\n  num_equivalent_hlos: 2\n}'
