@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ssm.mosaic_tpu.angle import INVERSE_TURN, advance, grid_of, increments, whole
-from pallas_kernels.ssm.mosaic_tpu.contract import Tiles, chunk_of, tokens_last
+from pallas_kernels.ssm.mosaic_tpu.contract import MIB, Tiles, chunk_of, tokens_last
 
 
 class Refs(NamedTuple):
@@ -64,7 +64,9 @@ def starts(angle_BLHS, dt_BLH, first_BHS, document_BL, tiles: Tiles):
         ],
         scratch_shapes=[pltpu.VMEM((2, planes, n_heads), jnp.float32)],
         name="mamba3_tpu_turns",
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tiles.vmem * MIB
+        ),
         **({} if tiles.interpret is None else {"interpret": tiles.interpret}),
     )(refs)
     return jnp.swapaxes(start_BCSH, 2, 3), jnp.swapaxes(last_BSH, 1, 2) * (2 * math.pi)
