@@ -209,7 +209,7 @@ def kernel_cycles(task: ssm.Task, chip: str, kernels: set[str]) -> float:
     rows = task.case.batch * task.case.length / row.case.length
     # More heads: what is done once a chunk is not drawn out. Where operands lie in VMEM it may fail at several blocks
     # of heads ("No DMA issue node found"); with a single one it counts what is done once a chunk for every block.
-    by_heads = [[{"heads": x} for x in pair] for pair in ((4, 8), (8, 16))]
+    by_heads = [[{"heads": x} for x in pair] for pair in ((4, 8), (8, 16), (2, 4))]
     for smaller in (*by_heads, [{"heads": 2, "length": x} for x in (512, 1024)]):
         try:
             return rows * drawn_out(row, chip, kernels, smaller)
