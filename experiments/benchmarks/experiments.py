@@ -153,8 +153,8 @@ EXPERIMENTS = (
     Experiment(
         question="What would the op take on TPUs, by the TPU compiler's own estimate (no TPU)?",
         command="python -m experiments.benchmarks.tpu_aot",
-        cost="20 minutes, 2 cores",
-        expected="v5e, plain XLA: a SISO step 1.9x the roofline, training more; a step's kernel 0.1 to 0.5 its cycles",
+        cost="40 minutes, 2 cores",
+        expected="v5e, plain XLA: a SISO step 1.9x the roofline, training more; the kernels at most half its cycles",
         result="benchmarks/results/tpu_aot.json",
         got=tpu_estimates,
     ),

@@ -5,13 +5,17 @@
     python -m experiments.benchmarks.tpu_aot --full           the paper's heads and lengths, bf16 and f32: hours
     python -m experiments.benchmarks.tpu_aot --implementations=mosaic_tpu --chips=v5e --cases=siso
 
-Nothing runs. From the compiler: bytes moved to and from HBM and cycles (`experiments.benchmarks.hlo` says how they are
-added up; a kernel's cycles from the compiler's simulation of a smaller call, see `kernel_cycles`), temporary memory,
-seconds to compile. By arithmetic: matrix operations (of `chunked`, counted from its jaxpr, whatever the
-implementation), the least bytes (inputs and outputs once), and the roofline, the larger of those over the chip's peaks.
-`estimate` is the largest of cycles over the clock (where that is known), bytes over the bandwidth and operations over
-the peak: good for ranking programs, never compared with a TPU. All per device: half a chip on v4 and Ironwood (tpu7x),
-a whole one on the others.
+Nothing runs. What has one entry a token goes in and comes out as a model's projections leave it, (B, L, everything
+else): `v`, `gate` and `y` are (B, L, H P), and the op sees them reshaped inside the program, which moves nothing. As
+(B, L, H, P) arguments of their own, P = 64 would fill half of a tile's 128 lanes, and XLA would copy them around any
+program; a result file without `arguments` is of those.
+
+From the compiler: bytes moved to and from HBM and cycles (`experiments.benchmarks.hlo` says how they are added up; a
+kernel's cycles from the compiler's simulation of a smaller call, see `kernel_cycles`), temporary memory, seconds to
+compile. By arithmetic: matrix operations (of `chunked`, counted from its jaxpr, whatever the implementation), the least
+bytes (inputs and outputs once), and the roofline, the larger of those over the chip's peaks. `estimate` is the largest
+of cycles over the clock (where that is known), bytes over the bandwidth and operations over the peak: good for ranking
+programs, never compared with a TPU. All per device: half a chip on v4 and Ironwood (tpu7x), a whole one on the others.
 """
 
 import dataclasses
@@ -42,7 +46,7 @@ from jax.sharding import Mesh, SingleDeviceSharding  # noqa: E402
 from experiments.benchmarks import common, flops, hlo, ssm  # noqa: E402
 from mamba3_jax.ops.decode_tpu import decode_tpu  # noqa: E402
 from mamba3_jax.ops.mosaic_tpu import mosaic_tpu  # noqa: E402
-from mamba3_jax.ops.ssm import IMPLEMENTATIONS  # noqa: E402
+from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State  # noqa: E402
 
 FLAGS = flags.FLAGS
 
@@ -95,12 +99,29 @@ class Target:
         IMPLEMENTATIONS["mosaic_tpu"] = kernels_for(self.name)
         place = SingleDeviceSharding(self.device)
         arguments = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(task.arguments)
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            jax.eval_shape(lambda: joined(task.arguments())),
         )
         donated = {"donate_argnums": 0} if task.what == "decode" else {}
         mesh = Mesh(np.array([self.device]), ("one",))
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tells Pallas which chip
-            return jax.jit(task.function(), **donated).lower(*arguments).compile()
+            return jax.jit(in_a_model(task), **donated).lower(*arguments).compile()
+
+
+def joined(tree):
+    """What has one entry a token as (B, L, X), weights and states as they are."""
+    whole = lambda x: isinstance(x, (Heads, State))  # noqa: E731
+    return jax.tree.map(lambda x: x if whole(x) else x.reshape(*x.shape[:2], -1), tree, is_leaf=whole)
+
+
+def in_a_model(task: ssm.Task):
+    """The task's function between `joined` arguments and results."""
+    shapes = jax.eval_shape(task.arguments)
+
+    def function(*arguments):
+        return joined(task.function()(*jax.tree.map(lambda x, like: x.reshape(like.shape), arguments, shapes)))
+
+    return function
 
 
 def tasks_of(name: str, case: ssm.Case, implementations: list[str]) -> list[ssm.Task]:
@@ -125,9 +146,10 @@ def row_of(task: ssm.Task, target: Target) -> dict:
     memory, program = compiled.memory_analysis(), hlo.Program(compiled.as_text())
     cost, cycles = program.cost(), 0.0
     row |= {"temp_mib": memory.temp_size_in_bytes / 2**20, "hbm_mb": cost.hbm_bytes / 1e6}
-    if program.kernels():
+    kernels = {re.sub(r"\.\d+$", "", name) for name in program.kernels()}
+    if kernels:
         try:
-            cycles = kernel_cycles(task, target.name)
+            cycles = kernel_cycles(task, target.name, kernels)
         except (RuntimeError, subprocess.TimeoutExpired) as error:
             return row | {"no_cycles": str(error)[:200]}
     return row | {"mega_cycles": (cost.cycles + cycles) / 1e6}
@@ -173,7 +195,7 @@ def derived(rows: list[dict]) -> list[dict]:
     return rows
 
 
-def kernel_cycles(task: ssm.Task, chip: str) -> float:
+def kernel_cycles(task: ssm.Task, chip: str, kernels: set[str]) -> float:
     """Cycles of the task's kernels: the compiler simulates every step of their grids, so of two small calls, drawn out.
 
     Raises:
@@ -181,18 +203,35 @@ def kernel_cycles(task: ssm.Task, chip: str) -> float:
     """
     if chip == "v4":
         raise RuntimeError("the compiler simulates no kernel for v4")
-    case = task.case
-    grown = {"batch": (4, 8)} if case.length == 1 else {"length": (512, 1024)}
-    ((field, sizes),) = grown.items()
-    fixed = {} if case.length == 1 else {"batch": 1, "heads": min(case.heads, 8)}
-    first, second = (dataclasses.replace(case, **fixed, **{field: size}) for size in sizes)
-    work = lambda case: case.batch * case.length * case.heads  # noqa: E731
-    one, two = (simulated(dataclasses.replace(task, case=small), chip) for small in (first, second))
-    return one + (two - one) * (work(case) - work(first)) / (work(second) - work(first))
+    if task.case.length == 1:
+        return drawn_out(task, chip, kernels, [{"batch": 4}, {"batch": 8}])
+    row = dataclasses.replace(task, case=dataclasses.replace(task.case, batch=1, length=min(task.case.length, 2048)))
+    rows = task.case.batch * task.case.length / row.case.length
+    # More heads: what is done once a chunk is not drawn out. Where operands lie in VMEM it may fail at several blocks
+    # of heads ("No DMA issue node found"); with a single one it counts what is done once a chunk for every block.
+    by_heads = [[{"heads": x} for x in pair] for pair in ((4, 8), (8, 16), (2, 4))]
+    for smaller in (*by_heads, [{"heads": 2, "length": x} for x in (512, 1024)]):
+        try:
+            return rows * drawn_out(row, chip, kernels, smaller)
+        except RuntimeError as error:
+            failed = error
+    raise failed
 
 
-def simulated(task: ssm.Task, chip: str) -> int:
-    """Cycles of the task's kernels, in a process of its own: libtpu reads the wish once, before it compiles."""
+def drawn_out(task: ssm.Task, chip: str, kernels: set[str], smaller: list[dict]) -> float:
+    """Cycles of two smaller calls, and as many again for all further work as the second takes for its own."""
+    cases = [dataclasses.replace(task.case, **fields) for fields in smaller]
+    one, two = (simulated(dataclasses.replace(task, case=case), chip, kernels) for case in cases)
+    first, second, all_ = (case.batch * case.length * case.heads for case in (*cases, task.case))
+    return one + (two - one) * (all_ - first) / (second - first)
+
+
+def simulated(task: ssm.Task, chip: str, kernels: set[str]) -> int:
+    """Cycles of the task's kernels, in a process of its own: libtpu reads the wish once, before it compiles.
+
+    It may stop when it takes a simulated program apart ("type check", in a destructor): what it has written by then is
+    whole, and enough where every kernel is in it.
+    """
     with tempfile.TemporaryDirectory() as folder:
         sizes = [f"{name}={value}" for name, value in dataclasses.asdict(task.case).items()]
         command = [
@@ -205,29 +244,27 @@ def simulated(task: ssm.Task, chip: str) -> int:
         command += [f"--implementations={task.implementation}", f"--what={task.what}"]
         env = os.environ | {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_static_llo_profile_to={folder}"}
         run = subprocess.run(command, env=env, cwd=common.REPOSITORY, capture_output=True, text=True, timeout=900)
-        if run.returncode:
-            print(
-                *[line for line in run.stderr.splitlines() if line.startswith(("F", "Traceback"))][:3], file=sys.stderr
-            )
-            raise RuntimeError("the compiler stops where it simulates it")
         found = [profiled(path.read_text()) for path in Path(folder).glob("*_static_llo_profile.textproto")]
-    kernels = run.stdout.split()  # the others are XLA's own
-    return sum(cycles for name, cycles in found if name in kernels)
+    found = [(name, cycles) for name, cycles in found if name in kernels]  # the others are XLA's own
+    if {name for name, _ in found} != kernels:
+        stopped = [line for line in run.stderr.splitlines() if line.startswith(("F", "Traceback"))]
+        print(*stopped[:3], file=sys.stderr)
+        raise RuntimeError("the compiler stops where it simulates it")
+    return sum(cycles for _, cycles in found)
 
 
 def profiled(text: str) -> tuple[str, int]:
-    """The name of an operation, a kernel's or XLA's own, and its cycles."""
-    name = re.search(r'hlo_op_name:\s*"([^"]*)"', text).group(1)
+    """The name of an operation, a kernel's or XLA's own, without its number, and its cycles."""
+    name = re.search(r'hlo_op_name:\s*"([^"]*?)(?:\.\d+)?"', text).group(1)
     times = re.search(r"num_equivalent_hlos:\s*(\d+)", text)
     return name, int(re.search(r"estimated_cycles:\s*(\d+)", text).group(1)) * int(times.group(1) if times else 1)
 
 
 def only(sizes: str, implementation: str, what: str, chip: str) -> None:
-    """Compile one call, for what the compiler leaves in the folder that its flags name, and say the kernels' names."""
+    """Compile one call, for what the compiler leaves in the folder that its flags name."""
     given = dict(part.split("=") for part in sizes.split(","))
     case = ssm.Case(**{name: value if name == "dtype" else int(value) for name, value in given.items()})
-    compiled = Target(chip).compile(ssm.Task("only", case, implementation, None, what))
-    print(*hlo.Program(compiled.as_text()).kernels())
+    Target(chip).compile(ssm.Task("only", case, implementation, None, what))
 
 
 def kernels_for(chip: str):
@@ -276,8 +313,8 @@ COLUMNS = {
 
 
 def kept(before: dict | None, tasks: list[tuple[str, ssm.Task]], origin: dict) -> list[dict]:
-    """Rows of an earlier run by the same compiler that this one does not take again."""
-    if before is None or any(before[key] != origin[key] for key in ("jax", "libtpu")):
+    """Rows of an earlier run by the same compiler, of the same arguments, that this one does not take again."""
+    if before is None or any(before.get(key) != origin[key] for key in ("jax", "libtpu", "arguments")):
         return []
     again = {(chip, task.name, task.implementation, task.what) for chip, task in tasks}
     rows = [r for r in before["rows"] if (r["chip"], r["case"], r["implementation"], r["what"]) not in again]
@@ -298,6 +335,7 @@ def main(argv):
     tasks = [(chip, t) for chip in chips for name in names for t in tasks_of(name, cases[name], implementations)]
     tasks = [(chip, task) for chip, task in tasks if FLAGS.what in ("", task.what)]
     origin = common.provenance() | {"platform": "tpu", "device": f"no TPU (libtpu {version})", "libtpu": version}
+    origin |= {"arguments": "joined: (B, L, H P), as a model has them"}
     rows = kept(common.read(FLAGS.name, FLAGS.out) if FLAGS.keep else None, tasks, origin)
     sizes = {name: dataclasses.asdict(case) for name, case in (CASES | FULL).items()}
     peaks = {name: dataclasses.asdict(chip) for name, chip in CHIPS.items()}

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mamba3_jax.ops.chunked import log_decay
 from mamba3_jax.ops.chunks import documents, incoming, last_state
 from mamba3_jax.ops.decode_tpu import decode_tpu
 from mamba3_jax.ops.discretize import trapezoid
@@ -63,39 +62,39 @@ def mosaic_tpu(
     wide = lambda array_P: _last_padded(array_P, spare)  # noqa: E731
     float32 = lambda array: None if array is None else array.astype(jnp.float32)  # noqa: E731
     narrow = lambda array: None if array is None else padded(array.astype(dtype))  # noqa: E731
-    by_group = lambda x_BLRGN: jnp.swapaxes(layout.to(narrow(x_BLRGN)), 2, 3)  # noqa: E731
+    by_group = lambda x_BLRGN: jnp.swapaxes(layout.wide(narrow(x_BLRGN)), 2, 3)  # noqa: E731
     gamma_BLH, kappa_BLH, first_BH = trapezoid(tokens.dt_BLH, tokens.trap_BLH, tokens.start_BL)
     start_BL = padded(tokens.start_BL)
-    decay_BLH, rest_BLH, document_BL = _log_decay(padded(tokens.log_a_BLH), start_BL, tiles.tokens)
-    if dtype != jnp.float32:  # whose products have fewer digits than the sum's parts
-        decay_BLH, rest_BLH = decay_BLH + rest_BLH, None
-    angle_BLHS = _last_padded(padded(tokens.angle_BLHS), layout.half - planes)
-    if angle_BLHS.shape[2] == 1:
-        angle_BLHS = jnp.broadcast_to(angle_BLHS, (*angle_BLHS.shape[:2], tiles.heads, layout.half))
-    h_BHPN = layout.to(incoming(state, first_BH, heads))
+    document_BL = None
+    if start_BL is not None:
+        _, document_EQ = documents(start_BL.reshape(-1, tiles.tokens), tiles.tokens)
+        document_BL = document_EQ.reshape(start_BL.shape)
+    more_planes = max(-(-planes // 8), 1) * 8 - planes
+    h_BHPN = layout.wide(incoming(state, first_BH, heads))
     skip_HP = None if heads.skip_H is None else jnp.broadcast_to(heads.skip_H[:, None], (n_heads, width + spare))
     inputs = op.Inputs(
         by_group(tokens.q_BLRGN),
         by_group(tokens.k_BLRGN),
         wide(narrow(tokens.v_BLHP)),
         wide(narrow(tokens.gate_BLHP)),
-        angle_BLHS,
+        _last_padded(padded(tokens.angle_BLHS), more_planes),
         padded(tokens.dt_BLH),
-        decay_BLH,
-        rest_BLH,
+        padded(tokens.log_a_BLH),
         padded(gamma_BLH),
         padded(kappa_BLH),
-        _last_padded(state.angle_BHS, layout.half - planes),
+        _last_padded(state.angle_BHS, more_planes),
         jnp.pad(h_BHPN, [(0, 0), (0, 0), (0, spare), (0, 0)]),
         *(float32(layout.to(bias_HRN)) for bias_HRN in (heads.q_bias_HRN, heads.k_bias_HRN)),
         float32(skip_HP),
         *(float32(wide(x)) for x in (heads.v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP)),
     )
-    y_BLHP, h_BHPN, angle_BHS, v_BHP = op.mamba3(inputs, document_BL, length - 1, tiles)
+    order_NM = None if layout.same else layout.order_NM.astype(dtype)
+    y_BLHP, h_BHPN, angle_BHS, k_BGRN, v_BHP = op.mamba3(inputs, document_BL, order_NM, length - 1, tiles)
     y_BLHP = y_BLHP[:, :length, :, :width].astype(tokens.v_BLHP.dtype)
-    h_BHPN = layout.back(h_BHPN[:, :, :width])
+    h_BHPN = h_BHPN[:, :, :width, :d_state]
+    k_BRGN = jnp.swapaxes(k_BGRN[..., :d_state], 1, 2).astype(tokens.k_BLRGN.dtype)
     v_BHP = v_BHP[..., :width].astype(tokens.v_BLHP.dtype)
-    last = tokens._replace(k_BLRGN=tokens.k_BLRGN[:, -1:], v_BLHP=v_BHP[:, None])
+    last = tokens._replace(k_BLRGN=k_BRGN[:, None], v_BLHP=v_BHP[:, None])
     return y_BLHP, last_state(last, heads, angle_BHS[..., :planes], h_BHPN, rotation)
 
 
@@ -110,38 +109,25 @@ class Layout:
         self.size = -(-d_state // LANES) * LANES
         self.half = self.size // 2
         self.same = rotation == "half" and self.size == d_state
-        self.order_NM = self._order(d_state)
+        self.order_NM = self._order(d_state)  # (N of the kernel, twice): a one where an entry goes
 
     def _order(self, d_state: int):
-        """(N, N of the kernel): a one where an entry goes."""
         first_rest = min(self.rest, self.half - self.planes)
         ends = (self.planes, 2 * self.planes, 2 * self.planes + first_rest)
         in_planes_NN = to_planes(jnp.eye(d_state), self.planes, self.rotation)
         first, second, more, rest = jnp.split(in_planes_NN, ends, axis=-1)
         halves = (jnp.concatenate(pair, axis=-1) for pair in ((first, more), (second, rest)))
-        return jnp.concatenate([_last_padded(x, self.half - x.shape[-1]) for x in halves], axis=-1)
+        order_NM = jnp.concatenate([_last_padded(x, self.half - x.shape[-1]) for x in halves], axis=-1)
+        return jnp.pad(order_NM, [(0, self.size - d_state), (0, 0)])
+
+    def wide(self, array_N):
+        """In the op's order, as many as the kernel's."""
+        return _last_padded(array_N, self.size - array_N.shape[-1])
 
     def to(self, array_N):
-        """From the op's order to the kernel's, zeros in between."""
-        return array_N if self.same else self._product(array_N, self.order_NM)
-
-    def back(self, array_N):
-        return array_N if self.same else self._product(array_N, self.order_NM.T)
-
-    def _product(self, array_N, order_NM):
-        """Exact, ones and zeros: TPUs move lanes one stride at a time, but multiply matrices in no time."""
-        order_NM = order_NM.astype(array_N.dtype)
-        return jnp.matmul(array_N, order_NM, precision="highest", preferred_element_type=array_N.dtype)
-
-
-def _log_decay(log_a_BLH, start_BL, chunk: int):
-    """`log_decay` of every chunk, two (B, L, H); and the document starts in the chunk up to each token."""
-    batch, length, n_heads = log_a_BLH.shape
-    start_EQ = None if start_BL is None else start_BL.reshape(-1, chunk)
-    within_EQQ, document_EQ = documents(start_EQ, chunk)
-    log_a_EHQ = jnp.swapaxes(log_a_BLH.reshape(-1, chunk, n_heads), 1, 2)
-    decay_BLH, rest_BLH = (jnp.swapaxes(x, 1, 2).reshape(log_a_BLH.shape) for x in log_decay(log_a_EHQ, within_EQQ))
-    return decay_BLH, rest_BLH, None if document_EQ is None else document_EQ.reshape(batch, length)
+        """In the kernel's order, zeros in between. Exact: TPUs move lanes slowly, but multiply matrices in no time."""
+        order_NM = self.order_NM.astype(array_N.dtype)
+        return array_N if self.same else jnp.matmul(self.wide(array_N), order_NM, precision="highest")
 
 
 def tiles_of(tokens: Tokens, chunk: int | None, tiles, interpret):
@@ -149,17 +135,14 @@ def tiles_of(tokens: Tokens, chunk: int | None, tiles, interpret):
     from pallas_kernels.ssm.mosaic_tpu.tiles import block, default, this_chip
 
     n_heads, width = tokens.v_BLHP.shape[2:]
-    rank, groups, d_state = tokens.q_BLRGN.shape[2:]
-    half, planes = -(-d_state // LANES) * LANES // 2, tokens.angle_BLHS.shape[-1]
-    shape = (n_heads, groups, width, half, tokens.angle_BLHS.shape[2] == 1)
+    rank, groups, _ = tokens.q_BLRGN.shape[2:]
+    shape = (n_heads, groups, width)
     if tiles is None:
         chip = "v5e" if interpret is not None else this_chip()
         tiles = default(chip, rank, *shape)
     heads = block(*shape) if tiles.heads is None else tiles.heads
     most = min(chunk or tiles.tokens, tokens.dt_BLH.shape[1])
-    return dataclasses.replace(
-        tiles, tokens=-(-most // 16) * 16, heads=heads, width=width, planes=planes, interpret=interpret
-    )
+    return dataclasses.replace(tiles, tokens=-(-most // 16) * 16, heads=heads, width=width, interpret=interpret)
 
 
 def padded_width(n_heads: int, width: int, heads: int) -> int:

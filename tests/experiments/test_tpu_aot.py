@@ -3,6 +3,8 @@
 import dataclasses
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 from experiments.benchmarks import common, hlo, ssm, tpu_aot
@@ -103,6 +105,22 @@ def test_floors_are_arithmetic():
     assert half["matmul_ms"] == pytest.approx(found["matmul_ms"] / 6)
 
 
+def test_arguments_are_those_of_a_model():
+    """Values, gates, outputs and their gradients are (B, L, H P), weights and states as they are; the same numbers."""
+    case = ssm.Case(batch=2, length=3, heads=4, width=8, d_state=16, groups=2)
+    task = ssm.Task("small", case, "recurrent", None, "forward+backward")
+    arguments = task.arguments()
+    tokens, heads, dy = tpu_aot.joined(arguments)
+    assert tokens.v_BLHP.shape == tokens.gate_BLHP.shape == dy.shape == (2, 3, 32)
+    assert tokens.q_BLRGN.shape == (2, 3, 32)
+    assert heads.q_bias_HRN.shape == (4, 1, 16)
+    got, want = tpu_aot.in_a_model(task)(tokens, heads, dy), task.function()(*arguments)
+    (y, state), (dtokens, _) = got
+    assert y.shape == dtokens.v_BLHP.shape == (2, 3, 32)
+    assert state.ssm_BHPN.shape == (2, 4, 8, 16)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.ravel(a), np.ravel(b)), got, want)
+
+
 def test_estimate_is_the_largest():
     row = {"chip": "v5e", "matmul_ms": 1.0, "roofline_ms": 1.5, "hbm_mb": 1638.0, "least_mb": 819.0}
     found = tpu_aot.estimates(row | {"mega_cycles": 6.0})
@@ -128,26 +146,33 @@ def test_rows_stand_beside_plain_xla():
 def test_kernel_cycles_are_drawn_out(monkeypatch):
     """What two small calls take, plus as much again for all further work."""
 
-    def simulated(task, chip):
-        return 100 + 10 * task.case.batch * task.case.heads
+    def simulated(task, chip, kernels):
+        if task.case.length > 1 and task.case.heads > 2:
+            raise RuntimeError("the compiler stops")
+        return 100 + 10 * task.case.batch * task.case.length * task.case.heads
 
     monkeypatch.setattr(tpu_aot, "simulated", simulated)
     step = ssm.Task("step", tpu_aot.STEP, "mosaic_tpu", None, "decode")
-    assert tpu_aot.kernel_cycles(step, "v5e") == 100 + 10 * 128 * 32
+    assert tpu_aot.kernel_cycles(step, "v5e", {"k"}) == 100 + 10 * 128 * 32
+    row = ssm.Task("siso", tpu_aot.LARGE, "mosaic_tpu", None, "forward")
+    assert tpu_aot.kernel_cycles(row, "v5e", {"k"}) == 16 * (100 + 10 * 2048 * 32)
     with pytest.raises(RuntimeError, match="v4"):
-        tpu_aot.kernel_cycles(step, "v4")
+        tpu_aot.kernel_cycles(step, "v4", {"k"})
     text = 'hlo_op_estimate {\n  hlo_op_name: "mamba3_decode.1"\n  estimated_cycles: 42\n  num_equivalent_hlos: 2\n}'
-    assert tpu_aot.profiled(text) == ("mamba3_decode.1", 84)
+    assert tpu_aot.profiled(text) == ("mamba3_decode", 84)
 
 
 def test_earlier_rows_are_kept_where_versions_agree():
     task = ssm.Task("siso", tpu_aot.LARGE, "chunked", None, "forward")
     row = {"chip": "v4", "case": "siso", "implementation": "chunked", "what": "forward"}
     other = row | {"chip": "v5e"}
-    before = {"jax": "1", "libtpu": "2", "commit": "c", "date": "d", "rows": [row, other]}
+    same = {"jax": "1", "libtpu": "2", "arguments": "joined"}
+    before = same | {"commit": "c", "date": "d", "rows": [row, other]}
     taken = other | {"commit": "c", "date": "d"}
-    assert tpu_aot.kept(before, [("v4", task)], {"jax": "1", "libtpu": "2"}) == [taken]
-    assert tpu_aot.kept(before, [("v4", task)], {"jax": "1", "libtpu": "3"}) == []
+    assert tpu_aot.kept(before, [("v4", task)], same) == [taken]
+    assert tpu_aot.kept(before, [("v4", task)], same | {"libtpu": "3"}) == []
+    del before["arguments"]  # of other arguments, before there was a choice
+    assert tpu_aot.kept(before, [("v4", task)], same) == []
     assert tpu_aot.kept(None, [("v4", task)], {}) == []
 
 

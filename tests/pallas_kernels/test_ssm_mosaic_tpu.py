@@ -17,9 +17,9 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from mamba3_jax.ops.mosaic_tpu import check, mosaic_tpu
 from mamba3_jax.ops.ssm import ssm
 from pallas_kernels.ssm.mosaic_tpu import parts, scan
-from pallas_kernels.ssm.mosaic_tpu.angle import starts
 from pallas_kernels.ssm.mosaic_tpu.contract import Tiles
 from pallas_kernels.ssm.mosaic_tpu.tiles import default
+from pallas_kernels.ssm.mosaic_tpu.turns import starts
 from tests.ops import cases
 from tests.ops.cases import MIMO, SISO, bfloat16, draw
 from tests.ops.quick import quick_jit
@@ -50,8 +50,9 @@ def wanted(shape, starts, narrow):
 
 
 def pulled(shape, starts, narrow, interpret):
-    """Results and gradients of the kernels, in chunks of 16."""
+    """Results and gradients of the kernels, in chunks of 16; a long row in chunks of 128, which fill lanes."""
     tokens, heads, state = draw(shape)
+    chunk = 16 if shape.length < 256 else 128
     tokens = bfloat16(tokens) if narrow else tokens
 
     @quick_jit
@@ -59,7 +60,7 @@ def pulled(shape, starts, narrow, interpret):
         def op(inputs):
             tokens, heads, state = inputs
             tokens = tokens._replace(start_BL=start(shape, starts))
-            return mosaic_tpu(tokens, heads, state, rotation=shape.rotation, chunk=16, interpret=interpret)
+            return mosaic_tpu(tokens, heads, state, rotation=shape.rotation, chunk=chunk, interpret=interpret)
 
         results, pull = jax.vjp(op, inputs)
         cotangent = jax.tree.map(lambda x, like: x.astype(like.dtype), cases.cotangents(shape), results)
@@ -91,8 +92,9 @@ def check_all(shape, starts, narrow, interpret):
         (SMALL, (), False),
         (SMALL._replace(batch=2, groups=1), (5, 16, 37), True),
         (RANKED._replace(heads=4, rank=2), (7,), False),
+        (SMALL._replace(length=300, heads=4, groups=1), (), True),
     ],
-    ids=["siso", "siso_packed_bfloat16", "mimo_packed"],
+    ids=["siso", "siso_packed_bfloat16", "mimo_packed", "lanes_bfloat16"],
 )
 def test_agrees_with_the_definition_in_the_tpu_interpreter(shape, starts, narrow):
     """Values and gradients, from a state, to a state."""
@@ -114,8 +116,9 @@ def test_agrees_with_the_definition_in_the_tpu_interpreter(shape, starts, narrow
         (SMALL._replace(heads=6, groups=2, width=64), (30,), True),
         (RANKED._replace(heads=2, d_state=64, width=64, planes=16), (), True),
         (RANKED._replace(rank=8), (7,), False),
+        (SMALL._replace(length=300, heads=2, groups=1, shared_angle=False), (130, 256), False),
     ],
-    ids=["angles", "no_gate", "wide", "four_heads", "groups", "mimo4_bfloat16", "mimo8"],
+    ids=["angles", "no_gate", "wide", "four_heads", "groups", "mimo4_bfloat16", "mimo8", "lanes"],
 )
 def test_agrees_with_the_definition(shape, starts, narrow):
     """More of the same, in the quick interpreter."""
@@ -189,7 +192,8 @@ def test_the_angle_after_a_million_tokens():
     """1,048,576 times the same increment: within 1e-4 rad, chunks' starts and the last angle."""
     length, angle, dt = 2**20, np.float32(2.1), np.float32(0.37)
     shape = (1, length, 1)
-    start_BCHS, last_BHS = jax.jit(functools.partial(starts, document_BL=None, tokens=256))(
+    tiles = Tiles(tokens=256, interpret=True)
+    start_BCHS, last_BHS = jax.jit(functools.partial(starts, document_BL=None, tiles=tiles))(
         jnp.full((*shape, 1), angle), jnp.full(shape, dt), jnp.zeros((1, 1, 1))
     )
     increment = float(angle) * float(dt)
@@ -223,8 +227,8 @@ def test_lowers_for_tpu(shape, starts, narrow):
         traced = jax.jit(run).trace(tokens, heads, state)
         return traced.lower(lowering_platforms=("tpu",)).as_text().count("stablehlo.custom_call @tpu_custom_call")
 
-    assert kernels(op) == 1
-    assert kernels(with_gradients) == 2
+    assert kernels(op) == 2  # the angles before every chunk, and the scan
+    assert kernels(with_gradients) == 3
 
 
 def test_a_named_implementation_runs_or_raises(monkeypatch):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
 MIB = 2**20
@@ -24,25 +25,24 @@ class Tiles:
     tokens: int = 128  # of a chunk, Q: a multiple of 16
     heads: int | None = None  # a grid step, J; None: left to the shapes
     width: int | None = None  # entries of P that are not padding; None: all
-    planes: int | None = None  # of N/2 angles that are not zero, the first; None: all
     vmem: int = 56  # MiB that the kernels may take
     interpret: object = None  # pltpu's InterpretParams: on the CPU, for tests
 
 
 class Inputs(NamedTuple):
-    """Whole chunks, L = C Q. N a multiple of 128: plane i is (i, i + N/2), what does not turn has angle 0.
+    """Whole chunks, L = C Q. N a multiple of 128: inside, plane i is (i, i + N/2), what does not turn has angle 0.
 
-    q, k, v and gate in the dtype of the products, all else float32.
+    q, k and the states may have N in another order, see `mamba3`; biases have the kernels'. q, k, v and gate in the
+    dtype of the products, all else float32.
     """
 
     q_BLGRN: jax.Array
     k_BLGRN: jax.Array
     v_BLHP: jax.Array
     gate_BLHP: jax.Array | None
-    angle_BLHS: jax.Array  # radians per unit dt, S = N/2; the H axis is J where heads share it (J copies), or H
+    angle_BLHS: jax.Array  # radians per unit dt, S <= N/2, a multiple of 8; the H axis is 1 where heads share it
     dt_BLH: jax.Array
-    decay_BLH: jax.Array  # log, since the first token of the chunk, or of its document in the chunk
-    rest_BLH: jax.Array | None  # what decay lacks: their differences are taken apart. For float32
+    log_a_BLH: jax.Array  # log of a token's decay
     gamma_BLH: jax.Array  # a token's weight in its own output
     kappa_BLH: jax.Array  # and in later ones
     first_BHS: jax.Array  # radians: the angle before the row
@@ -56,17 +56,29 @@ class Inputs(NamedTuple):
     norm_HP: jax.Array | None
 
 
+class Rest(NamedTuple):
+    """What both kernels read beside `Inputs`, and has no gradient."""
+
+    start_BCHS: jax.Array  # the angle before every chunk, in turns
+    document_BL: jax.Array | None  # document starts in the chunk up to each token
+    order_NM: jax.Array | None  # a one where an entry of N goes in the kernels; None: all are there
+
+
 class Refs(NamedTuple):
-    """What the kernels see: `Inputs` with trailing axes joined, the numbers of a token stacked."""
+    """What the kernels see: `Inputs` with trailing axes joined, or (L) with tokens last, see `tokens_last`."""
 
     q_BLX: jax.Array
     k_BLX: jax.Array
     v_BLX: jax.Array
     gate_BLX: jax.Array | None
-    angle_BLX: jax.Array
+    angle_BHSL: jax.Array
+    dt_BHL: jax.Array
+    log_a_BHL: jax.Array
+    gamma_BHL: jax.Array
+    kappa_BHL: jax.Array
     start_BCKX: jax.Array  # turns: the angle before every chunk; K blocks of heads, (.., 1, J N/2)
-    scalars_BHCXQ: jax.Array  # dt, decay, gamma, kappa and, where there is one, decay's rest
     document_BCQ: jax.Array | None  # float32, document starts in the chunk up to here; (.., 1, Q)
+    order_NM: jax.Array | None
     h_BHPN: jax.Array | None  # before the row; the backward pass: before every chunk, (B, C, H, P, N)
     q_bias_HRN: jax.Array
     k_bias_HRN: jax.Array
@@ -75,6 +87,32 @@ class Refs(NamedTuple):
     gate_rank_HRP: jax.Array | None
     out_rank_HRP: jax.Array | None
     norm_HRP: jax.Array | None
+
+
+def tokens_last(x_BL, tokens: int):
+    """(B, .., L), no copy of what XLA for TPU keeps so. Where Q is no multiple of 128 lanes, (B, C, .., Q)."""
+    last = jnp.moveaxis(x_BL, 1, -1)
+    if tokens % LANES == 0:
+        return last
+    return jnp.moveaxis(last.reshape(*last.shape[:-1], -1, tokens), -2, 1)
+
+
+def tokens_second(x, tokens: int):
+    """Back from `tokens_last`."""
+    if tokens % LANES:
+        x = jnp.moveaxis(x, 1, -2)
+        x = x.reshape(*x.shape[:-2], -1)
+    return jnp.moveaxis(x, -1, 1)
+
+
+def chunk_of(sizes: tuple[int, ...], tokens: int, index):
+    """The block of a chunk of `tokens_last`, its index of the grid's: (b, c, those of `sizes`)."""
+
+    def moved(*steps):
+        b, c, others = index(*steps)
+        return (b, *others, c) if tokens % LANES == 0 else (b, c, *others, 0)
+
+    return pl.BlockSpec((None, *sizes, tokens) if tokens % LANES == 0 else (None, None, *sizes, tokens), moved)
 
 
 class Grid:
@@ -90,9 +128,8 @@ class Grid:
         self.tiles, self.backwards, self.dtype = tiles, backwards, inputs.q_BLGRN.dtype
         self.tokens, self.heads = tiles.tokens, tiles.heads
         self.half = self.d_state // 2
-        self.shared_angle = inputs.angle_BLHS.shape[2] == self.heads  # or a single block has all heads: the same
+        self.planes, self.shared_angle = inputs.angle_BLHS.shape[3], inputs.angle_BLHS.shape[2] == 1
         self.rows = self.rank * self.tokens
-        self.scalars = 4 + (inputs.rest_BLH is not None)
         _check(self)
         self.chunks, self.blocks = self.length // self.tokens, self.n_heads // self.heads
         a_group = self.n_heads // self.groups
@@ -100,12 +137,15 @@ class Grid:
         self.groups_a_block = max(1, self.heads // a_group)
         self.heads_a_group = a_group
         self.shape = (self.batch, self.chunks, self.blocks)
+        self.last = self.chunks - 1
 
     def _spec(self, block, index):
-        last = self.chunks - 1
         if self.backwards:
-            return pl.BlockSpec(block, lambda b, step, j: index(b, last - step, j))
+            return pl.BlockSpec(block, lambda b, step, j: index(b, self.last - step, j))
         return pl.BlockSpec(block, index)
+
+    def _last(self, *sizes: int, index):
+        return chunk_of(sizes, self.tokens, lambda b, c, j: (b, self.last - c if self.backwards else c, index(j)))
 
     def of_groups(self):
         """q, k: (B, L, G R N)."""
@@ -117,16 +157,18 @@ class Grid:
         return self._spec((None, self.tokens, self.heads * self.width), lambda b, c, j: (b, c, j))
 
     def of_angles(self):
-        """(B, L, J N/2) or (B, L, H N/2)."""
         shared = self.shared_angle
-        return self._spec((None, self.tokens, self.heads * self.half), lambda b, c, j: (b, c, 0 if shared else j))
+        return self._last(1 if shared else self.heads, self.planes, index=lambda j: (0 if shared else j, 0))
+
+    def of_numbers(self):
+        """dt and others: those of all heads, fetched once a chunk."""
+        return self._last(self.n_heads, index=lambda j: (0,))
+
+    def of_order(self):
+        return pl.BlockSpec((self.d_state, self.d_state), lambda b, c, j: (0, 0))
 
     def of_starts(self):
         return self._spec((None, None, None, 1, self.heads * self.half), lambda b, c, j: (b, c, j, 0, 0))
-
-    def of_tokens(self, numbers: int):
-        """(B, H, C, X, Q)."""
-        return self._spec((None, self.heads, None, numbers, self.tokens), lambda b, c, j: (b, j, c, 0, 0))
 
     def of_documents(self):
         return self._spec((None, None, 1, self.tokens), lambda b, c, j: (b, c, 0, 0))
@@ -145,8 +187,8 @@ class Grid:
 
     def after(self, *sizes: int, heads: int | None = -1):
         """(B, H, ..): written in the last steps of a row; earlier ones stay at the first block."""
-        heads, zeros, last = self.heads if heads else None, (0,) * len(sizes), self.chunks - 1
-        return pl.BlockSpec((None, heads, *sizes), lambda b, step, j: (b, jnp.where(step == last, j, 0), *zeros))
+        heads, zeros = self.heads if heads else None, (0,) * len(sizes)
+        return pl.BlockSpec((None, heads, *sizes), lambda b, step, j: (b, jnp.where(step == self.last, j, 0), *zeros))
 
     def of_weights(self, array_HRP):
         if array_HRP is None:
@@ -156,14 +198,29 @@ class Grid:
     def weights(self, refs: Refs):
         return [self.of_weights(array) for array in refs[-7:]]
 
+    def numbers(self):
+        """VMEM for what is one number a token and head: dt, decay, gamma, kappa and, for float32, the decay's rest."""
+        return pltpu.VMEM((self.n_heads, 4 + (self.dtype == jnp.float32), self.tokens), jnp.float32)
+
+    def of_blocks(self, angle_HS):
+        """(.., H, S) as (.., K, 1, J N/2), zeros for what does not turn."""
+        *outer, _, planes = angle_HS.shape
+        angle_HS = jnp.pad(angle_HS, [(0, 0)] * (len(outer) + 1) + [(0, self.half - planes)])
+        return angle_HS.reshape(*outer, self.blocks, 1, self.heads * self.half)
+
     @property
     def own_width(self) -> int:
         """P without its padding."""
         return self.tiles.width or self.width
 
-    def lanes_of_group(self, head: int) -> int:
-        """Where in the block's lanes the queries of its head (of J) begin."""
-        return head // self.heads_a_group * self.rank * self.d_state
+    def group_of(self, head: int) -> int:
+        """Which of the block's groups its head (of J) reads."""
+        return head // self.heads_a_group
+
+    def lanes_of(self, group: int, rank: int) -> slice:
+        """Where in the block's lanes the queries of a group are."""
+        begin = (group * self.rank + rank) * self.d_state
+        return slice(begin, begin + self.d_state)
 
 
 def _check(grid: Grid) -> None:
@@ -179,29 +236,26 @@ def _check(grid: Grid) -> None:
         raise ValueError(f"tiles.heads={heads} heads of P={width} are not a multiple of {LANES} lanes")
     if grid.d_state % LANES:
         raise ValueError(f"{grid.d_state=} is not a multiple of {LANES}")
-    if heads != n_heads and not grid.shared_angle and heads * grid.half % LANES:
-        raise ValueError(f"tiles.heads={heads} heads of {grid.half} angles are not a multiple of {LANES} lanes")
+    if grid.planes % 8 or grid.planes > grid.half:
+        raise ValueError(f"{grid.planes=} is not a multiple of 8 up to {grid.half}")
     if grid.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"q is {grid.dtype}, wanted float32 or bfloat16")
 
 
-def refs_of(inputs: Inputs, start_BCHS, document_BL, grid: Grid, h) -> Refs:
+def refs_of(inputs: Inputs, rest: Rest, grid: Grid, h) -> Refs:
     """`Refs` from `Inputs`."""
     batch, length, chunks = grid.batch, grid.length, grid.chunks
     flat = lambda array: None if array is None else array.reshape(batch, length, -1)  # noqa: E731
     one = lambda array: None if array is None else array[:, None]  # noqa: E731
-    numbers = [inputs.dt_BLH, inputs.decay_BLH, inputs.gamma_BLH, inputs.kappa_BLH]
-    if inputs.rest_BLH is not None:
-        numbers.append(inputs.rest_BLH)
-    stacked = jnp.stack(numbers, axis=1).reshape(batch, len(numbers), chunks, grid.tokens, grid.n_heads)
     document_BCQ = None
-    if document_BL is not None:
-        document_BCQ = document_BL.astype(jnp.float32).reshape(batch, chunks, 1, grid.tokens)
+    if rest.document_BL is not None:
+        document_BCQ = rest.document_BL.astype(jnp.float32).reshape(batch, chunks, 1, grid.tokens)
     return Refs(
-        *(flat(array) for array in inputs[:5]),
-        start_BCHS.reshape(batch, chunks, grid.blocks, 1, -1),
-        stacked.transpose(0, 4, 2, 1, 3),
+        *(flat(array) for array in inputs[:4]),
+        *(tokens_last(array, grid.tokens) for array in inputs[4:9]),
+        grid.of_blocks(rest.start_BCHS),
         document_BCQ,
+        rest.order_NM,
         h,
         inputs.q_bias_HRN,
         inputs.k_bias_HRN,

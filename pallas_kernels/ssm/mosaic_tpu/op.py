@@ -6,56 +6,57 @@ The backward pass keeps the inputs, the state and the angle before every chunk.
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.ssm.mosaic_tpu import scan, scan_back
-from pallas_kernels.ssm.mosaic_tpu.angle import starts
-from pallas_kernels.ssm.mosaic_tpu.contract import Inputs, Tiles
+from pallas_kernels.ssm.mosaic_tpu.contract import Inputs, Rest, Tiles
+from pallas_kernels.ssm.mosaic_tpu.turns import starts
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def mamba3(inputs: Inputs, document_BL, last: int, tiles: Tiles):
-    """o_BLHP, and what the row leaves: h_BHPN, angle_BHS in radians, in [0, 2 pi), and v_BHP of its last token.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def mamba3(inputs: Inputs, document_BL, order_NM, last: int, tiles: Tiles):
+    """o_BLHP, and what the row leaves: h_BHPN, angle_BHS in radians, in [0, 2 pi), k_BGRN and v_BHP of its last token.
 
     Args:
         document_BL: int32, document starts in the chunk up to each token; None: one document.
+        order_NM: a one where an entry of N, of queries, keys and states, goes in the kernels, in the dtype of the
+            products; None: all are there.
         last: index of the last token that is not padding.
 
     Raises:
         ValueError: see `contract.Grid`.
     """
-    return _forward(inputs, document_BL, last, tiles, keep=False)[0]
+    return _forward(inputs, document_BL, order_NM, last, tiles, keep=False)[0]
 
 
-def _forward(inputs: Inputs, document_BL, last: int, tiles: Tiles, *, keep: bool):
-    size = inputs.first_BHS.shape[-1]
-    planes = tiles.planes or size
-    angle_BLHS, first_BHS = inputs.angle_BLHS[..., :planes], inputs.first_BHS[..., :planes]
-    if angle_BLHS.shape[2] != inputs.dt_BLH.shape[2]:
-        angle_BLHS = angle_BLHS[:, :, :1]  # copies
-    turning = starts(angle_BLHS, inputs.dt_BLH, first_BHS, document_BL, tiles.tokens)
-    start_BCHS, angle_BHS = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - planes)]) for x in turning)
-    o_BLHP, h_BHPN, h_BCHPN = scan.forward(inputs, start_BCHS, document_BL, tiles, keep=keep)
-    batch, length, n_heads, width = o_BLHP.shape
-    # Of the array as it lies in memory: or XLA for TPU copies all of it into another order.
-    v_BHP = inputs.v_BLHP.reshape(batch, length, -1)[:, last].reshape(batch, n_heads, width)
-    return (o_BLHP, h_BHPN, angle_BHS, v_BHP), (start_BCHS, h_BCHPN)
+def _forward(inputs: Inputs, document_BL, order_NM, last: int, tiles: Tiles, *, keep: bool):
+    start_BCHS, angle_BHS = starts(inputs.angle_BLHS, inputs.dt_BLH, inputs.first_BHS, document_BL, tiles)
+    rest = Rest(start_BCHS, document_BL, order_NM)
+    o_BLHP, h_BHPN, h_BCHPN = scan.forward(inputs, rest, tiles, keep=keep)
+    # Of the arrays as they lie in memory: or XLA for TPU copies all of them into another order.
+    k_BGRN, v_BHP = (
+        x.reshape(*x.shape[:2], -1)[:, last].reshape(-1, *x.shape[2:]) for x in (inputs.k_BLGRN, inputs.v_BLHP)
+    )
+    return (o_BLHP, h_BHPN, angle_BHS, k_BGRN, v_BHP), (rest, h_BCHPN)
 
 
-def _fwd(inputs: Inputs, document_BL, last: int, tiles: Tiles):
-    results, (start_BCHS, h_BCHPN) = _forward(inputs, document_BL, last, tiles, keep=True)
-    return results, (inputs, document_BL, start_BCHS, checkpoint_name(h_BCHPN, "ssm_states"))
+def _fwd(inputs: Inputs, document_BL, order_NM, last: int, tiles: Tiles):
+    results, (rest, h_BCHPN) = _forward(inputs, document_BL, order_NM, last, tiles, keep=True)
+    return results, (inputs, rest, checkpoint_name(h_BCHPN, "ssm_states"))
 
 
 def _bwd(last: int, tiles: Tiles, residuals, cotangents):
-    inputs, document_BL, start_BCHS, h_BCHPN = residuals
-    *cotangents, dv_BHP = cotangents
-    d = scan_back.backward(inputs, start_BCHS, document_BL, h_BCHPN, cotangents, tiles)
-    # In place: the sum with zeros for all other tokens would be one more pass over the values.
-    dv_BLX = d.v_BLHP.reshape(*d.v_BLHP.shape[:2], -1)
-    dv_BLX = dv_BLX.at[:, last].add(dv_BHP.reshape(dv_BHP.shape[0], -1))
-    return d._replace(v_BLHP=dv_BLX.reshape(d.v_BLHP.shape)), None
+    inputs, rest, h_BCHPN = residuals
+    *cotangents, dk_BGRN, dv_BHP = cotangents
+    d = scan_back.backward(inputs, rest, h_BCHPN, cotangents, tiles)
+    dk_BLGRN, dv_BLHP = _with(d.k_BLGRN, last, dk_BGRN), _with(d.v_BLHP, last, dv_BHP)
+    return d._replace(k_BLGRN=dk_BLGRN, v_BLHP=dv_BLHP), None, None
+
+
+def _with(dx_BL, last: int, more_B):
+    """In place: the sum with zeros for all other tokens would be one more pass over them."""
+    flat_BLX = dx_BL.reshape(*dx_BL.shape[:2], -1)
+    return flat_BLX.at[:, last].add(more_B.reshape(more_B.shape[0], -1)).reshape(dx_BL.shape)
 
 
 mamba3.defvjp(_fwd, _bwd)

@@ -1,10 +1,12 @@
 """What the forward and the backward kernel share: products, masks, decays, rotation, and the end of a token."""
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ssm.mosaic_tpu.angle import INVERSE_TURN, increments, sincos_of
@@ -73,6 +75,7 @@ class Decay(NamedTuple):
 
     @classmethod
     def load(cls, scalars_XQ, masks: Masks):
+        """From `load_numbers`."""
         columns_QX = scalars_XQ.T
         row = lambda x: scalars_XQ[x : x + 1]  # noqa: E731
         column = lambda x: columns_QX[:, x : x + 1]  # noqa: E731
@@ -133,12 +136,47 @@ def partner(x_QN):
     return pltpu.roll(x_QN, x_QN.shape[1] // 2, 1)
 
 
-def sincos(refs: Refs, dt_QJ, masks: Masks, grid: Grid):
+STEEPEST = -104.0  # exp of it is 0 in float32, so a steeper log_a decays no more
+
+
+def load_numbers(scalars_HXQ, refs: Refs, block, grid: Grid) -> None:
+    """dt, c, gamma, kappa and, for float32, c's rest, into VMEM one head after another: once a chunk.
+
+    c_t is the sum of log_a from the first token of the chunk, or of its document in it, to t. Differences of plain
+    float32 sums would lose the digits of a gentle decay after steep ones. What lies on a grid adds up exactly, and for
+    products of float32 the rest stays apart.
+    """
+
+    @pl.when(block == 0)
+    def _():
+        step = 2.0 ** (math.ceil(math.log2(-STEEPEST * grid.tokens)) - 24)
+        log_a_HQ = jnp.maximum(refs.log_a_BHL[...], STEEPEST)
+        exact_HQ = jnp.floor(log_a_HQ / step + 0.5) * step
+        within_QQ = Masks.load(refs, grid).within_QQ.astype(jnp.float32)
+        exact_HQ, rest_HQ = (product(x, within_QQ, NT, grid, jnp.float32) for x in (exact_HQ, log_a_HQ - exact_HQ))
+        apart = grid.dtype == jnp.float32
+        c = [exact_HQ, rest_HQ] if apart else [exact_HQ + rest_HQ]
+        numbers = [refs.dt_BHL[...], c[0], refs.gamma_BHL[...], refs.kappa_BHL[...], *c[1:]]
+        for x, number_HQ in enumerate(numbers):
+            scalars_HXQ[:, x : x + 1] = number_HQ[:, None]
+
+
+def load_angles(angle_QX, refs: Refs, block, grid: Grid) -> None:
+    """The angles of the heads of a block, (Q, J N/2), into VMEM: those that heads share once a chunk."""
+
+    @pl.when((block == 0) | (not grid.shared_angle))
+    def _():
+        still_XQ = jnp.zeros((grid.half - grid.planes, grid.tokens), jnp.float32)
+        heads = [0] * grid.heads if grid.shared_angle else range(grid.heads)
+        rows = [x for head in heads for x in (refs.angle_BHSL[head], still_XQ) if x.shape[0]]
+        angle_QX[...] = jnp.concatenate(rows, axis=0).T
+
+
+def sincos(angle_QX, refs: Refs, dt_QJ, masks: Masks, grid: Grid):
     """sin and cos of phi_t = phi_0 + sum_{s <= t} angle_s dt_s for the heads of a block: (Q, J N/2), heads in turn.
 
     Sums of numbers of 8 bits times zeros and ones are exact in bfloat16 products; modulo a turn nothing grows.
     """
-    angle_QX = refs.angle_BLX[...]
     dt_QX = jnp.concatenate([jnp.broadcast_to(dt_Q1, (grid.tokens, grid.half)) for dt_Q1 in dt_QJ], axis=1)
     if grid.dtype == jnp.float32:
         exact_QX, rest_QX = increments(angle_QX, dt_QX, 2.0**-16)
@@ -159,11 +197,17 @@ def sincos(refs: Refs, dt_QJ, masks: Masks, grid: Grid):
     return sincos_of(high_QX + start_QX, middle_QX + rest_QX)
 
 
-def rows_of_head(ref, head: int, grid: Grid):
-    """Queries or keys of the group of a head of the block: of every rank (Q, N), float32."""
-    begin, size = grid.lanes_of_group(head), grid.d_state
-    slices = (ref[:, begin + r * size : begin + (r + 1) * size] for r in range(grid.rank))
-    return [x_QN.astype(jnp.float32) for x_QN in slices]
+def ordered(x_XN, order_NM, grid: Grid, dimensions=NN):
+    """Into the kernels' order of N, float32; NT: out of it. Exact, as a product with ones and zeros."""
+    if order_NM is None:
+        return x_XN.astype(jnp.float32)
+    return product(x_XN, order_NM[...], dimensions, grid, x_XN.dtype)
+
+
+def rows_of_groups(ref, order_NM, grid: Grid):
+    """Queries or keys of every group of the block and every rank, (Q, N), float32."""
+    lanes = ((grid.lanes_of(group, r) for r in range(grid.rank)) for group in range(grid.groups_a_block))
+    return [[ordered(ref[:, each], order_NM, grid) for each in ranks_] for ranks_ in lanes]
 
 
 def turned(x_RQN, bias_RN, turn: Turn):

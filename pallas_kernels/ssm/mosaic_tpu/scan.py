@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ssm.mosaic_tpu import parts
-from pallas_kernels.ssm.mosaic_tpu.contract import MIB, Grid, Inputs, Refs, refs_of
+from pallas_kernels.ssm.mosaic_tpu.contract import MIB, Grid, Inputs, Refs, Rest, refs_of
 from pallas_kernels.ssm.mosaic_tpu.parts import NN, NT, TN, Decay, Ends, Masks, Turn, product, ranks
 from pallas_kernels.ssm.mosaic_tpu.tiles import check_vmem
 
@@ -24,21 +24,16 @@ from pallas_kernels.ssm.mosaic_tpu.tiles import check_vmem
 class Outputs(NamedTuple):
     o_BLX: jax.Array  # like v
     h_BHPN: jax.Array  # float32, after the row
-    h_BCHPN: jax.Array | None  # before every chunk: what the backward pass keeps
+    h_BCHPN: jax.Array | None  # before every chunk, as products take it: what the backward pass keeps
 
 
-def forward(inputs: Inputs, start_BCHS, document_BL, tiles, *, keep: bool):
-    """o_BLHP, the state after the row, and the states before every chunk or None.
-
-    Args:
-        start_BCHS: the angle before every chunk, in turns.
-        document_BL: document starts in the chunk up to each token, or None.
-    """
+def forward(inputs: Inputs, rest: Rest, tiles, *, keep: bool):
+    """o_BLHP, the state after the row, and the states before every chunk (N in the kernels' order) or None."""
     grid = Grid(inputs, tiles)
-    refs = refs_of(inputs, start_BCHS, document_BL, grid, inputs.h_BHPN)
+    refs = refs_of(inputs, rest, grid, inputs.h_BHPN)
     specs = specs_of(refs, grid, grid.before(grid.width, grid.d_state))
     batch, chunks, n_heads, width, d_state = grid.batch, grid.chunks, grid.n_heads, grid.width, grid.d_state
-    states = jax.ShapeDtypeStruct((batch, chunks, n_heads, width, d_state), jnp.float32)
+    states = jax.ShapeDtypeStruct((batch, chunks, n_heads, width, d_state), grid.dtype)
     out = Outputs(
         jax.ShapeDtypeStruct(refs.v_BLX.shape, refs.v_BLX.dtype),
         jax.ShapeDtypeStruct(inputs.h_BHPN.shape, jnp.float32),
@@ -53,7 +48,11 @@ def forward(inputs: Inputs, start_BCHS, document_BL, tiles, *, keep: bool):
         specs,
         out,
         out_specs,
-        [pltpu.VMEM((n_heads, width, d_state), jnp.float32)],
+        [
+            pltpu.VMEM((n_heads, width, d_state), jnp.float32),
+            pltpu.VMEM((grid.tokens, grid.heads * grid.half), jnp.float32),
+            grid.numbers(),
+        ],
     )
     return out.o_BLX.reshape(inputs.v_BLHP.shape), out.h_BHPN, out.h_BCHPN
 
@@ -66,9 +65,10 @@ def specs_of(refs: Refs, grid: Grid, state) -> Refs:
         grid.of_heads(),
         None if refs.gate_BLX is None else grid.of_heads(),
         grid.of_angles(),
+        *[grid.of_numbers()] * 4,
         grid.of_starts(),
-        grid.of_tokens(grid.scalars),
         None if refs.document_BCQ is None else grid.of_documents(),
+        None if refs.order_NM is None else grid.of_order(),
         state,
         *grid.weights(refs),
     )
@@ -115,22 +115,28 @@ def _cost(arrays, grid: Grid) -> pl.CostEstimate:
     )
 
 
-def _kernel(refs: Refs, out: Outputs, h_HPN, *, grid: Grid):
-    chunk, first = pl.program_id(1), pl.program_id(2) * grid.heads
+def _kernel(refs: Refs, out: Outputs, h_HPN, angle_QX, scalars_HXQ, *, grid: Grid):
+    chunk, block = pl.program_id(1), pl.program_id(2)
+    first = block * grid.heads
 
     @pl.when(chunk == 0)
     def _():
-        h_HPN[pl.ds(first, grid.heads)] = refs.h_BHPN[...]
+        for head in range(grid.heads):
+            h_HPN[first + head] = parts.ordered(refs.h_BHPN[head], refs.order_NM, grid)
+
+    parts.load_angles(angle_QX, refs, block, grid)
 
     if out.h_BCHPN is not None:
-        out.h_BCHPN[...] = h_HPN[pl.ds(first, grid.heads)]
+        out.h_BCHPN[...] = h_HPN[pl.ds(first, grid.heads)].astype(grid.dtype)
+    parts.load_numbers(scalars_HXQ, refs, block, grid)
     masks = Masks.load(refs, grid)
-    decays = [Decay.load(refs.scalars_BHCXQ[head], masks) for head in range(grid.heads)]
-    sin_QX, cos_QX = parts.sincos(refs, [decay.dt_Q1 for decay in decays], masks, grid)
+    decays = [Decay.load(scalars_HXQ[first + head], masks) for head in range(grid.heads)]
+    sin_QX, cos_QX = parts.sincos(angle_QX[...], refs, [decay.dt_Q1 for decay in decays], masks, grid)
+    q_GRQN, k_GRQN = (parts.rows_of_groups(ref, refs.order_NM, grid) for ref in (refs.q_BLX, refs.k_BLX))
     for head, (decay, turn) in enumerate(zip(decays, Turn.of_heads(sin_QX, cos_QX, grid), strict=True)):
         of_head = slice(head * grid.width, (head + 1) * grid.width)
-        q_TN = parts.turned(parts.rows_of_head(refs.q_BLX, head, grid), refs.q_bias_HRN[head], turn)
-        k_TN = parts.turned(parts.rows_of_head(refs.k_BLX, head, grid), refs.k_bias_HRN[head], turn)
+        q_TN = parts.turned(q_GRQN[grid.group_of(head)], refs.q_bias_HRN[head], turn)
+        k_TN = parts.turned(k_GRQN[grid.group_of(head)], refs.k_bias_HRN[head], turn)
         x_TP = refs.v_BLX[:, of_head].astype(jnp.float32)
         if refs.v_rank_HRP is not None:
             x_TP = parts.per_rank(x_TP, refs.v_rank_HRP[head])
@@ -149,4 +155,5 @@ def _kernel(refs: Refs, out: Outputs, h_HPN, *, grid: Grid):
 
     @pl.when(chunk == grid.chunks - 1)
     def _():
-        out.h_BHPN[...] = h_HPN[pl.ds(first, grid.heads)]
+        for head in range(grid.heads):
+            out.h_BHPN[head] = parts.ordered(h_HPN[first + head], refs.order_NM, grid, NT)

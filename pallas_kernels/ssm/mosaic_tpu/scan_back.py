@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ssm.mosaic_tpu.contract import Grid, Inputs, Refs, Tiles, refs_of
+from pallas_kernels.ssm.mosaic_tpu.contract import Grid, Inputs, Refs, Rest, Tiles, refs_of, tokens_second
 from pallas_kernels.ssm.mosaic_tpu.scan import call, specs_of
 from pallas_kernels.ssm.mosaic_tpu.scan_back_kernel import Back, Gradients, Scratch, kernel
 
 
-def backward(inputs: Inputs, start_BCHS, document_BL, h_BCHPN, cotangents, tiles: Tiles) -> Inputs:
+def backward(inputs: Inputs, rest: Rest, h_BCHPN, cotangents, tiles: Tiles) -> Inputs:
     """The gradients of `Inputs`.
 
     Args:
-        start_BCHS, document_BL: as for `scan.forward`.
-        h_BCHPN: the state before every chunk.
+        rest: as for `scan.forward`.
+        h_BCHPN: the state before every chunk, as that gives it.
         cotangents: do_BLHP, dh_BHPN and dangle_BHS of what comes after the row.
         tiles: as for the forward pass.
     """
@@ -27,8 +27,8 @@ def backward(inputs: Inputs, start_BCHS, document_BL, h_BCHPN, cotangents, tiles
     do_BLHP, dh_BHPN, dangle_BHS = cotangents
     batch, length, n_heads, width, d_state = grid.batch, grid.length, grid.n_heads, grid.width, grid.d_state
     lanes = grid.heads * grid.half
-    read = refs_of(inputs, start_BCHS, document_BL, grid, h_BCHPN)
-    dphi_BKX = dangle_BHS.reshape(batch, grid.blocks, 1, lanes)
+    read = refs_of(inputs, rest, grid, h_BCHPN)
+    dphi_BKX = grid.of_blocks(dangle_BHS)
     refs = Back(read, do_BLHP.reshape(batch, length, -1), dh_BHPN, dphi_BKX)
     specs = Back(
         specs_of(read, grid, grid.of_states()),
@@ -40,8 +40,7 @@ def backward(inputs: Inputs, start_BCHS, document_BL, h_BCHPN, cotangents, tiles
     like = lambda array: None if array is None else jax.ShapeDtypeStruct(array.shape, array.dtype)  # noqa: E731
     float32 = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
     out = Gradients(
-        *(like(array) for array in read[:5]),
-        float32(batch, n_heads, grid.chunks, 4, grid.tokens),
+        *(like(array) for array in read[:9]),
         float32(*dh_BHPN.shape),
         float32(*dphi_BKX.shape),
         [float32(batch, *array.shape) for array in weights],
@@ -52,17 +51,22 @@ def backward(inputs: Inputs, start_BCHS, document_BL, h_BCHPN, cotangents, tiles
         grid.of_heads(),
         None if out.gate_BLX is None else grid.of_heads(),
         grid.of_angles(),
-        grid.of_tokens(4),
+        *[grid.of_numbers()] * 4,
         grid.after(width, d_state),
         grid.after(1, lanes, heads=None),
         [grid.after(*array.shape[1:]) for array in weights],
     )
     of_groups = pltpu.VMEM((grid.tokens, grid.groups_a_block * grid.rank * d_state), jnp.float32)
+    of_angles = pltpu.VMEM((grid.tokens, lanes), jnp.float32)
     scratch = Scratch(
         pltpu.VMEM((n_heads, width, d_state), jnp.float32),
         pltpu.VMEM((grid.blocks, 1, lanes), jnp.float32),
         of_groups,
         of_groups,
+        of_angles,
+        of_angles,
+        grid.numbers(),
+        pltpu.VMEM((n_heads, grid.tokens), jnp.float32),
         [pltpu.VMEM(array.shape, jnp.float32) for array in weights],
     )
     of_grid = functools.partial(kernel, grid=grid)
@@ -72,7 +76,6 @@ def backward(inputs: Inputs, start_BCHS, document_BL, h_BCHPN, cotangents, tiles
 
 def _gradients(inputs: Inputs, read: Refs, d: Gradients, grid: Grid) -> Inputs:
     """As `Inputs` has them."""
-    by_token = d.scalars_BHCXQ.transpose(3, 0, 2, 4, 1).reshape(4, grid.batch, grid.length, grid.n_heads)
     present = iter(d.weights)
     weights = [None if array is None else jnp.sum(next(present), axis=0) for array in read[-7:]]
     weights = (
@@ -80,13 +83,9 @@ def _gradients(inputs: Inputs, read: Refs, d: Gradients, grid: Grid) -> Inputs:
         for weight, array in zip(weights, inputs[-7:], strict=True)
     )
     return Inputs(
-        *(None if dx is None else dx.reshape(x.shape) for dx, x in zip(d[:5], inputs[:5], strict=True)),
-        by_token[0],
-        by_token[1],
-        None if inputs.rest_BLH is None else by_token[1],
-        by_token[2],
-        by_token[3],
-        d.dphi_BKX.reshape(inputs.first_BHS.shape),
+        *(None if dx is None else dx.reshape(x.shape) for dx, x in zip(d[:4], inputs[:4], strict=True)),
+        *(tokens_second(dx, grid.tokens) for dx in d[4:9]),
+        d.dphi_BKX.reshape(grid.batch, grid.n_heads, grid.half)[..., : grid.planes],
         d.dh_BHPN,
         *weights,
     )

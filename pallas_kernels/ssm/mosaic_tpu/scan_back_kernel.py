@@ -18,10 +18,12 @@ adds to the angle the sum of dphi from it on.
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -44,8 +46,11 @@ class Gradients(NamedTuple):
     k_BLX: jax.Array
     v_BLX: jax.Array
     gate_BLX: jax.Array | None
-    angle_BLX: jax.Array
-    scalars_BHCXQ: jax.Array  # of dt (through the angle), decay, gamma, kappa
+    angle_BHSL: jax.Array
+    dt_BHL: jax.Array  # through the angle
+    log_a_BHL: jax.Array
+    gamma_BHL: jax.Array
+    kappa_BHL: jax.Array
     dh_BHPN: jax.Array  # of the state before the row
     dphi_BKX: jax.Array  # of the angle before it
     weights: list  # (B, H, R, ..), of the weights that there are, as in `Refs`
@@ -58,6 +63,10 @@ class Scratch(NamedTuple):
     dphi_KX: jax.Array
     dq_QX: jax.Array
     dk_QX: jax.Array
+    angle_QX: jax.Array  # and its gradient, whose sum is over the blocks of heads that share it
+    dangle_QX: jax.Array
+    scalars_HXQ: jax.Array
+    dc_HQ: jax.Array  # the gradient of the decay of all heads in a chunk
     weights: list
 
 
@@ -76,7 +85,8 @@ def kernel(refs: Back, out: Gradients, scratch: Scratch, *, grid: Grid):
 
     @pl.when(step == 0)
     def _():
-        scratch.dh_HPN[heads] = refs.dh_BHPN[...]
+        for head in range(grid.heads):
+            scratch.dh_HPN[block * grid.heads + head] = parts.ordered(refs.dh_BHPN[head], inputs.order_NM, grid)
         scratch.dphi_KX[block] = refs.dphi_BKX[...]
         for sum_ref in scratch.weights:
             sum_ref[heads] = jnp.zeros((grid.heads, *sum_ref.shape[1:]), jnp.float32)
@@ -88,45 +98,73 @@ def kernel(refs: Back, out: Gradients, scratch: Scratch, *, grid: Grid):
         for sum_ref in (scratch.dq_QX, scratch.dk_QX):
             sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
 
+    parts.load_angles(scratch.angle_QX, inputs, block, grid)
+    parts.load_numbers(scratch.scalars_HXQ, inputs, block, grid)
     masks = Masks.load(inputs, grid)
-    decays = [Decay.load(inputs.scalars_BHCXQ[head], masks) for head in range(grid.heads)]
-    sin_QX, cos_QX = parts.sincos(inputs, [decay.dt_Q1 for decay in decays], masks, grid)
+    decays = [Decay.load(scratch.scalars_HXQ[block * grid.heads + head], masks) for head in range(grid.heads)]
+    sin_QX, cos_QX = parts.sincos(scratch.angle_QX[...], inputs, [decay.dt_Q1 for decay in decays], masks, grid)
+    rows = [parts.rows_of_groups(ref, inputs.order_NM, grid) for ref in (inputs.q_BLX, inputs.k_BLX)]
     done = []
     for head, (decay, turn) in enumerate(zip(decays, Turn.of_heads(sin_QX, cos_QX, grid), strict=True)):
-        done.append(_head(head, block * grid.heads + head, turn, decay, masks, refs, out, scratch, grid))
+        q_RQN, k_RQN = (x_GRQN[grid.group_of(head)] for x_GRQN in rows)
+        index = block * grid.heads + head
+        done.append(_head(head, index, q_RQN, k_RQN, turn, decay, masks, refs, out, scratch, grid))
     dphi_QX = jnp.concatenate([one.dphi_QS for one in done], axis=1)
     ddt = _angles(dphi_QX, block, decays, masks, refs, out, scratch, grid)
     for head, (one, ddt_Q1) in enumerate(zip(done, ddt, strict=True)):
         columns_XQ = jnp.concatenate([ddt_Q1, *one.columns], axis=1).T
         dc_1Q, dgamma_1Q, dkappa_1Q = one.rows
-        rows = (columns_XQ[:1], columns_XQ[1:2] + dc_1Q, dgamma_1Q, columns_XQ[2:] + dkappa_1Q)
-        out.scalars_BHCXQ[head] = jnp.concatenate(rows, axis=0)
+        row = pl.ds(block * grid.heads + head, 1)
+        out.dt_BHL[row], out.gamma_BHL[row] = columns_XQ[:1], dgamma_1Q
+        out.kappa_BHL[row], scratch.dc_HQ[row] = columns_XQ[2:] + dkappa_1Q, columns_XQ[1:2] + dc_1Q
+
+    @pl.when(block == grid.blocks - 1)
+    def _():
+        within_QQ = Masks.load(inputs, grid).within_QQ.astype(jnp.float32)
+        dlog_a_HQ = product(scratch.dc_HQ[...], within_QQ, NN, grid, jnp.float32)
+        out.log_a_BHL[...] = jnp.where(inputs.log_a_BHL[...] > parts.STEEPEST, dlog_a_HQ, 0.0)
 
     @pl.when(of_group == grid.blocks_a_group - 1)
     def _():
-        out.q_BLX[...] = scratch.dq_QX[...].astype(out.q_BLX.dtype)
-        out.k_BLX[...] = scratch.dk_QX[...].astype(out.k_BLX.dtype)
+        for ref, sum_ref in ((out.q_BLX, scratch.dq_QX), (out.k_BLX, scratch.dk_QX)):
+            for lanes in itertools.starmap(grid.lanes_of, np.ndindex(grid.groups_a_block, grid.rank)):
+                dx_QN = sum_ref[:, lanes].astype(ref.dtype)
+                ref[:, lanes] = parts.ordered(dx_QN, inputs.order_NM, grid, NT).astype(ref.dtype)
 
     @pl.when(step == grid.chunks - 1)
     def _():
-        out.dh_BHPN[...] = scratch.dh_HPN[heads]
+        for head in range(grid.heads):
+            dh_PN = scratch.dh_HPN[block * grid.heads + head]
+            out.dh_BHPN[head] = parts.ordered(dh_PN, inputs.order_NM, grid, NT)
         out.dphi_BKX[...] = scratch.dphi_KX[block]
         for ref, sum_ref in zip(out.weights, scratch.weights, strict=True):
             ref[...] = sum_ref[heads]
 
 
-def _head(head: int, index, turn: Turn, decay: Decay, masks: Masks, refs: Back, out, scratch: Scratch, grid: Grid):
+def _head(
+    head: int,
+    index,
+    q_RQN,
+    k_RQN,
+    turn: Turn,
+    decay: Decay,
+    masks: Masks,
+    refs: Back,
+    out,
+    scratch: Scratch,
+    grid: Grid,
+):
     """One head: all but the angles."""
     inputs, rank = refs.inputs, grid.rank
     of_head = slice(head * grid.width, (head + 1) * grid.width)
     since_T1, left_Q1 = ranks(decay.since_Q1, rank), decay.until_Q1 * decay.kappa_Q1
     left_T1 = ranks(left_Q1, rank)
-    q_TN = parts.turned(parts.rows_of_head(inputs.q_BLX, head, grid), inputs.q_bias_HRN[head], turn)
-    k_TN = parts.turned(parts.rows_of_head(inputs.k_BLX, head, grid), inputs.k_bias_HRN[head], turn)
+    q_TN = parts.turned(q_RQN, inputs.q_bias_HRN[head], turn)
+    k_TN = parts.turned(k_RQN, inputs.k_bias_HRN[head], turn)
     v_QP = inputs.v_BLX[:, of_head].astype(jnp.float32)
     x_TP = v_QP if inputs.v_rank_HRP is None else parts.per_rank(v_QP, inputs.v_rank_HRP[head])
     gate_QP = None if inputs.gate_BLX is None else inputs.gate_BLX[:, of_head].astype(jnp.float32)
-    h_PN, dh_PN = inputs.h_BHPN[head], scratch.dh_HPN[index]
+    h_PN, dh_PN = inputs.h_BHPN[head].astype(jnp.float32), scratch.dh_HPN[index]
 
     weight_TT = ranks(ranks(decay.weight_QQ(masks), rank, 0), rank, 1)
     score_TT = product(q_TN, k_TN, NT, grid)
@@ -192,10 +230,10 @@ def _over_tokens(rows: list):
 
 def _turned_back(dx_TN, sum_QX, head: int, turn: Turn, grid: Grid):
     """Add the gradient of queries or keys to their group's; the bias's."""
-    begin, size, tokens = grid.lanes_of_group(head), grid.d_state, grid.tokens
+    tokens = grid.tokens
     back = [turn.back(dx_TN[r * tokens : (r + 1) * tokens]) for r in range(grid.rank)]
     for r, dx_QN in enumerate(back):
-        sum_QX[:, begin + r * size : begin + (r + 1) * size] += dx_QN
+        sum_QX[:, grid.lanes_of(grid.group_of(head), r)] += dx_QN
     return _over_tokens(back)
 
 
@@ -217,18 +255,16 @@ def _angles(dphi_QX, block, decays, masks: Masks, refs: Back, out: Gradients, sc
         scratch.dphi_KX[block] = jnp.where(masks.carried_Q1[:1], suffix_QX[:1], 0.0)
     of_dt = [jnp.broadcast_to(decay.dt_Q1, (grid.tokens, grid.half)) for decay in decays]
     dangle_QX = suffix_QX * jnp.concatenate(of_dt, axis=1)
-    if grid.shared_angle:
+    first, last = (block == 0, block == grid.blocks - 1) if grid.shared_angle else (True, True)
+    scratch.dangle_QX[...] = dangle_QX + jnp.where(first, 0.0, scratch.dangle_QX[...])
 
-        @pl.when(block == 0)
-        def _():
-            out.angle_BLX[...] = dangle_QX
+    @pl.when(last)
+    def _():
+        rows_XQ = scratch.dangle_QX[...].T
+        dangle_HSQ = [rows_XQ[head * grid.half :][: grid.planes] for head in range(grid.heads)]
+        for head, dangle_SQ in enumerate([sum(dangle_HSQ)] if grid.shared_angle else dangle_HSQ):
+            out.angle_BHSL[head] = dangle_SQ
 
-        @pl.when(block > 0)
-        def _():
-            out.angle_BLX[...] += dangle_QX
-
-    else:
-        out.angle_BLX[...] = dangle_QX
-    ddt_QX = suffix_QX * refs.inputs.angle_BLX[...]
+    ddt_QX = suffix_QX * scratch.angle_QX[...]
     per_head = (ddt_QX[:, head * grid.half : (head + 1) * grid.half] for head in range(grid.heads))
     return [jnp.sum(ddt_QS, axis=1, keepdims=True) for ddt_QS in per_head]

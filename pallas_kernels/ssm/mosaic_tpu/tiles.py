@@ -41,19 +41,14 @@ def default(chip: str, rank: int, *heads) -> Tiles:
     return Tiles(tokens=rows[rank > 1] // rank, heads=block(*heads) if heads else None, vmem=vmem)
 
 
-def block(n_heads: int, groups: int, width: int, half: int, shared_angle: bool) -> int:
-    """Heads of a grid step: those that fill 128 lanes, if groups and angles allow.
-
-    Args:
-        width: P.
-        half: N/2, the angles of a head in the kernel.
-    """
+def block(n_heads: int, groups: int, width: int) -> int:
+    """Heads of a grid step: those of P entries that fill 128 lanes, if groups allow."""
     a_group = n_heads // groups
 
     def fits(heads: int) -> bool:
         if n_heads % heads or (a_group % heads and heads % a_group):
             return False
-        return heads == n_heads or (LANES % heads == 0 and (shared_angle or heads * half % LANES == 0))
+        return heads == n_heads or LANES % heads == 0
 
     wanted = (4, 2) if width <= 32 else (2,)
     return next((heads for heads in (*wanted, 1) if fits(heads)), n_heads)
