@@ -42,7 +42,7 @@ LAUNCHES = {
         "rotate": ([1, 1], [2, 1], [4, 1]),
         "heads_back": (8, 16, 32),
         "rotate_back": ([1, 1], [2, 1], [4, 1]),
-        "anchor": (8, 16, 32),
+        "anchor": (128, 256, 512),
         "finish": ([2, 1], [4, 1], [8, 1]),
         **dict.fromkeys(("forward", "added", "query", "key", "value"), WARPS_AND_STAGES),
     }

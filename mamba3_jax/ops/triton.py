@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from mamba3_jax.ops import choices
 from mamba3_jax.ops.chunked import log_decay
@@ -27,7 +26,7 @@ def triton(
     interpret: bool = False,
     **launch,
 ):
-    """The sums of `chunked` in two fused kernels, `pallas_kernels.ssm.triton`: rotate, then scan; one token: `decode`.
+    """The sums of `chunked` in two fused kernels, `pallas_kernels.ssm.triton.op`: rotate, scan; one token: `decode`.
 
     The backward pass keeps the inputs, rotated queries and keys, the outputs before norm and gate, and the state before
     every segment; for the policies of `jax.checkpoint` these are named ssm_rotated, ssm_y and ssm_states.
@@ -45,8 +44,7 @@ def triton(
     """
     # Here, since everything else works without the kernels.
     from mamba3_jax.ops import decode
-    from pallas_kernels.ssm.triton import rotate, scan, scan_back
-    from pallas_kernels.ssm.triton.common import documents_in_chunks
+    from pallas_kernels.ssm.triton import op
 
     check(tokens, interpret)
     launch = choices.launch("triton", tokens) | launch
@@ -56,7 +54,7 @@ def triton(
             tile = decode.default_tile(tokens.q_BLRGN.shape[2])
             tile = dataclasses.replace(tile, **_known(launch, tile))
         return decode.decode(tokens, heads, state, rotation=rotation, interpret=interpret, tile=tile)
-    _, length, rank, _, d_state = tokens.q_BLRGN.shape
+    length, d_state = tokens.q_BLRGN.shape[1], tokens.q_BLRGN.shape[-1]
     width = tokens.v_BLHP.shape[-1]
     planes = tokens.angle_BLHS.shape[-1]
     layout = Layout(d_state, planes, rotation)
@@ -85,40 +83,33 @@ def triton(
     if tokens.start_BL is not None:
         document_BL = jnp.cumsum(padded(tokens.start_BL).astype(jnp.int32), axis=1)
     angle_BLHS = jnp.pad(padded(tokens.angle_BLHS), [(0, 0)] * 3 + [(0, layout.planes - planes)])
-    rotated = rotate.Inputs(
-        *(layout.to(padded(x.astype(dtype))) for x in (tokens.q_BLRGN, tokens.k_BLRGN)),
-        layout.to(heads.q_bias_HRN),
-        layout.to(heads.k_bias_HRN),
-        angle_BLHS,
-        by_head(tokens.dt_BLH),
-        jnp.pad(state.angle_BHS, [(0, 0), (0, 0), (0, layout.planes - planes)]),
-        document_BL,
-    )
-    q_BHTN, k_BHTN, angle_BHS = rotate.rotate(rotated, tile)
-    q_BHTN, k_BHTN = checkpoint_name((q_BHTN, k_BHTN), "ssm_rotated")
-    angle_BHS = angle_BHS[..., :planes]
 
     spare = _tile_size(width) - width
     wide = lambda array_P: _padded_last(array_P, spare)  # noqa: E731
     log_decay_BHL, rest_BHL = _log_decay(by_head(tokens.log_a_BLH), padded(tokens.start_BL), chunk)
     if dtype != jnp.float32:  # whose products have fewer digits than the sum's parts
         log_decay_BHL, rest_BHL = log_decay_BHL + rest_BHL, None
-    by_row = lambda array_L: None if array_L is None else jnp.repeat(array_L, rank, axis=-1)  # noqa: E731
-    inputs = scan.Inputs(
-        q_BHTN,
-        k_BHTN,
+    inputs = op.Inputs(
+        *(layout.to(padded(x.astype(dtype))) for x in (tokens.q_BLRGN, tokens.k_BLRGN)),
         wide(padded(tokens.v_BLHP.astype(dtype))),
         wide(None if tokens.gate_BLHP is None else padded(tokens.gate_BLHP.astype(dtype))),
-        *(by_row(x) for x in (log_decay_BHL, rest_BHL, by_head(gamma_BLH), by_head(kappa_BLH))),
-        by_row(documents_in_chunks(document_BL, chunk)),
-        jnp.pad(layout.to(incoming(state, first_BH, heads)), [(0, 0), (0, 0), (0, spare), (0, 0)])[:, :, None],
+        angle_BLHS,
+        by_head(tokens.dt_BLH),
+        log_decay_BHL,
+        rest_BHL,
+        by_head(gamma_BLH),
+        by_head(kappa_BLH),
+        jnp.pad(state.angle_BHS, [(0, 0), (0, 0), (0, layout.planes - planes)]),
+        jnp.pad(layout.to(incoming(state, first_BH, heads)), [(0, 0), (0, 0), (0, spare), (0, 0)]),
+        layout.to(heads.q_bias_HRN),
+        layout.to(heads.k_bias_HRN),
         heads.skip_H,
         *(wide(x) for x in (heads.v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP)),
     )
-    y_BLHP, h_BHPN = scan_back.scan(inputs, tile)
+    y_BLHP, h_BHPN, angle_BHS = op.mamba3(inputs, document_BL, tile)
     h_BHPN = layout.back(h_BHPN[:, :, :width])
     y_BLHP = y_BLHP[:, :length, :, :width].astype(tokens.v_BLHP.dtype)
-    return y_BLHP, last_state(tokens, heads, angle_BHS, h_BHPN, rotation)
+    return y_BLHP, last_state(tokens, heads, angle_BHS[..., :planes], h_BHPN, rotation)
 
 
 def tile_of(tokens: Tokens, d_state: int, launch: dict, interpret: bool):
@@ -138,6 +129,8 @@ def tile_of(tokens: Tokens, d_state: int, launch: dict, interpret: bool):
     n_chunks = -(-length // (rows // rank))
     segments = max(1, min(launch.pop("programs", PROGRAMS) // (batch * n_heads), n_chunks // 4))
     by_hand = {"segments": segments}
+    if rank > 1:
+        by_hand["anchor"] = 256  # 512, as for one rank: 0.11 ms of 1.45 slower (H100, R4 B16 L2048 H32)
     if large:  # a state that fills the registers of four warps, and tiles that fill shared memory
         by_hand |= dict.fromkeys(("forward", "added", "query", "key", "value"), Launch(8, 1))
     elif rank > 1:

@@ -14,7 +14,7 @@ one chunk adds to later sums cancels exactly; what crosses a chunk's end is take
 
 Queries and keys are turned as they are read, their gradients turned back as they are stored; the angle of a plane
 (u, w) gets dphi = dw u - du w, which does not depend on the frame. Sums over heads, and of dphi over later tokens, are
-left to `sums_back`; those too cancel for the pairs of a chunk, and begin again at every `ANCHOR` (`rotate.Crossing`).
+left to `sums_back`; those too cancel for the pairs of a chunk, and begin again at every `ANCHOR` (see `Crossing`).
 """
 
 import functools

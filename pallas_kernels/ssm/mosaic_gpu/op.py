@@ -17,7 +17,7 @@ from pallas_kernels.ssm.mosaic_gpu import back, key_back, query_back, scan
 from pallas_kernels.ssm.mosaic_gpu.phase import phase
 from pallas_kernels.ssm.mosaic_gpu.scan import ROWS, Tile
 from pallas_kernels.ssm.mosaic_gpu.sums_back import angles_back, heads_back
-from pallas_kernels.ssm.triton import common, rotate
+from pallas_kernels.ssm.triton import angle_back, common, rotate
 from pallas_kernels.ssm.triton import scan as triton_scan
 from pallas_kernels.ssm.triton import scan_back as triton_back
 
@@ -127,7 +127,7 @@ def _bwd(tile: Tile, residuals, cotangents):
     none = dict.fromkeys(triton_scan.Inputs._fields)
     ends = triton_scan.Inputs(**none | weights | {"q_BHTN": rows_BHTN, "v_BLHP": inputs.v_BLHP})
     rows = _triton_tile(tile, rows=ROWS, rank=rank)
-    dy_BLHRP, _, d = triton_back._finish_back(ends, kept.y_BLHRP, do_BLHP, rows)
+    dy_BLHRP, d = triton_back.finish_back(ends, kept.y_BLHRP, do_BLHP, rows)
 
     refs = back.Inputs(
         inputs.q_BLRGN,
@@ -167,9 +167,9 @@ def _bwd(tile: Tile, residuals, cotangents):
     if inputs.v_rank_HRP is not None:
         dv_rank_BHSRQP = key.dv_rank_BHSTP.reshape(*key.dv_rank_BHSTP.shape[:3], rank, tile.tokens, -1)
         d["v_rank_HRP"] = jnp.sum(dv_rank_BHSRQP, axis=(0, 2, 4))
-    tokens = _triton_tile(tile, rows=tile.tokens, segments=tile.segments, anchor=back.ANCHOR // tile.tokens)
-    documents = ends._replace(document_BT=common.documents_in_chunks(document_BL, tile.tokens))
-    dlog_decay_BHL = triton_back._decay_back(documents, received_BHL, crossing_BHSA, end_BH, tokens)
+    tokens = _triton_tile(tile, rows=tile.tokens, anchor=back.ANCHOR)
+    documents_BL = common.documents_in_chunks(document_BL, tile.tokens)
+    dlog_decay_BHL = triton_back.decay_back(documents_BL, received_BHL, crossing_BHSA, end_BH, tokens)
     gradients = inputs._replace(
         q_BLRGN=dq_BLRGN.astype(inputs.q_BLRGN.dtype),
         k_BLRGN=dk_BLRGN.astype(inputs.k_BLRGN.dtype),
@@ -207,7 +207,7 @@ def _crossing(query: query_back.Query, key: key_back.Key, last_BHPN, dlast_BHPN,
     starts = [jnp.concatenate(parts, axis=3) for parts in zip(*starts, strict=True)]
     # Or XLA for GPU computes these sums again for each of their users.
     (start_BHSA, turned_BHGAS), (end_BH, end_BHS) = lax.optimization_barrier((starts, sums(last_BHPN, dlast_BHPN)))
-    return start_BHSA, end_BH, rotate.Crossing(turned_BHGAS, end_BHS, back.ANCHOR)
+    return start_BHSA, end_BH, angle_back.Crossing(turned_BHGAS, end_BHS, back.ANCHOR)
 
 
 def _segments_back(refs: back.Inputs, left_BHS, dlast_BHPN, tile: Tile):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.ssm.triton import rotate
+from pallas_kernels.ssm.triton import angle_back, rotate
 from pallas_kernels.ssm.triton.common import Launch, Tile, call, documents_in_chunks
 
 HEADS = 16  # at most, that a program takes one after another
@@ -93,14 +93,14 @@ class Angles(NamedTuple):
 
 
 class AnglesOutputs(NamedTuple):
-    """float32, from the tokens of a chunk alone: see `rotate.BackOutputs`."""
+    """float32, from the tokens of a chunk alone: see `rotate_back.Angles`."""
 
     dangle_JBLHS: jax.Array
     ddt_BHL: jax.Array
     dphi_BHCS: jax.Array
 
 
-def angles_back(inputs: rotate.Inputs, of_q_BHLS, of_k_BHLS, dlast_BHS, crossing: rotate.Crossing, tile: Tile):
+def angles_back(inputs: rotate.Inputs, of_q_BHLS, of_k_BHLS, dlast_BHS, crossing: angle_back.Crossing, tile: Tile):
     """Gradients of angle_BLHS, dt_BHL and first_BHS from those of the angle at every token and after the last."""
     batch, n_heads, length = inputs.dt_BHL.shape
     chunks, planes, angle_heads = length // tile.turned, dlast_BHS.shape[-1], inputs.angle_BLHS.shape[2]
@@ -137,7 +137,7 @@ def angles_back(inputs: rotate.Inputs, of_q_BHLS, of_k_BHLS, dlast_BHS, crossing
         ],
     )
     dangle_BLHS = jnp.sum(out.dangle_JBLHS, axis=0)
-    return rotate.add_later(inputs, dangle_BLHS, out.ddt_BHL, out.dphi_BHCS, dlast_BHS, tile, crossing)
+    return angle_back.add_later(inputs, dangle_BLHS, out.ddt_BHL, out.dphi_BHCS, dlast_BHS, crossing, tile)
 
 
 def _angles_kernel(refs: Angles, outs, *, tile: Tile):
@@ -147,7 +147,7 @@ def _angles_kernel(refs: Angles, outs, *, tile: Tile):
 
     def one(head, sum_TS):
         dphi_TS = refs.of_q_BHLS[head, :, :].astype(jnp.float32) + refs.of_k_BHLS[head, :, :].astype(jnp.float32)
-        suffix_TS = rotate._suffix(dphi_TS, document_T, tile)
+        suffix_TS = angle_back.suffix(dphi_TS, document_T, tile)
         out.ddt_BHL[head, :] = jnp.sum(angle(head) * suffix_TS, axis=1)
         if document_T is not None:
             dphi_TS = jnp.where(document_T[:, None] == 0, dphi_TS, 0.0)

@@ -3,6 +3,7 @@
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ class Tile:
     turned: int = 16  # tokens that a program of the rotation turns
     heads_turned: int = 8  # at most, that a program of the rotation takes one after another
     heads_back: int = 16  # likewise, of its backward pass, which adds up their gradients
-    anchor: int = 16  # chunks between two states that the backward pass keeps to start its sums from again
+    anchor: int = 512  # tokens between two states that the backward pass keeps to start its sums from again
     rotate: Launch = Launch(2, 1)
     rotate_back: Launch = Launch(1, 1)
     forward: Launch = Launch(4, 2)
@@ -47,6 +48,10 @@ class Tile:
     def tokens(self) -> int:
         """Of a chunk."""
         return self.rows // self.rank
+
+    @property
+    def anchor_chunks(self) -> int:
+        return self.anchor // self.tokens
 
 
 def call(kernel, name: str, tile: Tile, launch: Launch, grid, inputs, in_specs, out):
@@ -82,6 +87,14 @@ def product(a, b, dimensions, dtype, tile: Tile):
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
+def rounded(x, y, dtype, tile: Tile):
+    """Two float32 as a `dtype` has them. bfloat16 is asked for in pairs: one at a time is an eighth as fast."""
+    if tile.interpret or dtype == jnp.float32:
+        return x.astype(dtype).astype(jnp.float32), y.astype(dtype).astype(jnp.float32)
+    both = assembly("cvt.rn.bf16x2.f32 $0, $2, $1;", [x, y], jnp.int32)
+    return tuple(lax.bitcast_convert_type(half, jnp.float32) for half in (both << 16, both & ~0xFFFF))
+
+
 def exp(x, tile: Tile):
     """To 2^-22 of itself; what is below 1e-38 is zero, which saves most of the instructions of jnp.exp."""
     if tile.interpret or x.ndim == 0:
@@ -111,14 +124,64 @@ def _silu_jvp(dtype, tile, primals, tangents):
 
 def approximate(instruction: str, x):
     """One PTX instruction of a float32 on every element. Not in interpret mode."""
+    return assembly(f"{instruction} $0, $1;", [x], jnp.float32)
+
+
+def assembly(instructions: str, arrays, dtype, together: int = 1):
+    """PTX on the elements of arrays of one shape, `together` of them at a time: what is less than 32 bits wide shares a
+    register. Not in interpret mode."""
+
+    def registers(dtype):
+        size = jnp.dtype(dtype).itemsize
+        return ["f" if dtype == jnp.float32 else "r"] * max(1, together * size // 4)
+
+    constraints = ["=" + register for register in registers(dtype)]
     (result,) = plt.elementwise_inline_asm(
-        f"{instruction} $0, $1;",
-        args=[x],
-        constraints="=f,f",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+        instructions,
+        args=arrays,
+        constraints=",".join(sum((registers(array.dtype) for array in arrays), constraints)),
+        pack=together,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(arrays[0].shape, dtype)],
     )
     return result
+
+
+class Split(NamedTuple):
+    """float32 in three bytes, good to 2^-16 of itself: its upper half as bfloat16, and its third byte. Or as it is."""
+
+    upper: jax.Array
+    lower: jax.Array | None
+
+    def store(self, at, x, tile: Tile):
+        """Of refs."""
+        if self.lower is None:
+            self.upper[at] = x
+            return
+        bits = lax.bitcast_convert_type(x, jnp.int32)
+        if tile.interpret:
+            self.upper[at] = lax.bitcast_convert_type(bits & ~0xFFFF, jnp.float32).astype(jnp.bfloat16)
+            self.lower[at] = (bits >> 8).astype(jnp.int8)
+            return
+        # Bytes are picked out of two registers: a conversion would take several instructions for each number.
+        self.upper[at] = assembly("prmt.b32 $0, $1, $2, 0x7632;", [bits], jnp.bfloat16, 2)
+        bytes_ = (
+            "{ .reg .b32 a, b; prmt.b32 a, $1, $2, 0x0051; prmt.b32 b, $3, $4, 0x0051; prmt.b32 $0, a, b, 0x5410; }"
+        )
+        self.lower[at] = assembly(bytes_, [bits], jnp.int8, 4)
+
+    def load(self, at, tile: Tile):
+        upper = self.upper[at]
+        if self.lower is None:
+            return upper.astype(jnp.float32)
+        lower = self.lower[at]
+        if tile.interpret:
+            bits = lax.bitcast_convert_type(upper.astype(jnp.float32), jnp.int32)
+            bits |= (lower.astype(jnp.int32) & 0xFF) << 8
+        else:  # the last byte does not matter: the third once more
+            picks = enumerate(zip((4, 4, 5, 5), ("1044", "3255", "1066", "3277"), strict=True))
+            bytes_ = " ".join(f"prmt.b32 ${i}, ${reg}, $6, 0x{which};" for i, (reg, which) in picks)
+            bits = assembly(bytes_, [upper, lower], jnp.int32, 4)
+        return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def iota(size: int):

@@ -95,7 +95,7 @@ class Grid:
             "N": self.d_state,
             "T": rows,
             "L": rows // tile.rank,
-            "A": -(-self.chunks // tile.anchor),
+            "A": -(-self.chunks // tile.anchor_chunks),
         }
 
     def spec(self, axes: str) -> pl.BlockSpec:

@@ -1,4 +1,4 @@
-"""The chunked scan and its gradients: `scan`.
+"""The gradients of the chunked scan.
 
 Three passes, since one with all products at once would not fit in registers: queries from the first chunk on, with the
 state h recomputed; keys, then values, from the last chunk on, with the gradient dh of the state. With P_ts the decay
@@ -10,9 +10,12 @@ e^(c_t - c_s) inside a chunk, S = q k^T, and x' = kappa x:
     dkappa_s = x_s . dx'_s,   dgamma_s = x_s . own_s
 
 The gradient of a decay needs no products of its own. A pair's log weight is c_t - c_s, so the gradient of c_t is what
-token t receives less what it gives, r_t = dy_t . y_t - kappa_t dkappa_t (both without the own token's part and the
-skip's), and the last row of a chunk adds what crosses its end, <dh, h>. That in turn is the sum of r over the tokens
-after it: summed over a few chunks, and every `anchor` chunks taken from the two states, for rounding must not pile up.
+token t receives less what it gives, r_t = q_t . dq_t - k_t . dk_t, and the last row of a chunk adds what crosses its
+end, <dh, h>. That in turn is the sum of r over the tokens after it: summed over a few chunks, and every `anchor` tokens
+taken from the two states, for rounding must not pile up. Inside a chunk it cannot: queries and keys round the same
+weights to the same bits, so what a pair adds to the sums cancels exactly, as long as dq and dk themselves are not
+rounded. So they are handed on in three bytes, `Split`, to the rotation's backward pass, which forms r and the gradient
+of the angle, of which the same is true.
 """
 
 import functools
@@ -23,11 +26,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.ssm.triton.common import NN, NT, TN, Tile, call, product, silu
+from pallas_kernels.ssm.triton.common import NN, NT, TN, Split, Tile, call, product, silu
 from pallas_kernels.ssm.triton.scan import (
     Added,
     Decay,
@@ -36,28 +38,11 @@ from pallas_kernels.ssm.triton.scan import (
     Weights,
     combine,
     finish,
-    forward,
     rows_of,
     token_rows,
     tokens_of,
     values,
 )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def scan(inputs: Inputs, tile: Tile):
-    """o_BLHP and the last state h_BHPN: see `pallas_kernels.ssm.triton.scan`.
-
-    Args:
-        inputs: h of shape (B, H, 1, P, N). q and k float32 (true float32 products) or bfloat16 (float32 sums); v and
-            gate like them.
-        tile: sizes.
-
-    Raises:
-        ValueError: see `scan.check`.
-    """
-    outputs, _, _ = forward(inputs, tile, keep=False)
-    return outputs.o_BLHP, outputs.h_BHSPN[:, :, -1]
 
 
 class Gradients(NamedTuple):
@@ -69,20 +54,21 @@ class Gradients(NamedTuple):
 
 
 class Query(NamedTuple):
-    dq_BHTN: jax.Array
-    h_BHSAPN: jax.Array  # before every `anchor` chunks
+    dq_BHTN: Split
+    h_BHSAPN: jax.Array  # like q, before every `anchor` tokens
 
 
 class Key(NamedTuple):
-    dk_BHTN: jax.Array
+    dk_BHTN: Split
     dh_BHSAPN: jax.Array  # likewise
+    dh_BHSPN: jax.Array  # float32, of the state before every segment
 
 
 class Value(NamedTuple):
     dv_BLHP: jax.Array
     dkappa_BHT: jax.Array
     dgamma_BHT: jax.Array
-    dskip_BHT: jax.Array  # a row's part
+    dskip_BHT: jax.Array | None  # a row's part
     dv_rank_BHSRP: jax.Array | None
 
 
@@ -100,9 +86,9 @@ def _since_dy_TP(refs: Gradients, decay: Decay, index, tile: Tile):
 
 
 def _keep(ref, h_PN, index, tile: Tile):
-    """Store a state at every `anchor`-th chunk."""
-
-    place, between = lax.div(index, jnp.int32(tile.anchor)), lax.rem(index, jnp.int32(tile.anchor))
+    """Store a state before every `anchor` tokens."""
+    h_PN = h_PN.astype(ref.dtype)
+    place, between = lax.div(index, jnp.int32(tile.anchor_chunks)), lax.rem(index, jnp.int32(tile.anchor_chunks))
     if tile.interpret:  # whose masked stores write NaN to what was not written yet
         pl.when(between == 0)(lambda: ref.__setitem__(place, h_PN))
         return
@@ -125,7 +111,7 @@ def _query_kernel(refs: Gradients, out: Query, *, tile: Tile):
         dmixed_TT *= decay_TT * jnp.where(own_TT, gamma_T[None, :], kappa_T[None, :])
         dq_TN = product(_since_dy_TP(refs, decay, index, tile), h_PN, NN, dtype, tile)
         dq_TN += product(dmixed_TT, k_TN, NN, dtype, tile)
-        out.dq_BHTN[rows, :] = dq_TN.astype(dtype)
+        out.dq_BHTN.store((rows, slice(None)), dq_TN, tile)
 
         x_TP = x_TP.astype(jnp.float32) * (decay.until_T(tile) * kappa_T)[:, None]
         return decay.whole(tile) * h_PN + product(x_TP, k_TN, TN, dtype, tile)
@@ -154,7 +140,11 @@ def _demanded_kernel(refs: Gradients, out: Added, *, tile: Tile):
     out.h_BHSPN[...] = _backwards(chunks, chunk, jnp.zeros(out.h_BHSPN.shape, jnp.float32))
 
 
-def _key_kernel(refs: Gradients, out: Key, *, tile: Tile):
+def _key_kernel(refs: Gradients, out: Key, *, exact: bool, tile: Tile):
+    """
+    Args:
+        exact: take in what rounding dh for its product leaves out.
+    """
     inputs, dtype = refs.inputs, refs.inputs.q_BHTN.dtype
     weights = Weights.load(inputs, tile)
 
@@ -167,15 +157,18 @@ def _key_kernel(refs: Gradients, out: Key, *, tile: Tile):
 
         dmixed_TT = product(x_TP, dy_TP, NT, dtype, tile)  # of sources (down) and targets
         dmixed_TT *= decay_TT * jnp.where(own_TT, gamma_T[:, None], kappa_T[:, None])
-        until_x_TP = x_TP.astype(jnp.float32) * (decay.until_T(tile) * kappa_T)[:, None]
-        dk_TN = product(until_x_TP, dh_PN, NN, dtype, tile) + product(dmixed_TT, q_TN, NN, dtype, tile)
-        out.dk_BHTN[rows, :] = dk_TN.astype(dtype)
+        until_x_TP = (x_TP.astype(jnp.float32) * (decay.until_T(tile) * kappa_T)[:, None]).astype(dtype)
+        dk_TN = product(until_x_TP, dh_PN, NN, dtype, tile)
+        if exact:
+            dk_TN += product(until_x_TP, dh_PN - dh_PN.astype(dtype).astype(jnp.float32), NN, dtype, tile)
+        dk_TN += product(dmixed_TT, q_TN, NN, dtype, tile)
+        out.dk_BHTN.store((rows, slice(None)), dk_TN, tile)
 
         dh_PN = _demand(refs, decay, q_TN, dh_PN, index, tile)
         _keep(out.dh_BHSAPN, dh_PN, index, tile)
         return dh_PN
 
-    _backwards(inputs.q_BHTN.shape[0] // tile.rows, chunk, refs.dh_BHSPN[...])
+    out.dh_BHSPN[...] = _backwards(inputs.q_BHTN.shape[0] // tile.rows, chunk, refs.dh_BHSPN[...])
 
 
 def _value_kernel(refs: Gradients, out: Value, *, tile: Tile):
@@ -212,9 +205,9 @@ def _value_kernel(refs: Gradients, out: Value, *, tile: Tile):
             dgamma_T = jnp.sum(x_TP * down_TP, axis=1)
         out.dkappa_BHT[rows] = jnp.sum(x_TP * dlater_TP, axis=1)
         out.dgamma_BHT[rows] = dgamma_T
-        out.dskip_BHT[rows] = dskip_T
         dx_TP = kappa_T[:, None] * dlater_TP + gamma_T[:, None] * down_TP
         if inputs.skip_H is not None:
+            out.dskip_BHT[rows] = dskip_T
             dx_TP += inputs.skip_H[...].astype(jnp.float32) * dy_TP.astype(jnp.float32)
 
         if ranked:
@@ -229,23 +222,28 @@ def _value_kernel(refs: Gradients, out: Value, *, tile: Tile):
         out.dv_rank_BHSRP[...] = more[0]
 
 
-def _scan_fwd(inputs: Inputs, tile: Tile):
-    outputs, starts_BHSPN, left_BHS = forward(inputs, tile, keep=True)
-    y_BLHRP = checkpoint_name(outputs.y_BLHRP, "ssm_y")
-    states = checkpoint_name((starts_BHSPN, left_BHS, outputs.h_BHSPN[:, :, -1]), "ssm_states")
-    return (outputs.o_BLHP, states[-1]), (inputs, y_BLHRP, *states)
+class Back(NamedTuple):
+    query: Query
+    key: Key
+    value: Value
+    weights: dict  # gradients of gate_BLHP and of the weights that `finish` reads, by their names in `Inputs`
 
 
-def _scan_bwd(tile: Tile, residuals, cotangents):
-    inputs, y_BLHRP, starts_BHSPN, left_BHS, last_BHPN = residuals
-    do_BLHP, dlast_BHPN = cotangents
-    dy_BLHRP, received_BHT, d = _finish_back(inputs, y_BLHRP, do_BLHP, tile)
+def backward(inputs: Inputs, left_BHS, y_BLHRP, do_BLHP, dlast_BHPN, tile: Tile) -> Back:
+    """Gradients from those of the outputs and of the last state.
 
-    refs = Gradients(inputs._replace(h_BHSPN=starts_BHSPN, gate_BLHP=None), dy_BLHRP, dlast_BHPN[:, :, None])
-    unused = {"gate_rank_HRP": None, "out_rank_HRP": None, "norm_HP": None}
-    refs = refs._replace(inputs=refs.inputs._replace(**unused))
+    Args:
+        inputs: h the states before every segment.
+        left_BHS: what every segment leaves of it; None: one segment.
+        y_BLHRP: before norm and gate.
+    """
+    dy_BLHRP, weights = finish_back(inputs, y_BLHRP, do_BLHP, tile)
+    refs = Gradients(inputs._replace(gate_BLHP=None), dy_BLHRP, dlast_BHPN[:, :, None])
+    refs = _without(refs, "gate_rank_HRP", "out_rank_HRP", "norm_HP")
     refs = refs._replace(dh_BHSPN=_segments_back(refs, left_BHS, tile))
     grid, dtype = Grid(inputs, tile), inputs.q_BHTN.dtype
+    rows = Split(grid.out("BHTN", dtype), grid.out("BHTN", jnp.int8) if dtype == jnp.bfloat16 else None)
+    states = grid.out("BHSAPN", dtype)
 
     query = _call(
         grid,
@@ -253,51 +251,31 @@ def _scan_bwd(tile: Tile, residuals, cotangents):
         "mamba3_query_gradient",
         tile.query,
         _without(refs._replace(dh_BHSPN=None), "q_BHTN", "skip_H"),
-        Query(grid.out("BHTN", dtype), grid.out("BHSAPN")),
+        Query(rows, states),
     )
     refs = _without(refs, "h_BHSPN")
+    # A norm makes the outputs' gradients small against the last state's, and what dh loses is the same for many tokens:
+    # it would add up in the decay's gradient.
+    exact = inputs.norm_HP is not None and dtype == jnp.bfloat16
     key = _call(
         grid,
-        _key_kernel,
+        functools.partial(_key_kernel, exact=exact),
         "mamba3_key_gradient",
         tile.key,
         _without(refs, "k_BHTN", "skip_H"),
-        Key(grid.out("BHTN", dtype), grid.out("BHSAPN")),
+        Key(rows, states, grid.out("BHSPN")),
     )
-    ranks = grid.out("BHSRP") if inputs.v_rank_HRP is not None else None
+    skip = None if inputs.skip_H is None else grid.out("BHT")
+    ranks = None if inputs.v_rank_HRP is None else grid.out("BHSRP")
     value = _call(
         grid,
         _value_kernel,
         "mamba3_value_gradient",
         tile.value,
         refs,
-        Value(grid.out("BLHP", dtype), *[grid.out("BHT")] * 3, ranks),
+        Value(grid.out("BLHP", dtype), grid.out("BHT"), grid.out("BHT"), skip, ranks),
     )
-    received_BHT -= inputs.gamma_BHT * value.dgamma_BHT + inputs.kappa_BHT * value.dkappa_BHT
-    if inputs.skip_H is not None:
-        received_BHT -= inputs.skip_H[:, None] * value.dskip_BHT
-        d["skip_H"] = jnp.sum(value.dskip_BHT, axis=(0, 2)).astype(inputs.skip_H.dtype)
-    if ranks is not None:
-        d["v_rank_HRP"] = jnp.sum(value.dv_rank_BHSRP, axis=(0, 2)).astype(inputs.v_rank_HRP.dtype)
-    crossing_BHSA = jnp.sum(query.h_BHSAPN * key.dh_BHSAPN, axis=(-1, -2))
-    end_BH = jnp.sum(last_BHPN * dlast_BHPN, axis=(-1, -2))
-    # Or XLA for GPU computes these sums again for each of their users.
-    crossing_BHSA, end_BH = lax.optimization_barrier((crossing_BHSA, end_BH))
-    dlog_decay_BHT = _decay_back(inputs, received_BHT, crossing_BHSA, end_BH, tile)
-    has_rest = inputs.decay_rest_BHT is not None
-    gradients = inputs._replace(
-        q_BHTN=query.dq_BHTN,
-        k_BHTN=key.dk_BHTN,
-        v_BLHP=value.dv_BLHP,
-        log_decay_BHT=dlog_decay_BHT,
-        decay_rest_BHT=dlog_decay_BHT if has_rest else None,
-        gamma_BHT=value.dgamma_BHT,
-        kappa_BHT=value.dkappa_BHT,
-        document_BT=None,
-        h_BHSPN=key.dh_BHSAPN[:, :, :1, 0],
-        **d,
-    )
-    return (gradients,)
+    return Back(query, key, value, weights)
 
 
 def _call(grid: Grid, kernel, name: str, how, refs: Gradients, out):
@@ -322,7 +300,6 @@ class Finish(NamedTuple):
 
 class FinishOutputs(NamedTuple):
     dy_BLHRP: jax.Array
-    received_BHT: jax.Array  # dy . y
     gate_BLHP: jax.Array | None  # its gradient, and those of the weights, a segment each
     gate_rank_BHSRP: jax.Array | None
     out_rank_BHSRP: jax.Array | None
@@ -350,21 +327,20 @@ def _finish_kernel(refs: Finish, out: FinishOutputs, *, tile: Tile):
         do_TP = token_rows(refs.do_BLHP, index, tile).astype(jnp.float32)
         dy_TP, dgate_TP, d = jax.vjp(finished, y_TP, gate_TP, weights)[1](do_TP)
         out.dy_BLHRP[tokens, :, :] = by_rank(dy_TP).astype(out.dy_BLHRP.dtype)
-        out.received_BHT[rows_of(index, tile)] = jnp.sum(dy_TP * y_TP, axis=1)
         if dgate_TP is not None:
             dgate_QP = dgate_TP if tile.rank == 1 else jnp.sum(by_rank(dgate_TP), axis=1)
             out.gate_BLHP[tokens, :] = dgate_QP.astype(out.gate_BLHP.dtype)
         return jax.tree.map(jnp.add, sums, d)
 
     zeros = {name: jnp.zeros(weight.shape, jnp.float32) for name, weight in weights.items()}
-    sums = lax.fori_loop(0, out.received_BHT.shape[0] // tile.rows, chunk, zeros)
-    for name, ref in zip(names, out[3:], strict=True):
+    sums = lax.fori_loop(0, refs.y_BLHRP.shape[0] // tile.tokens, chunk, zeros)
+    for name, ref in zip(names, out[2:], strict=True):
         if ref is not None:
             ref[...] = sums[name] if name == "norm_HP" else jnp.sum(by_rank(sums[name]), axis=0)
 
 
-def _finish_back(inputs: Inputs, y_BLHRP, do_BLHP, tile: Tile):
-    """dy, dy . y of every row, and the gradients of what `finish` alone reads."""
+def finish_back(inputs: Inputs, y_BLHRP, do_BLHP, tile: Tile):
+    """dy, and the gradients of what `finish` alone reads."""
     tile = replace(tile, rows=max(16, tile.rows // 2))  # fewer registers a program, more programs
     chunks = inputs.q_BHTN.shape[2] // tile.rows
     grid = Grid(inputs, replace(tile, segments=chunks // math.gcd(chunks, 8)))
@@ -373,12 +349,12 @@ def _finish_back(inputs: Inputs, y_BLHRP, do_BLHP, tile: Tile):
     refs = Finish(y_BLHRP, do_BLHP, *given)
     out = [grid.out("BLHP", do_BLHP.dtype), grid.out("BHSRP"), grid.out("BHSRP"), grid.out("BHSP")]
     out = [None if array is None else axes for array, axes in zip(given, out, strict=True)]
-    out = FinishOutputs(grid.out("BLHRP", do_BLHP.dtype), grid.out("BHT"), *out)
+    out = FinishOutputs(grid.out("BLHRP", do_BLHP.dtype), *out)
     out = grid(_finish_kernel, "mamba3_finish_back", tile.finish, refs, out)
     d = {"gate_BLHP": out.gate_BLHP}
-    for name, array, sums in zip(names[1:], given[1:], out[3:], strict=True):
+    for name, array, sums in zip(names[1:], given[1:], out[2:], strict=True):
         d[name] = None if array is None else jnp.sum(sums, axis=(0, 2)).astype(array.dtype)
-    return out.dy_BLHRP, out.received_BHT, d
+    return out.dy_BLHRP, d
 
 
 def _segments_back(refs: Gradients, left_BHS, tile: Tile):
@@ -394,35 +370,38 @@ def _segments_back(refs: Gradients, left_BHS, tile: Tile):
     return jnp.flip(combine(refs.dh_BHSPN[:, :, 0], added)[0], axis=2)
 
 
-def _decay_back(inputs: Inputs, received_BHT, crossing_BHSA, end_BH, tile: Tile):
-    """The gradient of c: what every row received less what it gave; the last of a chunk also what crosses its end."""
-    batch, n_heads, rows = received_BHT.shape
+def decay_back(document_BL, received_BHL, crossing_BHSA, end_BH, tile: Tile):
+    """The gradient of c: what every token received less what it gave; the last of a chunk also what crosses its end.
+
+    Args:
+        document_BL: document starts in the chunk up to each token.
+        crossing_BHSA: <dh, h> of the state before every `anchor` tokens of every segment.
+        end_BH: of the last state.
+    """
+    batch, n_heads, length = received_BHL.shape
     segments, anchors = crossing_BHSA.shape[2:]
-    chunks = rows // tile.rows // segments
+    chunks, between = length // tile.tokens // segments, tile.anchor_chunks
 
     def by_anchor(array_BHSC):
         """(B, H, S, A, chunks between two anchors); zeros after the last chunk of a segment."""
-        spare = anchors * tile.anchor - chunks
-        return jnp.pad(array_BHSC, [(0, 0)] * 3 + [(0, spare)]).reshape(*array_BHSC.shape[:3], anchors, tile.anchor)
+        spare = anchors * between - chunks
+        return jnp.pad(array_BHSC, [(0, 0)] * 3 + [(0, spare)]).reshape(*array_BHSC.shape[:3], anchors, between)
 
     # over_c = sum of r in the later chunks c' that c reaches, up to the next state kept, and what crosses there.
-    received_BHSCT = received_BHT.reshape(batch, n_heads, segments, chunks, tile.rows)
-    carried_BHSCT, reach_BHSACC, reach_end_BHSAC = received_BHSCT, jnp.tri(tile.anchor, k=-1, dtype=bool).T, True
-    if inputs.document_BT is not None:
-        document_BHSCT = inputs.document_BT.reshape(batch, 1, segments, chunks, tile.rows)
-        carried_BHSCT = jnp.where(document_BHSCT == 0, received_BHSCT, 0.0)
-        begun_BHSAC = jnp.cumsum(by_anchor((document_BHSCT[..., -1] > 0).astype(jnp.int32)), axis=-1)
+    received_BHSCQ = received_BHL.reshape(batch, n_heads, segments, chunks, tile.tokens)
+    carried_BHSCQ, reach_BHSACC, reach_end_BHSAC = received_BHSCQ, jnp.tri(between, k=-1, dtype=bool).T, True
+    if document_BL is not None:
+        document_BHSCQ = document_BL.reshape(batch, 1, segments, chunks, tile.tokens)
+        carried_BHSCQ = jnp.where(document_BHSCQ == 0, received_BHSCQ, 0.0)
+        begun_BHSAC = jnp.cumsum(by_anchor((document_BHSCQ[..., -1] > 0).astype(jnp.int32)), axis=-1)
         begun_before_BHSAC = jnp.pad(begun_BHSAC[..., :-1], [(0, 0)] * 4 + [(1, 0)])
         reach_BHSACC = reach_BHSACC & (begun_BHSAC[..., :, None] == begun_before_BHSAC[..., None, :])
         reach_end_BHSAC = begun_BHSAC == begun_BHSAC[..., -1:]
-    carried_BHSAC = by_anchor(jnp.sum(carried_BHSCT, axis=-1))
+    carried_BHSAC = by_anchor(jnp.sum(carried_BHSCQ, axis=-1))
     crossing_BHS = jnp.concatenate([crossing_BHSA.reshape(batch, n_heads, -1), end_BH[..., None]], axis=-1)
     ends_BHSA = crossing_BHS[..., 1:].reshape(crossing_BHSA.shape)
     over_BHSAC = jnp.sum(jnp.where(reach_BHSACC, carried_BHSAC[..., None, :], 0.0), axis=-1)
     over_BHSAC += jnp.where(reach_end_BHSAC, ends_BHSA[..., None], 0.0)
     over_BHSC = lax.optimization_barrier(over_BHSAC.reshape(batch, n_heads, segments, -1)[..., :chunks])
-    is_last_T = jnp.arange(tile.rows) == tile.rows - 1
-    return (received_BHSCT + jnp.where(is_last_T, over_BHSC[..., None], 0.0)).reshape(received_BHT.shape)
-
-
-scan.defvjp(_scan_fwd, _scan_bwd)
+    is_last_Q = jnp.arange(tile.tokens) == tile.tokens - 1
+    return (received_BHSCQ + jnp.where(is_last_Q, over_BHSC[..., None], 0.0)).reshape(received_BHL.shape)
