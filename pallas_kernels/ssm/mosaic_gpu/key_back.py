@@ -1,5 +1,6 @@
 """The gradients of keys and values: from the last chunk on, with the gradient dh of the state. See `back`."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -37,8 +38,12 @@ class Key(NamedTuple):
     dh_BHSPN: jax.Array  # float32, of the state before every segment
 
 
-def key(inputs: Inputs, tile: Tile, *, only_state: bool = False) -> Key:
-    """h of `inputs`: the gradient of the state after every segment."""
+def key(inputs: Inputs, tile: Tile, *, only_state: bool = False, exact: bool = False) -> Key:
+    """h of `inputs`: the gradient of the state after every segment.
+
+    Args:
+        exact: of keys, take in what rounding dh to bfloat16 leaves out.
+    """
     batch, length, rank, _, d_state = inputs.q_BLRGN.shape
     sizes = sizes_of(inputs, tile)
     shape, rows = jax.ShapeDtypeStruct, batch * sizes.heads
@@ -57,10 +62,13 @@ def key(inputs: Inputs, tile: Tile, *, only_state: bool = False) -> Key:
         shape((*heads, kept, WIDTH, d_state), jnp.bfloat16),
         shape((*heads, WIDTH, d_state), jnp.float32),
     )
-    return call(_kernel, "mamba3_mosaic_key_gradient", inputs, out, sizes, tile, query=False)
+    kernel = functools.partial(_kernel, exact=exact)
+    return call(kernel, "mamba3_mosaic_key_gradient", inputs, out, sizes, tile, query=False)
 
 
-def _kernel(refs: Inputs, out: Key, shared: Shared, barriers: Barriers, *, sizes: Sizes, tile: Tile):
+def _kernel(
+    refs: Inputs, out: Key, shared: Shared, barriers: Barriers, *, sizes: Sizes, tile: Tile, exact: bool = False
+):
     program = Program(refs, shared, barriers, sizes, tile)
     chunks, interpret = sizes.chunks, program.interpret
     only_state = refs.k_BLRGN is None
@@ -92,6 +100,8 @@ def _kernel(refs: Inputs, out: Key, shared: Shared, barriers: Barriers, *, sizes
         if not only_state:
             program.keep(out.dh_BHSAPN, index + 1)
             dk_pairs, dv_ref = _values_back(program, decay)
+            if exact:
+                dk_pairs.append((dk_pairs[0][0], shared.low_PN))
         dy_TP = load(shared.dy_TP, TILE, interpret).astype(jnp.float32) * down(decay.since_T(), WIDTH)
         shared.dy_TP[...] = dy_TP.astype(jnp.bfloat16)
         plgpu.commit_smem()
