@@ -2,6 +2,7 @@
 
     python -m experiments.benchmarks.tune                          every case; the same command goes on after a stop
     python -m experiments.benchmarks.tune --cases=siso,mimo4 --out=DIR
+    python -m experiments.benchmarks.tune --recorded=experiments/benchmarks/results/ssm_hopper.json
 
 What is timed is forward+backward, of a case of one token the step. First every implementation as it comes; then, of
 those NEAR the fastest, every cut of the sequence in STRUCTURE, and from the best of these every launch in LAUNCHES
@@ -202,6 +203,34 @@ def options(case: ssm.Case, implementation: str) -> tuple[dict, dict]:
     return structure, LAUNCHES.get(implementation, {})
 
 
+def recorded_choices(result: dict) -> list[Choice]:
+    """The fastest of every case of a run of `experiments.benchmarks.ssm`, each implementation as it comes."""
+    entries = []
+    for name, sizes in result["cases"].items():
+        case = ssm.Case(**sizes)
+        what = "decode" if case.length == 1 else "forward+backward"
+        rows = [row for row in result["rows"] if (row["case"], row["what"]) == (name, what) and "ms" in row]
+        entries.append(entry_of(case, {row["implementation"]: row["ms"] for row in rows}, {}, result))
+    return entries
+
+
+def entry_of(case: ssm.Case, ms: dict[str, float], launch: dict, origin: dict) -> Choice:
+    """The table's entry for a case, of the times of its implementations."""
+    return Choice(
+        device=origin["device"],
+        rank=case.rank,
+        dtype=case.dtype,
+        width=choices.rounded(case.width),
+        d_state=choices.rounded(case.d_state),
+        heads=case.batch * case.heads,
+        length=case.length,
+        implementation=min(ms, key=ms.get),
+        launch=launch,
+        measured={f"{each}, ms": round(taken, 4) for each, taken in ms.items() if taken < math.inf}
+        | {name: origin[name] for name in ("commit", "jax", "date")},
+    )
+
+
 def choice_of(name: str, case: ssm.Case, progress: Progress, origin: dict) -> Choice:
     """The table's entry for a case: the fastest implementation, and how each is launched."""
     abstract = jax.eval_shape(lambda: ssm.inputs(case)[0])
@@ -218,19 +247,7 @@ def choice_of(name: str, case: ssm.Case, progress: Progress, origin: dict) -> Ch
     best = min(fastest, key=fastest.get)
     if fastest[best] == math.inf:
         raise ValueError(f"{name}: no implementation of {list(fastest)} ran; {progress.path} says why")
-    return Choice(
-        device=origin["device"],
-        rank=case.rank,
-        dtype=case.dtype,
-        width=choices.rounded(case.width),
-        d_state=choices.rounded(case.d_state),
-        heads=case.batch * case.heads,
-        length=case.length,
-        implementation=best,
-        launch=launch,
-        measured={f"{each}, ms": round(ms, 4) for each, ms in fastest.items() if ms < math.inf}
-        | {name: origin[name] for name in ("commit", "jax", "date")},
-    )
+    return entry_of(case, fastest, launch, origin)
 
 
 def write(entry: Choice, path: Path) -> None:
@@ -254,12 +271,17 @@ def _replace(path: Path, text: str) -> None:
 
 def main(argv):
     del argv
+    path = Path(FLAGS.out) / choices.PATH.name if FLAGS.out else choices.PATH
+    if FLAGS.recorded:
+        for entry in recorded_choices(json.loads(Path(FLAGS.recorded).read_text())):
+            write(entry, path)
+        print(path)
+        return
     if jax.default_backend() != "gpu":
         raise app.UsageError(f"there is nothing to tune without a GPU: the backend is {jax.default_backend()!r}")
     names = ssm.chosen("cases", FLAGS.cases or list(ssm.CASES["gpu"]), ssm.CASES["gpu"])
     origin = common.provenance(FLAGS.commit)
     progress = Progress(Path(FLAGS.progress), {name: origin[name] for name in ("device", "jax", "commit")})
-    path = Path(FLAGS.out) / choices.PATH.name if FLAGS.out else choices.PATH
     choices.table = tuple  # nothing: what is timed is what is asked for, not what was chosen before
     for name in names:
         entry = choice_of(name, ssm.CASES["gpu"][name], progress, origin)
@@ -270,6 +292,7 @@ def main(argv):
 
 if __name__ == "__main__":
     flags.DEFINE_list("cases", [], "names in experiments.benchmarks.ssm.CASES for GPUs; empty: all")
+    flags.DEFINE_string("recorded", "", "instead: a result file of experiments.benchmarks.ssm, whose fastest are taken")
     flags.DEFINE_string("progress", "runs/tune.json", "every time taken; the same command goes on from it")
     flags.DEFINE_string("out", "", "directory of choices.json; empty: where the op reads it")
     flags.DEFINE_string("commit", "", "recorded where the code runs outside its git checkout")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import types
 
 import jax
 import pytest
@@ -95,7 +96,14 @@ def test_what_is_wrong_is_no_choice_and_nothing_is_timed_twice(checked, tmp_path
     assert tune.Progress(path, ORIGIN | {"commit": "def"}).taken == {}
 
 
-def test_an_entry_is_written_in_the_place_of_the_one_before(checked, tmp_path, monkeypatch):
+@pytest.fixture
+def no_table(tmp_path, monkeypatch):
+    """Instead of the one that is shipped."""
+    monkeypatch.setattr(choices, "PATH", tmp_path / "shipped.json")
+    choices.PATH.write_text("[]")
+
+
+def test_an_entry_is_written_in_the_place_of_the_one_before(checked, no_table, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "KERNELS", {"scaled": lambda tokens: None, "other": lambda tokens: "wants a GPU"})
     progress, path = tune.Progress(tmp_path / "tune.json", ORIGIN), tmp_path / "choices.json"
     step = dataclasses.replace(TINY, length=1)
@@ -109,7 +117,27 @@ def test_an_entry_is_written_in_the_place_of_the_one_before(checked, tmp_path, m
     assert one.implementation in ("scaled", "recurrent")
 
 
-def test_it_needs_a_gpu():
+def test_the_fastest_of_a_recorded_run_are_choices(no_table, tmp_path):
+    """By forward+backward, or a step's time; what ran out of memory has none."""
+    step = dataclasses.replace(TINY, length=1)
+    rows = [
+        {"case": "long", "implementation": "chunked", "what": "forward", "ms": 1.0},
+        {"case": "long", "implementation": "chunked", "what": "forward+backward", "ms": 9.0},
+        {"case": "long", "implementation": "triton", "what": "forward", "ms": 2.0},
+        {"case": "long", "implementation": "triton", "what": "forward+backward", "ms": 8.0},
+        {"case": "long", "implementation": "mosaic_gpu", "what": "forward+backward", "failed": "out of memory"},
+        {"case": "step", "implementation": "recurrent", "what": "decode", "ms": 3.0},
+    ]
+    cases = {"long": dataclasses.asdict(TINY), "step": dataclasses.asdict(step)}
+    entries = tune.recorded_choices(ORIGIN | {"date": "today", "cases": cases, "rows": rows})
+    assert [(each.length, each.implementation) for each in entries] == [(24, "triton"), (1, "recurrent")]
+    for entry in entries:
+        tune.write(entry, tmp_path / "choices.json")
+    assert {each.implementation for each in choices.read(tmp_path / "choices.json")} == {"triton", "recurrent"}
+
+
+def test_it_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(tune, "FLAGS", types.SimpleNamespace(recorded="", out=""))
     if jax.default_backend() == "cpu":
         with pytest.raises(tune.app.UsageError, match="without a GPU: the backend is 'cpu'"):
             tune.main([])
