@@ -58,10 +58,14 @@ def _step(tokens: Tokens, heads: Heads, state: State, rotation: str, interpret: 
 
     token = jax.tree.map(lambda array: jnp.squeeze(array, 1), tokens)
     tile = tile or default_tile(token.q_BLRGN.shape[1])
+    whole = None
     if isinstance(tile, decode_fused.Tile):
-        return _fused_step(token, heads, state, rotation, dataclasses.replace(tile, interpret=interpret), decode_fused)
-    if isinstance(tile, mosaic_decode.Tile):
-        return _fused_step(token, heads, state, rotation, tile, mosaic_decode)
+        tile, whole = dataclasses.replace(tile, interpret=interpret), decode_fused
+    elif isinstance(tile, mosaic_decode.Tile):
+        whole = mosaic_decode
+    if whole is not None:
+        o_BHP, state = in_one_kernel(token, heads, state, rotation, tile, whole)
+        return o_BHP[:, None], state
     n_heads, width, d_state = state.ssm_BHPN.shape[1:]
     spare_P, spare_N = _tile_size(width) - width, _tile_size(d_state) - d_state
     angle_BHS, q_BHRN, k_BHRN = _turned(token, heads, state, rotation)
@@ -90,9 +94,11 @@ def _step(tokens: Tokens, heads: Heads, state: State, rotation: str, interpret: 
     return y_BLHP, State(angle_BHS, out.h_BHPN[:, :, :width, :d_state], last_k_BRHN, token.v_BLHP)
 
 
-def _fused_step(token: Tokens, heads: Heads, state: State, rotation: str, tile, kernel):
-    """By a kernel that does it all."""
-    inputs = kernel.Inputs(
+def in_one_kernel(token: Tokens, heads: Heads, state: State, rotation: str, tile, kernel):
+    """o_BHP and the state, by the `decode` of a module that does it all; of `token`, without the axis L."""
+    from pallas_kernels.ssm.one_token import Inputs
+
+    inputs = Inputs(
         *(state.ssm_BHPN, state.angle_BHS, state.k_BRHN, state.v_BHP),
         *(token.q_BLRGN, token.k_BLRGN, token.v_BLHP),
         *(token.dt_BLH, token.log_a_BLH, token.trap_BLH, token.angle_BLHS),
@@ -101,7 +107,7 @@ def _fused_step(token: Tokens, heads: Heads, state: State, rotation: str, tile, 
         *(heads.v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP),
     )
     out = kernel.decode(inputs, rotation, tile)
-    return out.o_BHP[:, None], State(out.angle_BHS, out.h_BHPN, out.k_BRHN, out.v_BHP)
+    return out.o_BHP, State(out.angle_BHS, out.h_BHPN, out.k_BRHN, out.v_BHP)
 
 
 def default_tile(rank: int):

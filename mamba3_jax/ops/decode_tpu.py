@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from mamba3_jax.ops.decode import in_one_kernel
 from mamba3_jax.ops.recurrent import recurrent
 from mamba3_jax.ops.types import Heads, State, Tokens
 
@@ -70,26 +71,12 @@ _decode.defvjp(_decode_fwd, _decode_bwd)
 
 
 def _steps(tokens: Tokens, heads: Heads, state: State, rotation: str, tile):
-    outputs = []
-    for place in range(tokens.dt_BLH.shape[1]):
-        token = jax.tree.map(lambda array: array[:, place], tokens)  # noqa: B023
-        o_BHP, state = _step(token, heads, state, rotation, tile)
-        outputs.append(o_BHP)
-    return jnp.stack(outputs, axis=1), state
-
-
-def _step(token: Tokens, heads: Heads, state: State, rotation: str, tile):
-    """Without the axis L."""
     # Here, since everything else works without the kernel.
     from pallas_kernels.ssm.mosaic_tpu import decode as kernel
 
-    inputs = kernel.Inputs(
-        *(state.ssm_BHPN, state.angle_BHS, state.k_BRHN, state.v_BHP),
-        *(token.q_BLRGN, token.k_BLRGN, token.v_BLHP),
-        *(token.dt_BLH, token.log_a_BLH, token.trap_BLH, token.angle_BLHS),
-        None if token.start_BL is None else token.start_BL.astype(jnp.int32),
-        *(heads.q_bias_HRN, heads.k_bias_HRN, token.gate_BLHP, heads.skip_H),
-        *(heads.v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP),
-    )
-    out = kernel.decode(inputs, rotation, tile or kernel.Tile())
-    return out.o_BHP, State(out.angle_BHS, out.h_BHPN, out.k_BRHN, out.v_BHP)
+    outputs = []
+    for place in range(tokens.dt_BLH.shape[1]):
+        token = jax.tree.map(lambda array: array[:, place], tokens)  # noqa: B023
+        o_BHP, state = in_one_kernel(token, heads, state, rotation, tile or kernel.Tile(), kernel)
+        outputs.append(o_BHP)
+    return jnp.stack(outputs, axis=1), state

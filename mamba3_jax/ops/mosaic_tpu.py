@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from mamba3_jax.ops.chunks import documents, incoming, last_state
-from mamba3_jax.ops.decode_tpu import decode_tpu
 from mamba3_jax.ops.discretize import trapezoid
 from mamba3_jax.ops.rotary import to_planes
 from mamba3_jax.ops.types import Heads, State, Tokens
@@ -42,8 +41,6 @@ def mosaic_tpu(
     # Here, since everything else works without the kernels.
     from pallas_kernels.ssm.mosaic_tpu import op
 
-    if tokens.dt_BLH.shape[1] == 1 and interpret is None and tiles is None:
-        return decode_tpu(tokens, heads, state, rotation=rotation)
     check(tokens, interpret, tiles)
     tiles = tiles_of(tokens, chunk, tiles, interpret)
     length, n_heads, width = tokens.v_BLHP.shape[1:]

@@ -28,6 +28,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.ssm.one_token import Inputs, Outputs
+
 NORM_EPS = 1e-5
 TOGETHER = 8  # heads whose values and outputs change places at once: the rows of a tile
 MIB = 2**20
@@ -44,41 +46,6 @@ class Tile:
     unroll: int = 8  # passes over TOGETHER heads, side by side: one waits while another computes
     vmem: int = 14  # MiB that the kernel may take: every chip has 16
     interpret: object = None  # pltpu's InterpretParams: on the CPU, for tests
-
-
-class Inputs(NamedTuple):
-    """None: absent. The first four are the state, of the token before."""
-
-    h_BHPN: jax.Array  # float32
-    angle_BHS: jax.Array  # float32
-    before_k_BRHN: jax.Array  # biased and turned
-    before_v_BHP: jax.Array
-    q_BRGN: jax.Array
-    k_BRGN: jax.Array
-    v_BHP: jax.Array
-    dt_BH: jax.Array  # these four float32
-    log_a_BH: jax.Array
-    trap_BH: jax.Array
-    turn_BHS: jax.Array  # radians per unit dt; H may be 1: shared
-    start_B: jax.Array | None  # int32; what is not 0 forgets everything before
-    q_bias_HRN: jax.Array
-    k_bias_HRN: jax.Array
-    gate_BHP: jax.Array | None
-    skip_H: jax.Array | None
-    v_rank_HRP: jax.Array | None
-    gate_rank_HRP: jax.Array | None
-    out_rank_HRP: jax.Array | None
-    norm_HP: jax.Array | None
-
-
-class Outputs(NamedTuple):
-    """The state after the token, in the buffers of the one before where those are donated, and o."""
-
-    h_BHPN: jax.Array
-    angle_BHS: jax.Array
-    k_BRHN: jax.Array  # like tokens' k
-    v_BHP: jax.Array
-    o_BHP: jax.Array  # like v
 
 
 class Refs(NamedTuple):

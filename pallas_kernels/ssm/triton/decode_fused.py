@@ -18,7 +18,6 @@ Letters: B batch, R rank, G groups of q/k, H heads, N state per head, P head wid
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.ssm.one_token import Inputs, Outputs
 from pallas_kernels.ssm.triton.common import iota, sigmoid
 
 NORM_EPS = 1e-5
@@ -40,41 +40,6 @@ class Tile:
     warps: int = 4
     batch_first: bool = True  # in the grid: neighbours share a head's weights, or else a row's queries and keys
     interpret: bool = False  # on the CPU, for tests
-
-
-class Inputs(NamedTuple):
-    """None: absent. The first four are the state, of the token before."""
-
-    h_BHPN: jax.Array  # float32
-    angle_BHS: jax.Array  # float32
-    before_k_BRHN: jax.Array  # biased and turned
-    before_v_BHP: jax.Array
-    q_BRGN: jax.Array
-    k_BRGN: jax.Array
-    v_BHP: jax.Array
-    dt_BH: jax.Array  # these four float32
-    log_a_BH: jax.Array
-    trap_BH: jax.Array
-    turn_BHS: jax.Array  # radians per unit dt; H may be 1: shared
-    start_B: jax.Array | None  # int32; what is not 0 forgets everything before
-    q_bias_HRN: jax.Array
-    k_bias_HRN: jax.Array
-    gate_BHP: jax.Array | None
-    skip_H: jax.Array | None
-    v_rank_HRP: jax.Array | None
-    gate_rank_HRP: jax.Array | None
-    out_rank_HRP: jax.Array | None
-    norm_HP: jax.Array | None
-
-
-class Outputs(NamedTuple):
-    """The state after the token, in the buffers of the one before where those are donated, and o."""
-
-    h_BHPN: jax.Array
-    angle_BHS: jax.Array
-    k_BRHN: jax.Array  # like tokens' k
-    v_BHP: jax.Array
-    o_BHP: jax.Array  # like v
 
 
 def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
