@@ -20,7 +20,7 @@ from pallas_kernels.ssm.mosaic_gpu.registers import (
     spread,
 )
 from pallas_kernels.ssm.mosaic_gpu.tiles import across, down, load
-from pallas_kernels.ssm.one_token import Inputs
+from pallas_kernels.ssm.one_token import Inputs, Outputs
 
 WIDTH = 64  # P
 NORM_EPS = 1e-5
