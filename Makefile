@@ -7,7 +7,7 @@
 
 PYTHON ?= python3
 WORKDIR ?= runs/text
-PYTEST ?= -n auto --maxprocesses=8 -m "not slow"
+PYTEST ?= -n auto --maxprocesses=8
 BIN := .venv/bin
 GPU_PYTEST := $(PYTHON) -m pytest tests/ops tests/pallas_kernels --ignore-glob="*tpu*"
 
@@ -38,7 +38,8 @@ test: .venv/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m experiments.benchmarks.table --check
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest $(PYTEST) -m "not slow and not libtpu"
+	$(BIN)/python -m pytest $(PYTEST) -m "not slow and libtpu"
 
 install: .venv/installed
 

@@ -93,7 +93,7 @@ def test_on_a_tpu_every_path_is_taken(monkeypatch):
     assert all(row["ms"] > 0 and row["value_error"] > 0 for row in rows)
     assert [row["implementation"] for row in rows if row["case"] == "siso"] == [*["mosaic_tpu"] * 2, *["chunked"] * 2]
     steps = [row["implementation"] for row in rows if row["case"] == "siso_decode"]
-    assert steps == ["recurrent", "default", "mosaic_tpu"]
+    assert steps == ["recurrent", "mosaic_tpu"]
 
 
 def test_require_names_what_is_wrong():

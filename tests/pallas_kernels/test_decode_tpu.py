@@ -206,6 +206,7 @@ def compiler(monkeypatch):
         monkeypatch.setenv(name, value)
 
 
+@pytest.mark.libtpu
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu, the compiler for TPUs")
 @pytest.mark.parametrize("chip", tpu_aot.CHIPS)
 @pytest.mark.usefixtures("compiler")

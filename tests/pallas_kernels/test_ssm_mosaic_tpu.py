@@ -288,6 +288,7 @@ def libtpu():
     ("chip", "topology"),
     [("v4", "v4:1x1x1"), ("v5e", "v5e:1x1"), ("v5p", "v5p:1x1x1"), ("v6e", "v6e:1x1"), ("tpu7x", "tpu7x:1x1x1")],
 )
+@pytest.mark.libtpu
 def test_libtpu_compiles(chip, topology, shape, narrow, libtpu):
     """Forward and backward, without a TPU: what Mosaic's compiler refuses, and what does not fit in VMEM."""
     device = libtpu(topology).devices[0]

@@ -55,6 +55,7 @@ def compiler(monkeypatch):
         monkeypatch.setenv(name, value)
 
 
+@pytest.mark.libtpu
 @needs_compiler
 @pytest.mark.parametrize(("task", "chip"), TASKS)
 def test_compiles(task, chip):
@@ -118,6 +119,7 @@ def compiled_over(topology: str, case: ssm.Case, monkeypatch) -> str:
         return jax.jit(call).lower(*map(placed, arguments, specs)).compile().as_text()
 
 
+@pytest.mark.libtpu
 @needs_compiler
 @pytest.mark.parametrize(
     "topology", [name if name == "v5e:2x4" else pytest.param(name, marks=pytest.mark.slow) for name in MESHES]
@@ -132,6 +134,7 @@ def test_compiles_over_a_mesh(topology, length, rank, monkeypatch):
     assert moved == (set() if length == 1 else {"all-reduce"})
 
 
+@pytest.mark.libtpu
 @needs_compiler
 def test_what_is_gathered_is_seen(monkeypatch):
     """Beside the test above: outputs that every device is to have whole."""
