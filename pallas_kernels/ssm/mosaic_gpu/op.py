@@ -197,11 +197,7 @@ def _crossing(query: query_back.Query, key: key_back.Key, last_BHPN, dlast_BHPN,
         # As the keys before it read dh: what its rounding changes there would stay in every sum over earlier tokens.
         dh_PN = dh_PN if exact else dh_PN.astype(jnp.bfloat16)
         (u_PS, w_PS), (du_PS, dw_PS) = (jnp.split(x.astype(jnp.float32), 2, axis=-1) for x in (h_PN, dh_PN))
-        # Both in one pass over the states, which XLA would not fuse.
-        both, zeros = (u_PS * du_PS + w_PS * dw_PS, w_PS * du_PS - u_PS * dw_PS), (jnp.float32(0),) * 2
-        add = lambda a, b: (a[0] + b[0], a[1] + b[1])  # noqa: E731
-        alike_S, across_S = lax.reduce(both, zeros, add, (both[0].ndim - 2,))
-        return jnp.sum(alike_S, axis=-1), across_S[..., :planes]
+        return angle_back.crossing_sums(u_PS, w_PS, du_PS, dw_PS, planes)
 
     starts = [sums(query.h_BHSAPN[:, :, :, :1], key.dh_BHSPN[:, :, :, None])]
     if query.h_BHSAPN.shape[3] > 1:

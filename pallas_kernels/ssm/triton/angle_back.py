@@ -33,6 +33,15 @@ class Crossing(NamedTuple):
     anchor: int
 
 
+def crossing_sums(u_PS, w_PS, du_PS, dw_PS, planes: int):
+    """Of a state (u, w) and its gradient, float32: <h, dh>, which the decay's gradient wants, and X of every plane."""
+    # Both in one pass over the states, which XLA would not fuse.
+    both, zeros = (u_PS * du_PS + w_PS * dw_PS, w_PS * du_PS - u_PS * dw_PS), (jnp.float32(0),) * 2
+    add = lambda a, b: (a[0] + b[0], a[1] + b[1])  # noqa: E731
+    alike_S, across_S = lax.reduce(both, zeros, add, (both[0].ndim - 2,))
+    return jnp.sum(alike_S, axis=-1), across_S[..., :planes]
+
+
 def add_later(inputs: Inputs, dangle_BLHS, ddt_BHL, dphi_BHCS, dlast_BHS, crossing: Crossing, tile: Tile):
     """Gradients of angle, dt and the first angle: those that come from the tokens of a chunk, and what comes from later
     ones, whose angles are all turned by a chunk's.

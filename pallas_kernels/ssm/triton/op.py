@@ -147,11 +147,7 @@ def _crossing(query: scan_back.Query, key: scan_back.Key, last_BHPN, dlast_BHPN,
     def sums(h_PN, dh_PN):
         h_PN, dh_PN = h_PN.astype(jnp.float32), dh_PN.astype(jnp.float32)
         u_PS, w_PS, du_PS, dw_PS = h_PN[..., ::2], h_PN[..., 1::2], dh_PN[..., ::2], dh_PN[..., 1::2]
-        # Both in one pass over the states, which XLA would not fuse.
-        both, zeros = (u_PS * du_PS + w_PS * dw_PS, w_PS * du_PS - u_PS * dw_PS), (jnp.float32(0),) * 2
-        add = lambda a, b: (a[0] + b[0], a[1] + b[1])  # noqa: E731
-        alike_S, across_S = lax.reduce(both, zeros, add, (both[0].ndim - 2,))
-        return jnp.sum(alike_S, axis=-1), across_S[..., :planes]
+        return angle_back.crossing_sums(u_PS, w_PS, du_PS, dw_PS, planes)
 
     found = sums(query.h_BHSAPN, key.dh_BHSAPN), sums(last_BHPN, dlast_BHPN)
     # Or XLA for GPU computes these sums again for each of their users.
