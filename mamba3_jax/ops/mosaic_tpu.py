@@ -85,8 +85,8 @@ def mosaic_tpu(
         float32(skip_HP),
         *(float32(wide(x)) for x in (heads.v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP)),
     )
-    order_NM = None if layout.same else layout.order_NM.astype(dtype)
-    y_BLHP, h_BHPN, angle_BHS, k_BGRN, v_BHP = op.mamba3(inputs, document_BL, order_NM, length - 1, tiles)
+    order_MN = layout.order_NM.T.astype(dtype)
+    y_BLHP, h_BHPN, angle_BHS, k_BGRN, v_BHP = op.mamba3(inputs, document_BL, order_MN, length - 1, tiles)
     y_BLHP = y_BLHP[:, :length, :, :width].astype(tokens.v_BLHP.dtype)
     h_BHPN = h_BHPN[:, :, :width, :d_state]
     k_BRGN = jnp.swapaxes(k_BGRN[..., :d_state], 1, 2).astype(tokens.k_BLRGN.dtype)
@@ -143,10 +143,8 @@ def tiles_of(tokens: Tokens, chunk: int | None, tiles, interpret):
 
 
 def padded_width(n_heads: int, width: int, heads: int) -> int:
-    """P in the kernel: such that a block of heads fills its lanes, unless it has all of them."""
-    if heads == n_heads:
-        return width
-    unit = LANES // heads
+    """P in the kernel: a block of heads fills its lanes, or, where it has all of them, a state whole tiles of rows."""
+    unit = 8 if heads == n_heads else LANES // heads
     return -(-width // unit) * unit
 
 

@@ -3,6 +3,8 @@
 A grid step is one chunk of a block of J heads; heads run fastest, so that what they share (queries, keys, angles) is
 fetched once a chunk, and the state of all heads waits in VMEM. A chunk has Q tokens and T = R Q rows: **ranks outer,
 tokens inner**, so that a rank is a slice of rows and what is one number a token is repeated by concatenation.
+Queries and keys are turned as columns of N, (N, T); the values of a **pack** of heads lie side by side in X of the 128
+lanes, and so do their states, (N, X).
 """
 
 from dataclasses import dataclass
@@ -61,7 +63,7 @@ class Rest(NamedTuple):
 
     start_BCHS: jax.Array  # the angle before every chunk, in turns
     document_BL: jax.Array | None  # document starts in the chunk up to each token
-    order_NM: jax.Array | None  # a one where an entry of N goes in the kernels; None: all are there
+    order_MN: jax.Array  # a one where in the kernels an entry of N goes
 
 
 class Refs(NamedTuple):
@@ -76,17 +78,17 @@ class Refs(NamedTuple):
     log_a_BHL: jax.Array
     gamma_BHL: jax.Array
     kappa_BHL: jax.Array
-    start_BCKX: jax.Array  # turns: the angle before every chunk; K blocks of heads, (.., 1, J N/2)
+    start_BCKX: jax.Array  # turns: the angle before every chunk; K blocks of heads, (.., 1, J S)
     document_BCQ: jax.Array | None  # float32, document starts in the chunk up to here; (.., 1, Q)
-    order_NM: jax.Array | None
-    h_BHPN: jax.Array | None  # before the row; the backward pass: before every chunk, (B, C, H, P, N)
+    order_MN: jax.Array
+    h_BHPN: jax.Array | None  # before the row; the backward pass: before every chunk, (B, C, W, N, X)
     q_bias_HRN: jax.Array
     k_bias_HRN: jax.Array
-    skip_HRP: jax.Array | None
-    v_rank_HRP: jax.Array | None
-    gate_rank_HRP: jax.Array | None
-    out_rank_HRP: jax.Array | None
-    norm_HRP: jax.Array | None
+    skip_WRX: jax.Array | None  # W packs of heads, each (R, X)
+    v_rank_WRX: jax.Array | None
+    gate_rank_WRX: jax.Array | None
+    out_rank_WRX: jax.Array | None
+    norm_WRX: jax.Array | None
 
 
 def tokens_last(x_BL, tokens: int):
@@ -131,6 +133,11 @@ class Grid:
         self.planes, self.shared_angle = inputs.angle_BLHS.shape[3], inputs.angle_BLHS.shape[2] == 1
         self.rows = self.rank * self.tokens
         _check(self)
+        # Heads of a pack, packs of a block, lanes of a pack.
+        self.pack = next(
+            n for n in range(self.heads, 0, -1) if self.heads % n == 0 and (n == 1 or n * self.width <= LANES)
+        )
+        self.packs, self.lanes = self.heads // self.pack, self.pack * self.width
         self.chunks, self.blocks = self.length // self.tokens, self.n_heads // self.heads
         a_group = self.n_heads // self.groups
         self.blocks_a_group = max(1, a_group // self.heads)  # grid steps that see the same group
@@ -168,32 +175,34 @@ class Grid:
         return pl.BlockSpec((self.d_state, self.d_state), lambda b, c, j: (0, 0))
 
     def of_starts(self):
-        return self._spec((None, None, None, 1, self.heads * self.half), lambda b, c, j: (b, c, j, 0, 0))
+        return self._spec((None, None, None, 1, self.heads * self.planes), lambda b, c, j: (b, c, j, 0, 0))
 
     def of_documents(self):
         return self._spec((None, None, 1, self.tokens), lambda b, c, j: (b, c, 0, 0))
 
     def of_states(self):
-        """Of every chunk: (B, C, H, P, N)."""
-        return self._spec((None, None, self.heads, self.width, self.d_state), lambda b, c, j: (b, c, j, 0, 0))
+        """Of every chunk: (B, C, W, N, X)."""
+        return self._spec((None, None, self.packs, self.d_state, self.lanes), lambda b, c, j: (b, c, j, 0, 0))
 
-    def before(self, *sizes: int, heads: int | None = -1):
+    def before(self, heads: int | None, *sizes: int):
         """(B, H, ..): read in the first steps of a row; later ones stay at the last block, which costs nothing.
 
-        `heads` None: (B, K, ..).
+        `heads` of a block; None: (B, K, ..).
         """
-        heads, zeros, last = self.heads if heads else None, (0,) * len(sizes), self.blocks - 1
+        zeros, last = (0,) * len(sizes), self.blocks - 1
         return pl.BlockSpec((None, heads, *sizes), lambda b, step, j: (b, jnp.where(step == 0, j, last), *zeros))
 
-    def after(self, *sizes: int, heads: int | None = -1):
+    def after(self, heads: int | None, *sizes: int):
         """(B, H, ..): written in the last steps of a row; earlier ones stay at the first block."""
-        heads, zeros = self.heads if heads else None, (0,) * len(sizes)
+        zeros = (0,) * len(sizes)
         return pl.BlockSpec((None, heads, *sizes), lambda b, step, j: (b, jnp.where(step == self.last, j, 0), *zeros))
 
-    def of_weights(self, array_HRP):
-        if array_HRP is None:
+    def of_weights(self, array_XRX):
+        """Of heads, or of packs."""
+        if array_XRX is None:
             return None
-        return pl.BlockSpec((self.heads, *array_HRP.shape[1:]), lambda b, c, j: (j, 0, 0))
+        count, *sizes = array_XRX.shape
+        return pl.BlockSpec((count // self.blocks, *sizes), lambda b, c, j: (j, 0, 0))
 
     def weights(self, refs: Refs):
         return [self.of_weights(array) for array in refs[-7:]]
@@ -202,11 +211,25 @@ class Grid:
         """VMEM for what is one number a token and head: dt, decay, gamma, kappa and, for float32, the decay's rest."""
         return pltpu.VMEM((self.n_heads, 4 + (self.dtype == jnp.float32), self.tokens), jnp.float32)
 
+    def columns(self):
+        """VMEM for queries or keys of a block's groups, or for their gradients."""
+        return pltpu.VMEM((self.groups_a_block, self.d_state, self.rows), jnp.float32)
+
     def of_blocks(self, angle_HS):
-        """(.., H, S) as (.., K, 1, J N/2), zeros for what does not turn."""
-        *outer, _, planes = angle_HS.shape
-        angle_HS = jnp.pad(angle_HS, [(0, 0)] * (len(outer) + 1) + [(0, self.half - planes)])
-        return angle_HS.reshape(*outer, self.blocks, 1, self.heads * self.half)
+        """(.., H, S) as (.., K, 1, J S)."""
+        return angle_HS.reshape(*angle_HS.shape[:-2], self.blocks, 1, self.heads * self.planes)
+
+    def packed(self, array_HRP):
+        """(H, R, P) as (W, R, X)."""
+        if array_HRP is None:
+            return None
+        array_WHRP = array_HRP.reshape(-1, self.pack, *array_HRP.shape[1:])
+        return jnp.swapaxes(array_WHRP, 1, 2).reshape(array_WHRP.shape[0], -1, self.lanes)
+
+    def unpacked(self, array_WRX):
+        """Back from `packed`."""
+        array_WRHP = array_WRX.reshape(*array_WRX.shape[:2], self.pack, self.width)
+        return jnp.swapaxes(array_WRHP, 1, 2).reshape(self.n_heads, -1, self.width)
 
     @property
     def own_width(self) -> int:
@@ -216,6 +239,14 @@ class Grid:
     def group_of(self, head: int) -> int:
         """Which of the block's groups its head (of J) reads."""
         return head // self.heads_a_group
+
+    def heads_of(self, pack: int) -> range:
+        """The block's heads of a pack."""
+        return range(pack * self.pack, (pack + 1) * self.pack)
+
+    def lanes_of_pack(self, pack: int) -> slice:
+        """Where in the block's lanes a pack's values are."""
+        return slice(pack * self.lanes, (pack + 1) * self.lanes)
 
     def lanes_of(self, group: int, rank: int) -> slice:
         """Where in the block's lanes the queries of a group are."""
@@ -255,13 +286,18 @@ def refs_of(inputs: Inputs, rest: Rest, grid: Grid, h) -> Refs:
         *(tokens_last(array, grid.tokens) for array in inputs[4:9]),
         grid.of_blocks(rest.start_BCHS),
         document_BCQ,
-        rest.order_NM,
+        rest.order_MN,
         h,
         inputs.q_bias_HRN,
         inputs.k_bias_HRN,
-        one(inputs.skip_HP),
-        inputs.v_rank_HRP,
-        inputs.gate_rank_HRP,
-        inputs.out_rank_HRP,
-        one(inputs.norm_HP),
+        *(
+            grid.packed(array)
+            for array in (
+                one(inputs.skip_HP),
+                inputs.v_rank_HRP,
+                inputs.gate_rank_HRP,
+                inputs.out_rank_HRP,
+                one(inputs.norm_HP),
+            )
+        ),
     )

@@ -14,41 +14,41 @@ from pallas_kernels.ssm.mosaic_tpu.turns import starts
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def mamba3(inputs: Inputs, document_BL, order_NM, last: int, tiles: Tiles):
+def mamba3(inputs: Inputs, document_BL, order_MN, last: int, tiles: Tiles):
     """o_BLHP, and what the row leaves: h_BHPN, angle_BHS in radians, in [0, 2 pi), k_BGRN and v_BHP of its last token.
 
     Args:
         document_BL: int32, document starts in the chunk up to each token; None: one document.
-        order_NM: a one where an entry of N, of queries, keys and states, goes in the kernels, in the dtype of the
-            products; None: all are there.
+        order_MN: a one where an entry of N, of queries, keys and states, goes in the kernels, in the dtype of the
+            products.
         last: index of the last token that is not padding.
 
     Raises:
         ValueError: see `contract.Grid`.
     """
-    return _forward(inputs, document_BL, order_NM, last, tiles, keep=False)[0]
+    return _forward(inputs, document_BL, order_MN, last, tiles, keep=False)[0]
 
 
-def _forward(inputs: Inputs, document_BL, order_NM, last: int, tiles: Tiles, *, keep: bool):
+def _forward(inputs: Inputs, document_BL, order_MN, last: int, tiles: Tiles, *, keep: bool):
     start_BCHS, angle_BHS = starts(inputs.angle_BLHS, inputs.dt_BLH, inputs.first_BHS, document_BL, tiles)
-    rest = Rest(start_BCHS, document_BL, order_NM)
-    o_BLHP, h_BHPN, h_BCHPN = scan.forward(inputs, rest, tiles, keep=keep)
+    rest = Rest(start_BCHS, document_BL, order_MN)
+    o_BLHP, h_BHPN, h_BCWNX = scan.forward(inputs, rest, tiles, keep=keep)
     # Of the arrays as they lie in memory: or XLA for TPU copies all of them into another order.
     k_BGRN, v_BHP = (
         x.reshape(*x.shape[:2], -1)[:, last].reshape(-1, *x.shape[2:]) for x in (inputs.k_BLGRN, inputs.v_BLHP)
     )
-    return (o_BLHP, h_BHPN, angle_BHS, k_BGRN, v_BHP), (rest, h_BCHPN)
+    return (o_BLHP, h_BHPN, angle_BHS, k_BGRN, v_BHP), (rest, h_BCWNX)
 
 
-def _fwd(inputs: Inputs, document_BL, order_NM, last: int, tiles: Tiles):
-    results, (rest, h_BCHPN) = _forward(inputs, document_BL, order_NM, last, tiles, keep=True)
-    return results, (inputs, rest, checkpoint_name(h_BCHPN, "ssm_states"))
+def _fwd(inputs: Inputs, document_BL, order_MN, last: int, tiles: Tiles):
+    results, (rest, h_BCWNX) = _forward(inputs, document_BL, order_MN, last, tiles, keep=True)
+    return results, (inputs, rest, checkpoint_name(h_BCWNX, "ssm_states"))
 
 
 def _bwd(last: int, tiles: Tiles, residuals, cotangents):
-    inputs, rest, h_BCHPN = residuals
+    inputs, rest, h_BCWNX = residuals
     *cotangents, dk_BGRN, dv_BHP = cotangents
-    d = scan_back.backward(inputs, rest, h_BCHPN, cotangents, tiles)
+    d = scan_back.backward(inputs, rest, h_BCWNX, cotangents, tiles)
     dk_BLGRN, dv_BLHP = _with(d.k_BLGRN, last, dk_BGRN), _with(d.v_BLHP, last, dv_BHP)
     return d._replace(k_BLGRN=dk_BLGRN, v_BLHP=dv_BLHP), None, None
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ssm.mosaic_tpu.angle import INVERSE_TURN, increments, sincos_of
 from pallas_kernels.ssm.mosaic_tpu.contract import Grid, Refs
@@ -31,10 +30,32 @@ def ranks(x, rank: int, axis: int = 0):
     return x if rank == 1 else jnp.concatenate([x] * rank, axis)
 
 
-def over_ranks(x_TX, rank: int):
+def of_ranks(x, rank: int, axis: int = 0) -> list:
+    """Every rank's tokens of rows, or of columns (`axis` 1)."""
+    tokens = x.shape[axis] // rank
+    return [lax.slice_in_dim(x, r * tokens, (r + 1) * tokens, axis=axis) for r in range(rank)]
+
+
+def over_ranks(x, rank: int, axis: int = 0):
     """The sum over the ranks of every token."""
-    tokens = x_TX.shape[0] // rank
-    return sum(x_TX[r * tokens : (r + 1) * tokens] for r in range(rank))
+    return sum(of_ranks(x, rank, axis))
+
+
+def side_by_side(values: list, width: int):
+    """Every head's own of `values` in its `width` lanes of a pack; one of them may be as wide as all or a column."""
+    picked = values[0]
+    for head, value in enumerate(values[1:], 1):
+        lane_1X = lax.broadcasted_iota(jnp.int32, (1, len(values) * width), 1)
+        picked = jnp.where(lane_1X >= head * width, value, picked)
+    return picked
+
+
+def alone(x_YX, head: int, grid: Grid):
+    """Zeros in the lanes of the pack's other heads."""
+    if grid.pack == 1:
+        return x_YX
+    head_1X = lax.broadcasted_iota(jnp.int32, (1, grid.lanes), 1) // grid.width
+    return x_YX * (head_1X == head).astype(jnp.float32)
 
 
 def per_rank(x_QX, weight_RX):
@@ -49,17 +70,21 @@ class Masks(NamedTuple):
     own_QQ: jax.Array
     carried_Q1: jax.Array | None  # no document starts in the chunk up to here; None: none at all
     left_Q1: jax.Array | None  # no document starts later in the chunk
+    carried_1Q: jax.Array | None
+    left_1Q: jax.Array | None
 
     @classmethod
     def load(cls, refs: Refs, grid: Grid):
         shape = (grid.tokens, grid.tokens)
         t_QQ, s_QQ = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
         if refs.document_BCQ is None:
-            return cls(t_QQ >= s_QQ, t_QQ == s_QQ, None, None)
+            return cls(t_QQ >= s_QQ, t_QQ == s_QQ, *[None] * 4)
         document_1Q = refs.document_BCQ[...]
         document_Q1 = document_1Q.T
         within_QQ = (t_QQ >= s_QQ) & (document_Q1 == document_1Q)
-        return cls(within_QQ, t_QQ == s_QQ, document_Q1 == 0, document_Q1 == document_1Q[:, grid.tokens - 1 :])
+        last_11 = document_1Q[:, grid.tokens - 1 :]
+        columns, rows = ((x == 0, x == last_11) for x in (document_Q1, document_1Q))
+        return cls(within_QQ, t_QQ == s_QQ, *columns, *rows)
 
 
 class Decay(NamedTuple):
@@ -71,7 +96,7 @@ class Decay(NamedTuple):
     gamma_1Q: jax.Array
     kappa_1Q: jax.Array
     kappa_Q1: jax.Array
-    dt_Q1: jax.Array
+    dt_1Q: jax.Array
 
     @classmethod
     def load(cls, scalars_XQ, masks: Masks):
@@ -91,7 +116,7 @@ class Decay(NamedTuple):
         if masks.left_Q1 is not None:
             since_Q1 = jnp.where(masks.carried_Q1, since_Q1, 0.0)
             until_Q1 = jnp.where(masks.left_Q1, until_Q1, 0.0)
-        return cls(within_QQ, since_Q1, until_Q1, row(2), row(3), column(3), column(0))
+        return cls(within_QQ, since_Q1, until_Q1, row(2), row(3), column(3), row(0))
 
     def whole(self):
         """(1, 1): what the chunk leaves of the state before it."""
@@ -102,38 +127,38 @@ class Decay(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """(u, w) -> (u cos - w sin, u sin + w cos) of the planes of a head: rows of Q tokens."""
+    """(u, w) -> (u cos - w sin, u sin + w cos) of the planes of a head: u the first rows of N, w those from N / 2 on.
 
-    sin_QN: jax.Array  # -sin, sin
-    cos_QN: jax.Array
+    With N in the sublanes they are rows to take, tokens fill the lanes, and what does not turn costs nothing.
+    """
+
+    sin_ST: jax.Array
+    cos_ST: jax.Array
 
     @classmethod
-    def of_heads(cls, sin_QX, cos_QX, grid: Grid) -> list:
+    def of_heads(cls, sin_XQ, cos_XQ, grid: Grid) -> list:
         """From those of all heads of a block, one head after another."""
-        lane_1N = lax.broadcasted_iota(jnp.int32, (1, grid.d_state), 1)
-        low_1N = lane_1N < grid.half
-        turns = []
-        for begin in range(0, sin_QX.shape[1], grid.d_state):
-            if sin_QX.shape[1] - begin < grid.d_state:  # one head is left
-                sin_QN, cos_QN = (jnp.concatenate([x_QX[:, begin:]] * 2, axis=1) for x_QX in (sin_QX, cos_QX))
-                turns.append(cls(jnp.where(low_1N, -sin_QN, sin_QN), cos_QN))
-                continue
-            sin_QN, cos_QN = (x_QX[:, begin : begin + grid.d_state] for x_QX in (sin_QX, cos_QX))  # of two heads
-            sin_there_QN, cos_there_QN = partner(sin_QN), partner(cos_QN)
-            turns.append(cls(jnp.where(low_1N, -sin_QN, sin_there_QN), jnp.where(low_1N, cos_QN, cos_there_QN)))
-            turns.append(cls(jnp.where(low_1N, -sin_there_QN, sin_QN), jnp.where(low_1N, cos_there_QN, cos_QN)))
-        return turns
+        rows = [slice(head * grid.planes, (head + 1) * grid.planes) for head in range(grid.heads)]
+        return [cls(*(ranks(x_XQ[of_head], grid.rank, 1) for x_XQ in (sin_XQ, cos_XQ))) for of_head in rows]
 
-    def there(self, x_QN):
-        return x_QN * self.cos_QN + partner(x_QN) * self.sin_QN
+    def there(self, x_NT):
+        return self._by(x_NT, self.sin_ST)
 
-    def back(self, dx_QN):
-        return dx_QN * self.cos_QN - partner(dx_QN) * self.sin_QN
+    def back(self, dx_NT):
+        return self._by(dx_NT, -self.sin_ST)
 
+    def _by(self, x_NT, sin_ST):
+        u_ST, w_ST = self.planes(x_NT)
+        planes, half = u_ST.shape[0], x_NT.shape[0] // 2
+        turned = (u_ST * self.cos_ST - w_ST * sin_ST, u_ST * sin_ST + w_ST * self.cos_ST)
+        if planes == half:
+            return jnp.concatenate(turned, axis=0)
+        return jnp.concatenate([turned[0], x_NT[planes:half], turned[1], x_NT[half + planes :]], axis=0)
 
-def partner(x_QN):
-    """The other entry of every entry's plane."""
-    return pltpu.roll(x_QN, x_QN.shape[1] // 2, 1)
+    def planes(self, x_NT):
+        """u and w."""
+        planes, half = self.sin_ST.shape[0], x_NT.shape[0] // 2
+        return x_NT[:planes], x_NT[half : half + planes]
 
 
 STEEPEST = -104.0  # exp of it is 0 in float32, so a steeper log_a decays no more
@@ -161,89 +186,119 @@ def load_numbers(scalars_HXQ, refs: Refs, block, grid: Grid) -> None:
             scalars_HXQ[:, x : x + 1] = number_HQ[:, None]
 
 
-def load_angles(angle_QX, refs: Refs, block, grid: Grid) -> None:
-    """The angles of the heads of a block, (Q, J N/2), into VMEM: those that heads share once a chunk."""
-
-    @pl.when((block == 0) | (not grid.shared_angle))
-    def _():
-        still_XQ = jnp.zeros((grid.half - grid.planes, grid.tokens), jnp.float32)
-        heads = [0] * grid.heads if grid.shared_angle else range(grid.heads)
-        rows = [x for head in heads for x in (refs.angle_BHSL[head], still_XQ) if x.shape[0]]
-        angle_QX[...] = jnp.concatenate(rows, axis=0).T
+def angles(refs: Refs, grid: Grid):
+    """Those of the heads of a block, one head after another: (J S, Q)."""
+    heads = [0] * grid.heads if grid.shared_angle else range(grid.heads)
+    return jnp.concatenate([refs.angle_BHSL[head] for head in heads], axis=0)
 
 
-def sincos(angle_QX, refs: Refs, dt_QJ, masks: Masks, grid: Grid):
-    """sin and cos of phi_t = phi_0 + sum_{s <= t} angle_s dt_s for the heads of a block: (Q, J N/2), heads in turn.
+def of_planes(of_heads: list, grid: Grid):
+    """One row a head, (1, Q), for each of its planes: (J S, Q)."""
+    return jnp.concatenate([jnp.broadcast_to(x_1Q, (grid.planes, grid.tokens)) for x_1Q in of_heads], axis=0)
+
+
+def sincos(refs: Refs, decays: list, masks: Masks, grid: Grid):
+    """sin and cos of phi_t = phi_0 + sum_{s <= t} angle_s dt_s for the heads of a block: (J S, Q), heads in turn.
 
     Sums of numbers of 8 bits times zeros and ones are exact in bfloat16 products; modulo a turn nothing grows.
     """
-    dt_QX = jnp.concatenate([jnp.broadcast_to(dt_Q1, (grid.tokens, grid.half)) for dt_Q1 in dt_QJ], axis=1)
+    angle_XQ, dt_XQ = angles(refs, grid), of_planes([decay.dt_1Q for decay in decays], grid)
     if grid.dtype == jnp.float32:
-        exact_QX, rest_QX = increments(angle_QX, dt_QX, 2.0**-16)
+        exact_XQ, rest_XQ = increments(angle_XQ, dt_XQ, 2.0**-16)
     else:
-        exact_QX, rest_QX = (angle_QX * INVERSE_TURN) * dt_QX, 0.0
-    exact_QX -= jnp.floor(exact_QX + 0.5)
-    high_QX = jnp.floor(exact_QX * 2.0**8 + 0.5) * 2.0**-8
-    low_QX = exact_QX - high_QX
-    middle_QX = jnp.floor(low_QX * 2.0**16 + 0.5) * 2.0**-16
-    pieces_QX = jnp.concatenate([high_QX, middle_QX, (low_QX - middle_QX) + rest_QX], axis=1)
-    sums_QX = product(masks.within_QQ.astype(jnp.float32), pieces_QX, NN, grid, jnp.bfloat16)
-    high_QX, middle_QX, rest_QX = jnp.split(sums_QX, 3, axis=1)
-    start_1X = refs.start_BCKX[...]
-    start_QX = jnp.broadcast_to(start_1X, high_QX.shape)
-    if masks.carried_Q1 is not None:
-        start_QX = jnp.where(masks.carried_Q1, start_QX, 0.0)
-    high_QX = high_QX - jnp.floor(high_QX)
-    return sincos_of(high_QX + start_QX, middle_QX + rest_QX)
+        exact_XQ, rest_XQ = (angle_XQ * INVERSE_TURN) * dt_XQ, 0.0
+    exact_XQ -= jnp.floor(exact_XQ + 0.5)
+    high_XQ = jnp.floor(exact_XQ * 2.0**8 + 0.5) * 2.0**-8
+    low_XQ = exact_XQ - high_XQ
+    middle_XQ = jnp.floor(low_XQ * 2.0**16 + 0.5) * 2.0**-16
+    pieces_XQ = jnp.concatenate([high_XQ, middle_XQ, (low_XQ - middle_XQ) + rest_XQ], axis=0)
+    sums_XQ = product(pieces_XQ, masks.within_QQ.astype(jnp.float32), NT, grid, jnp.bfloat16)
+    high_XQ, middle_XQ, rest_XQ = jnp.split(sums_XQ, 3, axis=0)
+    start_XQ = jnp.broadcast_to(refs.start_BCKX[...].T, high_XQ.shape)
+    if masks.carried_1Q is not None:
+        start_XQ = jnp.where(masks.carried_1Q, start_XQ, 0.0)
+    high_XQ = high_XQ - jnp.floor(high_XQ)
+    return sincos_of(high_XQ + start_XQ, middle_XQ + rest_XQ)
 
 
-def ordered(x_XN, order_NM, grid: Grid, dimensions=NN):
-    """Into the kernels' order of N, float32; NT: out of it. Exact, as a product with ones and zeros."""
-    if order_NM is None:
-        return x_XN.astype(jnp.float32)
-    return product(x_XN, order_NM[...], dimensions, grid, x_XN.dtype)
+def inwards(x_YN, order_MN, grid: Grid):
+    """Rows of N, as the op orders them, into columns of the kernels' N: (N, Y), float32.
+
+    Exact, as a product with ones and zeros: the matrix unit is idle, and what moves across lanes is not.
+    """
+    return product(order_MN[...], x_YN, NT, grid, x_YN.dtype)
 
 
-def rows_of_groups(ref, order_NM, grid: Grid):
-    """Queries or keys of every group of the block and every rank, (Q, N), float32."""
-    lanes = ((grid.lanes_of(group, r) for r in range(grid.rank)) for group in range(grid.groups_a_block))
-    return [[ordered(ref[:, each], order_NM, grid) for each in ranks_] for ranks_ in lanes]
+def outwards(x_NY, order_MN, grid: Grid):
+    """Back from `inwards`: (Y, N), float32."""
+    return product(x_NY, order_MN[...], TN, grid, x_NY.dtype)
 
 
-def turned(x_RQN, bias_RN, turn: Turn):
-    """(T, N), float32."""
-    return jnp.concatenate([turn.there(x_QN + bias_RN[r : r + 1]) for r, x_QN in enumerate(x_RQN)], axis=0)
+def state_in(h_HPN, pack: int, order_MN, grid: Grid):
+    """(N, X): a pack of the states of a block."""
+    h_XN = jnp.concatenate([h_HPN[head] for head in grid.heads_of(pack)], axis=0)
+    return inwards(h_XN, order_MN, grid)
+
+
+def state_out(h_NX, h_HPN, pack: int, order_MN, grid: Grid) -> None:
+    """Into `h_HPN`."""
+    h_XN = outwards(h_NX, order_MN, grid)
+    for place, head in enumerate(grid.heads_of(pack)):
+        h_HPN[head] = h_XN[place * grid.width : (place + 1) * grid.width]
+
+
+def load_groups(q_GNT, k_GNT, refs: Refs, block, grid: Grid) -> None:
+    """Queries and keys of every group of the block, float32, into VMEM: once a chunk for all blocks of a group."""
+
+    @pl.when(lax.rem(block, grid.blocks_a_group) == 0)
+    def _():
+        for x_GNT, ref in ((q_GNT, refs.q_BLX), (k_GNT, refs.k_BLX)):
+            for group in range(grid.groups_a_block):
+                x_TN = jnp.concatenate([ref[:, grid.lanes_of(group, r)] for r in range(grid.rank)], axis=0)
+                x_GNT[group] = inwards(x_TN, refs.order_MN, grid)
+
+
+def transposed(x_NT, grid: Grid):
+    """(T, N), in the dtype of the products."""
+    return x_NT.astype(grid.dtype).T
+
+
+def turned(x_NT, bias_RN, turn: Turn):
+    """(N, T), float32."""
+    rank, bias_NR = bias_RN.shape[0], bias_RN.T
+    by_rank = [x_NQ + bias_NR[:, r : r + 1] for r, x_NQ in enumerate(of_ranks(x_NT, rank, 1))]
+    return turn.there(by_rank[0] if rank == 1 else jnp.concatenate(by_rank, axis=1))
 
 
 class Ends(NamedTuple):
-    """The weights of `finish`, of a head."""
+    """The weights of `finish`, of a pack of heads."""
 
-    skip_1P: jax.Array | None
-    gate_rank_RP: jax.Array | None
-    out_rank_RP: jax.Array | None
-    norm_1P: jax.Array | None
+    skip_1X: jax.Array | None
+    gate_rank_RX: jax.Array | None
+    out_rank_RX: jax.Array | None
+    norm_1X: jax.Array | None
 
     @classmethod
-    def load(cls, refs: Refs, head: int):
-        fields = (refs.skip_HRP, refs.gate_rank_HRP, refs.out_rank_HRP, refs.norm_HRP)
-        return cls(*(None if ref is None else ref[head] for ref in fields))
+    def load(cls, refs: Refs, pack: int):
+        fields = (refs.skip_WRX, refs.gate_rank_WRX, refs.out_rank_WRX, refs.norm_WRX)
+        return cls(*(None if ref is None else ref[pack] for ref in fields))
 
 
-def finish(y_TP, x_TP, gate_QP, ends: Ends, rank: int, width: int):
-    """o = sum over ranks of out_rank norm(y + D x) silu(gate gate_rank), (Q, P); `width` of P are no padding."""
-    tokens = y_TP.shape[0] // rank
-    if ends.skip_1P is not None:
-        y_TP = y_TP + ends.skip_1P * x_TP
-    if ends.norm_1P is not None:
-        mean_square_T1 = jnp.sum(y_TP * y_TP, axis=1, keepdims=True) / width
-        y_TP = y_TP * lax.rsqrt(mean_square_T1 + NORM_EPS) * ends.norm_1P
-    out_QP = 0.0
-    for r in range(rank):
-        y_QP = y_TP[r * tokens : (r + 1) * tokens]
-        if gate_QP is not None:
-            gated_QP = gate_QP if ends.gate_rank_RP is None else gate_QP * ends.gate_rank_RP[r : r + 1]
-            y_QP = y_QP * (gated_QP * jax.nn.sigmoid(gated_QP))
-        if ends.out_rank_RP is not None:
-            y_QP = y_QP * ends.out_rank_RP[r : r + 1]
-        out_QP = out_QP + y_QP
-    return out_QP
+def finish(y_TX, x_TX, gate_QX, ends: Ends, grid: Grid):
+    """o = sum over ranks of out_rank norm(y + D x) silu(gate gate_rank), (Q, X), of a pack of heads."""
+    if ends.skip_1X is not None:
+        y_TX = y_TX + ends.skip_1X * x_TX
+    if ends.norm_1X is not None:
+        square_TX = y_TX * y_TX
+        sums = [jnp.sum(alone(square_TX, head, grid), axis=1, keepdims=True) for head in range(grid.pack)]
+        scales = [lax.rsqrt(sum_T1 / grid.own_width + NORM_EPS) for sum_T1 in sums]
+        y_TX = y_TX * side_by_side(scales, grid.width) * ends.norm_1X
+    out_QX = 0.0
+    for r, y_QX in enumerate(of_ranks(y_TX, grid.rank)):
+        if gate_QX is not None:
+            gated_QX = gate_QX if ends.gate_rank_RX is None else gate_QX * ends.gate_rank_RX[r : r + 1]
+            y_QX = y_QX * (gated_QX * jax.nn.sigmoid(gated_QX))
+        if ends.out_rank_RX is not None:
+            y_QX = y_QX * ends.out_rank_RX[r : r + 1]
+        out_QX = out_QX + y_QX
+    return out_QX

@@ -17,29 +17,31 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ssm.mosaic_tpu import parts
 from pallas_kernels.ssm.mosaic_tpu.contract import MIB, Grid, Inputs, Refs, Rest, refs_of
-from pallas_kernels.ssm.mosaic_tpu.parts import NN, NT, TN, Decay, Ends, Masks, Turn, product, ranks
+from pallas_kernels.ssm.mosaic_tpu.parts import NN, Decay, Ends, Masks, Turn, product, ranks, side_by_side
 from pallas_kernels.ssm.mosaic_tpu.tiles import check_vmem
 
 
 class Outputs(NamedTuple):
     o_BLX: jax.Array  # like v
     h_BHPN: jax.Array  # float32, after the row
-    h_BCHPN: jax.Array | None  # before every chunk, as products take it: what the backward pass keeps
+    h_BCWNX: jax.Array | None  # before every chunk, as products take it: what the backward pass keeps
 
 
 def forward(inputs: Inputs, rest: Rest, tiles, *, keep: bool):
-    """o_BLHP, the state after the row, and the states before every chunk (N in the kernels' order) or None."""
+    """o_BLHP, the state after the row, and the states before every chunk (as the kernels keep them) or None."""
     grid = Grid(inputs, tiles)
     refs = refs_of(inputs, rest, grid, inputs.h_BHPN)
-    specs = specs_of(refs, grid, grid.before(grid.width, grid.d_state))
-    batch, chunks, n_heads, width, d_state = grid.batch, grid.chunks, grid.n_heads, grid.width, grid.d_state
-    states = jax.ShapeDtypeStruct((batch, chunks, n_heads, width, d_state), grid.dtype)
+    specs = specs_of(refs, grid, grid.before(grid.heads, grid.width, grid.d_state))
+    packs = (grid.n_heads // grid.pack, grid.d_state, grid.lanes)
+    states = jax.ShapeDtypeStruct((grid.batch, grid.chunks, *packs), grid.dtype)
     out = Outputs(
         jax.ShapeDtypeStruct(refs.v_BLX.shape, refs.v_BLX.dtype),
         jax.ShapeDtypeStruct(inputs.h_BHPN.shape, jnp.float32),
         states if keep else None,
     )
-    out_specs = Outputs(grid.of_heads(), grid.after(width, d_state), grid.of_states() if keep else None)
+    out_specs = Outputs(
+        grid.of_heads(), grid.after(grid.heads, grid.width, grid.d_state), grid.of_states() if keep else None
+    )
     out = call(
         functools.partial(_kernel, grid=grid),
         "mamba3_tpu_scan",
@@ -49,12 +51,13 @@ def forward(inputs: Inputs, rest: Rest, tiles, *, keep: bool):
         out,
         out_specs,
         [
-            pltpu.VMEM((n_heads, width, d_state), jnp.float32),
-            pltpu.VMEM((grid.tokens, grid.heads * grid.half), jnp.float32),
+            pltpu.VMEM(packs, jnp.float32),
+            grid.columns(),
+            grid.columns(),
             grid.numbers(),
         ],
     )
-    return out.o_BLX.reshape(inputs.v_BLHP.shape), out.h_BHPN, out.h_BCHPN
+    return out.o_BLX.reshape(inputs.v_BLHP.shape), out.h_BHPN, out.h_BCWNX
 
 
 def specs_of(refs: Refs, grid: Grid, state) -> Refs:
@@ -68,7 +71,7 @@ def specs_of(refs: Refs, grid: Grid, state) -> Refs:
         *[grid.of_numbers()] * 4,
         grid.of_starts(),
         None if refs.document_BCQ is None else grid.of_documents(),
-        None if refs.order_NM is None else grid.of_order(),
+        grid.of_order(),
         state,
         *grid.weights(refs),
     )
@@ -115,45 +118,50 @@ def _cost(arrays, grid: Grid) -> pl.CostEstimate:
     )
 
 
-def _kernel(refs: Refs, out: Outputs, h_HPN, angle_QX, scalars_HXQ, *, grid: Grid):
+def _kernel(refs: Refs, out: Outputs, h_WNX, q_GNT, k_GNT, scalars_HXQ, *, grid: Grid):
     chunk, block = pl.program_id(1), pl.program_id(2)
-    first = block * grid.heads
+    first = block * grid.packs
 
     @pl.when(chunk == 0)
     def _():
-        for head in range(grid.heads):
-            h_HPN[first + head] = parts.ordered(refs.h_BHPN[head], refs.order_NM, grid)
+        for pack in range(grid.packs):
+            h_WNX[first + pack] = parts.state_in(refs.h_BHPN, pack, refs.order_MN, grid)
 
-    parts.load_angles(angle_QX, refs, block, grid)
-
-    if out.h_BCHPN is not None:
-        out.h_BCHPN[...] = h_HPN[pl.ds(first, grid.heads)].astype(grid.dtype)
+    if out.h_BCWNX is not None:
+        out.h_BCWNX[...] = h_WNX[pl.ds(first, grid.packs)].astype(grid.dtype)
     parts.load_numbers(scalars_HXQ, refs, block, grid)
     masks = Masks.load(refs, grid)
-    decays = [Decay.load(scalars_HXQ[first + head], masks) for head in range(grid.heads)]
-    sin_QX, cos_QX = parts.sincos(angle_QX[...], refs, [decay.dt_Q1 for decay in decays], masks, grid)
-    q_GRQN, k_GRQN = (parts.rows_of_groups(ref, refs.order_NM, grid) for ref in (refs.q_BLX, refs.k_BLX))
-    for head, (decay, turn) in enumerate(zip(decays, Turn.of_heads(sin_QX, cos_QX, grid), strict=True)):
-        of_head = slice(head * grid.width, (head + 1) * grid.width)
-        q_TN = parts.turned(q_GRQN[grid.group_of(head)], refs.q_bias_HRN[head], turn)
-        k_TN = parts.turned(k_GRQN[grid.group_of(head)], refs.k_bias_HRN[head], turn)
-        x_TP = refs.v_BLX[:, of_head].astype(jnp.float32)
-        if refs.v_rank_HRP is not None:
-            x_TP = parts.per_rank(x_TP, refs.v_rank_HRP[head])
-        h_PN = h_HPN[first + head]
+    decays = [Decay.load(scalars_HXQ[block * grid.heads + head], masks) for head in range(grid.heads)]
+    turns = Turn.of_heads(*parts.sincos(refs, decays, masks, grid), grid)
+    parts.load_groups(q_GNT, k_GNT, refs, block, grid)
+    for pack in range(grid.packs):
+        heads, of_pack = grid.heads_of(pack), grid.lanes_of_pack(pack)
+        by_head = lambda value, heads=heads: side_by_side([value(decays[head]) for head in heads], grid.width)  # noqa: E731
+        x_TX = refs.v_BLX[:, of_pack].astype(jnp.float32)
+        if refs.v_rank_WRX is not None:
+            x_TX = parts.per_rank(x_TX, refs.v_rank_WRX[pack])
+        h_NX = h_WNX[first + pack]
+        weighted_TX = x_TX * by_head(lambda decay: ranks(decay.until_Q1 * decay.kappa_Q1, grid.rank))
 
-        weight_TT = ranks(ranks(decay.weight_QQ(masks), grid.rank, 0), grid.rank, 1)
-        mixed_TT = product(q_TN, k_TN, NT, grid) * weight_TT
-        y_TP = product(mixed_TT, x_TP, NN, grid)
-        y_TP += ranks(decay.since_Q1, grid.rank) * product(q_TN, h_PN, NT, grid)
-        weighted_TP = x_TP * ranks(decay.until_Q1 * decay.kappa_Q1, grid.rank)
-        h_HPN[first + head] = decay.whole() * h_PN + product(weighted_TP, k_TN, TN, grid)
+        own, before, after = [], [], []
+        for head in heads:
+            q_NT = parts.turned(q_GNT[grid.group_of(head)], refs.q_bias_HRN[head], turns[head])
+            k_NT = parts.turned(k_GNT[grid.group_of(head)], refs.k_bias_HRN[head], turns[head])
+            q_TN = parts.transposed(q_NT, grid)
+            weight_TT = ranks(ranks(decays[head].weight_QQ(masks), grid.rank, 0), grid.rank, 1)
+            mixed_TT = product(q_TN, k_NT, NN, grid) * weight_TT
+            own.append(product(mixed_TT, x_TX, NN, grid))
+            before.append(product(q_TN, h_NX, NN, grid))
+            after.append(product(k_NT, weighted_TX, NN, grid))
+        since_TX = by_head(lambda decay: ranks(decay.since_Q1, grid.rank))
+        y_TX = side_by_side(own, grid.width) + since_TX * side_by_side(before, grid.width)
+        h_WNX[first + pack] = by_head(Decay.whole) * h_NX + side_by_side(after, grid.width)
 
-        gate_QP = None if refs.gate_BLX is None else refs.gate_BLX[:, of_head].astype(jnp.float32)
-        o_QP = parts.finish(y_TP, x_TP, gate_QP, Ends.load(refs, head), grid.rank, grid.own_width)
-        out.o_BLX[:, of_head] = o_QP.astype(out.o_BLX.dtype)
+        gate_QX = None if refs.gate_BLX is None else refs.gate_BLX[:, of_pack].astype(jnp.float32)
+        o_QX = parts.finish(y_TX, x_TX, gate_QX, Ends.load(refs, pack), grid)
+        out.o_BLX[:, of_pack] = o_QX.astype(out.o_BLX.dtype)
 
     @pl.when(chunk == grid.chunks - 1)
     def _():
-        for head in range(grid.heads):
-            out.h_BHPN[head] = parts.ordered(h_HPN[first + head], refs.order_NM, grid, NT)
+        for pack in range(grid.packs):
+            parts.state_out(h_WNX[first + pack], out.h_BHPN, pack, refs.order_MN, grid)

@@ -14,27 +14,27 @@ from pallas_kernels.ssm.mosaic_tpu.scan import call, specs_of
 from pallas_kernels.ssm.mosaic_tpu.scan_back_kernel import Back, Gradients, Scratch, kernel
 
 
-def backward(inputs: Inputs, rest: Rest, h_BCHPN, cotangents, tiles: Tiles) -> Inputs:
+def backward(inputs: Inputs, rest: Rest, h_BCWNX, cotangents, tiles: Tiles) -> Inputs:
     """The gradients of `Inputs`.
 
     Args:
         rest: as for `scan.forward`.
-        h_BCHPN: the state before every chunk, as that gives it.
+        h_BCWNX: the state before every chunk, as that gives it.
         cotangents: do_BLHP, dh_BHPN and dangle_BHS of what comes after the row.
         tiles: as for the forward pass.
     """
     grid = Grid(inputs, tiles, backwards=True)
     do_BLHP, dh_BHPN, dangle_BHS = cotangents
     batch, length, n_heads, width, d_state = grid.batch, grid.length, grid.n_heads, grid.width, grid.d_state
-    lanes = grid.heads * grid.half
-    read = refs_of(inputs, rest, grid, h_BCHPN)
+    angles = grid.heads * grid.planes
+    read = refs_of(inputs, rest, grid, h_BCWNX)
     dphi_BKX = grid.of_blocks(dangle_BHS)
     refs = Back(read, do_BLHP.reshape(batch, length, -1), dh_BHPN, dphi_BKX)
     specs = Back(
         specs_of(read, grid, grid.of_states()),
         grid.of_heads(),
-        grid.before(width, d_state),
-        grid.before(1, lanes, heads=None),
+        grid.before(grid.heads, width, d_state),
+        grid.before(None, 1, angles),
     )
     weights = [array for array in read[-7:] if array is not None]
     like = lambda array: None if array is None else jax.ShapeDtypeStruct(array.shape, array.dtype)  # noqa: E731
@@ -52,19 +52,15 @@ def backward(inputs: Inputs, rest: Rest, h_BCHPN, cotangents, tiles: Tiles) -> I
         None if out.gate_BLX is None else grid.of_heads(),
         grid.of_angles(),
         *[grid.of_numbers()] * 4,
-        grid.after(width, d_state),
-        grid.after(1, lanes, heads=None),
-        [grid.after(*array.shape[1:]) for array in weights],
+        grid.after(grid.heads, width, d_state),
+        grid.after(None, 1, angles),
+        [grid.after(array.shape[0] // grid.blocks, *array.shape[1:]) for array in weights],
     )
-    of_groups = pltpu.VMEM((grid.tokens, grid.groups_a_block * grid.rank * d_state), jnp.float32)
-    of_angles = pltpu.VMEM((grid.tokens, lanes), jnp.float32)
     scratch = Scratch(
-        pltpu.VMEM((n_heads, width, d_state), jnp.float32),
-        pltpu.VMEM((grid.blocks, 1, lanes), jnp.float32),
-        of_groups,
-        of_groups,
-        of_angles,
-        of_angles,
+        pltpu.VMEM((n_heads // grid.pack, d_state, grid.lanes), jnp.float32),
+        pltpu.VMEM((grid.blocks, angles, 1), jnp.float32),
+        *[grid.columns()] * 4,
+        pltpu.VMEM((angles, grid.tokens), jnp.float32),
         grid.numbers(),
         pltpu.VMEM((n_heads, grid.tokens), jnp.float32),
         [pltpu.VMEM(array.shape, jnp.float32) for array in weights],
@@ -77,15 +73,17 @@ def backward(inputs: Inputs, rest: Rest, h_BCHPN, cotangents, tiles: Tiles) -> I
 def _gradients(inputs: Inputs, read: Refs, d: Gradients, grid: Grid) -> Inputs:
     """As `Inputs` has them."""
     present = iter(d.weights)
-    weights = [None if array is None else jnp.sum(next(present), axis=0) for array in read[-7:]]
-    weights = (
+    of_heads = [jnp.sum(next(present), axis=0) for _ in read[-7:-5]]
+    of_packs = [None if array is None else grid.unpacked(jnp.sum(next(present), axis=0)) for array in read[-5:]]
+    of_packs = (
         None if weight is None else weight.reshape(array.shape)
-        for weight, array in zip(weights, inputs[-7:], strict=True)
+        for weight, array in zip(of_packs, inputs[-5:], strict=True)
     )
     return Inputs(
         *(None if dx is None else dx.reshape(x.shape) for dx, x in zip(d[:4], inputs[:4], strict=True)),
         *(tokens_second(dx, grid.tokens) for dx in d[4:9]),
-        d.dphi_BKX.reshape(grid.batch, grid.n_heads, grid.half)[..., : grid.planes],
+        d.dphi_BKX.reshape(grid.batch, grid.n_heads, grid.planes),
         d.dh_BHPN,
-        *weights,
+        *of_heads,
+        *of_packs,
     )

@@ -18,18 +18,30 @@ adds to the angle the sum of dphi from it on.
 """
 
 import functools
-import itertools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.ssm.mosaic_tpu import parts
 from pallas_kernels.ssm.mosaic_tpu.contract import Grid, Refs
-from pallas_kernels.ssm.mosaic_tpu.parts import NN, NT, TN, Decay, Ends, Masks, Turn, over_ranks, product, ranks
+from pallas_kernels.ssm.mosaic_tpu.parts import (
+    NN,
+    NT,
+    TN,
+    Decay,
+    Ends,
+    Masks,
+    Turn,
+    alone,
+    of_ranks,
+    over_ranks,
+    product,
+    ranks,
+    side_by_side,
+)
 
 
 class Back(NamedTuple):
@@ -38,7 +50,7 @@ class Back(NamedTuple):
     inputs: Refs
     do_BLX: jax.Array
     dh_BHPN: jax.Array  # of the state after the row
-    dphi_BKX: jax.Array  # of the angle after it; (.., 1, J N/2)
+    dphi_BKX: jax.Array  # of the angle after it; (.., 1, J S)
 
 
 class Gradients(NamedTuple):
@@ -53,18 +65,19 @@ class Gradients(NamedTuple):
     kappa_BHL: jax.Array
     dh_BHPN: jax.Array  # of the state before the row
     dphi_BKX: jax.Array  # of the angle before it
-    weights: list  # (B, H, R, ..), of the weights that there are, as in `Refs`
+    weights: list  # (B, ..), of the weights that there are, as in `Refs`
 
 
 class Scratch(NamedTuple):
     """What is carried: over chunks, but for queries and keys, whose sum is over the heads of a group."""
 
-    dh_HPN: jax.Array
-    dphi_KX: jax.Array
-    dq_QX: jax.Array
-    dk_QX: jax.Array
-    angle_QX: jax.Array  # and its gradient, whose sum is over the blocks of heads that share it
-    dangle_QX: jax.Array
+    dh_WNX: jax.Array
+    dphi_KX1: jax.Array
+    q_GNT: jax.Array
+    k_GNT: jax.Array
+    dq_GNT: jax.Array
+    dk_GNT: jax.Array
+    dangle_XQ: jax.Array  # the angle's gradient, whose sum is over the blocks of heads that share it
     scalars_HXQ: jax.Array
     dc_HQ: jax.Array  # the gradient of the decay of all heads in a chunk
     weights: list
@@ -73,50 +86,49 @@ class Scratch(NamedTuple):
 class Head(NamedTuple):
     """The gradients of a head in a chunk that wait for those of the others."""
 
-    dphi_QS: jax.Array
+    dphi_SQ: jax.Array
     columns: list  # Q1: dc and dkappa but for what is in the rows
     rows: list  # 1Q: dc, dgamma and dkappa
 
 
 def kernel(refs: Back, out: Gradients, scratch: Scratch, *, grid: Grid):
     step, block = pl.program_id(1), pl.program_id(2)
-    heads = pl.ds(block * grid.heads, grid.heads)
     inputs = refs.inputs
+    # Of the two weights of every head, and of those of packs.
+    places = [pl.ds(block * count, count) for count in (grid.heads, grid.heads, *[grid.packs] * 5)]
 
     @pl.when(step == 0)
     def _():
-        for head in range(grid.heads):
-            scratch.dh_HPN[block * grid.heads + head] = parts.ordered(refs.dh_BHPN[head], inputs.order_NM, grid)
-        scratch.dphi_KX[block] = refs.dphi_BKX[...]
-        for sum_ref in scratch.weights:
-            sum_ref[heads] = jnp.zeros((grid.heads, *sum_ref.shape[1:]), jnp.float32)
+        for pack in range(grid.packs):
+            scratch.dh_WNX[block * grid.packs + pack] = parts.state_in(refs.dh_BHPN, pack, inputs.order_MN, grid)
+        scratch.dphi_KX1[block] = refs.dphi_BKX[...].T
+        for sum_ref, place in zip(scratch.weights, places, strict=False):
+            sum_ref[place] = jnp.zeros((place.size, *sum_ref.shape[1:]), jnp.float32)
 
     of_group = lax.rem(block, grid.blocks_a_group)
 
     @pl.when(of_group == 0)
     def _():
-        for sum_ref in (scratch.dq_QX, scratch.dk_QX):
+        for sum_ref in (scratch.dq_GNT, scratch.dk_GNT):
             sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
 
-    parts.load_angles(scratch.angle_QX, inputs, block, grid)
     parts.load_numbers(scratch.scalars_HXQ, inputs, block, grid)
     masks = Masks.load(inputs, grid)
     decays = [Decay.load(scratch.scalars_HXQ[block * grid.heads + head], masks) for head in range(grid.heads)]
-    sin_QX, cos_QX = parts.sincos(scratch.angle_QX[...], inputs, [decay.dt_Q1 for decay in decays], masks, grid)
-    rows = [parts.rows_of_groups(ref, inputs.order_NM, grid) for ref in (inputs.q_BLX, inputs.k_BLX)]
+    turns = Turn.of_heads(*parts.sincos(inputs, decays, masks, grid), grid)
+    parts.load_groups(scratch.q_GNT, scratch.k_GNT, inputs, block, grid)
     done = []
-    for head, (decay, turn) in enumerate(zip(decays, Turn.of_heads(sin_QX, cos_QX, grid), strict=True)):
-        q_RQN, k_RQN = (x_GRQN[grid.group_of(head)] for x_GRQN in rows)
-        index = block * grid.heads + head
-        done.append(_head(head, index, q_RQN, k_RQN, turn, decay, masks, refs, out, scratch, grid))
-    dphi_QX = jnp.concatenate([one.dphi_QS for one in done], axis=1)
-    ddt = _angles(dphi_QX, block, decays, masks, refs, out, scratch, grid)
-    for head, (one, ddt_Q1) in enumerate(zip(done, ddt, strict=True)):
-        columns_XQ = jnp.concatenate([ddt_Q1, *one.columns], axis=1).T
+    for pack in range(grid.packs):
+        done += _pack(pack, block, turns, decays, masks, refs, out, scratch, grid)
+    ddt = _angles(
+        jnp.concatenate([one.dphi_SQ for one in done], axis=0), block, decays, masks, refs, out, scratch, grid
+    )
+    for head, (one, ddt_1Q) in enumerate(zip(done, ddt, strict=True)):
+        columns_XQ = jnp.concatenate(one.columns, axis=1).T
         dc_1Q, dgamma_1Q, dkappa_1Q = one.rows
         row = pl.ds(block * grid.heads + head, 1)
-        out.dt_BHL[row], out.gamma_BHL[row] = columns_XQ[:1], dgamma_1Q
-        out.kappa_BHL[row], scratch.dc_HQ[row] = columns_XQ[2:] + dkappa_1Q, columns_XQ[1:2] + dc_1Q
+        out.dt_BHL[row], out.gamma_BHL[row] = ddt_1Q, dgamma_1Q
+        out.kappa_BHL[row], scratch.dc_HQ[row] = columns_XQ[1:] + dkappa_1Q, columns_XQ[:1] + dc_1Q
 
     @pl.when(block == grid.blocks - 1)
     def _():
@@ -126,145 +138,151 @@ def kernel(refs: Back, out: Gradients, scratch: Scratch, *, grid: Grid):
 
     @pl.when(of_group == grid.blocks_a_group - 1)
     def _():
-        for ref, sum_ref in ((out.q_BLX, scratch.dq_QX), (out.k_BLX, scratch.dk_QX)):
-            for lanes in itertools.starmap(grid.lanes_of, np.ndindex(grid.groups_a_block, grid.rank)):
-                dx_QN = sum_ref[:, lanes].astype(ref.dtype)
-                ref[:, lanes] = parts.ordered(dx_QN, inputs.order_NM, grid, NT).astype(ref.dtype)
+        for ref, sum_ref in ((out.q_BLX, scratch.dq_GNT), (out.k_BLX, scratch.dk_GNT)):
+            for group in range(grid.groups_a_block):
+                for r, dx_NQ in enumerate(of_ranks(sum_ref[group], grid.rank, 1)):
+                    dx_QN = parts.outwards(dx_NQ.astype(ref.dtype), inputs.order_MN, grid)
+                    ref[:, grid.lanes_of(group, r)] = dx_QN.astype(ref.dtype)
 
     @pl.when(step == grid.chunks - 1)
     def _():
-        for head in range(grid.heads):
-            dh_PN = scratch.dh_HPN[block * grid.heads + head]
-            out.dh_BHPN[head] = parts.ordered(dh_PN, inputs.order_NM, grid, NT)
-        out.dphi_BKX[...] = scratch.dphi_KX[block]
-        for ref, sum_ref in zip(out.weights, scratch.weights, strict=True):
-            ref[...] = sum_ref[heads]
+        for pack in range(grid.packs):
+            dh_NX = scratch.dh_WNX[block * grid.packs + pack]
+            parts.state_out(dh_NX, out.dh_BHPN, pack, inputs.order_MN, grid)
+        out.dphi_BKX[...] = scratch.dphi_KX1[block].T
+        for ref, sum_ref, place in zip(out.weights, scratch.weights, places, strict=False):
+            ref[...] = sum_ref[place]
 
 
-def _head(
-    head: int,
-    index,
-    q_RQN,
-    k_RQN,
-    turn: Turn,
-    decay: Decay,
-    masks: Masks,
-    refs: Back,
-    out,
-    scratch: Scratch,
-    grid: Grid,
-):
-    """One head: all but the angles."""
-    inputs, rank = refs.inputs, grid.rank
-    of_head = slice(head * grid.width, (head + 1) * grid.width)
-    since_T1, left_Q1 = ranks(decay.since_Q1, rank), decay.until_Q1 * decay.kappa_Q1
-    left_T1 = ranks(left_Q1, rank)
-    q_TN = parts.turned(q_RQN, inputs.q_bias_HRN[head], turn)
-    k_TN = parts.turned(k_RQN, inputs.k_bias_HRN[head], turn)
-    v_QP = inputs.v_BLX[:, of_head].astype(jnp.float32)
-    x_TP = v_QP if inputs.v_rank_HRP is None else parts.per_rank(v_QP, inputs.v_rank_HRP[head])
-    gate_QP = None if inputs.gate_BLX is None else inputs.gate_BLX[:, of_head].astype(jnp.float32)
-    h_PN, dh_PN = inputs.h_BHPN[head].astype(jnp.float32), scratch.dh_HPN[index]
+def _pack(pack: int, block, turns, decays, masks: Masks, refs: Back, out, scratch: Scratch, grid: Grid) -> list:
+    """A pack of heads: all but the angles."""
+    inputs, rank, width = refs.inputs, grid.rank, grid.width
+    heads, of_pack, index = grid.heads_of(pack), grid.lanes_of_pack(pack), block * grid.packs + pack
+    by_head = lambda values: side_by_side(values, width)  # noqa: E731
+    left = [decays[head].until_Q1 * decays[head].kappa_Q1 for head in heads]
+    since_TX = by_head([ranks(decays[head].since_Q1, rank) for head in heads])
+    left_TX = by_head([ranks(left_Q1, rank) for left_Q1 in left])
+    v_QX = inputs.v_BLX[:, of_pack].astype(jnp.float32)
+    x_TX = v_QX if inputs.v_rank_WRX is None else parts.per_rank(v_QX, inputs.v_rank_WRX[pack])
+    gate_QX = None if inputs.gate_BLX is None else inputs.gate_BLX[:, of_pack].astype(jnp.float32)
+    h_NX, dh_NX = inputs.h_BHPN[pack].astype(jnp.float32), scratch.dh_WNX[index]
 
-    weight_TT = ranks(ranks(decay.weight_QQ(masks), rank, 0), rank, 1)
-    score_TT = product(q_TN, k_TN, NT, grid)
-    mixed_TT = score_TT * weight_TT
-    read_TP = product(q_TN, h_PN, NT, grid)
-    y_TP = product(mixed_TT, x_TP, NN, grid) + since_T1 * read_TP
-    finish = functools.partial(parts.finish, rank=rank, width=grid.own_width)
-    _, pull = jax.vjp(finish, y_TP, x_TP, gate_QP, Ends.load(inputs, head))
-    dy_TP, dx_TP, dgate_QP, dends = pull(refs.do_BLX[:, of_head].astype(jnp.float32))
-    if dgate_QP is not None:
-        out.gate_BLX[:, of_head] = dgate_QP.astype(out.gate_BLX.dtype)
+    turned, scores, weights, reads, own = [], [], [], [], []
+    for head in heads:
+        q_NT, k_NT = (
+            parts.turned(x_GNT[grid.group_of(head)], bias_HRN[head], turns[head])
+            for x_GNT, bias_HRN in zip(
+                (scratch.q_GNT, scratch.k_GNT), (inputs.q_bias_HRN, inputs.k_bias_HRN), strict=True
+            )
+        )
+        q_TN = parts.transposed(q_NT, grid)
+        turned.append((q_NT, k_NT))
+        scores.append(product(q_TN, k_NT, NN, grid))
+        weights.append(ranks(ranks(decays[head].weight_QQ(masks), rank, 0), rank, 1))
+        reads.append(product(q_TN, h_NX, NN, grid))
+        own.append(product(scores[-1] * weights[-1], x_TX, NN, grid))
+    read_TX = by_head(reads)
+    y_TX = by_head(own) + since_TX * read_TX
+    _, pull = jax.vjp(functools.partial(parts.finish, grid=grid), y_TX, x_TX, gate_QX, Ends.load(inputs, pack))
+    dy_TX, dx_TX, dgate_QX, dends = pull(refs.do_BLX[:, of_pack].astype(jnp.float32))
+    if dgate_QX is not None:
+        out.gate_BLX[:, of_pack] = dgate_QX.astype(out.gate_BLX.dtype)
 
-    dmixed_TT = product(dy_TP, x_TP, NT, grid)
-    dscore_TT = dmixed_TT * weight_TT
-    since_dy_TP = since_T1 * dy_TP
-    dq_TN = product(dscore_TT, k_TN, NN, grid) + product(since_dy_TP, h_PN, NN, grid)
-    dk_TN = product(dscore_TT, q_TN, TN, grid) + product(left_T1 * x_TP, dh_PN, NN, grid)
-    later_TP = product(k_TN, dh_PN, NT, grid)
-    dx_TP += product(mixed_TT, dy_TP, TN, grid) + left_T1 * later_TP
-    whole_11 = decay.whole()
-    scratch.dh_HPN[index] = whole_11 * dh_PN + product(since_dy_TP, q_TN, TN, grid)
+    since_dy_TX, left_x_TX = since_TX * dy_TX, left_TX * x_TX
+    over_tokens, dqs, dks, dxs, laters, dhs = [], [], [], [], [], []
+    for place, (q_NT, k_NT) in enumerate(turned):
+        decay, score_TT, weight_TT = decays[heads[place]], scores[place], weights[place]
+        dmixed_TT = product(alone(dy_TX, place, grid), x_TX, NT, grid)
+        dscore_TT = dmixed_TT * weight_TT
+        dqs.append(product(k_NT, dscore_TT, NT, grid) + product(alone(h_NX, place, grid), since_dy_TX, NT, grid))
+        dks.append(product(q_NT, dscore_TT, NN, grid) + product(alone(dh_NX, place, grid), left_x_TX, NT, grid))
+        dxs.append(product(score_TT * weight_TT, dy_TX, TN, grid))
+        laters.append(product(parts.transposed(k_NT, grid), dh_NX, NN, grid))
+        dhs.append(product(q_NT, since_dy_TX, NN, grid))
 
-    both_QQ = _over_both_ranks(dmixed_TT * score_TT, rank)
-    pairs_QQ = jnp.where(masks.own_QQ, 0.0, both_QQ) * decay.within_QQ
-    dgamma_1Q = jnp.sum(jnp.where(masks.own_QQ, both_QQ, 0.0), axis=0, keepdims=True)
-    dkappa_1Q = jnp.sum(pairs_QQ, axis=0, keepdims=True)
-    gave_Q1 = over_ranks(jnp.sum(x_TP * later_TP, axis=1, keepdims=True), rank)
-    received_Q1 = over_ranks(jnp.sum(since_dy_TP * read_TP, axis=1, keepdims=True), rank)
-    received_Q1 += jnp.sum(pairs_QQ * decay.kappa_1Q, axis=1, keepdims=True) - left_Q1 * gave_Q1
-    crossing_11 = jnp.sum(jnp.sum(dh_PN * h_PN, axis=1, keepdims=True), axis=0, keepdims=True) * whole_11
-    crossing_11 += jnp.sum(left_Q1 * gave_Q1, axis=0, keepdims=True)
-    token_1Q = lax.broadcasted_iota(jnp.int32, dkappa_1Q.shape, 1)
-    dc_1Q = jnp.where(token_1Q == grid.tokens - 1, crossing_11, 0.0) - decay.kappa_1Q * dkappa_1Q
+        both_QQ = _over_both_ranks(dmixed_TT * score_TT, rank)
+        pairs_QQ = jnp.where(masks.own_QQ, 0.0, both_QQ) * decay.within_QQ
+        dgamma_1Q = jnp.sum(jnp.where(masks.own_QQ, both_QQ, 0.0), axis=0, keepdims=True)
+        dkappa_1Q = jnp.sum(pairs_QQ, axis=0, keepdims=True)
+        received_Q1 = jnp.sum(pairs_QQ * decay.kappa_1Q, axis=1, keepdims=True)
+        over_tokens.append((dgamma_1Q, dkappa_1Q, received_Q1))
+    later_TX, whole_1X = by_head(laters), by_head([decays[head].whole() for head in heads])
+    dx_TX += by_head(dxs) + left_TX * later_TX
+    scratch.dh_WNX[index] = whole_1X * dh_NX + by_head(dhs)
 
-    dv_QP, dv_rank_RP = dx_TP, None
-    if inputs.v_rank_HRP is not None:
-        v_rank_RP = inputs.v_rank_HRP[head]
-        by_rank = [dx_TP[r * grid.tokens : (r + 1) * grid.tokens] for r in range(rank)]
-        dv_QP = sum(dx_QP * v_rank_RP[r : r + 1] for r, dx_QP in enumerate(by_rank))
-        dv_rank_RP = _over_tokens([dx_QP * v_QP for dx_QP in by_rank])
-    out.v_BLX[:, of_head] = dv_QP.astype(out.v_BLX.dtype)
-
-    dphi_QN = over_ranks(dq_TN * parts.partner(q_TN) + dk_TN * parts.partner(k_TN), rank)
-    dq_bias_RN = _turned_back(dq_TN, scratch.dq_QX, head, turn, grid)
-    dk_bias_RN = _turned_back(dk_TN, scratch.dk_QX, head, turn, grid)
-    weights = (dq_bias_RN, dk_bias_RN, dends.skip_1P, dv_rank_RP, *dends[1:])
-    for sum_ref, more in zip(scratch.weights, (weight for weight in weights if weight is not None), strict=True):
+    dv_QX, dv_rank_RX = dx_TX, None
+    if inputs.v_rank_WRX is not None:
+        v_rank_RX, by_rank = inputs.v_rank_WRX[pack], of_ranks(dx_TX, rank)
+        dv_QX = sum(dx_QX * v_rank_RX[r : r + 1] for r, dx_QX in enumerate(by_rank))
+        dv_rank_RX = jnp.concatenate([jnp.sum(dx_QX * v_QX, axis=0, keepdims=True) for dx_QX in by_rank], axis=0)
+    out.v_BLX[:, of_pack] = dv_QX.astype(out.v_BLX.dtype)
+    of_pack_weights = (dends.skip_1X, dv_rank_RX, *dends[1:])
+    present = (weight for weight in of_pack_weights if weight is not None)
+    for sum_ref, more in zip(scratch.weights[2:], present, strict=True):
         sum_ref[index] += more
-    dphi_QS = dphi_QN[:, grid.half :] - dphi_QN[:, : grid.half]
-    return Head(dphi_QS, [received_Q1, decay.until_Q1 * gave_Q1], [dc_1Q, dgamma_1Q, dkappa_1Q])
+
+    gave_TX, received_TX = over_ranks(x_TX * later_TX, rank), over_ranks(since_dy_TX * read_TX, rank)
+    crossing_1X = jnp.sum(dh_NX * h_NX, axis=0, keepdims=True) * whole_1X
+    done = []
+    for place, head in enumerate(heads):
+        decay, turn, (q_NT, k_NT) = decays[head], turns[head], turned[place]
+        dgamma_1Q, dkappa_1Q, received_Q1 = over_tokens[place]
+        gave_Q1, of_h_Q1, crossing_11 = (
+            jnp.sum(alone(x, place, grid), axis=1, keepdims=True) for x in (gave_TX, received_TX, crossing_1X)
+        )
+        received_Q1 += of_h_Q1 - left[place] * gave_Q1
+        crossing_11 += jnp.sum(left[place] * gave_Q1, axis=0, keepdims=True)
+        token_1Q = lax.broadcasted_iota(jnp.int32, dkappa_1Q.shape, 1)
+        dc_1Q = jnp.where(token_1Q == grid.tokens - 1, crossing_11, 0.0) - decay.kappa_1Q * dkappa_1Q
+
+        dphi_ST = sum(
+            dw_ST * u_ST - du_ST * w_ST
+            for (du_ST, dw_ST), (u_ST, w_ST) in (
+                (turn.planes(dx_NT), turn.planes(x_NT)) for dx_NT, x_NT in ((dqs[place], q_NT), (dks[place], k_NT))
+            )
+        )
+        biases = []
+        for dx_NT, sum_ref in ((dqs[place], scratch.dq_GNT), (dks[place], scratch.dk_GNT)):
+            back_NT = turn.back(dx_NT)
+            sum_ref[grid.group_of(head)] += back_NT
+            biases += [jnp.sum(back_NQ, axis=1, keepdims=True) for back_NQ in of_ranks(back_NT, rank, 1)]
+        biases_RN = jnp.concatenate(biases, axis=1).T
+        for sum_ref, more_RN in zip(scratch.weights[:2], of_ranks(biases_RN, 2), strict=True):
+            sum_ref[block * grid.heads + head] += more_RN
+        columns, rows_ = [received_Q1, decay.until_Q1 * gave_Q1], [dc_1Q, dgamma_1Q, dkappa_1Q]
+        done.append(Head(over_ranks(dphi_ST, rank, 1), columns, rows_))
+    return done
 
 
 def _over_both_ranks(x_TT, rank: int):
-    tokens = x_TT.shape[0] // rank
-    x_QT = over_ranks(x_TT, rank)
-    return sum(x_QT[:, r * tokens : (r + 1) * tokens] for r in range(rank))
+    return over_ranks(over_ranks(x_TT, rank), rank, 1)
 
 
-def _over_tokens(rows: list):
-    """(R, X): of every rank, the sum over its tokens."""
-    return jnp.concatenate([jnp.sum(x_QX, axis=0, keepdims=True) for x_QX in rows], axis=0)
-
-
-def _turned_back(dx_TN, sum_QX, head: int, turn: Turn, grid: Grid):
-    """Add the gradient of queries or keys to their group's; the bias's."""
-    tokens = grid.tokens
-    back = [turn.back(dx_TN[r * tokens : (r + 1) * tokens]) for r in range(grid.rank)]
-    for r, dx_QN in enumerate(back):
-        sum_QX[:, grid.lanes_of(grid.group_of(head), r)] += dx_QN
-    return _over_tokens(back)
-
-
-def _angles(dphi_QX, block, decays, masks: Masks, refs: Back, out: Gradients, scratch: Scratch, grid: Grid):
-    """The angle's gradient; returns dt's, of every head (Q, 1)."""
+def _angles(dphi_XQ, block, decays, masks: Masks, refs: Back, out: Gradients, scratch: Scratch, grid: Grid):
+    """The angle's gradient; returns dt's, of every head (1, Q)."""
     within_QQ = masks.within_QQ.astype(jnp.float32)
     if grid.dtype == jnp.float32:
-        suffix_QX = product(within_QQ, dphi_QX, TN, grid)
+        suffix_XQ = product(dphi_XQ, within_QQ, NN, grid)
     else:  # two roundings, not one
-        high_QX = dphi_QX.astype(jnp.bfloat16).astype(jnp.float32)
-        suffix_QX = product(within_QQ, jnp.concatenate([high_QX, dphi_QX - high_QX], axis=1), TN, grid)
-        suffix_QX = sum(jnp.split(suffix_QX, 2, axis=1))
-    carried_1X = scratch.dphi_KX[block]
-    if masks.left_Q1 is None:
-        suffix_QX += carried_1X
-        scratch.dphi_KX[block] = suffix_QX[:1]
+        high_XQ = dphi_XQ.astype(jnp.bfloat16).astype(jnp.float32)
+        suffix_XQ = product(jnp.concatenate([high_XQ, dphi_XQ - high_XQ], axis=0), within_QQ, NN, grid)
+        suffix_XQ = sum(jnp.split(suffix_XQ, 2, axis=0))
+    carried_X1 = scratch.dphi_KX1[block]
+    if masks.left_1Q is None:
+        suffix_XQ += carried_X1
+        scratch.dphi_KX1[block] = suffix_XQ[:, :1]
     else:
-        suffix_QX += jnp.where(masks.left_Q1, carried_1X, 0.0)
-        scratch.dphi_KX[block] = jnp.where(masks.carried_Q1[:1], suffix_QX[:1], 0.0)
-    of_dt = [jnp.broadcast_to(decay.dt_Q1, (grid.tokens, grid.half)) for decay in decays]
-    dangle_QX = suffix_QX * jnp.concatenate(of_dt, axis=1)
+        suffix_XQ += jnp.where(masks.left_1Q, carried_X1, 0.0)
+        scratch.dphi_KX1[block] = jnp.where(masks.carried_1Q[:, :1], suffix_XQ[:, :1], 0.0)
+    dangle_XQ = suffix_XQ * parts.of_planes([decay.dt_1Q for decay in decays], grid)
     first, last = (block == 0, block == grid.blocks - 1) if grid.shared_angle else (True, True)
-    scratch.dangle_QX[...] = dangle_QX + jnp.where(first, 0.0, scratch.dangle_QX[...])
+    scratch.dangle_XQ[...] = dangle_XQ + jnp.where(first, 0.0, scratch.dangle_XQ[...])
 
     @pl.when(last)
     def _():
-        rows_XQ = scratch.dangle_QX[...].T
-        dangle_HSQ = [rows_XQ[head * grid.half :][: grid.planes] for head in range(grid.heads)]
+        dangle_HSQ = jnp.split(scratch.dangle_XQ[...], grid.heads, axis=0)
         for head, dangle_SQ in enumerate([sum(dangle_HSQ)] if grid.shared_angle else dangle_HSQ):
             out.angle_BHSL[head] = dangle_SQ
 
-    ddt_QX = suffix_QX * scratch.angle_QX[...]
-    per_head = (ddt_QX[:, head * grid.half : (head + 1) * grid.half] for head in range(grid.heads))
-    return [jnp.sum(ddt_QS, axis=1, keepdims=True) for ddt_QS in per_head]
+    ddt_XQ = suffix_XQ * parts.angles(refs.inputs, grid)
+    return [jnp.sum(ddt_SQ, axis=0, keepdims=True) for ddt_SQ in jnp.split(ddt_XQ, grid.heads, axis=0)]
