@@ -48,7 +48,7 @@ def mosaic_tpu(
     padding = -length % tiles.tokens
     spare = padded_width(n_heads, width, tiles.heads) - width
     layout = Layout(d_state, planes, rotation)
-    dtype = jnp.result_type(tokens.q_BLRGN, tokens.k_BLRGN, tokens.v_BLHP)
+    dtype = dtype_of(tokens)
 
     def padded(array_BL):
         """Zeros after the end: dt = 0 and log_a = 0 leave the state as it is."""
@@ -136,10 +136,15 @@ def tiles_of(tokens: Tokens, chunk: int | None, tiles, interpret):
     shape = (n_heads, groups, width)
     if tiles is None:
         chip = "v5e" if interpret is not None else this_chip()
-        tiles = default(chip, rank, *shape)
+        tiles = default(chip, rank, *shape, dtype=dtype_of(tokens))
     heads = block(*shape) if tiles.heads is None else tiles.heads
     most = min(chunk or tiles.tokens, tokens.dt_BLH.shape[1])
     return dataclasses.replace(tiles, tokens=-(-most // 16) * 16, heads=heads, width=width, interpret=interpret)
+
+
+def dtype_of(tokens: Tokens):
+    """Of the products."""
+    return jnp.result_type(tokens.q_BLRGN, tokens.k_BLRGN, tokens.v_BLHP)
 
 
 def padded_width(n_heads: int, width: int, heads: int) -> int:
@@ -172,7 +177,7 @@ def unsupported(tokens: Tokens) -> str | None:
     rank, d_state, width = tokens.q_BLRGN.shape[2], tokens.q_BLRGN.shape[-1], tokens.v_BLHP.shape[-1]
     if tokens.dt_BLH.dtype != jnp.float32:
         return f"computes in float32, dt is {tokens.dt_BLH.dtype}"
-    dtype = jnp.result_type(tokens.q_BLRGN, tokens.k_BLRGN, tokens.v_BLHP)
+    dtype = dtype_of(tokens)
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"wants q, k and v in float32 or bfloat16, not {dtype}"
     if rank not in RANKS:

@@ -217,7 +217,9 @@ def test_lowers_for_tpu(shape, starts, narrow):
 
     def op(tokens, heads, state):
         tokens = tokens._replace(start_BL=start(shape, starts))
-        return mosaic_tpu(tokens, heads, state, rotation=shape.rotation, tiles=default("v5e", shape.rank))
+        return mosaic_tpu(
+            tokens, heads, state, rotation=shape.rotation, tiles=default("v5e", shape.rank, dtype=tokens.q_BLRGN.dtype)
+        )
 
     def with_gradients(*inputs):
         results, pull = jax.vjp(op, *inputs)
@@ -305,7 +307,9 @@ def test_libtpu_compiles(chip, topology, shape, narrow, libtpu):
     def op(flattened, heads, state):
         unflat = jax.tree.map(lambda array, like: array.reshape(like.shape), flattened, tokens)
         unflat = unflat._replace(start_BL=start_BL)
-        return mosaic_tpu(unflat, heads, state, rotation=shape.rotation, tiles=default(chip, shape.rank))
+        return mosaic_tpu(
+            unflat, heads, state, rotation=shape.rotation, tiles=default(chip, shape.rank, dtype=tokens.q_BLRGN.dtype)
+        )
 
     def with_gradients(*inputs):
         results, pull = jax.vjp(op, *inputs)

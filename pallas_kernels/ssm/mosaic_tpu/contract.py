@@ -236,6 +236,10 @@ class Grid:
         """P without its padding."""
         return self.tiles.width or self.width
 
+    def of_group(self, block):
+        """Which of the blocks that see its group."""
+        return block if self.blocks_a_group == self.blocks else lax.rem(block, self.blocks_a_group)
+
     def group_of(self, head: int) -> int:
         """Which of the block's groups its head (of J) reads."""
         return head // self.heads_a_group

@@ -250,7 +250,7 @@ def state_out(h_NX, h_HPN, pack: int, order_MN, grid: Grid) -> None:
 def load_groups(q_GNT, k_GNT, refs: Refs, block, grid: Grid) -> None:
     """Queries and keys of every group of the block, float32, into VMEM: once a chunk for all blocks of a group."""
 
-    @pl.when(lax.rem(block, grid.blocks_a_group) == 0)
+    @pl.when(grid.of_group(block) == 0)
     def _():
         for x_GNT, ref in ((q_GNT, refs.q_BLX), (k_GNT, refs.k_BLX)):
             for group in range(grid.groups_a_block):

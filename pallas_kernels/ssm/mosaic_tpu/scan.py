@@ -16,9 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ssm.mosaic_tpu import parts
-from pallas_kernels.ssm.mosaic_tpu.contract import MIB, Grid, Inputs, Refs, Rest, refs_of
+from pallas_kernels.ssm.mosaic_tpu.contract import Grid, Inputs, Refs, Rest, refs_of
 from pallas_kernels.ssm.mosaic_tpu.parts import NN, Decay, Ends, Masks, Turn, product, ranks, side_by_side
-from pallas_kernels.ssm.mosaic_tpu.tiles import check_vmem
+from pallas_kernels.ssm.mosaic_tpu.tiles import vmem_limit
 
 
 class Outputs(NamedTuple):
@@ -86,7 +86,7 @@ def call(kernel, name: str, grid: Grid, refs, specs, out, out_specs, scratch):
     is_spec = lambda x: isinstance(x, pl.BlockSpec)  # noqa: E731
     arrays, blocks = jax.tree.leaves((refs, out)), jax.tree.leaves((specs, out_specs), is_leaf=is_spec)
     of_blocks = [(spec.block_shape, array.dtype) for spec, array in zip(blocks, arrays, strict=True)]
-    check_vmem(name, grid, of_blocks, [(x.shape, x.dtype) for x in jax.tree.leaves(scratch)])
+    limit = vmem_limit(name, grid, of_blocks, [(x.shape, x.dtype) for x in jax.tree.leaves(scratch)])
     (result,) = pl.pallas_call(
         lambda refs, out, *scratch: kernel(refs, out, *scratch),
         grid=grid.shape,
@@ -96,7 +96,7 @@ def call(kernel, name: str, grid: Grid, refs, specs, out, out_specs, scratch):
         scratch_shapes=scratch,
         name=name,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=grid.tiles.vmem * MIB
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=limit
         ),
         cost_estimate=_cost(arrays, grid),
         **({} if grid.tiles.interpret is None else {"interpret": grid.tiles.interpret}),
@@ -129,11 +129,11 @@ def _kernel(refs: Refs, out: Outputs, h_WNX, q_GNT, k_GNT, scalars_HXQ, *, grid:
 
     if out.h_BCWNX is not None:
         out.h_BCWNX[...] = h_WNX[pl.ds(first, grid.packs)].astype(grid.dtype)
+    parts.load_groups(q_GNT, k_GNT, refs, block, grid)
     parts.load_numbers(scalars_HXQ, refs, block, grid)
     masks = Masks.load(refs, grid)
     decays = [Decay.load(scalars_HXQ[block * grid.heads + head], masks) for head in range(grid.heads)]
     turns = Turn.of_heads(*parts.sincos(refs, decays, masks, grid), grid)
-    parts.load_groups(q_GNT, k_GNT, refs, block, grid)
     for pack in range(grid.packs):
         heads, of_pack = grid.heads_of(pack), grid.lanes_of_pack(pack)
         by_head = lambda value, heads=heads: side_by_side([value(decays[head]) for head in heads], grid.width)  # noqa: E731

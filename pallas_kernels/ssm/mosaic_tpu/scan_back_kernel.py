@@ -105,18 +105,18 @@ def kernel(refs: Back, out: Gradients, scratch: Scratch, *, grid: Grid):
         for sum_ref, place in zip(scratch.weights, places, strict=False):
             sum_ref[place] = jnp.zeros((place.size, *sum_ref.shape[1:]), jnp.float32)
 
-    of_group = lax.rem(block, grid.blocks_a_group)
+    of_group = grid.of_group(block)
 
     @pl.when(of_group == 0)
     def _():
         for sum_ref in (scratch.dq_GNT, scratch.dk_GNT):
             sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
 
+    parts.load_groups(scratch.q_GNT, scratch.k_GNT, inputs, block, grid)
     parts.load_numbers(scratch.scalars_HXQ, inputs, block, grid)
     masks = Masks.load(inputs, grid)
     decays = [Decay.load(scratch.scalars_HXQ[block * grid.heads + head], masks) for head in range(grid.heads)]
     turns = Turn.of_heads(*parts.sincos(inputs, decays, masks, grid), grid)
-    parts.load_groups(scratch.q_GNT, scratch.k_GNT, inputs, block, grid)
     done = []
     for pack in range(grid.packs):
         done += _pack(pack, block, turns, decays, masks, refs, out, scratch, grid)

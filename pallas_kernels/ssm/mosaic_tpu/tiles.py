@@ -7,12 +7,12 @@ import jax.numpy as jnp
 
 from pallas_kernels.ssm.mosaic_tpu.contract import LANES, MIB, Grid, Tiles
 
-CHIPS = {  # MiB of VMEM for the kernels, of a core's 16, 128, 64, 128 and 64; rows of a chunk with one rank, with more
-    "v4": (15, 256, 256),
-    "v5e": (100, 256, 512),
-    "v5p": (56, 256, 512),
-    "v6e": (100, 512, 512),
-    "tpu7x": (56, 256, 512),
+CHIPS = {  # MiB of VMEM for the kernels, of a core's 16, 128, 64, 128 and 64; rows of a chunk
+    "v4": (15, 256),
+    "v5e": (100, 512),
+    "v5p": (56, 512),
+    "v6e": (100, 512),
+    "tpu7x": (56, 512),
 }
 KINDS = {  # jax's device_kind; of some chips it has had two
     "TPU v4": "v4",
@@ -26,19 +26,22 @@ KINDS = {  # jax's device_kind; of some chips it has had two
 }
 
 
-def default(chip: str, rank: int, *heads) -> Tiles:
+def default(chip: str, rank: int, *heads, dtype=jnp.bfloat16) -> Tiles:
     """`Tiles` for a chip of `CHIPS`.
 
     Args:
         heads: as for `block`; none: left to the shapes.
+        dtype: of the products.
 
     Raises:
         ValueError: an unknown chip.
     """
     if chip not in CHIPS:
         raise ValueError(f"{chip=} is not one of {sorted(CHIPS)}")
-    vmem, *rows = CHIPS[chip]
-    return Tiles(tokens=rows[rank > 1] // rank, heads=block(*heads) if heads else None, vmem=vmem)
+    vmem, rows = CHIPS[chip]
+    if dtype == jnp.float32:  # a product is six of bfloat16, and those of T x T outweigh the rest at 512
+        rows = min(rows, 256)
+    return Tiles(tokens=rows // rank, heads=block(*heads) if heads else None, vmem=vmem)
 
 
 def block(n_heads: int, groups: int, width: int) -> int:
@@ -66,22 +69,29 @@ def this_chip() -> str:
     return KINDS[kind]
 
 
-def check_vmem(name: str, grid: Grid, blocks, scratch) -> None:
-    """Raise ValueError, naming the tile to shrink, where a kernel takes more VMEM than there is.
+def vmem_limit(name: str, grid: Grid, blocks, scratch) -> int:
+    """Bytes of VMEM for a kernel: XLA keeps all of them for it, so no more than it may take.
 
     Args:
         blocks: (block, dtype) of every array; there are two of each, one on its way.
         scratch: (shape, dtype).
+
+    Raises:
+        ValueError: more than there is; it names the tile to shrink.
     """
-    # What the compiler keeps of a chunk in between: T x T and T x N, float32.
+    # What the compiler keeps of a chunk in between: T x T and T x N, float32, whose products take three pieces of each.
     squares, rows = (8, 16) if grid.backwards else (4, 8)
     between = 4 * grid.rows * (squares * grid.rows + rows * grid.d_state)
+    if grid.dtype == jnp.float32:
+        between += between // 2
     total = 2 * sum(_size(*block) for block in blocks) + sum(_size(*array) for array in scratch) + between
     if total > grid.tiles.vmem * MIB:
         raise ValueError(
             f"{name} takes about {total / MIB:.1f} MiB of VMEM, more than tiles.vmem={grid.tiles.vmem}: "
             f"shrink tiles.tokens={grid.tokens} (of {grid.rank} ranks and {grid.heads} heads)"
         )
+    # A rough figure: with the chips' compilers, sizes and dtypes that were tried, up to 1.2 times as much was needed.
+    return min(total + total // 4 + 2 * MIB, grid.tiles.vmem * MIB)
 
 
 def _size(shape, dtype) -> int:
