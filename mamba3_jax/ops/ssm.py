@@ -19,6 +19,7 @@ from mamba3_jax.ops.types import Heads, State, Tokens, accumulator, empty_state
 
 __all__ = ["IMPLEMENTATIONS", "Heads", "State", "Tokens", "empty_state", "ssm"]
 
+# Their state may be None: zeros, which the TPU's scan does not even read.
 IMPLEMENTATIONS = {
     "recurrent": recurrent,
     "associative": associative,
@@ -68,8 +69,6 @@ def ssm(
         implementation = default_implementation(tokens)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{implementation=} is not one of {sorted(IMPLEMENTATIONS)}")
-    if state is None:
-        state = empty_state(tokens)
     return IMPLEMENTATIONS[implementation](tokens, heads, state, rotation=rotation, chunk=chunk)
 
 

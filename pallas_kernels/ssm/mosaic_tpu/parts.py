@@ -204,6 +204,13 @@ def ordered(x_XN, order_NM, grid: Grid, dimensions=NN):
     return product(x_XN, order_NM[...], dimensions, grid, x_XN.dtype)
 
 
+def load_states(h_HPN, first, ref, order_NM, grid: Grid) -> None:
+    """What a block's heads, from `first` on, begin with, into VMEM: zeros without a `ref`."""
+    none_PN = jnp.zeros(h_HPN.shape[1:], jnp.float32)
+    for head in range(grid.heads):
+        h_HPN[first + head] = none_PN if ref is None else ordered(ref[head], order_NM, grid)
+
+
 def rows_of_groups(ref, order_NM, grid: Grid):
     """Queries or keys of every group of the block and every rank, (Q, N), float32."""
     lanes = ((grid.lanes_of(group, r) for r in range(grid.rank)) for group in range(grid.groups_a_block))

@@ -31,12 +31,12 @@ def forward(inputs: Inputs, rest: Rest, tiles, *, keep: bool):
     """o_BLHP, the state after the row, and the states before every chunk (N in the kernels' order) or None."""
     grid = Grid(inputs, tiles)
     refs = refs_of(inputs, rest, grid, inputs.h_BHPN)
-    specs = specs_of(refs, grid, grid.before(grid.width, grid.d_state))
+    specs = specs_of(refs, grid, None if refs.h_BHPN is None else grid.before(grid.width, grid.d_state))
     batch, chunks, n_heads, width, d_state = grid.batch, grid.chunks, grid.n_heads, grid.width, grid.d_state
     states = jax.ShapeDtypeStruct((batch, chunks, n_heads, width, d_state), grid.dtype)
     out = Outputs(
         jax.ShapeDtypeStruct(refs.v_BLX.shape, refs.v_BLX.dtype),
-        jax.ShapeDtypeStruct(inputs.h_BHPN.shape, jnp.float32),
+        jax.ShapeDtypeStruct((batch, n_heads, width, d_state), jnp.float32),
         states if keep else None,
     )
     out_specs = Outputs(grid.of_heads(), grid.after(width, d_state), grid.of_states() if keep else None)
@@ -121,8 +121,7 @@ def _kernel(refs: Refs, out: Outputs, h_HPN, angle_QX, scalars_HXQ, *, grid: Gri
 
     @pl.when(chunk == 0)
     def _():
-        for head in range(grid.heads):
-            h_HPN[first + head] = parts.ordered(refs.h_BHPN[head], refs.order_NM, grid)
+        parts.load_states(h_HPN, first, refs.h_BHPN, refs.order_NM, grid)
 
     parts.load_angles(angle_QX, refs, block, grid)
 

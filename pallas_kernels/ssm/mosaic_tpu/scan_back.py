@@ -20,7 +20,7 @@ def backward(inputs: Inputs, rest: Rest, h_BCHPN, cotangents, tiles: Tiles) -> I
     Args:
         rest: as for `scan.forward`.
         h_BCHPN: the state before every chunk, as that gives it.
-        cotangents: do_BLHP, dh_BHPN and dangle_BHS of what comes after the row.
+        cotangents: do_BLHP, dh_BHPN and dangle_BHS of what comes after the row; the last two None: 0.
         tiles: as for the forward pass.
     """
     grid = Grid(inputs, tiles, backwards=True)
@@ -28,21 +28,21 @@ def backward(inputs: Inputs, rest: Rest, h_BCHPN, cotangents, tiles: Tiles) -> I
     batch, length, n_heads, width, d_state = grid.batch, grid.length, grid.n_heads, grid.width, grid.d_state
     lanes = grid.heads * grid.half
     read = refs_of(inputs, rest, grid, h_BCHPN)
-    dphi_BKX = grid.of_blocks(dangle_BHS)
+    dphi_BKX = None if dangle_BHS is None else grid.of_blocks(dangle_BHS)
     refs = Back(read, do_BLHP.reshape(batch, length, -1), dh_BHPN, dphi_BKX)
     specs = Back(
         specs_of(read, grid, grid.of_states()),
         grid.of_heads(),
-        grid.before(width, d_state),
-        grid.before(1, lanes, heads=None),
+        None if dh_BHPN is None else grid.before(width, d_state),
+        None if dphi_BKX is None else grid.before(1, lanes, heads=None),
     )
     weights = [array for array in read[-7:] if array is not None]
     like = lambda array: None if array is None else jax.ShapeDtypeStruct(array.shape, array.dtype)  # noqa: E731
     float32 = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
     out = Gradients(
         *(like(array) for array in read[:9]),
-        float32(*dh_BHPN.shape),
-        float32(*dphi_BKX.shape),
+        None if inputs.h_BHPN is None else float32(batch, n_heads, width, d_state),
+        None if inputs.first_BHS is None else float32(batch, grid.blocks, 1, lanes),
         [float32(batch, *array.shape) for array in weights],
     )
     out_specs = Gradients(
@@ -52,8 +52,8 @@ def backward(inputs: Inputs, rest: Rest, h_BCHPN, cotangents, tiles: Tiles) -> I
         None if out.gate_BLX is None else grid.of_heads(),
         grid.of_angles(),
         *[grid.of_numbers()] * 4,
-        grid.after(width, d_state),
-        grid.after(1, lanes, heads=None),
+        None if out.dh_BHPN is None else grid.after(width, d_state),
+        None if out.dphi_BKX is None else grid.after(1, lanes, heads=None),
         [grid.after(*array.shape[1:]) for array in weights],
     )
     of_groups = pltpu.VMEM((grid.tokens, grid.groups_a_block * grid.rank * d_state), jnp.float32)
@@ -82,10 +82,13 @@ def _gradients(inputs: Inputs, read: Refs, d: Gradients, grid: Grid) -> Inputs:
         None if weight is None else weight.reshape(array.shape)
         for weight, array in zip(weights, inputs[-7:], strict=True)
     )
+    dfirst_BHS = None
+    if d.dphi_BKX is not None:
+        dfirst_BHS = d.dphi_BKX.reshape(grid.batch, grid.n_heads, grid.half)[..., : grid.planes]
     return Inputs(
         *(None if dx is None else dx.reshape(x.shape) for dx, x in zip(d[:4], inputs[:4], strict=True)),
         *(tokens_second(dx, grid.tokens) for dx in d[4:9]),
-        d.dphi_BKX.reshape(grid.batch, grid.n_heads, grid.half)[..., : grid.planes],
+        dfirst_BHS,
         d.dh_BHPN,
         *weights,
     )

@@ -37,8 +37,8 @@ class Back(NamedTuple):
 
     inputs: Refs
     do_BLX: jax.Array
-    dh_BHPN: jax.Array  # of the state after the row
-    dphi_BKX: jax.Array  # of the angle after it; (.., 1, J N/2)
+    dh_BHPN: jax.Array | None  # of the state after the row; None: 0
+    dphi_BKX: jax.Array | None  # of the angle after it; (.., 1, J N/2); None: 0
 
 
 class Gradients(NamedTuple):
@@ -51,8 +51,8 @@ class Gradients(NamedTuple):
     log_a_BHL: jax.Array
     gamma_BHL: jax.Array
     kappa_BHL: jax.Array
-    dh_BHPN: jax.Array  # of the state before the row
-    dphi_BKX: jax.Array  # of the angle before it
+    dh_BHPN: jax.Array | None  # of the state before the row, if there is one
+    dphi_BKX: jax.Array | None  # of the angle before it
     weights: list  # (B, H, R, ..), of the weights that there are, as in `Refs`
 
 
@@ -85,9 +85,9 @@ def kernel(refs: Back, out: Gradients, scratch: Scratch, *, grid: Grid):
 
     @pl.when(step == 0)
     def _():
-        for head in range(grid.heads):
-            scratch.dh_HPN[block * grid.heads + head] = parts.ordered(refs.dh_BHPN[head], inputs.order_NM, grid)
-        scratch.dphi_KX[block] = refs.dphi_BKX[...]
+        parts.load_states(scratch.dh_HPN, block * grid.heads, refs.dh_BHPN, inputs.order_NM, grid)
+        none_1X = jnp.zeros(scratch.dphi_KX.shape[1:], jnp.float32)
+        scratch.dphi_KX[block] = none_1X if refs.dphi_BKX is None else refs.dphi_BKX[...]
         for sum_ref in scratch.weights:
             sum_ref[heads] = jnp.zeros((grid.heads, *sum_ref.shape[1:]), jnp.float32)
 
@@ -133,10 +133,12 @@ def kernel(refs: Back, out: Gradients, scratch: Scratch, *, grid: Grid):
 
     @pl.when(step == grid.chunks - 1)
     def _():
-        for head in range(grid.heads):
-            dh_PN = scratch.dh_HPN[block * grid.heads + head]
-            out.dh_BHPN[head] = parts.ordered(dh_PN, inputs.order_NM, grid, NT)
-        out.dphi_BKX[...] = scratch.dphi_KX[block]
+        if out.dh_BHPN is not None:
+            for head in range(grid.heads):
+                dh_PN = scratch.dh_HPN[block * grid.heads + head]
+                out.dh_BHPN[head] = parts.ordered(dh_PN, inputs.order_NM, grid, NT)
+        if out.dphi_BKX is not None:
+            out.dphi_BKX[...] = scratch.dphi_KX[block]
         for ref, sum_ref in zip(out.weights, scratch.weights, strict=True):
             ref[...] = sum_ref[heads]
 
