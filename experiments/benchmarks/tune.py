@@ -70,8 +70,8 @@ class Trial(ssm.Task):
             return run(tokens, heads, state, rotation=self.case.rotation, **self.launch)
 
         def backward(tokens, heads, dy_BLHP):
-            (y_BLHP, state), pull = jax.vjp(op, tokens, heads)
-            return (y_BLHP, state), pull((dy_BLHP, jax.tree.map(jnp.zeros_like, state)))
+            y_BLHP, pull, state = jax.vjp(op, tokens, heads, has_aux=True)
+            return (y_BLHP, state), pull(dy_BLHP)
 
         def step(state, tokens, heads):
             return op(tokens, heads, state)[::-1]
