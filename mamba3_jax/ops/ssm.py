@@ -19,7 +19,7 @@ from mamba3_jax.ops.types import Heads, State, Tokens, accumulator, empty_state
 
 __all__ = ["IMPLEMENTATIONS", "Heads", "State", "Tokens", "empty_state", "ssm"]
 
-# Their state may be None: zeros, which the TPU's scan does not even read.
+# All take None for `empty_state`, which most of them make; the TPU's scan has no operand then, and no gradient of it.
 IMPLEMENTATIONS = {
     "recurrent": recurrent,
     "associative": associative,
