@@ -136,8 +136,8 @@ def forward(tokens: Tokens, heads: Heads, *, case: Case, implementation: str, ch
 def backward(tokens: Tokens, heads: Heads, dy_BLHP, *, case: Case, implementation: str, chunk: int | None):
     """The output, the state, and the gradient of sum(y dy) with respect to everything that went in."""
     function = partial(forward, case=case, implementation=implementation, chunk=chunk)
-    (y_BLHP, state), pull = jax.vjp(function, tokens, heads)
-    return (y_BLHP, state), pull((dy_BLHP.astype(y_BLHP.dtype), jax.tree.map(jnp.zeros_like, state)))
+    y_BLHP, pull, state = jax.vjp(function, tokens, heads, has_aux=True)
+    return (y_BLHP, state), pull(dy_BLHP.astype(y_BLHP.dtype))
 
 
 def decode(state: State, tokens: Tokens, heads: Heads, *, case: Case, implementation: str | None, chunk: int | None):

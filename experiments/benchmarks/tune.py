@@ -27,7 +27,7 @@ from absl import app, flags
 from experiments.benchmarks import common, ssm
 from mamba3_jax.ops import choices
 from mamba3_jax.ops.choices import Choice
-from mamba3_jax.ops.ssm import IMPLEMENTATIONS, KERNELS, empty_state
+from mamba3_jax.ops.ssm import IMPLEMENTATIONS, KERNELS
 
 # By implementation. Rows of a chunk are tokens times ranks; the names are those of its launch.
 STRUCTURE = {
@@ -66,13 +66,12 @@ class Trial(ssm.Task):
         del implementation
 
         def op(tokens, heads, state=None):
-            state = empty_state(tokens) if state is None else state
             run = IMPLEMENTATIONS[self.implementation]
             return run(tokens, heads, state, rotation=self.case.rotation, **self.launch)
 
         def backward(tokens, heads, dy_BLHP):
-            (y_BLHP, state), pull = jax.vjp(op, tokens, heads)
-            return (y_BLHP, state), pull((dy_BLHP, jax.tree.map(jnp.zeros_like, state)))
+            y_BLHP, pull, state = jax.vjp(op, tokens, heads, has_aux=True)
+            return (y_BLHP, state), pull(dy_BLHP)
 
         def step(state, tokens, heads):
             return op(tokens, heads, state)[::-1]

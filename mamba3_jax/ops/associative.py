@@ -9,7 +9,7 @@ from mamba3_jax.ops.types import Heads, State, Tokens
 CHUNK = 32  # every token of a chunk holds its whole state: Q x P x N a head
 
 
-def associative(tokens: Tokens, heads: Heads, state: State, *, rotation: str, chunk: int | None = None):
+def associative(tokens: Tokens, heads: Heads, state: State | None, *, rotation: str, chunk: int | None = None):
     """(a_2, b_2) o (a_1, b_1) = (a_2 a_1, a_2 b_1 + b_2) composes steps g_t = a_t g_{t-1} + kappa_t x_t k_t^T.
 
     g_t is the state with all that token t will ever add, so h_t = a_t g_{t-1} + gamma_t x_t k_t^T and y_t = h_t q_t.

@@ -9,7 +9,7 @@ from mamba3_jax.ops.chunks import Chunk, over_chunks
 from mamba3_jax.ops.types import Heads, State, Tokens
 
 
-def chunked(tokens: Tokens, heads: Heads, state: State, *, rotation: str, chunk: int | None = None):
+def chunked(tokens: Tokens, heads: Heads, state: State | None, *, rotation: str, chunk: int | None = None):
     """y_t = sum_{s<t} exp(sum_{s<u<=t} log_a_u) kappa_s (q_t.k_s) x_s + gamma_t (q_t.k_t) x_t + exp(..) h_0 q_t.
 
     The sums over s inside a chunk are three matrix products; what came before the chunk is in h_0 (SPEC section 6).

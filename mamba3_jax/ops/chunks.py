@@ -17,7 +17,7 @@ from mamba3_jax.ops.discretize import trapezoid
 from mamba3_jax.ops.output import finish
 from mamba3_jax.ops.recurrent import outer, per_head, ranked
 from mamba3_jax.ops.rotary import from_planes, partner, rotate, to_planes, turn
-from mamba3_jax.ops.types import Heads, State, Tokens, accumulator
+from mamba3_jax.ops.types import Heads, State, Tokens, accumulator, empty_state
 
 
 class Chunk(NamedTuple):
@@ -36,8 +36,9 @@ class Chunk(NamedTuple):
 Core = Callable[[Chunk, jax.Array], tuple[jax.Array, jax.Array]]  # (chunk, h_BHPN) -> y_BHQRP, h_BHPN
 
 
-def over_chunks(core: Core, tokens: Tokens, heads: Heads, state: State, *, rotation: str, chunk: int):
+def over_chunks(core: Core, tokens: Tokens, heads: Heads, state: State | None, *, rotation: str, chunk: int):
     """Run `core` over the chunks of a row; same arguments and results as every implementation of `ssm`."""
+    state = empty_state(tokens) if state is None else state
     length, n_heads, width = tokens.v_BLHP.shape[1:]
     dtype = accumulator(tokens)
     planes = tokens.angle_BLHS.shape[-1]

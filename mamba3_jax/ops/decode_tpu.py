@@ -7,14 +7,14 @@ import jax.numpy as jnp
 
 from mamba3_jax.ops.decode import in_one_kernel
 from mamba3_jax.ops.recurrent import recurrent
-from mamba3_jax.ops.types import Heads, State, Tokens
+from mamba3_jax.ops.types import Heads, State, Tokens, empty_state
 
 # Tokens up to which steps are estimated to be no slower than the scan, which costs about the same for 2 and for 16: see
 # pallas_kernels/ssm/mosaic_tpu/NOTES.md.
 FEW = 4
 
 
-def decode_tpu(tokens: Tokens, heads: Heads, state: State, *, rotation: str, tile=None):
+def decode_tpu(tokens: Tokens, heads: Heads, state: State | None, *, rotation: str, tile=None):
     """`recurrent` for up to `FEW` tokens, all of the state in place where it is donated.
 
     A token is one call of `pallas_kernels.ssm.mosaic_tpu.decode`, which reads the state and writes it. The backward
@@ -28,6 +28,7 @@ def decode_tpu(tokens: Tokens, heads: Heads, state: State, *, rotation: str, til
         ValueError: no TPU, what `unsupported` says, or a tile that does not fit in VMEM.
     """
     check(tokens, tile)
+    state = empty_state(tokens) if state is None else state
     return _decode(tokens, heads, state, rotation, tile)
 
 

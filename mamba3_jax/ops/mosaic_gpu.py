@@ -7,7 +7,7 @@ from mamba3_jax.ops import choices, triton
 from mamba3_jax.ops.chunks import incoming, last_state
 from mamba3_jax.ops.discretize import trapezoid
 from mamba3_jax.ops.rotary import from_planes, to_planes
-from mamba3_jax.ops.types import Heads, State, Tokens
+from mamba3_jax.ops.types import Heads, State, Tokens, empty_state
 
 PROGRAMS = 264  # that fill an H200: two on each of its 132 multiprocessors
 ROWS, WIDTH = 64, 64  # of a chunk; P, padded
@@ -16,7 +16,7 @@ ROWS, WIDTH = 64, 64  # of a chunk; P, padded
 def mosaic_gpu(
     tokens: Tokens,
     heads: Heads,
-    state: State,
+    state: State | None,
     *,
     rotation: str,
     chunk: int | None = None,
@@ -44,6 +44,7 @@ def mosaic_gpu(
     from pallas_kernels.ssm.mosaic_gpu import op, scan
 
     check(tokens, interpret)
+    state = empty_state(tokens) if state is None else state
     if tokens.dt_BLH.shape[1] == 1:
         return one_token(tokens, heads, state, rotation, interpret)
     batch, length, rank = tokens.q_BLRGN.shape[:3]

@@ -17,7 +17,7 @@ RANKS = (1, 2, 4, 8)
 def mosaic_tpu(
     tokens: Tokens,
     heads: Heads,
-    state: State,
+    state: State | None,
     *,
     rotation: str,
     chunk: int | None = None,
@@ -67,7 +67,11 @@ def mosaic_tpu(
         _, document_EQ = documents(start_BL.reshape(-1, tiles.tokens), tiles.tokens)
         document_BL = document_EQ.reshape(start_BL.shape)
     more_planes = max(-(-planes // 8), 1) * 8 - planes
-    h_BHPN = layout.wide(incoming(state, first_BH, heads))
+    first_BHS = h_BHPN = None
+    if state is not None:
+        first_BHS = _last_padded(state.angle_BHS, more_planes)
+        h_BHPN = layout.wide(incoming(state, first_BH, heads))
+        h_BHPN = jnp.pad(h_BHPN, [(0, 0), (0, 0), (0, spare), (0, 0)])
     skip_HP = None if heads.skip_H is None else jnp.broadcast_to(heads.skip_H[:, None], (n_heads, width + spare))
     inputs = op.Inputs(
         by_group(tokens.q_BLRGN),
@@ -79,8 +83,8 @@ def mosaic_tpu(
         padded(tokens.log_a_BLH),
         padded(gamma_BLH),
         padded(kappa_BLH),
-        _last_padded(state.angle_BHS, more_planes),
-        jnp.pad(h_BHPN, [(0, 0), (0, 0), (0, spare), (0, 0)]),
+        first_BHS,
+        h_BHPN,
         *(float32(layout.to(bias_HRN)) for bias_HRN in (heads.q_bias_HRN, heads.k_bias_HRN)),
         float32(skip_HP),
         *(float32(wide(x)) for x in (heads.v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP)),

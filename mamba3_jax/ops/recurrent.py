@@ -7,10 +7,10 @@ import jax.numpy as jnp
 
 from mamba3_jax.ops.output import finish
 from mamba3_jax.ops.rotary import rotate
-from mamba3_jax.ops.types import Heads, State, Tokens, accumulator
+from mamba3_jax.ops.types import Heads, State, Tokens, accumulator, empty_state
 
 
-def recurrent(tokens: Tokens, heads: Heads, state: State, *, rotation: str, chunk: int | None = None):
+def recurrent(tokens: Tokens, heads: Heads, state: State | None, *, rotation: str, chunk: int | None = None):
     """h_t = a_t h_{t-1} + (1-lambda_t) dt_t a_t X_{t-1} k_{t-1}^T + lambda_t dt_t X_t k_t^T,  y_t = h_t q_t.
 
     a_t = exp(log_a_t); X_t[r] = v_rank[r] v_t; k and q are biased, then rotated by the angle phi_t = phi_{t-1} +
@@ -19,6 +19,7 @@ def recurrent(tokens: Tokens, heads: Heads, state: State, *, rotation: str, chun
 
     Runs in float64 where dt is float64. `chunk` is part of the shared signature and has no meaning here.
     """
+    state = empty_state(tokens) if state is None else state
     dtype = accumulator(tokens)
     n_heads = tokens.v_BLHP.shape[2]
     length = tokens.dt_BLH.shape[1]

@@ -19,6 +19,7 @@ from mamba3_jax.ops.types import Heads, State, Tokens, accumulator, empty_state
 
 __all__ = ["IMPLEMENTATIONS", "Heads", "State", "Tokens", "empty_state", "ssm"]
 
+# All take None for `empty_state`, which most of them make; the TPU's scan has no operand then, and no gradient of it.
 IMPLEMENTATIONS = {
     "recurrent": recurrent,
     "associative": associative,
@@ -68,8 +69,6 @@ def ssm(
         implementation = default_implementation(tokens)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{implementation=} is not one of {sorted(IMPLEMENTATIONS)}")
-    if state is None:
-        state = empty_state(tokens)
     return IMPLEMENTATIONS[implementation](tokens, heads, state, rotation=rotation, chunk=chunk)
 
 

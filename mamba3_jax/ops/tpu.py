@@ -11,7 +11,13 @@ from mamba3_jax.ops.types import Heads, State, Tokens, empty_state
 
 
 def mosaic_tpu(
-    tokens: Tokens, heads: Heads, state: State, *, rotation: str, chunk: int | None = None, interpret: object = None
+    tokens: Tokens,
+    heads: Heads,
+    state: State | None,
+    *,
+    rotation: str,
+    chunk: int | None = None,
+    interpret: object = None,
 ):
     """See `ops.decode_tpu` for up to `FEW` tokens, `ops.mosaic_tpu` for more.
 

@@ -10,7 +10,7 @@ from mamba3_jax.ops.chunked import log_decay
 from mamba3_jax.ops.chunks import documents, incoming, last_state
 from mamba3_jax.ops.discretize import trapezoid
 from mamba3_jax.ops.rotary import from_planes, to_planes
-from mamba3_jax.ops.types import Heads, State, Tokens
+from mamba3_jax.ops.types import Heads, State, Tokens, empty_state
 
 PROGRAMS = 256  # that fill an H200: two on each of its 132 multiprocessors
 
@@ -18,7 +18,7 @@ PROGRAMS = 256  # that fill an H200: two on each of its 132 multiprocessors
 def triton(
     tokens: Tokens,
     heads: Heads,
-    state: State,
+    state: State | None,
     *,
     rotation: str,
     chunk: int | None = None,
@@ -47,6 +47,7 @@ def triton(
     from pallas_kernels.ssm.triton import op
 
     check(tokens, interpret)
+    state = empty_state(tokens) if state is None else state
     launch = choices.launch("triton", tokens) | launch
     if tokens.dt_BLH.shape[1] == 1:
         tile = None

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mamba3_jax.ops.ssm import Heads, State, ssm
+from mamba3_jax.ops.ssm import Heads, State, empty_state, ssm
 from tests.helpers import rel_rms
 from tests.ops import cases
 from tests.ops.cases import (
@@ -118,6 +118,30 @@ def test_pieces_with_the_state_carried_are_the_whole(lengths, shape, implementat
         ys.append(y)
         begin += length
     assert rel_rms(np.concatenate(ys, axis=1), whole[:, :last]) < FORWARD
+
+
+@pytest.mark.parametrize("implementation", cases.NAMES)
+@pytest.mark.parametrize("shape", [SISO._replace(length=21), MIMO._replace(length=1)], ids=["siso", "mimo_step"])
+@pytest.mark.usefixtures("without_callbacks")
+def test_no_state_is_the_empty_state(shape, implementation):
+    """The same bits, of values and of gradients, whichever results are used."""
+    tokens, heads, _ = draw(shape)
+    tokens = cases.bfloat16(tokens)  # mosaic_gpu has no others
+    op = functools.partial(ssm, rotation=shape.rotation, implementation=implementation, chunk=8)
+    used = {"y": lambda y, _: y, "state": lambda _, state: state, "both": lambda *both: both}
+
+    @functools.partial(quick_jit, static_argnums=2)
+    def run(tokens, heads, empty):
+        def pulled(pick):
+            state = empty_state(tokens) if empty else None
+            results, pull = jax.vjp(lambda *inputs: pick(*op(*inputs, state)), tokens, heads)
+            return results, pull(results)
+
+        return {name: pulled(pick) for name, pick in used.items()}
+
+    got, want = (run(tokens, heads, empty) for empty in (False, True))
+    for (name, leaf), other in zip(cases.named(got).items(), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(leaf, other, name)
 
 
 @every_implementation

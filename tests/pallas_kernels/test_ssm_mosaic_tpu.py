@@ -5,6 +5,7 @@ that starts as NaN. Lowering finds what Mosaic cannot express, libtpu's own comp
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -231,6 +232,62 @@ def test_lowers_for_tpu(shape, starts, narrow):
 
     assert kernels(op) == 2  # the angles before every chunk, and the scan
     assert kernels(with_gradients) == 3
+
+
+def test_results_that_are_not_used():
+    """Any one used alone gives the gradients that zeros for the others give: the same bits, and not all of them 0."""
+    shape = SMALL._replace(heads=2, length=20)
+    tokens, heads, state = draw(shape)
+    op = functools.partial(mosaic_tpu, rotation=shape.rotation, chunk=16, interpret=True)
+
+    @quick_jit
+    def run(*inputs):
+        (results, pull), found = jax.vjp(op, *inputs), {}
+        zeros, structure = jax.tree.flatten(jax.tree.map(jnp.zeros_like, results))
+        for index, (name, value) in enumerate(cases.named(results).items()):
+            with_zeros = jax.tree.unflatten(structure, [*zeros[:index], value, *zeros[index + 1 :]])
+            _, alone = jax.vjp(lambda *inputs, index=index: jax.tree.leaves(op(*inputs))[index], *inputs)
+            found[name] = alone(value), pull(with_zeros)
+        return found
+
+    for name, (got, want) in run(tokens, heads, state).items():
+        assert any(np.any(leaf) for leaf in jax.tree.leaves(want)), name
+        for leaf, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_array_equal(leaf, other, name)
+
+
+LOOPS = {
+    "once": lambda op, v: op(v)[0],
+    "checkpoint": lambda op, v: jax.checkpoint(op)(v)[0],
+    "layers": lambda op, v: jax.lax.scan(lambda v, _: jax.checkpoint(op)(v), v, length=3)[0],
+}
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["no_state", "a_state"])
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
+def test_no_zeros_of_a_state(loop, given):
+    """Where the state after the row is not used the kernels read no gradient of it; where there is none before the row,
+    not that either, and write no gradient of it."""
+    tokens, heads, state = draw(SISO._replace(length=128, heads=4, groups=1, d_state=128, width=64, planes=32))
+
+    def loss(v_BLHP, state):
+        def op(v_BLHP):
+            inputs = (tokens._replace(v_BLHP=v_BLHP), heads, state)
+            return mosaic_tpu(*inputs, rotation="adjacent", tiles=default("v5e", 1))
+
+        return jnp.sum(loop(op, v_BLHP))
+
+    traced = jax.jit(jax.grad(loss)).trace(tokens.v_BLHP, state if given else None)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    size = "x".join(map(str, state.ssm_BHPN.shape))
+    found = {}
+    for line in text.splitlines():
+        if "@tpu_custom_call" in line:
+            name = re.search(r'kernel_name = "(\w+)"', line).group(1)
+            operands, results = line.rsplit(" : ", 1)[1].split(" -> ")
+            found.setdefault(name, set()).add(tuple(f"<{size}xf32>" in types for types in (operands, results)))
+    assert found["mamba3_tpu_scan"] == {(given, True)}
+    assert found["mamba3_tpu_scan_back"] == {(False, given)}
 
 
 def test_a_named_implementation_runs_or_raises(monkeypatch):

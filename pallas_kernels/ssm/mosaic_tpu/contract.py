@@ -47,8 +47,8 @@ class Inputs(NamedTuple):
     log_a_BLH: jax.Array  # log of a token's decay
     gamma_BLH: jax.Array  # a token's weight in its own output
     kappa_BLH: jax.Array  # and in later ones
-    first_BHS: jax.Array  # radians: the angle before the row
-    h_BHPN: jax.Array  # the state before it
+    first_BHS: jax.Array | None  # radians: the angle before the row; None: 0
+    h_BHPN: jax.Array | None  # the state before it; None: 0
     q_bias_HRN: jax.Array
     k_bias_HRN: jax.Array
     skip_HP: jax.Array | None  # the same for all of P
@@ -81,7 +81,7 @@ class Refs(NamedTuple):
     start_BCKX: jax.Array  # turns: the angle before every chunk; K blocks of heads, (.., 1, J S)
     document_BCQ: jax.Array | None  # float32, document starts in the chunk up to here; (.., 1, Q)
     order_MN: jax.Array
-    h_BHPN: jax.Array | None  # before the row; the backward pass: before every chunk, (B, C, W, N, X)
+    h_BHPN: jax.Array | None  # before the row, None: 0; the backward pass: before every chunk, (B, C, W, N, X)
     q_bias_HRN: jax.Array
     k_bias_HRN: jax.Array
     skip_WRX: jax.Array | None  # W packs of heads, each (R, X)

@@ -6,7 +6,9 @@ The backward pass keeps the inputs, the state and the angle before every chunk.
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.ssm.mosaic_tpu import scan, scan_back
 from pallas_kernels.ssm.mosaic_tpu.contract import Inputs, Rest, Tiles
@@ -41,22 +43,28 @@ def _forward(inputs: Inputs, document_BL, order_MN, last: int, tiles: Tiles, *, 
 
 
 def _fwd(inputs: Inputs, document_BL, order_MN, last: int, tiles: Tiles):
+    inputs, document_BL, order_MN = jax.tree.map(lambda primal: primal.value, (inputs, document_BL, order_MN))
     results, (rest, h_BCWNX) = _forward(inputs, document_BL, order_MN, last, tiles, keep=True)
     return results, (inputs, rest, checkpoint_name(h_BCWNX, "ssm_states"))
 
 
 def _bwd(last: int, tiles: Tiles, residuals, cotangents):
     inputs, rest, h_BCWNX = residuals
-    *cotangents, dk_BGRN, dv_BHP = cotangents
-    d = scan_back.backward(inputs, rest, h_BCWNX, cotangents, tiles)
+    # None where nobody uses a result: most often the state after the row, whose zeros would be large.
+    cotangents = [None if isinstance(d, SymbolicZero) else d for d in cotangents]
+    do_BLHP, dh_BHPN, dangle_BHS, dk_BGRN, dv_BHP = cotangents
+    do_BLHP = jnp.zeros_like(inputs.v_BLHP) if do_BLHP is None else do_BLHP
+    d = scan_back.backward(inputs, rest, h_BCWNX, (do_BLHP, dh_BHPN, dangle_BHS), tiles)
     dk_BLGRN, dv_BLHP = _with(d.k_BLGRN, last, dk_BGRN), _with(d.v_BLHP, last, dv_BHP)
     return d._replace(k_BLGRN=dk_BLGRN, v_BLHP=dv_BLHP), None, None
 
 
 def _with(dx_BL, last: int, more_B):
     """In place: the sum with zeros for all other tokens would be one more pass over them."""
+    if more_B is None:
+        return dx_BL
     flat_BLX = dx_BL.reshape(*dx_BL.shape[:2], -1)
     return flat_BLX.at[:, last].add(more_B.reshape(more_B.shape[0], -1)).reshape(dx_BL.shape)
 
 
-mamba3.defvjp(_fwd, _bwd)
+mamba3.defvjp(_fwd, _bwd, symbolic_zeros=True)

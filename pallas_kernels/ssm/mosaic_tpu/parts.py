@@ -234,17 +234,22 @@ def outwards(x_NY, order_MN, grid: Grid):
     return product(x_NY, order_MN[...], TN, grid, x_NY.dtype)
 
 
-def state_in(h_HPN, pack: int, order_MN, grid: Grid):
-    """(N, X): a pack of the states of a block."""
-    h_XN = jnp.concatenate([h_HPN[head] for head in grid.heads_of(pack)], axis=0)
-    return inwards(h_XN, order_MN, grid)
+def load_states(h_WNX, ref, block, order_MN, grid: Grid) -> None:
+    """What a block's heads begin with, into VMEM: zeros without a `ref`."""
+    for pack in range(grid.packs):
+        h_NX = jnp.zeros(h_WNX.shape[1:], jnp.float32)
+        if ref is not None:
+            h_XN = jnp.concatenate([ref[head] for head in grid.heads_of(pack)], axis=0)
+            h_NX = inwards(h_XN, order_MN, grid)
+        h_WNX[block * grid.packs + pack] = h_NX
 
 
-def state_out(h_NX, h_HPN, pack: int, order_MN, grid: Grid) -> None:
-    """Into `h_HPN`."""
-    h_XN = outwards(h_NX, order_MN, grid)
-    for place, head in enumerate(grid.heads_of(pack)):
-        h_HPN[head] = h_XN[place * grid.width : (place + 1) * grid.width]
+def store_states(ref, h_WNX, block, order_MN, grid: Grid) -> None:
+    """Back from `load_states`."""
+    for pack in range(grid.packs):
+        h_XN = outwards(h_WNX[block * grid.packs + pack], order_MN, grid)
+        for place, head in enumerate(grid.heads_of(pack)):
+            ref[head] = h_XN[place * grid.width : (place + 1) * grid.width]
 
 
 def load_groups(q_GNT, k_GNT, refs: Refs, block, grid: Grid) -> None:

@@ -31,17 +31,16 @@ def forward(inputs: Inputs, rest: Rest, tiles, *, keep: bool):
     """o_BLHP, the state after the row, and the states before every chunk (as the kernels keep them) or None."""
     grid = Grid(inputs, tiles)
     refs = refs_of(inputs, rest, grid, inputs.h_BHPN)
-    specs = specs_of(refs, grid, grid.before(grid.heads, grid.width, grid.d_state))
+    of_row = (grid.heads, grid.width, grid.d_state)
+    specs = specs_of(refs, grid, None if refs.h_BHPN is None else grid.before(*of_row))
     packs = (grid.n_heads // grid.pack, grid.d_state, grid.lanes)
     states = jax.ShapeDtypeStruct((grid.batch, grid.chunks, *packs), grid.dtype)
     out = Outputs(
         jax.ShapeDtypeStruct(refs.v_BLX.shape, refs.v_BLX.dtype),
-        jax.ShapeDtypeStruct(inputs.h_BHPN.shape, jnp.float32),
+        jax.ShapeDtypeStruct((grid.batch, grid.n_heads, *of_row[1:]), jnp.float32),
         states if keep else None,
     )
-    out_specs = Outputs(
-        grid.of_heads(), grid.after(grid.heads, grid.width, grid.d_state), grid.of_states() if keep else None
-    )
+    out_specs = Outputs(grid.of_heads(), grid.after(*of_row), grid.of_states() if keep else None)
     out = call(
         functools.partial(_kernel, grid=grid),
         "mamba3_tpu_scan",
@@ -124,8 +123,7 @@ def _kernel(refs: Refs, out: Outputs, h_WNX, q_GNT, k_GNT, scalars_HXQ, *, grid:
 
     @pl.when(chunk == 0)
     def _():
-        for pack in range(grid.packs):
-            h_WNX[first + pack] = parts.state_in(refs.h_BHPN, pack, refs.order_MN, grid)
+        parts.load_states(h_WNX, refs.h_BHPN, block, refs.order_MN, grid)
 
     if out.h_BCWNX is not None:
         out.h_BCWNX[...] = h_WNX[pl.ds(first, grid.packs)].astype(grid.dtype)
@@ -163,5 +161,4 @@ def _kernel(refs: Refs, out: Outputs, h_WNX, q_GNT, k_GNT, scalars_HXQ, *, grid:
 
     @pl.when(chunk == grid.chunks - 1)
     def _():
-        for pack in range(grid.packs):
-            parts.state_out(h_WNX[first + pack], out.h_BHPN, pack, refs.order_MN, grid)
+        parts.store_states(out.h_BHPN, h_WNX, block, refs.order_MN, grid)

@@ -28,21 +28,21 @@ def backward(inputs: Inputs, rest: Rest, h_BCWNX, cotangents, tiles: Tiles) -> I
     batch, length, n_heads, width, d_state = grid.batch, grid.length, grid.n_heads, grid.width, grid.d_state
     angles = grid.heads * grid.planes
     read = refs_of(inputs, rest, grid, h_BCWNX)
-    dphi_BKX = grid.of_blocks(dangle_BHS)
+    dphi_BKX = None if dangle_BHS is None else grid.of_blocks(dangle_BHS)
     refs = Back(read, do_BLHP.reshape(batch, length, -1), dh_BHPN, dphi_BKX)
     specs = Back(
         specs_of(read, grid, grid.of_states()),
         grid.of_heads(),
-        grid.before(grid.heads, width, d_state),
-        grid.before(None, 1, angles),
+        None if dh_BHPN is None else grid.before(grid.heads, width, d_state),
+        None if dphi_BKX is None else grid.before(None, 1, angles),
     )
     weights = [array for array in read[-7:] if array is not None]
     like = lambda array: None if array is None else jax.ShapeDtypeStruct(array.shape, array.dtype)  # noqa: E731
     float32 = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
     out = Gradients(
         *(like(array) for array in read[:9]),
-        float32(*dh_BHPN.shape),
-        float32(*dphi_BKX.shape),
+        None if inputs.h_BHPN is None else float32(batch, n_heads, width, d_state),
+        None if inputs.first_BHS is None else float32(batch, grid.blocks, 1, angles),
         [float32(batch, *array.shape) for array in weights],
     )
     out_specs = Gradients(
@@ -52,8 +52,8 @@ def backward(inputs: Inputs, rest: Rest, h_BCWNX, cotangents, tiles: Tiles) -> I
         None if out.gate_BLX is None else grid.of_heads(),
         grid.of_angles(),
         *[grid.of_numbers()] * 4,
-        grid.after(grid.heads, width, d_state),
-        grid.after(None, 1, angles),
+        None if out.dh_BHPN is None else grid.after(grid.heads, width, d_state),
+        None if out.dphi_BKX is None else grid.after(None, 1, angles),
         [grid.after(array.shape[0] // grid.blocks, *array.shape[1:]) for array in weights],
     )
     scratch = Scratch(
@@ -79,10 +79,13 @@ def _gradients(inputs: Inputs, read: Refs, d: Gradients, grid: Grid) -> Inputs:
         None if weight is None else weight.reshape(array.shape)
         for weight, array in zip(of_packs, inputs[-5:], strict=True)
     )
+    dfirst_BHS = None
+    if d.dphi_BKX is not None:
+        dfirst_BHS = d.dphi_BKX.reshape(grid.batch, grid.n_heads, grid.planes)
     return Inputs(
         *(None if dx is None else dx.reshape(x.shape) for dx, x in zip(d[:4], inputs[:4], strict=True)),
         *(tokens_second(dx, grid.tokens) for dx in d[4:9]),
-        d.dphi_BKX.reshape(grid.batch, grid.n_heads, grid.planes),
+        dfirst_BHS,
         d.dh_BHPN,
         *of_heads,
         *of_packs,

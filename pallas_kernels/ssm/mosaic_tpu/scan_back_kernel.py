@@ -99,9 +99,9 @@ def kernel(refs: Back, out: Gradients, scratch: Scratch, *, grid: Grid):
 
     @pl.when(step == 0)
     def _():
-        for pack in range(grid.packs):
-            scratch.dh_WNX[block * grid.packs + pack] = parts.state_in(refs.dh_BHPN, pack, inputs.order_MN, grid)
-        scratch.dphi_KX1[block] = refs.dphi_BKX[...].T
+        parts.load_states(scratch.dh_WNX, refs.dh_BHPN, block, inputs.order_MN, grid)
+        none_X1 = jnp.zeros(scratch.dphi_KX1.shape[1:], jnp.float32)
+        scratch.dphi_KX1[block] = none_X1 if refs.dphi_BKX is None else refs.dphi_BKX[...].T
         for sum_ref, place in zip(scratch.weights, places, strict=False):
             sum_ref[place] = jnp.zeros((place.size, *sum_ref.shape[1:]), jnp.float32)
 
@@ -146,10 +146,10 @@ def kernel(refs: Back, out: Gradients, scratch: Scratch, *, grid: Grid):
 
     @pl.when(step == grid.chunks - 1)
     def _():
-        for pack in range(grid.packs):
-            dh_NX = scratch.dh_WNX[block * grid.packs + pack]
-            parts.state_out(dh_NX, out.dh_BHPN, pack, inputs.order_MN, grid)
-        out.dphi_BKX[...] = scratch.dphi_KX1[block].T
+        if out.dh_BHPN is not None:
+            parts.store_states(out.dh_BHPN, scratch.dh_WNX, block, inputs.order_MN, grid)
+        if out.dphi_BKX is not None:
+            out.dphi_BKX[...] = scratch.dphi_KX1[block].T
         for ref, sum_ref, place in zip(out.weights, scratch.weights, places, strict=False):
             ref[...] = sum_ref[place]
 

@@ -22,7 +22,7 @@ class Refs(NamedTuple):
 
     angle_BHSL: jax.Array  # the H axis may be 1
     dt_BHL: jax.Array
-    first_BSH: jax.Array  # turns
+    first_BSH: jax.Array | None  # turns; None: 0
     document_BCQ: jax.Array | None  # float32; (.., 1, Q)
 
 
@@ -31,7 +31,7 @@ def starts(angle_BLHS, dt_BLH, first_BHS, document_BL, tiles: Tiles):
 
     Args:
         angle_BLHS: radians per unit dt; the H axis may be 1.
-        first_BHS: radians.
+        first_BHS: radians; None: 0.
         document_BL: document starts in the chunk up to each token, or None.
     """
     (batch, length, n_heads), (of_heads, planes) = dt_BLH.shape, angle_BLHS.shape[2:]
@@ -43,14 +43,14 @@ def starts(angle_BLHS, dt_BLH, first_BHS, document_BL, tiles: Tiles):
     refs = Refs(
         tokens_last(angle_BLHS, tokens),
         tokens_last(dt_BLH, tokens),
-        jnp.swapaxes(first_BHS, 1, 2) * INVERSE_TURN,
+        None if first_BHS is None else jnp.swapaxes(first_BHS, 1, 2) * INVERSE_TURN,
         document_BCQ,
     )
     of_row = pl.BlockSpec((None, planes, n_heads), lambda b, c: (b, 0, 0))
     specs = Refs(
         chunk_of((of_heads, planes), tokens, lambda b, c: (b, c, (0, 0))),
         chunk_of((n_heads,), tokens, lambda b, c: (b, c, (0,))),
-        of_row,
+        None if first_BHS is None else of_row,
         None if document_BL is None else pl.BlockSpec((None, None, 1, tokens), lambda b, c: (b, c, 0, 0)),
     )
     start_BCSH, last_BSH = pl.pallas_call(
@@ -77,6 +77,9 @@ def _kernel(refs: Refs, start_SH, last_SH, turns_2SH, *, tokens: int):
 
     @pl.when(chunk == 0)
     def _():
+        if refs.first_BSH is None:
+            turns_2SH[...] = jnp.zeros(turns_2SH.shape, jnp.float32)
+            return
         coarse_SH = jnp.floor(refs.first_BSH[...] / step + 0.5) * step
         turns_2SH[0], turns_2SH[1] = coarse_SH - jnp.floor(coarse_SH), refs.first_BSH[...] - coarse_SH
 
