@@ -54,7 +54,7 @@ def alone(x_YX, head: int, grid: Grid):
     """Zeros in the lanes of the pack's other heads."""
     if grid.pack == 1:
         return x_YX
-    head_1X = lax.broadcasted_iota(jnp.int32, (1, grid.lanes), 1) // grid.width
+    head_1X = lax.div(lax.broadcasted_iota(jnp.int32, (1, grid.lanes), 1), grid.width)
     return x_YX * (head_1X == head).astype(jnp.float32)
 
 
