@@ -89,7 +89,7 @@ def mosaic_tpu(
         float32(skip_HP),
         *(float32(wide(x)) for x in (heads.v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP)),
     )
-    order_MN = layout.order_NM.T.astype(dtype)
+    order_MN = None if layout.same else layout.order_NM.T.astype(dtype)
     y_BLHP, h_BHPN, angle_BHS, k_BGRN, v_BHP = op.mamba3(inputs, document_BL, order_MN, length - 1, tiles)
     y_BLHP = y_BLHP[:, :length, :, :width].astype(tokens.v_BLHP.dtype)
     h_BHPN = h_BHPN[:, :, :width, :d_state]

@@ -63,7 +63,7 @@ class Rest(NamedTuple):
 
     start_BCHS: jax.Array  # the angle before every chunk, in turns
     document_BL: jax.Array | None  # document starts in the chunk up to each token
-    order_MN: jax.Array  # a one where in the kernels an entry of N goes
+    order_MN: jax.Array | None  # a one where in the kernels an entry of N goes; None: all are there
 
 
 class Refs(NamedTuple):
@@ -80,7 +80,7 @@ class Refs(NamedTuple):
     kappa_BHL: jax.Array
     start_BCKX: jax.Array  # turns: the angle before every chunk; K blocks of heads, (.., 1, J S)
     document_BCQ: jax.Array | None  # float32, document starts in the chunk up to here; (.., 1, Q)
-    order_MN: jax.Array
+    order_MN: jax.Array | None
     h_BHPN: jax.Array | None  # before the row, None: 0; the backward pass: before every chunk, (B, C, W, N, X)
     q_bias_HRN: jax.Array
     k_bias_HRN: jax.Array

@@ -226,11 +226,15 @@ def inwards(x_YN, order_MN, grid: Grid):
 
     Exact, as a product with ones and zeros: the matrix unit is idle, and what moves across lanes is not.
     """
+    if order_MN is None:
+        return x_YN.astype(jnp.float32).T
     return product(order_MN[...], x_YN, NT, grid, x_YN.dtype)
 
 
 def outwards(x_NY, order_MN, grid: Grid):
     """Back from `inwards`: (Y, N), float32."""
+    if order_MN is None:
+        return x_NY.astype(jnp.float32).T
     return product(x_NY, order_MN[...], TN, grid, x_NY.dtype)
 
 

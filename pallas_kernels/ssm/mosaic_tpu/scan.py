@@ -70,7 +70,7 @@ def specs_of(refs: Refs, grid: Grid, state) -> Refs:
         *[grid.of_numbers()] * 4,
         grid.of_starts(),
         None if refs.document_BCQ is None else grid.of_documents(),
-        grid.of_order(),
+        None if refs.order_MN is None else grid.of_order(),
         state,
         *grid.weights(refs),
     )
