@@ -57,11 +57,11 @@ def _traced(shapes, device: str) -> str | None:
     (rank, _, d_state), (n_heads, width) = tokens.q_BLRGN.shape[2:], tokens.v_BLHP.shape[2:]
     weights = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
     by_rank = [weights(n_heads, rank, width)] * 3
-    # All that there can be: the most that a grid step may have to hold.
+    # All that there can be, and N to be reordered: the most that a grid step may have to hold.
     heads = Heads(*[weights(n_heads, rank, d_state)] * 2, weights(n_heads), *by_rank, weights(n_heads, width))
 
     def both(tokens, heads):
-        op = functools.partial(mosaic_tpu, rotation="half")
+        op = functools.partial(mosaic_tpu, rotation="adjacent")
         results, pull = jax.vjp(op, tokens, heads, empty_state(tokens))
         return pull(results)
 

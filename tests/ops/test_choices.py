@@ -1,6 +1,7 @@
 """The table of what was measured to be the fastest: which entry serves, and that what cannot be is refused."""
 
 import dataclasses
+import functools
 import json
 from types import SimpleNamespace
 
@@ -123,6 +124,26 @@ def test_the_default_on_a_tpu_has_vmem_for_its_shapes(on_tpu):
         jax.eval_shape(jax.grad(named), *draw_shapes(large))
     on_tpu("TPU v5 lite")
     assert ssm.default_implementation(tokens_of(large)) == "mosaic_tpu"
+
+
+@pytest.mark.parametrize(("d_state", "dtype"), [(128, jnp.bfloat16), (256, jnp.bfloat16), (256, jnp.float32)])
+def test_the_default_on_a_tpu_is_not_refused_later(d_state, dtype, on_tpu):
+    """As heads take more and more VMEM: what is chosen is traced in both rotations, with all that there can be."""
+    on_tpu("TPU v4")
+    chosen = []
+    for n_heads in range(2, 130, 8):
+        shape = SHAPE._replace(length=512, batch=1, d_state=d_state, heads=n_heads, norm=True)
+        tokens = tokens_of(shape, dtype)
+        chosen.append(ssm.default_implementation(tokens) == "mosaic_tpu")
+        for rotation in ["adjacent", "half"] if chosen[-1] else []:
+
+            def both(tokens, heads, state, rotation=rotation):
+                results, pull = jax.vjp(functools.partial(ssm.ssm, rotation=rotation), tokens, heads, state)
+                return pull(results)
+
+            jax.eval_shape(both, tokens, *jax.eval_shape(lambda shape=shape: draw(shape)[1:]))
+    assert not chosen[-1]
+    assert chosen == sorted(chosen, reverse=True)
 
 
 def named(tokens, heads):

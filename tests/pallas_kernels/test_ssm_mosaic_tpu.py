@@ -93,9 +93,9 @@ def check_all(shape, starts, narrow, interpret):
         (SMALL, (), False),
         (SMALL._replace(batch=2, groups=1), (5, 16, 37), True),
         (RANKED._replace(heads=4, rank=2), (7,), False),
-        (SMALL._replace(length=300, heads=4, groups=1), (), True),
+        (SMALL._replace(length=300, heads=4, groups=1, width=64), (), True),
     ],
-    ids=["siso", "siso_packed_bfloat16", "mimo_packed", "lanes_bfloat16"],
+    ids=["siso", "siso_packed_bfloat16", "mimo_packed", "two_blocks_of_a_group_bfloat16"],
 )
 def test_agrees_with_the_definition_in_the_tpu_interpreter(shape, starts, narrow):
     """Values and gradients, from a state, to a state."""
@@ -113,13 +113,13 @@ def test_agrees_with_the_definition_in_the_tpu_interpreter(shape, starts, narrow
             False,
         ),
         (SMALL._replace(heads=3, groups=3, d_state=130, planes=60, width=70, rotation="half"), (), False),
-        (SMALL._replace(heads=8, groups=2, width=24, shared_angle=False), (30,), False),
+        (SMALL._replace(heads=8, groups=4, width=24), (30,), False),
         (SMALL._replace(heads=6, groups=2, width=64), (30,), True),
         (RANKED._replace(heads=2, d_state=64, width=64, planes=16), (), True),
         (RANKED._replace(rank=8), (7,), False),
         (SMALL._replace(length=300, heads=2, groups=1, shared_angle=False), (130, 256), False),
     ],
-    ids=["angles", "no_gate", "wide", "four_heads", "groups", "mimo4_bfloat16", "mimo8", "lanes"],
+    ids=["angles", "no_gate", "wide", "two_groups_a_block", "groups", "mimo4_bfloat16", "mimo8", "lanes"],
 )
 def test_agrees_with_the_definition(shape, starts, narrow):
     """More of the same, in the quick interpreter."""

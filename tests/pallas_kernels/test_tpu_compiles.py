@@ -30,13 +30,19 @@ needs_compiler = pytest.mark.skipif(find_spec("libtpu") is None, reason="no libt
 # Beside the decoding steps of test_decode_tpu.py; float32 with ranks, the longest to compile, for two chips.
 QUICK = {("siso_h24_bfloat16", "forward+backward", chip) for chip in tpu_aot.CHIPS}
 QUICK |= {("mimo4_long_h64_float32", "forward+backward", chip) for chip in ("v5e", "tpu7x")}
+# Heads of other sizes: four side by side, and one.
+CASES = tpu_aot.FULL | {
+    f"siso_p{width}_float32": dataclasses.replace(tpu_aot.LARGE, heads=8, width=width, dtype="float32")
+    for width in (32, 128)
+}
+QUICK |= {("siso_p32_float32", "forward+backward", "v5e"), ("siso_p128_float32", "forward+backward", "v4")}
 TASKS = [
     pytest.param(
         *(task, chip),
         id=f"{name}-{task.what}-{chip}",
         marks=() if (name, task.what, chip) in QUICK else pytest.mark.slow,
     )
-    for name, case in tpu_aot.FULL.items()
+    for name, case in CASES.items()
     for task in tpu_aot.tasks_of(name, case, ["mosaic_tpu"])
     for chip in tpu_aot.CHIPS
 ]

@@ -63,7 +63,7 @@ class Rest(NamedTuple):
 
     start_BCHS: jax.Array  # the angle before every chunk, in turns
     document_BL: jax.Array | None  # document starts in the chunk up to each token
-    order_MN: jax.Array | None  # a one where in the kernels an entry of N goes; None: all are there
+    order_MN: jax.Array | None  # a one where in the kernels an entry of N goes; None: where it is
 
 
 class Refs(NamedTuple):
@@ -129,7 +129,6 @@ class Grid:
         self.n_heads, self.width = inputs.v_BLHP.shape[2:]
         self.tiles, self.backwards, self.dtype = tiles, backwards, inputs.q_BLGRN.dtype
         self.tokens, self.heads = tiles.tokens, tiles.heads
-        self.half = self.d_state // 2
         self.planes, self.shared_angle = inputs.angle_BLHS.shape[3], inputs.angle_BLHS.shape[2] == 1
         self.rows = self.rank * self.tokens
         _check(self)
@@ -151,7 +150,7 @@ class Grid:
             return pl.BlockSpec(block, lambda b, step, j: index(b, self.last - step, j))
         return pl.BlockSpec(block, index)
 
-    def _last(self, *sizes: int, index):
+    def _tokens_last(self, *sizes: int, index):
         return chunk_of(sizes, self.tokens, lambda b, c, j: (b, self.last - c if self.backwards else c, index(j)))
 
     def of_groups(self):
@@ -165,11 +164,11 @@ class Grid:
 
     def of_angles(self):
         shared = self.shared_angle
-        return self._last(1 if shared else self.heads, self.planes, index=lambda j: (0 if shared else j, 0))
+        return self._tokens_last(1 if shared else self.heads, self.planes, index=lambda j: (0 if shared else j, 0))
 
     def of_numbers(self):
         """dt and others: those of all heads, fetched once a chunk."""
-        return self._last(self.n_heads, index=lambda j: (0,))
+        return self._tokens_last(self.n_heads, index=lambda j: (0,))
 
     def of_order(self):
         return pl.BlockSpec((self.d_state, self.d_state), lambda b, c, j: (0, 0))
@@ -271,8 +270,8 @@ def _check(grid: Grid) -> None:
         raise ValueError(f"tiles.heads={heads} heads of P={width} are not a multiple of {LANES} lanes")
     if grid.d_state % LANES:
         raise ValueError(f"{grid.d_state=} is not a multiple of {LANES}")
-    if grid.planes % 8 or grid.planes > grid.half:
-        raise ValueError(f"{grid.planes=} is not a multiple of 8 up to {grid.half}")
+    if grid.planes % 8 or 2 * grid.planes > grid.d_state:
+        raise ValueError(f"{grid.planes=} is not a multiple of 8 up to {grid.d_state // 2}")
     if grid.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"q is {grid.dtype}, wanted float32 or bfloat16")
 

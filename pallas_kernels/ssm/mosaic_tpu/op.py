@@ -22,7 +22,7 @@ def mamba3(inputs: Inputs, document_BL, order_MN, last: int, tiles: Tiles):
     Args:
         document_BL: int32, document starts in the chunk up to each token; None: one document.
         order_MN: a one where an entry of N, of queries, keys and states, goes in the kernels, in the dtype of the
-            products; None: all are there.
+            products; None: where it is.
         last: index of the last token that is not padding.
 
     Raises:

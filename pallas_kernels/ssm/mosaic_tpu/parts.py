@@ -42,7 +42,7 @@ def over_ranks(x, rank: int, axis: int = 0):
 
 
 def side_by_side(values: list, width: int):
-    """Every head's own of `values` in its `width` lanes of a pack; one of them may be as wide as all or a column."""
+    """Every head's own of `values` in its `width` lanes of a pack: each as wide as the pack, or a column."""
     picked = values[0]
     for head, value in enumerate(values[1:], 1):
         lane_1X = lax.broadcasted_iota(jnp.int32, (1, len(values) * width), 1)
@@ -51,7 +51,7 @@ def side_by_side(values: list, width: int):
 
 
 def alone(x_YX, head: int, grid: Grid):
-    """Zeros in the lanes of the pack's other heads."""
+    """Zeros in the lanes of the pack's other heads, where those are finite: simulation stops at products of `where`."""
     if grid.pack == 1:
         return x_YX
     head_1X = lax.div(lax.broadcasted_iota(jnp.int32, (1, grid.lanes), 1), grid.width)
@@ -148,14 +148,14 @@ class Turn(NamedTuple):
         return self._by(dx_NT, -self.sin_ST)
 
     def _by(self, x_NT, sin_ST):
-        u_ST, w_ST = self.planes(x_NT)
+        u_ST, w_ST = self.pair(x_NT)
         planes, half = u_ST.shape[0], x_NT.shape[0] // 2
         turned = (u_ST * self.cos_ST - w_ST * sin_ST, u_ST * sin_ST + w_ST * self.cos_ST)
         if planes == half:
             return jnp.concatenate(turned, axis=0)
         return jnp.concatenate([turned[0], x_NT[planes:half], turned[1], x_NT[half + planes :]], axis=0)
 
-    def planes(self, x_NT):
+    def pair(self, x_NT):
         """u and w."""
         planes, half = self.sin_ST.shape[0], x_NT.shape[0] // 2
         return x_NT[:planes], x_NT[half : half + planes]
@@ -224,7 +224,7 @@ def sincos(refs: Refs, decays: list, masks: Masks, grid: Grid):
 def inwards(x_YN, order_MN, grid: Grid):
     """Rows of N, as the op orders them, into columns of the kernels' N: (N, Y), float32.
 
-    Exact, as a product with ones and zeros: the matrix unit is idle, and what moves across lanes is not.
+    Exact, also as a product with ones and zeros: the matrix unit is idle, and what moves across lanes is not.
     """
     if order_MN is None:
         return x_YN.astype(jnp.float32).T

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.ssm.mosaic_tpu import parts
 from pallas_kernels.ssm.mosaic_tpu.contract import Grid, Inputs, Refs, Rest, refs_of
 from pallas_kernels.ssm.mosaic_tpu.parts import NN, Decay, Ends, Masks, Turn, product, ranks, side_by_side
-from pallas_kernels.ssm.mosaic_tpu.tiles import vmem_limit
+from pallas_kernels.ssm.mosaic_tpu.tiles import between, vmem_limit
 
 
 class Outputs(NamedTuple):
@@ -85,9 +85,10 @@ def call(kernel, name: str, grid: Grid, refs, specs, out, out_specs, scratch):
     is_spec = lambda x: isinstance(x, pl.BlockSpec)  # noqa: E731
     arrays, blocks = jax.tree.leaves((refs, out)), jax.tree.leaves((specs, out_specs), is_leaf=is_spec)
     of_blocks = [(spec.block_shape, array.dtype) for spec, array in zip(blocks, arrays, strict=True)]
-    limit = vmem_limit(name, grid, of_blocks, [(x.shape, x.dtype) for x in jax.tree.leaves(scratch)])
+    of_scratch = [(x.shape, x.dtype) for x in jax.tree.leaves(scratch)]
+    limit = vmem_limit(name, grid.tiles, between(grid), of_blocks, of_scratch)
     (result,) = pl.pallas_call(
-        lambda refs, out, *scratch: kernel(refs, out, *scratch),
+        kernel,
         grid=grid.shape,
         in_specs=(specs,),
         out_specs=[out_specs],
@@ -108,7 +109,8 @@ def _cost(arrays, grid: Grid) -> pl.CostEstimate:
     rows, d_state, width = grid.rows, grid.d_state, grid.width
     states = 5 if grid.backwards else 2  # products of T rows with a state
     of_rows = 3 * d_state + 3 * width if grid.backwards else d_state + width
-    products = rows * rows * of_rows + states * rows * d_state * width + 2 * grid.tokens**2 * grid.d_state
+    of_angles = 5 if grid.backwards else 3  # pieces
+    products = rows * rows * of_rows + states * rows * d_state * width + of_angles * grid.tokens**2 * grid.planes
     steps = grid.batch * grid.chunks * grid.n_heads
     return pl.CostEstimate(
         flops=2 * steps * products,

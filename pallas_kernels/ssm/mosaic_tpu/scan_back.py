@@ -20,7 +20,7 @@ def backward(inputs: Inputs, rest: Rest, h_BCWNX, cotangents, tiles: Tiles) -> I
     Args:
         rest: as for `scan.forward`.
         h_BCWNX: the state before every chunk, as that gives it.
-        cotangents: do_BLHP, dh_BHPN and dangle_BHS of what comes after the row.
+        cotangents: do_BLHP, dh_BHPN and dangle_BHS of what comes after the row; the last two None: 0.
         tiles: as for the forward pass.
     """
     grid = Grid(inputs, tiles, backwards=True)
@@ -72,9 +72,9 @@ def backward(inputs: Inputs, rest: Rest, h_BCWNX, cotangents, tiles: Tiles) -> I
 
 def _gradients(inputs: Inputs, read: Refs, d: Gradients, grid: Grid) -> Inputs:
     """As `Inputs` has them."""
-    present = iter(d.weights)
-    of_heads = [jnp.sum(next(present), axis=0) for _ in read[-7:-5]]
-    of_packs = [None if array is None else grid.unpacked(jnp.sum(next(present), axis=0)) for array in read[-5:]]
+    present = (jnp.sum(dweight, axis=0) for dweight in d.weights)
+    of_heads = [next(present) for _ in read[-7:-5]]
+    of_packs = [None if array is None else grid.unpacked(next(present)) for array in read[-5:]]
     of_packs = (
         None if weight is None else weight.reshape(array.shape)
         for weight, array in zip(of_packs, inputs[-5:], strict=True)

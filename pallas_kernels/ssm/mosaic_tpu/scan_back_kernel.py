@@ -49,8 +49,8 @@ class Back(NamedTuple):
 
     inputs: Refs
     do_BLX: jax.Array
-    dh_BHPN: jax.Array  # of the state after the row
-    dphi_BKX: jax.Array  # of the angle after it; (.., 1, J S)
+    dh_BHPN: jax.Array | None  # of the state after the row; None: 0
+    dphi_BKX: jax.Array | None  # of the angle after it; (.., 1, J S)
 
 
 class Gradients(NamedTuple):
@@ -63,13 +63,13 @@ class Gradients(NamedTuple):
     log_a_BHL: jax.Array
     gamma_BHL: jax.Array
     kappa_BHL: jax.Array
-    dh_BHPN: jax.Array  # of the state before the row
-    dphi_BKX: jax.Array  # of the angle before it
+    dh_BHPN: jax.Array | None  # of the state before the row; None: there is none
+    dphi_BKX: jax.Array | None  # of the angle before it
     weights: list  # (B, ..), of the weights that there are, as in `Refs`
 
 
 class Scratch(NamedTuple):
-    """What is carried: over chunks, but for queries and keys, whose sum is over the heads of a group."""
+    """What is carried: dh, dphi and weights over chunks, the rest over the blocks of heads of one."""
 
     dh_WNX: jax.Array
     dphi_KX1: jax.Array
@@ -95,14 +95,15 @@ def kernel(refs: Back, out: Gradients, scratch: Scratch, *, grid: Grid):
     step, block = pl.program_id(1), pl.program_id(2)
     inputs = refs.inputs
     # Of the two weights of every head, and of those of packs.
-    places = [pl.ds(block * count, count) for count in (grid.heads, grid.heads, *[grid.packs] * 5)]
+    counts = [grid.heads] * 2 + [grid.packs] * (len(scratch.weights) - 2)
+    places = [pl.ds(block * count, count) for count in counts]
 
     @pl.when(step == 0)
     def _():
         parts.load_states(scratch.dh_WNX, refs.dh_BHPN, block, inputs.order_MN, grid)
         none_X1 = jnp.zeros(scratch.dphi_KX1.shape[1:], jnp.float32)
         scratch.dphi_KX1[block] = none_X1 if refs.dphi_BKX is None else refs.dphi_BKX[...].T
-        for sum_ref, place in zip(scratch.weights, places, strict=False):
+        for sum_ref, place in zip(scratch.weights, places, strict=True):
             sum_ref[place] = jnp.zeros((place.size, *sum_ref.shape[1:]), jnp.float32)
 
     of_group = grid.of_group(block)
@@ -150,7 +151,7 @@ def kernel(refs: Back, out: Gradients, scratch: Scratch, *, grid: Grid):
             parts.store_states(out.dh_BHPN, scratch.dh_WNX, block, inputs.order_MN, grid)
         if out.dphi_BKX is not None:
             out.dphi_BKX[...] = scratch.dphi_KX1[block].T
-        for ref, sum_ref, place in zip(out.weights, scratch.weights, places, strict=False):
+        for ref, sum_ref, place in zip(out.weights, scratch.weights, places, strict=True):
             ref[...] = sum_ref[place]
 
 
@@ -238,7 +239,7 @@ def _pack(pack: int, block, turns, decays, masks: Masks, refs: Back, out, scratc
         dphi_ST = sum(
             dw_ST * u_ST - du_ST * w_ST
             for (du_ST, dw_ST), (u_ST, w_ST) in (
-                (turn.planes(dx_NT), turn.planes(x_NT)) for dx_NT, x_NT in ((dqs[place], q_NT), (dks[place], k_NT))
+                (turn.pair(dx_NT), turn.pair(x_NT)) for dx_NT, x_NT in ((dqs[place], q_NT), (dks[place], k_NT))
             )
         )
         biases = []

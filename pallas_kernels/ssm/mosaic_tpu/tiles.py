@@ -54,7 +54,7 @@ def block(n_heads: int, groups: int, width: int) -> int:
         return heads == n_heads or LANES % heads == 0
 
     wanted = (4, 2) if width <= 32 else (2,)
-    return next((heads for heads in (*wanted, 1) if fits(heads)), n_heads)
+    return next(heads for heads in (*wanted, 1) if fits(heads))
 
 
 def this_chip() -> str:
@@ -69,29 +69,37 @@ def this_chip() -> str:
     return KINDS[kind]
 
 
-def vmem_limit(name: str, grid: Grid, blocks, scratch) -> int:
-    """Bytes of VMEM for a kernel: XLA keeps all of them for it, so no more than it may take.
+def vmem_limit(name: str, tiles: Tiles, between: int, blocks, scratch) -> int:
+    """Bytes of VMEM for a kernel: XLA sets all of them aside for it, so no more than it may take.
 
     Args:
+        between: bytes that the compiler keeps of a grid step.
         blocks: (block, dtype) of every array; there are two of each, one on its way.
         scratch: (shape, dtype).
 
     Raises:
         ValueError: more than there is; it names the tile to shrink.
     """
-    # What the compiler keeps of a chunk in between: T x T and T x N, float32, whose products take three pieces of each.
-    squares, rows = (8, 16) if grid.backwards else (4, 8)
-    between = 4 * grid.rows * (squares * grid.rows + rows * grid.d_state)
-    if grid.dtype == jnp.float32:
-        between += between // 2
     total = 2 * sum(_size(*block) for block in blocks) + sum(_size(*array) for array in scratch) + between
-    if total > grid.tiles.vmem * MIB:
+    if total > tiles.vmem * MIB:
         raise ValueError(
-            f"{name} takes about {total / MIB:.1f} MiB of VMEM, more than tiles.vmem={grid.tiles.vmem}: "
-            f"shrink tiles.tokens={grid.tokens} (of {grid.rank} ranks and {grid.heads} heads)"
+            f"{name} takes about {total / MIB:.1f} MiB of VMEM, more than {tiles.vmem=}: "
+            f"shrink {tiles.tokens=} (with {tiles.heads=})"
         )
-    # A rough figure: with the chips' compilers, sizes and dtypes that were tried, up to 1.2 times as much was needed.
-    return min(total + total // 4 + 2 * MIB, grid.tiles.vmem * MIB)
+    return min(total + total // 8 + 2 * MIB, tiles.vmem * MIB)
+
+
+def between(grid: Grid) -> int:
+    """What the compiler keeps of a chunk, float32: Q x Q of the heads of a block, T x T and T x N of those of a pack.
+
+    A rough figure: a quarter more, for what v4's takes; half, where products take three pieces of each operand.
+    """
+    if grid.backwards:
+        of_tokens, of_rows, columns = 2 + grid.heads, 2 + grid.pack, 8 + 4 * grid.pack
+    else:
+        of_tokens, of_rows, columns = grid.heads, 2, 4 + 2 * grid.pack
+    kept = of_tokens * grid.tokens**2 + of_rows * grid.rows**2 + columns * grid.rows * grid.d_state
+    return kept * (6 if grid.dtype == jnp.float32 else 5)
 
 
 def _size(shape, dtype) -> int:

@@ -14,7 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ssm.mosaic_tpu.angle import INVERSE_TURN, advance, grid_of, increments, whole
-from pallas_kernels.ssm.mosaic_tpu.contract import MIB, Tiles, chunk_of, tokens_last
+from pallas_kernels.ssm.mosaic_tpu.contract import Tiles, chunk_of, tokens_last
+from pallas_kernels.ssm.mosaic_tpu.tiles import vmem_limit
+
+SIDE_BY_SIDE = 4  # heads
 
 
 class Refs(NamedTuple):
@@ -53,6 +56,12 @@ def starts(angle_BLHS, dt_BLH, first_BHS, document_BL, tiles: Tiles):
         None if first_BHS is None else of_row,
         None if document_BL is None else pl.BlockSpec((None, None, 1, tokens), lambda b, c: (b, c, 0, 0)),
     )
+    sizes = [(of_heads, planes, tokens), (n_heads, tokens), *[(planes, n_heads)] * 3]
+    more = 4 * 16 * SIDE_BY_SIDE * planes * tokens  # pieces of what is added
+    name = "mamba3_tpu_turns"
+    limit = vmem_limit(
+        name, tiles, more, [(size, jnp.float32) for size in sizes], [((2, planes, n_heads), jnp.float32)]
+    )
     start_BCSH, last_BSH = pl.pallas_call(
         functools.partial(_kernel, tokens=tokens),
         grid=(batch, chunks),
@@ -63,10 +72,8 @@ def starts(angle_BLHS, dt_BLH, first_BHS, document_BL, tiles: Tiles):
             jax.ShapeDtypeStruct((batch, planes, n_heads), jnp.float32),
         ],
         scratch_shapes=[pltpu.VMEM((2, planes, n_heads), jnp.float32)],
-        name="mamba3_tpu_turns",
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tiles.vmem * MIB
-        ),
+        name=name,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=limit),
         **({} if tiles.interpret is None else {"interpret": tiles.interpret}),
     )(refs)
     return jnp.swapaxes(start_BCSH, 2, 3), jnp.swapaxes(last_BSH, 1, 2) * (2 * math.pi)
@@ -101,7 +108,7 @@ def _kernel(refs: Refs, start_SH, last_SH, turns_2SH, *, tokens: int):
         sums_S1 = (jnp.sum(x_SQ, axis=1, keepdims=True) for x_SQ in more)
         return tuple(jnp.where(head_SH == head, x_S1, sum_SH) for x_S1, sum_SH in zip(sums_S1, sums, strict=True))
 
-    side_by_side = math.gcd(n_heads, 4)
+    side_by_side = math.gcd(n_heads, SIDE_BY_SIDE)
 
     def add_some(block, sums):
         for head in range(side_by_side):
