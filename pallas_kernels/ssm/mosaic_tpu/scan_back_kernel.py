@@ -170,8 +170,9 @@ def _pack(pack: int, block, turns, decays, masks: Masks, refs: Back, out, scratc
 
     turned, scores, weights, reads, own = [], [], [], [], []
     for head in heads:
+        # As products take them: so what pairs of a chunk give to the angle cancels where it adds up over the row.
         q_NT, k_NT = (
-            parts.turned(x_GNT[grid.group_of(head)], bias_HRN[head], turns[head])
+            parts.turned(x_GNT[grid.group_of(head)], bias_HRN[head], turns[head]).astype(grid.dtype)
             for x_GNT, bias_HRN in zip(
                 (scratch.q_GNT, scratch.k_GNT), (inputs.q_bias_HRN, inputs.k_bias_HRN), strict=True
             )
@@ -236,12 +237,10 @@ def _pack(pack: int, block, turns, decays, masks: Masks, refs: Back, out, scratc
         token_1Q = lax.broadcasted_iota(jnp.int32, dkappa_1Q.shape, 1)
         dc_1Q = jnp.where(token_1Q == grid.tokens - 1, crossing_11, 0.0) - decay.kappa_1Q * dkappa_1Q
 
-        dphi_ST = sum(
-            dw_ST * u_ST - du_ST * w_ST
-            for (du_ST, dw_ST), (u_ST, w_ST) in (
-                (turn.pair(dx_NT), turn.pair(x_NT)) for dx_NT, x_NT in ((dqs[place], q_NT), (dks[place], k_NT))
-            )
-        )
+        dphi_ST = 0.0
+        for dx_NT, x_NT in ((dqs[place], q_NT), (dks[place], k_NT)):
+            (du_ST, dw_ST), (u_ST, w_ST) = turn.pair(dx_NT), turn.pair(x_NT.astype(jnp.float32))
+            dphi_ST += dw_ST * u_ST - du_ST * w_ST
         biases = []
         for dx_NT, sum_ref in ((dqs[place], scratch.dq_GNT), (dks[place], scratch.dk_GNT)):
             back_NT = turn.back(dx_NT)
