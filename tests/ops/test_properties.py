@@ -124,11 +124,13 @@ def test_pieces_with_the_state_carried_are_the_whole(lengths, shape, implementat
 @pytest.mark.parametrize("shape", [SISO._replace(length=21), MIMO._replace(length=1)], ids=["siso", "mimo_step"])
 @pytest.mark.usefixtures("without_callbacks")
 def test_no_state_is_the_empty_state(shape, implementation):
-    """The same bits, of values and of gradients, whether the state after the row is used or not."""
+    """The same bits, of values and of gradients."""
     tokens, heads, _ = draw(shape)
     tokens = cases.bfloat16(tokens)  # mosaic_gpu has no others
     op = functools.partial(ssm, rotation=shape.rotation, implementation=implementation, chunk=8)
-    used = {"y": lambda y, _: y, "both": lambda *both: both}
+    used = {"both": lambda *both: both}
+    if implementation == "mosaic_tpu":  # the one that does less where the state after the row is not used either
+        used["y"] = lambda y, _: y
 
     @functools.partial(quick_jit, static_argnums=2)
     def run(tokens, heads, empty):
