@@ -159,11 +159,7 @@ def row_of(task: ssm.Task, target: Target) -> dict:
 
 def floors(task: ssm.Task, chip: Chip) -> dict:
     """Operations, bytes and the time that they need at least."""
-    abstract = jax.eval_shape(task.arguments)
-    operations = flops.count(task.function("recurrent" if task.what == "decode" else "chunked"), *abstract).matmul
-    moved = ssm.nbytes(abstract) + ssm.nbytes(jax.eval_shape(task.function("chunked"), *abstract))
-    # In training the loss lies between the passes, so what went in is read again; dy, the last, is the second's alone.
-    again = ssm.nbytes(abstract[:-1]) if task.what == "forward+backward" else 0
+    operations, moved, again = counted(task.case, task.what)
     matmul_ms = operations * PASSES[task.case.dtype] / chip.tera_flops / 1e9
     bytes_ms = moved / chip.gb_s / 1e6
     return {
@@ -173,6 +169,18 @@ def floors(task: ssm.Task, chip: Chip) -> dict:
         "matmul_ms": matmul_ms,
         "roofline_ms": max(matmul_ms, bytes_ms),
     }
+
+
+@functools.cache
+def counted(case: ssm.Case, what: str) -> tuple[float, int, int]:
+    """Operations, bytes of what goes in and out, and those that the second of two passes reads again: of any chip."""
+    task = ssm.Task("counted", case, "recurrent" if what == "decode" else "chunked", None, what)
+    abstract = jax.eval_shape(task.arguments)
+    operations = flops.count(task.function(), *abstract).matmul
+    moved = ssm.nbytes(abstract) + ssm.nbytes(jax.eval_shape(task.function("chunked"), *abstract))
+    # In training the loss lies between the passes, so what went in is read again; dy, the last, is the second's alone.
+    again = ssm.nbytes(abstract[:-1]) if what == "forward+backward" else 0
+    return operations, moved, again
 
 
 def estimates(row: dict) -> dict:
@@ -327,12 +335,9 @@ def kept(before: dict | None, tasks: list[tuple[str, ssm.Task]], origin: dict) -
         return []
     again = {(chip, task.name, task.implementation, task.what) for chip, task in tasks}
     rows = [r for r in before["rows"] if (r["chip"], r["case"], r["implementation"], r["what"]) not in again]
-    taken = {"commit": before["commit"], "date": before["date"]}
-    tasks_by_what = {
-        (name, task.what): task for name, case in (CASES | FULL).items() for task in tasks_of(name, case, ["chunked"])
-    }
-    found = functools.cache(lambda name, what, chip: floors(tasks_by_what[name, what], CHIPS[chip]))
-    return [taken | row | found(row["case"], row["what"], row["chip"]) for row in rows]
+    taken, cases = {"commit": before["commit"], "date": before["date"]}, CASES | FULL
+    task = lambda row: ssm.Task(row["case"], cases[row["case"]], "chunked", None, row["what"])  # noqa: E731
+    return [taken | row | floors(task(row), CHIPS[row["chip"]]) for row in rows]
 
 
 def main(argv):

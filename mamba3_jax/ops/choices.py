@@ -8,9 +8,8 @@ import re
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
-from mamba3_jax.ops.types import Tokens
+from mamba3_jax.ops.types import Tokens, product_dtype
 
 PATH = Path(__file__).with_name("choices.json")
 # Of a device that was not measured, another of its architecture is the nearest.
@@ -46,7 +45,7 @@ def choose(device: str, tokens: Tokens) -> Choice | None:
     """
     batch, length, rank, _, d_state = tokens.q_BLRGN.shape
     heads, width = batch * tokens.v_BLHP.shape[2], tokens.v_BLHP.shape[3]
-    dtype = jnp.result_type(tokens.q_BLRGN, tokens.k_BLRGN, tokens.v_BLHP).name
+    dtype = product_dtype(tokens).name
     kind = (rank, dtype, rounded(width), rounded(d_state), length == 1)
 
     def fits(entry: Choice) -> bool:

@@ -17,7 +17,7 @@ from mamba3_jax.ops.discretize import trapezoid
 from mamba3_jax.ops.output import finish
 from mamba3_jax.ops.recurrent import outer, per_head, ranked
 from mamba3_jax.ops.rotary import from_planes, partner, rotate, to_planes, turn
-from mamba3_jax.ops.types import Heads, State, Tokens, accumulator, empty_state
+from mamba3_jax.ops.types import Heads, State, Tokens, accumulator, empty_state, product_dtype
 
 
 class Chunk(NamedTuple):
@@ -56,7 +56,7 @@ def over_chunks(core: Core, tokens: Tokens, heads: Heads, state: State | None, *
     per_chunk = jax.tree.map(lambda array: _split(array, n_chunks, chunk), per_token)
     each_token = jax.tree.map(lambda array: array[:, None], heads)  # an axis for Q between H and R
     q_bias_HQRN, k_bias_HQRN = (to_planes(x, planes, rotation) for x in (each_token.q_bias_HRN, each_token.k_bias_HRN))
-    product_dtype = jnp.result_type(tokens.q_BLRGN, tokens.k_BLRGN, tokens.v_BLHP)
+    narrow = product_dtype(tokens)
 
     def body(carry, part):
         turns, h_BHPN = carry
@@ -70,9 +70,9 @@ def over_chunks(core: Core, tokens: Tokens, heads: Heads, state: State | None, *
 
         x_BHQRP = ranked(jnp.swapaxes(part.v_BLHP, 1, 2).astype(dtype), each_token)
         seen = Chunk(
-            q_BHQRN=turned(q_BQRGN, q_bias_HQRN, sin_BHQN, cos_BHQN, planes).astype(product_dtype),
-            k_BHQRN=turned(k_BQRGN, k_bias_HQRN, sin_BHQN, cos_BHQN, planes).astype(product_dtype),
-            x_BHQRP=x_BHQRP.astype(product_dtype),
+            q_BHQRN=turned(q_BQRGN, q_bias_HQRN, sin_BHQN, cos_BHQN, planes).astype(narrow),
+            k_BHQRN=turned(k_BQRGN, k_bias_HQRN, sin_BHQN, cos_BHQN, planes).astype(narrow),
+            x_BHQRP=x_BHQRP.astype(narrow),
             log_a_BHQ=jnp.swapaxes(part.log_a_BLH, 1, 2),
             gamma_BHQ=jnp.swapaxes(gamma_BQH, 1, 2),
             kappa_BHQ=jnp.swapaxes(kappa_BQH, 1, 2),

@@ -7,7 +7,7 @@ from mamba3_jax.ops import choices, triton
 from mamba3_jax.ops.chunks import incoming, last_state
 from mamba3_jax.ops.discretize import trapezoid
 from mamba3_jax.ops.rotary import from_planes, to_planes
-from mamba3_jax.ops.types import Heads, State, Tokens, empty_state
+from mamba3_jax.ops.types import Heads, State, Tokens, empty_state, product_dtype
 
 PROGRAMS = 264  # that fill an H200: two on each of its 132 multiprocessors
 ROWS, WIDTH = 64, 64  # of a chunk; P, padded
@@ -188,7 +188,7 @@ def unsupported(tokens: Tokens) -> str | None:
     planes = tokens.angle_BLHS.shape[-1]
     if tokens.dt_BLH.dtype != jnp.float32:
         return f"computes in float32, dt is {tokens.dt_BLH.dtype}"
-    dtype = jnp.result_type(tokens.q_BLRGN, tokens.k_BLRGN, tokens.v_BLHP)
+    dtype = product_dtype(tokens)
     if dtype != jnp.bfloat16:
         return f"wants q, k and v in bfloat16, not {dtype}: Hopper's wgmma has no products of true float32"
     if rank not in (1, 2, 4):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from mamba3_jax.ops.chunks import documents, incoming, last_state
 from mamba3_jax.ops.discretize import trapezoid
 from mamba3_jax.ops.rotary import to_planes
-from mamba3_jax.ops.types import Heads, State, Tokens
+from mamba3_jax.ops.types import Heads, State, Tokens, product_dtype
 
 LANES = 128
 RANKS = (1, 2, 4, 8)
@@ -48,7 +48,7 @@ def mosaic_tpu(
     padding = -length % tiles.tokens
     spare = padded_width(n_heads, width, tiles.heads) - width
     layout = Layout(d_state, planes, rotation)
-    dtype = dtype_of(tokens)
+    dtype = product_dtype(tokens)
 
     def padded(array_BL):
         """Zeros after the end: dt = 0 and log_a = 0 leave the state as it is."""
@@ -140,15 +140,10 @@ def tiles_of(tokens: Tokens, chunk: int | None, tiles, interpret):
     shape = (n_heads, groups, width)
     if tiles is None:
         chip = "v5e" if interpret is not None else this_chip()
-        tiles = default(chip, rank, *shape, dtype=dtype_of(tokens))
+        tiles = default(chip, rank, *shape, dtype=product_dtype(tokens))
     heads = block(*shape) if tiles.heads is None else tiles.heads
     most = min(chunk or tiles.tokens, tokens.dt_BLH.shape[1])
     return dataclasses.replace(tiles, tokens=-(-most // 16) * 16, heads=heads, width=width, interpret=interpret)
-
-
-def dtype_of(tokens: Tokens):
-    """Of the products."""
-    return jnp.result_type(tokens.q_BLRGN, tokens.k_BLRGN, tokens.v_BLHP)
 
 
 def padded_width(n_heads: int, width: int, heads: int) -> int:
@@ -181,7 +176,7 @@ def unsupported(tokens: Tokens) -> str | None:
     rank, d_state, width = tokens.q_BLRGN.shape[2], tokens.q_BLRGN.shape[-1], tokens.v_BLHP.shape[-1]
     if tokens.dt_BLH.dtype != jnp.float32:
         return f"computes in float32, dt is {tokens.dt_BLH.dtype}"
-    dtype = dtype_of(tokens)
+    dtype = product_dtype(tokens)
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"wants q, k and v in float32 or bfloat16, not {dtype}"
     if rank not in RANKS:

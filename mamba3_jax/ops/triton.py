@@ -10,7 +10,7 @@ from mamba3_jax.ops.chunked import log_decay
 from mamba3_jax.ops.chunks import documents, incoming, last_state
 from mamba3_jax.ops.discretize import trapezoid
 from mamba3_jax.ops.rotary import from_planes, to_planes
-from mamba3_jax.ops.types import Heads, State, Tokens, empty_state
+from mamba3_jax.ops.types import Heads, State, Tokens, empty_state, product_dtype
 
 PROGRAMS = 256  # that fill an H200: two on each of its 132 multiprocessors
 
@@ -59,7 +59,7 @@ def triton(
     width = tokens.v_BLHP.shape[-1]
     planes = tokens.angle_BLHS.shape[-1]
     layout = Layout(d_state, planes, rotation)
-    dtype = jnp.result_type(tokens.q_BLRGN, tokens.k_BLRGN, tokens.v_BLHP)
+    dtype = product_dtype(tokens)
 
     launch |= {name: value for name, value in (("chunk", chunk), ("segments", segments)) if value}
     tile = tile_of(tokens, layout.size, launch, interpret)
@@ -123,7 +123,7 @@ def tile_of(tokens: Tokens, d_state: int, launch: dict, interpret: bool):
     # Of a kernel, as JSON has it: [warps, stages].
     launch = {name: Launch(*value) if isinstance(value, list) else value for name, value in launch.items()}
 
-    dtype = jnp.result_type(tokens.q_BLRGN, tokens.k_BLRGN, tokens.v_BLHP)
+    dtype = product_dtype(tokens)
     large = _tile_size(width) * d_state > 64 * 128
     rows = launch.pop("chunk", 0) * rank or 64 >> (large and dtype == jnp.float32)
     rows = _power_of_two(max(16, rank, min(64, rows)))
@@ -205,7 +205,7 @@ def unsupported(tokens: Tokens) -> str | None:
     planes = tokens.angle_BLHS.shape[-1]
     if tokens.dt_BLH.dtype != jnp.float32:
         return f"computes in float32, dt is {tokens.dt_BLH.dtype}"
-    dtype = jnp.result_type(tokens.q_BLRGN, tokens.k_BLRGN, tokens.v_BLHP)
+    dtype = product_dtype(tokens)
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"wants q, k and v in float32 or bfloat16, not {dtype}"
     if rank & (rank - 1) or rank > 16:

@@ -53,6 +53,11 @@ def accumulator(tokens: Tokens) -> jnp.dtype:
     return jnp.promote_types(jnp.float32, tokens.dt_BLH.dtype)
 
 
+def product_dtype(tokens: Tokens) -> jnp.dtype:
+    """What the operands of matrix products are rounded to: the dtype of queries, keys and values."""
+    return jnp.result_type(tokens.q_BLRGN, tokens.k_BLRGN, tokens.v_BLHP)
+
+
 def empty_state(tokens: Tokens) -> State:
     """The state before any token: zeros, of the sizes that `tokens` implies."""
     batch, _, rank, _, d_state = tokens.k_BLRGN.shape

@@ -267,16 +267,11 @@ def load_groups(q_GNT, k_GNT, refs: Refs, block, grid: Grid) -> None:
                 x_GNT[group] = inwards(x_TN, refs.order_MN, grid)
 
 
-def transposed(x_NT, grid: Grid):
-    """(T, N), in the dtype of the products."""
-    return x_NT.astype(grid.dtype).T
-
-
-def turned(x_NT, bias_RN, turn: Turn):
-    """(N, T), float32."""
+def turned(x_NT, bias_RN, turn: Turn, grid: Grid):
+    """(N, T), in the dtype of the products."""
     rank, bias_NR = bias_RN.shape[0], bias_RN.T
     by_rank = [x_NQ + bias_NR[:, r : r + 1] for r, x_NQ in enumerate(of_ranks(x_NT, rank, 1))]
-    return turn.there(by_rank[0] if rank == 1 else jnp.concatenate(by_rank, axis=1))
+    return turn.there(by_rank[0] if rank == 1 else jnp.concatenate(by_rank, axis=1)).astype(grid.dtype)
 
 
 class Ends(NamedTuple):

@@ -82,11 +82,7 @@ def call(kernel, name: str, grid: Grid, refs, specs, out, out_specs, scratch):
     Raises:
         ValueError: more VMEM than there is.
     """
-    is_spec = lambda x: isinstance(x, pl.BlockSpec)  # noqa: E731
-    arrays, blocks = jax.tree.leaves((refs, out)), jax.tree.leaves((specs, out_specs), is_leaf=is_spec)
-    of_blocks = [(spec.block_shape, array.dtype) for spec, array in zip(blocks, arrays, strict=True)]
-    of_scratch = [(x.shape, x.dtype) for x in jax.tree.leaves(scratch)]
-    limit = vmem_limit(name, grid.tiles, between(grid), of_blocks, of_scratch)
+    limit = vmem_limit(name, grid.tiles, between(grid), (refs, out), (specs, out_specs), scratch)
     (result,) = pl.pallas_call(
         kernel,
         grid=grid.shape,
@@ -98,7 +94,7 @@ def call(kernel, name: str, grid: Grid, refs, specs, out, out_specs, scratch):
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=limit
         ),
-        cost_estimate=_cost(arrays, grid),
+        cost_estimate=_cost(jax.tree.leaves((refs, out)), grid),
         **({} if grid.tiles.interpret is None else {"interpret": grid.tiles.interpret}),
     )(refs)
     return result
@@ -145,9 +141,9 @@ def _kernel(refs: Refs, out: Outputs, h_WNX, q_GNT, k_GNT, scalars_HXQ, *, grid:
 
         own, before, after = [], [], []
         for head in heads:
-            q_NT = parts.turned(q_GNT[grid.group_of(head)], refs.q_bias_HRN[head], turns[head])
-            k_NT = parts.turned(k_GNT[grid.group_of(head)], refs.k_bias_HRN[head], turns[head])
-            q_TN = parts.transposed(q_NT, grid)
+            q_NT = parts.turned(q_GNT[grid.group_of(head)], refs.q_bias_HRN[head], turns[head], grid)
+            k_NT = parts.turned(k_GNT[grid.group_of(head)], refs.k_bias_HRN[head], turns[head], grid)
+            q_TN = q_NT.T
             weight_TT = ranks(ranks(decays[head].weight_QQ(masks), grid.rank, 0), grid.rank, 1)
             mixed_TT = product(q_TN, k_NT, NN, grid) * weight_TT
             own.append(product(mixed_TT, x_TX, NN, grid))

@@ -94,9 +94,7 @@ class Head(NamedTuple):
 def kernel(refs: Back, out: Gradients, scratch: Scratch, *, grid: Grid):
     step, block = pl.program_id(1), pl.program_id(2)
     inputs = refs.inputs
-    # Of the two weights of every head, and of those of packs.
-    counts = [grid.heads] * 2 + [grid.packs] * (len(scratch.weights) - 2)
-    places = [pl.ds(block * count, count) for count in counts]
+    places = [pl.ds(block * ref.shape[0], ref.shape[0]) for ref in out.weights]  # of heads, or of packs
 
     @pl.when(step == 0)
     def _():
@@ -172,12 +170,12 @@ def _pack(pack: int, block, turns, decays, masks: Masks, refs: Back, out, scratc
     for head in heads:
         # As products take them: so what pairs of a chunk give to the angle cancels where it adds up over the row.
         q_NT, k_NT = (
-            parts.turned(x_GNT[grid.group_of(head)], bias_HRN[head], turns[head]).astype(grid.dtype)
+            parts.turned(x_GNT[grid.group_of(head)], bias_HRN[head], turns[head], grid)
             for x_GNT, bias_HRN in zip(
                 (scratch.q_GNT, scratch.k_GNT), (inputs.q_bias_HRN, inputs.k_bias_HRN), strict=True
             )
         )
-        q_TN = parts.transposed(q_NT, grid)
+        q_TN = q_NT.T
         turned.append((q_NT, k_NT))
         scores.append(product(q_TN, k_NT, NN, grid))
         weights.append(ranks(ranks(decays[head].weight_QQ(masks), rank, 0), rank, 1))
@@ -199,10 +197,10 @@ def _pack(pack: int, block, turns, decays, masks: Masks, refs: Back, out, scratc
         dqs.append(product(k_NT, dscore_TT, NT, grid) + product(alone(h_NX, place, grid), since_dy_TX, NT, grid))
         dks.append(product(q_NT, dscore_TT, NN, grid) + product(alone(dh_NX, place, grid), left_x_TX, NT, grid))
         dxs.append(product(score_TT * weight_TT, dy_TX, TN, grid))
-        laters.append(product(parts.transposed(k_NT, grid), dh_NX, NN, grid))
+        laters.append(product(k_NT.T, dh_NX, NN, grid))
         dhs.append(product(q_NT, since_dy_TX, NN, grid))
 
-        both_QQ = _over_both_ranks(dmixed_TT * score_TT, rank)
+        both_QQ = over_ranks(over_ranks(dmixed_TT * score_TT, rank), rank, 1)
         pairs_QQ = jnp.where(masks.own_QQ, 0.0, both_QQ) * decay.within_QQ
         dgamma_1Q = jnp.sum(jnp.where(masks.own_QQ, both_QQ, 0.0), axis=0, keepdims=True)
         dkappa_1Q = jnp.sum(pairs_QQ, axis=0, keepdims=True)
@@ -252,10 +250,6 @@ def _pack(pack: int, block, turns, decays, masks: Masks, refs: Back, out, scratc
         columns, rows_ = [received_Q1, decay.until_Q1 * gave_Q1], [dc_1Q, dgamma_1Q, dkappa_1Q]
         done.append(Head(over_ranks(dphi_ST, rank, 1), columns, rows_))
     return done
-
-
-def _over_both_ranks(x_TT, rank: int):
-    return over_ranks(over_ranks(x_TT, rank), rank, 1)
 
 
 def _angles(dphi_XQ, block, decays, masks: Masks, refs: Back, out: Gradients, scratch: Scratch, grid: Grid):

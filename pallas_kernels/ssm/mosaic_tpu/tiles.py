@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pallas_kernels.ssm.mosaic_tpu.contract import LANES, MIB, Grid, Tiles
 
@@ -69,18 +70,20 @@ def this_chip() -> str:
     return KINDS[kind]
 
 
-def vmem_limit(name: str, tiles: Tiles, between: int, blocks, scratch) -> int:
+def vmem_limit(name: str, tiles: Tiles, between: int, arrays, specs, scratch) -> int:
     """Bytes of VMEM for a kernel: XLA sets all of them aside for it, so no more than it may take.
 
     Args:
         between: bytes that the compiler keeps of a grid step.
-        blocks: (block, dtype) of every array; there are two of each, one on its way.
-        scratch: (shape, dtype).
+        arrays: what goes in and out, as `specs`, of whose blocks there are two, one on its way.
 
     Raises:
         ValueError: more than there is; it names the tile to shrink.
     """
-    total = 2 * sum(_size(*block) for block in blocks) + sum(_size(*array) for array in scratch) + between
+    blocks = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, pl.BlockSpec))
+    of_block = zip(blocks, jax.tree.leaves(arrays), strict=True)
+    total = between + 2 * sum(_size(spec.block_shape, array.dtype) for spec, array in of_block)
+    total += sum(_size(array.shape, array.dtype) for array in jax.tree.leaves(scratch))
     if total > tiles.vmem * MIB:
         raise ValueError(
             f"{name} takes about {total / MIB:.1f} MiB of VMEM, more than {tiles.vmem=}: "

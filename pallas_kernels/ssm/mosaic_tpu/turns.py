@@ -56,22 +56,22 @@ def starts(angle_BLHS, dt_BLH, first_BHS, document_BL, tiles: Tiles):
         None if first_BHS is None else of_row,
         None if document_BL is None else pl.BlockSpec((None, None, 1, tokens), lambda b, c: (b, c, 0, 0)),
     )
-    sizes = [(of_heads, planes, tokens), (n_heads, tokens), *[(planes, n_heads)] * 3]
-    more = 4 * 16 * SIDE_BY_SIDE * planes * tokens  # pieces of what is added
+    out_specs = [pl.BlockSpec((None, None, planes, n_heads), lambda b, c: (b, c, 0, 0)), of_row]
+    out_shape = [
+        jax.ShapeDtypeStruct((batch, chunks, planes, n_heads), jnp.float32),
+        jax.ShapeDtypeStruct((batch, planes, n_heads), jnp.float32),
+    ]
+    scratch = [pltpu.VMEM((2, planes, n_heads), jnp.float32)]
+    between = 4 * 16 * SIDE_BY_SIDE * planes * tokens  # pieces of what is added
     name = "mamba3_tpu_turns"
-    limit = vmem_limit(
-        name, tiles, more, [(size, jnp.float32) for size in sizes], [((2, planes, n_heads), jnp.float32)]
-    )
+    limit = vmem_limit(name, tiles, between, (refs, out_shape), (specs, out_specs), scratch)
     start_BCSH, last_BSH = pl.pallas_call(
         functools.partial(_kernel, tokens=tokens),
         grid=(batch, chunks),
         in_specs=(specs,),
-        out_specs=[pl.BlockSpec((None, None, planes, n_heads), lambda b, c: (b, c, 0, 0)), of_row],
-        out_shape=[
-            jax.ShapeDtypeStruct((batch, chunks, planes, n_heads), jnp.float32),
-            jax.ShapeDtypeStruct((batch, planes, n_heads), jnp.float32),
-        ],
-        scratch_shapes=[pltpu.VMEM((2, planes, n_heads), jnp.float32)],
+        out_specs=out_specs,
+        out_shape=out_shape,
+        scratch_shapes=scratch,
         name=name,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=limit),
         **({} if tiles.interpret is None else {"interpret": tiles.interpret}),
