@@ -5,6 +5,10 @@
 
 A workdir made from official files remembers, in official.json, their config.json, dtypes and file names, and is written
 back bit for bit. The target must not exist, and appears whole or not at all.
+
+Official files may be sharded (with their index.json), lack a tied head, stand in a wrapper (state_dict, model, module;
+Lightning's too) or under prefixes (module., _orig_mod., model.), beside buffers: what was peeled is printed and
+remembered, and is not put around them again when they are written back.
 """
 
 import contextlib
@@ -49,6 +53,7 @@ def to_workdir(source: Path, target: Path) -> None:
         checkpoint.save_model(partial, config, params)
         checkpoint.write_config(partial, config)
         origin.save(partial)
+    say_peeled(source, origin)
 
 
 def to_official(source: Path, target: Path) -> None:
@@ -57,8 +62,17 @@ def to_official(source: Path, target: Path) -> None:
     if unknown:
         raise ValueError(f"--files has {unknown}, wanted some of {list(FORMATS)}")
     config, params = load_run(source, step=STEP.value)
+    origin = convert.Origin.load(source)
     with whole(target) as partial:
-        convert.write(partial, config.model, params, convert.Origin.load(source), DTYPE.value, FILES.value)
+        convert.write(partial, config.model, params, origin, DTYPE.value, FILES.value)
+    if origin is not None:
+        say_peeled(f"{target}: written plain; when {source} was made", origin)
+
+
+def say_peeled(where, origin: convert.Origin) -> None:
+    """Prints what of the official files is not in the workdir, nor will be in what is written back."""
+    if origin.peeled:
+        print(f"{where}: {'; '.join(origin.peeled)}")
 
 
 def main(_argv):

@@ -14,6 +14,8 @@ def load(path, *, step: int | None = None, **how):
         model, params = mamba3_jax.load("runs/text")
         logits_BLV, state = model.apply({"params": params}, tokens_BL)
 
+    Official files may also be sharded, or as training loops save them (mamba3_jax/convert/peel.py).
+
     Args:
         path: the directory.
         step: which checkpoint of a workdir; None is the newest.
@@ -40,6 +42,7 @@ def load_run(path, *, step: int | None = None) -> tuple[Config, dict]:
 
     from mamba3_jax import checkpoint, convert
     from mamba3_jax.convert.names import check, flatten
+    from mamba3_jax.convert.shards import contents
     from mamba3_jax.model import boxed_shapes
 
     path = Path(path).expanduser()
@@ -49,10 +52,9 @@ def load_run(path, *, step: int | None = None) -> tuple[Config, dict]:
         check(str(path), flatten(params), {name: leaf.shape for name, leaf in wanted.items()})
         return config, jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), params)
     if not convert.is_official(path):
-        there = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else "no such directory"
         raise FileNotFoundError(
             f"{path}: nothing to load. Looked for checkpoints/ (a workdir) and for config.json with model.safetensors "
-            f"or pytorch_model.bin (official); there is {there}"
+            f"or pytorch_model.bin (official); there is {contents(path)}"
         )
     if step is not None:
         raise ValueError(f"{path} is an official directory, which has no steps, and {step=} was asked for")

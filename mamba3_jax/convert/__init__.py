@@ -3,6 +3,8 @@
 names.py      the one table of tensor names, and the layout of each
 config.py     config.json <-> ModelConfig
 torch_zip.py  pytorch_model.bin without torch
+shards.py     what is no file of its kind, and files in shards
+peel.py       wrappers, prefixes and buffers around the official tensors
 files.py      a directory read or written whole
 """
 

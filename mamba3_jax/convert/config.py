@@ -6,6 +6,7 @@ A key that changes what is computed and that we do not have is an error; one tha
 import math
 
 from mamba3_jax.config import ModelConfig
+from mamba3_jax.convert.names import listed
 from mamba3_jax.mixers.attention import head_counts
 from mamba3_jax.model import mixer_names, validate
 
@@ -84,7 +85,7 @@ def filled(given: dict, keys: dict, where: str) -> dict:
         raise ValueError(f"{where} is {given!r}, wanted an object")
     unknown = sorted(set(given) - set(keys))
     if unknown:
-        raise ValueError(f"{where} has unknown keys {unknown}; known are {sorted(keys)}")
+        raise ValueError(f"{where} has unknown keys [{listed(map(repr, unknown))}]; known are {sorted(keys)}")
     for key, value in given.items():
         may_lack = key in keys and keys[key] is None and value is None
         if key in KINDS and not may_lack and not is_kind(value, KINDS[key]):
@@ -101,6 +102,23 @@ def is_kind(value, kind: str) -> bool:
     return isinstance(value, int) and value >= (kind == POSITIVE)
 
 
+def check_kind(official: dict) -> None:
+    """Raises ValueError where a config is of another program or of another layer, before its keys are looked at."""
+    if "model_type" in official or "architectures" in official:
+        held = {key: official.get(key) for key in ("model_type", "architectures")}
+        raise ValueError(
+            f"config.json is of Hugging Face transformers ({held}), wanted that of the official MambaLMHeadModel, "
+            f"with d_model, n_layer and ssm_cfg"
+        )
+    ssm = official.get("ssm_cfg", {})
+    if not isinstance(ssm, dict):
+        return  # `filled` says so
+    layer = ssm.get("layer", SSM_KEYS["layer"])
+    if layer != "Mamba3":
+        default = "" if "layer" in ssm else ", the default,"
+        raise ValueError(f"config.json: ssm_cfg.layer{default} is {layer!r}, wanted 'Mamba3'")
+
+
 def from_official(official: dict) -> ModelConfig:
     """The `ModelConfig` that computes what an official `config.json` says.
 
@@ -108,10 +126,9 @@ def from_official(official: dict) -> ModelConfig:
         ValueError: an unknown key, a value that is not of its kind, a layer that is not Mamba3, an attention option
             that ours does not have, or sizes that do not fit each other.
     """
+    check_kind(official)
     model = filled(official, MODEL_KEYS, "config.json")
     ssm = filled(model["ssm_cfg"], SSM_KEYS, "config.json: ssm_cfg")
-    if ssm["layer"] != "Mamba3":
-        raise ValueError(f"config.json: ssm_cfg.layer is {ssm['layer']!r}, wanted 'Mamba3'")
     if ssm["rope_fraction"] not in (0.5, 1.0):
         raise ValueError(f"config.json: ssm_cfg.rope_fraction is {ssm['rope_fraction']}, wanted 0.5 or 1.0")
     if ssm["is_mimo"] and ssm["mimo_rank"] < 1:

@@ -1,4 +1,8 @@
-"""Directories in the official layout: `config.json` with `model.safetensors` or `pytorch_model.bin` or both."""
+"""Directories in the official layout: `config.json` with `model.safetensors` or `pytorch_model.bin` or both.
+
+Reading also takes these files in shards, and as people's training loops save them (see shards.py and peel.py). Writing
+makes the plain official files only.
+"""
 
 import json
 import os
@@ -7,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -14,9 +19,15 @@ import safetensors.numpy
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.convert import torch_zip
 from mamba3_jax.convert.config import from_official, to_official
-from mamba3_jax.convert.names import to_params, to_state_dict
+from mamba3_jax.convert.names import listed, official_shapes, to_params, to_state_dict
+from mamba3_jax.convert.peel import peel
+from mamba3_jax.convert.shards import contents, is_there, read_file, read_json
 
 DTYPES = {"float32": jnp.float32, "float16": jnp.float16, "bfloat16": jnp.bfloat16}
+# By safetensors' names: those of weights, then others that buffers may have.
+SAFETENSORS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64, "BOOL": np.bool_}
+SAFETENSORS |= {f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)}
+SAFETENSORS |= {f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)}
 RECORD = "official.json"  # in a workdir: what `Origin` holds
 
 
@@ -25,7 +36,8 @@ class Origin(NamedTuple):
 
     config: dict  # its config.json
     dtypes: dict[str, str]  # of every tensor
-    files: list[str]  # which of FORMATS it had
+    files: list[str]  # which of FORMATS it had, whole or in shards
+    peeled: list[str]  # what `read` did to the tensors' names and places: it is not undone when they are written back
 
     def save(self, workdir: Path) -> None:
         """Writes `official.json`."""
@@ -37,9 +49,10 @@ class Origin(NamedTuple):
         path = workdir / RECORD
         if not path.exists():
             return None
-        held = read_json(path)
-        if {name: type(value) for name, value in held.items()} != {"config": dict, "dtypes": dict, "files": list}:
-            raise ValueError(f"{path} is damaged: wanted the objects config and dtypes, and the list files")
+        held = {"peeled": []} | read_json(path)  # earlier records have none
+        kinds = {"config": dict, "dtypes": dict, "files": list, "peeled": list}
+        if {name: type(value) for name, value in held.items()} != kinds:
+            raise ValueError(f"{path} is damaged: wanted the objects config and dtypes, and the lists files and peeled")
         origin = cls(**held)
         odd = [name for name in origin.files if name not in list(FORMATS)]
         odd += [dtype for dtype in origin.dtypes.values() if dtype not in list(DTYPES)]
@@ -48,26 +61,27 @@ class Origin(NamedTuple):
         return origin
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object; ValueError names the file that is none."""
-    try:
-        value = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, wanted an object")
-    return value
+def read_safetensors(path: Path, _say: Callable[[str], None] | None = None) -> dict[str, np.ndarray]:
+    """The tensors by name, as views of the file, mapped into memory: it must not change while they are used.
 
-
-def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors by name; ValueError where the file is not one or has a dtype of its own."""
+    Raises:
+        ValueError: the file is not one, or has a dtype that numpy has not.
+    """
     try:
-        tensors = safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, KeyError, TypeError, AttributeError) as error:
+        with safetensors.safe_open(path, "numpy"):  # checks the header, the shapes and where the tensors lie
+            pass
+    except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file that can be read: {error}") from error
-    odd = {name: str(array.dtype) for name, array in tensors.items() if str(array.dtype) not in DTYPES}
-    if odd:
-        raise ValueError(f"{path} has tensors that are not one of {list(DTYPES)}: {odd}")
+    content = np.memmap(path, np.uint8, "r").view(np.ndarray)
+    start = 8 + int.from_bytes(content[:8].tobytes(), "little")
+    header = json.loads(content[8:start].tobytes())
+    header.pop("__metadata__", None)
+    if odd := [f"{name} {held['dtype']}" for name, held in header.items() if held["dtype"] not in SAFETENSORS]:
+        raise ValueError(f"{path} has {len(odd)} tensors of a dtype that is not read: {listed(odd)}")
+    tensors = {}
+    for name, held in header.items():
+        first, last = held["data_offsets"]
+        tensors[name] = content[start + first : start + last].view(SAFETENSORS[held["dtype"]]).reshape(held["shape"])
     return tensors
 
 
@@ -80,7 +94,7 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 class Format(NamedTuple):
     """How one kind of file is read and written."""
 
-    read: Callable[[Path], dict[str, np.ndarray]]
+    read: Callable[..., dict[str, np.ndarray]]  # of a path and of what is called with a line for all that is peeled
     write: Callable[[Path, dict[str, np.ndarray]], None]
 
 
@@ -92,26 +106,38 @@ FORMATS = {
 
 def is_official(path: Path) -> bool:
     """Whether a directory looks like the official layout."""
-    return any((path / name).exists() for name in FORMATS)
+    return any(is_there(path / name) for name in FORMATS)
 
 
 def read(directory: str | os.PathLike) -> tuple[ModelConfig, dict, Origin]:
     """The config, the float32 parameters and the rest of an official directory; safetensors first where both files are.
 
+    `Origin.peeled` says what was joined, unwrapped, renamed, ignored or taken from another tensor.
+
     Raises:
         FileNotFoundError: no config.json or no tensors, saying what there is.
-        ValueError: unsupported keys, or tensors that are missing, extra or misshapen.
+        ValueError: unsupported keys, a file that is not what its name says, or tensors that are missing, extra,
+            misshapen or of a dtype that is not float32, float16 or bfloat16.
     """
     directory = Path(directory)
-    found = [name for name in FORMATS if (directory / name).exists()]
-    if not found or not (directory / "config.json").exists():
-        there = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else "no such directory"
-        raise FileNotFoundError(f"{directory}: wanted config.json and one of {list(FORMATS)}; there is {there}")
+    found = [name for name in FORMATS if is_there(directory / name)]
+    if not found or not os.path.lexists(directory / "config.json"):
+        raise FileNotFoundError(
+            f"{directory}: wanted config.json and one of {list(FORMATS)}; there is {contents(directory)}"
+        )
     config = read_json(directory / "config.json")
-    model = from_official(config)
-    tensors = FORMATS[found[0]].read(directory / found[0])
-    params = to_params(tensors, model)
-    return model, params, Origin(config, {name: str(array.dtype) for name, array in tensors.items()}, found)
+    model, path, peeled = from_official(config), directory / found[0], []
+    tensors = read_file(path, FORMATS[found[0]].read, peeled.append)
+    try:
+        tensors = peel(tensors, official_shapes(model), model.tie_embeddings, peeled.append)
+        dtypes = {name: str(array.dtype) for name, array in tensors.items()}
+        # Anything else would be rounded, and nothing is in silence.
+        if odd := [f"{name} {dtype}" for name, dtype in dtypes.items() if dtype not in DTYPES]:
+            raise ValueError(f"{len(odd)} tensors are not one of {list(DTYPES)}: {listed(odd)}")
+        params = to_params(tensors, model)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return model, params, Origin(config, dtypes, found, peeled)
 
 
 def write(

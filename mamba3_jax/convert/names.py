@@ -5,7 +5,7 @@ keep the input axes first and split what the official in_proj packs, so that hea
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -135,6 +135,11 @@ def placed(model: ModelConfig) -> list[tuple[str, Row, str, int | None]]:
     return [first, *layers, *last]
 
 
+def official_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Official names and shapes."""
+    return {name: row.shape for name, row, *_ in placed(model)}
+
+
 def our_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Our parameter paths and shapes, the repeat axis included."""
     repeats = {}
@@ -144,17 +149,38 @@ def our_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {path: shape if repeat is None else (repeat + 1, *shape) for path, (shape, repeat) in repeats.items()}
 
 
+def listed(items: Iterable, between: str = ", ", limit: int = 10) -> str:
+    """The first items of what may be a long list, and how many more there are."""
+    items = [str(item) for item in items]
+    return between.join(items[:limit]) + (f"{between}and {len(items) - limit} more" if len(items) > limit else "")
+
+
 def check(what: str, given: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """One ValueError that lists every missing, extra and misshapen array."""
-    lines = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in given]
-    lines += [f"extra {name} {array.shape}" for name, array in given.items() if name not in wanted]
+    """Raises one ValueError that counts missing, extra and misshapen arrays, lists ten and names a prefix as cause."""
+    missing = {name: shape for name, shape in wanted.items() if name not in given}
+    extra = {name: array.shape for name, array in given.items() if name not in wanted}
+    lines = [f"missing {name} {shape}" for name, shape in missing.items()]
+    lines += [f"extra {name} {shape}" for name, shape in extra.items()]
     lines += [
         f"{name} is {given[name].shape}, wanted {shape}"
         for name, shape in wanted.items()
         if name in given and given[name].shape != shape
     ]
     if lines:
-        raise ValueError(f"{what}: {len(lines)} tensors do not fit the config: " + "; ".join(lines))
+        cause = prefix_cause(list(extra), wanted)
+        raise ValueError(f"{what}: {len(lines)} tensors do not fit the config{cause}: {listed(lines, between='; ')}")
+
+
+def prefix_cause(extra: list[str], wanted: Mapping) -> str:
+    """What one prefix, too much or lacking, makes of all the extra names; "" where none makes them wanted ones."""
+    first = extra[0] if extra else ""
+    for prefix in (first[: place + 1] for place, letter in enumerate(first) if letter in "./"):
+        if all(name.startswith(prefix) and name.removeprefix(prefix) in wanted for name in extra):
+            return f" (all {len(extra)} extra names are right but for the prefix {prefix!r})"
+    for prefix in (name.removesuffix(first) for name in wanted if first and name.endswith((f".{first}", f"/{first}"))):
+        if all(prefix + name in wanted for name in extra):
+            return f" (all {len(extra)} extra names are right but for a lacking prefix {prefix!r})"
+    return ""
 
 
 def flatten(tree: Mapping, prefix: str = "") -> dict[str, np.ndarray]:
@@ -184,6 +210,11 @@ def view(array: np.ndarray, row: Row, piece: Piece) -> np.ndarray:
     return array.reshape(row.inputs, -1).T[piece.columns]
 
 
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays of one shape have one dtype and hold the same bits."""
+    return a.dtype == b.dtype and np.array_equal(a.view(f"u{a.itemsize}"), b.view(f"u{a.itemsize}"))
+
+
 def to_params(tensors: Mapping[str, np.ndarray], model: ModelConfig) -> dict:
     """The official state dict as our parameters, float32 (exact: from float32, float16 and bfloat16).
 
@@ -191,9 +222,9 @@ def to_params(tensors: Mapping[str, np.ndarray], model: ModelConfig) -> dict:
         ValueError: tensors that are missing, extra or misshapen, all of them; a tied head that is not the embedding.
     """
     rows = placed(model)
-    check("official tensors", tensors, {name: row.shape for name, row, *_ in rows})
+    check("official tensors", tensors, official_shapes(model))
     tied = [tensors[name] for name in ("backbone.embedding.weight", "lm_head.weight")]
-    if model.tie_embeddings and (tied[0].dtype != tied[1].dtype or tied[0].tobytes() != tied[1].tobytes()):
+    if model.tie_embeddings and not same_bits(*tied):
         raise ValueError("tie_embeddings is true, but lm_head.weight is not backbone.embedding.weight")
     flat = {path: np.empty(shape, np.float32) for path, shape in our_shapes(model).items()}
     for name, row, prefix, repeat in rows:

@@ -1,31 +1,85 @@
 """`pytorch_model.bin` read and written without torch: a zip of one pickle and one record of raw bytes a storage.
 
-Reading runs nothing: the unpickler knows four kinds of name (an ordered dict, three storages, the tensor rebuilder) and
-refuses any other by name, so a file can only hold tensors.
+Reading runs nothing: the unpickler builds tensors and plain containers from the names of `NAMES`, puts an empty object
+in the place of what `INERT` lists (what training loops save beside the weights), and refuses any other name.
 """
 
 import math
 import pickle
 import struct
 import zipfile
-from collections import OrderedDict
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-STORAGES = {"FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Storage": ml_dtypes.bfloat16}
+from mamba3_jax.convert.peel import unwrap
+
+# The first three are those of weights, the others of buffers.
+STORAGES = {
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "DoubleStorage": np.float64,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+    "ComplexFloatStorage": np.complex64,
+    "ComplexDoubleStorage": np.complex128,
+}
 
 
-class Storage:
+# A pickle can set attributes of whatever it names. What it can name has none, so no file changes how the next is read.
+
+
+class Storage(NamedTuple):
     """A name of `STORAGES` met in the pickle: the class, not its bytes."""
 
-    def __init__(self, dtype):
-        self.dtype = np.dtype(dtype)
+    dtype: np.dtype
+
+
+class Function(NamedTuple):
+    """What stands for a function or class that the pickle calls."""
+
+    compute: Callable
+
+    def __call__(self, *arguments):
+        return self.compute(*arguments)
+
+
+class Dict(dict):
+    """An OrderedDict, without the attributes (`_metadata`) that torch gives a state dict."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state):
+        pass
+
+
+class Inert:
+    """Takes whatever is put into it and holds nothing."""
+
+    __slots__ = ()
+
+    def __new__(cls, *_arguments, **_named):
+        return super().__new__(cls)
+
+    def take(self, *_anything):
+        pass
+
+    __init__ = __setstate__ = __setitem__ = append = extend = add = take
 
 
 def rebuild(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None):
     """A (possibly strided) view of a storage; anything that reaches outside it raises ValueError."""
+    if storage.ndim != 1 or not storage.flags.c_contiguous:
+        raise ValueError("a tensor is a view of another, wanted a view of a storage")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if min([offset, *size, *stride]) < 0 or (math.prod(size) and last >= storage.size):
         raise ValueError(f"a tensor of {size=} {stride=} {offset=} does not fit its storage of {storage.size}")
@@ -33,37 +87,97 @@ def rebuild(storage, offset, size, stride, requires_grad=False, hooks=None, meta
     return np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
 
 
-NAMES = {("collections", "OrderedDict"): OrderedDict, ("torch._utils", "_rebuild_tensor_v2"): rebuild} | {
-    ("torch", name): Storage(dtype) for name, dtype in STORAGES.items()
+def rebuild_parameter(tensor, *_requires_grad_hooks_state):
+    """The tensor of a torch.nn.Parameter."""
+    return tensor
+
+
+NAMES = {
+    ("collections", "OrderedDict"): Dict,
+    ("collections", "defaultdict"): Function(lambda *_factory: {}),
+    ("builtins", "dict"): Function(dict),
+    ("builtins", "list"): Function(list),
+    ("builtins", "set"): Function(list),
+    ("torch", "Size"): Function(tuple),
+    ("torch._utils", "_rebuild_tensor_v2"): Function(rebuild),
+    ("torch._utils", "_rebuild_parameter"): Function(rebuild_parameter),
+    ("torch._utils", "_rebuild_parameter_with_state"): Function(rebuild_parameter),
+} | {("torch", name): Storage(np.dtype(dtype)) for name, dtype in STORAGES.items()}
+INERT = {
+    "_codecs": ["encode"],
+    "argparse": ["Namespace"],
+    "builtins": ["bytearray", "complex"],
+    "datetime": ["date", "datetime", "timedelta"],
+    "lightning.fabric.utilities.data": ["AttributeDict"],
+    "lightning.pytorch.utilities.parsing": ["AttributeDict"],
+    "lightning_fabric.utilities.data": ["AttributeDict"],
+    "numpy": ["dtype", "ndarray"],
+    "numpy._core.multiarray": ["_reconstruct", "scalar"],
+    "numpy.core.multiarray": ["_reconstruct", "scalar"],
+    "pathlib": ["PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"],
+    "pathlib._local": ["PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"],
+    "pytorch_lightning.utilities.parsing": ["AttributeDict"],
+    "torch": [
+        "device",
+        "float32",
+        "float16",
+        "bfloat16",
+        "float64",
+        "int64",
+        "int32",
+        "int16",
+        "int8",
+        "uint8",
+        "bool",
+    ],
+    "torch.torch_version": ["TorchVersion"],
+    "types": ["SimpleNamespace"],
 }
 
 
 class Reader(pickle.Unpickler):
-    """Unpickles ordered dicts of tensors and nothing else."""
+    """Unpickles tensors in plain containers, and nothing else."""
 
-    def __init__(self, archive: zipfile.ZipFile, prefix: str):
+    def __init__(self, archive: zipfile.ZipFile, prefix: str, content: np.ndarray):
         super().__init__(archive.open(f"{prefix}data.pkl"))
-        self.archive, self.prefix, self.storages = archive, prefix, {}
+        self.archive, self.prefix, self.content, self.storages = archive, prefix, content, {}
 
     def find_class(self, module, name):
-        if (module, name) not in NAMES:
-            wanted = ", ".join(f"torch.{name}" for name in STORAGES)
-            raise ValueError(f"it holds a {module}.{name}, and only tensors ({wanted}) are read")
-        return NAMES[module, name]
+        module = "builtins" if module == "__builtin__" else module  # Python 2's name, which protocol 2 writes
+        if (module, name) in NAMES:
+            return NAMES[module, name]
+        if name in INERT.get(module, ()):
+            return Inert
+        raise ValueError(f"it holds a {module}.{name}, and only tensors are read: save model.state_dict() alone")
 
     def persistent_load(self, saved):
         kind, storage, key, _device, size = saved
         if kind != "storage" or not isinstance(storage, Storage):
             raise ValueError(f"it refers to a {kind!r}, and only storages are read")
         if key not in self.storages:
-            self.storages[key] = np.frombuffer(self.archive.read(f"{self.prefix}data/{key}"), storage.dtype)
+            self.storages[key] = self.record(f"{self.prefix}data/{key}").view(storage.dtype)
         if self.storages[key].size != size or self.storages[key].dtype != storage.dtype:
             raise ValueError(f"storage {key} holds {self.storages[key].size} numbers, and its tensor wants {size}")
         return self.storages[key]
 
+    def record(self, name: str) -> np.ndarray:
+        """The bytes of a record where they lie in the file, checked; a copy only of compressed ones."""
+        info = self.archive.getinfo(name)
+        if info.compress_type != zipfile.ZIP_STORED:
+            return np.frombuffer(self.archive.read(info), np.uint8)
+        self.archive.open(info).close()  # checks the local header
+        lengths = self.content[info.header_offset + 26 :][:4].tobytes()  # of the name and what follows it, as padded
+        first = info.header_offset + 30 + sum(struct.unpack("<HH", lengths))
+        record = self.content[first : first + info.file_size]
+        if record.size != info.file_size or zlib.crc32(record) != info.CRC:
+            raise zipfile.BadZipFile(f"bad CRC-32 of {name}")
+        return record
 
-def read(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a `torch.save`d state dict by name: float32, float16 or bfloat16, strided and shared ones too.
+
+def read(path: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, np.ndarray]:
+    """The tensors by name of what `torch.save` wrote: a state dict, or one in a known wrapper; `say` hears which.
+
+    They are views of the file, mapped into memory, strided and shared ones too: it must not change while they are used.
 
     Raises:
         ValueError: not such a file, truncated, or with anything in it but tensors; the message says which.
@@ -76,15 +190,14 @@ def read(path: Path) -> dict[str, np.ndarray]:
             prefix = pickles[0].removesuffix("data.pkl")
             if f"{prefix}byteorder" in archive.namelist() and archive.read(f"{prefix}byteorder") != b"little":
                 raise ValueError("big-endian tensors are not read")
-            tensors = Reader(archive, prefix).load()
-    except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, TypeError, EOFError, AttributeError) as error:
-        raise ValueError(f"{path} is not a PyTorch state dict, or is truncated: {error}") from error
+            content = np.memmap(path, np.uint8, "r").view(np.ndarray)
+            return unwrap(Reader(archive, prefix, content).load(), say)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    strangers = [k for k, v in tensors.items() if not isinstance(v, np.ndarray)] if isinstance(tensors, dict) else "all"
-    if strangers:
-        raise ValueError(f"{path}: wanted a dict of tensors; not tensors: {strangers}")
-    return dict(tensors)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a damaged pickle or zip raises nearly anything
+        raise ValueError(f"{path} is not a PyTorch state dict, or is truncated: {error}") from error
 
 
 def write(path: Path, tensors: dict[str, np.ndarray]) -> None:

@@ -105,7 +105,15 @@ def pure(**ssm):
         (PURE | {"d_modl": 3}, "d_modl"),
         (pure(d_conv=4), "ssm_cfg has unknown keys .'d_conv'"),
         (pure(layer="Mamba2"), "'Mamba2', wanted 'Mamba3'"),
-        (PURE | {"ssm_cfg": {}}, "'Mamba1', wanted 'Mamba3'"),
+        (PURE | {"ssm_cfg": {}}, "ssm_cfg.layer, the default, is 'Mamba1', wanted 'Mamba3'"),
+        (pure(layer="Mamba2", d_conv=4, D_has_hdim=False), "ssm_cfg.layer is 'Mamba2', wanted 'Mamba3'"),
+        ({"d_model": 64, "n_layer": 2, "vocab_size": 93, "ssm_cfg": {"d_conv": 4}}, "the default, is 'Mamba1'"),
+        (
+            {"model_type": "mamba2", "architectures": ["Mamba2ForCausalLM"]},
+            "Hugging Face .*'Mamba2ForCausalLM'.*ssm_cfg",
+        ),
+        (PURE | {"model_type": "mamba3"}, "config.json is of Hugging Face transformers .*'mamba3'"),
+        (PURE | {f"key_{number}": 0 for number in range(50)}, "unknown keys .*'key_17', and 40 more"),
         (pure(rope_fraction=0.25), "0.25"),
         (pure(expand=1.5), "expand is 1.5"),
         (pure(headdim=48), "headdim 48"),
@@ -151,12 +159,19 @@ def test_what_the_official_code_lacks_says_so(field, value):
         to_official(ModelConfig(pattern="MA", **{field: value}))
 
 
-GOOD = {"config": PURE, "dtypes": {"a": "float32"}, "files": ["pytorch_model.bin"]}
+GOOD = {"config": PURE, "dtypes": {"a": "float32"}, "files": ["pytorch_model.bin"], "peeled": ["joined 2 shards"]}
 
 
 @pytest.mark.parametrize(
     "damage",
-    [{"more": 1}, {"config": None}, {"files": "pytorch_model.bin"}, {"files": [[]]}, {"dtypes": {"a": "int3"}}],
+    [
+        {"more": 1},
+        {"config": None},
+        {"files": "pytorch_model.bin"},
+        {"files": [[]]},
+        {"peeled": "x"},
+        {"dtypes": {"a": "int3"}},
+    ],
 )
 def test_a_damaged_record_says_so(damage, tmp_path):
     (tmp_path / "official.json").write_text(json.dumps(GOOD))
@@ -164,6 +179,11 @@ def test_a_damaged_record_says_so(damage, tmp_path):
     (tmp_path / "official.json").write_text(json.dumps(GOOD | damage))
     with pytest.raises(ValueError, match=r"official\.json is damaged"):
         Origin.load(tmp_path)
+
+
+def test_a_record_of_before_peeling_is_read(tmp_path):
+    (tmp_path / "official.json").write_text(json.dumps({key: GOOD[key] for key in ("config", "dtypes", "files")}))
+    assert Origin.load(tmp_path)._asdict() == GOOD | {"peeled": []}
 
 
 def test_attention_defaults():

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mamba3_jax.convert import torch_zip
+from mamba3_jax.convert import files, torch_zip
 from tests.helpers import GOLDEN
 
 FILE = Path(__file__).parent / "strided.bin"
@@ -90,8 +91,10 @@ def rewritten(path: Path, out: Path, **replaced: bytes) -> Path:
     [
         (pickle.dumps(Evil(os.mkdir, "owned"), 2), "mkdir"),
         (pickle.dumps(Evil(eval, "1"), 4), "eval"),
-        (b"\x80\x02ctorch\nDoubleStorage\n.", "torch.DoubleStorage"),
-        (b"\x80\x02ctorch._utils\n_rebuild_parameter\n.", "torch._utils._rebuild_parameter"),
+        (b"\x80\x02ctorch\nQInt8Storage\n.", "torch.QInt8Storage"),
+        (b"\x80\x02ctorch._utils\n_rebuild_sparse_tensor\n.", "torch._utils._rebuild_sparse_tensor"),
+        (b"\x80\x02cbuiltins\ngetattr\n.", "builtins.getattr"),
+        (pickle.dumps({"args": Evil(os.mkdir, "owned"), "x": [1]}, 2), "mkdir"),
         (pickle.dumps({"step": 3, "x": [1]}, 2), "step"),
         (pickle.dumps([1, 2], 2), "dict of tensors"),
         (b"not a pickle", "not a PyTorch state dict"),
@@ -106,6 +109,57 @@ def test_anything_but_tensors_is_refused_by_name(tmp_path, monkeypatch, pickled,
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.parametrize(
+    "named",
+    [
+        b"ctorch\nFloatStorage\n",
+        b"ctorch._utils\n_rebuild_tensor_v2\n",
+        b"ccollections\nOrderedDict\n",
+        b"cnumpy\ndtype\n",
+    ],
+)
+@pytest.mark.parametrize("state", [b"}X\x05\x00\x00\x00dtypeX\x02\x00\x00\x00f8s", b"N}X\x07\x00\x00\x00computeNs\x86"])
+def test_a_pickle_changes_nothing_that_it_names(tmp_path, named, state):
+    bad = rewritten(FILE, tmp_path / "bad.bin", data_pkl=b"\x80\x02" + named + state + b"b.")
+    with pytest.raises(ValueError, match=r"bad\.bin"):
+        torch_zip.read(bad)
+    assert same(torch_zip.read(FILE), STRIDED)
+
+
+def test_attributes_of_an_ordered_dict_are_not_kept(tmp_path):
+    held = b"ccollections\nOrderedDict\n)R}X\x04\x00\x00\x00keysK\x01sb."
+    assert torch_zip.read(rewritten(FILE, tmp_path / "x.bin", data_pkl=b"\x80\x02" + held)) == {}
+
+
+def test_a_damaged_byte_of_a_storage_is_noticed(tmp_path):
+    content = bytearray(FILE.read_bytes())
+    content[content.index(BASE.tobytes()) + 5] ^= 1
+    (tmp_path / "bad.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"bad\.bin .*CRC-32"):
+        torch_zip.read(tmp_path / "bad.bin")
+
+
+def test_a_compressed_file_is_read(tmp_path):
+    with zipfile.ZipFile(FILE) as source, zipfile.ZipFile(tmp_path / "x.bin", "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    assert same(torch_zip.read(tmp_path / "x.bin"), STRIDED)
+
+
+def test_tensors_lie_in_the_file(tmp_path):
+    """Reading maps a file into memory: no copy of its bytes is made."""
+    array = np.ones(10_000_000, np.float32)
+    torch_zip.write(tmp_path / "x.bin", {"x": array})
+    files.write_safetensors(tmp_path / "x.safetensors", {"x": array})
+    for read, file in [(torch_zip.read, "x.bin"), (files.read_safetensors, "x.safetensors")]:
+        tracemalloc.start()
+        got = read(tmp_path / file)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1_000_000
+        assert np.array_equal(got["x"], array)
+
+
 def test_views_outside_their_storage_are_refused(tmp_path):
     short = rewritten(FILE, tmp_path / "short.bin", **{"0": BASE[:23].tobytes()})
     with pytest.raises(ValueError, match="storage 0 holds 23"):
@@ -114,6 +168,9 @@ def test_views_outside_their_storage_are_refused(tmp_path):
     for offset, size, stride in [(0, (2, 3), (4, 1)), (5, (2,), (1,)), (-1, (2,), (1,)), (3, (2,), (-1,))]:
         with pytest.raises(ValueError, match="does not fit"):
             torch_zip.rebuild(storage, offset, size, stride)
+    many = torch_zip.rebuild(storage, 0, (1000,), (0,))  # as large as one likes, of one number
+    with pytest.raises(ValueError, match="view of another"):
+        torch_zip.rebuild(many, 0, (1000,), (1,))
     assert torch_zip.rebuild(storage, 4, (2,), (1,)).tolist() == [4, 5]
 
 

@@ -91,6 +91,33 @@ def test_convert_there_and_back(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "official", "run"]
 
 
+def test_convert_says_what_it_peeled(tmp_path):
+    official, run, back = (tmp_path / name for name in ("official", "run", "back"))
+    official.mkdir()
+    shutil.copy(OFFICIAL / "config.json", official)
+    read, write = FORMATS["model.safetensors"]
+    tensors = read(OFFICIAL / "model.safetensors")
+    write(official / "model-00001-of-00001.safetensors", {f"model.{name}": tensors[name] for name in tensors})
+    index = {"weight_map": dict.fromkeys((f"model.{name}" for name in tensors), "model-00001-of-00001.safetensors")}
+    (official / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    peeled = "joined 1 shards of model.safetensors; dropped model. from 27 names"
+    status, out, _ = command("convert", f"--source={official}", f"--target={run}")
+    assert (status, out.splitlines()) == (0, [f"{official}: {peeled}", f"{official} (official) -> {run}"])
+    status, out, _ = command("convert", f"--source={run}", f"--target={back}")
+    assert (status, out.splitlines()[0]) == (0, f"{back}: written plain; when {run} was made: {peeled}")
+    assert sorted(path.name for path in back.iterdir()) == ["config.json", "model.safetensors"]
+    got = read(back / "model.safetensors")
+    assert sorted(got) == sorted(tensors)
+    assert all(got[name].tobytes() == tensors[name].tobytes() for name in tensors)
+
+    (official / "model-00001-of-00001.safetensors").unlink()
+    line = mistake("convert", f"--source={official}", f"--target={tmp_path / 'none'}")
+    assert "names 1 shards, and 1 are not there: model-00001-of-00001.safetensors" in line
+    assert "a file, not a directory" in mistake("convert", f"--source={run}/config.json", f"--target={tmp_path}/none")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "official", "run"]
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "named"),
     [
