@@ -51,7 +51,8 @@ class Origin(NamedTuple):
             return None
         held = {"peeled": []} | read_json(path)  # earlier records have none
         kinds = {"config": dict, "dtypes": dict, "files": list, "peeled": list}
-        if {name: type(value) for name, value in held.items()} != kinds:
+        fits = {name: type(value) for name, value in held.items()} == kinds
+        if not fits or not all(isinstance(line, str) for line in held["peeled"]):
             raise ValueError(f"{path} is damaged: wanted the objects config and dtypes, and the lists files and peeled")
         origin = cls(**held)
         odd = [name for name in origin.files if name not in list(FORMATS)]
@@ -185,7 +186,7 @@ def cast(tensors: dict[str, np.ndarray], dtypes: dict[str, str]) -> dict[str, np
     for name, array in tensors.items():
         key = (id(array), dtypes[name])
         if key not in done:
-            done[key] = array.astype(DTYPES[dtypes[name]])
+            done[key] = array.astype(DTYPES[dtypes[name]], copy=False)
     return {name: done[id(array), dtypes[name]] for name, array in tensors.items()}
 
 

@@ -106,7 +106,7 @@ NAMES = {
 INERT = {
     "_codecs": ["encode"],
     "argparse": ["Namespace"],
-    "builtins": ["bytearray", "complex"],
+    "builtins": ["bytearray", "bytes", "complex", "frozenset", "slice", "xrange"],
     "datetime": ["date", "datetime", "timedelta"],
     "lightning.fabric.utilities.data": ["AttributeDict"],
     "lightning.pytorch.utilities.parsing": ["AttributeDict"],

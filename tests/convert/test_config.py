@@ -170,6 +170,7 @@ GOOD = {"config": PURE, "dtypes": {"a": "float32"}, "files": ["pytorch_model.bin
         {"files": "pytorch_model.bin"},
         {"files": [[]]},
         {"peeled": "x"},
+        {"peeled": [3]},
         {"dtypes": {"a": "int3"}},
     ],
 )

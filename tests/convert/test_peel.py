@@ -1,6 +1,7 @@
 """Official tensors as training loops save them: wrappers, prefixes, buffers, a tied head left out."""
 
 import collections
+import datetime
 import json
 import re
 import shutil
@@ -96,7 +97,8 @@ LIGHTNING = {
     "metric": Call("numpy.core.multiarray", "scalar", Call("numpy", "dtype", "f8"), b"12345678"),
     "device": Call("torch", "device", "cuda", 0),
     "shape": Call("torch", "Size", (1, 2)),
-    "of": {1, 2},
+    "plain": [{1, 2}, frozenset({3}), b"", b"x", bytearray(b"y"), 1j, range(3), slice(2), np.float64(2.5), -(10**30)],
+    "when": datetime.datetime(2026, 1, 1),
 }
 
 
