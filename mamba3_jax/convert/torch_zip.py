@@ -33,6 +33,7 @@ STORAGES = {
     "ComplexFloatStorage": np.complex64,
     "ComplexDoubleStorage": np.complex128,
 }
+LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, 2)  # how a file of torch before 1.6 begins
 
 
 # A pickle can set attributes of whatever it names. What it can name has none, so no file changes how the next is read.
@@ -93,8 +94,10 @@ def rebuild_parameter(tensor, *_requires_grad_hooks_state):
 
 
 NAMES = {
+    ("collections", "Counter"): Function(dict),
     ("collections", "OrderedDict"): Dict,
     ("collections", "defaultdict"): Function(lambda *_factory: {}),
+    ("collections", "deque"): Function(lambda items=(), *_longest: list(items)),
     ("builtins", "dict"): Function(dict),
     ("builtins", "list"): Function(list),
     ("builtins", "set"): Function(list),
@@ -183,6 +186,9 @@ def read(path: Path, say: Callable[[str], None] = lambda line: None) -> dict[str
         ValueError: not such a file, truncated, or with anything in it but tensors; the message says which.
     """
     try:
+        with path.open("rb") as file:
+            if file.read(len(LEGACY)) == LEGACY:
+                raise ValueError("it is of torch before 1.6: load it with torch, and torch.save it again")
         with zipfile.ZipFile(path) as archive:
             pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             if len(pickles) != 1:

@@ -98,6 +98,7 @@ LIGHTNING = {
     "device": Call("torch", "device", "cuda", 0),
     "shape": Call("torch", "Size", (1, 2)),
     "plain": [{1, 2}, frozenset({3}), b"", b"x", bytearray(b"y"), 1j, range(3), slice(2), np.float64(2.5), -(10**30)],
+    "counts": [collections.Counter("aab"), collections.deque([1.5], maxlen=3), collections.deque()],
     "when": datetime.datetime(2026, 1, 1),
 }
 

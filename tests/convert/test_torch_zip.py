@@ -182,6 +182,8 @@ def test_other_files_are_refused(tmp_path):
     for path in (tmp_path / "cut.bin", tmp_path / "legacy.bin", big):
         with pytest.raises(ValueError, match=path.name):
             torch_zip.read(path)
+    with pytest.raises(ValueError, match=r"legacy\.bin: it is of torch before 1\.6"):
+        torch_zip.read(tmp_path / "legacy.bin")
 
 
 def test_torch_reads_what_is_written(tmp_path):
