@@ -90,7 +90,7 @@ def check_room(state, length: int, capacity: int | None) -> None:
         raise ValueError(f"{capacity=} is less than the {length} tokens of this call")
     for cache in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, Cache)):
         if isinstance(cache, Cache) and is_known(cache.position_B):
-            room, held = cache.k_BTKE.shape[-3], int(np.max(cache.position_B))
+            room, held = cache.k_BTKE.shape[-3], int(np.asarray(cache.position_B).max())
             if held + length > room:
                 raise ValueError(
                     f"{length} more tokens do not fit in an attention cache that holds {held} of {room}: make the "

@@ -96,8 +96,10 @@ def over_chunks(core: Core, tokens: Tokens, heads: Heads, state: State | None, *
 
 
 def finite(turns):
-    """Replaces angles that are not numbers by 0 between chunks: the state before the chunk, which is NaN with them,
-    ends where a document starts, and NaN in keys would not."""
+    """Replaces angles that are not finite by 0 between chunks.
+
+    The state between chunks is NaN with them and ends where a document starts; NaN in the next chunk's keys would not.
+    """
     return jax.tree.map(lambda turns_BHS: jnp.where(jnp.isfinite(turns_BHS), turns_BHS, 0), turns)
 
 
