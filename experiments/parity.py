@@ -107,7 +107,7 @@ def make_block(config: Config):
 
     def loss(params, batch):
         logits_BLV, _ = model.apply({"params": params}, batch.tokens_BL, None, batch.start_BL)
-        scores = means(sums(logits_BLV, batch))
+        scores = means(sums(logits_BLV, batch, model.config.vocab_size))
         return scores["loss"], scores
 
     def step(carry, batch):

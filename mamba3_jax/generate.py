@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import math
+import reprlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -146,7 +147,7 @@ def generate(
     Args:
         model: its config says what ids there are.
         params: its parameters.
-        prompts: ids, at least one a prompt.
+        prompts: ids, at least one a prompt: a list of lists or 1-D arrays of integers, or one array (B, L).
         tokens: how many to draw at most.
         sampling: temperature, top_k and top_p; None is `Sampling()`.
         seed: of the draws. Equal seeds draw equal tokens.
@@ -155,11 +156,11 @@ def generate(
         prefill_length: tokens of a row that a piece of the prefill holds at most; bounds its memory.
 
     Raises:
-        ValueError: no prompt or an empty one, an id outside the vocabulary, or a number that means nothing; before
-            anything is compiled.
+        ValueError: no prompt or an empty one, an id outside the vocabulary or what is no id, or a number that means
+            nothing; before anything is compiled.
     """
     sampling = sampling or Sampling()
-    check(model, prompts, tokens, sampling, stop_ids, prefill_length)
+    prompts, stop_ids = check(model, prompts, tokens, sampling, stop_ids, prefill_length)
     tokens_BL, start_BL, piece = padded(prompts, prefill_length)
     batch, length = tokens_BL.shape
     state = model.empty_state(batch, length + tokens)
@@ -241,18 +242,38 @@ def padded(prompts, prefill_length: int):
     return tokens_BL, start_BL, piece
 
 
-def check(model, prompts, tokens: int, sampling: Sampling, stop_ids=(), prefill_length: int = PREFILL) -> None:
-    """ValueError for what `generate` cannot do."""
+def check(model, prompts, tokens: int, sampling: Sampling, stop_ids=(), prefill_length: int = PREFILL):
+    """Returns prompts and stop ids as lists of ints; raises ValueError for what `generate` cannot do."""
     sampling.check()
     if tokens < 1 or prefill_length < 1:
         raise ValueError(f"{tokens=} and {prefill_length=}: both must be at least 1")
-    if not prompts or not all(map(len, prompts)):
+    rows = [integers(f"prompt {i}", row) for i, row in enumerate(entries("prompts", prompts))]
+    if not rows or not all(rows):
         raise ValueError("a prompt is empty: a model continues at least one token, such as the end of a document")
-    check_ids(model.config.vocab_size, [*prompts, stop_ids])
+    stop_ids = integers("stop_ids", stop_ids)
+    check_ids(model.config.vocab_size, [*rows, stop_ids])
+    return rows, stop_ids
 
 
-def check_ids(vocab_size: int, rows) -> None:
-    """ValueError for the first id that is not a token's."""
+def entries(name: str, values) -> list:
+    """Lists the entries of a sequence or an array; ValueError for text and for what has none."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(values, str | bytes | dict) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} is {reprlib.repr(values)}, wanted a list or array")
+    return list(values)
+
+
+def integers(name: str, ids) -> list[int]:
+    """Lists ids as ints; ValueError for anything that is not a sequence or a 1-D array of integers."""
+    found = [token.tolist() if hasattr(token, "tolist") else token for token in entries(name, ids)]
+    for place, token in enumerate(found):
+        if type(token) is not int:  # bool is a subclass
+            raise ValueError(f"{name} holds {reprlib.repr(token)} at place {place}, wanted an integer")
+    return found
+
+
+def check_ids(vocab_size: int, rows: Sequence[Sequence[int]]) -> None:
+    """Raises ValueError for the first id that is not a token's."""
     for row in rows:
         for index, token in enumerate(row):
             if not 0 <= token < vocab_size:

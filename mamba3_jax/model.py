@@ -3,10 +3,12 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mamba3_jax.block import Block
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.mixers import LETTERS, MIXERS
+from mamba3_jax.mixers.attention import Cache
 from mamba3_jax.nn.initial import linear
 from mamba3_jax.nn.norm import NORMS
 from mamba3_jax.nn.precision import DTYPES, einsum
@@ -66,6 +68,47 @@ def validate(config: ModelConfig) -> None:
         MIXERS[mixer].check(config)
 
 
+def check_tokens(tokens_BL, vocab_size: int) -> None:
+    """Raises ValueError for tokens that are not integers, and for ids outside the vocabulary where they are known."""
+    dtype = getattr(tokens_BL, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"tokens are {dtype or type(tokens_BL).__name__}, wanted an array of integers")
+    if tokens_BL.ndim != 2:
+        raise ValueError(f"tokens have shape {tokens_BL.shape}, wanted (B, L)")
+    if is_known(tokens_BL):
+        ids_BL = np.asarray(tokens_BL)
+        for extreme in (ids_BL.min(initial=0), ids_BL.max(initial=0)):
+            if not 0 <= extreme < vocab_size:
+                raise ValueError(f"token id {extreme} is out of range: the vocabulary is {vocab_size}")
+
+
+def check_room(state, length: int, capacity: int | None) -> None:
+    """Raises ValueError where `length` more tokens do not fit: in `capacity`, or in a cache whose fill is known."""
+    if capacity is not None and state is not None:
+        raise ValueError(f"{capacity=} is for a call without a state: the room of a given state does not change")
+    if capacity is not None and capacity < length:
+        raise ValueError(f"{capacity=} is less than the {length} tokens of this call")
+    for cache in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, Cache)):
+        if isinstance(cache, Cache) and is_known(cache.position_B):
+            room, held = cache.k_BTKE.shape[-3], int(np.asarray(cache.position_B).max())
+            if held + length > room:
+                raise ValueError(
+                    f"{length} more tokens do not fit in an attention cache that holds {held} of {room}: make the "
+                    f"state with capacity={held + length} or more"
+                )
+
+
+def is_known(array) -> bool:
+    """Tells whether the values are at hand: not in a compiled program, and not on other hosts."""
+    return not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True)
+
+
+def known_or_past(tokens_BL, config: ModelConfig):
+    """Keeps ids in [0, vocab_size) and sends all others past the table: a look-up counts negative ones from its end."""
+    tokens_BL = jnp.asarray(tokens_BL, jnp.int32)
+    return jnp.where((tokens_BL >= 0) & (tokens_BL < config.vocab_size), tokens_BL, padded_vocab(config))
+
+
 class Unit(nn.Module):
     """The layers that one segment repeats."""
 
@@ -89,29 +132,37 @@ class LanguageModel(nn.Module):
     Training, prefill in any number of pieces and decoding are this one call.
 
     Args of the call:
-        tokens_BL: integers in [0, vocab_size). An id past the padded vocabulary gives NaN logits in its row, from
-            there on at least, since a compiled program cannot raise; loaders and commands check ids before.
+        tokens_BL: integers in [0, vocab_size); ids that only pad the table are not among them. Any other is an error
+            where its value is known, outside `jax.jit`. A compiled program gives NaN logits for it and the rest of its
+            document, never another token's. NaN may reach other documents of the same row (`ops.ssm` says which;
+            with attention all), not other rows. Loaders and commands check ids before.
         state: what the tokens before left (`empty_state` or a returned one), or None to start from nothing.
         start_BL: bool, true at the first token of a document, or None. Documents do not see each other.
+        capacity: with no state, how many tokens in all the attention caches of the returned one have room for; None
+            is these L. More tokens than there is room for are an error where the state's values are known, and NaN
+            in a compiled program. Mamba-3 layers need no room.
 
     Returns:
         logits_BLV, float32, as wide as the padded vocabulary, and the state
         {"segment_i": {"block_j": the mixer's state, its leading axis the repeats}}.
-        Without an incoming state, an attention cache has room for these L tokens only.
 
     Raises:
-        ValueError: see `validate`.
+        ValueError: see `validate`; tokens that are not integers; what the arguments above call an error.
     """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens_BL, state=None, start_BL=None):
+    def __call__(self, tokens_BL, state=None, start_BL=None, capacity: int | None = None):
         config = self.config
         validate(config)
+        check_tokens(tokens_BL, config.vocab_size)
+        check_room(state, tokens_BL.shape[1], capacity)
+        if capacity is not None:
+            state = self.empty_state(tokens_BL.shape[0], capacity)
         dtype = DTYPES[config.compute_dtype]
         embedding_VD = Embedding(padded_vocab(config), config.d_model, config.embedding_std, name="embedding")()
-        residual_BLD = jnp.take(embedding_VD, tokens_BL, axis=0)  # out of range: NaN
+        residual_BLD = jnp.take(embedding_VD, known_or_past(tokens_BL, config), axis=0)  # past the table: NaN
         residual_BLD = residual_BLD.astype(jnp.float32 if config.residual_in_fp32 else dtype)
         residual_BLD = nn.with_logical_constraint(residual_BLD, ("batch", "length", "embed"))
 

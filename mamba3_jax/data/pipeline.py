@@ -40,9 +40,12 @@ class Loader:
             self._iterator = iter(self._from_position())
         # A copy, as a worker's arrays live in shared memory that ends with the iterator.
         batch = Batch(*map(np.array, next(self._iterator)))
-        for name, ids_BL in (("token", batch.tokens_BL), ("target", batch.targets_BL)):
-            if (largest := int(ids_BL.max())) >= self._vocab_size:
-                raise ValueError(f"{name} id {largest} is out of range: the model's vocabulary is {self._vocab_size}")
+        for name, ids in (("token", batch.tokens_BL), ("target", batch.targets_BL[batch.weights_BL != 0])):
+            for extreme in (ids.min(initial=0), ids.max(initial=0)):
+                if not 0 <= extreme < self._vocab_size:
+                    raise ValueError(
+                        f"{name} id {extreme} is out of range: the model's vocabulary is {self._vocab_size}"
+                    )
         self._position += 1
         return batch
 

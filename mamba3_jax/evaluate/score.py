@@ -13,23 +13,26 @@ import numpy as np
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data import Batch, loader
 from mamba3_jax.model import LanguageModel
+from mamba3_jax.train.loss import target_logits
 
 
 class Scored(NamedTuple):
     """A batch and what the model made of it."""
 
     batch: Batch
-    nll_BL: np.ndarray  # -log p(target) in nats
+    nll_BL: np.ndarray  # -log p(target) in nats; NaN for a target outside the vocabulary
     correct_BL: np.ndarray  # the likeliest id is the target
     position_BL: np.ndarray  # tokens since the document's first, or the row's
 
 
 def score_piece(model: LanguageModel, params, piece: Batch, state):
-    """(nll, correct, state) of one piece of a row, over the padded vocabulary as in training."""
+    """Returns (nll, correct, state) of one piece of a row, over the padded vocabulary and with NaN as in training."""
     logits_BLV, state = model.apply({"params": params}, piece.tokens_BL, state, piece.start_BL)
-    target_BL = jnp.take_along_axis(logits_BLV, piece.targets_BL[..., None], axis=-1)[..., 0]
+    target_BL = target_logits(logits_BLV, piece.targets_BL, model.config.vocab_size)
     nll_BL = jax.nn.logsumexp(logits_BLV, axis=-1) - target_BL
-    return nll_BL, jnp.argmax(logits_BLV, axis=-1) == piece.targets_BL, state
+    # NaN is its own argmax: without a number there is nothing that could be right.
+    correct_BL = (jnp.argmax(logits_BLV, axis=-1) == piece.targets_BL) & ~jnp.isnan(target_BL)
+    return nll_BL, correct_BL, state
 
 
 def positions(start_BL: np.ndarray) -> np.ndarray:

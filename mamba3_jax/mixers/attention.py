@@ -82,7 +82,8 @@ class Attention(nn.Module):
     """y, cache = attention(x, cache, start): a token sees those before it in its own document.
 
     Without a cache the returned one has capacity L; `empty_state` makes room for more. A cache that is full gives
-    NaN for the tokens that do not fit, not wrong numbers.
+    NaN for the tokens that do not fit, not wrong numbers (and `LanguageModel` raises where it can see that). A NaN
+    anywhere in a row may spoil all of it: weights of 0 times NaN are NaN.
     """
 
     config: ModelConfig

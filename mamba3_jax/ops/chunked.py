@@ -35,10 +35,12 @@ def _core(part: Chunk, h_BHPN):
     exact_BHQ, rest_BHQ = log_decay(part.log_a_BHQ, part.within_BQQ)
     gap_BHQQ = (exact_BHQ[..., :, None] - exact_BHQ[..., None, :]) + (rest_BHQ[..., :, None] - rest_BHQ[..., None, :])
     within_BHQQ = part.within_BQQ[:, None]
-    # Masked before exp as well: what lies after a token grows without bound.
-    decay_BHQQ = jnp.where(within_BHQQ, jnp.exp(jnp.where(within_BHQQ, gap_BHQQ, 0)), 0)
+    # Masked before exp as well: what lies after a token grows without bound. The mask itself chooses values, here and
+    # below, where a factor of 0 would let NaN through: so one before the chunk, or in the token after it, stays there.
+    decay_BHQQ = jnp.exp(jnp.where(within_BHQQ, gap_BHQQ, 0))
     own_QQ = jnp.eye(length, dtype=bool)
     weight_BHQQ = decay_BHQQ * jnp.where(own_QQ, part.gamma_BHQ[..., None, :], part.kappa_BHQ[..., None, :])
+    weight_BHQQ = jnp.where(within_BHQQ, weight_BHQQ, 0)
 
     # Tokens and ranks are one axis: every rank of a query sees every rank of a key.
     q_BHTN, k_BHTN, x_BHTP = (
@@ -48,15 +50,17 @@ def _core(part: Chunk, h_BHPN):
     score_BHQRQR = score_BHTT.reshape(batch, n_heads, length, rank, length, rank) * weight_BHQQ[:, :, :, None, :, None]
     y_BHTP = product("bhts,bhsp->bhtp", score_BHQRQR.reshape(score_BHTT.shape), x_BHTP)
 
-    since_BHQ = jnp.exp(exact_BHQ + rest_BHQ)
-    if part.carried_BQ is not None:
-        since_BHQ = jnp.where(part.carried_BQ[:, None], since_BHQ, 0)
     y_BHQRP = y_BHTP.reshape(batch, n_heads, length, rank, -1)
-    y_BHQRP += since_BHQ[..., None, None] * product("bhtn,bhpn->bhtp", q_BHTN, h_BHPN).reshape(y_BHQRP.shape)
-
-    until_BHQ = decay_BHQQ[:, :, -1] * part.kappa_BHQ
-    weighted_BHQRP = part.x_BHQRP * until_BHQ[..., None, None]
+    since_BHQ = jnp.exp(exact_BHQ + rest_BHQ)
+    before_BHQRP = since_BHQ[..., None, None] * product("bhtn,bhpn->bhtp", q_BHTN, h_BHPN).reshape(y_BHQRP.shape)
     h_BHPN = since_BHQ[:, :, -1, None, None] * h_BHPN
+    if part.carried_BQ is not None:
+        before_BHQRP = jnp.where(part.carried_BQ[:, None, :, None, None], before_BHQRP, 0)
+        h_BHPN = jnp.where(part.carried_BQ[:, -1, None, None, None], h_BHPN, 0)
+    y_BHQRP += before_BHQRP
+
+    until_BHQ = jnp.where(within_BHQQ[:, :, -1], decay_BHQQ[:, :, -1] * part.kappa_BHQ, 0)
+    weighted_BHQRP = part.x_BHQRP * until_BHQ[..., None, None]
     h_BHPN += product("bhsp,bhsn->bhpn", weighted_BHQRP.reshape(x_BHTP.shape), k_BHTN)
     return y_BHQRP, h_BHPN
 

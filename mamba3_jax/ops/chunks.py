@@ -82,16 +82,25 @@ def over_chunks(core: Core, tokens: Tokens, heads: Heads, state: State | None, *
         y_BHQRP, h_BHPN = core(seen, h_BHPN)
         gate_BHQP = None if part.gate_BLHP is None else jnp.swapaxes(part.gate_BLHP, 1, 2)
         y_BHQP = finish(y_BHQRP, x_BHQRP, gate_BHQP, each_token)
-        return (turns, h_BHPN), jnp.swapaxes(y_BHQP, 1, 2).astype(tokens.v_BLHP.dtype)
+        return (finite(turns), h_BHPN), jnp.swapaxes(y_BHQP, 1, 2).astype(tokens.v_BLHP.dtype)
 
     h_BHPN = incoming(state, first_BH, heads)
-    carry = (angles.from_radians(state.angle_BHS, step), to_planes(h_BHPN, planes, rotation))
+    h_BHPN = jnp.where(jnp.isfinite(state.angle_BHS).all(axis=-1)[..., None, None], h_BHPN, jnp.nan)
+    carry = (finite(angles.from_radians(state.angle_BHS, step)), to_planes(h_BHPN, planes, rotation))
     body = jax.checkpoint(body, prevent_cse=False)
     (turns, h_BHPN), y_CBQHP = jax.lax.scan(body, carry, per_chunk)
 
     y_BLHP = jnp.swapaxes(y_CBQHP, 0, 1).reshape(-1, n_chunks * chunk, n_heads, width)[:, :length]
     h_BHPN = from_planes(h_BHPN, planes, rotation)
     return y_BLHP, last_state(tokens, heads, angles.to_radians(turns), h_BHPN, rotation)
+
+
+def finite(turns):
+    """Replaces angles that are not finite by 0 between chunks.
+
+    The state between chunks is NaN with them and ends where a document starts; NaN in the next chunk's keys would not.
+    """
+    return jax.tree.map(lambda turns_BHS: jnp.where(jnp.isfinite(turns_BHS), turns_BHS, 0), turns)
 
 
 def incoming(state: State, first_BH, heads: Heads):

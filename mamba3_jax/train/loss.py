@@ -19,21 +19,29 @@ class Sums(NamedTuple):
     weight: jax.Array
 
 
-def sums(logits_BLV, batch: Batch) -> Sums:
+def target_logits(logits_BLV, targets_BL, vocab_size: int):
+    """Picks each target's logit; NaN where a target is not in [0, vocab_size), the same as a token's own rule."""
+    # Alone, the look-up would let negative ids count from the end, and those that pad the vocabulary pass.
+    known_BL = (targets_BL >= 0) & (targets_BL < vocab_size)
+    target_BL = jnp.take_along_axis(logits_BLV, jnp.where(known_BL, targets_BL, 0)[..., None], axis=-1)[..., 0]
+    return jnp.where(known_BL, target_BL, jnp.nan)
+
+
+def sums(logits_BLV, batch: Batch, vocab_size: int) -> Sums:
     """nll = sum_t w_t (log Z_t - logit_t[target_t]),  log Z = log sum_v exp(logit[v]),  in float32.
 
     v runs over the whole padded vocabulary, as in the official code: the padding columns are ids that never occur, and
-    the model learns so.
+    the model learns so. A target that is not in [0, vocab_size) makes nll NaN, unless its weight is 0.
     """
     logits_BLV = logits_BLV.astype(jnp.float32)
     log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
-    target_BL = jnp.take_along_axis(logits_BLV, batch.targets_BL[..., None], axis=-1)[..., 0]
+    target_BL = target_logits(logits_BLV, batch.targets_BL, vocab_size)
     correct_BL = jnp.argmax(logits_BLV, axis=-1) == batch.targets_BL
     weights_BL = batch.weights_BL
 
     def total(x_BL):
         # A token without weight does not count whatever its logits: 0 * nan would.
-        return jnp.sum(jnp.where(weights_BL > 0, weights_BL * x_BL, 0.0))
+        return jnp.sum(jnp.where(weights_BL == 0, 0.0, weights_BL * x_BL))
 
     return Sums(total(log_z_BL - target_BL), total(log_z_BL**2), total(correct_BL), jnp.sum(weights_BL))
 

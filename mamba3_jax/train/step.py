@@ -63,7 +63,7 @@ def gradients(config: Config, params, batch: Batch) -> tuple[Any, Sums]:
 
     def total(params, batch):
         logits_BLV, _ = LanguageModel(config.model).apply({"params": params}, batch.tokens_BL, None, batch.start_BL)
-        parts = sums(logits_BLV, batch)
+        parts = sums(logits_BLV, batch, config.model.vocab_size)
         return objective(parts, config.train.z_loss), parts
 
     def micro(carry, batch):
@@ -115,7 +115,7 @@ def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainSt
 def eval_step(config: Config, params, batch: Batch) -> Sums:
     """The sums over one batch."""
     logits_BLV, _ = LanguageModel(config.model).apply({"params": params}, batch.tokens_BL, None, batch.start_BL)
-    return sums(logits_BLV, batch)
+    return sums(logits_BLV, batch, config.model.vocab_size)
 
 
 def batch_shapes(config: DataConfig, mesh: Mesh) -> Batch:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mamba3_jax.config import DataConfig
-from mamba3_jax.data import loader
+from mamba3_jax.data import Batch, loader
 from mamba3_jax.data.packing import Rows
 from mamba3_jax.data.pipeline import SOURCES
 from mamba3_jax.data.text import text_rows
@@ -210,6 +210,25 @@ def test_ids_past_the_vocabulary_are_named(folder):
     with pytest.raises(ValueError, match=r"token id 1\d\d is out of range: the model's vocabulary is 100"):
         take(loader(data, "train", vocab_size=100), 20)
     take(loader(data, "train", vocab_size=ord("u") + 1), 20)  # the largest byte of "document 12"
+
+
+@pytest.mark.parametrize("wrong", [-1, -(2**31), 8])
+@pytest.mark.parametrize("name", ["tokens_BL", "targets_BL"])
+def test_an_id_outside_the_vocabulary_never_leaves_the_loader(name, wrong, monkeypatch):
+    """In either direction; a target without weight is no target."""
+    ids_BL = np.zeros((2, 3), np.int32)
+    good = Batch(ids_BL, ids_BL, np.array([[1, 1, 0]] * 2, np.float32), ids_BL == 0)
+
+    def first_of(place):
+        spoilt_BL = np.where(np.arange(3) == place, wrong, ids_BL).astype(np.int32)
+        rows = Rows(lambda _: good._replace(**{name: spoilt_BL}), 2, "")
+        monkeypatch.setitem(SOURCES, "spoilt", lambda *_: rows)
+        return next(loader(DataConfig(source="spoilt", length=3, batch=2), "train", vocab_size=8))
+
+    with pytest.raises(ValueError, match=f"{name[:-4]} id {wrong} is out of range: the model's vocabulary is 8"):
+        first_of(1)
+    if name == "targets_BL":
+        assert first_of(2).targets_BL[0, 2] == wrong
 
 
 @pytest.mark.parametrize(

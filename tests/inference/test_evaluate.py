@@ -59,6 +59,17 @@ def test_pieces_are_the_whole():
     assert rel_rms(lost, whole()) > 1e-3
 
 
+def test_ids_outside_the_vocabulary_score_as_nan():
+    """Targets at their own place; tokens from there on. 13 ids in an embedding of 16 rows."""
+    for wrong in (-1, -100, 13, 15, 16):
+        targets_BL, tokens_BL = batch().targets_BL.copy(), batch().tokens_BL.copy()
+        targets_BL[0, 5] = tokens_BL[1, 30] = wrong
+        got = scorer().batch(batch()._replace(targets_BL=targets_BL, tokens_BL=tokens_BL))
+        assert np.flatnonzero(np.isnan(got.nll_BL[0])).tolist() == [5]
+        assert not got.correct_BL[0, 5]
+        assert np.isnan(got.nll_BL[1, 30:]).all()
+
+
 def test_sums_by_position():
     total = language.Totals(LENGTH)
     total.add(scored(), SimpleNamespace(eos=None, decode=lambda ids: "x" * len(ids)))

@@ -120,6 +120,24 @@ def test_parameters_that_are_not_numbers_stop_it():
 
 
 @pytest.mark.parametrize(
+    "prompts",
+    [
+        np.array([[5, 6], [7, 8]]),
+        jnp.array([[5, 6], [7, 8]], jnp.uint8),
+        [np.array([5, 6]), jnp.array([7, 8])],
+        ((5, np.int64(6)), range(7, 9)),
+    ],
+    ids=["numpy", "jax", "rows", "tuples"],
+)
+def test_prompts_are_any_rows_of_integers(prompts):
+    model, params = tiny()
+    want = generate(model, params, [[5, 6], [7, 8]], tokens=3, sampling=GREEDY, stop_ids=[12])
+    got = generate(model, params, prompts, tokens=3, sampling=GREEDY, stop_ids=np.array([12]))
+    assert got.ids == want.ids
+    assert got.prefill_tokens == want.prefill_tokens == 2
+
+
+@pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"prompts": [[1, 13]]}, "token id 13 at place 1 is not in the vocabulary of 13"),
@@ -127,6 +145,27 @@ def test_parameters_that_are_not_numbers_stop_it():
         ({"stop_ids": [99]}, "token id 99"),
         ({"prompts": [[1], []]}, "prompt is empty"),
         ({"prompts": []}, "prompt is empty"),
+        ({"prompts": np.zeros((0, 3), int)}, "prompt is empty"),
+        ({"prompts": np.zeros((2, 0), int)}, "prompt is empty"),
+        ({"prompts": [1, 2]}, "prompt 0 is 1, wanted a list or array"),
+        ({"prompts": np.array([1, 2])}, "prompt 0 is 1, wanted"),
+        ({"prompts": "def"}, "prompts is 'def', wanted"),
+        ({"prompts": ["def"]}, "prompt 0 is 'def', wanted"),
+        ({"prompts": [b"def"]}, "prompt 0 is b'def', wanted"),
+        ({"prompts": 5}, "prompts is 5, wanted"),
+        ({"prompts": None}, "prompts is None, wanted"),
+        ({"prompts": [[1], None]}, "prompt 1 is None, wanted"),
+        ({"prompts": [[1, 1.5]]}, "prompt 0 holds 1.5 at place 1, wanted an integer"),
+        ({"prompts": np.array([[1.0]])}, "prompt 0 holds 1.0 at place 0, wanted an integer"),
+        ({"prompts": [[True]]}, "prompt 0 holds True at place 0, wanted an integer"),
+        ({"prompts": jnp.array([[True]])}, "prompt 0 holds True at place 0, wanted an integer"),
+        ({"prompts": [["1"]]}, "prompt 0 holds '1' at place 0, wanted an integer"),
+        ({"prompts": [[[1, 2]]]}, r"prompt 0 holds \[1, 2\] at place 0, wanted an integer"),
+        ({"prompts": np.ones((1, 2, 2), int)}, r"prompt 0 holds \[1, 1\] at place 0, wanted an integer"),
+        ({"stop_ids": 3}, "stop_ids is 3, wanted a list or array"),
+        ({"stop_ids": "3"}, "stop_ids is '3', wanted"),
+        ({"stop_ids": [1.5]}, "stop_ids holds 1.5 at place 0, wanted an integer"),
+        ({"stop_ids": [-1]}, "token id -1"),
         ({"tokens": 0}, "tokens=0"),
         ({"prefill_length": 0}, "prefill_length=0"),
         ({"sampling": Sampling(top_p=2.0)}, "top_p=2.0"),
@@ -135,5 +174,6 @@ def test_parameters_that_are_not_numbers_stop_it():
 def test_mistakes_are_named_before_any_compile(change, named, monkeypatch):
     model, params = tiny()
     monkeypatch.setattr(jax, "jit", lambda *_, **__: pytest.fail("compiled"))
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=named) as caught:
         generate(model, params, **({"prompts": [[1]], "tokens": 2} | change))
+    assert "\n" not in str(caught.value)

@@ -28,6 +28,7 @@ HYBRID = ModelConfig(
     attn_rope_theta=100.0,
     chunk=4,
 )
+SMALL = ModelConfig(vocab_size=256, d_model=16, pattern="M", d_state=8, head_dim=8)
 LENGTHS = (6, 1, 6)  # documents of a row of 13 tokens; also the pieces that are compiled
 BATCH, LENGTH = 2, sum(LENGTHS)
 STARTS = np.cumsum((0, *LENGTHS))[:-1]
@@ -182,10 +183,96 @@ def test_a_bfloat16_residual_is_the_other_choice():
     assert 1e-4 < rel_rms(got_BLV, want_BLV) < 3e-2
 
 
-def test_an_id_out_of_range_gives_nan_and_not_another_token():
-    logits_BLV, _ = compiled()(params(), tokens().at[0, 3].set(32))
+OUTSIDE = (-(2**31), -1, 29, 31, 32, 2**31 - 1)  # of 29 ids in an embedding of 32 rows
+
+
+@pytest.mark.parametrize("wrong", OUTSIDE)
+def test_an_id_out_of_range_gives_nan_and_not_another_token(wrong):
+    logits_BLV, _ = compiled()(params(), tokens().at[0, 3].set(wrong))
     assert np.isnan(logits_BLV[0, 3:]).all()
     assert np.isfinite(logits_BLV[1]).all()
+
+
+def test_ids_are_the_same_of_any_integer_dtype():
+    model, row_BL = LanguageModel(SMALL), np.array([[0, 255]])
+    small = init_params(SMALL, jax.random.key(0))
+    want_BLV, _ = jax.jit(model.apply)({"params": small}, row_BL)
+    assert np.isfinite(want_BLV).all()
+    for dtype in (np.uint8, np.uint16, np.int16, np.uint32):
+        got_BLV, _ = jax.jit(model.apply)({"params": small}, row_BL.astype(dtype))
+        np.testing.assert_array_equal(got_BLV, want_BLV)
+    got_BLV, _ = jax.jit(model.apply)({"params": small}, np.array([[2**32 - 1]], np.uint32))
+    assert np.isnan(got_BLV).all()
+
+
+@pytest.mark.parametrize("wrong", [*OUTSIDE, 2**32 + 5])
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_an_id_out_of_range_is_an_error_where_it_is_known(kind, wrong):
+    if kind is jnp.asarray and wrong >= 2**31:
+        return  # no int32 can be that
+    row_BL = kind(np.array([[1, wrong, 2]], np.int64))
+    message = f"token id {wrong} is out of range: the vocabulary is 29"
+    with pytest.raises(ValueError, match=message):
+        apply(HYBRID, params(), row_BL)
+    with pytest.raises(ValueError, match=message):
+        jax.jit(lambda params: apply(HYBRID, params, row_BL))(params())
+
+
+@pytest.mark.parametrize(
+    ("ids_BL", "named"),
+    [
+        (np.ones((1, 2)), r"tokens are float\d\d, wanted an array of integers"),
+        (np.ones((1, 2), bool), "tokens are bool, wanted"),
+        (np.ones(2, int), r"tokens have shape \(2,\), wanted \(B, L\)"),
+    ],
+    ids=["float", "bool", "row"],
+)
+def test_ids_are_rows_of_integers(ids_BL, named):
+    for run in (functools.partial(apply, HYBRID), compiled()):
+        with pytest.raises(ValueError, match=named):
+            run(params(), ids_BL)
+    with pytest.raises(ValueError, match="tokens are list, wanted"):
+        apply(HYBRID, params(), ids_BL.tolist())
+
+
+def test_two_calls_with_room_for_both_are_the_whole():
+    """As written down: logits, state = apply(tokens, capacity=...); apply(next, state)."""
+    whole_BLV, _ = compiled()(params(), tokens())
+    model, variables = LanguageModel(HYBRID), {"params": params()}
+    for run in (model.apply, jax.jit(model.apply, static_argnames="capacity")):
+        first_BLV, state = run(variables, tokens()[:, :12], capacity=LENGTH)
+        last_BLV, state = run(variables, tokens()[:, 12:], state)
+        assert rel_rms(jnp.concatenate([first_BLV, last_BLV], axis=1), whole_BLV) < FORWARD
+        shapes = jax.tree.map(jnp.shape, model.empty_state(BATCH, LENGTH))
+        assert jax.tree.map(jnp.shape, state) == shapes
+
+
+def test_a_full_cache_is_an_error_where_it_is_known_and_nan_where_not():
+    model, variables, next_BL = LanguageModel(HYBRID), {"params": params()}, tokens()[:, :1]
+    _, state = compiled()(params(), tokens()[:, :12])
+    with pytest.raises(ValueError, match=r"1 more tokens do not fit .* 12 of 12.* capacity=13 or more"):
+        model.apply(variables, next_BL, state)
+    logits_BLV, state = jax.jit(model.apply)(variables, next_BL, state)
+    assert np.isnan(logits_BLV).all()
+    with pytest.raises(ValueError, match="13 of 12"):
+        model.apply(variables, next_BL, state)
+
+
+def test_no_attention_needs_no_room():
+    model, variables = LanguageModel(SMALL), {"params": init_params(SMALL, jax.random.key(0))}
+    _, state = model.apply(variables, np.array([[1, 2]]))
+    want_BLV, _ = model.apply(variables, np.array([[1, 2, 3]]))
+    got_BLV, _ = model.apply(variables, np.array([[3]]), state)
+    assert rel_rms(got_BLV[:, 0], want_BLV[:, 2]) < FORWARD
+
+
+def test_a_capacity_that_means_nothing_is_named():
+    model, variables = LanguageModel(HYBRID), {"params": params()}
+    with pytest.raises(ValueError, match="capacity=12 is less than the 13 tokens of this call"):
+        model.apply(variables, tokens(), capacity=12)
+    state = model.empty_state(BATCH, 20)
+    with pytest.raises(ValueError, match=r"capacity=20 .* state"):
+        model.apply(variables, tokens(), state, capacity=20)
 
 
 def test_a_tied_head_is_the_embedding_and_layer_norm_has_biases():

@@ -272,6 +272,68 @@ def test_no_value_crosses_a_boundary(starts, shape, implementation):
             jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[0]), got_state, want_state)
 
 
+XLA = ("recurrent", "associative", "chunked")
+
+
+@pytest.mark.parametrize("implementation", XLA)
+@siso_and_mimo
+@pytest.mark.parametrize("part", [None, "dt_BLH", "v_BLHP", "k_BLRGN"])
+def test_a_nan_stays_in_its_document_or_its_chunk(part, shape, implementation):
+    """One token that is not a number: what it spoils, and that all the rest has the very same bits.
+
+    Its document is NaN from there on, always. Only `recurrent` leaves all else alone; the others, whose products mix
+    the tokens of a chunk, may lose the rest of the chunk, and the state until a document starts in a later one.
+    """
+    shape, starts = shape._replace(length=LENGTH), (0, 5, 12, 14, 17)
+    op, start_BL = forward(implementation, shape.rotation, CHUNK), start_row(starts)
+    clean, heads, state = draw(shape)
+    clean = clean._replace(start_BL=start_BL)
+    want, want_state = op(clean, heads, state)
+    for place in (3, 4, 8, 12, 15, 16, 23):
+        at_BL = np.zeros((2, LENGTH), bool)
+        at_BL[0, place] = True
+        poison = lambda array: np.where(at_BL.reshape(2, LENGTH, *[1] * (array.ndim - 2)), np.nan, array)  # noqa: B023, E731
+        floats = {
+            name: poison(getattr(clean, name)).astype(np.float32)
+            for name in ([part] if part else clean._fields[:-1])
+            if getattr(clean, name) is not None
+        }
+        got, got_state = op(clean._replace(**floats), heads, state)
+        end = next((start for start in starts if start > place), LENGTH)
+        assert np.isnan(got[0, place:end]).any(axis=(1, 2)).all(), "the rest of its document counts"
+        begin, until = place, end
+        if implementation != "recurrent":
+            begin, later = place // CHUNK * CHUNK, place // CHUNK * CHUNK + CHUNK
+            until = next((start for start in starts if start >= max(end, later)), LENGTH)
+        kept_BL = np.ones((2, LENGTH), bool)
+        kept_BL[0, begin:until] = False
+        np.testing.assert_array_equal(np.asarray(got)[kept_BL], np.asarray(want)[kept_BL], f"{place=}")
+        rows_kept = slice(0 if until < LENGTH or (end < LENGTH and implementation == "recurrent") else 1, None)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_array_equal(a[rows_kept], b[rows_kept]),  # noqa: B023
+            got_state,
+            want_state,
+        )
+
+
+@pytest.mark.parametrize("implementation", XLA)
+@siso_and_mimo
+def test_a_nan_in_the_incoming_state_ends_with_the_first_start(shape, implementation):
+    """In the row that has it: in the middle of a chunk, at a chunk's edge, and where the row starts."""
+    shape = shape._replace(length=LENGTH)
+    op = forward(implementation, shape.rotation, CHUNK)
+    tokens, heads, state = draw(shape)
+    broken = jax.tree.map(lambda array: np.concatenate([np.full_like(array[:1], np.nan), array[1:]]), state)
+    for first in (0, 8, 11, 23):
+        tokens = tokens._replace(start_BL=start_row((first,)))
+        want, want_state = op(tokens, heads, state)
+        got, got_state = op(tokens, heads, broken)
+        assert np.isnan(got[0, :first]).any(axis=(1, 2)).all()
+        np.testing.assert_array_equal(got[0, first:], want[0, first:])
+        np.testing.assert_array_equal(got[1], want[1])
+        jax.tree.map(np.testing.assert_array_equal, got_state, want_state)
+
+
 @every_implementation
 @siso_and_mimo
 @repeatable(max_examples=5)

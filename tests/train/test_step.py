@@ -75,6 +75,20 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
     assert not np.array_equal(flat(good.params), flat(state.params))
 
 
+def test_ids_outside_the_vocabulary_skip_the_step():
+    config, step = stepper()
+    batch, before = random_batch(config), fresh(config)
+    vocab = config.model.vocab_size
+    for name in ("tokens_BL", "targets_BL"):
+        for wrong in (-1, -100, vocab, 2**31 - 1):
+            ids_BL = getattr(batch, name).copy()
+            ids_BL[batch.weights_BL > 0] = wrong
+            state, metrics = step(before, batch._replace(**{name: ids_BL}))
+            assert not np.isfinite(metrics["loss"]), (name, wrong)
+            assert (int(state.step), int(state.skipped)) == (1, 1)
+            assert flat(state.params).tobytes() == flat(before.params).tobytes()
+
+
 def test_parameters_stay_float32_when_compute_is_bfloat16():
     config = get_config()
     batch = random_batch(config)
