@@ -29,7 +29,7 @@ import numpy as np
 import optax
 from absl import app, flags, logging
 
-from experiments.benchmarks.common import provenance
+from experiments.benchmarks.common import provenance, tracing
 from experiments.figures.parity import draw
 from mamba3_jax.checkpoint import save_model
 from mamba3_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, to_dict
@@ -93,6 +93,7 @@ def variant_config(config: Config, variant: str) -> Config:
 def initial(config: Config, seeds: int):
     """Parameters and optimizer state, the leading axis the seeds."""
 
+    @tracing()
     def one(key):
         params = nn.meta.unbox(LanguageModel(config.model).init(key, jnp.zeros((1, 1), jnp.int32))["params"])
         return params, optimizer(config.optimizer, config.train.steps).init(params)
@@ -110,6 +111,7 @@ def make_block(config: Config):
         scores = means(sums(logits_BLV, batch))
         return scores["loss"], scores
 
+    @tracing()
     def step(carry, batch):
         params, state = carry
         grads, scores = jax.grad(loss, has_aux=True)(params, batch)
@@ -142,6 +144,7 @@ def score(config: Config, params, strings: int = SCORED_STRINGS) -> np.ndarray:
     )
 
     @jax.jit
+    @tracing()
     def right(params, batch):
         def one(params):
             logits_BLV, _ = model.apply({"params": params}, batch.tokens_BL, None, batch.start_BL)

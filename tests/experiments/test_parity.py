@@ -91,6 +91,17 @@ def test_a_variant_learns_saves_and_is_not_run_twice(block, tmp_path, capsys, mo
     assert "done before" in capsys.readouterr().out
 
 
+def test_two_variants_at_a_time_trace_one_after_another(tmp_path, monkeypatch, crowd):
+    config = small()
+    config.model.implementation = "crowd"
+    config.train.steps = config.train.log_every = 2
+    monkeypatch.setattr(parity, "get_config", lambda: config)
+    monkeypatch.setattr(parity, "VARIANTS", {name: parity.VARIANTS[name] for name in ("mamba3", "euler")})
+    results = parity.run(tmp_path, seeds=1, results_path="")
+    assert [row["variant"] for row in results["rows"]] == ["mamba3", "euler"]
+    assert set(crowd) == {1}
+
+
 def test_table_and_figure(tmp_path):
     accuracy = {str(length): [1.0, 0.5] for length in parity.LENGTHS}
     rows = [{"variant": variant, "accuracy": accuracy} for variant in parity.VARIANTS]
