@@ -1,9 +1,10 @@
 # make run      train a small Mamba-3 on real text, evaluate it, sample from it (minutes, 2 CPU cores)
 # make parity   the state-tracking experiment: what rotation is for
-# make test     lint and tests; installs libtpu too, which compiles for TPUs that are not there (213 MB, Linux on x86-64)
+# make test     lint and tests; gets libtpu too, which compiles for TPUs that are not there (213 MB, Linux on x86-64),
+#               into build/libtpu, where only the tests that want it look: with it in .venv all JAX looks for a TPU
 # make test-gpu the op and its kernels on this machine's GPU, with the python that has jax for it
 # make time-gpu every figure of a GPU in the tables, what matters most first: each is written as it comes
-# All of them install into .venv first.
+# All but the last two install into .venv first.
 
 PYTHON ?= python3
 WORKDIR ?= runs/text
@@ -34,7 +35,8 @@ time-gpu:
 	$(PYTHON) -m experiments.benchmarks.profile --name=profile_hopper --implementation=mosaic_gpu
 	$(PYTHON) -m experiments.benchmarks.tune
 
-test: .venv/tested
+test: .venv/installed build/libtpu/installed
+	@$(BIN)/python -c "import importlib.util as u, sys; sys.exit(u.find_spec('libtpu') and 'libtpu is in .venv: make clean')"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m experiments.benchmarks.table --check
@@ -50,9 +52,10 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-.venv/tested: .venv/installed requirements-test.txt
-	$(BIN)/python -m pip install --quiet --requirement requirements-test.txt
-	touch $@
+build/libtpu/installed: .venv/installed requirements-test.txt
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --target=$(@D) --requirement requirements-test.txt
+	mkdir -p $(@D) && touch $@
 
 clean:
 	rm -rf .venv build

@@ -1,5 +1,6 @@
 """What the benchmarks share: timing, where and when a figure was taken, result files and tables."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -9,6 +10,7 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +20,18 @@ import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
 REPOSITORY = Path(__file__).parents[2]
+_ONE_THREAD = threading.RLock()
+
+
+@contextlib.contextmanager
+def tracing():
+    """Lets one thread at a time trace: around a `lower`, or as `@tracing()` on a function that only jax.jit calls.
+
+    Flax reads and writes dictionaries of its classes while it traces, so two threads in it may stop each other. XLA
+    compiles outside, side by side.
+    """
+    with _ONE_THREAD:
+        yield
 
 
 @dataclasses.dataclass(frozen=True)

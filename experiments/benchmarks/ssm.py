@@ -128,11 +128,13 @@ def inputs(case: Case, seed: int = 0) -> tuple[Tokens, Heads]:
     return tokens, heads
 
 
+@common.tracing()
 def forward(tokens: Tokens, heads: Heads, *, case: Case, implementation: str, chunk: int | None):
     """The op, from no state."""
     return ssm(tokens, heads, rotation=case.rotation, implementation=implementation, chunk=chunk)
 
 
+@common.tracing()
 def backward(tokens: Tokens, heads: Heads, dy_BLHP, *, case: Case, implementation: str, chunk: int | None):
     """The output, the state, and the gradient of sum(y dy) with respect to everything that went in."""
     function = partial(forward, case=case, implementation=implementation, chunk=chunk)
@@ -140,6 +142,7 @@ def backward(tokens: Tokens, heads: Heads, dy_BLHP, *, case: Case, implementatio
     return (y_BLHP, state), pull(dy_BLHP.astype(y_BLHP.dtype))
 
 
+@common.tracing()
 def decode(state: State, tokens: Tokens, heads: Heads, *, case: Case, implementation: str | None, chunk: int | None):
     """The state after one more token, and the token's output."""
     del chunk

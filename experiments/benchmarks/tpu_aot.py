@@ -1,9 +1,11 @@
 """The op compiled for TPUs that need not be there: what each program moves and how long its compiler thinks it takes.
 
-    pip install "libtpu==0.0.42.*"                            with jax 0.10; 0.0.48.* with jax 0.11
+    pip install --target=build/libtpu "libtpu==0.0.42.*"      with jax 0.10; 0.0.48.* with jax 0.11
     python -m experiments.benchmarks.tpu_aot                  every chip, SISO and MIMO R=4, bf16
     python -m experiments.benchmarks.tpu_aot --full           the paper's heads and lengths, bf16 and f32: hours
     python -m experiments.benchmarks.tpu_aot --implementations=mosaic_tpu --chips=v5e --cases=siso
+
+The compiler may be installed as usual too; in build/libtpu, where `make test` puts it, no other program sees it.
 
 Nothing runs. What has one entry a token goes in and comes out as a model's projections leave it, (B, L, everything
 else): `v`, `gate` and `y` are (B, L, H P), and the op sees them reshaped inside the program, which moves nothing. As
@@ -51,6 +53,8 @@ from mamba3_jax.ops.mosaic_tpu import mosaic_tpu  # noqa: E402
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State  # noqa: E402
 
 FLAGS = flags.FLAGS
+# Away from the environment: wherever libtpu can be imported, every JAX program looks for a TPU.
+LIBTPU = common.REPOSITORY / "build" / "libtpu"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,12 +299,15 @@ def kernels_for(chip: str):
 
 
 def libtpu_version() -> str:
-    """Or a one-line error that says how to get it."""
+    """Return the version of libtpu, installed or in LIBTPU, or exit with one line that says how to get it."""
+    if str(LIBTPU) not in sys.path:
+        sys.path.append(str(LIBTPU))
     try:
         import libtpu
     except ImportError:
         wanted = "0.0.42" if jax.__version_info__ < (0, 11) else "0.0.48"
-        sys.exit(f'There is no libtpu, the compiler for TPUs: pip install "libtpu=={wanted}.*" (no TPU is needed).')
+        how = f'pip install --target={LIBTPU} "libtpu=={wanted}.*" (no TPU is needed)'
+        sys.exit(f"There is no libtpu, the compiler for TPUs: {how}.")
     return libtpu.__version__
 
 

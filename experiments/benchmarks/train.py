@@ -63,9 +63,10 @@ class Program:
 
     def compile(self):
         donated = {"donate_argnums": 0} if self.donated else {}
-        shapes = self.shapes()
-        with self.scope():
-            lowered = jax.jit(self.function, **donated).lower(*shapes)
+        with common.tracing():
+            shapes = self.shapes()
+            with self.scope():
+                lowered = jax.jit(self.function, **donated).lower(*shapes)
         self.kernels = "mamba3_" in lowered.as_text()  # how theirs are called
         return lowered.compile()
 

@@ -69,10 +69,12 @@ class Trial(ssm.Task):
             run = IMPLEMENTATIONS[self.implementation]
             return run(tokens, heads, state, rotation=self.case.rotation, **self.launch)
 
+        @common.tracing()
         def backward(tokens, heads, dy_BLHP):
             y_BLHP, pull, state = jax.vjp(op, tokens, heads, has_aux=True)
             return (y_BLHP, state), pull(dy_BLHP)
 
+        @common.tracing()
         def step(state, tokens, heads):
             return op(tokens, heads, state)[::-1]
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -56,6 +57,15 @@ def test_operations_a_token_do_not_grow(implementation):
         return sum(flops.count(function, *ssm.abstract(longer))) / length
 
     assert a_token(4096) == pytest.approx(a_token(1024), rel=1e-3)
+
+
+def test_threads_trace_one_after_another(crowd):
+    tasks = [ssm.Task("tiny", TINY, "crowd", None, what) for what in ("forward", "forward+backward")]
+    with ThreadPoolExecutor() as pool:
+        checks = [pool.submit(task.check) for task in tasks]
+        assert not any(isinstance(each, Exception) for each in pool.map(ssm.Task.compile, tasks))
+        assert all(check.result()["value_error"] < 1e-5 for check in checks)
+    assert set(crowd) == {1}
 
 
 # The check before a time

@@ -33,7 +33,7 @@ def block():
 def test_the_recipe():
     config = parity.get_config()
     assert sum(np.prod(array.shape) for array in jax.tree.leaves(boxed_shapes(config.model))) == 7908
-    assert sum(config.data.parity_steps) == config.train.steps == 1500
+    assert sum(config.data.parity_steps) == config.train.steps == 2000
     assert config.data.length * config.data.batch == 1280
     assert all(end % config.train.log_every == 0 for end in np.cumsum(config.data.parity_steps))
     assert set(NAMES) == set(parity.VARIANTS)
@@ -89,6 +89,18 @@ def test_a_variant_learns_saves_and_is_not_run_twice(block, tmp_path, capsys, mo
     assert "step" in capsys.readouterr().out
     assert parity.run_variant(config, 2, tmp_path) == json.loads(json.dumps(row))
     assert "done before" in capsys.readouterr().out
+
+
+def test_two_variants_at_a_time_trace_one_after_another(tmp_path, monkeypatch, crowd):
+    config = small()
+    config.model.implementation = "crowd"
+    config.train.steps = config.train.log_every = 2
+    monkeypatch.setattr(parity, "get_config", lambda: config)
+    monkeypatch.setattr(parity, "LENGTHS", (16,))
+    monkeypatch.setattr(parity, "VARIANTS", {name: parity.VARIANTS[name] for name in ("mamba3", "euler")})
+    results = parity.run(tmp_path, seeds=1, results_path="")
+    assert [row["variant"] for row in results["rows"]] == ["mamba3", "euler"]
+    assert set(crowd) == {1}
 
 
 def test_table_and_figure(tmp_path):

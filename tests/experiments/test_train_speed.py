@@ -1,5 +1,7 @@
 """The benchmark of a layer and a training step, in small on any device: what it times agrees, or it is not timed."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from experiments.benchmarks import common, train
@@ -48,6 +50,13 @@ def test_a_step_is_the_trainers():
     assert row["tokens_per_second"] == pytest.approx(2 * 16 / row["ms"] * 1e3)
     with pytest.raises(ValueError, match="tiny, training step: relative error over 1e-03 in loss"):
         train.row_of(program, program.compile(), got | {"loss": got["loss"] * 1.002})
+
+
+def test_threads_trace_one_after_another(crowd):
+    programs = [train.programs_of(model, ["crowd"], 2, 16)[0] for model in ("tiny", "layer tiny")]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(train.Program.compile, programs))
+    assert set(crowd) == {1}
 
 
 def test_the_sentence():

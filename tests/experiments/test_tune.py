@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import pytest
@@ -48,6 +49,15 @@ def test_search_takes_the_best_alone_where_both_together_are_worse():
     table = {(): 10.0, ("x",): 8.0, ("y",): 9.0, ("x", "y"): 12.0}
     times = lambda launches: [table[tuple(sorted(launch))] for launch in launches]  # noqa: E731
     assert tune.search({}, {"x": (1,), "y": (1,)}, times) == ({"x": 1}, 8.0)
+
+
+@pytest.mark.parametrize("what", ["forward+backward", "decode"])
+def test_threads_trace_one_after_another(what, crowd):
+    case = dataclasses.replace(TINY, length=1) if what == "decode" else TINY
+    trials = [tune.Trial("tiny", case, "crowd", None, what, {}) for _ in range(2)]
+    with ThreadPoolExecutor() as pool:
+        assert not any(isinstance(each, Exception) for each in pool.map(tune.Trial.compile, trials))
+    assert set(crowd) == {1}
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from experiments.benchmarks import tpu_aot
 from mamba3_jax.ops.mosaic_tpu import check, mosaic_tpu
 from mamba3_jax.ops.ssm import ssm
 from pallas_kernels.ssm.mosaic_tpu import parts, scan
@@ -320,18 +320,6 @@ def test_a_named_implementation_runs_or_raises(monkeypatch):
         mosaic_tpu(tokens, heads, state, rotation="adjacent", interpret=True, tiles=Tiles(heads=3))
 
 
-@pytest.fixture(scope="session")
-def libtpu():
-    """The compiler for TPUs, told that there is none here and that other processes may compile too."""
-    pytest.importorskip("libtpu")
-    alone = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
-    alone |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in alone.items():
-            patch.setenv(name, value)
-        yield functools.partial(topologies.get_topology_desc, platform="tpu", chips_per_host_bounds=[1, 1, 1])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "narrow"),
@@ -341,14 +329,12 @@ def libtpu():
     ],
     ids=["siso_bfloat16", "mimo_packed_float32"],
 )
-@pytest.mark.parametrize(
-    ("chip", "topology"),
-    [("v4", "v4:1x1x1"), ("v5e", "v5e:1x1"), ("v5p", "v5p:1x1x1"), ("v6e", "v6e:1x1"), ("tpu7x", "tpu7x:1x1x1")],
-)
+@pytest.mark.parametrize("chip", tpu_aot.CHIPS)
 @pytest.mark.libtpu
-def test_libtpu_compiles(chip, topology, shape, narrow, libtpu):
+@pytest.mark.usefixtures("compiler")
+def test_libtpu_compiles(chip, shape, narrow):
     """Forward and backward, without a TPU: what Mosaic's compiler refuses, and what does not fit in VMEM."""
-    device = libtpu(topology).devices[0]
+    device = tpu_aot.Target(chip).device
     tokens, heads, state = draw(shape)
     start_BL = start(shape, () if narrow else (700,))
     if narrow:

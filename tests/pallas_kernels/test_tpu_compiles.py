@@ -6,7 +6,6 @@ A kernel of each kind for each chip at once; heads, lengths and dtypes in all co
 import dataclasses
 import functools
 import re
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import jax
@@ -24,8 +23,6 @@ from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State, Tokens
 from mamba3_jax.ops.ssm import ssm as op
 from mamba3_jax.ops.tpu import mosaic_tpu as kernels
 from pallas_kernels.ssm.mosaic_tpu.tiles import default
-
-needs_compiler = pytest.mark.skipif(find_spec("libtpu") is None, reason="no libtpu, the compiler for TPUs")
 
 # Beside the decoding steps of test_decode_tpu.py; float32 with ranks, the longest to compile, for two chips.
 QUICK = {("siso_h24_bfloat16", "forward+backward", chip) for chip in tpu_aot.CHIPS}
@@ -54,15 +51,12 @@ KERNELS = {
 
 
 @pytest.fixture(autouse=True)
-def compiler(monkeypatch):
-    """What libtpu reads where there is no TPU; and `mosaic_tpu` is itself, or what the test makes of it."""
+def itself(compiler, monkeypatch):
+    """Where there is a compiler, `mosaic_tpu` is itself, or what the test makes of it."""
     monkeypatch.setitem(IMPLEMENTATIONS, "mosaic_tpu", kernels)
-    for name, value in tpu_aot.ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
 
 
 @pytest.mark.libtpu
-@needs_compiler
 @pytest.mark.parametrize(("task", "chip"), TASKS)
 def test_compiles(task, chip):
     check_kernels(tpu_aot.Target(chip).compile(task).as_text(), task.what)
@@ -126,7 +120,6 @@ def compiled_over(topology: str, case: ssm.Case, monkeypatch) -> str:
 
 
 @pytest.mark.libtpu
-@needs_compiler
 @pytest.mark.parametrize(
     "topology", [name if name == "v5e:2x4" else pytest.param(name, marks=pytest.mark.slow) for name in MESHES]
 )
@@ -141,7 +134,6 @@ def test_compiles_over_a_mesh(topology, length, rank, monkeypatch):
 
 
 @pytest.mark.libtpu
-@needs_compiler
 def test_what_is_gathered_is_seen(monkeypatch):
     """Beside the test above: outputs that every device is to have whole."""
     case = ssm.Case(batch=8, length=1, heads=32, width=64, d_state=128, dtype="bfloat16")
