@@ -17,20 +17,20 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from launch.common import codec_of, run, user_errors
+from launch.common import codec_of, define_path, run, user_errors
 from mamba3_jax import checkpoint
 from mamba3_jax.data import loader
 from mamba3_jax.evaluate import language, tasks
 from mamba3_jax.load import build, load_run
 
-WORKDIR = flags.DEFINE_string("workdir", None, "a workdir, or a directory in the official layout", required=True)
+WORKDIR = define_path("workdir", None, "a workdir, or a directory in the official layout", required=True)
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; default the newest")
 LENGTHS = flags.DEFINE_list("lengths", [], "lengths in tokens, comma-separated; default multiples of the trained one")
 TOKENS = flags.DEFINE_integer(
     "tokens", 131072, "about how many to score for each length, in whole rows; 0: all there are"
 )
-VALID_GLOB = flags.DEFINE_string("valid_glob", None, "text files to evaluate on instead of the run's own")
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer.json, where the checkpoint names none")
+VALID_GLOB = define_path("valid_glob", None, "text files to evaluate on instead of the run's own")
+TOKENIZER = define_path("tokenizer", None, "tokenizer.json, where the checkpoint names none")
 COMPUTE_DTYPE = flags.DEFINE_string("compute_dtype", None, "float32 or bfloat16; default as trained")
 
 

@@ -7,14 +7,12 @@ gradient was not finite in max_bad_steps steps in a row.
 
 import sys
 
-from absl import flags
-
 from launch import common
 from mamba3_jax.train.loop import Diverged, Stopped, Trainer
 
 DIVERGED = 3
 CONFIG = common.define_config()
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, curve.", required=True)
+WORKDIR = common.define_path("workdir", None, "Directory of the run: checkpoints, metrics, curve.", required=True)
 
 
 def main(_):
