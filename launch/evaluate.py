@@ -18,7 +18,7 @@ import jax
 from absl import flags
 
 from launch.common import codec_of, define_path, run, user_errors
-from mamba3_jax import checkpoint
+from mamba3_jax import checkpoint, memory
 from mamba3_jax.data import loader
 from mamba3_jax.evaluate import language, tasks
 from mamba3_jax.load import build, load_run
@@ -56,6 +56,14 @@ def lengths() -> list[int]:
         raise ValueError(f"--lengths={','.join(LENGTHS.value)}: {error}") from None
 
 
+def check_memory(model, data, wanted: list[int]) -> None:
+    """ValueError where rows of the longest length do not fit beside the parameters."""
+    trained = data.parity_lengths[-1] if data.source in tasks.CHANCE else data.length
+    longest = max(wanted, default=4 * trained)
+    rows = max(1, min(data.batch, TOKENS.value // longest)) if TOKENS.value else data.batch
+    memory.fit_device(memory.carrying(model, rows, longest))
+
+
 def main(_argv):
     with user_errors():
         wanted = lengths()
@@ -65,6 +73,7 @@ def main(_argv):
         config, params = load_run(WORKDIR.value, step=STEP.value)
         model = build(config, **({"compute_dtype": COMPUTE_DTYPE.value} if COMPUTE_DTYPE.value else {}))
         data, step = data_of(config), STEP.value if STEP.value is not None else (steps[-1] if steps else 0)
+        check_memory(model, data, wanted)
         target = Path(WORKDIR.value).expanduser() / "evaluation" / f"step_{step}.json"
         target.parent.mkdir(exist_ok=True)
 

@@ -12,6 +12,7 @@ import typing
 from dataclasses import dataclass, field
 
 WIDTH = 2**16  # of anything in a layer: four times the widest model there is
+LAYERS = 2**10
 LENGTH = 2**27  # tokens in a row
 COUNT = 2**31 - 1  # steps are counted in int32
 SEED = 2**32 - 1
@@ -53,7 +54,7 @@ class ModelConfig(Section):
     d_model: int = size(256)
     # One letter a layer, see mixers.LETTERS: M Mamba-3, A attention. In a config file also a tuple of names; the
     # declared type is what a flag gives.
-    pattern: str = field(default="MM", metadata={"or": tuple[str, ...], "layers": 1024})
+    pattern: str = field(default="MM", metadata={"or": tuple[str, ...], "layers": LAYERS})
     d_ff: int = size(0, 0, 2**20)  # width of the SwiGLU feed-forward after every mixer; 0: none
     embedding_std: float = number(0.02)  # of the embedding's initial values
     tie_embeddings: bool = True

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mamba3_jax.config import ModelConfig
+from mamba3_jax import memory
+from mamba3_jax.config import COUNT, ModelConfig
 from mamba3_jax.model import LanguageModel
 
 PREFILL = 2048  # prompt tokens a call: longer prompts run in pieces, with the state carried
@@ -244,11 +245,12 @@ def padded(prompts, prefill_length: int):
 def check(model, prompts, tokens: int, sampling: Sampling, stop_ids=(), prefill_length: int = PREFILL) -> None:
     """ValueError for what `generate` cannot do."""
     sampling.check()
-    if tokens < 1 or prefill_length < 1:
-        raise ValueError(f"{tokens=} and {prefill_length=}: both must be at least 1")
+    if not 1 <= tokens <= COUNT or prefill_length < 1:
+        raise ValueError(f"{tokens=} is not in 1 .. {COUNT}, or {prefill_length=} is less than 1")
     if not prompts or not all(map(len, prompts)):
         raise ValueError("a prompt is empty: a model continues at least one token, such as the end of a document")
     check_ids(model.config.vocab_size, [*prompts, stop_ids])
+    memory.fit_device(memory.carrying(model, len(prompts), max(map(len, prompts)) + tokens))
 
 
 def check_ids(vocab_size: int, rows) -> None:

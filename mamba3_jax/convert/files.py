@@ -11,6 +11,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from mamba3_jax import memory
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.convert import torch_zip
 from mamba3_jax.convert.config import from_official, to_official
@@ -109,6 +110,7 @@ def read(directory: str | os.PathLike) -> tuple[ModelConfig, dict, Origin]:
         raise FileNotFoundError(f"{directory}: wanted config.json and one of {list(FORMATS)}; there is {there}")
     config = read_json(directory / "config.json")
     model = from_official(config)
+    memory.fit(memory.parameters(model), "this machine", memory.free_on_host())
     tensors = FORMATS[found[0]].read(directory / found[0])
     params = to_params(tensors, model)
     return model, params, Origin(config, {name: str(array.dtype) for name, array in tensors.items()}, found)

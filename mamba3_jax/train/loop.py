@@ -9,7 +9,7 @@ import time
 
 import jax
 
-from mamba3_jax import model
+from mamba3_jax import memory, model
 from mamba3_jax.checkpoint import Checkpoints, all_steps, checkpoint_dir, load_config, write_config
 from mamba3_jax.config import Config, check
 from mamba3_jax.data import loader, tokenizer
@@ -63,6 +63,8 @@ class Trainer:
         self.report = report if self.chief else lambda *_: None
         self.mesh = make_mesh(config.train.mesh)
         self.shapes = state_shapes(config, self.mesh)
+        memory.fit_device(memory.training(config, self.shapes, batch_shapes(config.data, self.mesh)))
+        memory.fit(memory.validation(config, jax.process_count()), "this host", memory.free_on_host())
         self.workdir.mkdir(parents=True, exist_ok=True)
         self._check_resume()
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from launch.common import check_types
 from mamba3_jax import config
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +24,7 @@ def named() -> config.Config:
 
 
 def test_names_are_a_pattern_and_survive_json():
-    check_types(named())
+    config.check(named())
     assert config.from_dict(json.loads(json.dumps(config.to_dict(named())))) == named()
 
 
@@ -34,7 +33,7 @@ def test_another_type_is_named(pattern):
     wrong = named()
     wrong.model.pattern = pattern
     with pytest.raises(ValueError, match=r"config\.model\.pattern=.* is not of type str"):
-        check_types(wrong)
+        config.check(wrong)
 
 
 def test_a_flag_overrides_names_by_letters(tmp_path):
