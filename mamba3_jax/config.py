@@ -232,7 +232,7 @@ def in_float32(value: float, interval: str) -> bool:
     """Whether the nearest float32 is a number in the interval, and is 0 only if the value is."""
     try:
         (nearest,) = struct.unpack("f", struct.pack("f", value))
-    except OverflowError:
+    except (OverflowError, struct.error):  # the latter of a whole number past the double ones
         return False
     low, high = map(float, interval[1:-1].split(","))
     above = nearest > low if interval[0] == "(" else nearest >= low

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mamba3_jax import memory
-from mamba3_jax.config import COUNT, ModelConfig
+from mamba3_jax.config import COUNT, ModelConfig, in_float32
 from mamba3_jax.model import LanguageModel
 
 PREFILL = 2048  # prompt tokens a call: longer prompts run in pieces, with the state carried
@@ -30,8 +29,8 @@ class Sampling(NamedTuple):
 
     def check(self) -> None:
         """ValueError for a value that means nothing."""
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature={self.temperature} is not a number from 0 up")
+        if not in_float32(self.temperature, "[0, inf)"):
+            raise ValueError(f"temperature={self.temperature} is not a float32 number from 0 up")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} is negative; 0 keeps all")
         if not 0 < self.top_p <= 1:

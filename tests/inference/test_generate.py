@@ -128,6 +128,7 @@ def test_parameters_that_are_not_numbers_stop_it():
         ({"prompts": [[1], []]}, "prompt is empty"),
         ({"prompts": []}, "prompt is empty"),
         ({"tokens": 0}, "tokens=0"),
+        ({"tokens": 10**10}, "tokens=10000000000 is not in 1"),
         ({"prefill_length": 0}, "prefill_length=0"),
         ({"sampling": Sampling(top_p=2.0)}, "top_p=2.0"),
     ],
