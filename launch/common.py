@@ -73,7 +73,7 @@ def define_config():
 
 
 def define_path(name: str, default: str | None, description: str, required: bool = False):
-    """The flag of a file or directory: an empty one, which an unset shell variable makes, is not the current one."""
+    """Defines the flag of a file or directory and refuses an empty one: an unset shell variable is not a place."""
     holder = flags.DEFINE_string(name, default, description, required=required)
     flags.register_validator(
         holder, lambda value: value is None or value.strip(), "an empty path: is a shell variable not set?"
@@ -126,7 +126,7 @@ def _parse(argv):
 
 
 def of_config_file(error: BaseException | None) -> str:
-    """What went wrong at which line of the config file, in it or called from it; "" where it has no part in it."""
+    """Says what went wrong at which line of the config file, in it or below it; "" where it has no part in it."""
     while error is not None:
         what = f"{type(error).__name__}: {error}"
         frames = [
@@ -144,7 +144,7 @@ def of_config_file(error: BaseException | None) -> str:
 
 
 def _why_no_config(config) -> str:
-    """The error that ml_collections keeps in place of a config until a field of it is read: an OSError in the file."""
+    """Says which OSError of the file ml_collections keeps in place of a config until a field of it is read."""
     try:
         config.model  # noqa: B018
     except OSError as error:

@@ -57,7 +57,7 @@ def lengths() -> list[int]:
 
 
 def check_memory(model, data, wanted: list[int]) -> None:
-    """ValueError where rows of the longest length do not fit beside the parameters."""
+    """Raises ValueError where rows of the longest length do not fit beside the parameters."""
     trained = data.parity_lengths[-1] if data.source in tasks.CHANCE else data.length
     longest = max(wanted, default=4 * trained)
     rows = max(1, min(data.batch, TOKENS.value // longest)) if TOKENS.value else data.batch

@@ -201,7 +201,7 @@ def check(section: Section, path: str = "config") -> None:
 
 
 def shown(value) -> str:
-    """The value as Python writes it, its middle left out where it is long."""
+    """Writes the value as Python does, its middle left out where it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:50]}...{text[-20:]}"
 
@@ -215,7 +215,7 @@ def _is(value, kind) -> bool:
 
 
 def _wish(value, metadata) -> str:
-    """What a value of the right type should have been; "" where it is."""
+    """Says what a value of the right type should have been; "" where it is."""
     if interval := metadata.get("interval"):
         return "" if in_float32(value, interval) else f"is not a float32 number in {interval}"
     if "layers" in metadata:
@@ -229,7 +229,7 @@ def _wish(value, metadata) -> str:
 
 
 def in_float32(value: float, interval: str) -> bool:
-    """Whether the nearest float32 is a number in the interval, and is 0 only if the value is."""
+    """Tells whether the nearest float32 is a number in the interval, and is 0 only if the value is."""
     try:
         (nearest,) = struct.unpack("f", struct.pack("f", value))
     except (OverflowError, struct.error):  # the latter of a whole number past the double ones
