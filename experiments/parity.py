@@ -28,10 +28,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import flags, logging
 
 from experiments.benchmarks.common import provenance, tracing
 from experiments.figures.parity import draw
+from launch import common
 from mamba3_jax.checkpoint import save_model
 from mamba3_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, to_dict
 from mamba3_jax.data import Batch, loader
@@ -268,7 +269,7 @@ def main(_):
 
 
 if __name__ == "__main__":  # flags only here: launch.train, which has its own, reads this file for get_config
-    flags.DEFINE_string("workdir", "runs/parity", "Folder of the checkpoints, metrics and the plot.")
+    common.define_path("workdir", "runs/parity", "Folder of the checkpoints, metrics and the plot.")
     flags.DEFINE_integer("seeds", 3, "Runs of each variant.", lower_bound=1)
     flags.DEFINE_string("results", str(RESULTS), "Where to write the result file as well; empty: nowhere.")
-    app.run(main)
+    common.run(main)

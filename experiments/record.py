@@ -12,9 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from experiments.benchmarks import common
+from launch.common import define_path, run
 from mamba3_jax.checkpoint import all_steps, load_config
 
 RESULTS = Path(__file__).parent / "results"
@@ -51,5 +52,5 @@ def main(_):
 
 if __name__ == "__main__":
     flags.DEFINE_string("config", None, "a file with get_config()", required=True)
-    flags.DEFINE_string("workdir", None, "a directory that does not exist yet", required=True)
-    app.run(main)
+    define_path("workdir", None, "a directory that does not exist yet", required=True)
+    run(main)

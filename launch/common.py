@@ -6,20 +6,22 @@ Exit status of every command: 0 done; 1 a bug, with its traceback; 2 a mistake i
 
 import contextlib
 import dataclasses
-import difflib
 import logging as stdlib_logging
 import re
 import sys
+import traceback
 import typing
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mamba3_jax.config import Config, DataConfig
+from mamba3_jax.config import Config, DataConfig, check, no_field
 from mamba3_jax.data import tokenizer
 
+flags.disclaim_key_flags()  # those defined here are the calling program's, and in its --help
 USER_ERROR = 2
+MODULE = "config_config"  # the name that ml_collections gives to the file of the flag --config
 
 
 def fail(message, status: int = USER_ERROR) -> typing.NoReturn:
@@ -70,17 +72,25 @@ def define_config():
     return config_flags.DEFINE_config_file("config", None, "Python file with get_config() -> Config", lock_config=False)
 
 
+def define_path(name: str, default: str | None, description: str, required: bool = False):
+    """Defines the flag of a file or directory and refuses an empty one: an unset shell variable is not a place."""
+    holder = flags.DEFINE_string(name, default, description, required=required)
+    flags.register_validator(
+        holder, lambda value: value is None or value.strip(), "an empty path: is a shell variable not set?"
+    )
+    return holder
+
+
 def experiment(holder) -> Config:
-    """The config of the file with the overrides applied, every field of its declared type; else a one-line error."""
+    """The config of the file with the overrides applied, every value of its type and range; else a one-line error."""
     config = holder.value
-    if config is None:
+    if not flags.FLAGS["config"].present:
         fail("flag --config=FILE.py is missing")
     if not isinstance(config, Config):
-        path = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0])
-        wish = "get_config() does not return a mamba3_jax.config.Config" if path.is_file() else "no such file"
-        fail(f"--config={path}: {wish}")
+        path = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+        fail(_why_no_config(config) or f"--config={path}: get_config() does not return a mamba3_jax.config.Config")
     with user_errors():
-        check_types(config)
+        check(config)
     return config
 
 
@@ -95,41 +105,53 @@ def codec_of(data: DataConfig, vocab_size: int):
     return codec
 
 
-def check_types(section, path: str = "config") -> None:
-    """ValueError for the first field whose value is not of its declared type, nor of the one its metadata adds."""
-    for field in dataclasses.fields(section):
-        value, name = getattr(section, field.name), f"{path}.{field.name}"
-        if dataclasses.is_dataclass(field.type):
-            if not isinstance(value, field.type):
-                raise ValueError(f"{name}={value!r} is not a {field.type.__name__}")
-            check_types(value, name)
-        elif not (_is(value, field.type) or _is(value, field.metadata.get("or", ()))):
-            kind = field.type.__name__ if isinstance(field.type, type) else field.type
-            raise ValueError(f"{name}={value!r} is not of type {kind}")
-
-
-def _is(value, kind) -> bool:
-    if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_is(part, typing.get_args(kind)[0]) for part in value)
-    if kind is float:
-        kind = (int, float)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
 def _parse(argv):
     with user_errors():
         _check_overrides(argv)
     try:
         rest = flags.FLAGS(argv)
-    except (flags.Error, TypeError, ValueError, OSError) as error:
+    except (Exception, SystemExit) as error:
+        if message := of_config_file(error):
+            fail(message)
+        if not isinstance(error, (flags.Error, TypeError, ValueError, OSError)):
+            raise
         # ml_collections puts the traceback of a failed get_config() into the message: its last line says it.
         lines = [line for line in str(error).splitlines() if line.strip()]
-        fail(lines[-1] if "Traceback" in str(error) else " ".join(lines))
+        fail(f"--config: {lines[-1]}" if "Traceback" in str(error) else " ".join(lines))
     if flags.FLAGS["verbosity"].using_default_value:
         logging.set_verbosity(logging.WARNING)
     if rest[1:]:
         fail(f"unexpected argument {rest[1]!r}: flags are written --name=value")
     return rest
+
+
+def of_config_file(error: BaseException | None) -> str:
+    """Says what went wrong at which line of the config file, in it or below it; "" where it has no part in it."""
+    while error is not None:
+        what = f"{type(error).__name__}: {error}"
+        frames = [
+            frame for frame in traceback.walk_tb(error.__traceback__) if frame[0].f_globals.get("__name__") == MODULE
+        ]
+        if frames:
+            frame, line = frames[-1]
+            return f"{frame.f_code.co_filename}:{line}: {what}"
+        if isinstance(error, SyntaxError):  # of the file itself: one without a line is not text
+            return f"{error.filename or '--config'}:{error.lineno or 0}: {type(error).__name__}: {error.msg}"
+        if isinstance(error, AttributeError) and error.name == "get_config":
+            return f"{error.obj.__file__}: there is no get_config()"
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def _why_no_config(config) -> str:
+    """Says which OSError of the file ml_collections keeps in place of a config until a field of it is read."""
+    try:
+        config.model  # noqa: B018
+    except OSError as error:
+        return of_config_file(error) or str(error)
+    except AttributeError:
+        return ""
+    return ""
 
 
 def _check_overrides(argv) -> None:
@@ -148,9 +170,7 @@ def _check_path(argument: str, names: list[str]) -> None:
     for name in names:
         fields = {field.name: field.type for field in dataclasses.fields(section)} if section else {}
         if name not in fields:
-            close = difflib.get_close_matches(name, fields, 1)
-            hint = f", did you mean {close[0]}?" if close else ";"
-            raise ValueError(f"{argument}: {path} has no field {name!r}{hint} it has {', '.join(fields) or 'none'}")
+            raise ValueError(f"{argument}: {no_field(path, name, fields)}")
         section, path = fields[name] if dataclasses.is_dataclass(fields[name]) else None, f"{path}.{name}"
     if section:
         fields = ", ".join(field.name for field in dataclasses.fields(section))

@@ -18,17 +18,17 @@ from pathlib import Path
 
 from absl import flags
 
-from launch.common import run, user_errors
+from launch.common import define_path, run, user_errors
 from mamba3_jax import checkpoint, convert
 from mamba3_jax.convert.files import DTYPES, FORMATS
 from mamba3_jax.load import load_run, run_config
 
-SOURCE = flags.DEFINE_string("source", None, "directory to read: a workdir, or the official layout", required=True)
-TARGET = flags.DEFINE_string("target", None, "directory to write; it must not exist", required=True)
+SOURCE = define_path("source", None, "directory to read: a workdir, or the official layout", required=True)
+TARGET = define_path("target", None, "directory to write; it must not exist", required=True)
 STEP = flags.DEFINE_integer("step", None, "checkpoint of a workdir; default the newest")
 DTYPE = flags.DEFINE_enum("dtype", "", ["", *DTYPES], "of official tensors; default as they came, or float32")
 FILES = flags.DEFINE_list("files", None, f"which of {', '.join(FORMATS)} to write; default as they came")
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer.json to record in the workdir")
+TOKENIZER = define_path("tokenizer", None, "tokenizer.json to record in the workdir")
 
 
 @contextlib.contextmanager

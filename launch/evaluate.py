@@ -17,20 +17,20 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from launch.common import codec_of, run, user_errors
-from mamba3_jax import checkpoint
+from launch.common import codec_of, define_path, run, user_errors
+from mamba3_jax import checkpoint, memory
 from mamba3_jax.data import loader
 from mamba3_jax.evaluate import language, tasks
 from mamba3_jax.load import build, load_run
 
-WORKDIR = flags.DEFINE_string("workdir", None, "a workdir, or a directory in the official layout", required=True)
+WORKDIR = define_path("workdir", None, "a workdir, or a directory in the official layout", required=True)
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; default the newest")
 LENGTHS = flags.DEFINE_list("lengths", [], "lengths in tokens, comma-separated; default multiples of the trained one")
 TOKENS = flags.DEFINE_integer(
     "tokens", 131072, "about how many to score for each length, in whole rows; 0: all there are"
 )
-VALID_GLOB = flags.DEFINE_string("valid_glob", None, "text files to evaluate on instead of the run's own")
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer.json, where the checkpoint names none")
+VALID_GLOB = define_path("valid_glob", None, "text files to evaluate on instead of the run's own")
+TOKENIZER = define_path("tokenizer", None, "tokenizer.json, where the checkpoint names none")
 COMPUTE_DTYPE = flags.DEFINE_string("compute_dtype", None, "float32 or bfloat16; default as trained")
 
 
@@ -56,6 +56,14 @@ def lengths() -> list[int]:
         raise ValueError(f"--lengths={','.join(LENGTHS.value)}: {error}") from None
 
 
+def check_memory(model, data, wanted: list[int]) -> None:
+    """Raises ValueError where rows of the longest length do not fit beside the parameters."""
+    trained = data.parity_lengths[-1] if data.source in tasks.CHANCE else data.length
+    longest = max(wanted, default=4 * trained)
+    rows = max(1, min(data.batch, TOKENS.value // longest)) if TOKENS.value else data.batch
+    memory.fit_device(memory.carrying(model, rows, longest))
+
+
 def main(_argv):
     with user_errors():
         wanted = lengths()
@@ -65,6 +73,7 @@ def main(_argv):
         config, params = load_run(WORKDIR.value, step=STEP.value)
         model = build(config, **({"compute_dtype": COMPUTE_DTYPE.value} if COMPUTE_DTYPE.value else {}))
         data, step = data_of(config), STEP.value if STEP.value is not None else (steps[-1] if steps else 0)
+        check_memory(model, data, wanted)
         target = Path(WORKDIR.value).expanduser() / "evaluation" / f"step_{step}.json"
         target.parent.mkdir(exist_ok=True)
 

@@ -12,11 +12,11 @@ import dataclasses
 
 from absl import flags
 
-from launch.common import codec_of, fail, run, user_errors
+from launch.common import codec_of, define_path, fail, run, user_errors
 from mamba3_jax.generate import Sampling, check, generate
 from mamba3_jax.load import build, load_run
 
-WORKDIR = flags.DEFINE_string("workdir", None, "a workdir, or a directory in the official layout", required=True)
+WORKDIR = define_path("workdir", None, "a workdir, or a directory in the official layout", required=True)
 PROMPT = flags.DEFINE_multi_string("prompt", None, "text to continue; may be given again")
 PROMPT_IDS = flags.DEFINE_multi_string("prompt_ids", None, "a prompt as comma-separated token ids; may be given again")
 TOKENS = flags.DEFINE_integer("tokens", 200, "how many tokens to draw at most")
@@ -29,7 +29,7 @@ STOP_IDS = flags.DEFINE_string(
     "stop_ids", None, "end at one of these token ids, comma-separated; default the end of a document; empty: at none"
 )
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; default the newest")
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer.json, where the checkpoint names none or another")
+TOKENIZER = define_path("tokenizer", None, "tokenizer.json, where the checkpoint names none or another")
 COMPUTE_DTYPE = flags.DEFINE_string("compute_dtype", None, "float32 or bfloat16; default as trained")
 
 

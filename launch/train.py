@@ -1,20 +1,20 @@
 """python -m launch.train --config=experiments/FILE.py --workdir=DIR [--config.model.d_state=64 ...]
 
 Trains, or resumes: the same command goes on after the newest checkpoint of DIR, whether the run was killed or stopped.
+A field that does not exist, a number out of its range (mamba3_jax/config.py), what the config file raises and a run
+that cannot fit into memory are one line and exit status 2, before anything is written.
 SIGTERM and SIGINT save first; the exit status is then 128 + the signal's number: 143, 130. Exit status 3: loss or
 gradient was not finite in max_bad_steps steps in a row.
 """
 
 import sys
 
-from absl import flags
-
 from launch import common
 from mamba3_jax.train.loop import Diverged, Stopped, Trainer
 
 DIVERGED = 3
 CONFIG = common.define_config()
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, curve.", required=True)
+WORKDIR = common.define_path("workdir", None, "Directory of the run: checkpoints, metrics, curve.", required=True)
 
 
 def main(_):

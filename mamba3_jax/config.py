@@ -1,51 +1,89 @@
-"""Every default in one place. A run is one `Config`; flags override any field by its path (--config.model.d_state=64).
+"""Every default in one place, and beside it what a number may be. A run is one `Config`.
 
-Plain dataclasses, not frozen: `ml_collections.config_flags` assigns to their fields.
+Flags override any field by its path (--config.model.d_state=64). Plain dataclasses, not frozen:
+`ml_collections.config_flags` assigns to their fields.
 """
 
 import dataclasses
+import difflib
+import math
+import struct
+import typing
 from dataclasses import dataclass, field
+
+WIDTH = 2**16  # of anything in a layer: four times the widest model there is
+LAYERS = 2**10
+LENGTH = 2**27  # tokens in a row
+COUNT = 2**31 - 1  # steps are counted in int32
+SEED = 2**32 - 1
+TINY = 2.0**-126  # the smallest float32 that devices do not take for 0
+
+
+def size(default: int | tuple[int, ...], least: int = 1, most: int = WIDTH):
+    """Declares a whole number, or a tuple of them, from `least` to `most`."""
+    return field(default=default, metadata={"range": (least, most)})
+
+
+def number(default: float, interval: str = "[0, inf)"):
+    """Declares a float32 number in an interval as it is written: "(0, 1]" is without 0 and with 1."""
+    return field(default=default, metadata={"interval": interval})
+
+
+class Section:
+    """Refuses to set what is not a field: a misspelt name in a config file would change nothing."""
+
+    def __setattr__(self, name, value):
+        if name not in self.__dataclass_fields__:
+            raise AttributeError(no_field(type(self).__name__, name, self.__dataclass_fields__))
+        super().__setattr__(name, value)
+
+
+def no_field(where: str, name: str, fields) -> str:
+    """Says that there is no such field, which one is meant and which there are."""
+    close = difflib.get_close_matches(name, fields, 1)
+    hint = f", did you mean {close[0]}?" if close else ";"
+    return f"{where} has no field {name!r}{hint} it has {', '.join(fields) or 'none'}"
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Section):
     """Sizes and choices of a language model. Names follow the official code where it has one."""
 
-    vocab_size: int = 256
-    pad_vocab_to: int = 8  # the embedding's rows are rounded up to a multiple of this
-    d_model: int = 256
+    vocab_size: int = size(256, most=2**24)
+    pad_vocab_to: int = size(8)  # the embedding's rows are rounded up to a multiple of this
+    d_model: int = size(256)
     # One letter a layer, see mixers.LETTERS: M Mamba-3, A attention. In a config file also a tuple of names; the
     # declared type is what a flag gives.
-    pattern: str = field(default="MM", metadata={"or": tuple[str, ...]})
-    d_ff: int = 0  # width of the SwiGLU feed-forward after every mixer; 0: none
-    embedding_std: float = 0.02  # of the embedding's initial values
+    pattern: str = field(default="MM", metadata={"or": tuple[str, ...], "layers": LAYERS})
+    d_ff: int = size(0, 0, 2**20)  # width of the SwiGLU feed-forward after every mixer; 0: none
+    embedding_std: float = number(0.02)  # of the embedding's initial values
     tie_embeddings: bool = True
     norm: str = "rms"  # rms | layer
     residual_in_fp32: bool = True
 
     # Mamba-3
-    d_state: int = 128
-    expand: int = 2
-    head_dim: int = 64
-    n_groups: int = 1
-    mimo_rank: int = 0  # 0: SISO; r >= 1: MIMO of rank r (rank 1 is still MIMO: its planes are halves)
-    rope_fraction: float = 0.5  # 0.5 | 1.0 of the state rotates
+    d_state: int = size(128)
+    expand: int = size(2, most=256)
+    head_dim: int = size(64)
+    n_groups: int = size(1)
+    mimo_rank: int = size(0, 0, 256)  # 0: SISO; r >= 1: MIMO of rank r (rank 1 is still MIMO: its planes are halves)
+    rope_fraction: float = number(0.5, "(0, 1]")  # 0.5 | 1.0 of the state rotates
     out_norm: bool = False  # RMSNorm of each head before the gate ("pre-gate grouped")
-    a_floor: float = 1e-4
-    dt_min: float = 0.001  # initial dt is log-uniform in [dt_min, dt_max]
-    dt_max: float = 0.1
-    dt_init_floor: float = 1e-4
+    a_floor: float = number(1e-4, "(0, inf)")
+    dt_min: float = number(0.001, "(0, inf)")  # initial dt is log-uniform in [dt_min, dt_max]
+    dt_max: float = number(0.1, "(0, inf)")
+    dt_init_floor: float = number(1e-4)
     discretization: str = "trapezoid"  # trapezoid | euler (lambda = 1) | midpoint (lambda = 1/2)
     angles: str = "data"  # data | rope (fixed angles t * 10000^(-i/S), not data dependent) | none
     bc_bias: bool = True  # the biases of B and C (paper table 5a without: False)
     implementation: str = ""  # of the op; "": the fastest for the backend
-    chunk: int = 0  # tokens a chunk of the op; 0: chosen
+    chunk: int = size(0, 0)  # tokens a chunk of the op; 0: chosen
 
     # attention
-    attn_heads: int = 0  # 0: d_model // attn_head_dim
-    attn_kv_heads: int = 0  # 0: as many as attn_heads
-    attn_head_dim: int = 64
-    attn_rope_theta: float = 0.0  # 0: no positional embedding (the paper's hybrids)
+    attn_heads: int = size(0, 0)  # 0: d_model // attn_head_dim
+    attn_kv_heads: int = size(0, 0)  # 0: as many as attn_heads
+    attn_head_dim: int = size(64)
+    attn_rope_theta: float = number(0.0)  # 0: no positional embedding (the paper's hybrids)
     attn_bias: bool = False
 
     # how it is run
@@ -57,7 +95,7 @@ class ModelConfig:
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Section):
     """Where tokens come from. `length` and `batch` are of one global batch."""
 
     source: str = "text"  # text | tfds | parity
@@ -69,55 +107,57 @@ class DataConfig:
     tfds_train_split: str = "train"
     tfds_valid_split: str = "validation"
     tfds_key: str = "text"
-    length: int = 256
-    batch: int = 8
-    seed: int = 0
-    workers: int = 0  # grain worker processes; 0: in this process
-    parity_lengths: tuple[int, ...] = (40, 160)  # curriculum: document lengths of the parity task
-    parity_steps: tuple[int, ...] = (400, 500)  # and the steps spent at each
-    valid_rows: int = 256  # of a generated task; text has as many as it has
+    length: int = size(256, 2, LENGTH)
+    batch: int = size(8, most=2**20)
+    seed: int = size(0, 0, SEED)
+    workers: int = size(0, 0, 1024)  # grain worker processes; 0: in this process
+    parity_lengths: tuple[int, ...] = size((40, 160), 1, LENGTH)  # curriculum: document lengths of the parity task
+    parity_steps: tuple[int, ...] = size((400, 500), 0, COUNT)  # and the steps spent at each
+    valid_rows: int = size(256, 1, COUNT)  # of a generated task; text has as many as it has
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(Section):
     """AdamW and its schedule."""
 
-    learning_rate: float = 3e-3
+    learning_rate: float = number(3e-3, "(0, inf)")
     schedule: str = "cosine"  # cosine | wsd | constant
-    warmup: float = 0.1  # fraction of the steps
-    decay: float = 0.2  # wsd: the fraction of the steps at the end that decays
-    final: float = 0.01  # the last learning rate over the peak
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1  # not on dt_bias, D, norms and biases
-    clip: float = 1.0  # global norm; 0: off
-    accumulate: int = 1  # micro-batches a step: `data.batch` is split into this many
+    warmup: float = number(0.1, "[0, 1)")  # fraction of the steps
+    decay: float = number(0.2, "[0, 1]")  # wsd: the fraction of the steps at the end that decays
+    final: float = number(0.01)  # the last learning rate over the peak
+    b1: float = number(0.9, "[0, 1)")
+    b2: float = number(0.95, "[0, 1)")
+    eps: float = number(1e-8, "(0, inf)")
+    weight_decay: float = number(0.1)  # not on dt_bias, D, norms and biases
+    clip: float = number(1.0)  # global norm; 0: off
+    accumulate: int = size(1, most=2**20)  # micro-batches a step: `data.batch` is split into this many
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Section):
     """The loop around the step."""
 
-    steps: int = 1000
-    log_every: int = 10
-    eval_every: int = 200  # 0: never
-    eval_batches: int = 8
-    save_every: int = 200
-    keep: int = 2  # newest checkpoints
+    steps: int = size(1000, 1, COUNT)
+    log_every: int = size(10, 1, COUNT)
+    eval_every: int = size(200, 0, COUNT)  # 0: never
+    eval_batches: int = size(8, 0, 2**20)
+    save_every: int = size(200, 1, COUNT)
+    keep: int = size(2, 1, COUNT)  # newest checkpoints
     keep_best: bool = True  # and the one of the lowest validation loss
-    z_loss: float = 0.0
-    max_bad_steps: int = 10  # non-finite updates in a row before the run stops
+    z_loss: float = number(0.0)
+    max_bad_steps: int = size(10, 1, COUNT)  # non-finite updates in a row before the run stops
     mesh: str = "data:-1"  # axis:size, comma separated; -1: the devices that are left
-    peak_tflops: float = 0.0  # of one device, for model-FLOPs utilisation; 0: from the device table, else left out
+    peak_tflops: float = number(
+        0.0
+    )  # of one device, for model-FLOPs utilisation; 0: from the device table, else left out
 
 
 @dataclass
-class Config:
+class Config(Section):
     """One run."""
 
     name: str = "mamba3"
-    seed: int = 0
+    seed: int = size(0, 0, SEED)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -143,3 +183,58 @@ def _section(kind, values: dict, path: str):
         for name, value in values.items()
     }
     return kind(**{name: tuple(part) if isinstance(part, list) else part for name, part in parts.items()})
+
+
+def check(section: Section, path: str = "config") -> None:
+    """Raises ValueError for the first value that is not of its field's declared type or not in its range."""
+    for declared in dataclasses.fields(section):
+        value, name, kind = getattr(section, declared.name), f"{path}.{declared.name}", declared.type
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, kind):
+                raise ValueError(f"{name}={shown(value)} is not a {kind.__name__}")
+            check(value, name)
+        elif not (_is(value, kind) or _is(value, declared.metadata.get("or", ()))):
+            kind = kind.__name__ if isinstance(kind, type) else kind
+            raise ValueError(f"{name}={shown(value)} is not of type {kind}")
+        elif wish := _wish(value, declared.metadata):
+            raise ValueError(f"{name}={shown(value)} {wish}")
+
+
+def shown(value) -> str:
+    """Writes the value as Python does, its middle left out where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:50]}...{text[-20:]}"
+
+
+def _is(value, kind) -> bool:
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is(part, typing.get_args(kind)[0]) for part in value)
+    if kind is float:
+        kind = (int, float)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _wish(value, metadata) -> str:
+    """Says what a value of the right type should have been; "" where it is."""
+    if interval := metadata.get("interval"):
+        return "" if in_float32(value, interval) else f"is not a float32 number in {interval}"
+    if "layers" in metadata:
+        most = metadata["layers"]
+        return "" if 1 <= len(value) <= most else f"has {len(value)} layers, wanted 1 .. {most}"
+    if "range" in metadata:
+        least, most = metadata["range"]
+        numbers = value if isinstance(value, tuple) else (value,)
+        return "" if all(least <= part <= most for part in numbers) else f"is not in {least} .. {most}"
+    return ""
+
+
+def in_float32(value: float, interval: str) -> bool:
+    """Tells whether the nearest float32 is a number in the interval, and is 0 only if the value is."""
+    try:
+        (nearest,) = struct.unpack("f", struct.pack("f", value))
+    except (OverflowError, struct.error):  # the latter of a whole number past the double ones
+        return False
+    low, high = map(float, interval[1:-1].split(","))
+    above = nearest > low if interval[0] == "(" else nearest >= low
+    below = nearest < high if interval[-1] == ")" else nearest <= high
+    return above and below and math.isfinite(nearest) and (value == 0 or abs(nearest) >= TINY)

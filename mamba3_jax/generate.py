@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
 import reprlib
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mamba3_jax.config import ModelConfig
+from mamba3_jax import memory
+from mamba3_jax.config import COUNT, ModelConfig, in_float32
 from mamba3_jax.model import LanguageModel
 
 PREFILL = 2048  # prompt tokens a call: longer prompts run in pieces, with the state carried
@@ -30,8 +30,8 @@ class Sampling(NamedTuple):
 
     def check(self) -> None:
         """ValueError for a value that means nothing."""
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature={self.temperature} is not a number from 0 up")
+        if not in_float32(self.temperature, "[0, inf)"):
+            raise ValueError(f"temperature={self.temperature} is not a float32 number from 0 up")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} is negative; 0 keeps all")
         if not 0 < self.top_p <= 1:
@@ -245,13 +245,14 @@ def padded(prompts, prefill_length: int):
 def check(model, prompts, tokens: int, sampling: Sampling, stop_ids=(), prefill_length: int = PREFILL):
     """Returns prompts and stop ids as lists of ints; raises ValueError for what `generate` cannot do."""
     sampling.check()
-    if tokens < 1 or prefill_length < 1:
-        raise ValueError(f"{tokens=} and {prefill_length=}: both must be at least 1")
+    if not 1 <= tokens <= COUNT or prefill_length < 1:
+        raise ValueError(f"{tokens=} is not in 1 .. {COUNT}, or {prefill_length=} is less than 1")
     rows = [integers(f"prompt {i}", row) for i, row in enumerate(entries("prompts", prompts))]
     if not rows or not all(rows):
         raise ValueError("a prompt is empty: a model continues at least one token, such as the end of a document")
     stop_ids = integers("stop_ids", stop_ids)
     check_ids(model.config.vocab_size, [*rows, stop_ids])
+    memory.fit_device(memory.carrying(model, len(rows), max(map(len, rows)) + tokens))
     return rows, stop_ids
 
 

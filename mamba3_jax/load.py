@@ -40,13 +40,14 @@ def load_run(path, *, step: int | None = None) -> tuple[Config, dict]:
     import jax
     import jax.numpy as jnp
 
-    from mamba3_jax import checkpoint, convert
+    from mamba3_jax import checkpoint, convert, memory
     from mamba3_jax.convert.names import check, flatten
     from mamba3_jax.convert.shards import contents
     from mamba3_jax.model import boxed_shapes
 
     path = Path(path).expanduser()
     if (path / "checkpoints").is_dir():
+        memory.fit_device(memory.parameters(checkpoint.load_config(path, step).model))
         config, params = checkpoint.load_model(path, step)
         wanted = flatten(flax.linen.meta.unbox(boxed_shapes(config.model)))
         check(str(path), flatten(params), {name: leaf.shape for name, leaf in wanted.items()})

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mamba3_jax.block import Block
-from mamba3_jax.config import ModelConfig
+from mamba3_jax.config import ModelConfig, check
 from mamba3_jax.mixers import LETTERS, MIXERS
 from mamba3_jax.mixers.attention import Cache
 from mamba3_jax.nn.initial import linear
@@ -22,16 +22,33 @@ def segments(pattern):
     "MMMMMA" * 4 -> [("MMMMMA", 4)];  "MMMAMMM" -> [("M", 3), ("A", 1), ("M", 3)]. Of equals, the fewest segments.
     A pattern is a string of letters or a tuple of names, and so are the units.
     """
-    best = [(0, 0, [])]  # of every prefix: total length of the units, segments, the cut
-    for end in range(1, len(pattern) + 1):
-        options = []
-        for begin in reversed(range(end)):
-            part = pattern[begin:end]
-            size = next(n for n in range(1, len(part) + 1) if part[:n] * (len(part) // n) == part)
-            length, count, cut = best[begin]
-            options.append((length + size, count + 1, [*cut, (part[:size], len(part) // size)]))
-        best.append(min(options, key=lambda option: option[:2]))
-    return best[-1][2]
+    layers = len(pattern)
+    best = [(0, 0)] + [(layers + 1, 0)] * layers  # of every prefix: total length of the units, segments
+    last = [(0, 0)] * (layers + 1)  # of every prefix: where its last segment begins, the size of that one's unit
+    for begin in range(layers):
+        length, count = best[begin]
+        for end, size in enumerate(unit_sizes(pattern[begin:]), begin + 1):
+            if (length + size, count + 1) <= best[end]:
+                best[end], last[end] = (length + size, count + 1), (begin, size)
+    cut, end = [], layers
+    while end:
+        begin, size = last[end]
+        cut.append((pattern[begin : begin + size], (end - begin) // size))
+        end = begin
+    return cut[::-1]
+
+
+def unit_sizes(pattern):
+    """Yields, of every prefix of a pattern, the size of the shortest unit that it repeats a whole number of times."""
+    borders, border = [0], 0  # of every prefix: the longest beginning that is also an end (Knuth, Morris, Pratt)
+    yield from (1 for _ in pattern[:1])
+    for index in range(1, len(pattern)):
+        while border and pattern[index] != pattern[border]:
+            border = borders[border - 1]
+        border += pattern[index] == pattern[border]
+        borders.append(border)
+        size = index + 1 - border
+        yield size if (index + 1) % size == 0 else index + 1
 
 
 def mixer_names(pattern) -> list[str]:
@@ -54,13 +71,7 @@ def padded_vocab(config: ModelConfig) -> int:
 
 def validate(config: ModelConfig) -> None:
     """Raise ValueError, naming the value and the wish, for any combination that is not a model."""
-    for name in ("vocab_size", "pad_vocab_to", "d_model"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} is not positive")
-    if not config.pattern:
-        raise ValueError("pattern is empty: wanted at least one layer")
-    if config.d_ff < 0:
-        raise ValueError(f"{config.d_ff=} is negative: 0 is no feed-forward")
+    check(config, "config.model")
     for name, table in {"norm": NORMS, "compute_dtype": DTYPES, "remat": REMATS}.items():
         if getattr(config, name) not in table:
             raise ValueError(f"{name}={getattr(config, name)!r} is not one of {sorted(table)}")

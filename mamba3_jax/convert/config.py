@@ -5,7 +5,7 @@ A key that changes what is computed and that we do not have is an error; one tha
 
 import math
 
-from mamba3_jax.config import ModelConfig
+from mamba3_jax.config import LAYERS, ModelConfig
 from mamba3_jax.convert.names import listed
 from mamba3_jax.mixers.attention import head_counts
 from mamba3_jax.model import mixer_names, validate
@@ -142,6 +142,8 @@ def from_official(official: dict) -> ModelConfig:
     if heads % ssm["ngroups"]:
         raise ValueError(f"config.json: ssm_cfg.ngroups is {ssm['ngroups']}, wanted a divisor of the {heads} heads")
     layers, attends = model["n_layer"], attention_layers(model)
+    if layers > LAYERS:
+        raise ValueError(f"config.json: n_layer is {layers}, wanted at most {LAYERS}")
     converted = ModelConfig(
         vocab_size=model["vocab_size"],
         pad_vocab_to=model["pad_vocab_size_multiple"],

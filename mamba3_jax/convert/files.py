@@ -16,6 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from mamba3_jax import memory
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.convert import torch_zip
 from mamba3_jax.convert.config import from_official, to_official
@@ -128,6 +129,7 @@ def read(directory: str | os.PathLike) -> tuple[ModelConfig, dict, Origin]:
         )
     config = read_json(directory / "config.json")
     model, path, peeled = from_official(config), directory / found[0], []
+    memory.fit(memory.parameters(model), "this machine", memory.free_on_host())
     tensors = read_file(path, FORMATS[found[0]].read, peeled.append)
     try:
         tensors = peel(tensors, official_shapes(model), model.tie_embeddings, peeled.append)

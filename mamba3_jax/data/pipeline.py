@@ -9,7 +9,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from mamba3_jax.config import DataConfig
+from mamba3_jax.config import DataConfig, check
 from mamba3_jax.data.batch import Batch
 from mamba3_jax.data.packing import Rows
 from mamba3_jax.data.synthetic import TASKS, synthetic_rows
@@ -135,16 +135,13 @@ def _stride(count: int) -> int:
 
 
 def _check(config: DataConfig, split: str, host: tuple[int, int]) -> None:
+    check(config, "config.data")
     index, hosts = host
     if config.source not in SOURCES:
         raise ValueError(f"data.source={config.source!r} is not one of {', '.join(sorted(SOURCES))}")
     if split not in SPLITS:
         raise ValueError(f"{split=} is not one of {', '.join(SPLITS)}")
-    if config.length < 2:
-        raise ValueError(f"data.length={config.length} is less than 2: a row needs a token and a target")
-    if config.batch < 1 or config.batch % hosts:
-        raise ValueError(f"data.batch={config.batch} is not a positive multiple of the {hosts} hosts")
+    if config.batch % hosts:
+        raise ValueError(f"data.batch={config.batch} is not a multiple of the {hosts} hosts")
     if not 0 <= index < hosts:
         raise ValueError(f"{host=} is not (index, count) with 0 <= index < count")
-    if config.workers < 0:
-        raise ValueError(f"data.workers={config.workers} is negative")

@@ -43,13 +43,11 @@ def document_length(config: DataConfig, step: int) -> int:
 
 def _check(config: DataConfig) -> None:
     lengths, steps = config.parity_lengths, config.parity_steps
-    if len(lengths) != len(steps) or not lengths or min(lengths) < 1 or min(steps) < 0:
+    if len(lengths) != len(steps) or not lengths:
         raise ValueError(
-            f"data.parity_lengths={tuple(lengths)} and data.parity_steps={tuple(steps)} want one positive length and "
+            f"data.parity_lengths={tuple(lengths)} and data.parity_steps={tuple(steps)} want one length and "
             "one number of steps a stage"
         )
-    if config.valid_rows < 1:
-        raise ValueError(f"data.valid_rows={config.valid_rows} is less than 1: validation needs a row")
 
 
 def synthetic_rows(config: DataConfig, split: str) -> Rows:

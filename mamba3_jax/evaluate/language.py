@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mamba3_jax.config import DataConfig
+from mamba3_jax.config import LENGTH, DataConfig
 from mamba3_jax.data import tokenizer
 from mamba3_jax.data.vocabulary import Bytes
 from mamba3_jax.evaluate.score import Scored, Scorer
@@ -53,6 +53,8 @@ def check_lengths(lengths: Sequence[int]) -> list[int]:
     """Sorted, each once; ValueError for one that has no target."""
     if min(lengths) < 2:
         raise ValueError(f"length {min(lengths)} is less than 2: a row needs a token and a target")
+    if max(lengths) > LENGTH:
+        raise ValueError(f"length {max(lengths)} is more than {LENGTH}")
     return sorted(set(lengths))
 
 

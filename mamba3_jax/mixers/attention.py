@@ -1,6 +1,5 @@
 """Causal self-attention with grouped heads, whose state is a cache of keys and values."""
 
-import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -158,12 +157,10 @@ class Attention(nn.Module):
     @staticmethod
     def check(config: ModelConfig) -> None:
         """Raise ValueError for sizes that no attention layer can have."""
-        if config.attn_head_dim < 1:
-            raise ValueError(f"{config.attn_head_dim=} is not positive")
         heads, kv_heads = head_counts(config)
-        if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        if heads < 1 or heads % kv_heads:
             raise ValueError(f"attention {heads=} is not a positive multiple of {kv_heads=}")
-        if config.attn_rope_theta < 0 or not math.isfinite(config.attn_rope_theta):
-            raise ValueError(f"{config.attn_rope_theta=}: wanted a positive base, or 0 for no positions")
+        if 0 < config.attn_rope_theta < 1:
+            raise ValueError(f"{config.attn_rope_theta=}: wanted a base from 1 up, or 0 for no positions")
         if config.attn_rope_theta and config.attn_head_dim % 2:
             raise ValueError(f"{config.attn_head_dim=} is odd and cannot rotate ({config.attn_rope_theta=})")

@@ -9,9 +9,9 @@ import time
 
 import jax
 
-from mamba3_jax import model
+from mamba3_jax import memory, model
 from mamba3_jax.checkpoint import Checkpoints, all_steps, checkpoint_dir, load_config, write_config
-from mamba3_jax.config import Config
+from mamba3_jax.config import Config, check
 from mamba3_jax.data import loader, tokenizer
 from mamba3_jax.sharding import make_mesh, using
 from mamba3_jax.train import flops, metrics, optimizer, resume
@@ -36,19 +36,11 @@ class Stopped(Exception):
 
 def validate(config: Config) -> None:
     """Raise ValueError, naming the value and the wish, for a config that cannot be trained here."""
+    check(config)
     model.validate(config.model)
     optimizer.validate(config.optimizer)
-    for name in ("steps", "log_every", "save_every", "keep", "max_bad_steps"):
-        if getattr(config.train, name) < 1:
-            raise ValueError(f"train.{name}={getattr(config.train, name)} is not positive")
-    for name in ("eval_every", "eval_batches", "z_loss", "peak_tflops"):
-        if getattr(config.train, name) < 0:
-            raise ValueError(f"train.{name}={getattr(config.train, name)} is negative")
-    for name, seed in (("seed", config.seed), ("data.seed", config.data.seed)):
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"{name}={seed} is not in 0 .. {2**32 - 1}")
     parts = make_mesh(config.train.mesh).shape.get("data", 1) * config.optimizer.accumulate
-    if config.data.batch < 1 or config.data.batch % parts:
+    if config.data.batch % parts:
         raise ValueError(
             f"data.batch={config.data.batch} is not a positive multiple of {parts}: "
             f"optimizer.accumulate={config.optimizer.accumulate} x the data axis of train.mesh={config.train.mesh!r}"
@@ -71,6 +63,8 @@ class Trainer:
         self.report = report if self.chief else lambda *_: None
         self.mesh = make_mesh(config.train.mesh)
         self.shapes = state_shapes(config, self.mesh)
+        memory.fit_device(memory.training(config, self.shapes, batch_shapes(config.data, self.mesh)))
+        memory.fit(memory.validation(config, jax.process_count()), "this host", memory.free_on_host())
         self.workdir.mkdir(parents=True, exist_ok=True)
         self._check_resume()
 

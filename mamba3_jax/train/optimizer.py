@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mamba3_jax.config import OptimizerConfig
+from mamba3_jax.config import OptimizerConfig, check
 
 # Fraction of the peak as a function of progress u in (0, 1], which begins when the warm-up ends.
 SHAPES = {
@@ -23,22 +23,13 @@ def _last(u, part):
 
 def validate(config: OptimizerConfig) -> None:
     """Raise ValueError, naming the value and the wish."""
+    check(config, "config.optimizer")
     if config.schedule not in SHAPES:
         raise ValueError(f"optimizer.schedule={config.schedule!r} is not one of {', '.join(SHAPES)}")
-    if not 0 <= config.warmup < 1:
-        raise ValueError(f"optimizer.warmup={config.warmup} is not a fraction of the steps in [0, 1)")
     if config.schedule == "wsd" and not 0 < config.decay <= 1 - config.warmup:
         raise ValueError(
             f"optimizer.decay={config.decay} is not a fraction of the steps left by warmup={config.warmup}"
         )
-    if config.accumulate < 1:
-        raise ValueError(f"optimizer.accumulate={config.accumulate} is not a positive number of micro-batches")
-    for name, low, high in (("b1", 0, 1), ("b2", 0, 1), ("final", 0, math.inf), ("clip", 0, math.inf)):
-        if not low <= getattr(config, name) < high:
-            raise ValueError(f"optimizer.{name}={getattr(config, name)} is not in [{low}, {high})")
-    for name in ("learning_rate", "eps"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"optimizer.{name}={getattr(config, name)} is not positive")
 
 
 def schedule(config: OptimizerConfig, steps: int):

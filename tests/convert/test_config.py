@@ -136,6 +136,8 @@ def pure(**ssm):
         (pure(is_mimo=1), "is_mimo is 1, wanted true or false"),
         (pure(d_state=7), "d_state=7"),
         (pure(A_floor=math.nan), "A_floor is nan"),
+        (PURE | {"n_layer": 10**12}, "n_layer is 1000000000000, wanted at most 1024"),
+        (PURE | {"vocab_size": 10**12}, "vocab_size=1000000000000 is not in 1"),
         (PURE | {"n_layer": "2"}, "n_layer is '2', wanted a positive whole number"),
         (PURE | {"d_model": None}, "d_model is None"),
         (PURE | {"d_intermediate": -1}, "d_intermediate is -1, wanted a whole number from 0 up"),

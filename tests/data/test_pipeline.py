@@ -235,11 +235,11 @@ def test_an_id_outside_the_vocabulary_never_leaves_the_loader(name, wrong, monke
     ("fields", "host", "message"),
     [
         ({"source": "txt"}, (0, 1), "data.source='txt' is not one of parity, text, tfds"),
-        ({"length": 1}, (0, 1), "data.length=1 is less than 2"),
-        ({"batch": 6}, (0, 4), "data.batch=6 is not a positive multiple of the 4 hosts"),
-        ({"batch": 0}, (0, 1), "data.batch=0 is not a positive multiple"),
+        ({"length": 1}, (0, 1), "data.length=1 is not in 2"),
+        ({"batch": 6}, (0, 4), "data.batch=6 is not a multiple of the 4 hosts"),
+        ({"batch": 0}, (0, 1), "data.batch=0 is not in 1"),
         ({}, (2, 2), r"host=\(2, 2\) is not"),
-        ({"workers": -1}, (0, 1), "data.workers=-1 is negative"),
+        ({"workers": -1}, (0, 1), "data.workers=-1 is not in 0"),
     ],
 )
 def test_mistakes_are_named(fields, host, message):

@@ -72,5 +72,5 @@ def test_validation_is_finite_and_of_the_last_length():
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match=r"data.parity_lengths=\(4, 8\) and data.parity_steps=\(1,\) want one"):
         synthetic_rows(config(parity_lengths=(4, 8), parity_steps=(1,)), "train")
-    with pytest.raises(ValueError, match=r"data\.valid_rows=0 is less than 1"):
+    with pytest.raises(ValueError, match=r"data\.valid_rows=0 is not in 1"):
         loader(config(valid_rows=0), "valid", vocab_size=2)

@@ -179,3 +179,5 @@ def test_mistakes_are_named():
         tasks.evaluate(Counter(1), {}, DataConfig())
     with pytest.raises(ValueError, match="length 1 is less than 2"):
         language.evaluate(None, {}, DataConfig(), lengths=[4, 1])
+    with pytest.raises(ValueError, match="length 10000000000 is more than 134217728"):
+        language.evaluate(None, {}, DataConfig(), lengths=[10**10])

@@ -167,6 +167,7 @@ def test_prompts_are_any_rows_of_integers(prompts):
         ({"stop_ids": [1.5]}, "stop_ids holds 1.5 at place 0, wanted an integer"),
         ({"stop_ids": [-1]}, "token id -1"),
         ({"tokens": 0}, "tokens=0"),
+        ({"tokens": 10**10}, "tokens=10000000000 is not in 1"),
         ({"prefill_length": 0}, "prefill_length=0"),
         ({"sampling": Sampling(top_p=2.0)}, "top_p=2.0"),
     ],

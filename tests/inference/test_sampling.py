@@ -91,6 +91,7 @@ def test_a_row_draws_the_same_beside_any_others():
     [
         (Sampling(temperature=-1.0), "temperature=-1.0"),
         (Sampling(temperature=float("nan")), "temperature=nan"),
+        (Sampling(temperature=1e-60), "temperature=1e-60"),  # 0 in float32: the likeliest id got 0/0
         (Sampling(top_k=-2), "top_k=-2"),
         (Sampling(top_p=0.0), "top_p=0.0"),
         (Sampling(top_p=1.5), "top_p=1.5"),

@@ -39,8 +39,8 @@ def test_letters_and_names_are_the_same_layers():
     [
         ({"pattern": "MXM"}, "'X' at layer 1, wanted one of .*'A', 'M'"),
         ({"pattern": ("mamba3", "rnn")}, "'rnn' at layer 1, wanted one of .*'attention', 'mamba3'"),
-        ({"pattern": ""}, "pattern is empty"),
-        ({"vocab_size": 0}, "vocab_size=0 is not positive"),
+        ({"pattern": ""}, "pattern='' has 0 layers, wanted 1 .. 1024"),
+        ({"vocab_size": 0}, "vocab_size=0 is not in 1 .. 16777216"),
         ({"pad_vocab_to": -8}, "pad_vocab_to=-8"),
         ({"d_ff": -1}, "d_ff=-1"),
         ({"norm": "batch"}, "norm='batch' is not one of"),

@@ -146,9 +146,9 @@ def test_starts_from_parameters_alone(tmp_path):
 @pytest.mark.parametrize(
     ("section", "changes", "message"),
     [
-        ("train", {"steps": 0}, "train.steps=0 is not positive"),
+        ("train", {"steps": 0}, "train.steps=0 is not in 1"),
         ("train", {"mesh": "data:3"}, "mesh='data:3'"),
-        ("train", {"eval_every": -1}, "train.eval_every=-1 is negative"),
+        ("train", {"eval_every": -1}, "train.eval_every=-1 is not in 0"),
         ("optimizer", {"accumulate": 3}, "data.batch=4 is not a positive multiple of 3"),
         ("optimizer", {"schedule": "step"}, "schedule='step'"),
         ("model", {"vocab_size": 1}, "vocab_size=1 is less than the 2 ids"),
@@ -167,7 +167,7 @@ def test_what_cannot_be_trained_is_named_before_any_compile(tmp_path, section, c
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_a_seed_of_more_than_32_bits_is_named(tmp_path, seed):
-    with pytest.raises(ValueError, match=f"^seed={seed} is not in 0"):
+    with pytest.raises(ValueError, match=f"^config.seed={seed} is not in 0"):
         Trainer(dataclasses.replace(config(), seed=seed), tmp_path)
 
 

@@ -1,0 +1,124 @@
+"""What must fit into memory at once, added up before anything is allocated, against what there is.
+
+The sums are of what is certain to exist: kernels and compilers take more. What does not fit here does not run.
+"""
+
+import math
+from pathlib import Path
+
+import jax
+
+from mamba3_jax.config import Config, ModelConfig
+from mamba3_jax.data.synthetic import TASKS
+from mamba3_jax.model import padded_vocab
+from mamba3_jax.presets import parameter_count
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def fit(parts: dict[str, int], where: str, free: int | None) -> None:
+    """Raises ValueError, with the sum and its parts in bytes, where they are more than is free; None: not known."""
+    total = sum(parts.values())
+    if free is not None and total > free:
+        listed = ", ".join(f"{name} {readable(size)}" for name, size in parts.items() if size)
+        raise ValueError(f"not enough memory: {readable(total)} needed on {where}, {readable(free)} free: {listed}")
+
+
+def fit_device(parts: dict[str, int]) -> None:
+    """Applies `fit` to each of this process's devices; those of a CPU share its memory."""
+    device = jax.local_devices()[0]
+    if stats := device.memory_stats():
+        fit(parts, f"each {device.device_kind}", stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+    elif device.platform == "cpu":
+        count, free = jax.local_device_count(), free_on_host()
+        where = "this machine" if count == 1 else f"each of this machine's {count} devices"
+        fit(parts, where, free if free is None else free // count)
+
+
+def readable(size: int) -> str:
+    """Writes 1234567 as 1.23 MB."""
+    power = min((len(str(size)) - 1) // 3, 6)
+    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB', 'PB', 'EB')[power]}"
+
+
+def free_on_host() -> int | None:
+    """Returns the bytes that the system and the control groups leave this process; None where Linux does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return None
+    free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    for _, controllers, path in groups:
+        if controllers in ("", "memory"):
+            root = CGROUPS / controllers
+            folder = root / path.lstrip("/")
+            for group in (folder, *folder.parents):  # a limit of a group holds for those below
+                free += free_in(group)
+                if group == root:
+                    break
+    return min(free, default=None)
+
+
+def free_in(group: Path) -> list[int]:
+    """Returns what a control group leaves, [] where it has no limit. The cache of files counts as free."""
+    for limit, used, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            most, taken = int((group / limit).read_text()), int((group / used).read_text())
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # another version's, or "max"
+            continue
+        return [max(0, most - taken + int(stat.get(cache, 0)))]
+    return []
+
+
+def on_a_device(shapes) -> int:
+    """Counts the bytes of a tree of shapes that one device holds: of an array with a sharding its shard."""
+
+    def held(x):
+        sharding = getattr(x, "sharding", None)
+        return math.prod(sharding.shard_shape(x.shape) if sharding else x.shape) * x.dtype.itemsize
+
+    return sum(map(held, jax.tree.leaves(shapes)))
+
+
+def training(config: Config, state, batch) -> dict[str, int]:
+    """Counts the bytes of one training step on one device, from the shapes of state and batch with shardings."""
+    model = config.model
+    rows, length = batch.tokens_BL.sharding.shard_shape(batch.tokens_BL.shape)
+    tensor = dict(batch.tokens_BL.sharding.mesh.shape).get("tensor", 1)
+    tokens = rows // config.optimizer.accumulate * length
+    width = 4 if model.residual_in_fp32 or model.compute_dtype == "float32" else 2
+    parameters = on_a_device(state.params)
+    return {
+        "parameters": parameters,
+        "gradients": parameters,
+        "optimizer state": on_a_device(state.opt_state),
+        "batch": on_a_device(batch),
+        "logits": tokens * padded_vocab(model) // tensor * 4,
+        "inputs of the layers": tokens * model.d_model * len(model.pattern) * width,
+    }
+
+
+def validation(config: Config, hosts: int) -> dict[str, int]:
+    """Counts the bytes of the validation batches of a task, which the host keeps; text has as many as it has."""
+    train, data = config.train, config.data
+    batches = min(train.eval_batches, -(-data.valid_rows // data.batch)) if data.source in TASKS else 0
+    return {"validation batches": batches * data.batch // hosts * data.length * 13 if train.eval_every else 0}
+
+
+def parameters(config: ModelConfig) -> dict[str, int]:
+    """Counts the bytes of the parameters alone, whole on one device."""
+    return {"parameters": 4 * parameter_count(config)}
+
+
+def carrying(model, rows: int, length: int, piece: int = 1) -> dict[str, int]:
+    """Counts the bytes, beside the parameters, of running rows of `length` tokens by pieces with the state carried."""
+    return {
+        "state": on_a_device(jax.eval_shape(lambda: model.empty_state(rows, length))),
+        "ids": rows * length * 4,
+        "logits": rows * piece * padded_vocab(model.config) * 4,
+    }
