@@ -15,6 +15,7 @@ from mamba3_jax.config import ModelConfig
 from mamba3_jax.convert import torch_zip
 from mamba3_jax.convert.config import from_official, to_official
 from mamba3_jax.convert.names import to_params, to_state_dict
+from mamba3_jax.finite import check_finite
 
 DTYPES = {"float32": jnp.float32, "float16": jnp.float16, "bfloat16": jnp.bfloat16}
 RECORD = "official.json"  # in a workdir: what `Origin` holds
@@ -29,7 +30,7 @@ class Origin(NamedTuple):
 
     def save(self, workdir: Path) -> None:
         """Writes `official.json`."""
-        (workdir / RECORD).write_text(json.dumps(self._asdict(), indent=1) + "\n")
+        (workdir / RECORD).write_text(json.dumps(self._asdict(), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, workdir: Path) -> "Origin | None":
@@ -100,7 +101,7 @@ def read(directory: str | os.PathLike) -> tuple[ModelConfig, dict, Origin]:
 
     Raises:
         FileNotFoundError: no config.json or no tensors, saying what there is.
-        ValueError: unsupported keys, or tensors that are missing, extra or misshapen.
+        ValueError: unsupported keys, or tensors that are missing, extra, misshapen or not finite.
     """
     directory = Path(directory)
     found = [name for name in FORMATS if (directory / name).exists()]
@@ -111,6 +112,7 @@ def read(directory: str | os.PathLike) -> tuple[ModelConfig, dict, Origin]:
     model = from_official(config)
     tensors = FORMATS[found[0]].read(directory / found[0])
     params = to_params(tensors, model)
+    check_finite(str(directory / found[0]), tensors)
     return model, params, Origin(config, {name: str(array.dtype) for name, array in tensors.items()}, found)
 
 
@@ -134,7 +136,8 @@ def write(
 
     Raises:
         ValueError: a config with no official counterpart, parameters that do not fit it, or values that the dtypes of
-            `origin` cannot hold (the parameters were trained since): say which dtype to round to.
+            `origin` cannot hold (the parameters were trained since): say which dtype to round to. Parameters that are
+            not finite, or are not in `dtype`.
     """
     directory, config = Path(directory), to_official(model)
     if dtype and dtype not in DTYPES:
@@ -148,7 +151,8 @@ def write(
         files = origin.files if files is None else files
     if dtype or origin is None:
         tensors = cast(tensors, dict.fromkeys(tensors, dtype or "float32"))
-    (directory / "config.json").write_text(json.dumps(config, indent=4))
+    check_finite(f"not written to {directory}", tensors)  # float16 ends at 65,504
+    (directory / "config.json").write_text(json.dumps(config, indent=4, allow_nan=False))
     for name in files or ["pytorch_model.bin"]:
         FORMATS[name].write(directory / name, tensors)
 
@@ -159,7 +163,8 @@ def cast(tensors: dict[str, np.ndarray], dtypes: dict[str, str]) -> dict[str, np
     for name, array in tensors.items():
         key = (id(array), dtypes[name])
         if key not in done:
-            done[key] = array.astype(DTYPES[dtypes[name]])
+            with np.errstate(over="ignore"):  # what becomes infinite is named by whoever writes it
+                done[key] = array.astype(DTYPES[dtypes[name]])
     return {name: done[id(array), dtypes[name]] for name, array in tensors.items()}
 
 
