@@ -1,8 +1,9 @@
 """python -m launch.train --config=experiments/FILE.py --workdir=DIR [--config.model.d_state=64 ...]
 
 Trains, or resumes: the same command goes on after the newest checkpoint of DIR, whether the run was killed or stopped.
-SIGTERM and SIGINT save first; the exit status is then 128 + the signal's number: 143, 130. Exit status 3: loss or
-gradient was not finite in max_bad_steps steps in a row.
+SIGTERM and SIGINT save first; the exit status is then 128 + the signal's number: 143, 130. Exit status 3: loss,
+gradient or update was not finite in max_bad_steps steps in a row. Exit status 2: a mistake, or a file that cannot be
+written (a full disk): the last good checkpoint is named, and the same command resumes.
 """
 
 import sys
@@ -10,7 +11,7 @@ import sys
 from absl import flags
 
 from launch import common
-from mamba3_jax.train.loop import Diverged, Stopped, Trainer
+from mamba3_jax.train.loop import Diverged, Failed, Stopped, Trainer
 
 DIVERGED = 3
 CONFIG = common.define_config()
@@ -26,6 +27,8 @@ def main(_):
             trainer.run()
     except Diverged as error:
         common.fail(error, DIVERGED)
+    except Failed as error:
+        common.fail(error)
     except Stopped as stopped:
         print(stopped, flush=True)
         sys.exit(128 + stopped.number)
