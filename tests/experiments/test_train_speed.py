@@ -2,10 +2,11 @@
 
 import pytest
 
-from experiments.benchmarks import common, train
+from experiments.benchmarks import common, guard, train
 from experiments.benchmarks.experiments import train_speed
-from mamba3_jax.config import ModelConfig
+from mamba3_jax.config import Config, ModelConfig
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS
+from mamba3_jax.train import step
 
 TINY = ModelConfig(vocab_size=16, d_model=16, pattern="M", d_state=8, head_dim=8, compute_dtype="bfloat16")
 
@@ -48,6 +49,16 @@ def test_a_step_is_the_trainers():
     assert row["tokens_per_second"] == pytest.approx(2 * 16 / row["ms"] * 1e3)
     with pytest.raises(ValueError, match="tiny, training step: relative error over 1e-03 in loss"):
         train.row_of(program, program.compile(), got | {"loss": got["loss"] * 1.002})
+
+
+def test_the_check_of_what_is_kept_is_timed_beside_a_step_without_it():
+    config = Config(model=TINY)
+    config.data.batch, config.data.length = 2, 16
+    rows = guard.rows_of("tiny", config, rounds=2, batch_seconds=1e-3)
+    assert [row["check"] for row in rows] == ["with", "without", "without, again"]
+    assert rows[1]["over_without_percent"] == 0 != rows[0]["over_without_percent"]
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"])
+    assert step.all_finite is guard.ALL_FINITE
 
 
 def test_the_sentence():
