@@ -1,5 +1,6 @@
 """NaN and infinity are found in any array, wherever it lies, and named."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from mamba3_jax.finite import all_finite, check_finite, or_null
 
+ROOT = Path(__file__).parents[1]
 HUGE = np.full(4, 1e38, np.float32)  # its norm overflows float32
 
 
@@ -60,7 +62,7 @@ except ValueError as error:
 def test_arrays_of_a_mesh():
     command = [sys.executable, "-c", SHARDED]
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout == "x: 1 of 3 tensors hold NaN or infinity: split\n", done.stderr
 
 
@@ -70,3 +72,14 @@ def test_json_has_null_in_place_of_no_number():
         "a": [1.5, None, {"b": None}],
         "c": [None, 2, "x", None, True],
     }
+
+
+def test_json_is_written_without_nan_everywhere():
+    found = 0
+    for folder in ("mamba3_jax", "launch", "experiments", "pallas_kernels"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dumps", "json.dump"):
+                    found += 1
+                    assert "allow_nan=False" in map(ast.unparse, node.keywords), f"{path}:{node.lineno}"
+    assert found > 10
