@@ -131,7 +131,7 @@ def test_what_is_not_finite_is_not_saved(saved, tmp_path, name):
 
 def test_every_file_of_a_checkpoint_that_says_it_is_json_is(saved):
     unlike = lambda name: pytest.fail(f"JSON has no {name}")  # noqa: E731
-    for path in (saved / "checkpoints").glob("*/*/meta*"):
+    for path in (saved / "checkpoints").glob("*/*/met*"):
         json.loads(path.read_text(), parse_constant=unlike)
     assert json.loads((saved / "checkpoints/1/metrics/metrics").read_text()) == {"valid_loss": 0.25}
 
