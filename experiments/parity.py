@@ -37,6 +37,7 @@ from mamba3_jax.checkpoint import save_model
 from mamba3_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, to_dict
 from mamba3_jax.data import Batch, loader
 from mamba3_jax.data.synthetic import document_length
+from mamba3_jax.finite import or_null
 from mamba3_jax.model import LanguageModel
 from mamba3_jax.train.loss import means, sums
 from mamba3_jax.train.optimizer import optimizer
@@ -163,7 +164,8 @@ def run_variant(config: Config, seeds: int, workdir: Path, commit: str = "") -> 
     """Train and score one variant; its row of the results. What the workdir has already is returned as it is."""
     folder, asked = workdir / config.name, {"config": to_dict(config), "seeds": seeds, "commit": commit}
     done = folder / "result.json"
-    if done.exists() and (row := json.loads(done.read_text()))["asked"] == json.loads(json.dumps(asked)):
+    written = json.loads(json.dumps(asked, allow_nan=False))
+    if done.exists() and (row := json.loads(done.read_text()))["asked"] == written:
         print(f"{config.name:12} done before, in {folder}", flush=True)
         return row
     shutil.rmtree(folder, ignore_errors=True)
@@ -176,7 +178,8 @@ def run_variant(config: Config, seeds: int, workdir: Path, commit: str = "") -> 
             step = (index + 1) * config.train.log_every
             length = document_length(config.data, step - 1)
             loss, accuracy = (np.asarray(scores[name])[-10:].mean(axis=0) for name in ("loss", "accuracy"))
-            metrics.write(json.dumps({"step": step, "loss": loss.tolist(), "accuracy": accuracy.tolist()}) + "\n")
+            line = or_null({"step": step, "loss": loss.tolist(), "accuracy": accuracy.tolist()})
+            metrics.write(json.dumps(line, allow_nan=False) + "\n")
             seconds = time.perf_counter() - begin
             print(
                 f"{config.name:12} step {step:5}/{config.train.steps}  length {length:3}  "
@@ -191,13 +194,13 @@ def run_variant(config: Config, seeds: int, workdir: Path, commit: str = "") -> 
         "variant": config.name,
         "parameters": sum(array[0].size for array in jax.tree.leaves(params)),
         "seconds": round(time.perf_counter() - begin, 1),
-        "loss": loss.tolist(),
+        "loss": or_null(loss.tolist()),
         "accuracy": {str(length): accuracy[:, length - 1].tolist() for length in LENGTHS},
         "accuracy_to_384": accuracy.mean(axis=1).tolist(),
         "asked": asked,
     }
     partial = done.with_suffix(".partial")
-    partial.write_text(json.dumps(row))
+    partial.write_text(json.dumps(row, allow_nan=False))
     partial.replace(done)
     return row
 
@@ -251,7 +254,7 @@ def run(workdir: Path, seeds: int, results_path: str) -> dict:
     }
     for path in (workdir / "parity.json", Path(results_path)) if results_path else (workdir / "parity.json",):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     draw(results, workdir / "parity.png")
     return results
 

@@ -49,7 +49,13 @@ def run(main) -> None:
     # them in: from tensorstore's threads as "Event loop is closed", from asyncio as "never retrieved", at any time.
     sys.unraisablehook = _unraisable
     stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
+    logging.get_absl_logger().addFilter(_is_news)
     app.run(main, flags_parser=_parse)
+
+
+def _is_news(record) -> bool:
+    """Tells apart what Orbax's threads log of a save that failed, traceback by traceback: the save raises it too."""
+    return not (record.levelno >= stdlib_logging.ERROR and "orbax" in Path(record.pathname).parts)
 
 
 def _unraisable(report) -> None:

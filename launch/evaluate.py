@@ -1,26 +1,27 @@
 """Evaluate a checkpoint on the held-out split of what it was trained on.
 
     python -m launch.evaluate --workdir=DIR [--step=N] [--lengths=256,512,1024] [--tokens=131072]
-                              [--valid_glob=GLOB] [--tokenizer=tokenizer.json]
+                              [--valid_glob=GLOB] [--tokenizer=tokenizer.json] [--output=PATH]
 
 Prints a table (text: loss, perplexity, bits per byte, loss by position, past the trained length too; a task: accuracy
-by length) and writes it to DIR/evaluation/step_N.json. DIR may be a directory in the official layout.
+by length), then writes it to PATH, by default DIR/evaluation/step_N.json; a score that is not finite is null there.
+DIR may be a directory in the official layout, and may be read-only where PATH is given.
 """
 
 import dataclasses
 import datetime
 import json
-import os
 import sys
 from pathlib import Path
 
 import jax
 from absl import flags
 
-from launch.common import codec_of, define_path, run, user_errors
+from launch.common import codec_of, define_path, fail, run, user_errors
 from mamba3_jax import checkpoint, memory
 from mamba3_jax.data import loader
 from mamba3_jax.evaluate import language, tasks
+from mamba3_jax.finite import or_null
 from mamba3_jax.load import build, load_run
 
 WORKDIR = define_path("workdir", None, "a workdir, or a directory in the official layout", required=True)
@@ -31,6 +32,7 @@ TOKENS = flags.DEFINE_integer(
 )
 VALID_GLOB = define_path("valid_glob", None, "text files to evaluate on instead of the run's own")
 TOKENIZER = define_path("tokenizer", None, "tokenizer.json, where the checkpoint names none")
+OUTPUT = define_path("output", None, "where the report goes; default evaluation/step_N.json in the workdir")
 COMPUTE_DTYPE = flags.DEFINE_string("compute_dtype", None, "float32 or bfloat16; default as trained")
 
 
@@ -69,13 +71,14 @@ def main(_argv):
         wanted = lengths()
         if TOKENS.value < 0:
             raise ValueError(f"--tokens={TOKENS.value} is negative; 0 takes all")
+        if OUTPUT.value == "":
+            raise ValueError("--output= is empty: give the path of the report")
         steps = checkpoint.all_steps(WORKDIR.value)
         config, params = load_run(WORKDIR.value, step=STEP.value)
         model = build(config, **({"compute_dtype": COMPUTE_DTYPE.value} if COMPUTE_DTYPE.value else {}))
         data, step = data_of(config), STEP.value if STEP.value is not None else (steps[-1] if steps else 0)
         check_memory(model, data, wanted)
-        target = Path(WORKDIR.value).expanduser() / "evaluation" / f"step_{step}.json"
-        target.parent.mkdir(exist_ok=True)
+        target = Path(OUTPUT.value or f"{WORKDIR.value}/evaluation/step_{step}.json").expanduser()
 
     kind, trained = (tasks, data.parity_lengths[-1]) if data.source in tasks.CHANCE else (language, data.length)
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
@@ -90,10 +93,18 @@ def main(_argv):
         "data": dataclasses.asdict(data),
         "results": results,
     }
-    partial = target.with_suffix(".partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(partial, target)
+    write(target, report)
     print(f"written to {target}")
+
+
+def write(target: Path, report: dict) -> None:
+    """Writes the report; where that fails, the table has been printed and one line says how to write it elsewhere."""
+    try:
+        with checkpoint.writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.replace(target, json.dumps(or_null(report), indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        fail(f"{error}; --output=PATH writes it elsewhere")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,16 @@
 
 Trains, or resumes: the same command goes on after the newest checkpoint of DIR, whether the run was killed or stopped.
 A field that does not exist, a number out of its range (mamba3_jax/config.py), what the config file raises and a run
-that cannot fit into memory are one line and exit status 2, before anything is written.
-SIGTERM and SIGINT save first; the exit status is then 128 + the signal's number: 143, 130. Exit status 3: loss or
-gradient was not finite in max_bad_steps steps in a row.
+that cannot fit into memory are one line and exit status 2, before anything is written. So is a file that cannot be
+written later on (a full disk): the last good checkpoint is named, and the same command resumes. SIGTERM and SIGINT save
+first; the exit status is then 128 + the signal's number: 143, 130. Exit status 3: loss, gradient or update was not
+finite in max_bad_steps steps in a row.
 """
 
 import sys
 
 from launch import common
-from mamba3_jax.train.loop import Diverged, Stopped, Trainer
+from mamba3_jax.train.loop import Diverged, Failed, Stopped, Trainer
 
 DIVERGED = 3
 CONFIG = common.define_config()
@@ -26,6 +27,8 @@ def main(_):
             trainer.run()
     except Diverged as error:
         common.fail(error, DIVERGED)
+    except Failed as error:
+        common.fail(error)
     except Stopped as stopped:
         print(stopped, flush=True)
         sys.exit(128 + stopped.number)

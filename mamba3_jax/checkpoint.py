@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
 from mamba3_jax.config import Config, from_dict, to_dict
+from mamba3_jax.finite import check_finite
 
 TRASH = "deleted"  # where Orbax moves what is no longer kept
 UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax ends the name of a directory it is writing
@@ -56,7 +57,7 @@ def load_model(workdir, step: int | None = None) -> tuple[Config, dict]:
 
     Raises:
       FileNotFoundError: no such workdir, no complete checkpoint in it, or none of that step.
-      ValueError: the checkpoint is there and cannot be read.
+      ValueError: the checkpoint is there and cannot be read, or holds NaN or infinity.
     """
     path = _step_path(workdir, step)
     config = load_config(workdir, step)
@@ -64,7 +65,9 @@ def load_model(workdir, step: int | None = None) -> tuple[Config, dict]:
     with _reading(path), contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
         saved = handler.metadata(path / "params").tree
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), saved)
-        return config, handler.restore(path / "params", args=ocp.args.StandardRestore(like))
+        params = handler.restore(path / "params", args=ocp.args.StandardRestore(like))
+    check_finite(str(path), params)
+    return config, params
 
 
 def save_model(workdir, config: Config, params: dict, step: int = 0) -> None:
@@ -82,7 +85,32 @@ def write_config(workdir, config: Config) -> None:
     """workdir/config.json, for people; programs read the copy inside the checkpoint."""
     path = Path(workdir) / "config.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    replace(path, json.dumps(to_dict(config), indent=2, allow_nan=False) + "\n")
+
+
+def replace(path: Path, content: str | bytes) -> None:
+    """Writes a file beside its name and renames it: whatever goes wrong, what was there before is whole."""
+    partial = path.with_name(f"{path.name}.partial")
+    with writing(path):
+        try:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            partial.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """Raises OSError, one line that names the path, for whatever goes wrong while it is written.
+
+    A full disk, a quota or a directory that is read-only reach Orbax's callers as errors of many types.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"{path} cannot be written: {_why(error)}") from error
 
 
 class Checkpoints:
@@ -90,16 +118,17 @@ class Checkpoints:
 
     Saves are asynchronous: `save` returns once the arrays are copied from the device. Opening removes what an
     interrupted save or deletion left behind. Use it as a context manager: leaving it waits for the last save.
+    A save that fails, then or later, raises OSError naming the directory, and the checkpoints before it stay whole.
     """
 
     def __init__(self, workdir, config: Config):
         self.workdir, self.config = workdir, config
-        self.directory = checkpoint_dir(workdir)
+        self.directory, self._saving = checkpoint_dir(workdir), None
         self._remove(TRASH)
         self._remove("*" + UNFINISHED)
         options = ocp.CheckpointManagerOptions(
             create=True,
-            best_fn=lambda metrics: metrics["valid_loss"],
+            best_fn=lambda metrics: metrics.get("valid_loss", math.inf),
             best_mode="min",
             preservation_policy=NewestAndBest(config.train.keep, config.train.keep_best),
             todelete_subdir=TRASH,
@@ -114,26 +143,34 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the last save and the deletions after it."""
-        self._manager.close()
+        with writing(self.directory):
+            self._manager.close()
         self._remove(TRASH)
 
     def save(self, step: int, params, state=None, data=None, valid_loss: float = math.inf) -> None:
-        """Starts a save; does nothing if the step has been saved already. `data`: the loader's position, JSON-able."""
+        """Starts a save; does nothing if the step has been saved already. `data`: the loader's position, JSON-able.
+
+        Raises ValueError, and writes nothing, for parameters or a state that hold NaN or infinity.
+        """
         if step in self._manager.all_steps():
             return
+        check_finite(f"checkpoint of step {step} is not saved in {self.directory}", {"params": params, "state": state})
         items = {"params": ocp.args.StandardSave(params), "config": ocp.args.JsonSave(to_dict(self.config))}
         if state is not None:
             items["state"] = ocp.args.StandardSave(state)
             items["data"] = ocp.args.JsonSave(data)
-        # A loss that is not a number is no best one.
-        metrics = {"valid_loss": valid_loss if math.isfinite(valid_loss) else math.inf}
+        # A loss that is not a number is no best one, and JSON has no infinity.
+        metrics = {"valid_loss": valid_loss} if math.isfinite(valid_loss) else {}
         self.wait()
         self._remove(TRASH)
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+        with writing(self.directory / str(step)):
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+        self._saving = step
 
     def wait(self) -> None:
-        """Until the last save is complete on disk; raises what it raised."""
-        self._manager.wait_until_finished()
+        """Until the last save is complete on disk; raises OSError if it failed."""
+        with writing(self.directory / str(self._saving)):
+            self._manager.wait_until_finished()
 
     def best_loss(self) -> float:
         """The lowest validation loss among the checkpoints kept; inf if none was evaluated."""
@@ -202,8 +239,13 @@ def _reading(path: Path):
     try:
         yield
     except Exception as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(f"checkpoint of step {path.name} cannot be read: {path}: {why}") from error
+        raise ValueError(f"checkpoint of step {path.name} cannot be read: {path}: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    """Says in one line what went wrong; a long message begins with the deed and ends with the reason."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= 300 else f'{text[:100]} ... {text[-200:]}'}"
 
 
 def _names(steps: list[int]) -> str:

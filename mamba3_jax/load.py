@@ -27,7 +27,8 @@ def load(path, *, step: int | None = None, **how):
 
     Raises:
         FileNotFoundError: nothing there to load, saying what was looked for and what is there.
-        ValueError: it is there and damaged, or does not fit its config, with every tensor that does not.
+        ValueError: it is there and damaged, holds NaN or infinity, or does not fit its config, with every tensor that
+            does not.
     """
     config, params = load_run(path, step=step)
     return build(config, **how), params

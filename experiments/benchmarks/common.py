@@ -171,7 +171,8 @@ def write(name: str, origin: dict, rows: Sequence[Mapping], directory: str | Pat
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.json"
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"benchmark": name, **origin, **more, "rows": list(rows)}, indent=1) + "\n")
+    content = {"benchmark": name, **origin, **more, "rows": list(rows)}
+    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     partial.replace(path)
     return path
 

@@ -126,7 +126,7 @@ class Peer:
         return json.loads(line)
 
     def seconds(self, what: str, calls: int) -> float:
-        print(json.dumps({"time": what, "calls": calls}), file=self.process.stdin, flush=True)
+        print(json.dumps({"time": what, "calls": calls}, allow_nan=False), file=self.process.stdin, flush=True)
         return self.answer()["seconds"]
 
 
@@ -136,7 +136,7 @@ def started_peer(python: str, layer: Layer, chunks: list[int]) -> Iterator[Peer]
     with tempfile.TemporaryDirectory() as directory:
         config, results = Path(directory) / "config.json", Path(directory) / "results.npz"
         given = {"layer": dataclasses.asdict(layer), "chunks": chunks, "results": str(results)}
-        config.write_text(json.dumps(given))
+        config.write_text(json.dumps(given, allow_nan=False))
         command = [python, "-E", str(PEER), str(config)]  # -E: a PYTHONPATH to this repository has its mamba3_jax
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         with subprocess.Popen(command, cwd=directory, **pipes) as process:

@@ -173,10 +173,12 @@ def main():
     y_B1D = np.asarray(calls["decode"]()[0])  # the first step, from the empty state
     np.savez(config["results"], y_BLD=results["forward"][0], dx_BLD=results["forward+backward"][1][1], y_B1D=y_B1D)
     version = metadata.version("mamba3-jax")
-    print(json.dumps({"version": version, "jax": jax.__version__, "chunk": chunks, "temp_mib": memory}), flush=True)
+    report = {"version": version, "jax": jax.__version__, "chunk": chunks, "temp_mib": memory}
+    print(json.dumps(report, allow_nan=False), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        print(json.dumps({"seconds": seconds_a_call(calls[asked["time"]], asked["calls"])}), flush=True)
+        report = {"seconds": seconds_a_call(calls[asked["time"]], asked["calls"])}
+        print(json.dumps(report, allow_nan=False), flush=True)
 
 
 if __name__ == "__main__":

@@ -96,9 +96,14 @@ def documents(config: DataConfig, vocab_size: int) -> Batch:
 
 
 def step_program(model: str, implementation: str, batch: int, length: int) -> Program:
-    """As `mamba3_jax.train.loop` compiles it, on a mesh of one device."""
+    """The step of one of the presets."""
     config = Config(model=dataclasses.replace(PRESETS[model], implementation=implementation))
     config.data = DataConfig(batch=batch, length=length)
+    return trainer_program(model, config)
+
+
+def trainer_program(model: str, config: Config) -> Program:
+    """The step of a config as `mamba3_jax.train.loop` compiles it, on a mesh of one device."""
     mesh = make_mesh("data:1", jax.devices()[:1])
 
     def shapes():
@@ -113,14 +118,14 @@ def step_program(model: str, implementation: str, batch: int, length: int) -> Pr
     return Program(
         model,
         "training step",
-        implementation,
+        config.model.implementation,
         config.model,
         partial(train_step, config),
         shapes,
         arguments,
         lambda metrics: {name: metrics[name] for name in ("loss", "grad_norm")},
-        batch,
-        length,
+        config.data.batch,
+        config.data.length,
         donated=True,
         scope=partial(using, mesh),
     )

@@ -120,7 +120,7 @@ class Clock:
         return [self.progress.taken[self._key(launch)]["ms"] or math.inf for launch in launches]
 
     def _key(self, launch: dict) -> str:
-        return json.dumps([self.name, self.implementation, launch], sort_keys=True)
+        return json.dumps([self.name, self.implementation, launch], sort_keys=True, allow_nan=False)
 
     def _time(self, trial: Trial, compiled) -> dict:
         try:
@@ -166,7 +166,7 @@ class Progress:
     def take(self, key: str, result: dict) -> None:
         self.taken[key] = result
         print(key, result, flush=True)
-        _replace(self.path, json.dumps({"origin": self.origin, "taken": self.taken}, indent=1))
+        _replace(self.path, json.dumps({"origin": self.origin, "taken": self.taken}, indent=1, allow_nan=False))
 
 
 def search(structure: dict, launches: dict, times: Callable[[list[dict]], list[float]]) -> tuple[dict, float]:
@@ -259,7 +259,7 @@ def write(entry: Choice, path: Path) -> None:
     entries = [*(other for other in choices.read(there) if not same(other)), entry]
     choices.read.cache_clear()
     entries.sort(key=lambda each: [getattr(each, name) for name in key])
-    lines = ",\n".join(json.dumps(dataclasses.asdict(each)) for each in entries)
+    lines = ",\n".join(json.dumps(dataclasses.asdict(each), allow_nan=False) for each in entries)
     _replace(path, f"[\n{lines}\n]\n")
 
 

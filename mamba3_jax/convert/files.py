@@ -23,6 +23,7 @@ from mamba3_jax.convert.config import from_official, to_official
 from mamba3_jax.convert.names import listed, official_shapes, to_params, to_state_dict
 from mamba3_jax.convert.peel import peel
 from mamba3_jax.convert.shards import contents, is_there, read_file, read_json
+from mamba3_jax.finite import check_finite
 
 DTYPES = {"float32": jnp.float32, "float16": jnp.float16, "bfloat16": jnp.bfloat16}
 # By safetensors' names: those of weights, then others that buffers may have.
@@ -42,7 +43,7 @@ class Origin(NamedTuple):
 
     def save(self, workdir: Path) -> None:
         """Writes `official.json`."""
-        (workdir / RECORD).write_text(json.dumps(self._asdict(), indent=1) + "\n")
+        (workdir / RECORD).write_text(json.dumps(self._asdict(), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, workdir: Path) -> "Origin | None":
@@ -119,7 +120,7 @@ def read(directory: str | os.PathLike) -> tuple[ModelConfig, dict, Origin]:
     Raises:
         FileNotFoundError: no config.json or no tensors, saying what there is.
         ValueError: unsupported keys, a file that is not what its name says, or tensors that are missing, extra,
-            misshapen or of a dtype that is not float32, float16 or bfloat16.
+            misshapen, not finite, or of a dtype that is not float32, float16 or bfloat16.
     """
     directory = Path(directory)
     found = [name for name in FORMATS if is_there(directory / name)]
@@ -140,6 +141,7 @@ def read(directory: str | os.PathLike) -> tuple[ModelConfig, dict, Origin]:
         params = to_params(tensors, model)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    check_finite(str(path), tensors)
     return model, params, Origin(config, dtypes, found, peeled)
 
 
@@ -163,7 +165,8 @@ def write(
 
     Raises:
         ValueError: a config with no official counterpart, parameters that do not fit it, or values that the dtypes of
-            `origin` cannot hold (the parameters were trained since): say which dtype to round to.
+            `origin` cannot hold (the parameters were trained since): say which dtype to round to. Parameters that are
+            not finite, or are not in `dtype`.
     """
     directory, config = Path(directory), to_official(model)
     if dtype and dtype not in DTYPES:
@@ -177,7 +180,8 @@ def write(
         files = origin.files if files is None else files
     if dtype or origin is None:
         tensors = cast(tensors, dict.fromkeys(tensors, dtype or "float32"))
-    (directory / "config.json").write_text(json.dumps(config, indent=4))
+    check_finite(f"not written to {directory}", tensors)  # float16 ends at 65,504
+    (directory / "config.json").write_text(json.dumps(config, indent=4, allow_nan=False))
     for name in files or ["pytorch_model.bin"]:
         FORMATS[name].write(directory / name, tensors)
 
@@ -188,7 +192,8 @@ def cast(tensors: dict[str, np.ndarray], dtypes: dict[str, str]) -> dict[str, np
     for name, array in tensors.items():
         key = (id(array), dtypes[name])
         if key not in done:
-            done[key] = array.astype(DTYPES[dtypes[name]], copy=False)
+            with np.errstate(over="ignore"):  # what becomes infinite is named by whoever writes it
+                done[key] = array.astype(DTYPES[dtypes[name]], copy=False)
     return {name: done[id(array), dtypes[name]] for name, array in tensors.items()}
 
 

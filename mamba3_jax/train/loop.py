@@ -13,6 +13,7 @@ from mamba3_jax import memory, model
 from mamba3_jax.checkpoint import Checkpoints, all_steps, checkpoint_dir, load_config, write_config
 from mamba3_jax.config import Config, check
 from mamba3_jax.data import loader, tokenizer
+from mamba3_jax.finite import check_finite
 from mamba3_jax.sharding import make_mesh, using
 from mamba3_jax.train import flops, metrics, optimizer, resume
 from mamba3_jax.train.loss import Sums, bits_per_byte, means
@@ -23,7 +24,11 @@ AHEAD = 2  # steps handed to the device before the metrics of an earlier one are
 
 
 class Diverged(Exception):
-    """Too many updates in a row were not finite. The message is for the user."""
+    """Too many updates in a row would not have been finite. The message is for the user."""
+
+
+class Failed(Exception):
+    """The run could not go on: no finite state to begin with, or an OSError. The message is for the user."""
 
 
 class Stopped(Exception):
@@ -81,10 +86,11 @@ class Trainer:
             self.state, self.step = self._restore()
             self.log = None
             if self.chief:
-                self.log = stack.enter_context(contextlib.closing(metrics.Log(self.workdir, self.step)))
+                self.log = stack.enter_context(contextlib.closing(metrics.Log(self.workdir, self.step, self.report)))
                 write_config(self.workdir, config)
             self._open = stack.pop_all()
         self.pending = collections.deque()  # (step, metrics still on the device)
+        self.mean = metrics.Mean()
         self.flops = flops.flops_per_token(config.model, config.data.length)
         self.peak = flops.peak_flops(config.train.peak_tflops)
 
@@ -92,7 +98,11 @@ class Trainer:
         return self
 
     def __exit__(self, *exception):
-        self._open.close()
+        try:
+            self._open.close()
+        except OSError as error:
+            if exception == (None, None, None):  # else what ended the run says why
+                raise self._failure(error) from error
 
     def run(self) -> dict:
         """Trains to the last step, draws the curve, reports a table and returns its numbers.
@@ -101,7 +111,16 @@ class Trainer:
           Diverged: after max_bad_steps updates in a row that were not finite and so not made. Whichever checkpoint is
             the newest then is a good one.
           Stopped: after SIGTERM or SIGINT, once the state is saved.
+          Failed: the first parameters are not finite; or a file could not be read or written, a full disk for example:
+            the checkpoints before it are whole.
         """
+        try:
+            self._train()
+            return self._finish()
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def _train(self) -> None:
         with using(self.mesh), resume.Signals() as signals:
             self._compile()
             while self.step < self.config.train.steps:
@@ -113,7 +132,17 @@ class Trainer:
                     path = self.checkpoints.directory / str(self.step)
                     raise Stopped(signals.caught, f"stopped by signal; saved {path}: the same command resumes")
             self.checkpoints.wait()
-        return self._finish()
+
+    def _failure(self, error: OSError) -> Failed:
+        with contextlib.suppress(OSError):
+            self.checkpoints.wait()  # a save under way may still become the last good one
+        return Failed(f"{error}; {self._last_good()}: once that is mended, the same command goes on")
+
+    def _last_good(self) -> str:
+        latest = self.checkpoints.latest()
+        if latest is None:
+            return f"no checkpoint was saved in {self.checkpoints.directory}"
+        return f"the last good checkpoint is of step {latest} in {self.checkpoints.directory}"
 
     def _check_resume(self) -> None:
         """The newest checkpoint is of this run, or of parameters to start from."""
@@ -134,6 +163,7 @@ class Trainer:
             return None, 0
         rest = self.shapes._asdict()
         params, rest, position = self.checkpoints.restore(step, rest.pop("params"), rest)
+        check_finite(f"{self.checkpoints.directory / str(step)}", {"params": params, "state": rest})
         if rest is None:
             self.start_params = params
             return None, 0
@@ -157,6 +187,10 @@ class Trainer:
             self.state = jax.jit(functools.partial(init_state, config), out_shardings=shardings)()
             if self.start_params is not None:
                 self.state = self.state._replace(params=self.start_params)
+            try:
+                check_finite("the initial state", self.state._asdict())
+            except ValueError as error:
+                raise Failed(error) from error
         update = jax.jit(functools.partial(train_step, config), donate_argnums=0, out_shardings=(shardings, None))
         self.update = update.lower(self.shapes, batch_shapes(config.data, self.mesh)).compile()
         self.evaluate = jax.jit(functools.partial(eval_step, config))
@@ -178,9 +212,11 @@ class Trainer:
         step, got = self.pending.popleft()
         values = {name: value.item() for name, value in jax.device_get(got).items()}
         bad = values.pop("bad")
+        self.mean.add(values)
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
             now, (before, first) = time.perf_counter(), self.since
             self.since = (now, step)
+            values = self.mean.take(values)
             seconds = (now - before) / (step - first)
             rate = self.config.data.batch * self.config.data.length / seconds
             values["tokens_per_second"] = rate
@@ -190,11 +226,9 @@ class Trainer:
             self.report(metrics.progress(step, self.config.train.steps, values, seconds))
         if bad >= self.config.train.max_bad_steps:
             self.checkpoints.wait()
-            latest = self.checkpoints.latest()
-            last = "no checkpoint was saved" if latest is None else f"the last good checkpoint is of step {latest}"
             raise Diverged(
-                f"loss or gradient was not finite in {bad} steps in a row, the last one step {step}; "
-                f"{last} in {self.checkpoints.directory}"
+                f"loss, gradient or update was not finite in {bad} steps in a row, the last one step {step}; "
+                f"{self._last_good()}"
             )
 
     def _evaluate_and_save(self, stop: bool) -> None:
@@ -236,9 +270,11 @@ class Trainer:
         """Curve and table, from metrics.jsonl: of the whole run, however often it was resumed."""
         if not self.chief:
             return {}
-        lines = metrics.read(self.log.path)
+        lines = metrics.read(self.log.path, self.report)
         summary = metrics.summary(lines, self.config)
         metrics.draw_curve(self.workdir / "curve.png", lines, self.config)
         files = {"checkpoint": self.checkpoints.directory / str(self.step), "curve": self.workdir / "curve.png"}
         self.report(metrics.table(summary | files))
+        if skipped := summary.get("skipped"):
+            self.report(f"{skipped} of {self.step} updates were skipped: loss, gradient or result was not finite")
         return summary

@@ -1,57 +1,140 @@
 """What a run writes about itself: metrics.jsonl, TensorBoard, progress lines, the curve, the final table."""
 
+import io
 import json
 import math
-import os
+import time
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
+from tensorboardX import summary as tensorboard
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
 
+from mamba3_jax.checkpoint import replace, writing
 from mamba3_jax.config import Config
+from mamba3_jax.finite import or_null
 from mamba3_jax.train.loss import bits_per_byte
 
 
-def read(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; one that a kill cut short is left out."""
+def read(path: Path, report=lambda _: None) -> list[dict]:
+    """Reads the lines of a metrics.jsonl that are whole. `report` gets a word about damaged ones, which are left out.
+
+    The last line may have been cut short by a kill: that is not worth a word.
+    """
     if not path.exists():
         return []
-    lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    *lines, _ = path.read_bytes().split(b"\n")
+    parsed = {number: _parse(line) for number, line in enumerate(lines, 1)}
+    if bad := [number for number, values in parsed.items() if values is None]:
+        report(f"{path}: {len(bad)} damaged lines are left out, the first one line {bad[0]}")
+    return [values for values in parsed.values() if values is not None]
+
+
+def _parse(line: bytes) -> dict | None:
+    """The values of one line; None unless it is a JSON object of a step and numbers."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    good = isinstance(values, dict) and isinstance(values.get("step"), int) and all(map(_is_number, values.values()))
+    return or_null(values) if good else None
+
+
+def _is_number(value) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+class Mean:
+    """The mean of each metric over the steps since the last logged one, or since the run began or resumed."""
+
+    nothing = dict.fromkeys(("loss", "accuracy", "grad_norm"), (0.0, 0))  # sum and count
+
+    def __init__(self):
+        self._sums = dict(self.nothing)
+
+    def add(self, values: dict) -> None:
+        """Takes in one step; what of it is not finite counts in no mean."""
+        for name, (total, count) in self._sums.items():
+            if math.isfinite(values[name]):
+                self._sums[name] = (total + values[name], count + 1)
+
+    def take(self, values: dict) -> dict:
+        """These values of the last step with the means in place of its own, its loss as loss_last; begins anew.
+
+        A mean over no step is NaN.
+        """
+        means = {name: total / count if count else math.nan for name, (total, count) in self._sums.items()}
+        self._sums = dict(self.nothing)
+        return values | means | {"loss_last": values["loss"]}
 
 
 class Log:
-    """Appends lines to metrics.jsonl and scalars to TensorBoard. A run resumed after `step` drops what came later."""
+    """Appends lines to metrics.jsonl and scalars to TensorBoard. A run resumed after `step` drops what came later.
 
-    def __init__(self, workdir: Path, step: int):
+    `report` gets a word where damaged lines are dropped too.
+    """
+
+    def __init__(self, workdir: Path, step: int, report=lambda _: None):
         self.path = workdir / "metrics.jsonl"
-        kept = [line for line in read(self.path) if line["step"] <= step]
-        whole = self.path.with_suffix(".tmp")
-        whole.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(whole, self.path)
+        kept = [line for line in read(self.path, report) if line["step"] <= step]
+        replace(self.path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept))
         self._file = self.path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._board = Board(workdir / "tensorboard", step)
 
     def write(self, step: int, values: dict) -> None:
         """One line, handed to the system when this returns. JSON has no NaN: a number that is not finite is null."""
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
-        for name, value in finite.items():
-            if value is not None:
-                self._board.add_scalar(name, value, step)
+        finite = or_null(values)
+        with writing(self.path):
+            self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+            self._file.flush()
+        self._board.write(step, {name: value for name, value in finite.items() if value is not None})
 
     def flush(self) -> None:
         """All that was written is with the system when this returns: a kill does not lose it."""
-        self._file.flush()
         self._board.flush()
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        try:
+            with writing(self.path):
+                self._file.close()
+        finally:
+            self._board.close()
+
+
+class Board:
+    """Scalars for TensorBoard, in a new file of `folder`; readers drop what older ones have after `step`.
+
+    Writes in this thread: the thread of `tensorboardX.SummaryWriter` dies of a full disk, and its callers then hang.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        self.folder = folder
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+            self._events = EventsWriter(str(folder / "events"))
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._events.write_event(event_pb2.Event(step=step + 1, wall_time=time.time(), session_log=start))
+
+    def write(self, step: int, values: dict) -> None:
+        """Adds a scalar a value."""
+        with writing(self.folder):
+            for name, value in values.items():
+                event = event_pb2.Event(step=step, wall_time=time.time(), summary=tensorboard.scalar(name, value))
+                self._events.write_event(event)
+
+    def flush(self) -> None:
+        """Hands all that was written to the system."""
+        with writing(self.folder):
+            self._events.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the file."""
+        with writing(self.folder):
+            self._events.close()
 
 
 def progress(step: int, steps: int, values: dict, seconds_a_step: float) -> str:
-    """One line for people: step, loss, learning rate, gradient norm, tokens/s, MFU where known, time to go."""
+    """One line for people: step, mean loss since the last one, learning rate, |g|, tokens/s, MFU, time to go."""
     parts = [
         f"step {step:{len(str(steps))}}/{steps}",
         f"loss {values['loss']:.4f}",
@@ -78,7 +161,7 @@ def summary(lines: list[dict], config: Config) -> dict:
     """What the final table says: of the last lines, and of the best validation."""
     last = {name: value for line in lines for name, value in line.items()}
     rows = {"steps": last.get("step", 0), "tokens": last.get("step", 0) * config.data.batch * config.data.length}
-    rows |= {name: last[name] for name in ("loss", "skipped", "tokens_per_second", "mfu") if name in last}
+    rows |= {name: last[name] for name in ("loss", "loss_last", "skipped", "tokens_per_second", "mfu") if name in last}
     rows |= {name: value for name, value in last.items() if name.startswith("valid_")}
     losses = {line["step"]: line["valid_loss"] for line in lines if line.get("valid_loss") is not None}
     if losses:
@@ -95,7 +178,7 @@ def table(rows: dict) -> str:
 
 
 def draw_curve(path: Path, lines: list[dict], config: Config) -> None:
-    """Training and validation loss against the step, as PNG; in bits a byte where a token is a byte."""
+    """Draws training (means) and validation loss against the step, as PNG; in bits a byte where a token is a byte."""
     import matplotlib  # slow to import, and needed once
 
     matplotlib.use("Agg")
@@ -113,5 +196,7 @@ def draw_curve(path: Path, lines: list[dict], config: Config) -> None:
     if axes.lines:
         axes.legend()
     figure.tight_layout()
-    figure.savefig(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn)
     plt.close(figure)
+    replace(path, drawn.getvalue())

@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mamba3_jax.config import Config, DataConfig
 from mamba3_jax.data.batch import Batch
+from mamba3_jax.finite import all_finite
 from mamba3_jax.model import LanguageModel, init_params
 from mamba3_jax.sharding import batch_sharding, param_shardings
 from mamba3_jax.train.loss import Sums, means, objective, sums
@@ -19,7 +20,7 @@ class TrainState(NamedTuple):
     """All that a step needs of the past. A skipped update counts as a step: its batch is gone, nothing else changed."""
 
     step: jax.Array  # int32: batches seen
-    skipped: jax.Array  # int32: of these, how many had a loss or gradient that was not finite
+    skipped: jax.Array  # int32: of these, how many updates were not made, since something was not finite
     bad: jax.Array  # int32: skipped in a row, up to the last one
     rng: jax.Array  # key data, for what a step may draw: step t from fold_in(rng, t)
     params: Any
@@ -82,18 +83,21 @@ def gradients(config: Config, params, batch: Batch) -> tuple[Any, Sums]:
 
 
 def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
-    """One AdamW update, and its metrics as scalars.
+    """One AdamW update, and its metrics as scalars."""
+    return update(config, state, *gradients(config, state.params, batch))
 
-    Where the objective or the gradient's norm is not finite, parameters and the whole optimizer state (moments, count,
-    so the schedule too) stay bit for bit what they were, and the step is counted as skipped.
+
+def update(config: Config, state: TrainState, grads, parts: Sums) -> tuple[TrainState, dict]:
+    """The state after an update by these gradients, and the metrics.
+
+    Where the objective, the gradient's norm or any number of the new parameters and moments is not finite, parameters
+    and the whole optimizer state (moments, count, so the schedule too) stay bit for bit what they were, and the step is
+    counted as skipped.
     """
-    tx = optimizer(config.optimizer, config.train.steps)
-    grads, parts = gradients(config, state.params, batch)
     norm = optax.tree.norm(grads)
-    good = jnp.isfinite(objective(parts, config.train.z_loss)) & jnp.isfinite(norm)
-
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    updates, opt_state = optimizer(config.optimizer, config.train.steps).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    good = all_finite((objective(parts, config.train.z_loss), norm, params, opt_state))
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)  # noqa: E731
     metrics = means(parts) | {
         "grad_norm": norm,

@@ -210,6 +210,15 @@ def test_a_changed_model_gets_its_own_config(bf16, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["ssm_cfg"]["A_floor"] == 0.5
 
 
+def test_what_a_dtype_cannot_hold_is_not_written_as_infinity(tmp_path):
+    model, params, _ = read("lm_siso_mlp")
+    large = params | {"norm": {"scale": params["norm"]["scale"] + np.float32(1e5)}}
+    with pytest.raises(ValueError, match=r"1 of \d+ tensors hold NaN or infinity: backbone\.norm_f\.weight$"):
+        convert.write(tmp_path, model, large, dtype="float16")
+    assert not list(tmp_path.iterdir())
+    convert.write(tmp_path, model, large, dtype="bfloat16")
+
+
 def test_unfit_tensors_are_listed_in_one_error():
     model, params, _ = read("lm_siso_mlp")
     tensors = convert.to_state_dict(params, model)

@@ -167,6 +167,12 @@ def test_numbers_in_tables(value, text):
     assert common.significant(value) == text
 
 
+def test_a_result_that_is_not_a_number_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        common.write("layer_cpu", {}, [{"ms": float("nan")}], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 # Tables in the README files
 
 

@@ -4,10 +4,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from experiments.benchmarks import common, train
+from experiments.benchmarks import common, guard, train
 from experiments.benchmarks.experiments import train_speed
-from mamba3_jax.config import ModelConfig
+from mamba3_jax.config import Config, ModelConfig
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS
+from mamba3_jax.train import step
 
 TINY = ModelConfig(vocab_size=16, d_model=16, pattern="M", d_state=8, head_dim=8, compute_dtype="bfloat16")
 
@@ -57,6 +58,16 @@ def test_threads_trace_one_after_another(crowd):
     with ThreadPoolExecutor() as pool:
         list(pool.map(train.Program.compile, programs))
     assert set(crowd) == {1}
+
+
+def test_the_check_of_what_is_kept_is_timed_beside_a_step_without_it():
+    config = Config(model=TINY)
+    config.data.batch, config.data.length = 2, 16
+    rows = guard.rows_of("tiny", config, rounds=2, batch_seconds=1e-3)
+    assert [row["check"] for row in rows] == ["with", "without", "without, again"]
+    assert rows[1]["over_without_percent"] == 0 != rows[0]["over_without_percent"]
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"])
+    assert step.all_finite is guard.ALL_FINITE
 
 
 def test_the_sentence():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import evaluate
 from mamba3_jax import checkpoint
 from mamba3_jax.convert.files import FORMATS
 from tests.helpers import GOLDEN
@@ -69,6 +70,42 @@ def test_evaluate(text_run):
     assert report["step"] == 3
     assert [r["length"] for r in report["results"]] == [32, 64]
     assert f"{report['results'][0]['loss']:.4f}" in out
+
+
+def test_evaluate_prints_before_it_writes(text_run, tmp_path):
+    """Root may write into a read-only directory, but not into a file."""
+    run = shutil.copytree(text_run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+    (run / "evaluation").touch()
+    arguments = [f"--workdir={run}", "--lengths=32", "--tokens=64"]
+    status, out, err = command("evaluate", *arguments)
+    assert status == 2
+    assert "perplexity" in out
+    line = err.splitlines()[-1]
+    assert line.startswith(f"error: {run}/evaluation/step_3.json cannot be written: ")
+    assert line.endswith("; --output=PATH writes it elsewhere")
+    assert "Traceback" not in err
+    status, out, err = command("evaluate", *arguments, f"--output={tmp_path}/reports/3.json")
+    assert status == 0, err
+    assert json.loads((tmp_path / "reports/3.json").read_text())["step"] == 3
+    assert out.endswith(f"written to {tmp_path}/reports/3.json\n")
+
+
+def test_a_score_that_is_not_finite_is_null(tmp_path):
+    evaluate.write(tmp_path / "report.json", {"results": [{"loss": float("nan"), "tokens": 3}]})
+    assert json.loads((tmp_path / "report.json").read_text()) == {"results": [{"loss": None, "tokens": 3}]}
+
+
+def test_parameters_that_are_not_finite_are_refused(text_run, tmp_path, monkeypatch):
+    config, params = checkpoint.load_model(text_run)
+    params["norm"]["scale"] *= float("nan")
+    monkeypatch.setattr(checkpoint, "check_finite", lambda *_: None)  # as a program without checks would have saved it
+    checkpoint.save_model(tmp_path / "run", config, params)
+    for name, arguments in {
+        "evaluate": [f"--workdir={tmp_path}/run"],
+        "convert": [f"--source={tmp_path}/run", f"--target={tmp_path}/official"],
+    }.items():
+        assert "checkpoints/0: 1 of 14 tensors hold NaN or infinity: norm/scale" in mistake(name, *arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
 def test_convert_there_and_back(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import mamba3_jax
 from mamba3_jax import checkpoint
 from mamba3_jax.config import Config
+from mamba3_jax.convert import files
 from mamba3_jax.convert.names import flatten
 from mamba3_jax.load import load_run
 from tests.helpers import GOLDEN
@@ -74,3 +75,20 @@ def test_an_official_directory_brings_its_tokenizer(tmp_path):
     shutil.copytree(OFFICIAL, tmp_path / "with")
     (tmp_path / "with/tokenizer.json").write_text("{}")
     assert load_run(tmp_path / "with")[0].data.tokenizer == str(tmp_path / "with/tokenizer.json")
+
+
+def test_what_is_not_finite_is_named(workdir, tmp_path, monkeypatch):
+    config, params = load_run(workdir)
+    params["norm"]["scale"] = params["norm"]["scale"].at[5].set(np.nan)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "check_finite", lambda *_: None)  # as a program without checks would have saved it
+        checkpoint.save_model(tmp_path / "run", config, params, step=7)
+    with pytest.raises(ValueError, match=r"/run/checkpoints/7: 1 of \d+ tensors hold NaN or infinity: norm/scale$"):
+        mamba3_jax.load(tmp_path / "run")
+    (tmp_path / "official").mkdir()
+    shutil.copy(OFFICIAL / "config.json", tmp_path / "official")
+    tensors = files.read_safetensors(OFFICIAL / "model.safetensors")
+    tensors["backbone.norm_f.weight"] = np.full_like(tensors["backbone.norm_f.weight"], np.inf)
+    files.write_safetensors(tmp_path / "official/model.safetensors", tensors)
+    with pytest.raises(ValueError, match=r"model\.safetensors: 1 of \d+ tensors .*: backbone\.norm_f\.weight$"):
+        mamba3_jax.load(tmp_path / "official")

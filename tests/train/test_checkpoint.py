@@ -1,5 +1,6 @@
 """What is saved comes back bit for bit; what cannot be read is said in one line, and nothing is deleted."""
 
+import copy
 import json
 import math
 import shutil
@@ -7,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from mamba3_jax.checkpoint import Checkpoints, all_steps, load_config, load_model, save_model
+from mamba3_jax.checkpoint import Checkpoints, all_steps, load_config, load_model, save_model, write_config
 from mamba3_jax.config import from_dict, to_dict
 from tests.train.tiny import get_config, random_params
 
@@ -108,6 +109,41 @@ def test_what_a_kill_leaves_behind_is_ignored_and_removed(saved, tmp_path):
     assert not unfinished.exists()
     assert not trash.exists()
     assert all_steps(workdir) == [1, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["params", "state"])
+def test_what_is_not_finite_is_not_saved(saved, tmp_path, name):
+    workdir, config = shutil.copytree(saved, tmp_path / "run"), get_config()
+    items = {"params": random_params(config), "state": copy.deepcopy(STATE)}
+    bad = items["params"]["norm"]["scale"] if name == "params" else items["state"]["moments"]["m"]
+    bad[1] = np.inf
+    with Checkpoints(workdir, config) as checkpoints:
+        before = listing(workdir)
+        with pytest.raises(
+            ValueError, match=rf"^checkpoint of step 5 is not saved in {workdir}/.*: 1 of .*: {name}/\w+/"
+        ):
+            checkpoints.save(5, *items.values(), {})
+    assert listing(workdir) == before
+    with pytest.raises(ValueError, match=r"^checkpoint of step 0 is not saved .*: params/norm/scale$"):
+        save_model(tmp_path / "new", config, {"norm": {"scale": np.array([1, np.nan])}})
+    assert all_steps(tmp_path / "new") == []
+
+
+def test_every_file_of_a_checkpoint_that_says_it_is_json_is(saved):
+    unlike = lambda name: pytest.fail(f"JSON has no {name}")  # noqa: E731
+    for path in (saved / "checkpoints").glob("*/*/met*"):
+        json.loads(path.read_text(), parse_constant=unlike)
+    assert json.loads((saved / "checkpoints/1/metrics/metrics").read_text()) == {"valid_loss": 0.25}
+
+
+def test_a_config_that_json_cannot_say_leaves_the_one_before(tmp_path):
+    config = get_config()
+    write_config(tmp_path, config)
+    before = listing(tmp_path)
+    config.optimizer.learning_rate = math.inf
+    with pytest.raises(ValueError, match="JSON"):
+        write_config(tmp_path, config)
+    assert listing(tmp_path) == before
 
 
 @pytest.mark.parametrize("pattern", ["params/d/*", "params/_METADATA", "params/manifest.ocdbt", "config/metadata", "*"])

@@ -1,29 +1,40 @@
 """The loop in this process: what it writes, what it skips, when it stops, what it refuses."""
 
 import dataclasses
+import errno
+import functools
 import json
+import os
 import re
+import resource
+import shutil
+import threading
 
+import jax
 import numpy as np
 import pytest
 
-from mamba3_jax.checkpoint import all_steps, load_model, save_model
-from mamba3_jax.train import metrics
-from mamba3_jax.train.loop import AHEAD, Diverged, Trainer
+from mamba3_jax import checkpoint
+from mamba3_jax.checkpoint import Checkpoints, all_steps, load_model, save_model
+from mamba3_jax.sharding import make_mesh
+from mamba3_jax.train import loop, metrics
+from mamba3_jax.train.loop import AHEAD, Diverged, Failed, Trainer
 from mamba3_jax.train.resume import check
+from mamba3_jax.train.step import init_state, state_shapes
 from tests.train.tiny import get_config, random_params
 
 STEPS = 20
 
 
 class Poisoned:
-    """A loader that gives batches of infinite weight at the steps that `bad` says."""
+    """A loader that gives batches of infinite weight at the steps that `bad` says, and calls `then` at each step."""
 
-    def __init__(self, data, bad):
-        self.data, self.bad, self.step = data, bad, data.get_state()["position"]
+    def __init__(self, data, bad, then=lambda step: None):
+        self.data, self.bad, self.then, self.step = data, bad, then, data.get_state()["position"]
 
     def __next__(self):
         self.step += 1
+        self.then(self.step)
         batch = next(self.data)
         return batch._replace(weights_BL=batch.weights_BL * np.float32(np.inf)) if self.bad(self.step) else batch
 
@@ -37,10 +48,10 @@ def config(steps=STEPS):
     return got
 
 
-def train(config, workdir, bad=lambda step: False):
+def train(config, workdir, bad=lambda step: False, then=lambda trainer, step: None):
     lines = []
     with Trainer(config, workdir, report=lines.append) as trainer:
-        trainer.data = Poisoned(trainer.data, bad)
+        trainer.data = Poisoned(trainer.data, bad, functools.partial(then, trainer))
         trainer.run()
     return lines
 
@@ -72,7 +83,9 @@ def test_what_the_run_leaves(run):
     assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == STEPS
     assert set(all_steps(workdir)) >= {15, 20}
     assert any(re.match(r"step 12/20  loss \d\.\d{4}  lr .*  \|g\| .* tok/s  ETA 0:\d\d  skipped 2$", x) for x in lines)
-    assert "best_valid_loss" in lines[-1]
+    assert "best_valid_loss" in lines[-2]
+    assert re.search(r"^  skipped +2$", lines[-2], re.MULTILINE)
+    assert lines[-1] == "2 of 20 updates were skipped: loss, gradient or result was not finite"
 
 
 def test_a_finished_run_has_nothing_to_do(run):
@@ -80,6 +93,19 @@ def test_a_finished_run_has_nothing_to_do(run):
     lines = train(config(), run[0])
     assert (run[0] / "metrics.jsonl").read_bytes() == before
     assert not any(line.startswith("step") for line in lines)
+
+
+def test_the_logged_loss_is_the_mean_over_the_steps_since_the_last_line(run, tmp_path):
+    sparse = config()
+    sparse.train.log_every = 5
+    train(sparse, tmp_path, bad=(8, 9).__contains__)
+    each = {line["step"]: line for line in metrics.read(run[0] / "metrics.jsonl") if "loss" in line}
+    got = {line["step"]: line for line in metrics.read(tmp_path / "metrics.jsonl") if "loss" in line}
+    for step, of in {5: range(1, 6), 10: (6, 7, 10), 15: range(11, 16), 20: range(16, 21)}.items():
+        for name in ("loss", "accuracy"):
+            assert got[step][name] == pytest.approx(np.mean([each[step][name] for step in of]), rel=1e-12)
+        assert got[step]["loss_last"] == each[step]["loss"] != got[step]["loss"]
+    assert sorted(got) == [5, 10, 15, 20]
 
 
 def test_stops_after_too_many_bad_steps_and_keeps_the_last_good_checkpoint(run):
@@ -97,8 +123,6 @@ def test_stops_after_too_many_bad_steps_and_keeps_the_last_good_checkpoint(run):
 
 
 def leaves(tree):
-    import jax
-
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
@@ -184,6 +208,134 @@ def test_a_workdir_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         Trainer(config(), tmp_path / "file" / "run")
+
+
+class Full:
+    """A file on a full disk."""
+
+    def write(self, _):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def close(self):
+        self.write("")
+
+
+def no_more_room(trainer, step):
+    """From step 7 on no file may have more than 8,000 bytes, which is less than the parameters."""
+    if step == 7:
+        trainer.checkpoints.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, resource.RLIM_INFINITY))
+
+
+def full_metrics(trainer, step):
+    if step == 7:
+        trainer.log._file = Full()
+
+
+def full_board(trainer, step):
+    if step == 7:
+        trainer.log._board._events = Full()
+        trainer.log._board._events.write_event = trainer.log._board._events.write
+
+
+def no_curve(trainer, step):
+    (trainer.workdir / "curve.png").mkdir(exist_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("then", "path", "reason", "last"),
+    [
+        (no_more_room, "checkpoints/10", errno.EFBIG, 5),
+        (full_metrics, "metrics.jsonl", errno.ENOSPC, 5),
+        (full_board, "tensorboard", errno.ENOSPC, 5),
+        (no_curve, "curve.png", errno.EISDIR, STEPS),
+    ],
+)
+def test_a_file_that_cannot_be_written_ends_the_run_with_its_last_good_checkpoint(
+    run, tmp_path, then, path, reason, last, threads_that_died
+):
+    limits, tight = resource.getrlimit(resource.RLIMIT_FSIZE), config()
+    tight.train.keep = 1  # the one before goes when its successor is whole, not sooner
+    try:
+        with pytest.raises(Failed, match=rf"^{tmp_path}/{path} cannot be written: .*{os.strerror(reason)}") as error:
+            train(tight, tmp_path, bad=(8, 9).__contains__, then=then)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"; the last good checkpoint is of step {last} in {tmp_path}/checkpoints: " in str(error.value)
+    assert "\n" not in str(error.value)
+    assert threads_that_died == []
+    assert all_steps(tmp_path)[-1] == last
+    if path == "curve.png":
+        (tmp_path / path).rmdir()
+    train(config(), tmp_path, bad=(8, 9).__contains__)
+    for pair in zip(*(leaves(load_model(folder, STEPS)[1]) for folder in (run[0], tmp_path)), strict=True):
+        assert np.array_equal(*pair), "resumed, it is the same run"
+
+
+@pytest.fixture
+def threads_that_died(monkeypatch):
+    """What threads died of, instead of a traceback on stderr."""
+    found = []
+    monkeypatch.setattr(threading, "excepthook", found.append)
+    return found
+
+
+def test_a_run_begins_from_finite_numbers_only(run, tmp_path, monkeypatch):
+    start = config()
+    params = random_params(start)
+    workdir = shutil.copytree(run[0], tmp_path / "resumed")
+    with Checkpoints(workdir, start) as checkpoints:
+        step = checkpoints.latest()
+        state = state_shapes(start, make_mesh(start.train.mesh))._asdict()
+        kept, rest, data = checkpoints.restore(step, state.pop("params"), state)
+    (moments, adam, *others) = rest["opt_state"]
+    adam = adam._replace(mu=jax.tree.map(lambda leaf: leaf.at[..., 0].set(np.inf), adam.mu))
+    rest["opt_state"] = (moments, adam, *others)
+    params["norm"]["scale"][3] = np.nan
+    forced(workdir, start, 30, kept, rest, data)
+    forced(tmp_path / "alone", start, 0, params)
+    for folder, message in (
+        (workdir, r"/30: .*: state/opt_state.*mu"),
+        (tmp_path / "alone", "/0: 1 of .*: params/norm"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Trainer(config(40), folder, report=lambda *_: None)
+    broken = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), params["embedding"])
+    made = lambda config: init_state(config)._replace(params=params | {"embedding": broken})  # noqa: E731
+    monkeypatch.setattr(loop, "init_state", made)
+    fresh = Trainer(config(), tmp_path / "fresh", report=lambda *_: None)
+    with (
+        fresh,
+        pytest.raises(Failed, match=r"^the initial state: 2 of .*: params/embedding/embedding, params/norm/scale$"),
+    ):
+        fresh.run()
+    assert all_steps(tmp_path / "fresh") == []
+
+
+def forced(workdir, config, *save):
+    """A checkpoint as a program without checks would have saved it."""
+    with pytest.MonkeyPatch.context() as patch, Checkpoints(workdir, config) as checkpoints:
+        patch.setattr(checkpoint, "check_finite", lambda *_: None)
+        checkpoints.save(*save)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [b"{", b"\xff\x00\xfe", b"", b"null", b"[1]", b'{"loss": 1.0}', b'{"step": "x"}', b'{"step": 2, "loss": "x"}'],
+)
+def test_a_damaged_line_of_the_metrics_is_dropped_with_a_word(tmp_path, damaged):
+    path, words = tmp_path / "metrics.jsonl", []
+    path.write_bytes(
+        b'{"step": 1, "loss": 2.0}\n' + damaged + b'\n{"step": 2, "loss": NaN}\n{"step": 3, "loss": 1.0}\n'
+    )
+    good = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 1.0}]
+    assert metrics.read(path, words.append) == good
+    assert words == [f"{path}: 1 damaged lines are left out, the first one line 2"]
+    metrics.draw_curve(tmp_path / "curve.png", metrics.read(path), config())
+    log = metrics.Log(tmp_path, 2, words.append)
+    log.close()
+    assert metrics.read(path, words.append) == good[:2]
+    assert len(words) == 2
 
 
 def test_log_drops_what_came_after_the_step_and_a_line_cut_short(tmp_path):

@@ -1,7 +1,9 @@
 """A run that is killed and stopped, again and again, is bit for bit the run that was not. With real processes."""
 
+import functools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -23,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 STEPS = get_config().train.steps
 
 
-def start(workdir, compiled, *flags, **environment):
+def start(workdir, compiled, *flags, preexec_fn=None, **environment):
     command = [
         sys.executable,
         "-m",
@@ -39,6 +41,7 @@ def start(workdir, compiled, *flags, **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=preexec_fn,
     )
 
 
@@ -171,6 +174,18 @@ def test_a_mistake_is_one_line(straight, compiled, flags, message):
     assert errors.startswith(message)
     assert errors.count("\n") == 1
     assert output == ""
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(straight, tmp_path, compiled):
+    """No file may have more than 8,000 bytes, which is less than the state; `straight` has filled the cache."""
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (8_000, 8_000))
+    process = start(tmp_path, compiled, preexec_fn=limit)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert errors.startswith(f"error: {tmp_path}/checkpoints/5 cannot be written: ")
+    assert f"; no checkpoint was saved in {tmp_path}/checkpoints: once that is mended, " in errors
+    assert errors.count("\n") == 1
+    assert all_steps(tmp_path) == []
 
 
 def test_a_damaged_checkpoint_is_one_line(straight, tmp_path, compiled):

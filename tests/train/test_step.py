@@ -1,14 +1,16 @@
 """One update: accumulation, what is skipped, precision."""
 
 import functools
+import math
 
 import jax
 import numpy as np
 import pytest
 
 from mamba3_jax.config import Config, DataConfig, ModelConfig
+from mamba3_jax.train.loss import Sums
 from mamba3_jax.train.optimizer import optimizer
-from mamba3_jax.train.step import TrainState, gradients, train_step
+from mamba3_jax.train.step import TrainState, gradients, train_step, update
 from tests.helpers import rel_rms
 from tests.train.tiny import get_config, random_batch, random_params
 
@@ -124,3 +126,34 @@ def test_flops_are_six_a_matrix_parameter_and_the_state(tie, pattern):
     layers = {"MM": 2 * (mamba + mlp), "MA": mamba + attention + 2 * mlp}[pattern]
     state = {"MM": 2 * 4 * 64 * 8, "MA": 4 * 64 * 8 + 4 * 32 * length / 2}[pattern]
     assert flops_per_token(model, length) == 6 * (layers + head) + 3 * state
+
+
+GRADIENT = {"eps": 0.0}  # 0 / 0 where eps is less than float32 has
+PARTS = Sums(nll=np.float32(2), z=np.float32(1), correct=np.float32(1), weight=np.float32(1))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("weight_decay", math.nan), ("learning_rate", 1e39), ("eps", 1e-60), ("b2", math.inf)]
+)
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+def test_an_update_that_is_not_finite_is_not_made(field, value):
+    """Loss and gradient are fine, what would be kept is not."""
+    config = get_config()
+    setattr(config.optimizer, field, value)
+    state = fresh(config)
+    grads = jax.tree.map(lambda leaf: np.full_like(leaf, GRADIENT.get(field, 0.1)), state.params)
+    after, metrics = jax.jit(functools.partial(update, config))(state, grads, PARTS)
+    assert np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
+    assert flat((after.params, after.opt_state)).tobytes() == flat((state.params, state.opt_state)).tobytes()
+    assert (int(after.step), int(after.skipped), int(after.bad)) == (1, 1, 1)
+
+
+def test_a_large_moment_is_finite_though_its_norm_is_not():
+    config = get_config()
+    state = fresh(config)
+    first, adam, *rest = state.opt_state
+    large = adam._replace(mu=jax.tree.map(lambda leaf: np.full_like(leaf, 1e30), adam.mu))
+    state = state._replace(opt_state=(first, large, *rest))
+    after, metrics = jax.jit(functools.partial(update, config))(state, state.params, PARTS)
+    assert int(metrics["skipped"]) == int(after.skipped) == 0
+    assert not np.array_equal(flat(after.params), flat(state.params))

@@ -1,0 +1,52 @@
+"""Numbers that are not numbers: which tensors hold some, and what JSON, which has none, says in their place."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SHOWN = 10  # tensors that an error names
+
+
+def all_finite(tree) -> jax.Array:
+    """Tells whether every number of a tree is finite. A norm would not: it overflows where no number does."""
+    return jnp.all(jnp.asarray([_fine(leaf) for leaf in jax.tree.leaves(tree)], bool))
+
+
+def check_finite(what: str, tree) -> None:
+    """Raises ValueError, naming the tensors, unless every number of a tree is finite. Each array is read where it is.
+
+    Args:
+        what: the subject of the error.
+        tree: arrays of numpy, or of jax on any one mesh.
+    """
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    fine = {name: _fine(leaf, np) for name, leaf in named.items() if not isinstance(leaf, jax.Array)}
+    fine |= jax.device_get(_each_fine({name: leaf for name, leaf in named.items() if name not in fine}))
+    if bad := [name for name in named if not fine[name]]:
+        more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        raise ValueError(
+            f"{what}: {len(bad)} of {len(named)} tensors hold NaN or infinity: {', '.join(bad[:SHOWN])}{more}"
+        )
+
+
+def _fine(leaf, numpy=jnp):
+    return numpy.isfinite(leaf).all() if jnp.issubdtype(leaf.dtype, jnp.inexact) else numpy.bool_(True)
+
+
+@jax.jit
+def _each_fine(named: dict) -> dict:
+    return {name: _fine(leaf) for name, leaf in named.items()}
+
+
+def or_null(value):
+    """The same plain value, with None in place of every float that is not finite: JSON has null and no NaN."""
+    if isinstance(value, dict):
+        return {name: or_null(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [or_null(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
