@@ -1,10 +1,12 @@
 """Text to token ids and back: bytes, bits, or a Hugging Face `tokenizer.json`."""
 
+import itertools
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data.synthetic import TASKS
@@ -26,10 +28,10 @@ class Bytes:
         """Bytes that are not UTF-8 (a character cut in two, say) come out as U+FFFD."""
         return bytes(int(i) for i in ids).decode(errors="replace")
 
-    def encode_all(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        """The ids of each text, without separators."""
+    def encode_all(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, None]]:
+        """The ids of each text, without separators; None: a token spells one byte."""
         for text in texts:
-            yield np.frombuffer(text.encode(), np.uint8)
+            yield np.frombuffer(text.encode(), np.uint8), None
 
 
 class Bits:
@@ -62,6 +64,7 @@ class HuggingFace:
         # Ids may have gaps, so the width is the largest id, not the number of entries.
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self.eos = self._find_eos(path)
+        self._reserved_V = self._find_reserved(path)
 
     def _find_eos(self, path: str) -> int:
         for name in EOS_NAMES:
@@ -72,18 +75,75 @@ class HuggingFace:
             f"{path} has no end of text token: none of {', '.join(EOS_NAMES)}; its special tokens are {special}"
         )
 
+    def _find_reserved(self, path: str) -> np.ndarray:
+        """Which ids no text spells: the special tokens and the separator, but for the one of unknown text."""
+        reserved_V = np.zeros(self.vocab_size, bool)
+        added = self._tokenizer.get_added_tokens_decoder()
+        reserved_V[[self.eos, *(token for token, what in added.items() if what.special)]] = True
+        model = json.loads(Path(path).read_text(encoding="utf-8"))["model"]
+        unknown = self._tokenizer.token_to_id(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
+        if unknown is not None:
+            reserved_V[unknown] = False
+        return reserved_V
+
     def encode(self, text: str) -> list[int]:
+        """The ids of a text in which the spelling of a special token is that token."""
+        self._tokenizer.encode_special_tokens = False
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids])
 
-    def encode_all(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        """The ids of each text, without separators; a batch of texts at a time, which the package does in parallel."""
+    def encode_all(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The ids of each text, without separators, and the bytes of the text that each spells.
+
+        A special token's spelling is text like any other. A batch of texts at a time, which the package does in
+        parallel.
+        """
         texts = iter(texts)
-        while group := [text for _, text in zip(range(256), texts, strict=False)]:
-            for encoding in self._tokenizer.encode_batch(group, add_special_tokens=False):
-                yield np.asarray(encoding.ids, np.uint32)
+        while group := list(itertools.islice(texts, 256)):
+            for text, encoding in zip(group, self._encode_texts(group), strict=True):
+                ids_T, end_T = self._spell(text, encoding)
+                yield ids_T, bytes_spelt(text, end_T)
+
+    def _encode_texts(self, texts: list[str]) -> list[Encoding]:
+        self._tokenizer.encode_special_tokens = True
+        return self._tokenizer.encode_batch(texts, add_special_tokens=False)
+
+    def _spell(self, text: str, encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a text, and the character of it that each one ends before.
+
+        A model that has whole words may find a special token in the text all the same: it is cut in two before its
+        last character, and the parts are encoded.
+        """
+        ids_T = np.asarray(encoding.ids, np.uint32)
+        begin_T, end_T = np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T
+        found_T = self._reserved_V[ids_T] & (end_T - begin_T > 1)
+        if not found_T.any():
+            return ids_T, end_T
+        cuts = [0, *(end_T[found_T] - 1), len(text)]
+        parts = [text[first:end] for first, end in itertools.pairwise(cuts)]
+        spelt = [self._spell(part, one) for part, one in zip(parts, self._encode_texts(parts), strict=True)]
+        ids, ends = zip(*spelt, strict=True)
+        return np.concatenate(ids), np.concatenate([end_T + cut for end_T, cut in zip(ends, cuts, strict=False)])
+
+
+def bytes_spelt(text: str, end_T: np.ndarray) -> np.ndarray:
+    """UTF-8 bytes of the text from the end of the token before to the end of each, so that all together are the text's.
+
+    What a tokenizer drops (a space, say) counts with the token after it, the rest of the text with the last one; where
+    several tokens make up one character, it counts with the first of them.
+    """
+    if not len(end_T):
+        return np.zeros(0, np.uint8)
+    end_T = np.maximum.accumulate(end_T)
+    end_T[-1] = len(text)
+    if not text.isascii():
+        character = np.frombuffer(text.encode("utf-32-le"), "<u4")
+        size = 1 + (character > 0x7F).astype(np.int64) + (character > 0x7FF) + (character > 0xFFFF)
+        end_T = np.concatenate([[0], np.cumsum(size)])[end_T]
+    bytes_T = np.diff(end_T, prepend=0)
+    return bytes_T.astype(np.min_scalar_type(bytes_T.max()))
 
 
 def tokenizer(config: DataConfig) -> Bytes | Bits | HuggingFace:

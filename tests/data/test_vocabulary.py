@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data import tokenizer
@@ -29,7 +29,10 @@ def test_bytes():
     assert codec.decode(np.array(codec.encode(TEXT))) == TEXT
     assert codec.decode([0xC3]) == "\ufffd"
     assert (codec.vocab_size, codec.eos) == (256, 0)
-    assert [ids.tolist() for ids in codec.encode_all([TEXT, "b"])] == [codec.encode(TEXT), [98]]
+    assert [(ids.tolist(), spelt) for ids, spelt in codec.encode_all([TEXT, "b"])] == [
+        (codec.encode(TEXT), None),
+        ([98], None),
+    ]
 
 
 def test_bits():
@@ -46,7 +49,7 @@ def test_hugging_face(tmp_path):
     assert codec.eos == 1
     assert codec.decode(codec.encode(TEXT)) == TEXT
     texts = [TEXT, "x = 1"] * 200
-    assert [ids.tolist() for ids in codec.encode_all(texts)] == [codec.encode(text) for text in texts]
+    assert [ids.tolist() for ids, _ in codec.encode_all(texts)] == [codec.encode(text) for text in texts]
     assert max(max(codec.encode(text)) for text in texts) < codec.vocab_size
 
 
@@ -55,6 +58,84 @@ def test_hugging_face_ids_with_gaps(tmp_path):
     made.save(str(tmp_path / "gaps.json"))
     codec = tokenizer(DataConfig(tokenizer=str(tmp_path / "gaps.json")))
     assert (codec.vocab_size, codec.eos) == (10, 9)
+
+
+def word_level():
+    made = Tokenizer(models.WordLevel({"a": 0, "</s>": 1, "<unk>": 2, "b": 3}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(["</s>", "<unk>"])
+    return made
+
+
+def unigram():
+    """As SentencePiece makes them: its pieces hold the separator, and bytes for what it does not know."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((piece, -2.0) for piece in "▁as</>")]
+    made = Tokenizer(models.Unigram([*pieces, *((f"<0x{byte:02X}>", -9.0) for byte in range(256))], 0, True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.add_special_tokens(["</s>", "<unk>"])
+    return made
+
+
+def word_piece():
+    """Lower case, without accents and space, as BERT's."""
+    words = {"[UNK]": 0, "[SEP]": 1, "a": 2, "##b": 3, "e": 4}
+    made = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
+    made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    made.add_special_tokens(["[SEP]", "[UNK]"])
+    return made
+
+
+def byte_fallback():
+    """As SentencePiece's BPE: a space before the text, bytes for what it does not know."""
+    words = [*(f"<0x{byte:02X}>" for byte in range(256)), "</s>", "▁", "a", "<unk>"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    made = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.add_special_tokens(["</s>", "<unk>"])
+    return made
+
+
+def composing():
+    """Byte-level with a normalizer that makes text shorter, and a separator that is not marked as special."""
+    made = Tokenizer(
+        models.BPE({letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
+    made.normalizer, made.pre_tokenizer = normalizers.NFC(), pre_tokenizers.ByteLevel(add_prefix_space=True)
+    made.add_tokens([AddedToken("</s>", special=False)])
+    return made
+
+
+KINDS = (word_level, unigram, word_piece, byte_fallback, composing)
+
+
+def saved(make, path):
+    make().save(str(path))
+    return tokenizer(DataConfig(tokenizer=str(path)))
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_a_special_token_in_a_document_is_text(make, tmp_path):
+    codec = saved(make, tmp_path / "tokenizer.json")
+    texts = ["a </s> b </s>", "</s>", "a </s>", "[SEP] a [SEP]a", "a"]
+    for text, (ids, spelt) in zip(texts, codec.encode_all(texts), strict=True):
+        assert len(ids) > 0
+        assert codec.eos not in ids, text
+        assert spelt.sum() == len(text.encode())
+    assert codec.eos in codec.encode("a </s>") or codec.eos in codec.encode("a [SEP]")  # a prompt may hold one
+
+
+@pytest.mark.parametrize("make", [*KINDS, None])
+def test_the_bytes_that_tokens_spell_are_the_text(make, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    codec = saved(make, path) if make else tokenizer(DataConfig(tokenizer=train(path, ["</s>"])))
+    texts = ["a ", "  aB\n é e\u0301 ", "世界 a 🙂🙂zebra", "a" + 400 * " " + "b", " ", "x"]
+    for text, (ids, spelt) in zip(texts, codec.encode_all(texts), strict=True):
+        assert len(spelt) == len(ids)
+        assert spelt.sum() == (len(text.encode()) if len(ids) else 0), text
+    if make is None:  # where every token's bytes are known
+        ((ids, spelt),) = codec.encode_all(["x = 1 + 2 = x"])
+        assert spelt.tolist() == [len(codec.decode([i])) for i in ids]
+        assert max(spelt) > 1
 
 
 def test_mistakes_are_named(tmp_path):
