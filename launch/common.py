@@ -84,6 +84,13 @@ def experiment(holder) -> Config:
     return config
 
 
+def data_with(data: DataConfig, tokenizer: str | None, eos: str | None) -> DataConfig:
+    """The data of a checkpoint as the flags --tokenizer and --eos (None: not given) have it."""
+    if tokenizer is not None:
+        data = dataclasses.replace(data, tokenizer=tokenizer, eos="")
+    return data if eos is None else dataclasses.replace(data, eos=eos)
+
+
 def codec_of(data: DataConfig, vocab_size: int):
     """The tokenizer that the data names, or None; ValueError where the vocabulary is too small for its ids."""
     codec = tokenizer(data) if data.tokenizer else None

@@ -1,7 +1,7 @@
 """Evaluate a checkpoint on the held-out split of what it was trained on.
 
     python -m launch.evaluate --workdir=DIR [--step=N] [--lengths=256,512,1024] [--tokens=131072]
-                              [--valid_glob=GLOB] [--tokenizer=tokenizer.json]
+                              [--valid_glob=GLOB] [--tokenizer=tokenizer.json] [--eos=TOKEN]
 
 Prints a table (text: loss, perplexity, bits per byte, loss by position, past the trained length too; a task: accuracy
 by length) and writes it to DIR/evaluation/step_N.json. DIR may be a directory in the official layout.
@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from launch.common import codec_of, run, user_errors
+from launch.common import codec_of, data_with, run, user_errors
 from mamba3_jax import checkpoint
 from mamba3_jax.data import loader
 from mamba3_jax.evaluate import language, tasks
@@ -31,6 +31,7 @@ TOKENS = flags.DEFINE_integer(
 )
 VALID_GLOB = flags.DEFINE_string("valid_glob", None, "text files to evaluate on instead of the run's own")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer.json, where the checkpoint names none")
+EOS = flags.DEFINE_string("eos", None, "the token, or its id, that ends a document; default as data.eos of the config")
 COMPUTE_DTYPE = flags.DEFINE_string("compute_dtype", None, "float32 or bfloat16; default as trained")
 
 
@@ -39,8 +40,7 @@ def data_of(config):
     data = config.data
     if VALID_GLOB.value:
         data = dataclasses.replace(data, source="text", valid_glob=VALID_GLOB.value)
-    if TOKENIZER.value:
-        data = dataclasses.replace(data, tokenizer=TOKENIZER.value)
+    data = data_with(data, TOKENIZER.value, EOS.value)
     if not data.tokenizer:
         raise ValueError("this checkpoint names no tokenizer: give --tokenizer=tokenizer.json")
     codec_of(data, config.model.vocab_size)

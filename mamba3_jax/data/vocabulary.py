@@ -11,8 +11,18 @@ from tokenizers import Encoding, Tokenizer
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data.synthetic import TASKS
 
-# The separator of documents has no fixed name in a tokenizer.json: the first of these that exists is it.
-EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOS>", "[EOS]", "<|im_end|>", "[SEP]")
+# A tokenizer.json does not say which token ends a document. These files beside it may, the first that does.
+EOS_FILES = {
+    "tokenizer_config.json": "eos_token",
+    "generation_config.json": "eos_token_id",
+    "special_tokens_map.json": "eos_token",
+}
+# Where none does, it is the first of these that exists.
+EOS_NAMES = (
+    *("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOS>", "[EOS]", "<|im_end|>"),
+    *("<｜end▁of▁sentence｜>", "<|end_of_sentence|>", "<|eot_id|>", "<|end_of_turn|>", "<end_of_turn>"),
+    *("<|eod|>", "<EOD>", "<eod>", "<|eos_token|>", "<|EOS_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "[SEP]"),
+)
 
 
 class Bytes:
@@ -23,6 +33,9 @@ class Bytes:
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def special(self, text: str) -> None:
+        """No byte is a special token."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Bytes that are not UTF-8 (a character cut in two, say) come out as U+FFFD."""
@@ -45,34 +58,53 @@ class Bits:
             raise ValueError(f"the text of a parity model is made of 0 and 1, got {sorted(stray)[0]!r}")
         return [int(character) for character in text]
 
+    def special(self, text: str) -> None:
+        """No bit is a special token."""
+
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(str(int(i)) for i in ids)
 
 
 class HuggingFace:
-    """A `tokenizer.json` of the package `tokenizers`. No special tokens are added around a text."""
+    """A `tokenizer.json` of the package `tokenizers`. No special tokens are added around a text.
 
-    def __init__(self, path: str):
+    `eos` names the token that ends a document, or its id; "": as the files beside it, or EOS_NAMES, have it.
+    """
+
+    def __init__(self, path: str, eos: str = ""):
         if not Path(path).is_file():
             raise FileNotFoundError(f"data.tokenizer={path!r} is neither 'bytes' nor a file")
         try:
             self._tokenizer = Tokenizer.from_file(path)
         except Exception as error:  # the package raises bare Exception
             raise ValueError(f"{path} is not a Hugging Face tokenizer.json: {error}") from None
+        self.path = path
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # Ids may have gaps, so the width is the largest id, not the number of entries.
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-        self.eos = self._find_eos(path)
+        self.eos = self._id_of(eos, f"data.eos={eos!r}") if eos else self._find_eos(Path(path))
         self._reserved_V = self._find_reserved(path)
 
-    def _find_eos(self, path: str) -> int:
+    def _id_of(self, name: str | int, what: str) -> int:
+        """The id of a token given by its text or its id; ValueError, beginning with `what`, for neither."""
+        token = int(name) if isinstance(name, int) or name.isdecimal() else self._tokenizer.token_to_id(name)
+        if token not in range(self.vocab_size) or self._tokenizer.id_to_token(token) is None:
+            raise ValueError(f"{what} is not a token of {self.path}, nor the id of one")
+        return token
+
+    def _find_eos(self, path: Path) -> int:
+        for file, field in EOS_FILES.items():
+            if (name := eos_in(path.with_name(file), field)) is not None:
+                return self._id_of(name, f"{path.with_name(file)}: {field}={name!r}")
         for name in EOS_NAMES:
             if (token := self._tokenizer.token_to_id(name)) is not None:
                 return token
         special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+        more = f" and {len(special) - 10} more" if len(special) > 10 else ""
         raise ValueError(
-            f"{path} has no end of text token: none of {', '.join(EOS_NAMES)}; its special tokens are {special}"
+            f"{path} has no end of text token that is known; its special tokens are {special[:10]}{more}: "
+            f"name one, or its id, by data.eos or in {next(iter(EOS_FILES))} beside it"
         )
 
     def _find_reserved(self, path: str) -> np.ndarray:
@@ -91,8 +123,14 @@ class HuggingFace:
         self._tokenizer.encode_special_tokens = False
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def special(self, text: str) -> int | None:
+        """The id of the special token that a text is the spelling of, if it is."""
+        token = self._tokenizer.token_to_id(text)
+        return token if token is not None and self._reserved_V[token] else None
+
     def decode(self, ids: Iterable[int]) -> str:
-        return self._tokenizer.decode([int(i) for i in ids])
+        """The text, special tokens included."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def encode_all(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The ids of each text, without separators, and the bytes of the text that each spells.
@@ -128,6 +166,28 @@ class HuggingFace:
         return np.concatenate(ids), np.concatenate([end_T + cut for end_T, cut in zip(ends, cuts, strict=False)])
 
 
+def eos_in(path: Path, field: str) -> str | int | None:
+    """The end of a document that a file names by a text, by {"content": text} or by an id, the first of a list.
+
+    None: there is no such file, or it names none. ValueError: it is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        held = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(held, dict):
+        raise ValueError(f"{path} holds {type(held).__name__}, wanted an object")
+    named = held.get(field)
+    name = named.get("content") if isinstance(named, dict) else named
+    if isinstance(name, list) and name:
+        name = name[0]
+    if (named is not None and not isinstance(name, str | int)) or isinstance(name, bool):
+        raise ValueError(f"{path}: {field}={named!r} is not a token or an id")
+    return name
+
+
 def bytes_spelt(text: str, end_T: np.ndarray) -> np.ndarray:
     """UTF-8 bytes of the text from the end of the token before to the end of each, so that all together are the text's.
 
@@ -150,4 +210,8 @@ def tokenizer(config: DataConfig) -> Bytes | Bits | HuggingFace:
     """The tokenizer of a run: `encode(text)`, `decode(ids)`, `vocab_size`, `eos` (the id that ends a document)."""
     if config.source in TASKS:
         return Bits()
-    return Bytes() if config.tokenizer == "bytes" else HuggingFace(config.tokenizer)
+    if config.tokenizer == "bytes":
+        if config.eos:
+            raise ValueError(f"data.eos={config.eos!r} is of a tokenizer.json; documents of bytes end with byte 0")
+        return Bytes()
+    return HuggingFace(config.tokenizer, config.eos)

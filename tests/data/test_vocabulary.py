@@ -1,5 +1,7 @@
 """Tokenizers: there and back, the separator, and what a bad one says."""
 
+import json
+
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -145,5 +147,67 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"bad.json is not a Hugging Face tokenizer.json"):
         tokenizer(DataConfig(tokenizer=str(tmp_path / "bad.json")))
     path = train(tmp_path / "no_eos.json", ["<start>", "<stop>"])
-    with pytest.raises(ValueError, match=r"no end of text token.*special tokens are \['<start>', '<stop>'\]"):
+    with pytest.raises(ValueError, match=r"no end of text token.*special tokens are \['<start>', '<stop>'\]: name one"):
         tokenizer(DataConfig(tokenizer=path))
+    path = train(tmp_path / "no_eos.json", [f"<{i}>" for i in range(25)])
+    with pytest.raises(
+        ValueError, match=r"special tokens are \['<0>', .* '<9>'\] and 15 more: name one, or its id, by"
+    ):
+        tokenizer(DataConfig(tokenizer=path))
+    for eos in ("<25>", "300", "-1"):
+        with pytest.raises(ValueError, match=f"data.eos='{eos}' is not a token of .*no_eos.json, nor the id of one"):
+            tokenizer(DataConfig(tokenizer=path, eos=eos))
+    with pytest.raises(ValueError, match=r"data.eos='</s>' is of a tokenizer.json"):
+        tokenizer(DataConfig(eos="</s>"))
+
+
+SPECIAL = ["<a>", "<b>", "<c>", "<d>", "</s>"]
+
+
+@pytest.mark.parametrize(
+    ("files", "eos", "want"),
+    [
+        ({}, "", 4),
+        ({}, "<c>", 2),
+        ({}, "3", 3),
+        ({"tokenizer_config": {"eos_token": "<b>"}, "generation_config": {"eos_token_id": 2}}, "", 1),
+        ({"tokenizer_config": {"eos_token": "<b>"}}, "<a>", 0),
+        ({"tokenizer_config": {"eos_token": {"content": "<d>", "special": True}}}, "", 3),
+        ({"tokenizer_config": {"eos_token": None}, "generation_config": {"eos_token_id": [3, 1]}}, "", 3),
+        ({"tokenizer_config": {}, "generation_config": {}, "special_tokens_map": {"eos_token": "<c>"}}, "", 2),
+        ({"special_tokens_map": {"eos_token": {"content": "<c>"}}}, "", 2),
+    ],
+)
+def test_which_token_ends_a_document(tmp_path, files, eos, want):
+    path = train(tmp_path / "tokenizer.json", SPECIAL)
+    for name, held in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(held))
+    assert tokenizer(DataConfig(tokenizer=path, eos=eos)).eos == want
+
+
+@pytest.mark.parametrize("name", ["<|end_of_text|>", "<|eot_id|>", "<｜end▁of▁sentence｜>", "<|eod|>", "<end_of_turn>"])
+def test_known_names(tmp_path, name):
+    assert tokenizer(DataConfig(tokenizer=train(tmp_path / "tokenizer.json", ["<pad>", name]))).eos == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "held", "message"),
+    [
+        ("tokenizer_config", '{"eos_token": "<b>"', "is not JSON"),
+        ("tokenizer_config", "[]", "holds list, wanted an object"),
+        ("tokenizer_config", '{"eos_token": "<e>"}', "eos_token='<e>' is not a token of .*tokenizer.json"),
+        ("tokenizer_config", '{"eos_token": {"text": "<b>"}}', "eos_token={'text': '<b>'} is not a token or an id"),
+        ("generation_config", '{"eos_token_id": 1000}', "eos_token_id=1000 is not a token"),
+        ("generation_config", '{"eos_token_id": -1}', "eos_token_id=-1 is not a token"),
+        ("generation_config", '{"eos_token_id": true}', "eos_token_id=True is not a token or an id"),
+        ("generation_config", '{"eos_token_id": []}', r"eos_token_id=\[\] is not a token or an id"),
+        ("special_tokens_map", b"\xff\xff{}", "is not JSON"),
+    ],
+)
+def test_a_damaged_file_beside_it_is_named(tmp_path, file, held, message):
+    path = train(tmp_path / "tokenizer.json", SPECIAL)
+    (tmp_path / f"{file}.json").write_bytes(held if isinstance(held, bytes) else held.encode())
+    with pytest.raises(ValueError, match=rf"{file}.json:? {message}") as error:
+        tokenizer(DataConfig(tokenizer=path))
+    assert "\n" not in str(error.value)
+    assert tokenizer(DataConfig(tokenizer=path, eos="<b>")).eos == 1  # named: nothing beside it is read

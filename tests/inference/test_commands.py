@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mamba3_jax import checkpoint
 from mamba3_jax.convert.files import FORMATS
+from mamba3_jax.generate import Sampling, generate
 from tests.helpers import GOLDEN
 from tests.inference.tiny import run_config, tiny
 
@@ -59,6 +61,40 @@ def test_generate(text_run):
     assert out.startswith("ab\n")
     assert out.splitlines()[-1].startswith("[prefill 2 tokens")
     assert "tokens/s" in out
+
+
+@pytest.fixture(scope="module")
+def word_run(tmp_path_factory):
+    """A workdir of the same model with words for ids; the third that it draws after w1 <|user|> is <|end_turn|>."""
+    folder, (model, params) = tmp_path_factory.mktemp("words"), tiny("M", 256)
+    drawn = generate(model, params, [[1, 2]], tokens=8, sampling=Sampling(temperature=0)).ids[0]
+    end = drawn[2]
+    assert end not in (1, 2, *drawn[:2])
+    words = {
+        "<|user|>" if i == 2 else "<|end_turn|>" if i == end else "</s>" if i == 0 else f"w{i}": i for i in range(256)
+    }
+    made = Tokenizer(models.WordLevel(words, unk_token="w255"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(["<|user|>", "<|end_turn|>", "</s>"])
+    made.save(str(folder / "tokenizer.json"))
+    config = run_config(
+        tokenizer=str(folder / "tokenizer.json"), train_glob=__file__, valid_glob=str(ROOT / "README.md")
+    )
+    checkpoint.save_model(folder / "run", config, params)
+    return folder, drawn
+
+
+def test_special_tokens_stop_and_are_repeated(word_run):
+    folder, drawn = word_run
+    first, second, _, fourth, *_ = (f"w{i}" for i in drawn)
+    greedy = [f"--workdir={folder / 'run'}", "--prompt=w1  <|user|>", "--temperature=0", "--tokens=8"]
+    status, out, err = command("generate", *greedy, "--stop=<|end_turn|>")
+    assert status == 0, err
+    assert out.splitlines()[0] == f"w1  <|user|> {first} {second}"
+    more = ["--stop_ids=", f"--stop=<|end_turn|> {fourth}", f"--prompt_ids=1,2,{drawn[0]}"]
+    status, out, err = command("generate", *greedy, *more)
+    assert status == 0, err
+    assert out.splitlines()[:2] == [f"w1  <|user|> {first} {second} ", f"w1 <|user|> {first} {second} "]
 
 
 def test_evaluate(text_run):
