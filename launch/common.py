@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from mamba3_jax.config import Config, DataConfig
-from mamba3_jax.data import tokenizer
+from mamba3_jax.data import tokenizer, tokenizer_copy
 
 USER_ERROR = 2
 
@@ -27,6 +27,11 @@ def fail(message, status: int = USER_ERROR) -> typing.NoReturn:
     sys.unraisablehook = lambda _: None  # what the reads below leave unfinished ends at exit
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     raise SystemExit(status)
+
+
+def warn(message) -> None:
+    """Prints one line; the command goes on."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -85,9 +90,14 @@ def experiment(holder) -> Config:
 
 
 def data_with(data: DataConfig, tokenizer: str | None, eos: str | None) -> DataConfig:
-    """The data of a checkpoint as the flags --tokenizer and --eos (None: not given) have it."""
+    """The data of a checkpoint as the flags --tokenizer and --eos (None: not given) have it.
+
+    A tokenizer that is not the checkpoint's own takes its place, with a line of warning.
+    """
     if tokenizer is not None:
-        data = dataclasses.replace(data, tokenizer=tokenizer, eos="")
+        if other := tokenizer_copy.differ(tokenizer, data.tokenizer):
+            warn(f"--tokenizer={tokenizer} is not the tokenizer of the checkpoint, {data.tokenizer}")
+        data = dataclasses.replace(data, tokenizer=tokenizer, eos="" if other else data.eos)
     return data if eos is None else dataclasses.replace(data, eos=eos)
 
 

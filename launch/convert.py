@@ -1,10 +1,11 @@
 """Official PyTorch layout -> Orbax workdir, and back; which way is seen from the source.
 
     python -m launch.convert --source=PATH --target=PATH [--step=N] [--dtype=bfloat16] [--files=pytorch_model.bin]
-                             [--tokenizer=tokenizer.json]
+                             [--tokenizer=tokenizer.json] [--eos=TOKEN]
 
 A workdir made from official files remembers, in official.json, their config.json, dtypes and file names, and is written
-back bit for bit. The target must not exist, and appears whole or not at all.
+back bit for bit. A tokenizer.json in the source, or the one that is named, goes along. The target must not exist, and
+appears whole or not at all.
 """
 
 import contextlib
@@ -14,9 +15,10 @@ from pathlib import Path
 
 from absl import flags
 
-from launch.common import run, user_errors
+from launch.common import codec_of, run, user_errors, warn
 from mamba3_jax import checkpoint, convert
 from mamba3_jax.convert.files import DTYPES, FORMATS
+from mamba3_jax.data import tokenizer_copy
 from mamba3_jax.load import load_run, run_config
 
 SOURCE = flags.DEFINE_string("source", None, "directory to read: a workdir, or the official layout", required=True)
@@ -24,7 +26,10 @@ TARGET = flags.DEFINE_string("target", None, "directory to write; it must not ex
 STEP = flags.DEFINE_integer("step", None, "checkpoint of a workdir; default the newest")
 DTYPE = flags.DEFINE_enum("dtype", "", ["", *DTYPES], "of official tensors; default as they came, or float32")
 FILES = flags.DEFINE_list("files", None, f"which of {', '.join(FORMATS)} to write; default as they came")
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer.json to record in the workdir")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "bytes, or the tokenizer.json to copy; default the source's own")
+EOS = flags.DEFINE_string(
+    "eos", None, "the token, or its id, that ends a document; default what is beside the tokenizer"
+)
 
 
 @contextlib.contextmanager
@@ -44,10 +49,15 @@ def to_workdir(source: Path, target: Path) -> None:
     model, params, origin = convert.read(source)
     config = run_config(source, model)
     if TOKENIZER.value:
-        config.data.tokenizer = str(Path(TOKENIZER.value).resolve(strict=True))
+        named = TOKENIZER.value
+        config.data.tokenizer = named if named == "bytes" else str(Path(named).resolve(strict=True))
+    if TOKENIZER.value or EOS.value:
+        config.data.eos = EOS.value or ""
+        codec_of(config.data, model.vocab_size)
     with whole(target) as partial:
         checkpoint.save_model(partial, config, params)
         checkpoint.write_config(partial, config)
+        tokenizer_copy.keep(partial, config.data.tokenizer)
         origin.save(partial)
 
 
@@ -59,6 +69,10 @@ def to_official(source: Path, target: Path) -> None:
     config, params = load_run(source, step=STEP.value)
     with whole(target) as partial:
         convert.write(partial, config.model, params, convert.Origin.load(source), DTYPE.value, FILES.value)
+        if tokenizer_copy.is_file(config.data.tokenizer):
+            tokenizer_copy.write(partial, Path(config.data.tokenizer))
+        elif config.data.tokenizer not in ("", "bytes"):
+            warn(f"the tokenizer {config.data.tokenizer} is not there: {target} has none")
 
 
 def main(_argv):
@@ -67,7 +81,7 @@ def main(_argv):
         if target.exists():
             raise ValueError(f"--target={target} exists already; nothing is overwritten")
         official = convert.is_official(source)
-        for name in ("step", "dtype", "files") if official else ("tokenizer",):
+        for name in ("step", "dtype", "files") if official else ("tokenizer", "eos"):
             if flags.FLAGS[name].present:
                 raise ValueError(f"--{name} has no meaning for {source}, which is {'official' if official else 'ours'}")
         (to_workdir if official else to_official)(source, target)

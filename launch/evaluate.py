@@ -30,7 +30,7 @@ TOKENS = flags.DEFINE_integer(
     "tokens", 131072, "about how many to score for each length, in whole rows; 0: all there are"
 )
 VALID_GLOB = flags.DEFINE_string("valid_glob", None, "text files to evaluate on instead of the run's own")
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer.json, where the checkpoint names none")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer.json instead of the checkpoint's own")
 EOS = flags.DEFINE_string("eos", None, "the token, or its id, that ends a document; default as data.eos of the config")
 COMPUTE_DTYPE = flags.DEFINE_string("compute_dtype", None, "float32 or bfloat16; default as trained")
 

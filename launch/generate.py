@@ -31,7 +31,7 @@ STOP_IDS = flags.DEFINE_string(
     "stop_ids", None, "end at one of these token ids, comma-separated; default the end of a document; empty: at none"
 )
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; default the newest")
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer.json, where the checkpoint names none or another")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer.json instead of the checkpoint's own")
 EOS = flags.DEFINE_string("eos", None, "the token, or its id, that ends a document; default as data.eos of the config")
 COMPUTE_DTYPE = flags.DEFINE_string("compute_dtype", None, "float32 or bfloat16; default as trained")
 

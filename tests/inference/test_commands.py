@@ -1,5 +1,6 @@
 """The commands as a user runs them: what they print and write, and one line for a mistake."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,8 +11,11 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from launch.common import data_with
 from mamba3_jax import checkpoint
+from mamba3_jax.config import DataConfig
 from mamba3_jax.convert.files import FORMATS
+from mamba3_jax.data import tokenizer_copy
 from mamba3_jax.generate import Sampling, generate
 from tests.helpers import GOLDEN
 from tests.inference.tiny import run_config, tiny
@@ -81,6 +85,8 @@ def word_run(tmp_path_factory):
         tokenizer=str(folder / "tokenizer.json"), train_glob=__file__, valid_glob=str(ROOT / "README.md")
     )
     checkpoint.save_model(folder / "run", config, params)
+    tokenizer_copy.keep(folder / "run", config.data.tokenizer)
+    (folder / "tokenizer.json").rename(folder / "moved.json")
     return folder, drawn
 
 
@@ -97,6 +103,17 @@ def test_special_tokens_stop_and_are_repeated(word_run):
     assert out.splitlines()[:2] == [f"w1  <|user|> {first} {second} ", f"w1 <|user|> {first} {second} "]
 
 
+def test_another_tokenizer_takes_the_place_with_a_warning(word_run, capsys):
+    folder, _ = word_run
+    data = DataConfig(tokenizer=str(folder / "run/tokenizer/tokenizer.json"), eos="w5")
+    moved = str(folder / "moved.json")
+    assert data_with(data, moved, None) == dataclasses.replace(data, tokenizer=moved)  # the same file
+    assert data_with(data, None, "w6").eos == "w6"
+    assert capsys.readouterr().err == ""
+    assert data_with(data, "bytes", None) == dataclasses.replace(data, tokenizer="bytes", eos="")
+    assert capsys.readouterr().err.startswith("warning: --tokenizer=bytes is not the tokenizer of the checkpoint, ")
+
+
 def test_evaluate(text_run):
     status, out, err = command("evaluate", f"--workdir={text_run}", "--lengths=32,64")
     assert status == 0, err
@@ -111,10 +128,15 @@ def test_convert_there_and_back(tmp_path):
     official, run, back = tmp_path / "official", tmp_path / "run", tmp_path / "new/back"
     shutil.copytree(OFFICIAL, official)
     (official / "state_dict.npz").unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (official / name).write_text(name)
     assert command("convert", f"--source={official}", f"--target={run}")[0] == 0
-    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.json", "official.json"]
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.json", "official.json", "tokenizer"]
+    (official / "tokenizer.json").rename(official / "tokenizer.was")
     assert command("convert", f"--source={run}", f"--target={back}")[0] == 0
+    (official / "tokenizer.was").rename(official / "tokenizer.json")
     assert sorted(path.name for path in back.iterdir()) == sorted(path.name for path in official.iterdir())
+    assert (back / "tokenizer.json").read_text() == "tokenizer.json"
     assert json.loads((back / "config.json").read_text()) == json.loads((official / "config.json").read_text())
     for file, format in FORMATS.items():
         got, want = format.read(back / file), format.read(official / file)
