@@ -53,6 +53,9 @@ def prompts_of(codec) -> list[tuple[str, list[int]]]:
     for name, texts in (("prompt", PROMPT.value), ("stop", STOP.value)):
         check_utf8(name, texts or [])
     given = [(text, codec.encode(text)) for text in PROMPT.value or []]
+    for text, prompt in given:
+        if text and not prompt:
+            raise ValueError(f"--prompt={text!r} has no token in the tokenizer's vocabulary")
     given += [(codec.decode(ids(text)) if codec else text, ids(text)) for text in PROMPT_IDS.value or []]
     if codec and codec.eos is not None:
         given = [(text, prompt or [codec.eos]) for text, prompt in given]

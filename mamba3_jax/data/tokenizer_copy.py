@@ -79,6 +79,6 @@ def to_resume(workdir, tokenizer: str) -> str | None:
     if is_file(tokenizer) and (given := sha256(Path(tokenizer))) != (had := sha256(copy)):
         raise ValueError(
             f"data.tokenizer={tokenizer!r} (sha256 {given[:12]}) is not, or no longer, what the checkpoints have, "
-            f"{copy} (sha256 {had[:12]}): a run resumes with the tokenizer it began with; name that, or use another workdir"
+            f"{copy} (sha256 {had[:12]}): a run resumes with the tokenizer it began with; use another workdir"
         )
     return str(copy)

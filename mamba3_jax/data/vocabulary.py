@@ -82,9 +82,11 @@ class HuggingFace:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # Ids may have gaps, so the width is the largest id, not the number of entries.
-        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        if not self.vocab_size:
+            raise ValueError(f"{path} has an empty vocabulary")
         self.eos = self._id_of(eos, f"data.eos={eos!r}") if eos else self._find_eos(Path(path))
-        self._reserved_V = self._find_reserved(path)
+        self._reserved = self._find_reserved(Path(path))
 
     def _id_of(self, name: str | int, what: str) -> int:
         """The id of a token given by its text or its id; ValueError, beginning with `what`, for neither."""
@@ -107,26 +109,22 @@ class HuggingFace:
             f"name one, or its id, by data.eos or in {next(iter(EOS_FILES))} beside it"
         )
 
-    def _find_reserved(self, path: str) -> np.ndarray:
-        """Which ids no text spells: the special tokens and the separator, but for the one of unknown text."""
-        reserved_V = np.zeros(self.vocab_size, bool)
+    def _find_reserved(self, path: Path) -> list[int]:
+        """The ids that no text spells: the special tokens and the separator, but for the one of unknown text."""
         added = self._tokenizer.get_added_tokens_decoder()
-        reserved_V[[self.eos, *(token for token, what in added.items() if what.special)]] = True
-        model = json.loads(Path(path).read_text(encoding="utf-8"))["model"]
+        model = json.loads(path.read_bytes())["model"]
         unknown = self._tokenizer.token_to_id(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
-        if unknown is not None:
-            reserved_V[unknown] = False
-        return reserved_V
+        return sorted({self.eos, *(token for token, what in added.items() if what.special)} - {unknown})
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text in which the spelling of a special token is that token."""
-        self._tokenizer.encode_special_tokens = False
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        (encoding,) = self._encode([text], special=True)
+        return encoding.ids
 
     def special(self, text: str) -> int | None:
         """The id of the special token that a text is the spelling of, if it is."""
         token = self._tokenizer.token_to_id(text)
-        return token if token is not None and self._reserved_V[token] else None
+        return token if token in self._reserved else None
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text, special tokens included."""
@@ -140,13 +138,19 @@ class HuggingFace:
         """
         texts = iter(texts)
         while group := list(itertools.islice(texts, 256)):
-            for text, encoding in zip(group, self._encode_texts(group), strict=True):
+            for text, encoding in zip(group, self._encode(group), strict=True):
                 ids_T, end_T = self._spell(text, encoding)
                 yield ids_T, bytes_spelt(text, end_T)
 
-    def _encode_texts(self, texts: list[str]) -> list[Encoding]:
-        self._tokenizer.encode_special_tokens = True
-        return self._tokenizer.encode_batch(texts, add_special_tokens=False)
+    def _encode(self, texts: list[str], special: bool = False) -> list[Encoding]:
+        """Encodes texts, reading special tokens in them or not; ValueError names the first that cannot be."""
+        self._tokenizer.encode_special_tokens = not special
+        try:
+            return self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        except Exception as error:  # the package raises bare Exception
+            if len(texts) > 1:  # of which one?
+                return [encoding for text in texts for encoding in self._encode([text], special)]
+            raise ValueError(f"{self.path} cannot encode {shorten(texts[0])!r}: {error}") from None
 
     def _spell(self, text: str, encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
         """The ids of a text, and the character of it that each one ends before.
@@ -156,12 +160,12 @@ class HuggingFace:
         """
         ids_T = np.asarray(encoding.ids, np.uint32)
         begin_T, end_T = np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T
-        found_T = self._reserved_V[ids_T] & (end_T - begin_T > 1)
+        found_T = np.isin(ids_T, self._reserved) & (end_T - begin_T > 1)
         if not found_T.any():
             return ids_T, end_T
         cuts = [0, *(end_T[found_T] - 1), len(text)]
         parts = [text[first:end] for first, end in itertools.pairwise(cuts)]
-        spelt = [self._spell(part, one) for part, one in zip(parts, self._encode_texts(parts), strict=True)]
+        spelt = [self._spell(part, one) for part, one in zip(parts, self._encode(parts), strict=True)]
         ids, ends = zip(*spelt, strict=True)
         return np.concatenate(ids), np.concatenate([end_T + cut for end_T, cut in zip(ends, cuts, strict=False)])
 
@@ -186,6 +190,11 @@ def eos_in(path: Path, field: str) -> str | int | None:
     if (named is not None and not isinstance(name, str | int)) or isinstance(name, bool):
         raise ValueError(f"{path}: {field}={named!r} is not a token or an id")
     return name
+
+
+def shorten(text: str) -> str:
+    """The text, or its beginning, for a line that names it."""
+    return text if len(text) <= 40 else text[:40] + "..."
 
 
 def bytes_spelt(text: str, end_T: np.ndarray) -> np.ndarray:

@@ -161,6 +161,28 @@ def test_mistakes_are_named(tmp_path):
         tokenizer(DataConfig(eos="</s>"))
 
 
+def test_what_the_package_cannot_do_is_named(tmp_path):
+    for model in (models.WordLevel({}, unk_token="?"), models.BPE()):
+        Tokenizer(model).save(str(tmp_path / "empty.json"))
+        with pytest.raises(ValueError, match=r"empty.json has an empty vocabulary"):
+            tokenizer(DataConfig(tokenizer=str(tmp_path / "empty.json")))
+    for model in (
+        models.WordLevel({"a": 0, "</s>": 1}, unk_token="?"),
+        models.WordPiece({"a": 0, "</s>": 1}, unk_token="?"),
+        models.BPE({"a": 0, "</s>": 1}, [], unk_token="?"),
+        models.Unigram([("a", -1.0), ("</s>", -1.0)], None, False),
+    ):
+        Tokenizer(model).save(str(tmp_path / "known.json"))
+        codec = tokenizer(DataConfig(tokenizer=str(tmp_path / "known.json")))
+        assert codec.encode("a") == [0]
+        with pytest.raises(ValueError, match=r"known.json cannot encode 'zebra': .*([Uu]nk|UNK)"):
+            codec.encode("zebra")
+        long = "zebra" * 100
+        with pytest.raises(ValueError, match=rf"known.json cannot encode '{long[:40]}\.\.\.': ") as error:
+            list(codec.encode_all(["a", long, "a"]))
+        assert "\n" not in str(error.value)
+
+
 SPECIAL = ["<a>", "<b>", "<c>", "<d>", "</s>"]
 
 
