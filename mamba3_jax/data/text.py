@@ -47,11 +47,23 @@ def matches(pattern: str, field: str) -> dict[str, Path]:
     pattern = str(Path(pattern).expanduser())
     paths = [Path(path) for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
     if not paths:
-        raise FileNotFoundError(f"data.{field}={pattern!r} matches no file")
-    root = Path(pattern)
-    while glob.has_magic(str(root)) or root.is_file():
+        raise FileNotFoundError(f"data.{field}={pattern!r} matches no file{_hint(pattern)}")
+    root = Path(pattern.replace("[[]", "\0"))  # which is no wildcard, but how a glob writes [
+    while glob.has_magic(str(root)) or Path(str(root).replace("\0", "[")).is_file():
         root = root.parent
+    root = Path(str(root).replace("\0", "["))
     return {path.relative_to(root).as_posix(): path for path in sorted(paths)}
+
+
+def _hint(pattern: str) -> str:
+    """Says why a glob that matches no file may have been meant to."""
+    literal = pattern.replace("[", "[[]")
+    if literal != pattern and glob.glob(literal, recursive=True):
+        return f": [ ] in a glob stand for one of the characters between them; for the name itself write {literal!r}"
+    if folders := glob.glob(pattern, recursive=True):
+        inside = f"{pattern.removesuffix('**').rstrip('/')}/**/*"
+        return f": {folders[0]} is a directory; for the files in it write {inside!r}"
+    return ""
 
 
 def files(config: DataConfig, split: str) -> dict[str, Path]:

@@ -73,7 +73,8 @@ class HuggingFace:
 
     def __init__(self, path: str, eos: str = ""):
         if not Path(path).is_file():
-            raise FileNotFoundError(f"data.tokenizer={path!r} is neither 'bytes' nor a file")
+            hint = f"; it is a directory: write {path.rstrip('/')}/tokenizer.json" if Path(path).is_dir() else ""
+            raise FileNotFoundError(f"data.tokenizer={path!r} is neither 'bytes' nor a file{hint}")
         try:
             self._tokenizer = Tokenizer.from_file(path)
         except Exception as error:  # the package raises bare Exception

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import sys
 
 import numpy as np
@@ -81,6 +82,30 @@ def test_mistakes_are_named(folder, tmp_path):
     config = DataConfig(train_glob=f"{tmp_path}/empty.txt", valid_glob=f"{folder}/part1/*")
     with pytest.raises(ValueError, match="the 1 files of the train split: there is no text"):
         text_rows(config, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "hint", "mended"),
+    [
+        ("[v1] set", "[v1] set/*.txt", r": \[ \] in a glob stand for one .* write '(.*)'", "[[]v1] set/*.txt"),
+        ("[v1] set", "[v1] set/a.txt", r": \[ \] in a glob stand for one .* write '(.*)'", "[[]v1] set/a.txt"),
+        ("set", "set", r": .*/set is a directory; for the files in it write '(.*)'", "set/**/*"),
+        ("set", "set/", r": .*/set is a directory; for the files in it write '(.*)'", "set/**/*"),
+        ("set", "s*", r": .*/set is a directory; for the files in it write '(.*)'", "s*/**/*"),
+        ("set", "set/*.text", "()$", None),
+        ("set", "[v1] set/*.txt", "()$", None),
+    ],
+)
+def test_why_a_glob_matches_no_file(tmp_path, name, pattern, hint, mended):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "a.txt").write_text("a")
+    with pytest.raises(FileNotFoundError, match=f"data.train_glob='.*' matches no file{hint}") as error:
+        files(DataConfig(train_glob=f"{tmp_path}/{pattern}"), "train")
+    if mended:
+        written = re.search(hint, str(error.value))[1]
+        assert written == f"{tmp_path}/{mended}"
+        names = list(files(DataConfig(train_glob=written, valid_glob=__file__), "train"))
+        assert names == ["set/a.txt" if "*" in pattern and name == "set" else "a.txt"]
 
 
 def test_line_ends_survive(tmp_path):

@@ -143,6 +143,8 @@ def test_the_bytes_that_tokens_spell_are_the_text(make, tmp_path):
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data.tokenizer='byte' is neither 'bytes' nor a file"):
         tokenizer(DataConfig(tokenizer="byte"))
+    with pytest.raises(FileNotFoundError, match=rf"it is a directory: write {tmp_path}/tokenizer.json"):
+        tokenizer(DataConfig(tokenizer=f"{tmp_path}/"))
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match=r"bad.json is not a Hugging Face tokenizer.json"):
         tokenizer(DataConfig(tokenizer=str(tmp_path / "bad.json")))
