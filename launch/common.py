@@ -90,7 +90,7 @@ def experiment(holder) -> Config:
 
 
 def data_with(data: DataConfig, tokenizer: str | None, eos: str | None) -> DataConfig:
-    """The data of a checkpoint as the flags --tokenizer and --eos (None: not given) have it.
+    """Changes the data of a checkpoint as the flags --tokenizer and --eos (None: not given) say.
 
     A tokenizer that is not the checkpoint's own takes its place, with a line of warning.
     """

@@ -44,26 +44,32 @@ def ids(text: str) -> list[int]:
         raise ValueError(f"{text!r} is not a comma-separated list of token ids") from None
 
 
-def prompts_of(codec) -> list[tuple[str, list[int]]]:
-    """The flags as text to repeat and ids to continue; an empty prompt is the end of a document."""
+def prompts_of(codec) -> list[list[int]]:
+    """Reads the prompts as ids; an empty one is the end of a document."""
     if codec is None and (PROMPT.value or STOP.value or not PROMPT_IDS.value):
         raise ValueError("this checkpoint names no tokenizer: give --tokenizer=tokenizer.json or --prompt_ids=1,2,3")
     if not PROMPT.value and not PROMPT_IDS.value:
         raise ValueError("flag --prompt=TEXT is missing")
     for name, texts in (("prompt", PROMPT.value), ("stop", STOP.value)):
         check_utf8(name, texts or [])
-    given = [(text, codec.encode(text)) for text in PROMPT.value or []]
-    for text, prompt in given:
+    given = [codec.encode(text) for text in PROMPT.value or []]
+    for text, prompt in zip(PROMPT.value or [], given, strict=True):
         if text and not prompt:
             raise ValueError(f"--prompt={text!r} has no token in the tokenizer's vocabulary")
-    given += [(codec.decode(ids(text)) if codec else text, ids(text)) for text in PROMPT_IDS.value or []]
+    given += [ids(text) for text in PROMPT_IDS.value or []]
     if codec and codec.eos is not None:
-        given = [(text, prompt or [codec.eos]) for text, prompt in given]
+        given = [prompt or [codec.eos] for prompt in given]
     return given
 
 
+def echoes_of(codec) -> list[str]:
+    """Gives the prompts to print, in the order of `prompts_of`: as they were given, or the text of ids."""
+    given = [codec.decode(ids(text)) if codec else text for text in PROMPT_IDS.value or []]
+    return [*(PROMPT.value or []), *given]
+
+
 def check_utf8(name: str, texts: list[str]) -> None:
-    """ValueError for the first value of a flag whose bytes on the command line were not UTF-8."""
+    """Raises ValueError for the first value of a flag whose bytes on the command line were not UTF-8."""
     for text in texts:
         try:
             text.encode()
@@ -72,7 +78,7 @@ def check_utf8(name: str, texts: list[str]) -> None:
 
 
 def stop_ids_of(codec) -> list[int]:
-    """--stop_ids as numbers, or else the end of a document where there is one; and the special tokens of --stop."""
+    """Reads --stop_ids, or else takes the end of a document where there is one; adds the special tokens of --stop."""
     if STOP_IDS.value is not None:
         given = ids(STOP_IDS.value)
     else:
@@ -89,8 +95,7 @@ def main(_argv):
         how = {"compute_dtype": COMPUTE_DTYPE.value} if COMPUTE_DTYPE.value else {}
         data = data_with(config.data, TOKENIZER.value, EOS.value)
         model, codec = build(config, **how), codec_of(data, config.model.vocab_size)
-        echoes, prompts = zip(*prompts_of(codec), strict=True)
-        stops, stop_ids = STOP.value or [], stop_ids_of(codec)
+        prompts, stops, stop_ids = prompts_of(codec), STOP.value or [], stop_ids_of(codec)
         if "" in stops:
             raise ValueError("--stop= is empty: it would stop before the first token")
         options = {"tokens": TOKENS.value, "sampling": sampling, "stop_ids": stop_ids}
@@ -103,20 +108,20 @@ def main(_argv):
         result = generate(model, params, prompts, seed=SEED.value, stop=stop, **options)
     except FloatingPointError as error:
         fail(f"{WORKDIR.value}: {error}")
-    for echo, prompt, row in zip(echoes, prompts, result.ids, strict=True):
+    for echo, prompt, row in zip(echoes_of(codec), prompts, result.ids, strict=True):
         print(show(codec, echo, prompt, row, stops), flush=True)
     print(f"[{result}]", flush=True)
 
 
 def continuation(codec, prompt, row) -> str:
-    """The text that the ids of a row add to those of a prompt."""
+    """Spells what the ids of a row add to the text of a prompt's."""
     before, text = codec.decode(prompt), codec.decode([*prompt, *row])
     # Less than `before` where that ends inside a character.
     return text[len(os.path.commonprefix([before, text])) :]  # noqa: RUF071
 
 
 def show(codec, echo: str, prompt, row, stops) -> str:
-    """The prompt as it was given and its continuation, as text up to the first stop text, or as ids."""
+    """Joins a prompt as it was given and its continuation, as text up to the first stop text or as ids."""
     if codec is None:
         return ",".join([echo, *map(str, row)])
     text = continuation(codec, prompt, row)

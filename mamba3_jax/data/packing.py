@@ -61,7 +61,7 @@ def rows(corpus: Corpus, length: int) -> Rows:
     total = len(ids_T)
 
     def places(row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where in the corpus the tokens of rows lie, and the one after each row; and whether that is in it."""
+        """Says where in the corpus the tokens of rows, and the one after each row, lie, and whether that is in it."""
         at_BM = np.asarray(row_B, np.int64)[:, None] * length + np.arange(length + 1)
         return np.minimum(at_BM, total - 1), at_BM < total
 

@@ -49,7 +49,7 @@ class Loader:
         return batch
 
     def target_bytes(self) -> np.ndarray | None:
-        """Bytes of text that the targets of the batch given last spell (B, L), an end one; None: it is no text."""
+        """Counts the bytes of text that the targets of the last batch spell (B, L), an end one; None: it is no text."""
         spelt = self._rows.target_bytes
         return spelt(self._numbers[self._position - 1]) if spelt else None
 

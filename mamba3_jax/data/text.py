@@ -60,7 +60,7 @@ def _hint(pattern: str) -> str:
     literal = pattern.replace("[", "[[]")
     if literal != pattern and glob.glob(literal, recursive=True):
         return f": [ ] in a glob stand for one of the characters between them; for the name itself write {literal!r}"
-    if folders := glob.glob(pattern, recursive=True):
+    if folders := [path for path in glob.glob(pattern, recursive=True) if Path(path).is_dir()]:
         inside = f"{pattern.removesuffix('**').rstrip('/')}/**/*"
         return f": {folders[0]} is a directory; for the files in it write {inside!r}"
     return ""
@@ -104,7 +104,7 @@ def read(paths: dict[str, Path], separator: str = "", key: str = "text") -> Iter
 
 @contextlib.contextmanager
 def _opened(path: Path):
-    """A binary stream of what the file holds, unpacked; ValueError where a .gz is damaged."""
+    """Opens a file for reading bytes, unpacked; ValueError where a .gz is damaged."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
             yield stream
@@ -172,7 +172,7 @@ def _parquet(path: Path, key: str) -> Iterator[str]:
 
 
 def _some(names) -> str:
-    """Up to ten of the names, and how many more there are."""
+    """Lists up to ten of the names, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return (", ".join(names[:10]) or "none") + more

@@ -34,7 +34,7 @@ def find(workdir) -> Path | None:
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is not a whole copy of a tokenizer: {error}") from None
     if changed:
-        raise ValueError(f"{folder / changed[0]} has changed since it was copied: {SUMS} beside it has another hash")
+        raise ValueError(f"{folder / changed[0]} has changed since it was copied ({SUMS} beside it): restore it")
     return (folder / FILE).resolve()
 
 

@@ -35,14 +35,14 @@ class Bytes:
         return list(text.encode())
 
     def special(self, text: str) -> None:
-        """No byte is a special token."""
+        """Finds none: no byte is a special token."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Bytes that are not UTF-8 (a character cut in two, say) come out as U+FFFD."""
         return bytes(int(i) for i in ids).decode(errors="replace")
 
     def encode_all(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, None]]:
-        """The ids of each text, without separators; None: a token spells one byte."""
+        """Yields the ids of each text, without separators, and None: a token spells one byte."""
         for text in texts:
             yield np.frombuffer(text.encode(), np.uint8), None
 
@@ -59,7 +59,7 @@ class Bits:
         return [int(character) for character in text]
 
     def special(self, text: str) -> None:
-        """No bit is a special token."""
+        """Finds none: no bit is a special token."""
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(str(int(i)) for i in ids)
@@ -90,7 +90,7 @@ class HuggingFace:
         self._reserved = self._find_reserved(Path(path))
 
     def _id_of(self, name: str | int, what: str) -> int:
-        """The id of a token given by its text or its id; ValueError, beginning with `what`, for neither."""
+        """Finds the id of a token given by its text or its id; ValueError, beginning with `what`, for neither."""
         token = int(name) if isinstance(name, int) or name.isdecimal() else self._tokenizer.token_to_id(name)
         if token not in range(self.vocab_size) or self._tokenizer.id_to_token(token) is None:
             raise ValueError(f"{what} is not a token of {self.path}, nor the id of one")
@@ -111,28 +111,28 @@ class HuggingFace:
         )
 
     def _find_reserved(self, path: Path) -> list[int]:
-        """The ids that no text spells: the special tokens and the separator, but for the one of unknown text."""
+        """Lists the ids that no text spells: the special tokens and the separator, but for the one of unknown text."""
         added = self._tokenizer.get_added_tokens_decoder()
         model = json.loads(path.read_bytes())["model"]
         unknown = self._tokenizer.token_to_id(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
         return sorted({self.eos, *(token for token, what in added.items() if what.special)} - {unknown})
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text in which the spelling of a special token is that token."""
+        """Encodes a text in which the spelling of a special token is that token."""
         (encoding,) = self._encode([text], special=True)
         return encoding.ids
 
     def special(self, text: str) -> int | None:
-        """The id of the special token that a text is the spelling of, if it is."""
+        """Finds the id of the special token that a text is the spelling of, if it is."""
         token = self._tokenizer.token_to_id(text)
         return token if token in self._reserved else None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text, special tokens included."""
+        """Spells ids, special tokens too."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def encode_all(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The ids of each text, without separators, and the bytes of the text that each spells.
+        """Yields the ids of each text, without separators, and how many bytes of the text each spells.
 
         A special token's spelling is text like any other. A batch of texts at a time, which the package does in
         parallel.
@@ -154,10 +154,10 @@ class HuggingFace:
             raise ValueError(f"{self.path} cannot encode {shorten(texts[0])!r}: {error}") from None
 
     def _spell(self, text: str, encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of a text, and the character of it that each one ends before.
+        """Gives the ids of a text, and how many of its characters each one and those before it spell.
 
-        A model that has whole words may find a special token in the text all the same: it is cut in two before its
-        last character, and the parts are encoded.
+        A model that has whole words may find a special token in the text all the same: the text is cut in two before
+        the last character of that, and the parts are encoded.
         """
         ids_T = np.asarray(encoding.ids, np.uint32)
         begin_T, end_T = np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T
@@ -172,7 +172,7 @@ class HuggingFace:
 
 
 def eos_in(path: Path, field: str) -> str | int | None:
-    """The end of a document that a file names by a text, by {"content": text} or by an id, the first of a list.
+    """Reads the end of a document that a file names: a text, {"content": text} or an id, or the first of a list.
 
     None: there is no such file, or it names none. ValueError: it is damaged.
     """
@@ -194,12 +194,12 @@ def eos_in(path: Path, field: str) -> str | int | None:
 
 
 def shorten(text: str) -> str:
-    """The text, or its beginning, for a line that names it."""
+    """Cuts a text for a line that names it."""
     return text if len(text) <= 40 else text[:40] + "..."
 
 
 def bytes_spelt(text: str, end_T: np.ndarray) -> np.ndarray:
-    """UTF-8 bytes of the text from the end of the token before to the end of each, so that all together are the text's.
+    """Counts the UTF-8 bytes of a text from the end of the token before to the end of each: all of them together.
 
     What a tokenizer drops (a space, say) counts with the token after it, the rest of the text with the last one; where
     several tokens make up one character, it counts with the first of them.

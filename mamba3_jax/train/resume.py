@@ -55,7 +55,7 @@ def check(saved: Config, config: Config, path, *, model_only: bool = False) -> d
 
 
 def with_own_tokenizer(config: Config, workdir) -> Config:
-    """The config with the tokenizer that the workdir's checkpoints brought along, if there are any and it is a file.
+    """Gives the config the workdir's own copy of the tokenizer, if there are checkpoints and a copy.
 
     Raises ValueError where the config names another one.
     """

@@ -156,6 +156,7 @@ def test_convert_there_and_back(tmp_path):
         ("generate", ["--workdir=/nowhere/at/all", "--prompt=x"], "/nowhere/at/all"),
         ("generate", ["--workdir={official}", "--prompt_ids=1,93"], "token id 93 at place 1"),
         ("generate", ["--workdir={run}", "--prompt=x", "--seed=-1"], "seed"),
+        ("generate", ["--workdir={run}", "--prompt_ids=1,300"], "token id 300 at place 1"),
         ("generate", ["--workdir={run}", "--prompt=x", "--prompt=a\udcff"], r"--prompt=b'a\xff' is not UTF-8"),
         ("evaluate", ["--workdir={run}", "--step=4"], "no checkpoint of step 4"),
         ("evaluate", ["--workdir={official}", "--tokenizer=bytes"], "ids up to 255, the model's vocabulary is 93"),
