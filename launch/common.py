@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from mamba3_jax.config import Config, DataConfig, check, no_field
-from mamba3_jax.data import tokenizer
+from mamba3_jax.data import tokenizer, tokenizer_copy
 
 flags.disclaim_key_flags()  # those defined here are the calling program's, and in its --help
 USER_ERROR = 2
@@ -29,6 +29,11 @@ def fail(message, status: int = USER_ERROR) -> typing.NoReturn:
     sys.unraisablehook = lambda _: None  # what the reads below leave unfinished ends at exit
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     raise SystemExit(status)
+
+
+def warn(message) -> None:
+    """Prints one line; the command goes on."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -98,6 +103,18 @@ def experiment(holder) -> Config:
     with user_errors():
         check(config)
     return config
+
+
+def data_with(data: DataConfig, tokenizer: str | None, eos: str | None) -> DataConfig:
+    """Changes the data of a checkpoint as the flags --tokenizer and --eos (None: not given) say.
+
+    A tokenizer that is not the checkpoint's own takes its place, with a line of warning.
+    """
+    if tokenizer is not None:
+        if other := tokenizer_copy.differ(tokenizer, data.tokenizer):
+            warn(f"--tokenizer={tokenizer} is not the tokenizer of the checkpoint, {data.tokenizer}")
+        data = dataclasses.replace(data, tokenizer=tokenizer, eos="" if other else data.eos)
+    return data if eos is None else dataclasses.replace(data, eos=eos)
 
 
 def codec_of(data: DataConfig, vocab_size: int):

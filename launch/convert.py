@@ -1,10 +1,11 @@
 """Official PyTorch layout -> Orbax workdir, and back; which way is seen from the source.
 
     python -m launch.convert --source=PATH --target=PATH [--step=N] [--dtype=bfloat16] [--files=pytorch_model.bin]
-                             [--tokenizer=tokenizer.json]
+                             [--tokenizer=tokenizer.json] [--eos=TOKEN]
 
 A workdir made from official files remembers, in official.json, their config.json, dtypes and file names, and is written
-back bit for bit. The target must not exist, and appears whole or not at all.
+back bit for bit. A tokenizer.json in the source, or the one that is named, goes along. The target must not exist, and
+appears whole or not at all.
 
 Official files may be sharded (with their index.json), lack a tied head, stand in a wrapper (state_dict, model, module;
 Lightning's too) or under prefixes (module., _orig_mod., model.), beside buffers: what was peeled is printed and
@@ -18,9 +19,10 @@ from pathlib import Path
 
 from absl import flags
 
-from launch.common import define_path, run, user_errors
+from launch.common import codec_of, define_path, run, user_errors, warn
 from mamba3_jax import checkpoint, convert
 from mamba3_jax.convert.files import DTYPES, FORMATS
+from mamba3_jax.data import tokenizer_copy
 from mamba3_jax.load import load_run, run_config
 
 SOURCE = define_path("source", None, "directory to read: a workdir, or the official layout", required=True)
@@ -28,7 +30,10 @@ TARGET = define_path("target", None, "directory to write; it must not exist", re
 STEP = flags.DEFINE_integer("step", None, "checkpoint of a workdir; default the newest")
 DTYPE = flags.DEFINE_enum("dtype", "", ["", *DTYPES], "of official tensors; default as they came, or float32")
 FILES = flags.DEFINE_list("files", None, f"which of {', '.join(FORMATS)} to write; default as they came")
-TOKENIZER = define_path("tokenizer", None, "tokenizer.json to record in the workdir")
+TOKENIZER = define_path("tokenizer", None, "bytes, or the tokenizer.json to copy; default the source's own")
+EOS = flags.DEFINE_string(
+    "eos", None, "the token, or its id, that ends a document; default what is beside the tokenizer"
+)
 
 
 @contextlib.contextmanager
@@ -48,10 +53,15 @@ def to_workdir(source: Path, target: Path) -> None:
     model, params, origin = convert.read(source)
     config = run_config(source, model)
     if TOKENIZER.value:
-        config.data.tokenizer = str(Path(TOKENIZER.value).resolve(strict=True))
+        named = TOKENIZER.value
+        config.data.tokenizer = named if named == "bytes" else str(Path(named).resolve(strict=True))
+    if TOKENIZER.value or EOS.value:
+        config.data.eos = EOS.value or ""
+        codec_of(config.data, model.vocab_size)
     with whole(target) as partial:
         checkpoint.save_model(partial, config, params)
         checkpoint.write_config(partial, config)
+        tokenizer_copy.keep(partial, config.data.tokenizer)
         origin.save(partial)
     say_peeled(source, origin)
 
@@ -65,6 +75,10 @@ def to_official(source: Path, target: Path) -> None:
     origin = convert.Origin.load(source)
     with whole(target) as partial:
         convert.write(partial, config.model, params, origin, DTYPE.value, FILES.value)
+        if tokenizer_copy.is_file(config.data.tokenizer):
+            tokenizer_copy.write(partial, Path(config.data.tokenizer))
+        elif config.data.tokenizer not in ("", "bytes"):
+            warn(f"the tokenizer {config.data.tokenizer} is not there: {target} has none")
     if origin is not None:
         say_peeled(f"{target}: written plain; when {source} was made", origin)
 
@@ -81,7 +95,7 @@ def main(_argv):
         if target.exists():
             raise ValueError(f"--target={target} exists already; nothing is overwritten")
         official = convert.is_official(source)
-        for name in ("step", "dtype", "files") if official else ("tokenizer",):
+        for name in ("step", "dtype", "files") if official else ("tokenizer", "eos"):
             if flags.FLAGS[name].present:
                 raise ValueError(f"--{name} has no meaning for {source}, which is {'official' if official else 'ours'}")
         (to_workdir if official else to_official)(source, target)

@@ -1,7 +1,7 @@
 """Evaluate a checkpoint on the held-out split of what it was trained on.
 
     python -m launch.evaluate --workdir=DIR [--step=N] [--lengths=256,512,1024] [--tokens=131072]
-                              [--valid_glob=GLOB] [--tokenizer=tokenizer.json] [--output=PATH]
+                              [--valid_glob=GLOB] [--tokenizer=tokenizer.json] [--eos=TOKEN] [--output=PATH]
 
 Prints a table (text: loss, perplexity, bits per byte, loss by position, past the trained length too; a task: accuracy
 by length), then writes it to PATH, by default DIR/evaluation/step_N.json; a score that is not finite is null there.
@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from launch.common import codec_of, define_path, fail, run, user_errors
+from launch.common import codec_of, data_with, define_path, fail, run, user_errors
 from mamba3_jax import checkpoint, memory
 from mamba3_jax.data import loader
 from mamba3_jax.evaluate import language, tasks
@@ -31,7 +31,8 @@ TOKENS = flags.DEFINE_integer(
     "tokens", 131072, "about how many to score for each length, in whole rows; 0: all there are"
 )
 VALID_GLOB = define_path("valid_glob", None, "text files to evaluate on instead of the run's own")
-TOKENIZER = define_path("tokenizer", None, "tokenizer.json, where the checkpoint names none")
+TOKENIZER = define_path("tokenizer", None, "tokenizer.json instead of the checkpoint's own")
+EOS = flags.DEFINE_string("eos", None, "the token, or its id, that ends a document; default as data.eos of the config")
 OUTPUT = define_path("output", None, "where the report goes; default evaluation/step_N.json in the workdir")
 COMPUTE_DTYPE = flags.DEFINE_string("compute_dtype", None, "float32 or bfloat16; default as trained")
 
@@ -41,8 +42,7 @@ def data_of(config):
     data = config.data
     if VALID_GLOB.value:
         data = dataclasses.replace(data, source="text", valid_glob=VALID_GLOB.value)
-    if TOKENIZER.value:
-        data = dataclasses.replace(data, tokenizer=TOKENIZER.value)
+    data = data_with(data, TOKENIZER.value, EOS.value)
     if not data.tokenizer:
         raise ValueError("this checkpoint names no tokenizer: give --tokenizer=tokenizer.json")
     codec_of(data, config.model.vocab_size)
@@ -71,8 +71,6 @@ def main(_argv):
         wanted = lengths()
         if TOKENS.value < 0:
             raise ValueError(f"--tokens={TOKENS.value} is negative; 0 takes all")
-        if OUTPUT.value == "":
-            raise ValueError("--output= is empty: give the path of the report")
         steps = checkpoint.all_steps(WORKDIR.value)
         config, params = load_run(WORKDIR.value, step=STEP.value)
         model = build(config, **({"compute_dtype": COMPUTE_DTYPE.value} if COMPUTE_DTYPE.value else {}))

@@ -2,17 +2,19 @@
 
     python -m launch.generate --workdir=DIR --prompt=TEXT [--prompt=MORE] [--tokens=200] [--temperature=1] [--top_k=0]
                               [--top_p=1] [--seed=0] [--stop=TEXT] [--step=N] [--tokenizer=tokenizer.json]
+                              [--eos=TOKEN]
 
 Prints each prompt with what followed it, then the speed. The workdir may also be a directory in the official layout.
-Without a tokenizer, --prompt_ids=1,2,3 gives ids and ids are printed. A row ends where the model ends the document.
+Without a tokenizer, --prompt_ids=1,2,3 gives ids and ids are printed. A row ends where the model ends the document, or
+before a --stop text, a special token or not. Special tokens are read in a prompt and printed as they are drawn.
 An empty prompt starts from a document's end, where the model is weak: training never scores what follows a separator.
 """
 
-import dataclasses
+import os
 
 from absl import flags
 
-from launch.common import codec_of, define_path, fail, run, user_errors
+from launch.common import codec_of, data_with, define_path, fail, run, user_errors
 from mamba3_jax.generate import Sampling, check, generate
 from mamba3_jax.load import build, load_run
 
@@ -24,12 +26,13 @@ TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the likeliest toke
 TOP_K = flags.DEFINE_integer("top_k", 0, "draw from the k likeliest tokens; 0: from all")
 TOP_P = flags.DEFINE_float("top_p", 1.0, "draw from the likeliest tokens that hold this much of the probability")
 SEED = flags.DEFINE_integer("seed", 0, "of the draws", lower_bound=0, upper_bound=2**32 - 1)
-STOP = flags.DEFINE_multi_string("stop", None, "end before this text; may be given again")
+STOP = flags.DEFINE_multi_string("stop", None, "end before this text or special token; may be given again")
 STOP_IDS = flags.DEFINE_string(
     "stop_ids", None, "end at one of these token ids, comma-separated; default the end of a document; empty: at none"
 )
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; default the newest")
-TOKENIZER = define_path("tokenizer", None, "tokenizer.json, where the checkpoint names none or another")
+TOKENIZER = define_path("tokenizer", None, "tokenizer.json instead of the checkpoint's own")
+EOS = flags.DEFINE_string("eos", None, "the token, or its id, that ends a document; default as data.eos of the config")
 COMPUTE_DTYPE = flags.DEFINE_string("compute_dtype", None, "float32 or bfloat16; default as trained")
 
 
@@ -42,22 +45,46 @@ def ids(text: str) -> list[int]:
 
 
 def prompts_of(codec) -> list[list[int]]:
-    """The flags as ids; an empty prompt is the end of a document."""
+    """Reads the prompts as ids; an empty one is the end of a document."""
     if codec is None and (PROMPT.value or STOP.value or not PROMPT_IDS.value):
         raise ValueError("this checkpoint names no tokenizer: give --tokenizer=tokenizer.json or --prompt_ids=1,2,3")
     if not PROMPT.value and not PROMPT_IDS.value:
         raise ValueError("flag --prompt=TEXT is missing")
-    given = [codec.encode(text) for text in PROMPT.value or []] + [ids(text) for text in PROMPT_IDS.value or []]
+    for name, texts in (("prompt", PROMPT.value), ("stop", STOP.value)):
+        check_utf8(name, texts or [])
+    given = [codec.encode(text) for text in PROMPT.value or []]
+    for text, prompt in zip(PROMPT.value or [], given, strict=True):
+        if text and not prompt:
+            raise ValueError(f"--prompt={text!r} has no token in the tokenizer's vocabulary")
+    given += [ids(text) for text in PROMPT_IDS.value or []]
     if codec and codec.eos is not None:
         given = [prompt or [codec.eos] for prompt in given]
     return given
 
 
+def echoes_of(codec) -> list[str]:
+    """Gives the prompts to print, in the order of `prompts_of`: as they were given, or the text of ids."""
+    given = [codec.decode(ids(text)) if codec else text for text in PROMPT_IDS.value or []]
+    return [*(PROMPT.value or []), *given]
+
+
+def check_utf8(name: str, texts: list[str]) -> None:
+    """Raises ValueError for the first value of a flag whose bytes on the command line were not UTF-8."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"--{name}={os.fsencode(text)!r} is not UTF-8") from None
+
+
 def stop_ids_of(codec) -> list[int]:
-    """--stop_ids as numbers; without the flag, the end of a document where there is one."""
+    """Reads --stop_ids, or else takes the end of a document where there is one; adds the special tokens of --stop."""
     if STOP_IDS.value is not None:
-        return ids(STOP_IDS.value)
-    return [codec.eos] if codec and codec.eos is not None else []
+        given = ids(STOP_IDS.value)
+    else:
+        given = [codec.eos] if codec and codec.eos is not None else []
+    special = [codec.special(text) for text in STOP.value or []]
+    return given + [token for token in special if token is not None]
 
 
 def main(_argv):
@@ -66,33 +93,40 @@ def main(_argv):
         sampling.check()
         config, params = load_run(WORKDIR.value, step=STEP.value)
         how = {"compute_dtype": COMPUTE_DTYPE.value} if COMPUTE_DTYPE.value else {}
-        data = dataclasses.replace(config.data, tokenizer=TOKENIZER.value or config.data.tokenizer)
+        data = data_with(config.data, TOKENIZER.value, EOS.value)
         model, codec = build(config, **how), codec_of(data, config.model.vocab_size)
-        prompts, stops = prompts_of(codec), STOP.value or []
-        stop_ids = stop_ids_of(codec)
+        prompts, stops, stop_ids = prompts_of(codec), STOP.value or [], stop_ids_of(codec)
         if "" in stops:
             raise ValueError("--stop= is empty: it would stop before the first token")
         options = {"tokens": TOKENS.value, "sampling": sampling, "stop_ids": stop_ids}
         check(model, prompts, **options)
 
-    stop = (lambda row: any(text in codec.decode(row) for text in stops)) if stops else None
+    # After anything: a decoder may drop a space where the ids begin.
+    before = prompts[0][-1:]
+    stop = (lambda row: any(text in continuation(codec, before, row) for text in stops)) if stops else None
     try:
         result = generate(model, params, prompts, seed=SEED.value, stop=stop, **options)
     except FloatingPointError as error:
         fail(f"{WORKDIR.value}: {error}")
-    for prompt, row in zip(prompts, result.ids, strict=True):
-        print(show(codec, prompt, row, stops), flush=True)
+    for echo, prompt, row in zip(echoes_of(codec), prompts, result.ids, strict=True):
+        print(show(codec, echo, prompt, row, stops), flush=True)
     print(f"[{result}]", flush=True)
 
 
-def show(codec, prompt, row, stops) -> str:
-    """Prompt and continuation, as text up to the first stop text, or as ids."""
-    if codec is None:
-        return ",".join(map(str, [*prompt, *row]))
-    prompt = [token for token in prompt if token != codec.eos]
+def continuation(codec, prompt, row) -> str:
+    """Spells what the ids of a row add to the text of a prompt's."""
     before, text = codec.decode(prompt), codec.decode([*prompt, *row])
-    ends = [text.find(stop, len(before)) for stop in stops]
-    return text[: min([end for end in ends if end >= 0], default=len(text))]
+    # Less than `before` where that ends inside a character.
+    return text[len(os.path.commonprefix([before, text])) :]  # noqa: RUF071
+
+
+def show(codec, echo: str, prompt, row, stops) -> str:
+    """Joins a prompt as it was given and its continuation, as text up to the first stop text or as ids."""
+    if codec is None:
+        return ",".join([echo, *map(str, row)])
+    text = continuation(codec, prompt, row)
+    ends = [text.find(stop) for stop in stops]
+    return echo + text[: min([end for end in ends if end >= 0], default=len(text))]
 
 
 if __name__ == "__main__":

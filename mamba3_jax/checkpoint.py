@@ -1,6 +1,7 @@
 """Checkpoints: Orbax directories of parameters, the rest of the training state, data position and config together.
 
     workdir/config.json                  the resolved config of the last run
+    workdir/tokenizer/                   the run's own copy of its tokenizer.json (data/tokenizer_copy.py)
     workdir/checkpoints/<step>/params    the parameter tree; all that evaluation and decoding need
                               /state     optimizer moments, step, counters, random key (training only)
                               /data      position of the data iterator, the same on every host (training only)
@@ -24,6 +25,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
 from mamba3_jax.config import Config, from_dict, to_dict
+from mamba3_jax.data import tokenizer_copy
 from mamba3_jax.finite import check_finite
 
 TRASH = "deleted"  # where Orbax moves what is no longer kept
@@ -46,10 +48,16 @@ def all_steps(workdir) -> list[int]:
 
 
 def load_config(workdir, step: int | None = None) -> Config:
-    """The config saved in a checkpoint (None: the newest). FileNotFoundError, ValueError: see `load_model`."""
+    """The config saved in a checkpoint (None: the newest), its tokenizer the workdir's own copy if there is one.
+
+    FileNotFoundError, ValueError: see `load_model`.
+    """
     path = _step_path(workdir, step)
     with _reading(path):
-        return from_dict(json.loads((path / "config" / "metadata").read_text()))
+        config = from_dict(json.loads((path / "config" / "metadata").read_text()))
+    if config.data.tokenizer not in ("", "bytes") and (copy := tokenizer_copy.find(workdir)):
+        config.data.tokenizer = str(copy)
+    return config
 
 
 def load_model(workdir, step: int | None = None) -> tuple[Config, dict]:

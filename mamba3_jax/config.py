@@ -100,7 +100,10 @@ class DataConfig(Section):
 
     source: str = "text"  # text | tfds | parity
     tokenizer: str = "bytes"  # bytes, or the path of a Hugging Face tokenizer.json
-    train_glob: str = ""  # text files; "": the Python standard library's own source
+    eos: str = ""  # the token, or its id, that ends a document; "": what the files beside tokenizer.json name
+    separator: str = ""  # what parts the documents of a text file (<|endoftext|>, say); "": a file is one
+    key: str = "text"  # the field, or column, of JSON lines and Parquet that holds a document
+    train_glob: str = ""  # text, .jsonl or .parquet files; "": the Python standard library's own source
     valid_glob: str = ""  # "": one file in twenty of train_glob, chosen by a hash of its path
     tfds_name: str = ""
     tfds_dir: str = ""

@@ -67,6 +67,19 @@ def test_an_arrow_up_is_caught(line):
     assert imports("from ..launch import train", "mamba3_jax.train") == {"mamba3_jax.launch.train"}
 
 
+def test_types_and_steps_import_without_the_pipeline():
+    code = """
+import sys
+for name in ("grain", "tensorflow_datasets", "tokenizers"):
+    sys.modules[name] = None
+import mamba3_jax.data.batch, mamba3_jax.data.packing, mamba3_jax.train.step, mamba3_jax.train.loss
+from mamba3_jax.data import Batch
+print("imported")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout.endswith("imported\n"), done.stderr[-3000:]
+
+
 @pytest.mark.parametrize(("without", "package"), [("pallas_kernels", "mamba3_jax"), ("mamba3_jax", "pallas_kernels")])
 def test_each_package_imports_without_the_other(without, package):
     """Every module of one package, in a process where the other (and all above) cannot be imported."""

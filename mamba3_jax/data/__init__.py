@@ -1,7 +1,20 @@
 """Tokens in rows: sources, tokenizers, packing, and an iterator whose position can be saved."""
 
+import importlib
+
 from mamba3_jax.data.batch import Batch
-from mamba3_jax.data.pipeline import Loader, loader
-from mamba3_jax.data.vocabulary import tokenizer
 
 __all__ = ["Batch", "Loader", "loader", "tokenizer"]
+
+# Imported when first used: who takes batches and no files needs neither Grain, TensorFlow Datasets nor tokenizers.
+LAZY = {
+    "Loader": "mamba3_jax.data.pipeline",
+    "loader": "mamba3_jax.data.pipeline",
+    "tokenizer": "mamba3_jax.data.vocabulary",
+}
+
+
+def __getattr__(name):
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(LAZY[name]), name)

@@ -16,6 +16,8 @@ class Rows:
     gather: Callable[[np.ndarray], Batch]  # row numbers (B,), any from 0 up -> those rows, as one batch
     count: int | None  # rows in an epoch; past it gather gives rows of padding. None: rows without end
     identity: str  # of the content: two sources with equal identities give equal rows
+    # Row numbers (B,) -> how many bytes of text each target spells (B, L), 0 where there is none. None: it is no text
+    target_bytes: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -24,25 +26,28 @@ class Corpus:
 
     ids_T: np.ndarray  # uint16 or uint32
     first_T: np.ndarray  # bool: the first token of a document
+    bytes_T: np.ndarray | None  # of its text that a token spells, 1 for a separator; None: each spells one
 
 
-def concatenate(documents: Iterable[np.ndarray], codec, what: str) -> Corpus:
-    """Documents, the non-empty id arrays of a tokenizer, to one flat array.
+def concatenate(documents: Iterable[tuple[np.ndarray, np.ndarray | None]], codec, what: str) -> Corpus:
+    """Joins documents, each its ids and the bytes that they spell (None: one each), without those that have no id.
 
     Raises:
         ValueError: there is no document; `what` says where.
     """
     dtype = np.uint16 if codec.vocab_size <= 2**16 else np.uint32
     end = np.array([codec.eos], dtype)
-    pieces, lengths = [], []
-    for document in documents:
-        pieces += [document.astype(dtype), end]
-        lengths.append(len(document) + 1)
+    pieces, lengths, spelt = [], [], []
+    for ids_T, bytes_T in documents:
+        if len(ids_T):
+            pieces += [ids_T.astype(dtype), end]
+            lengths.append(len(ids_T) + 1)
+            spelt += [] if bytes_T is None else [bytes_T, np.ones(1, np.uint8)]
     if not lengths:
         raise ValueError(f"{what}: there is no text")
     first_T = np.zeros(sum(lengths), bool)
     first_T[np.cumsum([0, *lengths[:-1]])] = True
-    return Corpus(np.concatenate(pieces), first_T)
+    return Corpus(np.concatenate(pieces), first_T, np.concatenate(spelt) if spelt else None)
 
 
 def rows(corpus: Corpus, length: int) -> Rows:
@@ -52,18 +57,27 @@ def rows(corpus: Corpus, length: int) -> Rows:
     document's last token, its separator, has no target (weight 0), nor has padding; the separator itself is a target.
     A document that a row's edge cuts goes on in the next row from an empty state: `start` is true there too.
     """
-    total = len(corpus.ids_T)
+    ids_T, first_T, bytes_T = corpus.ids_T, corpus.first_T, corpus.bytes_T
+    total = len(ids_T)
+
+    def places(row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Says where in the corpus the tokens of rows, and the one after each row, lie, and whether that is in it."""
+        at_BM = np.asarray(row_B, np.int64)[:, None] * length + np.arange(length + 1)
+        return np.minimum(at_BM, total - 1), at_BM < total
 
     def gather(row_B: np.ndarray) -> Batch:
-        at_BM = np.asarray(row_B, np.int64)[:, None] * length + np.arange(length + 1)
-        inside_BM = at_BM < total
-        at_BM = np.minimum(at_BM, total - 1)
-        ids_BM = np.where(inside_BM, corpus.ids_T[at_BM], 0).astype(np.int32)
-        first_BM = corpus.first_T[at_BM] | ~inside_BM
+        at_BM, inside_BM = places(row_B)
+        ids_BM = np.where(inside_BM, ids_T[at_BM], 0).astype(np.int32)
+        first_BM = first_T[at_BM] | ~inside_BM
         scored_BL = inside_BM[:, :-1] & ~first_BM[:, 1:]
         start_BL = first_BM[:, :-1].copy()
         start_BL[:, 0] = True
         return Batch(ids_BM[:, :-1], np.where(scored_BL, ids_BM[:, 1:], 0), scored_BL.astype(np.float32), start_BL)
 
-    checksum = zlib.crc32(corpus.first_T.tobytes(), zlib.crc32(corpus.ids_T.tobytes()))
-    return Rows(gather, -(-total // length), f"{total} tokens {checksum:08x}")
+    def target_bytes(row_B: np.ndarray) -> np.ndarray:
+        at_BM, inside_BM = places(row_B)
+        scored_BM = inside_BM & ~first_T[at_BM]
+        return np.where(scored_BM, 1 if bytes_T is None else bytes_T[at_BM], 0)[:, 1:]
+
+    checksum = zlib.crc32(first_T.tobytes(), zlib.crc32(ids_T.tobytes()))
+    return Rows(gather, -(-total // length), f"{total} tokens {checksum:08x}", target_bytes)

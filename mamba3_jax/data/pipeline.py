@@ -28,8 +28,10 @@ class Loader:
     resume with others of these.
     """
 
-    def __init__(self, batches: grain.MapDataset, workers: int, vocab_size: int, identity: dict):
-        self._batches, self._workers, self._vocab_size, self._identity = batches, workers, vocab_size, identity
+    def __init__(self, numbers: grain.MapDataset, rows: Rows, workers: int, vocab_size: int, identity: dict):
+        """`numbers`: of the rows of each batch."""
+        self._numbers, self._rows, self._batches = numbers, rows, numbers.map(rows.gather)
+        self._workers, self._vocab_size, self._identity = workers, vocab_size, identity
         self._position, self._iterator = 0, None
 
     def __iter__(self) -> "Loader":
@@ -48,6 +50,11 @@ class Loader:
                     )
         self._position += 1
         return batch
+
+    def target_bytes(self) -> np.ndarray | None:
+        """Counts the bytes of text that the targets of the last batch spell (B, L), an end one; None: it is no text."""
+        spelt = self._rows.target_bytes
+        return spelt(self._numbers[self._position - 1]) if spelt else None
 
     def _from_position(self) -> grain.IterDataset:
         # Tokens are in memory: threads would only fight over the interpreter's lock.
@@ -112,7 +119,7 @@ def loader(config: DataConfig, split: str, *, vocab_size: int, host: tuple[int, 
     }
     index, hosts = host
     mine = _order(rows, config, split)[index:ENDLESS:hosts].batch(config.batch // hosts)
-    return Loader(mine.map(rows.gather), config.workers, vocab_size, identity)
+    return Loader(mine, rows, config.workers, vocab_size, identity)
 
 
 def _order(rows: Rows, config: DataConfig, split: str) -> grain.MapDataset:

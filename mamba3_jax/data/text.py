@@ -1,10 +1,14 @@
-"""Text files, by glob; without one, the Python standard library's own source, which every machine has."""
+"""Files of text, JSON lines or Parquet, by glob; without one, the Python standard library's own source."""
 
+import contextlib
 import functools
 import glob
+import gzip
 import hashlib
+import json
 import os
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +21,10 @@ VALID_IN = 20  # one file in this many is for validation
 STDLIB_SKIP = frozenset(
     "site-packages __pycache__ test tests idlelib lib2to3 turtledemo pydoc_data ensurepip".split()  # noqa: SIM905
 )
+# A .json is one document as it stands, but nobody compresses a single one: .json.gz is how large sets name their lines.
+JSON_LINES = (".jsonl", ".jsonl.gz", ".json.gz")
+
+FIELDS = ("tokenizer", "eos", "train_glob", "valid_glob", "separator", "key")  # that decide what a split holds
 
 
 def in_valid(name: str) -> bool:
@@ -39,11 +47,23 @@ def matches(pattern: str, field: str) -> dict[str, Path]:
     pattern = str(Path(pattern).expanduser())
     paths = [Path(path) for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
     if not paths:
-        raise FileNotFoundError(f"data.{field}={pattern!r} matches no file")
-    root = Path(pattern)
-    while glob.has_magic(str(root)) or root.is_file():
+        raise FileNotFoundError(f"data.{field}={pattern!r} matches no file{_hint(pattern)}")
+    root = Path(pattern.replace("[[]", "\0"))  # which is no wildcard, but how a glob writes [
+    while glob.has_magic(str(root)) or Path(str(root).replace("\0", "[")).is_file():
         root = root.parent
+    root = Path(str(root).replace("\0", "["))
     return {path.relative_to(root).as_posix(): path for path in sorted(paths)}
+
+
+def _hint(pattern: str) -> str:
+    """Says why a glob that matches no file may have been meant to."""
+    literal = pattern.replace("[", "[[]")
+    if literal != pattern and glob.glob(literal, recursive=True):
+        return f": [ ] in a glob stand for one of the characters between them; for the name itself write {literal!r}"
+    if folders := [path for path in glob.glob(pattern, recursive=True) if Path(path).is_dir()]:
+        inside = f"{pattern.removesuffix('**').rstrip('/')}/**/*"
+        return f": {folders[0]} is a directory; for the files in it write {inside!r}"
+    return ""
 
 
 def files(config: DataConfig, split: str) -> dict[str, Path]:
@@ -64,24 +84,108 @@ def files(config: DataConfig, split: str) -> dict[str, Path]:
     return valid if split == "valid" else train
 
 
-def read(paths: dict[str, Path]) -> Iterator[str]:
-    """The text of each file, line ends as they are. Empty files are no documents and are left out."""
+def read(paths: dict[str, Path], separator: str = "", key: str = "text") -> Iterator[str]:
+    """Yields the documents of each file that are not empty, by the end of its name.
+
+    JSON_LINES: the field `key` of each line's object. .parquet: the rows of the column `key`. Else UTF-8 text, line
+    ends as they are: one document, or those between `separator`s that have more than white space. .gz is unpacked.
+
+    Raises ValueError, naming file and line, for what is not that.
+    """
     for path in paths.values():
+        if path.name.endswith(JSON_LINES):
+            documents = _json_lines(path, key)
+        elif path.suffix == ".parquet":
+            documents = _parquet(path, key)
+        else:
+            documents = _text(path, separator)
+        yield from filter(None, documents)
+
+
+@contextlib.contextmanager
+def _opened(path: Path):
+    """Opens a file for reading bytes, unpacked; ValueError where a .gz is damaged."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            yield stream
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole gzip file: {error}") from None
+
+
+def _text(path: Path, separator: str) -> Iterator[str]:
+    with _opened(path) as stream:
         try:
-            text = path.read_bytes().decode()
+            text = stream.read().decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-        if text:
-            yield text
+    yield from filter(str.strip, text.split(separator)) if separator else [text]
+
+
+def _json_lines(path: Path, key: str) -> Iterator[str]:
+    with _opened(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield _field(line, key, f"{path}, line {number}")
+
+
+def _field(line: bytes, key: str, where: str) -> str:
+    try:
+        example = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    if not isinstance(example, dict):
+        raise ValueError(f"{where} is not an object with the field data.key={key!r}, but {type(example).__name__}")
+    if key not in example:
+        raise ValueError(f"{where} has no field data.key={key!r}; it has {_some(example)}")
+    text = example[key]
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: the field data.key={key!r} is not a string, but {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can name half of a surrogate pair
+        raise ValueError(f"{where}: the field data.key={key!r} is not text: {error.reason}") from None
+    return text
+
+
+def _parquet(path: Path, key: str) -> Iterator[str]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"reading {path} takes the package pyarrow: pip install 'mamba3_jax[parquet]'") from None
+    try:
+        with pa.parquet.ParquetFile(path) as table:
+            columns = {field.name: field.type for field in table.schema_arrow}
+            if key not in columns:
+                raise ValueError(f"{path} has no column data.key={key!r}; it has {_some(columns)}")
+            if not (pa.types.is_string(columns[key]) or pa.types.is_large_string(columns[key])):
+                raise ValueError(f"{path}: the column data.key={key!r} is not of strings, but {columns[key]}")
+            number = 0
+            for batch in table.iter_batches(1024, columns=[key]):
+                for text in batch.column(key).to_pylist():
+                    number += 1
+                    if text is None:
+                        raise ValueError(f"{path}, row {number}: the column data.key={key!r} is not a string, but null")
+                    yield text
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path} is not a Parquet file that can be read: {error}") from None
+
+
+def _some(names) -> str:
+    """Lists up to ten of the names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return (", ".join(names[:10]) or "none") + more
 
 
 @functools.lru_cache(maxsize=4)
-def _corpus(tokenizer_name: str, train_glob: str, valid_glob: str, split: str) -> Corpus:
-    config = DataConfig(tokenizer=tokenizer_name, train_glob=train_glob, valid_glob=valid_glob)
+def _corpus(split: str, **fields: str) -> Corpus:
+    config = DataConfig(**fields)
     paths, codec = files(config, split), tokenizer(config)
-    return concatenate(codec.encode_all(read(paths)), codec, f"the {len(paths)} files of the {split} split")
+    texts = read(paths, config.separator, config.key)
+    return concatenate(codec.encode_all(texts), codec, f"the {len(paths)} files of the {split} split")
 
 
 def text_rows(config: DataConfig, split: str) -> Rows:
-    """The rows of a split, a file a document. Tokenised once a process, then kept in memory."""
-    return rows(_corpus(config.tokenizer, config.train_glob, config.valid_glob, split), config.length)
+    """The rows of a split, of the documents that `read` finds. Tokenised once a process, then kept in memory."""
+    return rows(_corpus(split, **{name: getattr(config, name) for name in FIELDS}), config.length)

@@ -36,22 +36,27 @@ def _source(name: str, directory: str, split: str, key: str):
         raise ValueError(f"{name} has no split {split!r}; it has {', '.join(builder.info.splits)}") from None
 
 
-def _texts(source, key: str) -> Iterator[str]:
+def _texts(source, key: str, what: str) -> Iterator[str]:
     for begin in range(0, len(source), 256):
-        for example in source.__getitems__(range(begin, min(begin + 256, len(source)))):
+        block = range(begin, min(begin + 256, len(source)))
+        for number, example in zip(block, source.__getitems__(block), strict=True):
             text = example[key]
-            if text:
-                yield text.decode() if isinstance(text, bytes) else str(text)
+            try:
+                if text:
+                    yield text.decode() if isinstance(text, bytes) else str(text)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{what}, example {number}: {key} is not UTF-8 text: {error.reason}") from None
 
 
 @functools.lru_cache(maxsize=4)
-def _corpus(tokenizer_name: str, name: str, directory: str, split: str, key: str) -> Corpus:
-    codec = tokenizer(DataConfig(tokenizer=tokenizer_name))
-    texts = _texts(_source(name, directory, split, key), key)
-    return concatenate(codec.encode_all(texts), codec, f"{name}, split {split}")
+def _corpus(tokenizer_name: str, eos: str, name: str, directory: str, split: str, key: str) -> Corpus:
+    codec, what = tokenizer(DataConfig(tokenizer=tokenizer_name, eos=eos)), f"{name}, split {split}"
+    texts = _texts(_source(name, directory, split, key), key, what)
+    return concatenate(codec.encode_all(texts), codec, what)
 
 
 def tfds_rows(config: DataConfig, split: str) -> Rows:
     """The rows of a split, an example's `tfds_key` a document. Tokenised once a process, then kept in memory."""
     part = config.tfds_train_split if split == "train" else config.tfds_valid_split
-    return rows(_corpus(config.tokenizer, config.tfds_name, config.tfds_dir, part, config.tfds_key), config.length)
+    fields = (config.tfds_name, config.tfds_dir, part, config.tfds_key)
+    return rows(_corpus(config.tokenizer, config.eos, *fields), config.length)

@@ -1,16 +1,28 @@
 """Text to token ids and back: bytes, bits, or a Hugging Face `tokenizer.json`."""
 
+import itertools
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data.synthetic import TASKS
 
-# The separator of documents has no fixed name in a tokenizer.json: the first of these that exists is it.
-EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOS>", "[EOS]", "<|im_end|>", "[SEP]")
+# A tokenizer.json does not say which token ends a document. These files beside it may, the first that does.
+EOS_FILES = {
+    "tokenizer_config.json": "eos_token",
+    "generation_config.json": "eos_token_id",
+    "special_tokens_map.json": "eos_token",
+}
+# Where none does, it is the first of these that exists.
+EOS_NAMES = (
+    *("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOS>", "[EOS]", "<|im_end|>"),
+    *("<｜end▁of▁sentence｜>", "<|end_of_sentence|>", "<|eot_id|>", "<|end_of_turn|>", "<end_of_turn>"),
+    *("<|eod|>", "<EOD>", "<eod>", "<|eos_token|>", "<|EOS_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "[SEP]"),
+)
 
 
 class Bytes:
@@ -22,14 +34,17 @@ class Bytes:
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
+    def special(self, text: str) -> None:
+        """Finds none: no byte is a special token."""
+
     def decode(self, ids: Iterable[int]) -> str:
         """Bytes that are not UTF-8 (a character cut in two, say) come out as U+FFFD."""
         return bytes(int(i) for i in ids).decode(errors="replace")
 
-    def encode_all(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        """The ids of each text, without separators."""
+    def encode_all(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, None]]:
+        """Yields the ids of each text, without separators, and None: a token spells one byte."""
         for text in texts:
-            yield np.frombuffer(text.encode(), np.uint8)
+            yield np.frombuffer(text.encode(), np.uint8), None
 
 
 class Bits:
@@ -43,51 +58,170 @@ class Bits:
             raise ValueError(f"the text of a parity model is made of 0 and 1, got {sorted(stray)[0]!r}")
         return [int(character) for character in text]
 
+    def special(self, text: str) -> None:
+        """Finds none: no bit is a special token."""
+
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(str(int(i)) for i in ids)
 
 
 class HuggingFace:
-    """A `tokenizer.json` of the package `tokenizers`. No special tokens are added around a text."""
+    """A `tokenizer.json` of the package `tokenizers`. No special tokens are added around a text.
 
-    def __init__(self, path: str):
+    `eos` names the token that ends a document, or its id; "": as the files beside it, or EOS_NAMES, have it.
+    """
+
+    def __init__(self, path: str, eos: str = ""):
         if not Path(path).is_file():
-            raise FileNotFoundError(f"data.tokenizer={path!r} is neither 'bytes' nor a file")
+            hint = f"; it is a directory: write {path.rstrip('/')}/tokenizer.json" if Path(path).is_dir() else ""
+            raise FileNotFoundError(f"data.tokenizer={path!r} is neither 'bytes' nor a file{hint}")
         try:
             self._tokenizer = Tokenizer.from_file(path)
         except Exception as error:  # the package raises bare Exception
             raise ValueError(f"{path} is not a Hugging Face tokenizer.json: {error}") from None
+        self.path = path
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # Ids may have gaps, so the width is the largest id, not the number of entries.
-        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-        self.eos = self._find_eos(path)
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        if not self.vocab_size:
+            raise ValueError(f"{path} has an empty vocabulary")
+        self.eos = self._id_of(eos, f"data.eos={eos!r}") if eos else self._find_eos(Path(path))
+        self._reserved = self._find_reserved(Path(path))
 
-    def _find_eos(self, path: str) -> int:
+    def _id_of(self, name: str | int, what: str) -> int:
+        """Finds the id of a token given by its text or its id; ValueError, beginning with `what`, for neither."""
+        token = int(name) if isinstance(name, int) or name.isdecimal() else self._tokenizer.token_to_id(name)
+        if token not in range(self.vocab_size) or self._tokenizer.id_to_token(token) is None:
+            raise ValueError(f"{what} is not a token of {self.path}, nor the id of one")
+        return token
+
+    def _find_eos(self, path: Path) -> int:
+        for file, field in EOS_FILES.items():
+            if (name := eos_in(path.with_name(file), field)) is not None:
+                return self._id_of(name, f"{path.with_name(file)}: {field}={name!r}")
         for name in EOS_NAMES:
             if (token := self._tokenizer.token_to_id(name)) is not None:
                 return token
         special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+        more = f" and {len(special) - 10} more" if len(special) > 10 else ""
         raise ValueError(
-            f"{path} has no end of text token: none of {', '.join(EOS_NAMES)}; its special tokens are {special}"
+            f"{path} has no end of text token that is known; its special tokens are {special[:10]}{more}: "
+            f"name one, or its id, by data.eos or in {next(iter(EOS_FILES))} beside it"
         )
 
+    def _find_reserved(self, path: Path) -> list[int]:
+        """Lists the ids that no text spells: the special tokens and the separator, but for the one of unknown text."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        model = json.loads(path.read_bytes())["model"]
+        unknown = self._tokenizer.token_to_id(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
+        return sorted({self.eos, *(token for token, what in added.items() if what.special)} - {unknown})
+
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """Encodes a text in which the spelling of a special token is that token."""
+        (encoding,) = self._encode([text], special=True)
+        return encoding.ids
+
+    def special(self, text: str) -> int | None:
+        """Finds the id of the special token that a text is the spelling of, if it is."""
+        token = self._tokenizer.token_to_id(text)
+        return token if token in self._reserved else None
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._tokenizer.decode([int(i) for i in ids])
+        """Spells ids, special tokens too."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
-    def encode_all(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        """The ids of each text, without separators; a batch of texts at a time, which the package does in parallel."""
+    def encode_all(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields the ids of each text, without separators, and how many bytes of the text each spells.
+
+        A special token's spelling is text like any other. A batch of texts at a time, which the package does in
+        parallel.
+        """
         texts = iter(texts)
-        while group := [text for _, text in zip(range(256), texts, strict=False)]:
-            for encoding in self._tokenizer.encode_batch(group, add_special_tokens=False):
-                yield np.asarray(encoding.ids, np.uint32)
+        while group := list(itertools.islice(texts, 256)):
+            for text, encoding in zip(group, self._encode(group), strict=True):
+                ids_T, end_T = self._spell(text, encoding)
+                yield ids_T, bytes_spelt(text, end_T)
+
+    def _encode(self, texts: list[str], special: bool = False) -> list[Encoding]:
+        """Encodes texts, reading special tokens in them or not; ValueError names the first that cannot be."""
+        self._tokenizer.encode_special_tokens = not special
+        try:
+            return self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        except Exception as error:  # the package raises bare Exception
+            if len(texts) > 1:  # of which one?
+                return [encoding for text in texts for encoding in self._encode([text], special)]
+            raise ValueError(f"{self.path} cannot encode {shorten(texts[0])!r}: {error}") from None
+
+    def _spell(self, text: str, encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
+        """Gives the ids of a text, and how many of its characters each one and those before it spell.
+
+        A model that has whole words may find a special token in the text all the same: the text is cut in two before
+        the last character of that, and the parts are encoded.
+        """
+        ids_T = np.asarray(encoding.ids, np.uint32)
+        begin_T, end_T = np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T
+        found_T = np.isin(ids_T, self._reserved) & (end_T - begin_T > 1)
+        if not found_T.any():
+            return ids_T, end_T
+        cuts = [0, *(end_T[found_T] - 1), len(text)]
+        parts = [text[first:end] for first, end in itertools.pairwise(cuts)]
+        spelt = [self._spell(part, one) for part, one in zip(parts, self._encode(parts), strict=True)]
+        ids, ends = zip(*spelt, strict=True)
+        return np.concatenate(ids), np.concatenate([end_T + cut for end_T, cut in zip(ends, cuts, strict=False)])
+
+
+def eos_in(path: Path, field: str) -> str | int | None:
+    """Reads the end of a document that a file names: a text, {"content": text} or an id, or the first of a list.
+
+    None: there is no such file, or it names none. ValueError: it is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        held = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(held, dict):
+        raise ValueError(f"{path} holds {type(held).__name__}, wanted an object")
+    named = held.get(field)
+    name = named.get("content") if isinstance(named, dict) else named
+    if isinstance(name, list) and name:
+        name = name[0]
+    if (named is not None and not isinstance(name, str | int)) or isinstance(name, bool):
+        raise ValueError(f"{path}: {field}={named!r} is not a token or an id")
+    return name
+
+
+def shorten(text: str) -> str:
+    """Cuts a text for a line that names it."""
+    return text if len(text) <= 40 else text[:40] + "..."
+
+
+def bytes_spelt(text: str, end_T: np.ndarray) -> np.ndarray:
+    """Counts the UTF-8 bytes of a text from the end of the token before to the end of each: all of them together.
+
+    What a tokenizer drops (a space, say) counts with the token after it, the rest of the text with the last one; where
+    several tokens make up one character, it counts with the first of them.
+    """
+    if not len(end_T):
+        return np.zeros(0, np.uint8)
+    end_T = np.maximum.accumulate(end_T)
+    end_T[-1] = len(text)
+    if not text.isascii():
+        character = np.frombuffer(text.encode("utf-32-le"), "<u4")
+        size = 1 + (character > 0x7F).astype(np.int64) + (character > 0x7FF) + (character > 0xFFFF)
+        end_T = np.concatenate([[0], np.cumsum(size)])[end_T]
+    bytes_T = np.diff(end_T, prepend=0)
+    return bytes_T.astype(np.min_scalar_type(bytes_T.max()))
 
 
 def tokenizer(config: DataConfig) -> Bytes | Bits | HuggingFace:
     """The tokenizer of a run: `encode(text)`, `decode(ids)`, `vocab_size`, `eos` (the id that ends a document)."""
     if config.source in TASKS:
         return Bits()
-    return Bytes() if config.tokenizer == "bytes" else HuggingFace(config.tokenizer)
+    if config.tokenizer == "bytes":
+        if config.eos:
+            raise ValueError(f"data.eos={config.eos!r} is of a tokenizer.json; documents of bytes end with byte 0")
+        return Bytes()
+    return HuggingFace(config.tokenizer, config.eos)

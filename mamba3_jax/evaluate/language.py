@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mamba3_jax.config import LENGTH, DataConfig
-from mamba3_jax.data import tokenizer
-from mamba3_jax.data.vocabulary import Bytes
 from mamba3_jax.evaluate.score import Scored, Scorer
 
 
@@ -32,19 +30,20 @@ def evaluate(
         say: called with a line of progress now and then.
 
     Returns:
-        Dicts of length, tokens (scored), loss (nats a token), perplexity, accuracy, bits_per_byte, and positions: loss
-        and tokens in doubling buckets of the number of tokens of the document before (from, to).
+        Dicts of length, tokens (scored), loss (nats a token), perplexity, accuracy, bits_per_byte (exact, of the source
+        text, a document's end as one byte more), and positions: loss and tokens in doubling buckets of the number of
+        tokens of the document before (from, to).
 
     Raises:
         ValueError: a length below 2, or data without a scored token.
     """
     lengths = check_lengths(lengths or [data.length, 2 * data.length, 4 * data.length])
-    scorer, codec = Scorer(model, params, data.length), tokenizer(data)
+    scorer = Scorer(model, params, data.length)
     results = []
     for length in lengths:
         total = Totals(length)
         for scored in scorer.score(dataclasses.replace(data, length=length), max_tokens=max_tokens, say=say):
-            total.add(scored, codec)
+            total.add(scored)
         results.append(total.result())
     return results
 
@@ -71,15 +70,16 @@ class Totals:
         self.nll, self.count = np.zeros(len(self.edges) - 1), np.zeros(len(self.edges) - 1, np.int64)
         self.correct, self.bytes = 0, 0
 
-    def add(self, scored: Scored, codec) -> None:
-        """One more batch."""
+    def add(self, scored: Scored) -> None:
+        """Adds one more batch."""
         counts_BL = scored.batch.weights_BL > 0
         bucket = np.searchsorted(self.edges, scored.position_BL[counts_BL], side="right") - 1
         size = len(self.count)
         self.nll += np.bincount(bucket, scored.nll_BL[counts_BL].astype(np.float64), size)
         self.count += np.bincount(bucket, minlength=size)
         self.correct += int(scored.correct_BL[counts_BL].sum())
-        self.bytes += text_bytes(scored, codec)
+        if scored.bytes_BL is not None:
+            self.bytes += int(scored.bytes_BL[counts_BL].sum())
 
     def result(self) -> dict:
         """See `evaluate`."""
@@ -101,25 +101,6 @@ class Totals:
                 if count
             ],
         }
-
-
-def text_bytes(scored: Scored, codec) -> int:
-    """Bytes of the text that the scored targets spell; a document's end counts as one.
-
-    About, for a Hugging Face tokenizer: its decoder may drop a space where the ids begin, leaves special tokens out,
-    and spells the part of a character that the row cuts off as U+FFFD, which is three bytes.
-    """
-    total = 0
-    for targets_L, weights_L, start_L in zip(
-        scored.batch.targets_BL, scored.batch.weights_BL, scored.batch.start_BL, strict=True
-    ):
-        # Tokens are spelt together, a document at a time: one may hold a part of a character.
-        for part in np.split(np.arange(len(start_L)), np.flatnonzero(start_L)):
-            ids = targets_L[part][weights_L[part] > 0]
-            text = ids[ids != codec.eos]
-            total += len(ids) - len(text)
-            total += len(text) if isinstance(codec, Bytes) else len(codec.decode(text.tolist()).encode())
-    return total
 
 
 def past(length: int, trained: int) -> str:

@@ -23,6 +23,7 @@ class Scored(NamedTuple):
     nll_BL: np.ndarray  # -log p(target) in nats; NaN for a target outside the vocabulary
     correct_BL: np.ndarray  # the likeliest id is the target
     position_BL: np.ndarray  # tokens since the document's first, or the row's
+    bytes_BL: np.ndarray | None = None  # of the text that the target spells; None: it is no text
 
 
 def score_piece(model: LanguageModel, params, piece: Batch, state):
@@ -74,8 +75,9 @@ class Scorer:
             data = dataclasses.replace(data, batch=max(1, min(data.batch, max_tokens // data.length)))
         size = data.batch * data.length
         batches = -(-max_tokens // size)
-        for index, batch in enumerate(loader(data, "valid", vocab_size=self.model.config.vocab_size)):
-            yield self.batch(batch)
+        source = loader(data, "valid", vocab_size=self.model.config.vocab_size)
+        for index, batch in enumerate(source):
+            yield self.batch(batch)._replace(bytes_BL=source.target_bytes())
             now = time.perf_counter()
             if not index:  # the first one compiles
                 begin = said = now

@@ -12,7 +12,7 @@ import jax
 from mamba3_jax import memory, model
 from mamba3_jax.checkpoint import Checkpoints, all_steps, checkpoint_dir, load_config, write_config
 from mamba3_jax.config import Config, check
-from mamba3_jax.data import loader, tokenizer
+from mamba3_jax.data import loader, tokenizer, tokenizer_copy
 from mamba3_jax.finite import check_finite
 from mamba3_jax.sharding import make_mesh, using
 from mamba3_jax.train import flops, metrics, optimizer, resume
@@ -62,10 +62,13 @@ class Trainer:
     """
 
     def __init__(self, config: Config, workdir, report=say):
+        given, config = config, resume.with_own_tokenizer(config, workdir)
         validate(config)
         self.config, self.workdir = config, checkpoint_dir(workdir).parent
         self.chief = jax.process_index() == 0
         self.report = report if self.chief else lambda *_: None
+        if config is not given:
+            self.report(f"tokenizer: {config.data.tokenizer}, the run's own copy of {given.data.tokenizer}")
         self.mesh = make_mesh(config.train.mesh)
         self.shapes = state_shapes(config, self.mesh)
         memory.fit_device(memory.training(config, self.shapes, batch_shapes(config.data, self.mesh)))
@@ -87,6 +90,7 @@ class Trainer:
             self.log = None
             if self.chief:
                 self.log = stack.enter_context(contextlib.closing(metrics.Log(self.workdir, self.step, self.report)))
+                tokenizer_copy.keep(self.workdir, config.data.tokenizer)
                 write_config(self.workdir, config)
             self._open = stack.pop_all()
         self.pending = collections.deque()  # (step, metrics still on the device)

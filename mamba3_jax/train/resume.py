@@ -1,11 +1,14 @@
 """What may change between the runs of one workdir, one run at a time in it, and stopping on a signal."""
 
 import contextlib
+import dataclasses
 import fcntl
 import signal
 from pathlib import Path
 
+from mamba3_jax.checkpoint import all_steps
 from mamba3_jax.config import Config, to_dict
+from mamba3_jax.data import tokenizer_copy
 
 # Sections and fields that a resumed run may have otherwise: how long, how fast, how it is run. All else is another run.
 MAY_CHANGE = {
@@ -49,6 +52,16 @@ def check(saved: Config, config: Config, path, *, model_only: bool = False) -> d
             "a run resumes with the model, data and seed it began with; use another workdir"
         )
     return found
+
+
+def with_own_tokenizer(config: Config, workdir) -> Config:
+    """Gives the config the workdir's own copy of the tokenizer, if there are checkpoints and a copy.
+
+    Raises ValueError where the config names another one.
+    """
+    if not all_steps(workdir) or (own := tokenizer_copy.to_resume(workdir, config.data.tokenizer)) is None:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=own))
 
 
 @contextlib.contextmanager

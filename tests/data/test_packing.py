@@ -10,7 +10,7 @@ from mamba3_jax.data.vocabulary import Bytes
 
 
 def corpus(documents):
-    return concatenate([np.array(document) for document in documents], Bytes(), "the test")
+    return concatenate([(np.array(document), None) for document in documents], Bytes(), "the test")
 
 
 def by_hand(documents, length):
@@ -67,6 +67,16 @@ def test_rows_past_the_end_are_padding():
     assert not targets.any()
     assert not weights.any()
     assert start.all()
+
+
+def test_bytes_of_the_targets():
+    documents = [([5, 6, 7], [300, 2, 1]), ([], []), ([8], [9]), ([5, 5], [4, 0])]
+    packed = concatenate([(np.array(ids), np.array(spelt)) for ids, spelt in documents], Bytes(), "the test")
+    for length in (2, 4, 100):
+        spelt = rows(packed, length).target_bytes(np.arange(-(-9 // length) + 1)).ravel()
+        assert spelt[:9].tolist() == [2, 1, 1, 0, 1, 0, 0, 1, 0]  # not of a document's first token; 1 of its end
+        assert not spelt[9:].any()
+    assert rows(corpus([[5, 6, 7]]), 4).target_bytes(np.arange(2)).tolist() == [[1, 1, 1, 0], [0, 0, 0, 0]]
 
 
 def test_identity_tells_corpora_apart():

@@ -1,5 +1,6 @@
 """The commands as a user runs them: what they print and write, and one line for a mistake."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -8,10 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from launch import evaluate
+from launch.common import data_with
 from mamba3_jax import checkpoint
+from mamba3_jax.config import DataConfig
 from mamba3_jax.convert.files import FORMATS
+from mamba3_jax.data import tokenizer_copy
+from mamba3_jax.generate import Sampling, generate
 from tests.helpers import GOLDEN
 from tests.inference.tiny import run_config, tiny
 
@@ -60,6 +66,53 @@ def test_generate(text_run):
     assert out.startswith("ab\n")
     assert out.splitlines()[-1].startswith("[prefill 2 tokens")
     assert "tokens/s" in out
+
+
+@pytest.fixture(scope="module")
+def word_run(tmp_path_factory):
+    """A workdir of the same model with words for ids; the third that it draws after w1 <|user|> is <|end_turn|>."""
+    folder, (model, params) = tmp_path_factory.mktemp("words"), tiny("M", 256)
+    drawn = generate(model, params, [[1, 2]], tokens=8, sampling=Sampling(temperature=0)).ids[0]
+    end = drawn[2]
+    assert end not in (1, 2, *drawn[:2])
+    words = {
+        "<|user|>" if i == 2 else "<|end_turn|>" if i == end else "</s>" if i == 0 else f"w{i}": i for i in range(256)
+    }
+    made = Tokenizer(models.WordLevel(words, unk_token="w255"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(["<|user|>", "<|end_turn|>", "</s>"])
+    made.save(str(folder / "tokenizer.json"))
+    config = run_config(
+        tokenizer=str(folder / "tokenizer.json"), train_glob=__file__, valid_glob=str(ROOT / "README.md")
+    )
+    checkpoint.save_model(folder / "run", config, params)
+    tokenizer_copy.keep(folder / "run", config.data.tokenizer)
+    (folder / "tokenizer.json").rename(folder / "moved.json")
+    return folder, drawn
+
+
+def test_special_tokens_stop_and_are_repeated(word_run):
+    folder, drawn = word_run
+    first, second, _, fourth, *_ = (f"w{i}" for i in drawn)
+    greedy = [f"--workdir={folder / 'run'}", "--prompt=w1  <|user|>", "--temperature=0", "--tokens=8"]
+    status, out, err = command("generate", *greedy, "--stop=<|end_turn|>")
+    assert status == 0, err
+    assert out.splitlines()[0] == f"w1  <|user|> {first} {second}"
+    more = ["--stop_ids=", f"--stop=<|end_turn|> {fourth}", f"--prompt_ids=1,2,{drawn[0]}"]
+    status, out, err = command("generate", *greedy, *more)
+    assert status == 0, err
+    assert out.splitlines()[:2] == [f"w1  <|user|> {first} {second} ", f"w1 <|user|> {first} {second} "]
+
+
+def test_another_tokenizer_takes_the_place_with_a_warning(word_run, capsys):
+    folder, _ = word_run
+    data = DataConfig(tokenizer=str(folder / "run/tokenizer/tokenizer.json"), eos="w5")
+    moved = str(folder / "moved.json")
+    assert data_with(data, moved, None) == dataclasses.replace(data, tokenizer=moved)  # the same file
+    assert data_with(data, None, "w6").eos == "w6"
+    assert capsys.readouterr().err == ""
+    assert data_with(data, "bytes", None) == dataclasses.replace(data, tokenizer="bytes", eos="")
+    assert capsys.readouterr().err.startswith("warning: --tokenizer=bytes is not the tokenizer of the checkpoint, ")
 
 
 def test_evaluate(text_run):
@@ -112,10 +165,15 @@ def test_convert_there_and_back(tmp_path):
     official, run, back = tmp_path / "official", tmp_path / "run", tmp_path / "new/back"
     shutil.copytree(OFFICIAL, official)
     (official / "state_dict.npz").unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (official / name).write_text(name)
     assert command("convert", f"--source={official}", f"--target={run}")[0] == 0
-    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.json", "official.json"]
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.json", "official.json", "tokenizer"]
+    (official / "tokenizer.json").rename(official / "tokenizer.was")
     assert command("convert", f"--source={run}", f"--target={back}")[0] == 0
+    (official / "tokenizer.was").rename(official / "tokenizer.json")
     assert sorted(path.name for path in back.iterdir()) == sorted(path.name for path in official.iterdir())
+    assert (back / "tokenizer.json").read_text() == "tokenizer.json"
     assert json.loads((back / "config.json").read_text()) == json.loads((official / "config.json").read_text())
     for file, format in FORMATS.items():
         got, want = format.read(back / file), format.read(official / file)
@@ -162,6 +220,8 @@ def test_convert_says_what_it_peeled(tmp_path):
         ("generate", ["--workdir=/nowhere/at/all", "--prompt=x"], "/nowhere/at/all"),
         ("generate", ["--workdir={official}", "--prompt_ids=1,93"], "token id 93 at place 1"),
         ("generate", ["--workdir={run}", "--prompt=x", "--seed=-1"], "seed"),
+        ("generate", ["--workdir={run}", "--prompt_ids=1,300"], "token id 300 at place 1"),
+        ("generate", ["--workdir={run}", "--prompt=x", "--prompt=a\udcff"], r"--prompt=b'a\xff' is not UTF-8"),
         ("evaluate", ["--workdir={run}", "--step=4"], "no checkpoint of step 4"),
         ("evaluate", ["--workdir={official}", "--tokenizer=bytes"], "ids up to 255, the model's vocabulary is 93"),
     ],

@@ -1,6 +1,7 @@
 """Evaluation: sums over pieces are those of the whole, by position and by length."""
 
 import functools
+import json
 import math
 from types import SimpleNamespace
 
@@ -8,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from mamba3_jax.config import DataConfig
-from mamba3_jax.data import Batch
-from mamba3_jax.data.vocabulary import Bytes
+from mamba3_jax.data import Batch, loader, tokenizer
 from mamba3_jax.evaluate import language, tasks
 from mamba3_jax.evaluate.score import Scored, Scorer, positions
 from tests.helpers import rel_rms
@@ -72,11 +73,11 @@ def test_ids_outside_the_vocabulary_score_as_nan():
 
 def test_sums_by_position():
     total = language.Totals(LENGTH)
-    total.add(scored(), SimpleNamespace(eos=None, decode=lambda ids: "x" * len(ids)))
+    total.add(scored()._replace(bytes_BL=np.full((2, LENGTH), 3)))
     got, weights_BL = total.result(), batch().weights_BL
     assert rel_rms(got["loss"], np.sum(whole() * weights_BL) / weights_BL.sum()) < 1e-5
     assert got["perplexity"] == pytest.approx(math.exp(got["loss"]))
-    assert got["bits_per_byte"] == pytest.approx(got["loss"] / math.log(2))
+    assert got["bits_per_byte"] == pytest.approx(got["loss"] / math.log(2) / 3)
     assert [(b["from"], b["to"]) for b in got["positions"]] == [(0, 16), (16, 32), (32, 40)]
     place_BL = np.array([[*range(21), *range(19)], range(40)])
     for bucket in got["positions"]:
@@ -99,22 +100,34 @@ def test_buckets_double(length):
     assert edges[1:-1] == [16 * 2**i for i in range(len(edges) - 2)]
 
 
-class Syllables:
-    """A tokenizer whose tokens hold 3 bytes, half a character, or the end of a document."""
-
-    eos = 9
-
-    def decode(self, ids):
-        spelt = {0: b"abc", 1: "é".encode()[:1], 2: "é".encode()[1:]}
-        return b"".join(spelt[i] for i in ids).decode()
+TEXTS = ["Grüße, 世界!  \n", "a <|endoftext|> is text here", "naïve 🙂🙂 naïve naïve"] * 5
 
 
-def test_bytes_of_the_targets():
-    targets_BL = np.array([[0, 1, 2, 9, 1, 2, 7]])
-    weights_BL, start_BL = np.array([[1, 1, 1, 1, 1, 1, 0]]), np.array([[1, 0, 0, 0, 1, 0, 0]], bool)
-    batch = Batch(targets_BL, targets_BL, weights_BL, start_BL)
-    assert language.text_bytes(Scored(batch, None, None, None), Syllables()) == 3 + 2 + 1 + 2
-    assert language.text_bytes(Scored(batch, None, None, None), Bytes()) == 6
+@pytest.mark.parametrize("length", [4, 7, 32, 10_000])
+def test_bits_per_byte_count_the_bytes_of_the_text(tmp_path, length):
+    """Of all but each document's first token, and its end as one, however the rows cut the documents."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>"]
+    trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, vocab_size=290)
+    made.train_from_iterator(TEXTS, trainer)
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "valid.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    data = DataConfig(
+        tokenizer=str(tmp_path / "tokenizer.json"),
+        length=length,
+        batch=2,
+        train_glob=__file__,
+        valid_glob=str(tmp_path / "valid.jsonl"),
+    )
+    total, source = language.Totals(length), loader(data, "valid", vocab_size=300)
+    for batch in source:
+        zeros_BL = np.zeros(batch.tokens_BL.shape)
+        total.add(Scored(batch, zeros_BL, zeros_BL, positions(batch.start_BL), source.target_bytes()))
+    first = sum(len(made.decode(made.encode(text).ids[:1])) for text in TEXTS)
+    assert total.bytes == sum(len(text.encode()) + 1 for text in TEXTS) - first
+    assert total.count.sum() == sum(len(ids) for ids, _ in tokenizer(data).encode_all(TEXTS))
 
 
 def test_text_past_the_trained_length(tmp_path):

@@ -13,9 +13,11 @@ import threading
 import jax
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from mamba3_jax import checkpoint
-from mamba3_jax.checkpoint import Checkpoints, all_steps, load_model, save_model
+from mamba3_jax.checkpoint import Checkpoints, all_steps, load_config, load_model, save_model
+from mamba3_jax.config import DataConfig
 from mamba3_jax.sharding import make_mesh
 from mamba3_jax.train import loop, metrics
 from mamba3_jax.train.loop import AHEAD, Diverged, Failed, Trainer
@@ -349,3 +351,32 @@ def test_log_drops_what_came_after_the_step_and_a_line_cut_short(tmp_path):
 
 def test_clock():
     assert [metrics.clock(x) for x in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]
+
+
+def test_the_tokenizer_travels_with_the_run(tmp_path):
+    path = tmp_path / "words.json"
+    Tokenizer(models.WordLevel({"a": 0, "</s>": 1, "?": 2}, unk_token="?")).save(str(path))
+    (tmp_path / "a.txt").write_text("a b " * 90)
+    text = {"source": "text", "train_glob": str(tmp_path / "a.txt"), "valid_glob": __file__, "length": 2, "batch": 1}
+    got = config(steps=1)
+    got.train.eval_every = 0
+    got.model.vocab_size, got.data = 3, DataConfig(tokenizer=str(path), **text)
+    train(got, tmp_path / "first")
+    run = (tmp_path / "first").rename(tmp_path / "run")
+    assert load_config(run).data.tokenizer == str(run / "tokenizer" / "tokenizer.json")
+
+    lines, got.train.steps = [], 2
+    original = path.read_text()
+    for there in (original, None):
+        path.write_text(there) if there else path.unlink()
+        with Trainer(got, run, report=lines.append) as trainer:
+            assert trainer.step == 1
+        assert lines == [f"tokenizer: {run}/tokenizer/tokenizer.json, the run's own copy of {path}"]
+        lines.clear()
+    path.write_text(original.replace('"?"', '"!"'))
+    with pytest.raises(ValueError, match=r"words.json' \(sha256 .*\) is not, or no longer, what the checkpoints have"):
+        Trainer(got, run)
+    got.data.tokenizer = "bytes"
+    got.model.vocab_size = 256
+    with pytest.raises(ValueError, match=r"but .* was trained with"):
+        Trainer(got, run)
