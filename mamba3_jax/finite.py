@@ -1,5 +1,6 @@
 """Numbers that are not numbers: which tensors hold some, and what JSON, which has none, says in their place."""
 
+import functools
 import math
 
 import jax
@@ -9,9 +10,13 @@ import numpy as np
 SHOWN = 10  # tensors that an error names
 
 
-def all_finite(tree) -> jax.Array:
-    """Tells whether every number of a tree is finite. A norm would not: it overflows where no number does."""
-    return jnp.all(jnp.asarray([_fine(leaf) for leaf in jax.tree.leaves(tree)], bool))
+def all_finite(*trees) -> jax.Array:
+    """Tells whether every number of trees of one structure is finite. A norm would not: it overflows where none does.
+
+    Arrays in the same place are looked at side by side: what XLA computes them from, it reads once for all of them.
+    """
+    fine = jax.tree.map(lambda *leaves: jnp.all(functools.reduce(jnp.logical_and, map(_finite, leaves))), *trees)
+    return jnp.all(jnp.asarray(jax.tree.leaves(fine), bool))
 
 
 def check_finite(what: str, tree) -> None:
@@ -25,7 +30,7 @@ def check_finite(what: str, tree) -> None:
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-    fine = {name: _fine(leaf, np) for name, leaf in named.items() if not isinstance(leaf, jax.Array)}
+    fine = {name: _finite(leaf, np).all() for name, leaf in named.items() if not isinstance(leaf, jax.Array)}
     fine |= jax.device_get(_each_fine({name: leaf for name, leaf in named.items() if name not in fine}))
     if bad := [name for name in named if not fine[name]]:
         more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
@@ -34,13 +39,13 @@ def check_finite(what: str, tree) -> None:
         )
 
 
-def _fine(leaf, numpy=jnp):
-    return numpy.isfinite(leaf).all() if jnp.issubdtype(leaf.dtype, jnp.inexact) else numpy.bool_(True)
+def _finite(leaf, numpy=jnp):
+    return numpy.isfinite(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else numpy.bool_(True)
 
 
 @jax.jit
 def _each_fine(named: dict) -> dict:
-    return {name: _fine(leaf) for name, leaf in named.items()}
+    return {name: jnp.all(_finite(leaf)) for name, leaf in named.items()}
 
 
 def or_null(value):

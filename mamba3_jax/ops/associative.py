@@ -28,18 +28,12 @@ def _core(part: Chunk, h_BHPN):
 
     outer_BHQPN = jnp.einsum("bhqrp,bhqrn->bhqpn", x_BHQRP, k_BHQRN, precision="highest")
     added_BHQPN = part.kappa_BHQ[..., None, None] * outer_BHQPN
-    added_BHQPN = added_BHQPN.at[:, :, 0].add(decayed(a_BHQ[:, :, 0], h_BHPN))
+    added_BHQPN = added_BHQPN.at[:, :, 0].add(a_BHQ[:, :, 0, None, None] * h_BHPN)
 
     def compose(first, second):
-        return decayed(second[0], first[0]), decayed(second[0], first[1]) + second[1]
+        return first[0] * second[0], second[0][..., None, None] * first[1] + second[1]
 
     _, g_BHQPN = jax.lax.associative_scan(compose, (a_BHQ, added_BHQPN), axis=2)
     before_BHQPN = jnp.concatenate([h_BHPN[:, :, None], g_BHQPN[:, :, :-1]], axis=2)
-    h_BHQPN = decayed(a_BHQ, before_BHQPN) + part.gamma_BHQ[..., None, None] * outer_BHQPN
+    h_BHQPN = a_BHQ[..., None, None] * before_BHQPN + part.gamma_BHQ[..., None, None] * outer_BHQPN
     return jnp.einsum("bhqpn,bhqrn->bhqrp", h_BHQPN, q_BHQRN, precision="highest"), g_BHQPN[:, :, -1]
-
-
-def decayed(a_BHQ, x):
-    """Multiplies x (B, H, Q, ...) by a; a = 0 gives 0 whatever x is, so that NaN ends with its document too."""
-    a = a_BHQ.reshape(*a_BHQ.shape, *[1] * (x.ndim - a_BHQ.ndim))
-    return jnp.where(a == 0, 0, a * x)

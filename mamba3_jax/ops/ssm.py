@@ -52,9 +52,9 @@ def ssm(
     Args:
         tokens: one entry a token, see `Tokens`. `start` isolates documents exactly: no finite value and no gradient
             crosses. A token that is not finite reaches the later ones of its document, and never another row. In
-            `recurrent` that is all; in `chunked` and `associative` it may also make all of its chunk NaN, earlier
-            tokens and other documents included, and what follows the chunk up to the next `start`. Of kernels only
-            the other rows are sure. Gradients may be NaN in all of the row.
+            `recurrent` that is all; in `chunked` it may also make all of its chunk NaN, earlier tokens and other
+            documents included, and what follows the chunk up to the next `start`; in `associative` all from its
+            chunk on. Of kernels only the other rows are sure. Gradients may be NaN in all of the row.
         heads: learned, one entry a head, see `Heads`. With more than one rank, v_rank and out_rank are needed.
         state: what the tokens before left, or None for none. It reaches up to the first `start` of its row.
         rotation: "adjacent" (SISO weights) or "half" (MIMO weights).

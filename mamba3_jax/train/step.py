@@ -87,6 +87,12 @@ def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainSt
     return update(config, state, *gradients(config, state.params, batch))
 
 
+def like(params, opt_state) -> list:
+    """Lists the trees in an optimizer's state that have an array for every parameter."""
+    same = lambda tree: jax.tree.structure(tree) == jax.tree.structure(params)  # noqa: E731
+    return [tree for tree in jax.tree.leaves(opt_state, is_leaf=same) if same(tree)]
+
+
 def update(config: Config, state: TrainState, grads, parts: Sums) -> tuple[TrainState, dict]:
     """The state after an update by these gradients, and the metrics.
 
@@ -97,7 +103,8 @@ def update(config: Config, state: TrainState, grads, parts: Sums) -> tuple[Train
     norm = optax.tree.norm(grads)
     updates, opt_state = optimizer(config.optimizer, config.train.steps).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    good = all_finite((objective(parts, config.train.z_loss), norm, params, opt_state))
+    kept = like(params, opt_state)  # Adam's moments; beside them there are counts
+    good = all_finite((objective(parts, config.train.z_loss), norm)) & all_finite(params, *kept)
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)  # noqa: E731
     metrics = means(parts) | {
         "grad_norm": norm,
