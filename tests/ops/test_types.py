@@ -36,6 +36,6 @@ def test_annotations_hold():
 
 
 def test_the_hook_is_on():
-    done = run("discretize.trapezoid(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 1)))")
+    done = run("discretize.later_weight(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 1)))")
     assert done.returncode != 0
     assert "TypeCheckError" in done.stderr, done.stderr[-3000:]
