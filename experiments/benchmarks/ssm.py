@@ -106,15 +106,14 @@ def inputs(case: Case, seed: int = 0) -> tuple[Tokens, Heads]:
         return jax.random.uniform(next(keys), shape_BLH, jnp.float32, low, high)
 
     dt_BLH = jnp.exp(uniform(np.log(1e-3), np.log(1e-1)))
-    log_a_BLH, trap_BLH = -dt_BLH * uniform(0.5, 2.0), uniform(0.0, 1.0)
     tokens = Tokens(
         q_BLRGN=normal(*shape_BLRGN),
         k_BLRGN=normal(*shape_BLRGN),
         v_BLHP=normal(*shape_BLH, case.width),
         dt_BLH=dt_BLH,
-        log_a_BLH=log_a_BLH,
-        gamma_BLH=trap_BLH * dt_BLH,
-        beta_BLH=(1 - trap_BLH) * dt_BLH,
+        log_a_BLH=-dt_BLH * uniform(0.5, 2.0),
+        gamma_BLH=(gamma_BLH := dt_BLH * uniform(0.0, 1.0)),
+        beta_BLH=dt_BLH - gamma_BLH,
         angle_BLHS=jnp.pi * jnp.tanh(normal(*shape_BLH[:2], 1, planes, dtype="float32")),
         gate_BLHP=normal(*shape_BLH, case.width),
     )

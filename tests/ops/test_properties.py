@@ -374,7 +374,7 @@ def mamba2(c_BLGN, b_BLGN, x_BLHP, dt_BLH, log_a_BLH, skip_H):
 
 
 @every_implementation
-def test_without_trapezoid_rotation_and_bias_it_is_mamba2(implementation):
+def test_with_all_left_out_it_is_mamba2(implementation):
     tokens, heads, _ = draw(cases.SSD._replace(skip=True, length=23))
     assert all(x is None for x in (tokens.dt_BLH, tokens.beta_BLH, tokens.angle_BLHS, *heads[:2], *heads[3:]))
     q, k = tokens.q_BLRGN[:, :, 0], tokens.k_BLRGN[:, :, 0]

@@ -95,8 +95,9 @@ MESHES = {  # topology: data, tensor
     "v6e:2x4": (4, 2),
     "tpu7x:2x2x1": (2, 4),
 }
-OF_TOKENS = Tokens(*[Spec("data")] * 2, *[Spec("data", None, "tensor")] * 4, Spec("data"), Spec("data", None, "tensor"))
-OF_STATE = State(Spec("data", "tensor"), Spec("data", "tensor"), Spec("data", None, "tensor"), Spec("data", "tensor"))
+OF_TOKENS = Tokens(**dict.fromkeys(Tokens._fields, Spec("data", None, "tensor")))
+OF_TOKENS = OF_TOKENS._replace(**dict.fromkeys(("q_BLRGN", "k_BLRGN", "angle_BLHS"), Spec("data")))
+OF_STATE = State(**dict.fromkeys(State._fields, Spec("data", "tensor")))._replace(k_BRHN=Spec("data", None, "tensor"))
 
 
 def compiled_over(topology: str, case: ssm.Case, monkeypatch) -> str:
