@@ -46,7 +46,14 @@ def zero_order_hold(dt, a, logit):
     """log_a = dt a, gamma = expm1(dt a) / a: exact for an input that holds its new value over the step. Order 1."""
     del logit
     log_a = dt * a
-    return log_a, dt * _mean_decay(log_a), None
+    # Near 0 the derivative by a, (dt e^x - expm1(x) / a) / a, would lose all digits: there a series in x = dt a, of
+    # which what is left out is below 1e-18.
+    near = jnp.abs(log_a) < 0.25
+    x, far = jnp.where(near, log_a, 0), jnp.where(near, -1, a)
+    series = jnp.zeros_like(x)
+    for power in range(13, -1, -1):
+        series = series * x + 1 / math.factorial(power + 1)
+    return log_a, jnp.where(near, dt * series, jnp.expm1(dt * far) / far), None
 
 
 def backward_euler(dt, a, logit):
@@ -68,17 +75,6 @@ def uses_previous(name: str) -> bool:
     """Says whether a rule of the table weighs the previous token's input: whether its beta is there."""
     number = jax.ShapeDtypeStruct((), jnp.float32)
     return jax.eval_shape(DISCRETIZATIONS[name], number, number, number)[2] is not None
-
-
-def _mean_decay(x):
-    """expm1(x) / x, and its derivative, to float64's last digits at any x, 0 included."""
-    # Near 0 the derivative (e^x - expm1(x) / x) / x loses all digits; what is left out of the series is below 1e-18.
-    near = jnp.abs(x) < 0.25
-    close, far = jnp.where(near, x, 0), jnp.where(near, 1, x)
-    series = jnp.zeros_like(x)
-    for power in range(13, -1, -1):
-        series = series * close + 1 / math.factorial(power + 1)
-    return jnp.where(near, series, jnp.expm1(far) / far)
 
 
 def later_weight(

@@ -10,6 +10,7 @@ import pytest
 import mamba3_jax.config
 from mamba3_jax.config import ModelConfig, from_dict
 from mamba3_jax.mixers.mamba3 import ANGLES, Mamba3, heavy_tail
+from mamba3_jax.model import LanguageModel
 from mamba3_jax.ops.discretize import DISCRETIZATIONS
 from tests.helpers import rel_rms
 
@@ -83,6 +84,21 @@ def test_what_an_ablation_does_not_use_gets_a_zero_gradient_and_no_state(option)
     }
     for name, (parameter, place) in unused.items():
         assert (np.abs(gradient[parameter][place]).max() == 0) == (name in option)
+
+
+def test_a_model_of_what_is_left_out_carries_a_smaller_state():
+    """Pieces of a row with the state carried are the row, from `empty_state` or from none, over scanned layers."""
+    config = ModelConfig(
+        **SMALL, vocab_size=8, pattern="MM", angles="none", discretization="zero_order_hold", bc_bias=False
+    )
+    model, tokens_BL = LanguageModel(config), np.arange(18, dtype=np.int32).reshape(2, 9) % 8
+    params = jax.jit(model.init)(jax.random.key(0), tokens_BL)
+    apply = jax.jit(model.apply)
+    whole_BLV, after = apply(params, tokens_BL)
+    first_BLV, state = apply(params, tokens_BL[:, :5], model.empty_state(2, 9))
+    second_BLV, state = apply(params, tokens_BL[:, 5:], state)
+    assert rel_rms(np.concatenate([first_BLV, second_BLV], axis=1), whole_BLV) < 1e-5
+    assert {path[-1].name for path, _ in jax.tree_util.tree_leaves_with_path((state, after))} == {"ssm_BHPN"}
 
 
 def test_tables_name_what_the_config_says():

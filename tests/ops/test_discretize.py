@@ -83,21 +83,25 @@ def test_what_second_order_needs(how):
 
 
 @pytest.mark.parametrize("rule", DISCRETIZATIONS)
-@pytest.mark.parametrize("dt", [1e-12, 1e-6, 1e-3, 1.0, 30.0])
-def test_weights_and_their_gradients_in_float32(rule, dt):
+def test_weights_and_their_gradients_in_float32(rule):
     """As in float64, at any step: gamma of a short one is not a difference of numbers that are nearly equal."""
+    sizes = np.meshgrid([1e-12, 1e-6, 1e-3, 0.2, 0.3, 1.0, 5.0], [-1e-4, -1.0, -16.0], indexing="ij")
 
-    def weights(dt, a):
-        return [x for x in DISCRETIZATIONS[rule](dt, a, 0.5) if x is not None]
-
-    def values_and_slopes(dtype):
-        dt_, a = jnp.asarray(dt, dtype), jnp.asarray([-1e-4, -1.0, -16.0], dtype)
-        return jax.tree.leaves((weights(dt_, a), [jax.jacobian(weights, argnums=n)(dt_, a) for n in (0, 1)]))
+    @jax.jit
+    def values_and_slopes(*sizes):
+        weights = lambda dt, a: [x for x in DISCRETIZATIONS[rule](dt, a, 0.5) if x is not None]  # noqa: E731
+        basis = [jnp.ones_like(sizes[0]), jnp.zeros_like(sizes[0])]
+        slopes = [jax.jvp(weights, sizes, tuple(along))[1] for along in (basis, basis[::-1])]
+        return {"value": weights(*sizes), "by dt": slopes[0], "by a": slopes[1]}
 
     with jax.enable_x64(True):
-        for got, want in zip(values_and_slopes(jnp.float32), values_and_slopes(jnp.float64), strict=True):
-            assert got.dtype == jnp.float32
-            np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-30)
+        narrow = [np.float32(x) for x in sizes]
+        got, want = values_and_slopes(*narrow), values_and_slopes(*map(np.float64, narrow))
+    for name in got:
+        least = 2**-23 if name == "by dt" else 1e-30  # that is exp(dt a), from 1 down, which jax has as expm1 + 1
+        for x, exact_x in zip(got[name], want[name], strict=True):
+            assert (x.dtype, exact_x.dtype) == (np.float32, np.float64)
+            np.testing.assert_allclose(x, exact_x, rtol=1e-5, atol=least)
 
 
 def test_zero_order_hold_at_no_rate_and_no_step():

@@ -109,7 +109,7 @@ def test_pieces_compose_to_the_whole_and_with_a_state_to_the_state_after(shape):
     check(whole.state, from_nothing)
 
 
-@pytest.mark.parametrize("name", ["siso", "mimo", "ssd"])
+@pytest.mark.parametrize("name", ["mimo", "ssd"])
 def test_gradients(name):
     """Of everything through pieces composed with a state, as `ssm` gives them."""
     shape = SHAPES[name]
