@@ -35,8 +35,7 @@ class ModelConfig:
     dt_min: float = 0.001  # initial dt is log-uniform in [dt_min, dt_max]
     dt_max: float = 0.1
     dt_init_floor: float = 1e-4
-    # Of ops.discretize: exponential_trapezoidal | midpoint | exponential_euler | zero_order_hold | backward_euler
-    discretization: str = "exponential_trapezoidal"
+    discretization: str = "exponential_trapezoidal"  # a row of DISCRETIZATIONS in ops/discretize.py
     angles: str = "data"  # data | rope (fixed angles t * 10000^(-i/S), not data dependent) | none
     bc_bias: bool = True  # the biases of B and C (paper table 5a without: False)
     implementation: str = ""  # of the op; "": the fastest for the backend

@@ -3,6 +3,8 @@
 A smooth scalar equation h' = a(t) h + u(t) is integrated by `recurrent` in float64, with steps halved.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,20 +62,11 @@ def order(rule: str, **how) -> list[float]:
     return [float(np.log2(errors[i] / errors[i + 1])) for i in range(len(errors) - 1)]
 
 
-ORDERS = {
-    "exponential_trapezoidal": (2, {"logit": lambda dt: 3 * dt}),  # lambda = 1/2 + O(dt)
-    "midpoint": (2, {}),
-    "exponential_euler": (1, {}),
-    "zero_order_hold": (1, {}),
-    "backward_euler": (1, {}),
-}
-
-
 @pytest.mark.parametrize("rule", DISCRETIZATIONS)
 def test_the_error_falls_with_the_stated_order(rule):
-    stated, how = ORDERS[rule]
-    assert f"Order {stated}" in DISCRETIZATIONS[rule].__doc__ or f"order {stated}" in DISCRETIZATIONS[rule].__doc__
-    np.testing.assert_allclose(order(rule, **how), stated, atol=0.1)
+    """The best that its docstring states; lambda = 1/2 + O(dt), for who has one."""
+    stated = max(int(number) for number in re.findall(r"[Oo]rder (\d)", DISCRETIZATIONS[rule].__doc__))
+    np.testing.assert_allclose(order(rule, logit=lambda dt: 3 * dt), stated, atol=0.1)
 
 
 @pytest.mark.parametrize("how", [{"logit": lambda dt: 1.0}, {"rate_at": 1.0}], ids=["lambda", "rate"])
@@ -114,8 +107,10 @@ def test_zero_order_hold_at_no_rate_and_no_step():
 
 
 def test_who_looks_back():
-    looks_back = {"exponential_trapezoidal": True, "midpoint": True}
-    assert {rule: uses_previous(rule) for rule in DISCRETIZATIONS} == dict.fromkeys(DISCRETIZATIONS, False) | looks_back
+    for name, rule in DISCRETIZATIONS.items():
+        assert uses_previous(name) == (rule(0.1, -1.0, 0.0)[2] is not None)
+    assert uses_previous("midpoint")
+    assert not uses_previous("exponential_euler")
 
 
 def test_later_weight():
