@@ -13,11 +13,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.ssm.gradients import (
+    Crossing,
+    combine_splits_bwd,
+    crossing_sums,
+    decay_bwd,
+    documents_in_chunks,
+)
 from pallas_kernels.ssm.mosaic_gpu import back, key_back, query_back, scan
 from pallas_kernels.ssm.mosaic_gpu.phase import phase
 from pallas_kernels.ssm.mosaic_gpu.scan import ROWS, Tile
 from pallas_kernels.ssm.mosaic_gpu.sums_back import angles_back, heads_back
-from pallas_kernels.ssm.triton import angle_back, common, rotate
+from pallas_kernels.ssm.triton import common, rotate
 from pallas_kernels.ssm.triton import scan as triton_scan
 from pallas_kernels.ssm.triton import scan_back as triton_back
 
@@ -85,7 +92,7 @@ def _angles(inputs: Inputs, document_BL) -> rotate.Inputs:
 def _scalars(arrays_BHL, document_BL, tile: Tile):
     """Of every row of a chunk, ranks one after another; for packed rows, the document too."""
     if document_BL is not None:
-        document_BHL = common.documents_in_chunks(document_BL, tile.tokens)[:, None].astype(jnp.float32)
+        document_BHL = documents_in_chunks(document_BL, tile.tokens)[:, None].astype(jnp.float32)
         arrays_BHL = [*arrays_BHL, jnp.broadcast_to(document_BHL, arrays_BHL[0].shape)]
     batch, n_heads, _ = arrays_BHL[0].shape
     stacked_BHCXQ = jnp.stack([x.reshape(batch, n_heads, -1, tile.tokens) for x in arrays_BHL], axis=3)
@@ -169,9 +176,8 @@ def _bwd(tile: Tile, residuals, cotangents):
     if inputs.v_rank_HRP is not None:
         dv_rank_BHSRQP = key.dv_rank_BHSTP.reshape(*key.dv_rank_BHSTP.shape[:3], rank, tile.tokens, -1)
         d["v_rank_HRP"] = jnp.sum(dv_rank_BHSRQP, axis=(0, 2, 4))
-    tokens = _triton_tile(tile, rows=tile.tokens, anchor=back.ANCHOR)
-    documents_BL = common.documents_in_chunks(document_BL, tile.tokens)
-    dlog_decay_BHL = triton_back.decay_back(documents_BL, received_BHL, crossing_BHSA, end_BH, tokens)
+    documents_BL = documents_in_chunks(document_BL, tile.tokens)
+    dlog_decay_BHL = decay_bwd(documents_BL, received_BHL, crossing_BHSA, end_BH, tile.tokens, back.ANCHOR)
     gradients = inputs._replace(
         q_BLRGN=dq_BLRGN.astype(inputs.q_BLRGN.dtype),
         k_BLRGN=dk_BLRGN.astype(inputs.k_BLRGN.dtype),
@@ -197,7 +203,7 @@ def _crossing(query: query_back.Query, key: key_back.Key, last_BHPN, dlast_BHPN,
         # As the keys before it read dh: what its rounding changes there would stay in every sum over earlier tokens.
         dh_PN = dh_PN if exact else dh_PN.astype(jnp.bfloat16)
         (u_PS, w_PS), (du_PS, dw_PS) = (jnp.split(x.astype(jnp.float32), 2, axis=-1) for x in (h_PN, dh_PN))
-        return angle_back.crossing_sums(u_PS, w_PS, du_PS, dw_PS, planes)
+        return crossing_sums(u_PS, w_PS, du_PS, dw_PS, planes)
 
     starts = [sums(query.h_BHSAPN[:, :, :, :1], key.dh_BHSPN[:, :, :, None])]
     if query.h_BHSAPN.shape[3] > 1:
@@ -205,7 +211,7 @@ def _crossing(query: query_back.Query, key: key_back.Key, last_BHPN, dlast_BHPN,
     starts = [jnp.concatenate(parts, axis=3) for parts in zip(*starts, strict=True)]
     # Or XLA for GPU computes these sums again for each of their users.
     (start_BHSA, turned_BHGAS), (end_BH, end_BHS) = lax.optimization_barrier((starts, sums(last_BHPN, dlast_BHPN)))
-    return start_BHSA, end_BH, angle_back.Crossing(turned_BHGAS, end_BHS, back.ANCHOR)
+    return start_BHSA, end_BH, Crossing(turned_BHGAS, end_BHS, back.ANCHOR)
 
 
 def _segments_back(refs: back.Inputs, left_BHS, dlast_BHPN, tile: Tile):
@@ -214,9 +220,7 @@ def _segments_back(refs: back.Inputs, left_BHS, dlast_BHPN, tile: Tile):
         return dlast_BHPN[:, :, None]
     zeros_BHSPN = jnp.zeros_like(refs.h_BHSPN)
     demanded_BHSPN = key_back.key(refs._replace(h_BHSPN=zeros_BHSPN), tile, only_state=True).dh_BHSPN
-    # From the end: what a segment's last state is asked for is what the next one asks of its first.
-    added = triton_scan.Added(jnp.flip(demanded_BHSPN, axis=2), jnp.flip(left_BHS, axis=2))
-    return jnp.flip(triton_scan.combine(dlast_BHPN, added)[0], axis=2)
+    return combine_splits_bwd(dlast_BHPN, left_BHS, demanded_BHSPN)
 
 
 mamba3.defvjp(_fwd, _bwd)

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.ssm.angle import to_radians
+from pallas_kernels.ssm.gradients import documents_in_chunks
 from pallas_kernels.ssm.triton import rotate
-from pallas_kernels.ssm.triton.common import Tile, call, documents_in_chunks
+from pallas_kernels.ssm.triton.common import Tile, call
 
 
 class Phase(NamedTuple):
@@ -42,7 +44,7 @@ def phase(inputs: rotate.Inputs, tile: Tile):
         Phase(blocks.angle, blocks.spec("BHL"), blocks.spec("BHCS"), per_token),
         [((batch, n_heads, length, planes), jnp.int16, blocks.spec("BHLS"))],
     )
-    return phase_BHLS, rotate._radians(last_BHS)
+    return phase_BHLS, to_radians(last_BHS)
 
 
 def _kernel(refs: Phase, out_ref, *, tile: Tile):

@@ -17,10 +17,10 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.ssm.gradients import combine_splits
 from pallas_kernels.ssm.mosaic_gpu import scan_kernel
 from pallas_kernels.ssm.mosaic_gpu.contract import WIDTH, Inputs, Outputs, Sizes, Tile, check
 from pallas_kernels.ssm.mosaic_gpu.registers import ROWS
@@ -88,7 +88,7 @@ def scan(inputs: Inputs, tile: Tile):
     """Outputs, the state before every segment, and what every segment leaves of it (None for one segment).
 
     Where heads and batch entries are too few to fill the device, a first pass leaves what every segment adds to the
-    state; `combine` gives the state before each, and the kernel then runs all segments at once.
+    state; `combine_splits` gives the state before each, and the kernel then runs all segments at once.
 
     Args:
         inputs: h of shape (B, H, 1, P, N), the state before the row.
@@ -103,24 +103,19 @@ def scan(inputs: Inputs, tile: Tile):
     zeros_BHSPN = jnp.zeros((batch, n_heads, tile.segments, width, d_state), jnp.float32)
     needed = inputs._replace(**nothing, q_bias_HRN=None, h_BHSPN=zeros_BHSPN)
     added_BHSPN = forward(needed, replace(tile, keep=False)).h_BHSPN
-    h_BHSPN, left_BHS = combine(inputs.h_BHSPN, added_BHSPN, inputs.scalars_BHCXT)
+    left_BHS = _left(inputs.scalars_BHCXT, tile.segments)
+    h_BHSPN, _ = combine_splits(inputs.h_BHSPN[:, :, 0], left_BHS, added_BHSPN)
     return forward(inputs._replace(h_BHSPN=h_BHSPN), tile), h_BHSPN, left_BHS
 
 
-def combine(h_BH1PN, added_BHSPN, scalars_BHCXT):
-    """h_s = left_s h_{s-1} + added_s: the states before every segment, and left."""
-    batch, n_heads, segments = added_BHSPN.shape[:3]
-    last_BHSCX = scalars_BHCXT[..., -1].reshape(batch, n_heads, segments, -1, scalars_BHCXT.shape[3])
-    left_BHS = jnp.exp2(jnp.sum(last_BHSCX[..., 0], axis=-1))
-    if last_BHSCX.shape[-1] == 4:
-        left_BHS = jnp.where(jnp.all(last_BHSCX[..., 3] == 0, axis=-1), left_BHS, 0.0)
-    before_BHS = jnp.pad(left_BHS[:, :, :-1], ((0, 0), (0, 0), (1, 0)))
-    states_BHSPN = jnp.concatenate([h_BH1PN, added_BHSPN[:, :, :-1]], axis=2)
-
-    def compose(first, second):
-        return first[0] * second[0], second[0][..., None, None] * first[1] + second[1]
-
-    return lax.associative_scan(compose, (before_BHS, states_BHSPN), axis=2)[1], left_BHS
+def _left(scalars_BHCXT, splits: int):
+    """Returns what every split leaves of the state before it."""
+    batch, n_heads = scalars_BHCXT.shape[:2]
+    last_BHZCX = scalars_BHCXT[..., -1].reshape(batch, n_heads, splits, -1, scalars_BHCXT.shape[3])
+    left_BHZ = jnp.exp2(jnp.sum(last_BHZCX[..., 0], axis=-1))
+    if last_BHZCX.shape[-1] == 4:
+        left_BHZ = jnp.where(jnp.all(last_BHZCX[..., 3] == 0, axis=-1), left_BHZ, 0.0)
+    return left_BHZ
 
 
 def interpreter():

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.ssm.gradients import AngleSums, Crossing, add_later, documents_in_chunks
 from pallas_kernels.ssm.triton import angle_back, rotate
-from pallas_kernels.ssm.triton.common import Launch, Tile, call, documents_in_chunks
+from pallas_kernels.ssm.triton.common import Launch, Tile, call
 
 HEADS = 16  # at most, that a program takes one after another
 
@@ -100,7 +101,7 @@ class AnglesOutputs(NamedTuple):
     dphi_BHCS: jax.Array
 
 
-def angles_back(inputs: rotate.Inputs, of_q_BHLS, of_k_BHLS, dlast_BHS, crossing: angle_back.Crossing, tile: Tile):
+def angles_back(inputs: rotate.Inputs, of_q_BHLS, of_k_BHLS, dlast_BHS, crossing: Crossing, tile: Tile):
     """Gradients of angle_BLHS, dt_BHL and first_BHS from those of the angle at every token and after the last."""
     batch, n_heads, length = inputs.dt_BHL.shape
     chunks, planes, angle_heads = length // tile.turned, dlast_BHS.shape[-1], inputs.angle_BLHS.shape[2]
@@ -137,7 +138,8 @@ def angles_back(inputs: rotate.Inputs, of_q_BHLS, of_k_BHLS, dlast_BHS, crossing
         ],
     )
     dangle_BLHS = jnp.sum(out.dangle_JBLHS, axis=0)
-    return angle_back.add_later(inputs, dangle_BLHS, out.ddt_BHL, out.dphi_BHCS, dlast_BHS, crossing, tile)
+    sums = AngleSums(dangle_BLHS, out.ddt_BHL, out.dphi_BHCS)
+    return add_later(inputs.angle_BLHS, inputs.dt_BHL, inputs.document_BL, sums, dlast_BHS, crossing)
 
 
 def _angles_kernel(refs: Angles, outs, *, tile: Tile):
