@@ -26,9 +26,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssm.mosaic_gpu.chunk import token
+from pallas_kernels.ssm.mosaic_gpu.chunk import Turn, token
+from pallas_kernels.ssm.mosaic_gpu.contract import WIDTH, Sizes, Tile, planes_of
 from pallas_kernels.ssm.mosaic_gpu.registers import ROWS, of_ranks, of_tokens
-from pallas_kernels.ssm.mosaic_gpu.scan import WIDTH, Sizes, Tile
 from pallas_kernels.ssm.mosaic_gpu.tiles import iota, product, tiled
 
 ANCHOR = 1024  # tokens between two states kept, for the gradients that add up over the row to start from again
@@ -41,10 +41,10 @@ class Inputs(NamedTuple):
     k_BLRGN: jax.Array | None
     v_BLHP: jax.Array | None
     dy_BLHRP: jax.Array
-    phase_BHLS: jax.Array
+    phase_BHLS: jax.Array | None
     scalars_BHCXT: jax.Array
     h_BHSPN: jax.Array  # the state before every segment, or the gradient of the one after
-    q_bias_HRN: jax.Array
+    q_bias_HRN: jax.Array | None
     k_bias_HRN: jax.Array | None
     v_rank_HRP: jax.Array | None
     skip_H: jax.Array | None
@@ -58,14 +58,14 @@ class Shared(NamedTuple):
     x_TP: jax.Array | None
     dy_TP: jax.Array
     weighted_TP: jax.Array | None
-    phase_CQS: jax.Array
+    phase_CQS: jax.Array | None
     scalars_CXT: jax.Array
     h_PN: jax.Array
     low_PN: jax.Array | None  # what is left of dh, rounded to bfloat16 in h
     dphi_TS: jax.Array | None
     rows_XT: jax.Array | None
     dv_rank_TP: jax.Array | None
-    q_bias_RN: jax.Array
+    q_bias_RN: jax.Array | None
     k_bias_RN: jax.Array | None
     v_rank_RP: jax.Array | None
 
@@ -84,24 +84,31 @@ def shared_memory(refs: Inputs, sizes: Sizes, tile: Tile, *, query: bool) -> Sha
     vectors = lambda ref, size: None if ref is None else plgpu.SMEM((ref.shape[1], size), jnp.float32)  # noqa: E731
     both = not only_state
     return Shared(
-        tiled(ROWS, d_state),
-        tiled(ROWS, d_state) if both else None,
-        tiled(ROWS, d_state) if query else None,
-        tiled(tile.tokens, WIDTH) if both else None,
-        tiled(ROWS, WIDTH) if both and ranked else None,
-        tiled(ROWS, WIDTH),
-        tiled(ROWS, WIDTH) if query else None,
-        tiled(1 + query, tile.tokens, planes, dtype=jnp.int16),
-        plgpu.SMEM((1 + query, refs.scalars_BHCXT.shape[1], ROWS), jnp.float32),
-        tiled(WIDTH, d_state),
-        None if query or only_state else tiled(WIDTH, d_state),
-        tiled(ROWS, planes) if ranked and both else None,
-        None if only_state else plgpu.SMEM((1 if query else 4, ROWS), jnp.float32),
-        None if query or only_state or not ranked else tiled(ROWS, WIDTH, dtype=jnp.float32),
-        vectors(refs.q_bias_HRN, d_state),
-        vectors(refs.k_bias_HRN, d_state),
-        vectors(refs.v_rank_HRP, WIDTH),
+        q_TN=tiled(ROWS, d_state),
+        k_TN=tiled(ROWS, d_state) if both else None,
+        turned_k_TN=tiled(ROWS, d_state) if query else None,
+        v_QP=tiled(tile.tokens, WIDTH) if both else None,
+        x_TP=tiled(ROWS, WIDTH) if both and ranked else None,
+        dy_TP=tiled(ROWS, WIDTH),
+        weighted_TP=tiled(ROWS, WIDTH) if query else None,
+        phase_CQS=tiled(1 + query, tile.tokens, planes, dtype=jnp.int16) if planes else None,
+        scalars_CXT=plgpu.SMEM((1 + query, refs.scalars_BHCXT.shape[1], ROWS), jnp.float32),
+        h_PN=tiled(WIDTH, d_state),
+        low_PN=None if query or only_state else tiled(WIDTH, d_state),
+        dphi_TS=tiled(ROWS, planes) if ranked and both and planes else None,
+        rows_XT=None if only_state else plgpu.SMEM((1 if query else 4, ROWS), jnp.float32),
+        dv_rank_TP=None if query or only_state or not ranked else tiled(ROWS, WIDTH, dtype=jnp.float32),
+        q_bias_RN=vectors(refs.q_bias_HRN, d_state),
+        k_bias_RN=vectors(refs.k_bias_HRN, d_state),
+        v_rank_RP=vectors(refs.v_rank_HRP, WIDTH),
     )
+
+
+VECTORS = {  # of a head: where each goes in shared memory
+    "q_bias_HRN": "q_bias_RN",
+    "k_bias_HRN": "k_bias_RN",
+    "v_rank_HRP": "v_rank_RP",
+}
 
 
 class Program:
@@ -132,11 +139,12 @@ class Program:
         return pl.ds(rank * self.tile.tokens, self.tile.tokens)
 
     def load_head(self):
-        for name in ("q_bias", "k_bias", "v_rank"):
-            ref = getattr(self.refs, name + ("_HRP" if name == "v_rank" else "_HRN"))
-            if ref is not None:
-                to = getattr(self.shared, name + ("_RP" if name == "v_rank" else "_RN"))
-                plgpu.copy_gmem_to_smem(ref.at[self.head], to, self.barriers.head)
+        """Starts the copies of what does not depend on the chunk, and returns what waits for them."""
+        found = [name for name in VECTORS if getattr(self.refs, name) is not None]
+        for name in found:
+            to = getattr(self.shared, VECTORS[name])
+            plgpu.copy_gmem_to_smem(getattr(self.refs, name).at[self.head], to, self.barriers.head)
+        return lambda: plgpu.barrier_wait(self.barriers.head) if found else None
 
     def _load_ranks(self, ref, to, index, barrier):
         for rank in range(self.tile.rank if ref is not None else 0):
@@ -159,10 +167,16 @@ class Program:
             dy_QP = self.refs.dy_BLHRP.at[self.batch, tokens, columns]
             plgpu.copy_gmem_to_smem(dy_QP, self.shared.dy_TP.at[self.rows(rank)], barrier)
 
+    def turn(self, slot) -> Turn:
+        """Returns the rotation of the chunk in a slot."""
+        phase_CQS = self.shared.phase_CQS
+        return Turn(None if phase_CQS is None else phase_CQS.at[slot], self.interpret)
+
     def load_chunk(self, index, slot):
         barrier = self.barriers.chunk.at[slot]
-        phase_QS = self.refs.phase_BHLS.at[self.row, self.tokens(index)]
-        plgpu.copy_gmem_to_smem(phase_QS, self.shared.phase_CQS.at[slot], barrier)
+        if self.refs.phase_BHLS is not None:
+            phase_QS = self.refs.phase_BHLS.at[self.row, self.tokens(index)]
+            plgpu.copy_gmem_to_smem(phase_QS, self.shared.phase_CQS.at[slot], barrier)
         scalars_XT = self.refs.scalars_BHCXT.at[self.chunk_of_row(index)]
         plgpu.copy_gmem_to_smem(scalars_XT, self.shared.scalars_CXT.at[slot], barrier)
 
@@ -184,7 +198,9 @@ class Program:
             plgpu.copy_smem_to_gmem(from_TN.at[self.rows(rank)], to_QN)
 
     def store_dphi(self, dphi_TS, to_BHLS, index):
-        """Summed over ranks."""
+        """Stores the angle's gradient, summed over ranks; None: there is no angle."""
+        if dphi_TS is None:
+            return
         to_QS = to_BHLS.at[self.row, self.tokens(index)]
         if self.tile.rank == 1:
             to_QS[...] = dphi_TS
@@ -214,13 +230,15 @@ def values(program: Program):
 def call(kernel, name: str, inputs: Inputs, out, sizes: Sizes, tile: Tile, *, query: bool):
     flat = lambda array, *sizes: None if array is None else array.reshape(*sizes, -1)  # noqa: E731
     batch, length = inputs.dy_BLHRP.shape[:2]
-    scalars = inputs.scalars_BHCXT
+    scalars, phase_BHLS = inputs.scalars_BHCXT, inputs.phase_BHLS
+    if phase_BHLS is not None:
+        phase_BHLS = phase_BHLS.reshape(-1, *phase_BHLS.shape[2:])
     inputs = inputs._replace(
         q_BLRGN=flat(inputs.q_BLRGN, batch, length),
         k_BLRGN=flat(inputs.k_BLRGN, batch, length),
         v_BLHP=flat(inputs.v_BLHP, batch, length),
         dy_BLHRP=flat(inputs.dy_BLHRP, batch, length),
-        phase_BHLS=inputs.phase_BHLS.reshape(-1, *inputs.phase_BHLS.shape[2:]),
+        phase_BHLS=phase_BHLS,
         scalars_BHCXT=scalars.reshape(-1, *scalars.shape[3:]),
     )
     arrays, tree = jax.tree.flatten(inputs)
@@ -228,14 +246,13 @@ def call(kernel, name: str, inputs: Inputs, out, sizes: Sizes, tile: Tile, *, qu
 
     def body(*refs):
         inputs, out = jax.tree.unflatten(tree, refs[: len(arrays)]), jax.tree.unflatten(out_tree, refs[len(arrays) :])
-        both = inputs.k_BLRGN is not None
-        heads = (inputs.q_bias_HRN, inputs.k_bias_HRN, inputs.v_rank_HRP)
+        both, vectors = inputs.k_BLRGN is not None, [name for name in VECTORS if getattr(inputs, name) is not None]
         barriers = Barriers(
-            plgpu.Barrier(num_arrivals=tile.rank),
-            plgpu.Barrier(num_arrivals=tile.rank),
-            plgpu.Barrier(num_arrivals=both + tile.rank),
-            plgpu.Barrier(num_arrivals=2, num_barriers=1 + query),
-            plgpu.Barrier(num_arrivals=sum(x is not None for x in heads)),
+            q=plgpu.Barrier(num_arrivals=tile.rank),
+            k=plgpu.Barrier(num_arrivals=tile.rank),
+            values=plgpu.Barrier(num_arrivals=both + tile.rank),
+            chunk=plgpu.Barrier(num_arrivals=1 + (inputs.phase_BHLS is not None), num_barriers=1 + query),
+            head=plgpu.Barrier(num_arrivals=max(1, len(vectors))),
         )
         shared = shared_memory(inputs, sizes, tile, query=query)
         pl.run_scoped(functools.partial(kernel, inputs, out, sizes=sizes, tile=tile), shared, barriers)
@@ -264,8 +281,15 @@ def dphi_dtype(tile: Tile):
 
 def sizes_of(inputs: Inputs, tile: Tile) -> Sizes:
     _, length, _, groups, d_state = inputs.q_BLRGN.shape
-    n_heads, planes = inputs.dy_BLHRP.shape[2], inputs.phase_BHLS.shape[-1]
-    return Sizes(n_heads, n_heads // groups, groups, length // tile.tokens // tile.segments, d_state, planes)
+    n_heads = inputs.dy_BLHRP.shape[2]
+    return Sizes(
+        heads=n_heads,
+        heads_a_group=n_heads // groups,
+        groups=groups,
+        chunks=length // tile.tokens // tile.segments,
+        d_state=d_state,
+        planes=planes_of(inputs.phase_BHLS),
+    )
 
 
 def anchors(sizes: Sizes, tile: Tile) -> int:

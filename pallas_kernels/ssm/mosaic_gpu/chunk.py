@@ -82,21 +82,37 @@ def token(row, tile: Tile):
 
 
 class Turn:
-    """The angles of a chunk: of turning there and back. Computed where it is used, as registers are few."""
+    """Bias and rotation by the angles of a chunk, there and back. Computed where it is used, as registers are few."""
 
     def __init__(self, phase_QS, interpret: bool):
-        radians_TS = of_tokens(phase_QS, interpret).astype(jnp.float32) * (2 * jnp.pi / 2.0**16)
-        self.sin_TS, self.cos_TS, self.interpret = jnp.sin(radians_TS), jnp.cos(radians_TS), interpret
+        self.interpret, self.sin_TS, self.cos_TS = interpret, None, None
+        if phase_QS is not None:
+            radians_TS = of_tokens(phase_QS, interpret).astype(jnp.float32) * (2 * jnp.pi / 2.0**16)
+            self.sin_TS, self.cos_TS = jnp.sin(radians_TS), jnp.cos(radians_TS)
+
+    def changes(self, bias_RN) -> bool:
+        """Returns whether anything is done to queries or keys with this bias (None: no bias)."""
+        return bias_RN is not None or self.sin_TS is not None
 
     def there(self, x_ref, bias_RN):
-        x_TN = load(x_ref, TILE, self.interpret).astype(jnp.float32) + of_ranks(bias_RN, self.interpret)
+        """Returns queries or keys, biased and rotated, in registers, bfloat16."""
+        x_TN = load(x_ref, TILE, self.interpret)
+        if not self.changes(bias_RN):
+            return x_TN
+        x_TN = x_TN.astype(jnp.float32)
+        if bias_RN is not None:
+            x_TN += of_ranks(bias_RN, self.interpret)
+        if self.sin_TS is None:
+            return x_TN.astype(jnp.bfloat16)
         u_TS, rest, w_TS, more = planes_of(x_TN, self.sin_TS.shape[1])
         sin_TS, cos_TS = self.sin_TS, self.cos_TS
         turned = (u_TS * cos_TS - w_TS * sin_TS, rest, u_TS * sin_TS + w_TS * cos_TS, more)
         return joined_planes(turned, self.interpret)
 
     def back(self, dx_TN, x_TN):
-        """The gradient of what was turned into x, and of the angle."""
+        """Returns the gradient of what was turned into x, bfloat16, and of the angle (None without angles)."""
+        if self.sin_TS is None:
+            return dx_TN.astype(jnp.bfloat16), None
         planes, sin_TS, cos_TS = self.sin_TS.shape[1], self.sin_TS, self.cos_TS
         du_TS, rest, dw_TS, more = planes_of(dx_TN, planes)
         u_TS, _, w_TS, _ = planes_of(x_TN, planes)

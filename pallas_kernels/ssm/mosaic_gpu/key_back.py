@@ -20,9 +20,9 @@ from pallas_kernels.ssm.mosaic_gpu.back import (
     sizes_of,
     values,
 )
-from pallas_kernels.ssm.mosaic_gpu.chunk import GAMMA, KAPPA, SHIFTED, Decay, Turn
+from pallas_kernels.ssm.mosaic_gpu.chunk import GAMMA, KAPPA, SHIFTED, Decay
+from pallas_kernels.ssm.mosaic_gpu.contract import WIDTH, Sizes, Tile
 from pallas_kernels.ssm.mosaic_gpu.registers import ROWS, TILE, of_ranks, of_tokens
-from pallas_kernels.ssm.mosaic_gpu.scan import WIDTH, Sizes, Tile
 from pallas_kernels.ssm.mosaic_gpu.tiles import down, load, product, product_into, products
 
 
@@ -50,17 +50,17 @@ def key(inputs: Inputs, tile: Tile, *, only_state: bool = False, exact: bool = F
     heads = (batch, sizes.heads, tile.segments)
     if only_state:
         inputs = inputs._replace(k_BLRGN=None, v_BLHP=None, k_bias_HRN=None, v_rank_HRP=None, skip_H=None)
-        out = Key(*[None] * 6, shape((*heads, WIDTH, d_state), jnp.float32))
+        out = Key(**dict.fromkeys(Key._fields) | {"dh_BHSPN": shape((*heads, WIDTH, d_state), jnp.float32)})
         return call(_kernel, "mamba3_mosaic_segments_back", inputs, out, sizes, tile, query=False)
     kept = max(1, anchors(sizes, tile) - 1)
     out = Key(
-        shape((rows, length, rank * d_state), jnp.bfloat16),
-        shape((rows, length, sizes.planes), dphi_dtype(tile)),
-        shape((batch, length, sizes.heads * WIDTH), jnp.bfloat16),
-        shape((rows * length // tile.tokens, 4, ROWS), jnp.float32),
-        shape((*heads, ROWS, WIDTH), jnp.float32) if rank > 1 else None,
-        shape((*heads, kept, WIDTH, d_state), jnp.bfloat16),
-        shape((*heads, WIDTH, d_state), jnp.float32),
+        dk_BHLRN=shape((rows, length, rank * d_state), jnp.bfloat16),
+        dphi_BHLS=shape((rows, length, sizes.planes), dphi_dtype(tile)) if sizes.planes else None,
+        dv_BLHP=shape((batch, length, sizes.heads * WIDTH), jnp.bfloat16),
+        drows_BHCXT=shape((rows * length // tile.tokens, 4, ROWS), jnp.float32),
+        dv_rank_BHSTP=shape((*heads, ROWS, WIDTH), jnp.float32) if rank > 1 else None,
+        dh_BHSAPN=shape((*heads, kept, WIDTH, d_state), jnp.bfloat16),
+        dh_BHSPN=shape((*heads, WIDTH, d_state), jnp.float32),
     )
     kernel = functools.partial(_kernel, exact=exact)
     return call(kernel, "mamba3_mosaic_key_gradient", inputs, out, sizes, tile, query=False)
@@ -72,24 +72,26 @@ def _kernel(
     program = Program(refs, shared, barriers, sizes, tile)
     chunks, interpret = sizes.chunks, program.interpret
     only_state = refs.k_BLRGN is None
-    program.load_head()
+    head_arrived = program.load_head()
     program.load_k(chunks - 1)
     program.load_q(chunks - 1)
     program.load_values(chunks - 1)
     program.load_chunk(chunks - 1, 0)
-    plgpu.barrier_wait(barriers.head)
+    head_arrived()
 
     def chunk(step, dh_PN):
         index = chunks - 1 - step
-        decay, phase_QS = Decay(shared.scalars_CXT.at[0], tile), shared.phase_CQS.at[0]
+        decay = Decay(shared.scalars_CXT.at[0], tile)
         q_TN, k_TN = shared.q_TN, shared.k_TN
         plgpu.barrier_wait(barriers.chunk.at[0])
-        turn = Turn(phase_QS, interpret)
+        turn = program.turn(0)
         if not only_state:
             plgpu.barrier_wait(barriers.k)
-            k_TN[...] = turn.there(k_TN, shared.k_bias_RN)
+            if turn.changes(shared.k_bias_RN):
+                k_TN[...] = turn.there(k_TN, shared.k_bias_RN)
         plgpu.barrier_wait(barriers.q)
-        q_TN[...] = turn.there(q_TN, shared.q_bias_RN)
+        if turn.changes(shared.q_bias_RN):
+            q_TN[...] = turn.there(q_TN, shared.q_bias_RN)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last chunk stored has left
         if not only_state:
             # It waits in two halves, good to 2^-17, until all else is done: registers are few.
@@ -112,14 +114,15 @@ def _kernel(
             def turned_back(dk):
                 dk_TN, turned_TN = dk(), load(k_TN, TILE, interpret)
                 shared.rows_XT.at[3][...] = jnp.sum(turned_TN.astype(jnp.float32) * dk_TN, axis=1)
-                return Turn(phase_QS, interpret).back(dk_TN, turned_TN)
+                return program.turn(0).back(dk_TN, turned_TN)
 
             dk_TN, dphi_TS = products([(sizes.d_state, *dk_pairs)], interpret, turned_back)
             high_PN, low_PN = (load(ref, TILE, interpret).astype(jnp.float32) for ref in (shared.h_PN, shared.low_PN))
             dh_PN = high_PN + low_PN
             program.store_dphi(dphi_TS, out.dphi_BHLS, index)
             # What was kept of h has left; dv, and a sum over ranks, may not have. All have read h.
-            plgpu.wait_smem_to_gmem(1 + (tile.rank > 1), wait_read_only=True)
+            later = 1 + (tile.rank > 1 and dphi_TS is not None)
+            plgpu.wait_smem_to_gmem(later, wait_read_only=True)
             shared.h_PN[...] = dk_TN
         dh_PN = product_into(dh_PN * decay.whole(), ("t", shared.dy_TP), q_TN, interpret)
         plgpu.commit_smem()  # all products are done

@@ -21,12 +21,10 @@ from pallas_kernels.ssm.gradients import (
     documents_in_chunks,
 )
 from pallas_kernels.ssm.mosaic_gpu import back, key_back, query_back, scan
+from pallas_kernels.ssm.mosaic_gpu.epilogue_bwd import Epilogue, epilogue_bwd
 from pallas_kernels.ssm.mosaic_gpu.phase import phase
-from pallas_kernels.ssm.mosaic_gpu.scan import ROWS, Tile
+from pallas_kernels.ssm.mosaic_gpu.scan import Tile
 from pallas_kernels.ssm.mosaic_gpu.sums_back import angles_back, heads_back
-from pallas_kernels.ssm.triton import common, rotate
-from pallas_kernels.ssm.triton import scan as triton_scan
-from pallas_kernels.ssm.triton import scan_back as triton_back
 
 
 class Inputs(NamedTuple):
@@ -36,15 +34,15 @@ class Inputs(NamedTuple):
     k_BLRGN: jax.Array
     v_BLHP: jax.Array
     gate_BLHP: jax.Array | None
-    angle_BLHS: jax.Array  # radians per unit dt; the H axis may be 1
-    dt_BHL: jax.Array
+    angle_BLHS: jax.Array | None  # radians per unit dt; the H axis may be 1; None: nothing rotates
+    dt_BHL: jax.Array | None  # of the angle alone, as first_BHS
     log_decay_BHL: jax.Array  # since the first token of the chunk, or of its document in the chunk
     gamma_BHL: jax.Array  # a token's weight in its own output
     kappa_BHL: jax.Array  # and in later ones
-    first_BHS: jax.Array  # radians: the angle before the row
+    first_BHS: jax.Array | None  # radians: the angle before the row
     h_BHPN: jax.Array  # the state before it
-    q_bias_HRN: jax.Array
-    k_bias_HRN: jax.Array
+    q_bias_HRN: jax.Array | None
+    k_bias_HRN: jax.Array | None
     skip_H: jax.Array | None
     v_rank_HRP: jax.Array | None
     gate_rank_HRP: jax.Array | None
@@ -55,7 +53,7 @@ class Inputs(NamedTuple):
 class Kept(NamedTuple):
     """What the backward pass reads beside the inputs."""
 
-    phase_BHLS: jax.Array
+    phase_BHLS: jax.Array | None
     y_BLHRP: jax.Array
     starts_BHSPN: jax.Array
     left_BHS: jax.Array | None
@@ -64,7 +62,7 @@ class Kept(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def mamba3(inputs: Inputs, document_BL, tile: Tile):
-    """o_BLHP, the last state h_BHPN, and the last angle_BHS in radians, in [0, 2 pi).
+    """Returns o_BLHP, the last state h_BHPN, and the last angle_BHS in radians, in [0, 2 pi) (None without angles).
 
     Args:
         document_BL: int32, document starts in the row up to each token; None: one document.
@@ -78,15 +76,13 @@ def mamba3(inputs: Inputs, document_BL, tile: Tile):
 def _fwd(inputs: Inputs, document_BL, tile: Tile):
     results, kept = _forward(inputs, document_BL, tile, keep=True)
     names = {"phase_BHLS": "ssm_rotated", "y_BLHRP": "ssm_y"}  # as the Triton op's, the rest its states
-    kept = {name: checkpoint_name(x, names.get(name, "ssm_states")) for name, x in kept._asdict().items()}
+    kept = {
+        name: None if x is None else checkpoint_name(x, names.get(name, "ssm_states"))
+        for name, x in kept._asdict().items()
+    }
     (o_BLHP, _, angle_BHS), kept = results, Kept(**kept)
     results = o_BLHP, kept.last_BHPN, angle_BHS
     return results, (inputs, document_BL, kept)
-
-
-def _angles(inputs: Inputs, document_BL) -> rotate.Inputs:
-    angles = (inputs.angle_BLHS, inputs.dt_BHL, inputs.first_BHS, document_BL)
-    return rotate.Inputs(inputs.q_BLRGN, inputs.k_BLRGN, None, None, *angles)
 
 
 def _scalars(arrays_BHL, document_BL, tile: Tile):
@@ -106,64 +102,78 @@ def _decays(inputs: Inputs):
 
 
 def _forward(inputs: Inputs, document_BL, tile: Tile, *, keep: bool):
-    phase_BHLS, angle_BHS = phase(_angles(inputs, document_BL), _triton_tile(tile))
+    phase_BHLS, angle_BHS = None, None
+    if inputs.angle_BLHS is not None:
+        angles = inputs.angle_BLHS, inputs.dt_BHL, inputs.first_BHS
+        phase_BHLS, angle_BHS = phase(*angles, document_BL, tile.interpret)
+    same = {name: getattr(inputs, name) for name in scan.Inputs._fields if name in Inputs._fields}
     scanned = scan.Inputs(
-        *inputs[:4],
-        phase_BHLS,
-        _scalars([*_decays(inputs), inputs.gamma_BHL], document_BL, tile),
-        inputs.h_BHPN[:, :, None],
-        *inputs[-7:],
+        **same,
+        phase_BHLS=phase_BHLS,
+        scalars_BHCXT=_scalars([*_decays(inputs), inputs.gamma_BHL], document_BL, tile),
+        h_BHSPN=inputs.h_BHPN[:, :, None],
     )
     out, starts_BHSPN, left_BHS = scan.scan(scanned, dataclasses.replace(tile, keep=keep))
     last_BHPN = out.h_BHSPN[:, :, -1]
-    kept = Kept(phase_BHLS, out.y_BLHRP, starts_BHSPN, left_BHS, last_BHPN) if keep else None
-    return (out.o_BLHP, last_BHPN, angle_BHS), kept
+    results = out.o_BLHP, last_BHPN, angle_BHS
+    if not keep:
+        return results, None
+    return results, Kept(
+        phase_BHLS=phase_BHLS,
+        y_BLHRP=out.y_BLHRP,
+        starts_BHSPN=starts_BHSPN,
+        left_BHS=left_BHS,
+        last_BHPN=last_BHPN,
+    )
 
 
-def _triton_tile(tile: Tile, **how) -> common.Tile:
-    return common.Tile(width=tile.width, interpret=tile.interpret is not None, **how)
+class States(NamedTuple):
+    """What earlier tokens mean to later ones, by the states at checkpoints: see `gradients`."""
+
+    start_BHSA: jax.Array  # <h, dh> at each, of the decay's gradient
+    end_BH: jax.Array  # after the row
+    rotated_BHSAS: jax.Array  # likewise of the angle's
+    rotated_end_BHS: jax.Array
 
 
 def _bwd(tile: Tile, residuals, cotangents):
     inputs, document_BL, kept = residuals
     do_BLHP, dlast_BHPN, dangle_BHS = cotangents
-    batch, length, rank, groups, d_state = inputs.q_BLRGN.shape
-    n_heads = inputs.v_BLHP.shape[2]
-    rows_BHTN = jax.ShapeDtypeStruct((batch, n_heads, length * rank, d_state), inputs.q_BLRGN.dtype)
-    weights = {name: getattr(inputs, name) for name in ("gate_BLHP", "gate_rank_HRP", "out_rank_HRP", "norm_HP")}
-    none = dict.fromkeys(triton_scan.Inputs._fields)
-    ends = triton_scan.Inputs(**none | weights | {"q_BHTN": rows_BHTN, "v_BLHP": inputs.v_BLHP})
-    rows = _triton_tile(tile, rows=ROWS, rank=rank)
-    dy_BLHRP, d = triton_back.finish_back(ends, kept.y_BLHRP, do_BLHP, rows)
-
+    epilogue = Epilogue(**{name: getattr(inputs, name) for name in Epilogue._fields})
+    dy_BLHRP, dweights = epilogue_bwd(epilogue, kept.y_BLHRP, do_BLHP, tile)
     refs = back.Inputs(
-        inputs.q_BLRGN,
-        inputs.k_BLRGN,
-        inputs.v_BLHP,
-        dy_BLHRP,
-        kept.phase_BHLS,
-        _scalars([*_decays(inputs), inputs.gamma_BHL, inputs.kappa_BHL], document_BL, tile),
-        kept.starts_BHSPN,
-        inputs.q_bias_HRN,
-        inputs.k_bias_HRN,
-        inputs.v_rank_HRP,
-        inputs.skip_H,
+        q_BLRGN=inputs.q_BLRGN,
+        k_BLRGN=inputs.k_BLRGN,
+        v_BLHP=inputs.v_BLHP,
+        dy_BLHRP=dy_BLHRP,
+        phase_BHLS=kept.phase_BHLS,
+        scalars_BHCXT=_scalars([*_decays(inputs), inputs.gamma_BHL, inputs.kappa_BHL], document_BL, tile),
+        h_BHSPN=kept.starts_BHSPN,
+        q_bias_HRN=inputs.q_bias_HRN,
+        k_bias_HRN=inputs.k_bias_HRN,
+        v_rank_HRP=inputs.v_rank_HRP,
+        skip_H=inputs.skip_H,
     )
     query = query_back.query(refs, tile)
-    # A norm makes the outputs' gradients small against the last state's: see `triton.scan_back.backward`.
+    # A norm makes the outputs' gradients small against the last state's, and what dh loses by rounding is the same for
+    # many tokens: it would add up in the decay's gradient.
     exact, asked_BHSPN = inputs.norm_HP is not None, _segments_back(refs, kept.left_BHS, dlast_BHPN, tile)
     key = key_back.key(refs._replace(h_BHSPN=asked_BHSPN), tile, exact=exact)
+    states = _crossing(query, key, kept, dlast_BHPN, exact)
+    gradients = _row_gradients(inputs, query, key, states, document_BL, tile)
+    gradients |= _angle_gradients(inputs, query, key, states, dangle_BHS, document_BL, tile)
+    gradients |= dweights._asdict()
+    return Inputs(**gradients), None
 
-    heads_tile = _triton_tile(tile)
-    per_head = lambda dx_BHLX: dx_BHLX.reshape(batch, n_heads, length, rank, d_state)  # noqa: E731
-    dq_BLRGN, dq_bias_HRN = heads_back(per_head(query.dq_BHLRN), groups, heads_tile)
-    dk_BLRGN, dk_bias_HRN = heads_back(per_head(key.dk_BHLRN), groups, heads_tile)
-    crossing_BHSA, end_BH, turned = _crossing(query, key, kept.last_BHPN, dlast_BHPN, dangle_BHS.shape[-1], exact)
-    of_heads = lambda dphi_BHLS: dphi_BHLS.reshape(batch, n_heads, length, -1)  # noqa: E731
-    dphi = of_heads(query.dphi_BHLS), of_heads(key.dphi_BHLS)
-    # Twice as many tokens a program are 0.027 ms of 0.184 faster (H100, B16 L2048 H32).
-    angles_tile = dataclasses.replace(heads_tile, turned=min(32, tile.tokens))
-    dangles = angles_back(_angles(inputs, document_BL), *dphi, dangle_BHS, turned, angles_tile)
+
+def _row_gradients(inputs: Inputs, query: query_back.Query, key: key_back.Key, states: States, document_BL, tile: Tile):
+    """Returns the gradients of all inputs but the angles' and the epilogue's."""
+    batch, length, rank, groups, d_state = inputs.q_BLRGN.shape
+    n_heads = inputs.v_BLHP.shape[2]
+    of_heads = lambda x: x.reshape(batch, n_heads, length, rank, d_state)  # noqa: E731
+    how = {"groups": groups, "interpret": tile.interpret}
+    dq_BLRGN, dq_bias_HRN = heads_back(of_heads(query.dq_BHLRN), **how, bias=inputs.q_bias_HRN is not None)
+    dk_BLRGN, dk_bias_HRN = heads_back(of_heads(key.dk_BHLRN), **how, bias=inputs.k_bias_HRN is not None)
 
     drows_BHCXRQ = key.drows_BHCXT.reshape(batch, n_heads, -1, 4, rank, tile.tokens)
     dkappa_BHL, dgamma_BHL, dskip_BHL, given_BHL = (
@@ -171,33 +181,53 @@ def _bwd(tile: Tile, residuals, cotangents):
     )
     received_BHCRQ = query.received_BHCT.reshape(batch, n_heads, -1, rank, tile.tokens)
     received_BHL = jnp.sum(received_BHCRQ, axis=3).reshape(batch, n_heads, length) - given_BHL
-    if inputs.skip_H is not None:
-        d["skip_H"] = jnp.sum(dskip_BHL, axis=(0, 2))
+    dv_rank_HRP = None
     if inputs.v_rank_HRP is not None:
         dv_rank_BHSRQP = key.dv_rank_BHSTP.reshape(*key.dv_rank_BHSTP.shape[:3], rank, tile.tokens, -1)
-        d["v_rank_HRP"] = jnp.sum(dv_rank_BHSRQP, axis=(0, 2, 4))
+        dv_rank_HRP = jnp.sum(dv_rank_BHSRQP, axis=(0, 2, 4))
     documents_BL = documents_in_chunks(document_BL, tile.tokens)
-    dlog_decay_BHL = decay_bwd(documents_BL, received_BHL, crossing_BHSA, end_BH, tile.tokens, back.ANCHOR)
-    gradients = inputs._replace(
-        q_BLRGN=dq_BLRGN.astype(inputs.q_BLRGN.dtype),
-        k_BLRGN=dk_BLRGN.astype(inputs.k_BLRGN.dtype),
-        v_BLHP=key.dv_BLHP.reshape(inputs.v_BLHP.shape),
-        angle_BLHS=dangles[0],
-        dt_BHL=dangles[1],
-        first_BHS=dangles[2],
-        log_decay_BHL=dlog_decay_BHL,
-        gamma_BHL=dgamma_BHL,
-        kappa_BHL=dkappa_BHL,
-        h_BHPN=key.dh_BHSPN[:, :, 0],
-        q_bias_HRN=dq_bias_HRN,
-        k_bias_HRN=dk_bias_HRN,
-        **d,
+    dlog_decay_BHL = decay_bwd(
+        documents_BL, received_BHL, states.start_BHSA, states.end_BH, tokens=tile.tokens, interval=back.ANCHOR
     )
-    return gradients, None
+    return {
+        "q_BLRGN": dq_BLRGN,
+        "k_BLRGN": dk_BLRGN,
+        "v_BLHP": key.dv_BLHP.reshape(inputs.v_BLHP.shape),
+        "log_decay_BHL": dlog_decay_BHL,
+        "gamma_BHL": dgamma_BHL,
+        "kappa_BHL": dkappa_BHL,
+        "h_BHPN": key.dh_BHSPN[:, :, 0],
+        "q_bias_HRN": dq_bias_HRN,
+        "k_bias_HRN": dk_bias_HRN,
+        "skip_H": None if inputs.skip_H is None else jnp.sum(dskip_BHL, axis=(0, 2)),
+        "v_rank_HRP": dv_rank_HRP,
+    }
 
 
-def _crossing(query: query_back.Query, key: key_back.Key, last_BHPN, dlast_BHPN, planes: int, exact: bool):
-    """What earlier tokens mean to later ones, by the states kept: of the decay's gradient, and of the angle's."""
+def _angle_gradients(
+    inputs: Inputs, query: query_back.Query, key: key_back.Key, states: States, dangle_BHS, document_BL, tile: Tile
+):
+    """Returns the gradients of angle, dt and the first angle."""
+    if inputs.angle_BLHS is None:
+        zeros = None if inputs.dt_BHL is None else jnp.zeros_like(inputs.dt_BHL)
+        return {"angle_BLHS": None, "dt_BHL": zeros, "first_BHS": None}
+    of_heads = lambda dphi_BHLS: dphi_BHLS.reshape(*inputs.dt_BHL.shape, -1)  # noqa: E731
+    dangle_BLHS, ddt_BHL, dfirst_BHS = angles_back(
+        inputs.angle_BLHS,
+        inputs.dt_BHL,
+        document_BL,
+        of_heads(query.dphi_BHLS),
+        of_heads(key.dphi_BHLS),
+        dangle_BHS,
+        Crossing(starts_BHZAS=states.rotated_BHSAS, end_BHS=states.rotated_end_BHS, interval=back.ANCHOR),
+        tile.interpret,
+    )
+    return {"angle_BLHS": dangle_BLHS, "dt_BHL": ddt_BHL, "first_BHS": dfirst_BHS}
+
+
+def _crossing(query: query_back.Query, key: key_back.Key, kept: Kept, dlast_BHPN, exact: bool) -> States:
+    """Returns inner products of the states with their gradients."""
+    planes = 0 if kept.phase_BHLS is None else kept.phase_BHLS.shape[-1]
 
     def sums(h_PN, dh_PN):
         # As the keys before it read dh: what its rounding changes there would stay in every sum over earlier tokens.
@@ -210,8 +240,8 @@ def _crossing(query: query_back.Query, key: key_back.Key, last_BHPN, dlast_BHPN,
         starts.append(sums(query.h_BHSAPN[:, :, :, 1:], key.dh_BHSAPN))
     starts = [jnp.concatenate(parts, axis=3) for parts in zip(*starts, strict=True)]
     # Or XLA for GPU computes these sums again for each of their users.
-    (start_BHSA, turned_BHGAS), (end_BH, end_BHS) = lax.optimization_barrier((starts, sums(last_BHPN, dlast_BHPN)))
-    return start_BHSA, end_BH, Crossing(turned_BHGAS, end_BHS, back.ANCHOR)
+    starts, ends = lax.optimization_barrier((starts, sums(kept.last_BHPN, dlast_BHPN)))
+    return States(start_BHSA=starts[0], end_BH=ends[0], rotated_BHSAS=starts[1], rotated_end_BHS=ends[1])
 
 
 def _segments_back(refs: back.Inputs, left_BHS, dlast_BHPN, tile: Tile):

@@ -19,15 +19,15 @@ from pallas_kernels.ssm.mosaic_gpu.back import (
     sizes_of,
     values,
 )
-from pallas_kernels.ssm.mosaic_gpu.chunk import SHIFTED, Decay, Turn
+from pallas_kernels.ssm.mosaic_gpu.chunk import SHIFTED, Decay
+from pallas_kernels.ssm.mosaic_gpu.contract import WIDTH, Sizes, Tile
 from pallas_kernels.ssm.mosaic_gpu.registers import ROWS, TILE
-from pallas_kernels.ssm.mosaic_gpu.scan import WIDTH, Sizes, Tile
 from pallas_kernels.ssm.mosaic_gpu.tiles import down, load, products
 
 
 class Query(NamedTuple):
     dq_BHLRN: jax.Array  # turned back
-    dphi_BHLS: jax.Array  # of the angle at each token, see `back.dphi_dtype`
+    dphi_BHLS: jax.Array | None  # of the angle at each token, see `back.dphi_dtype`
     received_BHCT: jax.Array  # q . dq of every row
     h_BHSAPN: jax.Array  # bfloat16, the state before every `anchor` chunks
 
@@ -37,11 +37,12 @@ def query(inputs: Inputs, tile: Tile) -> Query:
     batch, length, rank, _, d_state = inputs.q_BLRGN.shape
     sizes = sizes_of(inputs, tile)
     shape, rows = jax.ShapeDtypeStruct, batch * sizes.heads
+    states = (batch, sizes.heads, tile.segments, anchors(sizes, tile), WIDTH, d_state)
     out = Query(
-        shape((rows, length, rank * d_state), jnp.bfloat16),
-        shape((rows, length, sizes.planes), dphi_dtype(tile)),
-        shape((rows * length // tile.tokens, ROWS), jnp.float32),
-        shape((batch, sizes.heads, tile.segments, anchors(sizes, tile), WIDTH, d_state), jnp.bfloat16),
+        dq_BHLRN=shape((rows, length, rank * d_state), jnp.bfloat16),
+        dphi_BHLS=shape((rows, length, sizes.planes), dphi_dtype(tile)) if sizes.planes else None,
+        received_BHCT=shape((rows * length // tile.tokens, ROWS), jnp.float32),
+        h_BHSAPN=shape(states, jnp.bfloat16),
     )
     inputs = inputs._replace(skip_H=None)
     return call(_kernel, "mamba3_mosaic_query_gradient", inputs, out, sizes, tile, query=True)
@@ -50,20 +51,20 @@ def query(inputs: Inputs, tile: Tile) -> Query:
 def _kernel(refs: Inputs, out: Query, shared: Shared, barriers: Barriers, *, sizes: Sizes, tile: Tile):
     program = Program(refs, shared, barriers, sizes, tile)
     chunks, interpret = sizes.chunks, program.interpret
-    program.load_head()
+    head_arrived = program.load_head()
     program.load_k(0)
     program.load_values(0)
     program.load_q(0)
     for index in range(min(2, chunks)):
         program.load_chunk(index, index)
-    plgpu.barrier_wait(barriers.head)
+    head_arrived()
 
     def chunk(index, h_PN):
         slot = lax.rem(index, jnp.int32(2))
-        decay, phase_QS = Decay(shared.scalars_CXT.at[slot], tile), shared.phase_CQS.at[slot]
+        decay = Decay(shared.scalars_CXT.at[slot], tile)
         plgpu.barrier_wait(barriers.chunk.at[slot])
         plgpu.barrier_wait(barriers.k)
-        turned_k_TN = Turn(phase_QS, interpret).there(shared.k_TN, shared.k_bias_RN)
+        turned_k_TN = program.turn(slot).there(shared.k_TN, shared.k_bias_RN)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last chunk stored has left
         shared.h_PN[...] = h_PN.astype(jnp.bfloat16)
         k_TN = shared.turned_k_TN
@@ -88,7 +89,7 @@ def _kernel(refs: Inputs, out: Query, shared: Shared, barriers: Barriers, *, siz
         def turned_back(dq, h):
             plgpu.barrier_wait(barriers.q)
             dq_TN = dq()
-            turn = Turn(phase_QS, interpret)
+            turn = program.turn(slot)
             q_TN = turn.there(shared.q_TN, shared.q_bias_RN)
             shared.rows_XT.at[0][...] = jnp.sum(q_TN.astype(jnp.float32) * dq_TN, axis=1)
             return *turn.back(dq_TN, q_TN), h()

@@ -8,6 +8,7 @@ tokens that every rank's warps hold alike.
 import jax.experimental.mosaic.gpu as mgpu
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ROWS = 64  # of a tile: what wgmma computes at least
@@ -169,3 +170,97 @@ def _array(registers, layout, like):
 
 def _tile(registers, like):
     return _array(registers, TILE, like)
+
+
+def columns(size: int):
+    """Returns the layout of (T, size), size a multiple of 128, in which a thread has whole columns."""
+    del size
+    return plgpu.Layout.TILED(plgpu.Tiling(((1, 128), (32,), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+
+
+def planes_of_heads(heads: int, planes: int):
+    """Returns the layout of (H, T, S), H 1, 2 or 4, in which a thread has all tokens of a plane of one head.
+
+    A warp has a head (where they are fewer than 4, others the same), a lane every 32nd plane.
+    """
+    lanes = min(LANES, planes)
+    warps = () if heads == WARPS else (plgpu.Replicated(WARPS // heads),)
+    same = () if lanes == LANES else (plgpu.Replicated(LANES // lanes),)
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(((heads, 1, lanes), (1,))),
+        warp_dims=(*(() if heads == 1 else (-4,)), *warps),
+        lane_dims=(*same, -2),
+        vector_dim=-1,
+    )
+
+
+def laid_out(x, shape, dimensions, layout, interpret: bool):
+    """Broadcasts x, whose axes are `dimensions` of `shape`, to that shape in a layout."""
+    x = lax.broadcast_in_dim(x, shape, dimensions)
+    return x if interpret else plgpu.layout_cast(x, layout)
+
+
+def running_sum(x_HTS, start_HTS, goes_on_HTS, *, reverse: bool, layout, interpret: bool):
+    """Returns sums of x over the tokens up to each (from each on: `reverse`), in registers of `planes_of_heads`.
+
+    Args:
+        start_HTS: where the sum starts from, the same for all tokens; None: from zero.
+        goes_on_HTS: int32, 0 where the sum up to the token before (after) is forgotten; None: nowhere.
+    """
+    given = [array for array in (start_HTS, goes_on_HTS) if array is not None]
+
+    def unpacked(arrays):
+        arrays = list(arrays)
+        return None if start_HTS is None else arrays.pop(0), None if goes_on_HTS is None else arrays.pop(0)
+
+    tokens = range(x_HTS.shape[1])[:: -1 if reverse else 1]
+    if interpret:
+        start_HTS, goes_on_HTS = unpacked(given)
+        keep_HTS = jnp.ones_like(x_HTS) if goes_on_HTS is None else goes_on_HTS.astype(x_HTS.dtype)
+
+        def step(sum_HS, token):
+            x_HS, keep_HS = token
+            sum_HS = keep_HS * sum_HS + x_HS
+            return sum_HS, sum_HS
+
+        sum_HS = jnp.zeros_like(x_HTS[:, 0]) if start_HTS is None else start_HTS[:, 0]
+        in_order = (lambda x: jnp.flip(x, 0)) if reverse else (lambda x: x)  # the interpreter's scan has no reverse
+        by_token = tuple(in_order(jnp.swapaxes(x, 0, 1)) for x in (x_HTS, keep_HTS))
+        return jnp.swapaxes(in_order(lax.scan(step, sum_HS, by_token)[1]), 0, 1)
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout,) * (1 + len(given)),
+        return_type=plgpu.ShapeDtypeStruct(x_HTS.shape, x_HTS.dtype, layout=layout),
+    )
+    def walk(_, x, *given):
+        from jaxlib.mlir.dialects import arith
+
+        start, goes_on = unpacked(given)
+        registers, sum_ = x.registers.copy(), None
+        add = np.vectorize(arith.addf if x.is_signed is None else arith.addi, otypes=[object])
+
+        def forgotten(keep, sum_):
+            zero = arith.constant(sum_.type, _zeros(sum_.type))
+            none = arith.constant(keep.type, _zeros(keep.type))
+            return arith.select(arith.cmpi(arith.CmpIPredicate.ne, keep, none), sum_, zero)
+
+        if start is not None:
+            sum_ = start.registers[:, tokens[0]]
+        for token in tokens:
+            if sum_ is not None:
+                if goes_on is not None:
+                    sum_ = np.vectorize(forgotten, otypes=[object])(goes_on.registers[:, token], sum_)
+                registers[:, token] = add(sum_, registers[:, token])
+            sum_ = registers[:, token]
+        return _array(registers, layout, x)
+
+    return walk(x_HTS, *given)
+
+
+def _zeros(vector_type):
+    """Returns the attribute of a vector of zeros."""
+    from jaxlib.mlir import ir
+
+    element = ir.VectorType(vector_type).element_type
+    zero = ir.FloatAttr.get(element, 0.0) if isinstance(element, ir.FloatType) else ir.IntegerAttr.get(element, 0)
+    return ir.DenseElementsAttr.get_splat(vector_type, zero)

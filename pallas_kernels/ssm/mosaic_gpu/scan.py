@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssm.gradients import combine_splits
 from pallas_kernels.ssm.mosaic_gpu import scan_kernel
-from pallas_kernels.ssm.mosaic_gpu.contract import WIDTH, Inputs, Outputs, Sizes, Tile, check
+from pallas_kernels.ssm.mosaic_gpu.contract import WIDTH, Inputs, Outputs, Sizes, Tile, check, planes_of
 from pallas_kernels.ssm.mosaic_gpu.registers import ROWS
 
 
@@ -37,13 +37,21 @@ def forward(inputs: Inputs, tile: Tile) -> Outputs:
     n_heads, dtype = inputs.v_BLHP.shape[2], inputs.v_BLHP.dtype
     n_chunks = length // tile.tokens
     rows = lambda array: None if array is None else array.reshape(batch, length, -1)  # noqa: E731
+    phase_BHLS = None if inputs.phase_BHLS is None else inputs.phase_BHLS.reshape(batch * n_heads, length, -1)
     flat = inputs._replace(  # the copy engine sees at most five axes, those of a tile twice
         **{name: rows(getattr(inputs, name)) for name in ("q_BLRGN", "k_BLRGN", "v_BLHP", "gate_BLHP")},
-        phase_BHLS=inputs.phase_BHLS.reshape(batch * n_heads, length, -1),
+        phase_BHLS=phase_BHLS,
         scalars_BHCXT=inputs.scalars_BHCXT.reshape(batch * n_heads * n_chunks, -1, ROWS),
         norm_HP=None if inputs.norm_HP is None else inputs.norm_HP[:, None],
     )
-    sizes = Sizes(n_heads, n_heads // groups, groups, n_chunks // tile.segments, d_state, inputs.phase_BHLS.shape[-1])
+    sizes = Sizes(
+        heads=n_heads,
+        heads_a_group=n_heads // groups,
+        groups=groups,
+        chunks=n_chunks // tile.segments,
+        d_state=d_state,
+        planes=planes_of(inputs.phase_BHLS),
+    )
     out = Outputs(
         None if inputs.q_BLRGN is None else jax.ShapeDtypeStruct((batch, length, n_heads * WIDTH), dtype),
         jax.ShapeDtypeStruct((batch, n_heads, tile.segments, WIDTH, d_state), jnp.float32),
@@ -57,10 +65,10 @@ def forward(inputs: Inputs, tile: Tile) -> Outputs:
         inputs, out = jax.tree.unflatten(tree, refs[: len(arrays)]), jax.tree.unflatten(out_tree, refs[len(arrays) :])
         shared = scan_kernel.shared(inputs, n_scalars, sizes, tile)
         barriers = scan_kernel.Barriers(
-            plgpu.Barrier(num_arrivals=1 if inputs.q_BLRGN is None else rank + 1),
-            plgpu.Barrier(num_arrivals=rank + 2, num_barriers=2),
-            plgpu.Barrier(),
-            plgpu.Barrier(num_arrivals=sum(x is not None for x in shared[-6:])),
+            early=plgpu.Barrier(num_arrivals=max(1, scan_kernel.early_copies(inputs, tile))),
+            chunk=plgpu.Barrier(num_arrivals=rank + 2, num_barriers=2),
+            gate=plgpu.Barrier(),
+            head=plgpu.Barrier(num_arrivals=max(1, sum(x is not None for x in scan_kernel.vectors(shared)))),
         )
         pl.run_scoped(functools.partial(scan_kernel.kernel, inputs, out, sizes=sizes, tile=tile), shared, barriers)
 

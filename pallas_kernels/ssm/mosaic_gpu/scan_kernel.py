@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssm.mosaic_gpu.chunk import Turn, token
-from pallas_kernels.ssm.mosaic_gpu.contract import WIDTH, Inputs, Outputs, Sizes, Tile
+from pallas_kernels.ssm.mosaic_gpu.contract import NORM_EPS, WIDTH, Inputs, Outputs, Sizes, Tile
 from pallas_kernels.ssm.mosaic_gpu.registers import (
     COLUMN,
     ROW,
@@ -23,8 +23,6 @@ from pallas_kernels.ssm.mosaic_gpu.registers import (
     of_tokens,
 )
 from pallas_kernels.ssm.mosaic_gpu.tiles import across, down, iota, load, tiled
-
-NORM_EPS = 1e-5
 
 
 class Shared(NamedTuple):
@@ -37,11 +35,11 @@ class Shared(NamedTuple):
     weighted_TP: jax.Array  # x, weighted for the state; later, what is stored
     gate_QP: jax.Array  # for one rank, the output in place
     y_TP: jax.Array | None  # the output of every rank; None for one
-    phase_QS: jax.Array
+    phase_QS: jax.Array | None
     scalars_2XT: jax.Array
     h_PN: jax.Array
-    q_bias_RN: jax.Array
-    k_bias_RN: jax.Array
+    q_bias_RN: jax.Array | None
+    k_bias_RN: jax.Array | None
     v_rank_RP: jax.Array | None
     gate_rank_RP: jax.Array | None
     out_rank_RP: jax.Array | None
@@ -64,23 +62,43 @@ def shared(refs: Inputs, n_scalars: int, sizes: Sizes, tile: Tile) -> Shared:
         return None if ref is None else plgpu.SMEM((ref.shape[1], size), jnp.float32)
 
     return Shared(
-        None if refs.q_BLRGN is None else tiled(ROWS, d_state),
-        tiled(2, ROWS, d_state),
-        tiled(2, tile.tokens, WIDTH),
-        None if tile.rank == 1 else tiled(ROWS, WIDTH),
-        tiled(ROWS, WIDTH),
-        tiled(tile.tokens, WIDTH),
-        None if tile.rank == 1 else tiled(ROWS, WIDTH),
-        tiled(tile.tokens, sizes.planes, dtype=jnp.int16),
-        plgpu.SMEM((2, n_scalars, ROWS), jnp.float32),
-        tiled(WIDTH, d_state),
-        vectors(refs.q_bias_HRN, d_state),
-        vectors(refs.k_bias_HRN, d_state),
-        vectors(refs.v_rank_HRP, WIDTH),
-        vectors(refs.gate_rank_HRP, WIDTH),
-        vectors(refs.out_rank_HRP, WIDTH),
-        vectors(refs.norm_HP, WIDTH),
+        q_TN=None if refs.q_BLRGN is None else tiled(ROWS, d_state),
+        k_2TN=tiled(2, ROWS, d_state),
+        v_2QP=tiled(2, tile.tokens, WIDTH),
+        x_TP=None if tile.rank == 1 else tiled(ROWS, WIDTH),
+        weighted_TP=tiled(ROWS, WIDTH),
+        gate_QP=tiled(tile.tokens, WIDTH),
+        y_TP=None if tile.rank == 1 else tiled(ROWS, WIDTH),
+        phase_QS=None if refs.phase_BHLS is None else tiled(tile.tokens, sizes.planes, dtype=jnp.int16),
+        scalars_2XT=plgpu.SMEM((2, n_scalars, ROWS), jnp.float32),
+        h_PN=tiled(WIDTH, d_state),
+        q_bias_RN=vectors(refs.q_bias_HRN, d_state),
+        k_bias_RN=vectors(refs.k_bias_HRN, d_state),
+        v_rank_RP=vectors(refs.v_rank_HRP, WIDTH),
+        gate_rank_RP=vectors(refs.gate_rank_HRP, WIDTH),
+        out_rank_RP=vectors(refs.out_rank_HRP, WIDTH),
+        norm_1P=vectors(refs.norm_HP, WIDTH),
     )
+
+
+VECTORS = {  # of a head: where each goes in shared memory
+    "q_bias_HRN": "q_bias_RN",
+    "k_bias_HRN": "k_bias_RN",
+    "v_rank_HRP": "v_rank_RP",
+    "gate_rank_HRP": "gate_rank_RP",
+    "out_rank_HRP": "out_rank_RP",
+    "norm_HP": "norm_1P",
+}
+
+
+def vectors(shared: Shared):
+    """Returns the shared memory of what does not depend on the chunk."""
+    return [getattr(shared, name) for name in VECTORS.values()]
+
+
+def early_copies(refs: Inputs, tile: Tile) -> int:
+    """Returns how many copies bring a chunk's queries and angles."""
+    return (tile.rank if refs.q_BLRGN is not None else 0) + (refs.phase_BHLS is not None)
 
 
 class Program:
@@ -110,17 +128,20 @@ class Program:
         return pl.ds(rank * self.tile.tokens, self.tile.tokens)
 
     def load_head(self):
-        names = ("q_bias_HRN", "k_bias_HRN", "v_rank_HRP", "gate_rank_HRP", "out_rank_HRP", "norm_HP")
-        for name, to in zip(names, self.shared[-6:], strict=True):
-            if to is not None:
-                plgpu.copy_gmem_to_smem(getattr(self.refs, name).at[self.head], to, self.barriers.head)
+        """Starts the copies of what does not depend on the chunk, and returns what waits for them."""
+        found = [name for name in VECTORS if getattr(self.refs, name) is not None]
+        for name in found:
+            to = getattr(self.shared, VECTORS[name])
+            plgpu.copy_gmem_to_smem(getattr(self.refs, name).at[self.head], to, self.barriers.head)
+        return lambda: plgpu.barrier_wait(self.barriers.head) if found else None
 
     def load_early(self, index):
         """q and the angles of a chunk."""
         tokens, barrier = self.tokens(index), self.barriers.early
         if self.refs.q_BLRGN is not None:
             self._load_ranks(self.refs.q_BLRGN, tokens, self.shared.q_TN, barrier)
-        plgpu.copy_gmem_to_smem(self.refs.phase_BHLS.at[self.row, tokens], self.shared.phase_QS, barrier)
+        if self.refs.phase_BHLS is not None:
+            plgpu.copy_gmem_to_smem(self.refs.phase_BHLS.at[self.row, tokens], self.shared.phase_QS, barrier)
 
     def load_chunk(self, index, slot):
         """k, v and scalars of a chunk."""
@@ -158,23 +179,25 @@ def kernel(refs: Inputs, out: Outputs, shared: Shared, barriers: Barriers, *, si
     chunks, gated, interpret = sizes.chunks, refs.gate_BLHP is not None, tile.interpret is not None
     only_state = refs.q_BLRGN is None
     skip = None if refs.skip_H is None else refs.skip_H[program.head]
-    program.load_head()
+    head_arrived = program.load_head()
     program.load_early(0)
     for index in range(min(2, chunks)):
         program.load_chunk(index, index)
     if gated:
         program.load_gate(0)
-    plgpu.barrier_wait(barriers.head)
+    head_arrived()
 
     def chunk(index, h_PN):
         slot = lax.rem(index, jnp.int32(2))
         k_TN, v_QP, scalars_XT = shared.k_2TN.at[slot], shared.v_2QP.at[slot], shared.scalars_2XT.at[slot]
-        plgpu.barrier_wait(barriers.early)
+        if early_copies(refs, tile):
+            plgpu.barrier_wait(barriers.early)
         plgpu.barrier_wait(barriers.chunk.at[slot])
         decay = Decay(scalars_XT, tile)
 
         turn = Turn(shared.phase_QS, interpret)
-        k_TN[...] = turn.there(k_TN, shared.k_bias_RN)
+        if turn.changes(shared.k_bias_RN):
+            k_TN[...] = turn.there(k_TN, shared.k_bias_RN)
         if not only_state:
             q_TN = turn.there(shared.q_TN, shared.q_bias_RN)
             shared.h_PN[...] = h_PN.astype(jnp.bfloat16)
