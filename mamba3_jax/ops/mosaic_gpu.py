@@ -94,7 +94,7 @@ def mosaic_gpu(
         *(float32(wide(x)) for x in (v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP)),
     )
     interpreter = scan.interpreter() if interpret else None
-    tile = scan.Tile(rank=rank, width=width, segments=segments, interpret=interpreter)
+    tile = scan.Tile(rank=rank, width=width, splits=segments, interpret=interpreter)
     y_BLHP, h_BHPN, angle_BHS = op.mamba3(inputs, document_BL, tile)
     y_BLHP = y_BLHP[:, :length, :, :width].astype(tokens.v_BLHP.dtype)
     h_BHPN = layout.back(h_BHPN[:, :, :width])

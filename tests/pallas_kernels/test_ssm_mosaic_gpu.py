@@ -16,7 +16,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 from mamba3_jax.ops import mosaic_gpu as glue
 from mamba3_jax.ops.mosaic_gpu import check, mosaic_gpu
 from mamba3_jax.ops.ssm import ssm
-from pallas_kernels.ssm.mosaic_gpu import back, op, phase, scan
+from pallas_kernels.ssm.mosaic_gpu import bwd, op, phase, scan
 from pallas_kernels.ssm.mosaic_gpu.scan import Tile
 from tests.helpers import rel_rms
 from tests.ops import cases
@@ -144,7 +144,7 @@ def test_documents_do_not_see_each_other():
 )
 def test_gradients_agree_with_the_definition(shape, starts, segments, anchor, monkeypatch):
     """However far apart the states are that are kept."""
-    monkeypatch.setattr(back, "ANCHOR", anchor)
+    monkeypatch.setattr(bwd, "CHECKPOINT_INTERVAL", anchor)
     inputs = draw(shape)
     inputs = (bfloat16(inputs[0]), *inputs[1:])
 
@@ -191,8 +191,8 @@ def scan_inputs(length=64, rank=1, d_state=64, width=64, planes=16, heads=2, gro
         ({"planes": 64}, Tile(), "planes=64 is not 16, 32 or 64, or more than d_state=64 holds"),
         ({"rank": 8}, Tile(rank=8), "tile.rank=8 is not 1, 2 or 4"),
         ({"rank": 2}, Tile(), "k has another rank=2"),
-        ({"length": 96}, Tile(), "length=96 is not a multiple of tile.segments=1 chunks of 64 tokens"),
-        ({"length": 64}, Tile(segments=2), "length=64 is not a multiple of tile.segments=2 chunks of 64 tokens"),
+        ({"length": 96}, Tile(), "length=96 is not a multiple of tile.splits=1 chunks of 64 tokens"),
+        ({"length": 64}, Tile(splits=2), "length=64 is not a multiple of tile.splits=2 chunks of 64 tokens"),
         ({"heads": 3, "groups": 2}, Tile(), "n_heads=3 is not a multiple of groups=2"),
     ],
 )
@@ -278,7 +278,7 @@ def test_no_angle_and_no_bias_are_zeros(rank):
     jax.tree.map(np.testing.assert_array_equal, equal(got), equal(want))
     text = str(jax.make_jaxpr(run)(without))
     assert "mamba3_mosaic_scan" in text
-    assert not [name for name in ("phase", "angles", "angles_back") if f"mamba3_mosaic_{name}" in text]
+    assert not [name for name in ("phase", "angles", "angles_bwd") if f"mamba3_mosaic_{name}" in text]
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "of_heads"])
@@ -292,7 +292,7 @@ def test_chunks_of_angles_add_up_exactly(shared):
     in_last_BL[0, 32:40] = 0
     grid = phase.Grid(angle_BELS, dt_BHL)
     sums = functools.partial(phase._sums, grid, interpret=scan.interpreter() if INTERPRET else None)
-    got_BHCS = np.asarray(jax.jit(sums)(angle_BELS, dt_BHL, in_last_BL))
+    got_BHCS = np.asarray(jax.jit(sums)(angle_BELS, dt_BHL, in_last_BL=in_last_BL))
     turns_BHLS = angle_BELS.astype(np.float64) * dt_BHL[..., None] * in_last_BL[0, :, None] / (2 * np.pi)
     want_BHCS = turns_BHLS.reshape(1, heads, -1, grid.tokens, planes).sum(axis=3) * 2.0**32
     gap_BHCS = got_BHCS - want_BHCS

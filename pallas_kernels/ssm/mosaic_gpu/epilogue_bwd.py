@@ -136,7 +136,8 @@ def _by_kernel(epilogue: Epilogue, y_BLHRP, do_BLHP, tile: Tile):
     )
 
     def kernel(refs: Inputs, out: Outputs, shared: Shared, arrived, weights_arrived):
-        program = _Program(refs, out, shared, arrived, n_chunks // splits, tile)
+        how = {"arrived": arrived, "chunks": n_chunks // splits, "tile": tile}
+        program = _Program(refs=refs, out=out, shared=shared, **how)
         if n_weights:
             program.load_weights(weights_arrived)
         program.run()

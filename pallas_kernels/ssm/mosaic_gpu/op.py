@@ -1,6 +1,6 @@
 """The op in Pallas Mosaic GPU, forward and backward: `mamba3`, one custom derivative around all its kernels.
 
-The backward pass keeps the inputs, the angles, the outputs before norm and gate, and the state before every segment.
+The residuals are the inputs, the angles, the outputs before norm and gate, and the state before every split.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ from pallas_kernels.ssm.gradients import (
     decay_bwd,
     documents_in_chunks,
 )
-from pallas_kernels.ssm.mosaic_gpu import back, key_back, query_back, scan
+from pallas_kernels.ssm.mosaic_gpu import bwd, key_bwd, query_bwd, scan
 from pallas_kernels.ssm.mosaic_gpu.epilogue_bwd import Epilogue, epilogue_bwd
 from pallas_kernels.ssm.mosaic_gpu.phase import phase
 from pallas_kernels.ssm.mosaic_gpu.scan import Tile
-from pallas_kernels.ssm.mosaic_gpu.sums_back import angles_back, heads_back
+from pallas_kernels.ssm.mosaic_gpu.sums_bwd import angles_bwd, heads_bwd
 
 
 class Inputs(NamedTuple):
@@ -50,13 +50,13 @@ class Inputs(NamedTuple):
     norm_HP: jax.Array | None
 
 
-class Kept(NamedTuple):
+class Residuals(NamedTuple):
     """What the backward pass reads beside the inputs."""
 
     phase_BHLS: jax.Array | None
     y_BLHRP: jax.Array
-    starts_BHSPN: jax.Array
-    left_BHS: jax.Array | None
+    starts_BHZPN: jax.Array
+    split_decay_BHZ: jax.Array | None
     last_BHPN: jax.Array
 
 
@@ -70,23 +70,23 @@ def mamba3(inputs: Inputs, document_BL, tile: Tile):
     Raises:
         ValueError: see `scan.check`.
     """
-    return _forward(inputs, document_BL, tile, keep=False)[0]
+    return _forward(inputs, document_BL, tile, residuals=False)[0]
 
 
 def _fwd(inputs: Inputs, document_BL, tile: Tile):
-    results, kept = _forward(inputs, document_BL, tile, keep=True)
+    results, residuals = _forward(inputs, document_BL, tile, residuals=True)
     names = {"phase_BHLS": "ssm_rotated", "y_BLHRP": "ssm_y"}  # as the Triton op's, the rest its states
-    kept = {
+    residuals = {
         name: None if x is None else checkpoint_name(x, names.get(name, "ssm_states"))
-        for name, x in kept._asdict().items()
+        for name, x in residuals._asdict().items()
     }
-    (o_BLHP, _, angle_BHS), kept = results, Kept(**kept)
-    results = o_BLHP, kept.last_BHPN, angle_BHS
-    return results, (inputs, document_BL, kept)
+    (o_BLHP, _, angle_BHS), residuals = results, Residuals(**residuals)
+    results = o_BLHP, residuals.last_BHPN, angle_BHS
+    return results, (inputs, document_BL, residuals)
 
 
 def _scalars(arrays_BHL, document_BL, tile: Tile):
-    """Of every row of a chunk, ranks one after another; for packed rows, the document too."""
+    """Stacks the scalars of every row of a chunk, ranks one after another; for packed rows, the document too."""
     if document_BL is not None:
         document_BHL = documents_in_chunks(document_BL, tile.tokens)[:, None].astype(jnp.float32)
         arrays_BHL = [*arrays_BHL, jnp.broadcast_to(document_BHL, arrays_BHL[0].shape)]
@@ -96,33 +96,33 @@ def _scalars(arrays_BHL, document_BL, tile: Tile):
 
 
 def _decays(inputs: Inputs):
-    """In powers of two, and that less log2 kappa: a product with kappa is part of the exponent."""
+    """Returns the decay in powers of two, and that less log2 kappa: a product with kappa is part of the exponent."""
     decay_BHL = inputs.log_decay_BHL * math.log2(math.e)
     return [decay_BHL, decay_BHL - jnp.log2(inputs.kappa_BHL)]
 
 
-def _forward(inputs: Inputs, document_BL, tile: Tile, *, keep: bool):
+def _forward(inputs: Inputs, document_BL, tile: Tile, *, residuals: bool):
     phase_BHLS, angle_BHS = None, None
     if inputs.angle_BLHS is not None:
-        angles = inputs.angle_BLHS, inputs.dt_BHL, inputs.first_BHS
-        phase_BHLS, angle_BHS = phase(*angles, document_BL, tile.interpret)
+        angles = {name: getattr(inputs, name) for name in ("angle_BLHS", "dt_BHL", "first_BHS")}
+        phase_BHLS, angle_BHS = phase(**angles, document_BL=document_BL, interpret=tile.interpret)
     same = {name: getattr(inputs, name) for name in scan.Inputs._fields if name in Inputs._fields}
     scanned = scan.Inputs(
         **same,
         phase_BHLS=phase_BHLS,
         scalars_BHCXT=_scalars([*_decays(inputs), inputs.gamma_BHL], document_BL, tile),
-        h_BHSPN=inputs.h_BHPN[:, :, None],
+        h_BHZPN=inputs.h_BHPN[:, :, None],
     )
-    out, starts_BHSPN, left_BHS = scan.scan(scanned, dataclasses.replace(tile, keep=keep))
-    last_BHPN = out.h_BHSPN[:, :, -1]
+    out, starts_BHZPN, split_decay_BHZ = scan.scan(scanned, dataclasses.replace(tile, residuals=residuals))
+    last_BHPN = out.h_BHZPN[:, :, -1]
     results = out.o_BLHP, last_BHPN, angle_BHS
-    if not keep:
+    if not residuals:
         return results, None
-    return results, Kept(
+    return results, Residuals(
         phase_BHLS=phase_BHLS,
         y_BLHRP=out.y_BLHRP,
-        starts_BHSPN=starts_BHSPN,
-        left_BHS=left_BHS,
+        starts_BHZPN=starts_BHZPN,
+        split_decay_BHZ=split_decay_BHZ,
         last_BHPN=last_BHPN,
     )
 
@@ -130,50 +130,50 @@ def _forward(inputs: Inputs, document_BL, tile: Tile, *, keep: bool):
 class States(NamedTuple):
     """What earlier tokens mean to later ones, by the states at checkpoints: see `gradients`."""
 
-    start_BHSA: jax.Array  # <h, dh> at each, of the decay's gradient
+    start_BHZA: jax.Array  # <h, dh> at each, of the decay's gradient
     end_BH: jax.Array  # after the row
-    rotated_BHSAS: jax.Array  # likewise of the angle's
+    rotated_BHZAS: jax.Array  # likewise of the angle's
     rotated_end_BHS: jax.Array
 
 
-def _bwd(tile: Tile, residuals, cotangents):
-    inputs, document_BL, kept = residuals
+def _bwd(tile: Tile, kept, cotangents):
+    inputs, document_BL, residuals = kept
     do_BLHP, dlast_BHPN, dangle_BHS = cotangents
     epilogue = Epilogue(**{name: getattr(inputs, name) for name in Epilogue._fields})
-    dy_BLHRP, dweights = epilogue_bwd(epilogue, kept.y_BLHRP, do_BLHP, tile)
-    refs = back.Inputs(
+    dy_BLHRP, dweights = epilogue_bwd(epilogue, residuals.y_BLHRP, do_BLHP, tile)
+    refs = bwd.Inputs(
         q_BLRGN=inputs.q_BLRGN,
         k_BLRGN=inputs.k_BLRGN,
         v_BLHP=inputs.v_BLHP,
         dy_BLHRP=dy_BLHRP,
-        phase_BHLS=kept.phase_BHLS,
+        phase_BHLS=residuals.phase_BHLS,
         scalars_BHCXT=_scalars([*_decays(inputs), inputs.gamma_BHL, inputs.kappa_BHL], document_BL, tile),
-        h_BHSPN=kept.starts_BHSPN,
+        h_BHZPN=residuals.starts_BHZPN,
         q_bias_HRN=inputs.q_bias_HRN,
         k_bias_HRN=inputs.k_bias_HRN,
         v_rank_HRP=inputs.v_rank_HRP,
         skip_H=inputs.skip_H,
     )
-    query = query_back.query(refs, tile)
+    query = query_bwd.query(refs, tile)
     # A norm makes the outputs' gradients small against the last state's, and what dh loses by rounding is the same for
     # many tokens: it would add up in the decay's gradient.
-    exact, asked_BHSPN = inputs.norm_HP is not None, _segments_back(refs, kept.left_BHS, dlast_BHPN, tile)
-    key = key_back.key(refs._replace(h_BHSPN=asked_BHSPN), tile, exact=exact)
-    states = _crossing(query, key, kept, dlast_BHPN, exact)
+    exact, dh_BHZPN = inputs.norm_HP is not None, _splits_bwd(refs, residuals.split_decay_BHZ, dlast_BHPN, tile)
+    key = key_bwd.key(refs._replace(h_BHZPN=dh_BHZPN), tile, exact=exact)
+    states = _crossing(query, key, residuals, dlast_BHPN, exact)
     gradients = _row_gradients(inputs, query, key, states, document_BL, tile)
     gradients |= _angle_gradients(inputs, query, key, states, dangle_BHS, document_BL, tile)
     gradients |= dweights._asdict()
     return Inputs(**gradients), None
 
 
-def _row_gradients(inputs: Inputs, query: query_back.Query, key: key_back.Key, states: States, document_BL, tile: Tile):
+def _row_gradients(inputs: Inputs, query: query_bwd.Query, key: key_bwd.Key, states: States, document_BL, tile: Tile):
     """Returns the gradients of all inputs but the angles' and the epilogue's."""
     batch, length, rank, groups, d_state = inputs.q_BLRGN.shape
     n_heads = inputs.v_BLHP.shape[2]
     of_heads = lambda x: x.reshape(batch, n_heads, length, rank, d_state)  # noqa: E731
     how = {"groups": groups, "interpret": tile.interpret}
-    dq_BLRGN, dq_bias_HRN = heads_back(of_heads(query.dq_BHLRN), **how, bias=inputs.q_bias_HRN is not None)
-    dk_BLRGN, dk_bias_HRN = heads_back(of_heads(key.dk_BHLRN), **how, bias=inputs.k_bias_HRN is not None)
+    dq_BLRGN, dq_bias_HRN = heads_bwd(of_heads(query.dq_BHLRN), **how, bias=inputs.q_bias_HRN is not None)
+    dk_BLRGN, dk_bias_HRN = heads_bwd(of_heads(key.dk_BHLRN), **how, bias=inputs.k_bias_HRN is not None)
 
     drows_BHCXRQ = key.drows_BHCXT.reshape(batch, n_heads, -1, 4, rank, tile.tokens)
     dkappa_BHL, dgamma_BHL, dskip_BHL, given_BHL = (
@@ -183,11 +183,16 @@ def _row_gradients(inputs: Inputs, query: query_back.Query, key: key_back.Key, s
     received_BHL = jnp.sum(received_BHCRQ, axis=3).reshape(batch, n_heads, length) - given_BHL
     dv_rank_HRP = None
     if inputs.v_rank_HRP is not None:
-        dv_rank_BHSRQP = key.dv_rank_BHSTP.reshape(*key.dv_rank_BHSTP.shape[:3], rank, tile.tokens, -1)
-        dv_rank_HRP = jnp.sum(dv_rank_BHSRQP, axis=(0, 2, 4))
+        dv_rank_BHZRQP = key.dv_rank_BHZTP.reshape(*key.dv_rank_BHZTP.shape[:3], rank, tile.tokens, -1)
+        dv_rank_HRP = jnp.sum(dv_rank_BHZRQP, axis=(0, 2, 4))
     documents_BL = documents_in_chunks(document_BL, tile.tokens)
     dlog_decay_BHL = decay_bwd(
-        documents_BL, received_BHL, states.start_BHSA, states.end_BH, tokens=tile.tokens, interval=back.ANCHOR
+        documents_BL,
+        received_BHL,
+        states.start_BHZA,
+        states.end_BH,
+        tokens=tile.tokens,
+        interval=bwd.CHECKPOINT_INTERVAL,
     )
     return {
         "q_BLRGN": dq_BLRGN,
@@ -196,7 +201,7 @@ def _row_gradients(inputs: Inputs, query: query_back.Query, key: key_back.Key, s
         "log_decay_BHL": dlog_decay_BHL,
         "gamma_BHL": dgamma_BHL,
         "kappa_BHL": dkappa_BHL,
-        "h_BHPN": key.dh_BHSPN[:, :, 0],
+        "h_BHPN": key.dh_BHZPN[:, :, 0],
         "q_bias_HRN": dq_bias_HRN,
         "k_bias_HRN": dk_bias_HRN,
         "skip_H": None if inputs.skip_H is None else jnp.sum(dskip_BHL, axis=(0, 2)),
@@ -205,29 +210,31 @@ def _row_gradients(inputs: Inputs, query: query_back.Query, key: key_back.Key, s
 
 
 def _angle_gradients(
-    inputs: Inputs, query: query_back.Query, key: key_back.Key, states: States, dangle_BHS, document_BL, tile: Tile
+    inputs: Inputs, query: query_bwd.Query, key: key_bwd.Key, states: States, dangle_BHS, document_BL, tile: Tile
 ):
     """Returns the gradients of angle, dt and the first angle."""
     if inputs.angle_BLHS is None:
         zeros = None if inputs.dt_BHL is None else jnp.zeros_like(inputs.dt_BHL)
         return {"angle_BLHS": None, "dt_BHL": zeros, "first_BHS": None}
     of_heads = lambda dphi_BHLS: dphi_BHLS.reshape(*inputs.dt_BHL.shape, -1)  # noqa: E731
-    dangle_BLHS, ddt_BHL, dfirst_BHS = angles_back(
-        inputs.angle_BLHS,
-        inputs.dt_BHL,
-        document_BL,
-        of_heads(query.dphi_BHLS),
-        of_heads(key.dphi_BHLS),
-        dangle_BHS,
-        Crossing(starts_BHZAS=states.rotated_BHSAS, end_BHS=states.rotated_end_BHS, interval=back.ANCHOR),
-        tile.interpret,
+    dangle_BLHS, ddt_BHL, dfirst_BHS = angles_bwd(
+        angle_BLHS=inputs.angle_BLHS,
+        dt_BHL=inputs.dt_BHL,
+        document_BL=document_BL,
+        of_q_BHLS=of_heads(query.dphi_BHLS),
+        of_k_BHLS=of_heads(key.dphi_BHLS),
+        dlast_BHS=dangle_BHS,
+        crossing=Crossing(
+            starts_BHZAS=states.rotated_BHZAS, end_BHS=states.rotated_end_BHS, interval=bwd.CHECKPOINT_INTERVAL
+        ),
+        interpret=tile.interpret,
     )
     return {"angle_BLHS": dangle_BLHS, "dt_BHL": ddt_BHL, "first_BHS": dfirst_BHS}
 
 
-def _crossing(query: query_back.Query, key: key_back.Key, kept: Kept, dlast_BHPN, exact: bool) -> States:
+def _crossing(query: query_bwd.Query, key: key_bwd.Key, residuals: Residuals, dlast_BHPN, exact: bool) -> States:
     """Returns inner products of the states with their gradients."""
-    planes = 0 if kept.phase_BHLS is None else kept.phase_BHLS.shape[-1]
+    planes = 0 if residuals.phase_BHLS is None else residuals.phase_BHLS.shape[-1]
 
     def sums(h_PN, dh_PN):
         # As the keys before it read dh: what its rounding changes there would stay in every sum over earlier tokens.
@@ -235,22 +242,22 @@ def _crossing(query: query_back.Query, key: key_back.Key, kept: Kept, dlast_BHPN
         (u_PS, w_PS), (du_PS, dw_PS) = (jnp.split(x.astype(jnp.float32), 2, axis=-1) for x in (h_PN, dh_PN))
         return crossing_sums(u_PS, w_PS, du_PS, dw_PS, planes)
 
-    starts = [sums(query.h_BHSAPN[:, :, :, :1], key.dh_BHSPN[:, :, :, None])]
-    if query.h_BHSAPN.shape[3] > 1:
-        starts.append(sums(query.h_BHSAPN[:, :, :, 1:], key.dh_BHSAPN))
+    starts = [sums(query.h_BHZAPN[:, :, :, :1], key.dh_BHZPN[:, :, :, None])]
+    if query.h_BHZAPN.shape[3] > 1:
+        starts.append(sums(query.h_BHZAPN[:, :, :, 1:], key.dh_BHZAPN))
     starts = [jnp.concatenate(parts, axis=3) for parts in zip(*starts, strict=True)]
     # Or XLA for GPU computes these sums again for each of their users.
-    starts, ends = lax.optimization_barrier((starts, sums(kept.last_BHPN, dlast_BHPN)))
-    return States(start_BHSA=starts[0], end_BH=ends[0], rotated_BHSAS=starts[1], rotated_end_BHS=ends[1])
+    starts, ends = lax.optimization_barrier((starts, sums(residuals.last_BHPN, dlast_BHPN)))
+    return States(start_BHZA=starts[0], end_BH=ends[0], rotated_BHZAS=starts[1], rotated_end_BHS=ends[1])
 
 
-def _segments_back(refs: back.Inputs, left_BHS, dlast_BHPN, tile: Tile):
-    """The gradient of the state after every segment."""
-    if tile.segments == 1:
+def _splits_bwd(refs: bwd.Inputs, split_decay_BHZ, dlast_BHPN, tile: Tile):
+    """Returns the gradient of the state after every split."""
+    if tile.splits == 1:
         return dlast_BHPN[:, :, None]
-    zeros_BHSPN = jnp.zeros_like(refs.h_BHSPN)
-    demanded_BHSPN = key_back.key(refs._replace(h_BHSPN=zeros_BHSPN), tile, only_state=True).dh_BHSPN
-    return combine_splits_bwd(dlast_BHPN, left_BHS, demanded_BHSPN)
+    zeros_BHZPN = jnp.zeros_like(refs.h_BHZPN)
+    demanded_BHZPN = key_bwd.key(refs._replace(h_BHZPN=zeros_BHZPN), tile, only_state=True).dh_BHZPN
+    return combine_splits_bwd(dlast_BHPN, split_decay_BHZ, demanded_BHZPN)
 
 
 mamba3.defvjp(_fwd, _bwd)

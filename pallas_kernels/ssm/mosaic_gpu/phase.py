@@ -108,13 +108,6 @@ class Program:
         return laid_out(x, self.shape, dimensions, self.grid.layout, self.interpret)
 
 
-class Starts(NamedTuple):
-    """Where documents start, int32; None: one document."""
-
-    goes_on_BL: jax.Array  # 0 where one starts
-    last_BL: jax.Array  # 0 where a later one starts in the chunk
-
-
 def phase(angle_BLHS, dt_BHL, first_BHS, document_BL, interpret):
     """Returns phase_BHLS, int16, and the last angle in radians, in [0, 2 pi).
 
@@ -126,16 +119,15 @@ def phase(angle_BLHS, dt_BHL, first_BHS, document_BL, interpret):
     """
     angle_BELS = jnp.swapaxes(angle_BLHS, 1, 2)
     grid = Grid(angle_BELS, dt_BHL)
-    document_BL, starts = documents_in_chunks(document_BL, grid.tokens), None
+    document_BL, goes_on_BL, in_last_BL = documents_in_chunks(document_BL, grid.tokens), None, None
     if document_BL is not None:
         document_BCQ = document_BL.reshape(grid.batch, grid.chunks, -1)
-        goes_on_BCQ = jnp.diff(document_BCQ, axis=2, prepend=0) == 0
-        in_last_BCQ = document_BCQ == document_BCQ[:, :, -1:]
-        starts = Starts(*(x.reshape(document_BL.shape).astype(jnp.int32) for x in (goes_on_BCQ, in_last_BCQ)))
-    sum_BHCS = _sums(grid, angle_BELS, dt_BHL, None if starts is None else starts.last_BL, interpret)
+        flags = jnp.diff(document_BCQ, axis=2, prepend=0) == 0, document_BCQ == document_BCQ[:, :, -1:]
+        goes_on_BL, in_last_BL = (x.reshape(document_BL.shape).astype(jnp.int32) for x in flags)
+    sum_BHCS = _sums(grid, angle_BELS, dt_BHL, in_last_BL=in_last_BL, interpret=interpret)
     start_BHCS, last_BHS = before_chunks(sum_BHCS, to_fraction(first_BHS), document_BL)
-    goes_on_BL = None if starts is None else starts.goes_on_BL
-    return _phase(grid, angle_BELS, dt_BHL, start_BHCS, goes_on_BL, interpret), to_radians(last_BHS)
+    phase_BHLS = _phase(grid, angle_BELS, dt_BHL, start_BHCS, goes_on_BL=goes_on_BL, interpret=interpret)
+    return phase_BHLS, to_radians(last_BHS)
 
 
 class Increments(NamedTuple):
@@ -143,7 +135,7 @@ class Increments(NamedTuple):
 
     angle_BELS: jax.Array
     dt_BHL: jax.Array
-    in_last_BL: jax.Array | None
+    in_last_BL: jax.Array | None  # int32, 0 where a later document starts in the chunk; None: one document
 
 
 class Pieces(NamedTuple):
@@ -154,14 +146,14 @@ class Pieces(NamedTuple):
     tail_ETS: jax.Array
 
 
-def _sums(grid: Grid, angle_BELS, dt_BHL, in_last_BL, interpret):
+def _sums(grid: Grid, angle_BELS, dt_BHL, *, in_last_BL, interpret):
     """Returns the sum of angle dt over every chunk (over its last document's tokens), to 2^-47 of itself, 32-bit.
 
     A float32 product would be off by 2^-25 of itself, the same way at every token of a constant input: 1e-2 rad after a
     million tokens.
     """
     inputs = Increments(angle_BELS=angle_BELS, dt_BHL=dt_BHL, in_last_BL=in_last_BL)
-    pieces, of_dt = Pieces(*[grid.of_angle()] * 3), grid.of_dt()
+    pieces, of_dt = Pieces(**dict.fromkeys(Pieces._fields, grid.of_angle())), grid.of_dt()
 
     def kernel(refs: Increments, out_BHCS, pieces: Pieces, of_dt_HT, arrived):
         program = Program(grid, interpret)
@@ -223,10 +215,10 @@ class Angles(NamedTuple):
     angle_BELS: jax.Array
     dt_BHL: jax.Array
     start_BHCS: jax.Array
-    goes_on_BL: jax.Array | None
+    goes_on_BL: jax.Array | None  # int32, 0 where a document starts; None: one document
 
 
-def _phase(grid: Grid, angle_BELS, dt_BHL, start_BHCS, goes_on_BL, interpret):
+def _phase(grid: Grid, angle_BELS, dt_BHL, start_BHCS, *, goes_on_BL, interpret):
     """Returns the angle at every token, from those before every chunk."""
     inputs = Angles(angle_BELS=angle_BELS, dt_BHL=dt_BHL, start_BHCS=start_BHCS, goes_on_BL=goes_on_BL)
     shared = Angles(angle_BELS=grid.of_angle(), dt_BHL=grid.of_dt(), start_BHCS=None, goes_on_BL=None)

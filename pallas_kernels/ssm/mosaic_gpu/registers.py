@@ -17,7 +17,7 @@ TILE, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layo
 
 
 def joined(parts, interpret: bool):
-    """Columns side by side: lax.concatenate, which jax 0.10 does not lower here."""
+    """Puts columns side by side: lax.concatenate, which jax 0.10 does not lower here."""
     if interpret:
         return jnp.concatenate(parts, axis=1)
     shape = (ROWS, sum(part.shape[1] for part in parts))
@@ -32,7 +32,7 @@ def joined(parts, interpret: bool):
 
 
 def planes_of(x_TN, planes: int):
-    """The first entries of the planes, what lies between, the second ones, and the rest: plane i is (i, i + N / 2)."""
+    """Returns the first entries of the planes (i, i + N / 2), what lies between, the second entries, and the rest."""
     half = x_TN.shape[1] // 2
     u_TS, w_TS = x_TN[:, :planes], x_TN[:, half : half + planes]
     if planes == half:
@@ -41,12 +41,12 @@ def planes_of(x_TN, planes: int):
 
 
 def joined_planes(parts, interpret: bool):
-    """`planes_of` undone, in bfloat16."""
+    """Undoes `planes_of`, in bfloat16."""
     return joined([part.astype(jnp.bfloat16) for part in parts if part is not None], interpret)
 
 
 def of_ranks(ref_RN, interpret: bool):
-    """(T, N): every row is its rank's of a ref (R, N), float32."""
+    """Returns (T, N) where every row is its rank's of a ref (R, N), float32."""
     rank, size = ref_RN.shape
     if interpret:
         return jnp.repeat(ref_RN[...], ROWS // rank, axis=0)
@@ -71,7 +71,7 @@ def of_ranks(ref_RN, interpret: bool):
 
 
 def of_tokens(ref_QN, interpret: bool):
-    """(T, N): the rows of a tiled ref (Q, N), once for every rank."""
+    """Returns (T, N), the rows of a tiled ref (Q, N), once for every rank."""
     tokens, size = ref_QN.shape
     if interpret:
         return jnp.tile(ref_QN[...], (ROWS // tokens, 1))
@@ -95,7 +95,7 @@ def of_tokens(ref_QN, interpret: bool):
 
 
 def ranks_of_warps(rank: int, vector: int = 1):
-    """Layout of few rows (R, N): a warp has one (where R is 2 or 1, others the same), a lane every 32nd column.
+    """Returns the layout of few rows (R, N): a warp has one (R 2, 1: others the same), a lane every 32nd column.
 
     Of `vector` columns side by side, every 32nd such group.
     """
@@ -109,7 +109,7 @@ def ranks_of_warps(rank: int, vector: int = 1):
 
 
 def spread(size: int):
-    """Layout of (S,): over as many lanes as divide S, the others and all warps with the same."""
+    """Returns the layout of (S,): over as many lanes as divide S, the others and all warps with the same."""
     lanes = min(LANES, size & -size)
     same = () if lanes == LANES else (plgpu.Replicated(LANES // lanes),)
     tiles, own = (((1,),), ()) if lanes == 1 else (((lanes,), (1,)), (-2,))
@@ -119,12 +119,12 @@ def spread(size: int):
 
 
 def pairs_of(rank: int, rotation: str):
-    """Layout of (R, N) for `pairs`, which give (R, N / 2) in that of `ranks_of_warps`."""
+    """Returns the layout of (R, N) for `pairs`, which give (R, N / 2) in that of `ranks_of_warps`."""
     return ranks_of_warps(rank, 2 if rotation == "adjacent" else 1)
 
 
 def pairs(x_RN, rotation: str, interpret: bool):
-    """The first and the second entries of the planes: (2 i, 2 i + 1), "adjacent", or (i, i + N / 2), "half"."""
+    """Returns the first and the second entries of the planes: (2 i, 2 i + 1), "adjacent", or (i, i + N / 2), "half"."""
     rank, size = x_RN.shape
     if rotation == "half":
         return x_RN[:, : size // 2], x_RN[:, size // 2 :]
@@ -143,7 +143,7 @@ def pairs(x_RN, rotation: str, interpret: bool):
 
 
 def joined_pairs(u_RM, w_RM, rotation: str, interpret: bool):
-    """`pairs` undone."""
+    """Undoes `pairs`."""
     rank, size = u_RM.shape
     if interpret:
         axis = 2 if rotation == "adjacent" else 1
@@ -172,9 +172,8 @@ def _tile(registers, like):
     return _array(registers, TILE, like)
 
 
-def columns(size: int):
-    """Returns the layout of (T, size), size a multiple of 128, in which a thread has whole columns."""
-    del size
+def columns():
+    """Returns the layout of (T, N), N a multiple of 128, in which a thread has whole columns."""
     return plgpu.Layout.TILED(plgpu.Tiling(((1, 128), (32,), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 
 

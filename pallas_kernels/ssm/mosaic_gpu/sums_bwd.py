@@ -1,4 +1,4 @@
-"""What `query_back` and `key_back` leave to be added up: over heads, and the angle's gradient over later tokens."""
+"""What `query_bwd` and `key_bwd` leave to be added up: over heads, and the angle's gradient over later tokens."""
 
 import math
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from pallas_kernels.ssm.mosaic_gpu.phase import Grid, Program
 from pallas_kernels.ssm.mosaic_gpu.registers import columns, running_sum
 from pallas_kernels.ssm.mosaic_gpu.tiles import load
 
-TOKENS = 64  # of a tile of `heads_back`, at most
+TOKENS = 64  # of a tile of `heads_bwd`, at most
 COLUMNS = 128  # one a thread
 SLOTS = 2  # tiles on their way
 PROGRAMS = 512  # that are enough to take more heads each
@@ -28,7 +28,7 @@ class HeadSums(NamedTuple):
     dbias_BCHX: jax.Array  # over a chunk of tokens, float32
 
 
-def heads_back(dx_BHLRN, groups: int, interpret, *, bias: bool = True):
+def heads_bwd(dx_BHLRN, groups: int, interpret, *, bias: bool = True):
     """Returns the gradient of the queries or keys that a group's heads share, dx_BLRGN, and of each head's bias.
 
     A thread has a column of N, a program a chunk of tokens of one rank, and takes a block of heads after another.
@@ -45,7 +45,7 @@ def heads_back(dx_BHLRN, groups: int, interpret, *, bias: bool = True):
     chunks, per_group = rows // tokens, n_heads // groups
     most = max(1, batch * chunks * n_heads * (width // COLUMNS) // PROGRAMS)
     heads = max(size for size in (1, 2, 4, 8, 16, 32, 64) if (size <= most and per_group % size == 0) or size == 1)
-    blocks, layout, interpreted = n_heads // heads, columns(COLUMNS), interpret is not None
+    blocks, layout, interpreted = n_heads // heads, columns(), interpret is not None
     dtype = dx_BHLRN.dtype if blocks == groups else jnp.float32
     slots = min(SLOTS, heads)
 
@@ -82,7 +82,7 @@ def heads_back(dx_BHLRN, groups: int, interpret, *, bias: bool = True):
     )
     grid = {"batch": batch, "chunk": chunks, "part": width // COLUMNS, "block": blocks}
     scratch = plgpu.SMEM((slots, tokens, COLUMNS), dx_BHLRN.dtype), plgpu.Barrier(num_barriers=slots)
-    out = call(kernel, "mamba3_mosaic_heads_back", dx_BHLX, out, scratch, grid, interpret)
+    out = call(kernel, "mamba3_mosaic_heads_bwd", dx_BHLX, out, scratch, grid, interpret)
     dx_GBLRN = out.dx_JBLX.reshape(groups, -1, batch, length, rank, d_state)
     dx_GBLRN = dx_GBLRN[:, 0] if blocks == groups else jnp.sum(dx_GBLRN, axis=1)
     dx_BLRGN = jnp.moveaxis(dx_GBLRN, 0, 3).astype(dx_BHLRN.dtype)
@@ -92,8 +92,8 @@ def heads_back(dx_BHLRN, groups: int, interpret, *, bias: bool = True):
     return dx_BLRGN, jnp.sum(dbias_HX, axis=1).reshape(n_heads, rank, d_state)
 
 
-class AnglesBack(NamedTuple):
-    """What `angles_back` reads."""
+class AnglesInputs(NamedTuple):
+    """What `angles_bwd` reads."""
 
     angle_BELS: jax.Array
     dt_BHL: jax.Array
@@ -111,7 +111,7 @@ class AnglesShared(NamedTuple):
     sum_HTS: jax.Array | None
 
 
-def angles_back(angle_BLHS, dt_BHL, document_BL, of_q_BHLS, of_k_BHLS, dlast_BHS, crossing: Crossing, interpret):
+def angles_bwd(angle_BLHS, dt_BHL, document_BL, of_q_BHLS, of_k_BHLS, dlast_BHS, crossing: Crossing, interpret):
     """Returns gradients of angle_BLHS, dt_BHL and first_BHS from those of the angle at every token and after the last.
 
     Args:
@@ -127,7 +127,7 @@ def angles_back(angle_BLHS, dt_BHL, document_BL, of_q_BHLS, of_k_BHLS, dlast_BHS
         goes_on_BL = jnp.pad(started_BL[:, 1:] == 0, ((0, 0), (0, 1))).astype(jnp.int32)
         started_BCQ = jnp.cumsum(started_BL.reshape(grid.batch, grid.chunks, -1), axis=2)
         in_first_BL = (started_BCQ == 0).astype(jnp.int32).reshape(document_BL.shape)
-    inputs = AnglesBack(
+    inputs = AnglesInputs(
         angle_BELS=angle_BELS,
         dt_BHL=dt_BHL,
         of_q_BHLS=of_q_BHLS,
@@ -151,17 +151,17 @@ def angles_back(angle_BLHS, dt_BHL, document_BL, of_q_BHLS, of_k_BHLS, dlast_BHS
     )
     barriers = plgpu.Barrier(num_arrivals=1 + (shared.dt_HT is not None)), plgpu.Barrier(num_arrivals=2)
 
-    def kernel(refs: AnglesBack, out, shared: AnglesShared, arrived, gradients_arrived):
+    def kernel(refs: AnglesInputs, out, shared: AnglesShared, arrived, gradients_arrived):
         _angles_kernel(refs, out, shared, arrived, gradients_arrived, Program(grid, interpret))
 
     scratch = shared, *barriers
-    out = call(kernel, "mamba3_mosaic_angles_back", inputs, out, scratch, grid.programs, interpret)
+    out = call(kernel, "mamba3_mosaic_angles_bwd", inputs, out, scratch, grid.programs, interpret)
     dangle_BLHS = jnp.swapaxes(jnp.sum(out["dangle_JBELS"], axis=0), 1, 2)
     sums = AngleSums(dangle_BLHS=dangle_BLHS, ddt_BHL=out["ddt_BHL"], dphi_BHCS=out["dphi_BHCS"])
     return add_later(angle_BLHS, dt_BHL, document_BL, sums, dlast_BHS, crossing)
 
 
-def _angles_kernel(refs: AnglesBack, out, shared: AnglesShared, arrived, gradients_arrived, program: Program):
+def _angles_kernel(refs: AnglesInputs, out, shared: AnglesShared, arrived, gradients_arrived, program: Program):
     grid, interpret, b, tokens = program.grid, program.interpret, program.b, program.tokens
     layout = grid.layout
 

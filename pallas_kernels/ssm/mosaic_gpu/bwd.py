@@ -1,4 +1,4 @@
-"""The gradients of the chunked scan with its rotation, in Pallas Mosaic GPU: what `query_back` and `key_back` share.
+"""The gradients of the chunked scan with its rotation, in Pallas Mosaic GPU: what `query_bwd` and `key_bwd` share.
 
 Two passes: queries from the first chunk on, with the state h recomputed; keys and values from the last chunk on, with
 the gradient dh of the state. With P_ts the decay e^(c_t - c_s) inside a chunk, S = q k^T, and x' = kappa x:
@@ -10,11 +10,13 @@ the gradient dh of the state. With P_ts the decay e^(c_t - c_s) inside a chunk, 
 
 The decay's gradient needs no products of its own: a pair's log weight is c_t - c_s, so c_t gets what token t receives
 less what it gives, q_t . dq_t - k_t . dk_t. Both passes round the same weights to the same bits, so that what a pair of
-one chunk adds to later sums cancels exactly; what crosses a chunk's end is taken from the states every `ANCHOR` tokens.
+one chunk adds to later sums cancels exactly; what crosses a chunk's end is taken from the
+states every `CHECKPOINT_INTERVAL` tokens.
 
-Queries and keys are turned as they are read, their gradients turned back as they are stored; the angle of a plane
+Queries and keys are rotated as they are read, their gradients rotated back as they are stored; the angle of a plane
 (u, w) gets dphi = dw u - du w, which does not depend on the frame. Sums over heads, and of dphi over later tokens, are
-left to `sums_back`; those too cancel for the pairs of a chunk, and begin again at every `ANCHOR` (see `Crossing`).
+left to `sums_bwd`; those too cancel for the pairs of a chunk, and begin again at every checkpoint (see
+`gradients.Crossing`).
 """
 
 import functools
@@ -26,12 +28,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssm.mosaic_gpu.chunk import Turn, token
-from pallas_kernels.ssm.mosaic_gpu.contract import WIDTH, Sizes, Tile, planes_of
+from pallas_kernels.ssm.mosaic_gpu.chunk import Decay, Rotation, token
+from pallas_kernels.ssm.mosaic_gpu.contract import WIDTH, Sizes, Tile, n_planes
 from pallas_kernels.ssm.mosaic_gpu.registers import ROWS, of_ranks, of_tokens
 from pallas_kernels.ssm.mosaic_gpu.tiles import iota, product, tiled
 
-ANCHOR = 1024  # tokens between two states kept, for the gradients that add up over the row to start from again
+CHECKPOINT_INTERVAL = 1024  # tokens between two states that are stored, where sums over the row begin again
+
+
+SCALARS = 4  # of a row: see `Inputs`; for packed rows, the document too
 
 
 class Inputs(NamedTuple):
@@ -43,7 +48,7 @@ class Inputs(NamedTuple):
     dy_BLHRP: jax.Array
     phase_BHLS: jax.Array | None
     scalars_BHCXT: jax.Array
-    h_BHSPN: jax.Array  # the state before every segment, or the gradient of the one after
+    h_BHZPN: jax.Array  # the state before every split, or the gradient of the one after
     q_bias_HRN: jax.Array | None
     k_bias_HRN: jax.Array | None
     v_rank_HRP: jax.Array | None
@@ -53,7 +58,7 @@ class Inputs(NamedTuple):
 class Shared(NamedTuple):
     q_TN: jax.Array  # as it comes
     k_TN: jax.Array | None
-    turned_k_TN: jax.Array | None  # for `query` alone, and the gradient on its way out
+    rotated_k_TN: jax.Array | None  # for `query` alone, and the gradient on its way out
     v_QP: jax.Array | None
     x_TP: jax.Array | None
     dy_TP: jax.Array
@@ -86,7 +91,7 @@ def shared_memory(refs: Inputs, sizes: Sizes, tile: Tile, *, query: bool) -> Sha
     return Shared(
         q_TN=tiled(ROWS, d_state),
         k_TN=tiled(ROWS, d_state) if both else None,
-        turned_k_TN=tiled(ROWS, d_state) if query else None,
+        rotated_k_TN=tiled(ROWS, d_state) if query else None,
         v_QP=tiled(tile.tokens, WIDTH) if both else None,
         x_TP=tiled(ROWS, WIDTH) if both and ranked else None,
         dy_TP=tiled(ROWS, WIDTH),
@@ -120,17 +125,17 @@ class Program:
         # Heads run fastest: neighbours read the same queries and keys.
         self.head = lax.rem(program, jnp.int32(sizes.heads))
         rest = lax.div(program, jnp.int32(sizes.heads))
-        self.segment, self.batch = lax.rem(rest, jnp.int32(tile.segments)), lax.div(rest, jnp.int32(tile.segments))
+        self.split, self.batch = lax.rem(rest, jnp.int32(tile.splits)), lax.div(rest, jnp.int32(tile.splits))
         self.group = lax.div(self.head, jnp.int32(sizes.heads_a_group))
         self.row = self.batch * sizes.heads + self.head
-        self.state = (self.batch, self.head, self.segment)
+        self.state = (self.batch, self.head, self.split)
         self.interpret = tile.interpret is not None
 
     def chunk(self, index):
-        return self.segment * self.sizes.chunks + index
+        return self.split * self.sizes.chunks + index
 
     def chunk_of_row(self, index):
-        return self.row * self.tile.segments * self.sizes.chunks + self.chunk(index)
+        return self.row * self.tile.splits * self.sizes.chunks + self.chunk(index)
 
     def tokens(self, index):
         return pl.ds(self.chunk(index) * self.tile.tokens, self.tile.tokens)
@@ -167,10 +172,15 @@ class Program:
             dy_QP = self.refs.dy_BLHRP.at[self.batch, tokens, columns]
             plgpu.copy_gmem_to_smem(dy_QP, self.shared.dy_TP.at[self.rows(rank)], barrier)
 
-    def turn(self, slot) -> Turn:
+    def rotation(self, slot) -> Rotation:
         """Returns the rotation of the chunk in a slot."""
         phase_CQS = self.shared.phase_CQS
-        return Turn(None if phase_CQS is None else phase_CQS.at[slot], self.interpret)
+        return Rotation(None if phase_CQS is None else phase_CQS.at[slot], self.interpret)
+
+    def decay(self, slot) -> Decay:
+        """Returns what the scalars of the chunk in a slot weigh."""
+        scalars_CXT = self.shared.scalars_CXT
+        return Decay(scalars_CXT.at[slot], self.tile, packed=scalars_CXT.shape[1] > SCALARS)
 
     def load_chunk(self, index, slot):
         barrier = self.barriers.chunk.at[slot]
@@ -180,18 +190,18 @@ class Program:
         scalars_XT = self.refs.scalars_BHCXT.at[self.chunk_of_row(index)]
         plgpu.copy_gmem_to_smem(scalars_XT, self.shared.scalars_CXT.at[slot], barrier)
 
-    def keep(self, to_BHSAPN, index):
-        """What h holds now, if it is before every `ANCHOR` tokens: of `to`, all of them or but the first."""
-        anchor = ANCHOR // self.tile.tokens
-        left_out = anchors(self.sizes, self.tile) - to_BHSAPN.shape[3]
-        place = lax.div(index, jnp.int32(anchor)) - left_out
+    def store_checkpoint(self, to_BHZAPN, index):
+        """Stores what h holds if the chunk begins a checkpoint interval; `to` has all of them, or all but the first."""
+        interval = CHECKPOINT_INTERVAL // self.tile.tokens
+        left_out = checkpoints(self.sizes, self.tile) - to_BHZAPN.shape[3]
+        place = lax.div(index, jnp.int32(interval)) - left_out
 
-        @pl.when((lax.rem(index, jnp.int32(anchor)) == 0) & (place >= 0) & (index < self.sizes.chunks))
+        @pl.when((lax.rem(index, jnp.int32(interval)) == 0) & (place >= 0) & (index < self.sizes.chunks))
         def _():
-            plgpu.copy_smem_to_gmem(self.shared.h_PN, to_BHSAPN.at[(*self.state, place)])
+            plgpu.copy_smem_to_gmem(self.shared.h_PN, to_BHZAPN.at[(*self.state, place)])
 
-    def store_turned(self, from_TN, to_BHLX, index):
-        """The gradient of q or k."""
+    def store_rows(self, from_TN, to_BHLX, index):
+        """Stores the gradient of q or k."""
         for rank in range(self.tile.rank):
             columns = pl.ds(rank * self.sizes.d_state, self.sizes.d_state)
             to_QN = to_BHLX.at[self.row, self.tokens(index), columns]
@@ -212,7 +222,7 @@ class Program:
         plgpu.copy_smem_to_gmem(self.shared.dphi_TS.at[self.rows(0)], to_QS)
 
     def over_ranks(self, ref_TP):
-        """Every row the sum of its token's: ranks are in different warps, so a product with ones adds them up."""
+        """Returns in every row the sum of its token's: ranks are in different warps, so a product with ones adds up."""
         plgpu.commit_smem()
         token_TT = [token(iota(axis, self.interpret), self.tile) for axis in (0, 1)]
         ones_TT = jnp.where(token_TT[0] == token_TT[1], 1.0, 0.0).astype(jnp.bfloat16)
@@ -222,12 +232,13 @@ class Program:
 
 
 def values(program: Program):
-    """Values times their rank's weight, float32."""
+    """Returns values times their rank's weight, float32."""
     x_TP = of_tokens(program.shared.v_QP, program.interpret).astype(jnp.float32)
     return x_TP if program.shared.v_rank_RP is None else x_TP * of_ranks(program.shared.v_rank_RP, program.interpret)
 
 
 def call(kernel, name: str, inputs: Inputs, out, sizes: Sizes, tile: Tile, *, query: bool):
+    """Runs a kernel of the backward pass, one program a head and split."""
     flat = lambda array, *sizes: None if array is None else array.reshape(*sizes, -1)  # noqa: E731
     batch, length = inputs.dy_BLHRP.shape[:2]
     scalars, phase_BHLS = inputs.scalars_BHCXT, inputs.phase_BHLS
@@ -260,7 +271,7 @@ def call(kernel, name: str, inputs: Inputs, out, sizes: Sizes, tile: Tile, *, qu
     outputs = plgpu.kernel(
         body,
         out_type=out_types,
-        grid=(batch * sizes.heads * tile.segments,),
+        grid=(batch * sizes.heads * tile.splits,),
         grid_names=("program",),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
@@ -275,23 +286,28 @@ def call(kernel, name: str, inputs: Inputs, out, sizes: Sizes, tile: Tile, *, qu
 
 
 def dphi_dtype(tile: Tile):
-    """Of a pair in one chunk, what the query gets and the key gives cancel in float32, and 64 tokens are worth that."""
+    """Returns the dtype in which dphi is stored: float32 for rank 1.
+
+    The query's and the key's share of a pair inside a chunk then cancel exactly in the sum over the row. It costs
+    134 MB at B16 L2048.
+    """
     return jnp.float32 if tile.rank == 1 else jnp.bfloat16
 
 
 def sizes_of(inputs: Inputs, tile: Tile) -> Sizes:
+    """Returns the sizes that a program needs."""
     _, length, _, groups, d_state = inputs.q_BLRGN.shape
     n_heads = inputs.dy_BLHRP.shape[2]
     return Sizes(
         heads=n_heads,
         heads_a_group=n_heads // groups,
         groups=groups,
-        chunks=length // tile.tokens // tile.segments,
+        chunks=length // tile.tokens // tile.splits,
         d_state=d_state,
-        planes=planes_of(inputs.phase_BHLS),
+        planes=n_planes(inputs.phase_BHLS),
     )
 
 
-def anchors(sizes: Sizes, tile: Tile) -> int:
-    """States that are kept of a segment."""
-    return -(-sizes.chunks // (ANCHOR // tile.tokens))
+def checkpoints(sizes: Sizes, tile: Tile) -> int:
+    """Returns how many states of a split are stored."""
+    return -(-sizes.chunks // (CHECKPOINT_INTERVAL // tile.tokens))
