@@ -43,7 +43,7 @@ VARIANTS = {
     "mamba3": {},
     "no_rotation": {"angles": "none"},
     "rope": {"angles": "rope"},
-    "euler": {"discretization": "euler"},
+    "euler": {"discretization": "exponential_euler"},
 }
 LENGTHS = (40, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384)  # scored; training stops at 256
 SCORED_STRINGS = 512

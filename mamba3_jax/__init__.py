@@ -13,13 +13,16 @@ The paper's symbols (arXiv 2603.15569) and ours:
 
     C, B, x     q, k, v                     query, key, value of the recurrence
     Delta, A    dt, a; log_a = dt a < 0     step and decay rate
-    lambda      trap, in [0, 1]             how much of a step is the current token's
+    lambda      sigmoid(logit), in [0, 1]   how much of a step is the current token's: inside ops.discretize only
     theta       angle                       radians per unit dt; its running sum rotates q and k
     D           skip
 
-    h_t = exp(log_a_t) (h_{t-1} + (1 - trap_t) dt_t v_{t-1} k_{t-1}^T) + trap_t dt_t v_t k_t^T,    y_t = h_t q_t
+    h_t = exp(log_a_t) (h_{t-1} + beta_t v_{t-1} k_{t-1}^T) + gamma_t v_t k_t^T,    y_t = h_t q_t
 
-Public names: `load`, `Config`, `ModelConfig`, and, imported when first used, `LanguageModel`, `init_params`, `ssm`.
+gamma and beta are the discretization's: lambda dt and (1 - lambda) dt in the paper, see ops/discretize.py for others.
+
+Public names: `load`, `Config`, `ModelConfig`, and, imported when first used, `LanguageModel`, `init_params`, `ssm`,
+`transition`, `compose`.
 The rest by module: generate, ops, mixers, nn, data, train, evaluate, convert, checkpoint.
 """
 
@@ -28,12 +31,14 @@ import importlib
 from mamba3_jax.config import Config, ModelConfig
 from mamba3_jax.load import load  # here, not below: the module of that name would come first
 
-__all__ = ["Config", "LanguageModel", "ModelConfig", "init_params", "load", "ssm"]
+__all__ = ["Config", "LanguageModel", "ModelConfig", "compose", "init_params", "load", "ssm", "transition"]
 
 LAZY = {
     "LanguageModel": "mamba3_jax.model",
     "init_params": "mamba3_jax.model",
+    "compose": "mamba3_jax.ops.ssm",
     "ssm": "mamba3_jax.ops.ssm",
+    "transition": "mamba3_jax.ops.ssm",
 }
 
 

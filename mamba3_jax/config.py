@@ -35,7 +35,7 @@ class ModelConfig:
     dt_min: float = 0.001  # initial dt is log-uniform in [dt_min, dt_max]
     dt_max: float = 0.1
     dt_init_floor: float = 1e-4
-    discretization: str = "trapezoid"  # trapezoid | euler (lambda = 1) | midpoint (lambda = 1/2)
+    discretization: str = "exponential_trapezoidal"  # a row of DISCRETIZATIONS in ops/discretize.py
     angles: str = "data"  # data | rope (fixed angles t * 10000^(-i/S), not data dependent) | none
     bc_bias: bool = True  # the biases of B and C (paper table 5a without: False)
     implementation: str = ""  # of the op; "": the fastest for the backend
@@ -129,6 +129,10 @@ def to_dict(config: Config) -> dict:
     return dataclasses.asdict(config)
 
 
+# Values that earlier versions saved, by field: what they are called now.
+RENAMED = {"discretization": {"trapezoid": "exponential_trapezoidal", "euler": "exponential_euler"}}
+
+
 def from_dict(values: dict) -> Config:
     """The inverse of `to_dict`: lists become tuples, an absent field keeps its default, an unknown one: ValueError."""
     return _section(Config, values, "config")
@@ -142,4 +146,5 @@ def _section(kind, values: dict, path: str):
         name: _section(fields[name], value, f"{path}.{name}") if dataclasses.is_dataclass(fields[name]) else value
         for name, value in values.items()
     }
+    parts |= {name: RENAMED[name].get(part, part) for name, part in parts.items() if name in RENAMED}
     return kind(**{name: tuple(part) if isinstance(part, list) else part for name, part in parts.items()})

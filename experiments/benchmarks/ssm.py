@@ -112,7 +112,8 @@ def inputs(case: Case, seed: int = 0) -> tuple[Tokens, Heads]:
         v_BLHP=normal(*shape_BLH, case.width),
         dt_BLH=dt_BLH,
         log_a_BLH=-dt_BLH * uniform(0.5, 2.0),
-        trap_BLH=uniform(0.0, 1.0),
+        gamma_BLH=(gamma_BLH := dt_BLH * uniform(0.0, 1.0)),
+        beta_BLH=dt_BLH - gamma_BLH,
         angle_BLHS=jnp.pi * jnp.tanh(normal(*shape_BLH[:2], 1, planes, dtype="float32")),
         gate_BLHP=normal(*shape_BLH, case.width),
     )

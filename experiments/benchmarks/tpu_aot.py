@@ -286,7 +286,7 @@ def kernels_for(chip: str):
     def implementation(tokens, heads, state, *, rotation: str, chunk: int | None):
         from pallas_kernels.ssm.mosaic_tpu import decode, tiles
 
-        if tokens.dt_BLH.shape[1] == 1:
+        if tokens.log_a_BLH.shape[1] == 1:
             return decode_tpu(tokens, heads, state, rotation=rotation, tile=decode.Tile())
         its_own = tiles.default(chip, tokens.q_BLRGN.shape[2], dtype=tokens.q_BLRGN.dtype)
         return mosaic_tpu(tokens, heads, state, rotation=rotation, chunk=chunk, tiles=its_own)

@@ -75,7 +75,7 @@ KINDS = {
 # What an attention layer must say for ours to compute the same
 ATTENTION_MUST = {"causal": True, "d_conv": 0, "mlp_dim": 0, "rotary_emb_dim": 0, "softmax_scale": None}
 # What ours must say for the official layer to compute the same
-OURS_MUST = {"discretization": "trapezoid", "angles": "data", "bc_bias": True}
+OURS_MUST = {"discretization": "exponential_trapezoidal", "angles": "data", "bc_bias": True}
 
 
 def filled(given: dict, keys: dict, where: str) -> dict:

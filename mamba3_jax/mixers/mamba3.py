@@ -12,15 +12,9 @@ from mamba3_jax.config import ModelConfig
 from mamba3_jax.nn.initial import inverse_softplus_dt, linear
 from mamba3_jax.nn.norm import rms_norm
 from mamba3_jax.nn.precision import DTYPES, einsum
+from mamba3_jax.ops.discretize import DISCRETIZATIONS, uses_previous
 from mamba3_jax.ops.sharded import sharded
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State, Tokens, ssm
-
-# lambda_t from its logit; the paper's ablations are constants
-TRAPS = {
-    "trapezoid": jax.nn.sigmoid,
-    "euler": jnp.ones_like,  # Mamba-2's: the previous token does not enter
-    "midpoint": lambda logit_BLH: jnp.full_like(logit_BLH, 0.5),
-}
 
 
 def data_angle(theta_BLS, dt_BLH):
@@ -36,8 +30,8 @@ def rope_angle(theta_BLS, dt_BLH):
 
 
 def no_angle(theta_BLS, dt_BLH):
-    """No rotation."""
-    return jnp.zeros_like(theta_BLS)[:, :, None]
+    """None: no rotation."""
+    return
 
 
 ANGLES = {"data": data_angle, "rope": rope_angle, "none": no_angle}
@@ -140,14 +134,17 @@ class Mamba3(nn.Module):
         a_BLH = -jnp.maximum(heavy_tail(dt_a_trap[:, :, 1]), config.a_floor)
         kq, theta_BLS = jnp.split(kq_angle, [kq_angle.shape[-1] - size.planes], axis=-1)
         kq = kq.reshape(*kq.shape[:2], 2, size.rank, size.groups, size.d_state)
+        log_a_BLH, gamma_BLH, beta_BLH = DISCRETIZATIONS[config.discretization](dt_BLH, a_BLH, dt_a_trap[:, :, 2])
+        angle_BLHS = ANGLES[config.angles](theta_BLS, dt_BLH)
         return Tokens(
             q_BLRGN=rms_norm(kq[:, :, 1], self.q_norm).astype(dtype),
             k_BLRGN=rms_norm(kq[:, :, 0], self.k_norm).astype(dtype),
             v_BLHP=zx[:, :, 1],
-            dt_BLH=dt_BLH,
-            log_a_BLH=a_BLH * dt_BLH,
-            trap_BLH=TRAPS[config.discretization](dt_a_trap[:, :, 2]),
-            angle_BLHS=ANGLES[config.angles](theta_BLS, dt_BLH),
+            dt_BLH=None if angle_BLHS is None else dt_BLH,
+            log_a_BLH=log_a_BLH,
+            gamma_BLH=gamma_BLH,
+            beta_BLH=beta_BLH,
+            angle_BLHS=angle_BLHS,
             gate_BLHP=zx[:, :, 0],
             start_BL=start_BL,
         )
@@ -155,10 +152,9 @@ class Mamba3(nn.Module):
     def heads(self) -> Heads:
         """The learned arrays of the op."""
         size = sizes(self.config)
-        no_bias_HRN = jnp.zeros((size.heads, size.rank, size.d_state), jnp.float32)
         return Heads(
-            q_bias_HRN=self.q_bias if self.config.bc_bias else no_bias_HRN,
-            k_bias_HRN=self.k_bias if self.config.bc_bias else no_bias_HRN,
+            q_bias_HRN=self.q_bias if self.config.bc_bias else None,
+            k_bias_HRN=self.k_bias if self.config.bc_bias else None,
             skip_H=self.skip,
             v_rank_HRP=self.v_rank if size.mimo else None,
             gate_rank_HRP=self.gate_rank if size.mimo else None,
@@ -170,11 +166,12 @@ class Mamba3(nn.Module):
     def empty_state(config: ModelConfig, batch: int, capacity: int) -> State:
         """Zeros; `capacity` has no meaning for a state of fixed size."""
         size, dtype = sizes(config), DTYPES[config.compute_dtype]
+        turns, looks_back = config.angles != "none", uses_previous(config.discretization)
         return State(
-            angle_BHS=jnp.zeros((batch, size.heads, size.planes), jnp.float32),
+            angle_BHS=jnp.zeros((batch, size.heads, size.planes), jnp.float32) if turns else None,
             ssm_BHPN=jnp.zeros((batch, size.heads, size.head_dim, size.d_state), jnp.float32),
-            k_BRHN=jnp.zeros((batch, size.rank, size.heads, size.d_state), dtype),
-            v_BHP=jnp.zeros((batch, size.heads, size.head_dim), dtype),
+            k_BRHN=jnp.zeros((batch, size.rank, size.heads, size.d_state), dtype) if looks_back else None,
+            v_BHP=jnp.zeros((batch, size.heads, size.head_dim), dtype) if looks_back else None,
         )
 
     @staticmethod
@@ -197,8 +194,8 @@ class Mamba3(nn.Module):
             raise ValueError(f"{config.a_floor=} is not positive")
         if not 0 < config.dt_min <= config.dt_max:
             raise ValueError(f"{config.dt_min=}, {config.dt_max=}: wanted 0 < dt_min <= dt_max")
-        if config.discretization not in TRAPS:
-            raise ValueError(f"{config.discretization=} is not one of {sorted(TRAPS)}")
+        if config.discretization not in DISCRETIZATIONS:
+            raise ValueError(f"{config.discretization=} is not one of {sorted(DISCRETIZATIONS)}")
         if config.angles not in ANGLES:
             raise ValueError(f"{config.angles=} is not one of {sorted(ANGLES)}")
         if config.implementation and config.implementation not in IMPLEMENTATIONS:

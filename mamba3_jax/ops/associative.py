@@ -19,7 +19,7 @@ def associative(tokens: Tokens, heads: Heads, state: State | None, *, rotation: 
 
 def _core(part: Chunk, h_BHPN):
     dtype = h_BHPN.dtype
-    q_BHQRN, k_BHQRN, x_BHQRP = (x.astype(dtype) for x in (part.q_BHQRN, part.k_BHQRN, part.x_BHQRP))
+    k_BHQRN, x_BHQRP = part.k_BHQRN.astype(dtype), part.x_BHQRP.astype(dtype)
     a_BHQ = jnp.exp(part.log_a_BHQ)
     if part.carried_BQ is not None:  # a document's first token sees nothing before it
         first_BQ = ~jnp.pad(jnp.diagonal(part.within_BQQ, -1, 1, 2), ((0, 0), (1, 0)), constant_values=True)
@@ -27,13 +27,16 @@ def _core(part: Chunk, h_BHPN):
         a_BHQ = jnp.where(first_BQ[:, None], 0, a_BHQ)
 
     outer_BHQPN = jnp.einsum("bhqrp,bhqrn->bhqpn", x_BHQRP, k_BHQRN, precision="highest")
-    added_BHQPN = part.kappa_BHQ[..., None, None] * outer_BHQPN
+    added_BHQPN = part.later_BHQ[..., None, None] * outer_BHQPN
     added_BHQPN = added_BHQPN.at[:, :, 0].add(a_BHQ[:, :, 0, None, None] * h_BHPN)
 
     def compose(first, second):
         return first[0] * second[0], second[0][..., None, None] * first[1] + second[1]
 
     _, g_BHQPN = jax.lax.associative_scan(compose, (a_BHQ, added_BHQPN), axis=2)
+    if part.q_BHQRN is None:
+        return None, g_BHQPN[:, :, -1]
     before_BHQPN = jnp.concatenate([h_BHPN[:, :, None], g_BHQPN[:, :, :-1]], axis=2)
     h_BHQPN = a_BHQ[..., None, None] * before_BHQPN + part.gamma_BHQ[..., None, None] * outer_BHQPN
+    q_BHQRN = part.q_BHQRN.astype(dtype)
     return jnp.einsum("bhqpn,bhqrn->bhqrp", h_BHQPN, q_BHQRN, precision="highest"), g_BHQPN[:, :, -1]

@@ -25,40 +25,51 @@ def _default(rank: int) -> int:
 
 
 def _core(part: Chunk, h_BHPN):
-    batch, n_heads, length, rank, _ = part.q_BHQRN.shape
-    product_dtype = part.q_BHQRN.dtype
+    batch, n_heads, length, rank, _ = part.k_BHQRN.shape
+    product_dtype = part.k_BHQRN.dtype
 
     def product(formula, a, b):
         a, b = a.astype(product_dtype), b.astype(product_dtype)
         return jnp.einsum(formula, a, b, precision="highest", preferred_element_type=h_BHPN.dtype)
 
+    def by_row(array_BHQR):
+        """Tokens and ranks are one axis: every rank of a query sees every rank of a key."""
+        return array_BHQR.reshape(batch, n_heads, length * rank, -1)
+
     exact_BHQ, rest_BHQ = log_decay(part.log_a_BHQ, part.within_BQQ)
-    gap_BHQQ = (exact_BHQ[..., :, None] - exact_BHQ[..., None, :]) + (rest_BHQ[..., :, None] - rest_BHQ[..., None, :])
-    within_BHQQ = part.within_BQQ[:, None]
-    # Masked before exp as well: what lies after a token grows without bound.
-    decay_BHQQ = jnp.where(within_BHQQ, jnp.exp(jnp.where(within_BHQQ, gap_BHQQ, 0)), 0)
-    own_QQ = jnp.eye(length, dtype=bool)
-    weight_BHQQ = decay_BHQQ * jnp.where(own_QQ, part.gamma_BHQ[..., None, :], part.kappa_BHQ[..., None, :])
-
-    # Tokens and ranks are one axis: every rank of a query sees every rank of a key.
-    q_BHTN, k_BHTN, x_BHTP = (
-        array.reshape(batch, n_heads, length * rank, -1) for array in (part.q_BHQRN, part.k_BHQRN, part.x_BHQRP)
-    )
-    score_BHTT = product("bhtn,bhsn->bhts", q_BHTN, k_BHTN)
-    score_BHQRQR = score_BHTT.reshape(batch, n_heads, length, rank, length, rank) * weight_BHQQ[:, :, :, None, :, None]
-    y_BHTP = product("bhts,bhsp->bhtp", score_BHQRQR.reshape(score_BHTT.shape), x_BHTP)
-
+    k_BHTN, x_BHTP = by_row(part.k_BHQRN), by_row(part.x_BHQRP)
     since_BHQ = jnp.exp(exact_BHQ + rest_BHQ)
     if part.carried_BQ is not None:
         since_BHQ = jnp.where(part.carried_BQ[:, None], since_BHQ, 0)
-    y_BHQRP = y_BHTP.reshape(batch, n_heads, length, rank, -1)
-    y_BHQRP += since_BHQ[..., None, None] * product("bhtn,bhpn->bhtp", q_BHTN, h_BHPN).reshape(y_BHQRP.shape)
 
-    until_BHQ = decay_BHQQ[:, :, -1] * part.kappa_BHQ
+    y_BHQRP, targets = None, slice(length - 1, None) if part.q_BHQRN is None else slice(None)
+    decay_BHQQ = _decay(exact_BHQ, rest_BHQ, part.within_BQQ, targets)
+    if part.q_BHQRN is not None:
+        weight_BHQQ = decay_BHQQ * part.gamma_BHQ[..., None, :]
+        if part.kappa_BHQ is not None:
+            own_QQ = jnp.eye(length, dtype=bool)
+            weight_BHQQ = decay_BHQQ * jnp.where(own_QQ, part.gamma_BHQ[..., None, :], part.kappa_BHQ[..., None, :])
+        q_BHTN = by_row(part.q_BHQRN)
+        score_BHTT = product("bhtn,bhsn->bhts", q_BHTN, k_BHTN)
+        score_BHQRQR = score_BHTT.reshape(*weight_BHQQ.shape[:3], rank, length, rank)
+        mixed_BHTT = (score_BHQRQR * weight_BHQQ[:, :, :, None, :, None]).reshape(score_BHTT.shape)
+        y_BHQRP = product("bhts,bhsp->bhtp", mixed_BHTT, x_BHTP).reshape(part.x_BHQRP.shape)
+        read_BHTP = product("bhtn,bhpn->bhtp", q_BHTN, h_BHPN)
+        y_BHQRP += since_BHQ[..., None, None] * read_BHTP.reshape(y_BHQRP.shape)
+
+    until_BHQ = decay_BHQQ[:, :, -1] * part.later_BHQ
     weighted_BHQRP = part.x_BHQRP * until_BHQ[..., None, None]
     h_BHPN = since_BHQ[:, :, -1, None, None] * h_BHPN
-    h_BHPN += product("bhsp,bhsn->bhpn", weighted_BHQRP.reshape(x_BHTP.shape), k_BHTN)
+    h_BHPN += product("bhsp,bhsn->bhpn", by_row(weighted_BHQRP), k_BHTN)
     return y_BHQRP, h_BHPN
+
+
+def _decay(exact_BHQ, rest_BHQ, within_BQQ, targets: slice):
+    """exp(c_t - c_s) from token s (last axis) to the tokens t of `targets`, c the sum of both; 0 where not within."""
+    parts = [part_BHQ[..., targets, None] - part_BHQ[..., None, :] for part_BHQ in (exact_BHQ, rest_BHQ)]
+    within_BHQQ = within_BQQ[:, None, targets]
+    # Masked before exp as well: what lies after a token grows without bound.
+    return jnp.where(within_BHQQ, jnp.exp(jnp.where(within_BHQQ, parts[0] + parts[1], 0)), 0)
 
 
 def log_decay(log_a_BHQ, within_BQQ):

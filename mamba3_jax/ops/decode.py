@@ -28,8 +28,8 @@ def decode(tokens: Tokens, heads: Heads, state: State, *, rotation: str, interpr
         ValueError: more than one token, or what `triton` raises for.
     """
     check(tokens, interpret)
-    if tokens.dt_BLH.shape[1] != 1:
-        raise ValueError(f"decode is one token, not length={tokens.dt_BLH.shape[1]}")
+    if tokens.log_a_BLH.shape[1] != 1:
+        raise ValueError(f"decode is one token, not length={tokens.log_a_BLH.shape[1]}")
     return _decode(tokens, heads, state, rotation, interpret, tile)
 
 
@@ -90,18 +90,22 @@ def _step(tokens: Tokens, heads: Heads, state: State, rotation: str, interpret: 
         x_BHRP = ranked(token.v_BLHP.astype(jnp.float32), heads)
         o_BHP = finish(out.y_BHRP[..., :width], x_BHRP, token.gate_BLHP, heads)
     y_BLHP = o_BHP[:, None, :, :width].astype(tokens.v_BLHP.dtype)
+    h_BHPN = out.h_BHPN[:, :, :width, :d_state]
+    if token.beta_BLH is None:
+        return y_BLHP, State(angle_BHS, h_BHPN)
     last_k_BRHN = jnp.swapaxes(k_BHRN, 1, 2).astype(tokens.k_BLRGN.dtype)
-    return y_BLHP, State(angle_BHS, out.h_BHPN[:, :, :width, :d_state], last_k_BRHN, token.v_BLHP)
+    return y_BLHP, State(angle_BHS, h_BHPN, last_k_BRHN, token.v_BLHP)
 
 
 def in_one_kernel(token: Tokens, heads: Heads, state: State, rotation: str, tile, kernel):
     """o_BHP and the state, by the `decode` of a module that does it all; of `token`, without the axis L."""
     from pallas_kernels.ssm.one_token import Inputs
 
+    dt_BH = None if token.angle_BLHS is None else token.dt_BLH
     inputs = Inputs(
         *(state.ssm_BHPN, state.angle_BHS, state.k_BRHN, state.v_BHP),
         *(token.q_BLRGN, token.k_BLRGN, token.v_BLHP),
-        *(token.dt_BLH, token.log_a_BLH, token.trap_BLH, token.angle_BLHS),
+        *(token.log_a_BLH, token.gamma_BLH, token.beta_BLH, dt_BH, token.angle_BLHS),
         None if token.start_BL is None else token.start_BL.astype(jnp.int32),
         *(heads.q_bias_HRN, heads.k_bias_HRN, token.gate_BLHP, heads.skip_H),
         *(heads.v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP),
@@ -125,22 +129,28 @@ def default_tile(rank: int):
 
 def _turned(token: Tokens, heads: Heads, state: State, rotation: str):
     """The token's angle, and its queries and keys, biased and rotated, float32."""
-    n_heads = token.dt_BLH.shape[-1]
-    before_BHS = state.angle_BHS.astype(jnp.float32)
-    if token.start_BL is not None:
-        before_BHS = jnp.where(token.start_BL[:, None, None], 0, before_BHS)
-    angle_BHS = within_a_turn(before_BHS + token.angle_BLHS.astype(jnp.float32) * token.dt_BLH[..., None])
-    both = ((token.q_BLRGN, heads.q_bias_HRN), (token.k_BLRGN, heads.k_bias_HRN))
-    biased = (per_head(x.astype(jnp.float32), n_heads) + bias_HRN for x, bias_HRN in both)
-    return angle_BHS, *(rotate(x_BHRN, angle_BHS[:, :, None], rotation) for x_BHRN in biased)
+    n_heads = token.log_a_BLH.shape[-1]
+    angle_BHS = None
+    if token.angle_BLHS is not None:
+        before_BHS = state.angle_BHS.astype(jnp.float32)
+        if token.start_BL is not None:
+            before_BHS = jnp.where(token.start_BL[:, None, None], 0, before_BHS)
+        angle_BHS = within_a_turn(before_BHS + token.angle_BLHS.astype(jnp.float32) * token.dt_BLH[..., None])
+
+    def turned(x_BRGN, bias_HRN):
+        x_BHRN = per_head(x_BRGN.astype(jnp.float32), n_heads)
+        x_BHRN = x_BHRN if bias_HRN is None else x_BHRN + bias_HRN
+        return x_BHRN if angle_BHS is None else rotate(x_BHRN, angle_BHS[:, :, None], rotation)
+
+    return angle_BHS, turned(token.q_BLRGN, heads.q_bias_HRN), turned(token.k_BLRGN, heads.k_bias_HRN)
 
 
 def _coefficients(token: Tokens):
-    """a, beta, gamma: see `recurrent`. A start has no decayed past: both are exactly zero."""
+    """a, a beta, gamma: see `recurrent`. A start has no decayed past: both are exactly zero."""
     a_BH = jnp.exp(token.log_a_BLH)
     if token.start_BL is not None:
         a_BH = jnp.where(token.start_BL[:, None], 0, a_BH)
-    return a_BH, (1 - token.trap_BLH) * token.dt_BLH * a_BH, token.trap_BLH * token.dt_BLH
+    return a_BH, None if token.beta_BLH is None else a_BH * token.beta_BLH, token.gamma_BLH
 
 
 def _padded_last(array, spare: int):

@@ -44,12 +44,12 @@ def check(tokens: Tokens, tile=None) -> None:
 
 def unsupported(tokens: Tokens) -> str | None:
     """What the kernel wants of inputs that it cannot run, or None."""
-    length = tokens.dt_BLH.shape[1]
+    length = tokens.log_a_BLH.shape[1]
     if length > FEW:
         return f"up to {FEW} tokens, not {length=}"
     dtypes = {tokens.q_BLRGN.dtype, tokens.k_BLRGN.dtype, tokens.v_BLHP.dtype}
-    if tokens.dt_BLH.dtype != jnp.float32 or not dtypes <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
-        return f"float32 or bfloat16, not {sorted(map(str, dtypes | {tokens.dt_BLH.dtype}))}"
+    if tokens.log_a_BLH.dtype != jnp.float32 or not dtypes <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
+        return f"float32 or bfloat16, not {sorted(map(str, dtypes | {tokens.log_a_BLH.dtype}))}"
     return None
 
 
@@ -76,7 +76,7 @@ def _steps(tokens: Tokens, heads: Heads, state: State, rotation: str, tile):
     from pallas_kernels.ssm.mosaic_tpu import decode as kernel
 
     outputs = []
-    for place in range(tokens.dt_BLH.shape[1]):
+    for place in range(tokens.log_a_BLH.shape[1]):
         token = jax.tree.map(lambda array: array[:, place], tokens)  # noqa: B023
         o_BHP, state = in_one_kernel(token, heads, state, rotation, tile or kernel.Tile(), kernel)
         outputs.append(o_BHP)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from mamba3_jax.ops import choices, triton
 from mamba3_jax.ops.chunks import incoming, last_state
-from mamba3_jax.ops.discretize import trapezoid
+from mamba3_jax.ops.discretize import later_weight
 from mamba3_jax.ops.rotary import from_planes, to_planes
 from mamba3_jax.ops.types import Heads, State, Tokens, empty_state, product_dtype
 
@@ -45,8 +45,9 @@ def mosaic_gpu(
 
     check(tokens, interpret)
     state = empty_state(tokens) if state is None else state
-    if tokens.dt_BLH.shape[1] == 1:
+    if tokens.log_a_BLH.shape[1] == 1:
         return one_token(tokens, heads, state, rotation, interpret)
+    needed, (tokens, heads, state) = tokens, filled(tokens, heads, state)
     batch, length, rank = tokens.q_BLRGN.shape[:3]
     n_heads = tokens.v_BLHP.shape[2]
     chunk = ROWS // rank
@@ -54,11 +55,12 @@ def mosaic_gpu(
     segments = segments or max(1, min(programs // (batch * n_heads), -(-length // chunk) // 4))
     padding = -length % (chunk * segments)
 
-    gamma_BLH, kappa_BLH, first_BH = trapezoid(tokens.dt_BLH, tokens.trap_BLH, tokens.start_BL)
+    kappa_BLH, first_BH = later_weight(tokens.gamma_BLH, tokens.beta_BLH, tokens.start_BL)
+    kappa_BLH = tokens.gamma_BLH if kappa_BLH is None else kappa_BLH
     first_BH = jax.lax.optimization_barrier(first_BH)  # see `triton`
 
     def padded(array_BL):
-        """Zeros after the end: dt = 0 and log_a = 0 leave the state as it is."""
+        """Zeros after the end: gamma = 0 and log_a = 0 leave the state as it is."""
         if array_BL is None or not padding:
             return array_BL
         return jnp.pad(array_BL, [(0, 0), (0, padding), *[(0, 0)] * (array_BL.ndim - 2)])
@@ -85,7 +87,7 @@ def mosaic_gpu(
         turning(padded(tokens.angle_BLHS)),
         by_head(tokens.dt_BLH),
         sum(triton._log_decay(by_head(tokens.log_a_BLH), padded(tokens.start_BL), chunk)),
-        by_head(gamma_BLH),
+        by_head(tokens.gamma_BLH),
         by_head(kappa_BLH),
         turning(state.angle_BHS),
         jnp.pad(h_BHPN, [(0, 0), (0, 0), (0, WIDTH - width), (0, 0)]),
@@ -98,7 +100,27 @@ def mosaic_gpu(
     y_BLHP, h_BHPN, angle_BHS = op.mamba3(inputs, document_BL, tile)
     y_BLHP = y_BLHP[:, :length, :, :width].astype(tokens.v_BLHP.dtype)
     h_BHPN = layout.back(h_BHPN[:, :, :width])
-    return y_BLHP, last_state(tokens, heads, angle_BHS[..., :planes], h_BHPN, rotation)
+    angle_BHS = None if needed.angle_BLHS is None else angle_BHS[..., :planes]
+    return y_BLHP, last_state(needed, heads, angle_BHS, h_BHPN, rotation)
+
+
+def filled(tokens: Tokens, heads: Heads, state: State) -> tuple[Tokens, Heads, State]:
+    """Zeros for what is None and the kernels of rows read all the same: angles and biases."""
+    (batch, _, n_heads), (rank, _, d_state) = tokens.log_a_BLH.shape, tokens.k_BLRGN.shape[2:]
+    if tokens.angle_BLHS is None:
+        zeros = lambda *sizes: jnp.zeros(sizes, jnp.float32)  # noqa: E731
+        planes = planes_of(tokens)
+        angle_BLHS = zeros(*tokens.log_a_BLH.shape[:2], 1, planes)
+        tokens = tokens._replace(angle_BLHS=angle_BLHS, dt_BLH=zeros(*tokens.log_a_BLH.shape))
+        state = state._replace(angle_BHS=zeros(batch, n_heads, planes))
+    no_bias_HRN = jnp.zeros((n_heads, rank, d_state), jnp.float32)
+    fill = lambda bias_HRN: no_bias_HRN if bias_HRN is None else bias_HRN  # noqa: E731
+    return tokens, heads._replace(q_bias_HRN=fill(heads.q_bias_HRN), k_bias_HRN=fill(heads.k_bias_HRN)), state
+
+
+def planes_of(tokens: Tokens) -> int:
+    """S; where nothing turns, as many as the kernels take without padding: see `filled`."""
+    return max(1, tokens.k_BLRGN.shape[-1] // 4) if tokens.angle_BLHS is None else tokens.angle_BLHS.shape[-1]
 
 
 def one_token(tokens: Tokens, heads: Heads, state: State, rotation: str, interpret: bool):
@@ -185,9 +207,9 @@ def _capability() -> str | None:
 def unsupported(tokens: Tokens) -> str | None:
     """What the kernel wants of these shapes and dtypes, and what it got; None: nothing."""
     rank, d_state, width = tokens.q_BLRGN.shape[2], tokens.q_BLRGN.shape[-1], tokens.v_BLHP.shape[-1]
-    planes = tokens.angle_BLHS.shape[-1]
-    if tokens.dt_BLH.dtype != jnp.float32:
-        return f"computes in float32, dt is {tokens.dt_BLH.dtype}"
+    planes = planes_of(tokens)
+    if tokens.log_a_BLH.dtype != jnp.float32:
+        return f"computes in float32, log_a is {tokens.log_a_BLH.dtype}"
     dtype = product_dtype(tokens)
     if dtype != jnp.bfloat16:
         return f"wants q, k and v in bfloat16, not {dtype}: Hopper's wgmma has no products of true float32"

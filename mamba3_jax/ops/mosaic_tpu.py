@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mamba3_jax.ops.chunks import documents, incoming, last_state
-from mamba3_jax.ops.discretize import trapezoid
+from mamba3_jax.ops.discretize import later_weight
 from mamba3_jax.ops.rotary import to_planes
 from mamba3_jax.ops.types import Heads, State, Tokens, product_dtype
 
@@ -44,14 +44,15 @@ def mosaic_tpu(
     check(tokens, interpret, tiles)
     tiles = tiles_of(tokens, chunk, tiles, interpret)
     length, n_heads, width = tokens.v_BLHP.shape[1:]
-    d_state, planes = tokens.q_BLRGN.shape[-1], tokens.angle_BLHS.shape[-1]
+    d_state = tokens.q_BLRGN.shape[-1]
+    planes = 0 if tokens.angle_BLHS is None else tokens.angle_BLHS.shape[-1]
     padding = -length % tiles.tokens
     spare = padded_width(n_heads, width, tiles.heads) - width
     layout = Layout(d_state, planes, rotation)
     dtype = product_dtype(tokens)
 
     def padded(array_BL):
-        """Zeros after the end: dt = 0 and log_a = 0 leave the state as it is."""
+        """Zeros after the end: gamma = 0 and log_a = 0 leave the state as it is."""
         if array_BL is None or not padding:
             return array_BL
         return jnp.pad(array_BL, [(0, 0), (0, padding), *[(0, 0)] * (array_BL.ndim - 2)])
@@ -60,7 +61,7 @@ def mosaic_tpu(
     float32 = lambda array: None if array is None else array.astype(jnp.float32)  # noqa: E731
     narrow = lambda array: None if array is None else padded(array.astype(dtype))  # noqa: E731
     by_group = lambda x_BLRGN: jnp.swapaxes(layout.wide(narrow(x_BLRGN)), 2, 3)  # noqa: E731
-    gamma_BLH, kappa_BLH, first_BH = trapezoid(tokens.dt_BLH, tokens.trap_BLH, tokens.start_BL)
+    kappa_BLH, first_BH = later_weight(tokens.gamma_BLH, tokens.beta_BLH, tokens.start_BL)
     start_BL = padded(tokens.start_BL)
     document_BL = None
     if start_BL is not None:
@@ -79,9 +80,9 @@ def mosaic_tpu(
         wide(narrow(tokens.v_BLHP)),
         wide(narrow(tokens.gate_BLHP)),
         _last_padded(padded(tokens.angle_BLHS), more_planes),
-        padded(tokens.dt_BLH),
+        padded(tokens.dt_BLH) if planes else None,
         padded(tokens.log_a_BLH),
-        padded(gamma_BLH),
+        padded(tokens.gamma_BLH),
         padded(kappa_BLH),
         first_BHS,
         h_BHPN,
@@ -96,7 +97,8 @@ def mosaic_tpu(
     k_BRGN = jnp.swapaxes(k_BGRN[..., :d_state], 1, 2).astype(tokens.k_BLRGN.dtype)
     v_BHP = v_BHP[..., :width].astype(tokens.v_BLHP.dtype)
     last = tokens._replace(k_BLRGN=k_BRGN[:, None], v_BLHP=v_BHP[:, None])
-    return y_BLHP, last_state(last, heads, angle_BHS[..., :planes], h_BHPN, rotation)
+    angle_BHS = None if angle_BHS is None else angle_BHS[..., :planes]
+    return y_BLHP, last_state(last, heads, angle_BHS, h_BHPN, rotation)
 
 
 class Layout:
@@ -109,8 +111,10 @@ class Layout:
         self.planes, self.rest, self.rotation = planes, d_state - 2 * planes, rotation
         self.size = -(-d_state // LANES) * LANES
         self.half = self.size // 2
-        self.same = rotation == "half" and self.size == d_state
-        self.order_NM = self._order(d_state)  # (N of the kernel, twice): a one where an entry goes
+        self.same = not planes or (rotation == "half" and self.size == d_state)  # what does not turn lies anywhere
+        self.order_NM = (
+            None if self.same else self._order(d_state)
+        )  # (N of the kernel, twice): a one where an entry goes
 
     def _order(self, d_state: int):
         first_rest = min(self.rest, self.half - self.planes)
@@ -127,8 +131,9 @@ class Layout:
 
     def to(self, array_N):
         """In the kernel's order, zeros in between. Exact: TPUs move lanes slowly, but multiply matrices in no time."""
-        order_NM = self.order_NM.astype(array_N.dtype)
-        return array_N if self.same else jnp.matmul(self.wide(array_N), order_NM, precision="highest")
+        if array_N is None or self.same:
+            return None if array_N is None else self.wide(array_N)
+        return jnp.matmul(self.wide(array_N), self.order_NM.astype(array_N.dtype), precision="highest")
 
 
 def tiles_of(tokens: Tokens, chunk: int | None, tiles, interpret):
@@ -142,7 +147,7 @@ def tiles_of(tokens: Tokens, chunk: int | None, tiles, interpret):
         chip = "v5e" if interpret is not None else this_chip()
         tiles = default(chip, rank, *shape, dtype=product_dtype(tokens))
     heads = block(*shape) if tiles.heads is None else tiles.heads
-    most = min(chunk or tiles.tokens, tokens.dt_BLH.shape[1])
+    most = min(chunk or tiles.tokens, tokens.log_a_BLH.shape[1])
     return dataclasses.replace(tiles, tokens=-(-most // 16) * 16, heads=heads, width=width, interpret=interpret)
 
 
@@ -174,8 +179,8 @@ def needs() -> str | None:
 def unsupported(tokens: Tokens) -> str | None:
     """What the kernels want of these shapes and dtypes, and what they got; None: nothing."""
     rank, d_state, width = tokens.q_BLRGN.shape[2], tokens.q_BLRGN.shape[-1], tokens.v_BLHP.shape[-1]
-    if tokens.dt_BLH.dtype != jnp.float32:
-        return f"computes in float32, dt is {tokens.dt_BLH.dtype}"
+    if tokens.log_a_BLH.dtype != jnp.float32:
+        return f"computes in float32, log_a is {tokens.log_a_BLH.dtype}"
     dtype = product_dtype(tokens)
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"wants q, k and v in float32 or bfloat16, not {dtype}"

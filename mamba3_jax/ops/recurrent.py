@@ -11,64 +11,69 @@ from mamba3_jax.ops.types import Heads, State, Tokens, accumulator, empty_state
 
 
 def recurrent(tokens: Tokens, heads: Heads, state: State | None, *, rotation: str, chunk: int | None = None):
-    """h_t = a_t h_{t-1} + (1-lambda_t) dt_t a_t X_{t-1} k_{t-1}^T + lambda_t dt_t X_t k_t^T,  y_t = h_t q_t.
+    """h_t = a_t (h_{t-1} + beta_t X_{t-1} k_{t-1}^T) + gamma_t X_t k_t^T,  y_t = h_t q_t.
 
     a_t = exp(log_a_t); X_t[r] = v_rank[r] v_t; k and q are biased, then rotated by the angle phi_t = phi_{t-1} +
     angle_t dt_t (mod 2 pi) of their own time; products of X and k are summed over the ranks into one state. Then
     `finish`: skip, norm, gate and the sum over ranks (SPEC sections 4 to 7).
 
-    Runs in float64 where dt is float64. `chunk` is part of the shared signature and has no meaning here.
+    Runs in float64 where log_a is float64. `chunk` is part of the shared signature and has no meaning here. Without
+    queries there is no y, only the state.
     """
     state = empty_state(tokens) if state is None else state
     dtype = accumulator(tokens)
     n_heads = tokens.v_BLHP.shape[2]
-    length = tokens.dt_BLH.shape[1]
-    start_BL = jnp.zeros(tokens.dt_BLH.shape[:2], bool) if tokens.start_BL is None else tokens.start_BL
 
-    def step(carry, token):
-        angle_BHS, h_BHPN, k_BHRN, x_BHRP = carry
-        q, k, v_BHP, dt_BH, log_a_BH, trap_BH, turn_BHS, gate_BHP, start_B = token
+    def step(carry, token: Tokens):
+        if token.start_BL is not None:
+            start_B = token.start_BL
+            forget = lambda before: jnp.where(start_B.reshape(-1, *[1] * (before.ndim - 1)), 0, before)  # noqa: E731
+            carry = jax.tree.map(forget, carry)
+        angle_BHS, h_BHPN, before = carry
+        if angle_BHS is not None:
+            angle_BHS = within_a_turn(angle_BHS + token.angle_BLHS.astype(dtype) * token.dt_BLH[..., None])
 
-        def forget(before):
-            return jnp.where(start_B.reshape(-1, *[1] * (before.ndim - 1)), 0, before)
+        def turned(x_BRGN, bias_HRN):
+            if x_BRGN is None:
+                return None
+            x_BHRN = per_head(x_BRGN.astype(dtype), n_heads)
+            x_BHRN = x_BHRN if bias_HRN is None else x_BHRN + bias_HRN
+            return x_BHRN if angle_BHS is None else rotate(x_BHRN, angle_BHS[:, :, None], rotation)
 
-        angle_BHS, h_BHPN, k_BHRN, x_BHRP = map(forget, (angle_BHS, h_BHPN, k_BHRN, x_BHRP))
-
-        angle_BHS = within_a_turn(angle_BHS + turn_BHS.astype(dtype) * dt_BH[..., None])
-        q_BHRN = rotate(per_head(q.astype(dtype), n_heads) + heads.q_bias_HRN, angle_BHS[:, :, None], rotation)
-        next_k_BHRN = rotate(per_head(k.astype(dtype), n_heads) + heads.k_bias_HRN, angle_BHS[:, :, None], rotation)
+        both = turned(token.q_BLRGN, heads.q_bias_HRN), turned(token.k_BLRGN, heads.k_bias_HRN)
         # The barrier keeps XLA from turning a key again for every row of the state it goes into.
-        q_BHRN, next_k_BHRN = jax.lax.optimization_barrier((q_BHRN, next_k_BHRN))
-        next_x_BHRP = ranked(v_BHP.astype(dtype), heads)
+        q_BHRN, k_BHRN = jax.lax.optimization_barrier(both)
+        x_BHRP = ranked(token.v_BLHP.astype(dtype), heads)
 
-        a_BH = jnp.exp(log_a_BH)
-        beta_BH = (1 - trap_BH) * dt_BH * a_BH
+        a_BH = jnp.exp(token.log_a_BLH)
         h_BHPN = a_BH[..., None, None] * h_BHPN
-        h_BHPN += beta_BH[..., None, None] * outer(x_BHRP, k_BHRN)
-        h_BHPN += (trap_BH * dt_BH)[..., None, None] * outer(next_x_BHRP, next_k_BHRN)
+        if before is not None:
+            h_BHPN += (a_BH * token.beta_BLH)[..., None, None] * outer(*before)
+            before = x_BHRP, k_BHRN
+        h_BHPN += token.gamma_BLH[..., None, None] * outer(x_BHRP, k_BHRN)
+        y_BHP = None
+        if q_BHRN is not None:
+            y_BHRP = jnp.einsum("bhrn,bhpn->bhrp", q_BHRN, h_BHPN, precision="highest")
+            y_BHP = finish(y_BHRP, x_BHRP, token.gate_BLHP, heads).astype(tokens.v_BLHP.dtype)
+        return (angle_BHS, h_BHPN, before), y_BHP
 
-        y_BHRP = jnp.einsum("bhrn,bhpn->bhrp", q_BHRN, h_BHPN, precision="highest")
-        y_BHP = finish(y_BHRP, next_x_BHRP, gate_BHP, heads)
-        return (angle_BHS, h_BHPN, next_k_BHRN, next_x_BHRP), y_BHP
-
-    carry = (
-        state.angle_BHS.astype(dtype),
-        state.ssm_BHPN.astype(dtype),
-        jnp.swapaxes(state.k_BRHN, 1, 2).astype(dtype),
-        ranked(state.v_BHP.astype(dtype), heads),
-    )
-    per_token = (*tokens[:8], start_BL)
-    if length == 1:  # decoding: no loop around one step
-        carry, y_BHP = step(carry, jax.tree.map(lambda array: array[:, 0], per_token))
-        y_BLHP = y_BHP[:, None]
+    before = None
+    if tokens.beta_BLH is not None:
+        before = ranked(state.v_BHP.astype(dtype), heads), jnp.swapaxes(state.k_BRHN, 1, 2).astype(dtype)
+    carry = jax.tree.map(lambda array: array.astype(dtype), (state.angle_BHS, state.ssm_BHPN, before))
+    if tokens.log_a_BLH.shape[1] == 1:  # decoding: no loop around one step
+        carry, y_BHP = step(carry, jax.tree.map(lambda array: array[:, 0], tokens))
+        y_BLHP = None if y_BHP is None else y_BHP[:, None]
     else:
-        time_first = jax.tree.map(lambda array: jnp.moveaxis(array, 1, 0), per_token)
+        time_first = jax.tree.map(lambda array: jnp.moveaxis(array, 1, 0), tokens)
         carry, y_LBHP = jax.lax.scan(step, carry, time_first)
-        y_BLHP = jnp.moveaxis(y_LBHP, 0, 1)
+        y_BLHP = None if y_LBHP is None else jnp.moveaxis(y_LBHP, 0, 1)
 
-    angle_BHS, h_BHPN, k_BHRN, _ = carry
-    last_k_BRHN = jnp.swapaxes(k_BHRN, 1, 2).astype(tokens.k_BLRGN.dtype)
-    return y_BLHP.astype(tokens.v_BLHP.dtype), State(angle_BHS, h_BHPN, last_k_BRHN, tokens.v_BLHP[:, -1])
+    angle_BHS, h_BHPN, before = carry
+    if before is None:
+        return y_BLHP, State(angle_BHS, h_BHPN)
+    last_k_BRHN = jnp.swapaxes(before[1], 1, 2).astype(tokens.k_BLRGN.dtype)
+    return y_BLHP, State(angle_BHS, h_BHPN, last_k_BRHN, tokens.v_BLHP[:, -1])
 
 
 def within_a_turn(angle):

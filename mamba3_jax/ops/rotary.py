@@ -16,6 +16,8 @@ def to_planes(x_N, planes: int, rotation: str):
 
     adjacent (SISO): plane i is (2i, 2i+1).  half (MIMO): plane i is (i, i + N/2), whatever the rope fraction is.
     """
+    if not planes:
+        return x_N
     if rotation == "adjacent":
         return jnp.concatenate(
             [x_N[..., 0 : 2 * planes : 2], x_N[..., 1 : 2 * planes : 2], x_N[..., 2 * planes :]], axis=-1
@@ -26,6 +28,8 @@ def to_planes(x_N, planes: int, rotation: str):
 
 def from_planes(x_N, planes: int, rotation: str):
     """Plane order to natural order."""
+    if not planes:
+        return x_N
     first, second, rest = jnp.split(x_N, (planes, 2 * planes), axis=-1)
     if rotation == "adjacent":
         pairs = jnp.stack([first, second], axis=-1).reshape(*x_N.shape[:-1], 2 * planes)

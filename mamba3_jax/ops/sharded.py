@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as Spec
 
-from mamba3_jax.ops.types import Heads, State, Tokens
+from mamba3_jax.ops.types import Heads, State, Tokens, empty_state
 
 
 def sharded(op, batch: str | None, split: str | None):
@@ -28,19 +28,24 @@ def sharded(op, batch: str | None, split: str | None):
         return op
 
     def call(tokens: Tokens, heads: Heads, state: State | None = None):
-        rows, (n_heads, groups) = tokens.dt_BLH.shape[0], (tokens.dt_BLH.shape[2], tokens.q_BLRGN.shape[3])
+        (rows, _, n_heads), groups = tokens.log_a_BLH.shape, tokens.k_BLRGN.shape[3]
         parts = mesh.shape[split] if split else 1
         if n_heads % parts:
             raise ValueError(f"{n_heads=} is not a multiple of the mesh's {split}={parts}")
         row = None if batch is None or rows % mesh.shape[batch] else batch
-        by_group, by_angle = None, split if tokens.angle_BLHS.shape[2] > 1 else None
+        by_group = by_angle = None
+        if tokens.angle_BLHS is not None and tokens.angle_BLHS.shape[2] > 1:
+            by_angle = split
         if groups > 1:  # as many as give every device those of its own heads
             by_group, copies = split, math.lcm(groups, parts) // groups
             q_BLRGN, k_BLRGN = (jnp.repeat(x, copies, axis=3) for x in (tokens.q_BLRGN, tokens.k_BLRGN))
             tokens = tokens._replace(q_BLRGN=q_BLRGN, k_BLRGN=k_BLRGN)
         shared, own = Spec(row, None, None, by_group), Spec(row, None, split)
-        of_tokens = Tokens(shared, shared, own, own, own, own, Spec(row, None, by_angle), own, Spec(row))
-        of_state = State(Spec(row, split), Spec(row, split), own, Spec(row, split))
+        of_tokens = Tokens(**dict.fromkeys(Tokens._fields, own))._replace(
+            q_BLRGN=shared, k_BLRGN=shared, angle_BLHS=Spec(row, None, by_angle), start_BL=Spec(row)
+        )
+        of_state = State(**dict.fromkeys(State._fields, Spec(row, split)))._replace(k_BRHN=own)
+        of_state = _where(jax.eval_shape(empty_state, tokens), of_state)
         given = [(tokens, of_tokens), (heads, Heads(*[Spec(split)] * len(heads))), (state, of_state)]
         specs = tuple(None if arrays is None else _where(arrays, specs) for arrays, specs in given)
         # check_vma: kernels do not say over which axes their outputs differ.

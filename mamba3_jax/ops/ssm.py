@@ -1,4 +1,4 @@
-"""The front door of the state space op: checks, the table of implementations, and `ssm` itself."""
+"""The front door of the state space op: checks, the table of implementations, `ssm` itself and its state-only pass."""
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,12 @@ from mamba3_jax.ops.rotary import ROTATIONS
 from mamba3_jax.ops.sharded import one_device
 from mamba3_jax.ops.tpu import mosaic_tpu
 from mamba3_jax.ops.tpu import refuses as mosaic_tpu_refuses
+from mamba3_jax.ops.transition import compose, of_run
 from mamba3_jax.ops.triton import refuses as triton_refuses
 from mamba3_jax.ops.triton import triton
-from mamba3_jax.ops.types import Heads, State, Tokens, accumulator, empty_state
+from mamba3_jax.ops.types import Heads, State, Tokens, Transition, accumulator, empty_state
 
-__all__ = ["IMPLEMENTATIONS", "Heads", "State", "Tokens", "empty_state", "ssm"]
+__all__ = ["IMPLEMENTATIONS", "Heads", "State", "Tokens", "Transition", "compose", "empty_state", "ssm", "transition"]
 
 # All take None for `empty_state`, which most of them make; the TPU's scan has no operand then, and no gradient of it.
 IMPLEMENTATIONS = {
@@ -28,6 +29,7 @@ IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu,
     "mosaic_tpu": mosaic_tpu,
 }
+PLAIN = ("recurrent", "associative", "chunked")  # which run on everything, and for `transition` without queries
 # Those of kernels, the first that runs the default where nothing was measured: what keeps inputs from each on this
 # process's devices.
 KERNELS = {"mosaic_gpu": mosaic_gpu_refuses, "triton": triton_refuses, "mosaic_tpu": mosaic_tpu_refuses}
@@ -42,9 +44,12 @@ def ssm(
     implementation: str | None = None,
     chunk: int | None = None,
 ):
-    """Mamba-3 between its two projections: bias, rotation, trapezoidal recurrence, skip, norm, gate (SPEC 4 to 7).
+    """Mamba-3 between its two projections: bias, rotation, recurrence, skip, norm, gate (SPEC 4 to 7).
 
-        h_t = a_t h_{t-1} + (1-lambda_t) dt_t a_t X_{t-1} k_{t-1}^T + lambda_t dt_t X_t k_t^T,   y_t = h_t q_t
+        h_t = a_t (h_{t-1} + beta_t X_{t-1} k_{t-1}^T) + gamma_t X_t k_t^T,   y_t = h_t q_t
+
+    What is None (beta, angle, gate, start, every field of heads) is left out and costs nothing; with all of them None
+    this is Mamba-2's SSD.
 
     Running a sequence in two pieces with the state carried gives what running it whole gives; so training, prefill,
     chunked prefill and decoding are this one function. Differentiable in everything, both states included.
@@ -72,39 +77,78 @@ def ssm(
     return IMPLEMENTATIONS[implementation](tokens, heads, state, rotation=rotation, chunk=chunk)
 
 
+def transition(
+    tokens: Tokens,
+    heads: Heads,
+    *,
+    rotation: str = "adjacent",
+    implementation: str | None = None,
+    chunk: int | None = None,
+) -> Transition:
+    """What a run of tokens does to any state before it: a pass over the states alone, in plain XLA.
+
+    `compose` puts runs together, or a state and the run after it: so a row can be cut, over devices or in time, and its
+    pieces computed at once. No outputs are computed; queries and gate are not read.
+
+    Args:
+        tokens: as for `ssm`; q may be None.
+        heads: as for `ssm`; biases of keys and v_rank are read.
+        rotation: as for `ssm`.
+        implementation: one of `PLAIN`, or None for the fastest of them.
+        chunk: as for `ssm`.
+
+    Raises:
+        ValueError: as `ssm` raises, or the name of a kernel.
+    """
+    tokens = tokens._replace(q_BLRGN=None, gate_BLHP=None)
+    check(tokens, heads, None, rotation, chunk)
+    if implementation is None:
+        implementation = plain(tokens)
+    if implementation not in PLAIN:
+        raise ValueError(f"{implementation=} has no pass over states alone, it is not one of {PLAIN}")
+    _, state = IMPLEMENTATIONS[implementation](tokens, heads, None, rotation=rotation, chunk=chunk)
+    return of_run(tokens, state)
+
+
+def plain(tokens: Tokens) -> str:
+    """The fastest in plain XLA: one token is a step, and anything longer is worth chunks."""
+    return "recurrent" if tokens.log_a_BLH.shape[1] == 1 else "chunked"
+
+
 def default_implementation(tokens: Tokens) -> str:
     """What was measured to be the fastest on this device (`choices`), or else kernels for it; or else plain XLA.
 
-    In plain XLA one token is a step, and anything longer is worth chunks. XLA cannot divide a kernel over devices as it
-    divides plain code: that takes `ops.sharded`.
+    XLA cannot divide a kernel over devices as it divides plain code: that takes `ops.sharded`.
 
     Raises:
         ValueError: the table of choices names an implementation that is not one.
     """
-    plain = "recurrent" if tokens.dt_BLH.shape[1] == 1 else "chunked"
     if not one_device():
-        return plain
+        return plain(tokens)
     entry = choices.choose(jax.devices()[0].device_kind, tokens)
     if entry is not None and entry.implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{choices.PATH} has {entry}, whose implementation is not one of {sorted(IMPLEMENTATIONS)}")
     wanted = [*([entry.implementation] if entry else []), *KERNELS]
-    return next((name for name in wanted if name not in KERNELS or KERNELS[name](tokens) is None), plain)
+    return next((name for name in wanted if name not in KERNELS or KERNELS[name](tokens) is None), plain(tokens))
 
 
 def check(tokens: Tokens, heads: Heads, state: State | None, rotation: str, chunk: int | None) -> None:
     """Raise ValueError, naming the array, its shape and the wish, for anything the op cannot mean."""
-    if tokens.q_BLRGN.ndim != 5:
-        raise ValueError(f"q has shape {tokens.q_BLRGN.shape}, wanted five axes (B, L, R, G, N)")
-    batch, length, rank, groups, d_state = tokens.q_BLRGN.shape
+    first, array = ("k", tokens.k_BLRGN) if tokens.q_BLRGN is None else ("q", tokens.q_BLRGN)
+    if array.ndim != 5:
+        raise ValueError(f"{first} has shape {array.shape}, wanted five axes (B, L, R, G, N)")
+    batch, length, rank, groups, d_state = array.shape
     if tokens.v_BLHP.ndim != 4:
         raise ValueError(f"v has shape {tokens.v_BLHP.shape}, wanted four axes (B, L, H, P)")
     n_heads, width = tokens.v_BLHP.shape[2:]
-    planes = tokens.angle_BLHS.shape[-1]
-    angle_heads = 1 if tokens.angle_BLHS.ndim == 4 and tokens.angle_BLHS.shape[2] == 1 else n_heads
+    planes = angle_heads = 0
+    if tokens.angle_BLHS is not None:
+        planes = tokens.angle_BLHS.shape[-1]
+        angle_heads = 1 if tokens.angle_BLHS.ndim == 4 and tokens.angle_BLHS.shape[2] == 1 else n_heads
     if rotation not in ROTATIONS:
         raise ValueError(f"{rotation=} is not one of {ROTATIONS}")
     if length < 1 or batch < 1:
-        raise ValueError(f"q has shape {tokens.q_BLRGN.shape}: needs at least one row and one token")
+        raise ValueError(f"{first} has shape {array.shape}: needs at least one row and one token")
     if n_heads % groups:
         raise ValueError(f"{n_heads=} is not a multiple of {groups=}")
     if d_state % 2 or 2 * planes > d_state:
@@ -113,13 +157,16 @@ def check(tokens: Tokens, heads: Heads, state: State | None, rotation: str, chun
         raise ValueError(f"{chunk=} is not a positive number of tokens")
     if rank > 1 and (heads.v_rank_HRP is None or heads.out_rank_HRP is None):
         raise ValueError(f"{rank=} needs v_rank and out_rank")
+    if tokens.angle_BLHS is not None and tokens.dt_BLH is None:
+        raise ValueError("dt is None, but multiplies the angle, which is not")
 
     shapes = {
         "k": (tokens.k_BLRGN, (batch, length, rank, groups, d_state)),
         "v": (tokens.v_BLHP, (batch, length, n_heads, width)),
         "dt": (tokens.dt_BLH, (batch, length, n_heads)),
         "log_a": (tokens.log_a_BLH, (batch, length, n_heads)),
-        "trap": (tokens.trap_BLH, (batch, length, n_heads)),
+        "gamma": (tokens.gamma_BLH, (batch, length, n_heads)),
+        "beta": (tokens.beta_BLH, (batch, length, n_heads)),
         "angle": (tokens.angle_BLHS, (batch, length, angle_heads, planes)),
         "gate": (tokens.gate_BLHP, (batch, length, n_heads, width)),
         "start": (tokens.start_BL, (batch, length)),
@@ -132,6 +179,7 @@ def check(tokens: Tokens, heads: Heads, state: State | None, rotation: str, chun
         "norm": (heads.norm_HP, (n_heads, width)),
     }
     if state is not None:
+        check_parts(tokens, state)
         shapes |= {
             "state.angle": (state.angle_BHS, (batch, n_heads, planes)),
             "state.ssm": (state.ssm_BHPN, (batch, n_heads, width, d_state)),
@@ -143,14 +191,25 @@ def check(tokens: Tokens, heads: Heads, state: State | None, rotation: str, chun
             raise ValueError(f"{name} has shape {array.shape}, wanted {wanted}")
 
     dtype = accumulator(tokens)
-    exact = {"dt": tokens.dt_BLH, "log_a": tokens.log_a_BLH, "trap": tokens.trap_BLH, "angle": tokens.angle_BLHS}
+    exact = {"dt": tokens.dt_BLH, "log_a": tokens.log_a_BLH, "gamma": tokens.gamma_BLH, "beta": tokens.beta_BLH}
+    exact["angle"] = tokens.angle_BLHS
     if state is not None:
         exact |= {"state.angle": state.angle_BHS, "state.ssm": state.ssm_BHPN}
     for name, array in exact.items():
-        if array.dtype != dtype:
+        if array is not None and array.dtype != dtype:
             raise ValueError(f"{name} is {array.dtype}, wanted {dtype}")
     if tokens.start_BL is not None and tokens.start_BL.dtype != jnp.bool_:
         raise ValueError(f"start is {tokens.start_BL.dtype}, wanted bool")
     for name, array in {"q": tokens.q_BLRGN, "k": tokens.k_BLRGN, "v": tokens.v_BLHP}.items():
-        if not jnp.issubdtype(array.dtype, jnp.floating):
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name} is {array.dtype}, wanted a floating point dtype")
+
+
+def check_parts(tokens: Tokens, state: State) -> None:
+    """Raise ValueError for a part of the state that the tokens do not need, or that they need and is not there."""
+    needed_by = {"angle_BHS": ("angle", tokens.angle_BLHS), "k_BRHN": ("beta", tokens.beta_BLH)}
+    needed_by["v_BHP"] = needed_by["k_BRHN"]
+    for part, (name, array) in needed_by.items():
+        if (getattr(state, part) is None) != (array is None):
+            given, wanted = ("None", "an array") if array is not None else ("an array", "None")
+            raise ValueError(f"state.{part.split('_')[0]} is {given}, wanted {wanted}, as the tokens' {name}")

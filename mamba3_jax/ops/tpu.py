@@ -31,7 +31,7 @@ def mosaic_tpu(
     # Here, since everything else works without the kernels.
     from pallas_kernels.ssm.mosaic_tpu.decode import Tile
 
-    if tokens.dt_BLH.shape[1] > steps.FEW:
+    if tokens.log_a_BLH.shape[1] > steps.FEW:
         return scan.mosaic_tpu(tokens, heads, state, rotation=rotation, chunk=chunk, interpret=interpret)
     tile = None if interpret is None else Tile(interpret=interpret)
     return steps.decode_tpu(tokens, heads, state, rotation=rotation, tile=tile)
@@ -39,7 +39,7 @@ def mosaic_tpu(
 
 def refuses(tokens: Tokens) -> str | None:
     """No TPU, or one that is not known, shapes or dtypes that the kernels do not have, or too little VMEM; or None."""
-    unsupported = steps.unsupported if tokens.dt_BLH.shape[1] <= steps.FEW else scan.unsupported
+    unsupported = steps.unsupported if tokens.log_a_BLH.shape[1] <= steps.FEW else scan.unsupported
     return scan.needs() or unsupported(tokens) or _traced(*_abstract(tokens))
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from mamba3_jax.ops import choices
 from mamba3_jax.ops.chunked import log_decay
 from mamba3_jax.ops.chunks import documents, incoming, last_state
-from mamba3_jax.ops.discretize import trapezoid
+from mamba3_jax.ops.discretize import later_weight
 from mamba3_jax.ops.rotary import from_planes, to_planes
 from mamba3_jax.ops.types import Heads, State, Tokens, empty_state, product_dtype
 
@@ -49,7 +49,7 @@ def triton(
     check(tokens, interpret)
     state = empty_state(tokens) if state is None else state
     launch = choices.launch("triton", tokens) | launch
-    if tokens.dt_BLH.shape[1] == 1:
+    if tokens.log_a_BLH.shape[1] == 1:
         tile = None
         if launch:
             tile = decode.default_tile(tokens.q_BLRGN.shape[2])
@@ -57,7 +57,7 @@ def triton(
         return decode.decode(tokens, heads, state, rotation=rotation, interpret=interpret, tile=tile)
     length, d_state = tokens.q_BLRGN.shape[1], tokens.q_BLRGN.shape[-1]
     width = tokens.v_BLHP.shape[-1]
-    planes = tokens.angle_BLHS.shape[-1]
+    planes = planes_of(tokens)
     layout = Layout(d_state, planes, rotation)
     dtype = product_dtype(tokens)
 
@@ -67,26 +67,26 @@ def triton(
     unit = max(chunk, tile.turned) * tile.segments
     padding = -length % unit
 
-    gamma_BLH, kappa_BLH, first_BH = trapezoid(tokens.dt_BLH, tokens.trap_BLH, tokens.start_BL)
+    kappa_BLH, first_BH = later_weight(tokens.gamma_BLH, tokens.beta_BLH, tokens.start_BL)
     # Or XLA for GPU sums the gradient of first_BH, of all of a state, again for every token.
     first_BH = jax.lax.optimization_barrier(first_BH)
 
     def padded(array_BL):
-        """Zeros after the end: dt = 0 and log_a = 0 leave the state as it is."""
+        """Zeros after the end: gamma = 0 and log_a = 0 leave the state as it is."""
         if array_BL is None or not padding:
             return array_BL
         return jnp.pad(array_BL, [(0, 0), (0, padding), *[(0, 0)] * (array_BL.ndim - 2)])
 
     def by_head(array_BLH):
-        return jnp.swapaxes(padded(array_BLH), 1, 2)
+        return None if array_BLH is None else jnp.swapaxes(padded(array_BLH), 1, 2)
 
     document_BL = None
     if tokens.start_BL is not None:
         document_BL = jnp.cumsum(padded(tokens.start_BL).astype(jnp.int32), axis=1)
-    angle_BLHS = jnp.pad(padded(tokens.angle_BLHS), [(0, 0)] * 3 + [(0, layout.planes - planes)])
 
     spare = _tile_size(width) - width
     wide = lambda array_P: _padded_last(array_P, spare)  # noqa: E731
+    turning = lambda array_S: _padded_last(array_S, layout.planes - planes)  # noqa: E731
     log_decay_BHL, rest_BHL = _log_decay(by_head(tokens.log_a_BLH), padded(tokens.start_BL), chunk)
     if dtype != jnp.float32:  # whose products have fewer digits than the sum's parts
         log_decay_BHL, rest_BHL = log_decay_BHL + rest_BHL, None
@@ -94,13 +94,13 @@ def triton(
         *(layout.to(padded(x.astype(dtype))) for x in (tokens.q_BLRGN, tokens.k_BLRGN)),
         wide(padded(tokens.v_BLHP.astype(dtype))),
         wide(None if tokens.gate_BLHP is None else padded(tokens.gate_BLHP.astype(dtype))),
-        angle_BLHS,
-        by_head(tokens.dt_BLH),
+        turning(padded(tokens.angle_BLHS)),
+        by_head(tokens.dt_BLH) if planes else None,
         log_decay_BHL,
         rest_BHL,
-        by_head(gamma_BLH),
+        by_head(tokens.gamma_BLH),
         by_head(kappa_BLH),
-        jnp.pad(state.angle_BHS, [(0, 0), (0, 0), (0, layout.planes - planes)]),
+        turning(state.angle_BHS),
         jnp.pad(layout.to(incoming(state, first_BH, heads)), [(0, 0), (0, 0), (0, spare), (0, 0)]),
         layout.to(heads.q_bias_HRN),
         layout.to(heads.k_bias_HRN),
@@ -110,7 +110,13 @@ def triton(
     y_BLHP, h_BHPN, angle_BHS = op.mamba3(inputs, document_BL, tile)
     h_BHPN = layout.back(h_BHPN[:, :, :width])
     y_BLHP = y_BLHP[:, :length, :, :width].astype(tokens.v_BLHP.dtype)
-    return y_BLHP, last_state(tokens, heads, angle_BHS[..., :planes], h_BHPN, rotation)
+    angle_BHS = None if angle_BHS is None else angle_BHS[..., :planes]
+    return y_BLHP, last_state(tokens, heads, angle_BHS, h_BHPN, rotation)
+
+
+def planes_of(tokens: Tokens) -> int:
+    """S; 0 where nothing turns."""
+    return 0 if tokens.angle_BLHS is None else tokens.angle_BLHS.shape[-1]
 
 
 def tile_of(tokens: Tokens, d_state: int, launch: dict, interpret: bool):
@@ -148,7 +154,11 @@ class Layout:
 
     def __init__(self, d_state: int, planes: int, rotation: str):
         self.own_planes, self.rest, self.rotation = planes, d_state - 2 * planes, rotation
-        self.planes = max(4, 1 << (planes - 1).bit_length())
+        self.planes = max(4, 1 << (planes - 1).bit_length()) if planes else 0
+        if not planes:  # nothing turns
+            self.size = _tile_size(d_state)
+            self.same = self.size == d_state
+            return
         while self.rest > 2 * self.planes or (self.planes < 8 and not self.rest):
             self.planes *= 2
         self.size = 4 * self.planes if self.rest else 2 * self.planes
@@ -156,8 +166,10 @@ class Layout:
 
     def to(self, array_N):
         """From the op's order to the kernels', zeros in between."""
-        if self.same:
+        if self.same or array_N is None:
             return array_N
+        if not self.planes:
+            return _padded_last(array_N, self.size - self.rest)
         planes = self.own_planes
         first, second, rest = jnp.split(to_planes(array_N, planes, self.rotation), (planes, 2 * planes), axis=-1)
         pairs = jnp.stack([first, second], axis=-1).reshape(*first.shape[:-1], -1)
@@ -167,6 +179,8 @@ class Layout:
     def back(self, array_N):
         if self.same:
             return array_N
+        if not self.planes:
+            return array_N[..., : self.rest]
         pairs = array_N[..., : 2 * self.own_planes].reshape(*array_N.shape[:-1], self.own_planes, 2)
         rest = array_N[..., 2 * self.planes :][..., : self.rest]
         in_planes = jnp.concatenate([pairs[..., 0], pairs[..., 1], rest], axis=-1)
@@ -202,9 +216,9 @@ def refuses(tokens: Tokens) -> str | None:
 def unsupported(tokens: Tokens) -> str | None:
     """What the kernels want of these shapes and dtypes, and what they got; None: nothing."""
     rank, d_state, width = tokens.q_BLRGN.shape[2], tokens.q_BLRGN.shape[-1], tokens.v_BLHP.shape[-1]
-    planes = tokens.angle_BLHS.shape[-1]
-    if tokens.dt_BLH.dtype != jnp.float32:
-        return f"computes in float32, dt is {tokens.dt_BLH.dtype}"
+    planes = planes_of(tokens)
+    if tokens.log_a_BLH.dtype != jnp.float32:
+        return f"computes in float32, log_a is {tokens.log_a_BLH.dtype}"
     dtype = product_dtype(tokens)
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"wants q, k and v in float32 or bfloat16, not {dtype}"

@@ -144,7 +144,13 @@ def test_what_is_not_supported_says_so(official, named):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("discretization", "euler"), ("angles", "rope"), ("bc_bias", False), ("d_ff", 100), ("attn_rope_theta", 1e4)],
+    [
+        ("discretization", "exponential_euler"),
+        ("angles", "rope"),
+        ("bc_bias", False),
+        ("d_ff", 100),
+        ("attn_rope_theta", 1e4),
+    ],
 )
 def test_what_the_official_code_lacks_says_so(field, value):
     with pytest.raises(ValueError, match=field):

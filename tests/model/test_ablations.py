@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba3_jax.config import ModelConfig
-from mamba3_jax.mixers.mamba3 import ANGLES, TRAPS, Mamba3, heavy_tail
+from mamba3_jax.config import ModelConfig, from_dict
+from mamba3_jax.mixers.mamba3 import ANGLES, Mamba3, heavy_tail
+from mamba3_jax.model import LanguageModel
+from mamba3_jax.ops.discretize import DISCRETIZATIONS
 from tests.helpers import rel_rms
 
 SMALL = {"d_model": 16, "d_state": 8, "head_dim": 8, "chunk": 4, "implementation": "recurrent"}
@@ -21,19 +23,16 @@ def outputs(params=None, **options):
     return params, *jax.jit(layer.apply)({"params": params}, X_BLD)
 
 
-def test_discretizations_are_constants_of_lambda():
-    logit = jnp.array([-2.0, 0.0, 3.0])
-    np.testing.assert_allclose(TRAPS["trapezoid"](logit), 1 / (1 + np.exp(-np.asarray(logit))), rtol=1e-6)
-    assert TRAPS["euler"](logit).tolist() == [1, 1, 1]
-    assert TRAPS["midpoint"](logit).tolist() == [0.5, 0.5, 0.5]
-
+def test_discretizations_are_what_the_table_says():
     params, full_BLD, _ = outputs()
     saturated = params | {"in_dt_a_trap": params["in_dt_a_trap"].at[:, 2].set(0)}  # logit 0: lambda = 1/2
     _, half_BLD, _ = outputs(saturated)
     _, midpoint_BLD, _ = outputs(params, discretization="midpoint")
-    _, euler_BLD, _ = outputs(params, discretization="euler")
     assert rel_rms(midpoint_BLD, half_BLD) < 1e-6
-    assert rel_rms(euler_BLD, full_BLD) > 1e-3
+    for name in ("exponential_euler", "zero_order_hold", "backward_euler"):
+        _, other_BLD, state = outputs(params, discretization=name)
+        assert rel_rms(other_BLD, full_BLD) > 1e-3
+        assert state.k_BRHN is state.v_BHP is None  # what its rule does not look back at is not carried
 
 
 def test_fixed_angles_turn_by_a_constant_a_token_whatever_the_data():
@@ -54,8 +53,8 @@ def outputs_of(params, **options):
 
 def test_no_angles_is_no_rotation():
     params, still_BLD, state = outputs(angles="none")
-    assert np.abs(state.angle_BHS).max() == 0
-    planes = state.angle_BHS.shape[-1]
+    assert state.angle_BHS is None
+    planes = outputs(params)[2].angle_BHS.shape[-1]
     flat = params | {"in_kq_angle": params["in_kq_angle"].at[:, -planes:].set(0)}  # theta 0
     _, zero_BLD, _ = outputs(flat)
     assert rel_rms(still_BLD, zero_BLD) < 1e-6
@@ -70,9 +69,47 @@ def test_without_bc_bias_is_a_bias_of_zero():
     assert rel_rms(got_BLD, wanted_BLD) < 1e-6
 
 
+@pytest.mark.parametrize("option", [{"angles": "none"}, {"discretization": "exponential_euler"}, {"bc_bias": False}])
+def test_what_an_ablation_does_not_use_gets_a_zero_gradient_and_no_state(option):
+    params, _, state = outputs(**option)
+    empty = Mamba3.empty_state(ModelConfig(**SMALL, **option), batch=2, capacity=1)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), empty) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    gradient = jax.grad(lambda p: jnp.sum(outputs_of(p, **option)))(params)
+    unused = {
+        "angles": ("in_kq_angle", np.s_[:, -2:]),
+        "discretization": ("in_dt_a_trap", np.s_[:, 2]),
+    }
+    for name, (parameter, place) in unused.items():
+        assert (np.abs(gradient[parameter][place]).max() == 0) == (name in option)
+
+
+def test_a_model_of_what_is_left_out_carries_a_smaller_state():
+    """Pieces of a row with the state carried are the row, from `empty_state` or from none, over scanned layers."""
+    config = ModelConfig(
+        **SMALL, vocab_size=8, pattern="MM", angles="none", discretization="zero_order_hold", bc_bias=False
+    )
+    model, tokens_BL = LanguageModel(config), np.arange(18, dtype=np.int32).reshape(2, 9) % 8
+    params = jax.jit(model.init)(jax.random.key(0), tokens_BL)
+    apply = jax.jit(model.apply)
+    whole_BLV, after = apply(params, tokens_BL)
+    first_BLV, state = apply(params, tokens_BL[:, :5], model.empty_state(2, 9))
+    second_BLV, state = apply(params, tokens_BL[:, 5:], state)
+    assert rel_rms(np.concatenate([first_BLV, second_BLV], axis=1), whole_BLV) < 1e-5
+    assert {path[-1].name for path, _ in jax.tree_util.tree_leaves_with_path((state, after))} == {"ssm_BHPN"}
+
+
 def test_tables_name_what_the_config_says():
-    assert set(TRAPS) == {"trapezoid", "euler", "midpoint"}
+    assert ModelConfig().discretization in DISCRETIZATIONS
     assert set(ANGLES) == {"data", "rope", "none"}
+
+
+def test_names_of_earlier_versions_are_read():
+    for old, new in {
+        "trapezoid": "exponential_trapezoidal",
+        "euler": "exponential_euler",
+        "midpoint": "midpoint",
+    }.items():
+        assert from_dict({"model": {"discretization": old}}).model.discretization == new
 
 
 @pytest.mark.parametrize("u", [-1e4, -3.0, 0.0, 1.0, 50.0])

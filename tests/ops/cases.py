@@ -32,12 +32,29 @@ class Shape(NamedTuple):
     norm: bool = False
     ranked: bool = False  # v_rank and out_rank; always where rank > 1
     gate_ranked: bool = False
+    bias: bool = True
+    looks_back: bool = True  # beta, and the state's k and v
+    turns: bool = True  # angle, dt, and the state's angle
 
 
 SISO = Shape()
 MIMO = Shape(
     rank=4, groups=1, rotation="half", shared_angle=False, norm=True, ranked=True, gate_ranked=True, planes=4, heads=2
 )
+# What is None: with all of it, Mamba-2's SSD.
+SSD = SISO._replace(gate=False, skip=False, bias=False, looks_back=False, turns=False)
+LEFT_OUT = {
+    "ssd": SSD,
+    "ssd_in_ranks": SSD._replace(rank=2, ranked=True),
+    "no_rotation": SISO._replace(turns=False),
+    "first_order": MIMO._replace(rank=2, looks_back=False),
+    "no_bias": SISO._replace(bias=False, rotation="half", shared_angle=False),
+}
+
+
+def whole(shape: Shape) -> Shape:
+    """With all that `LEFT_OUT` may lack but what changes the result."""
+    return shape._replace(bias=True, looks_back=True, turns=True)
 
 
 def draw(shape: Shape, seed: int = 0, dtype=np.float32) -> tuple[Tokens, Heads, State]:
@@ -53,13 +70,25 @@ def draw(shape: Shape, seed: int = 0, dtype=np.float32) -> tuple[Tokens, Heads, 
         return random.uniform(low, high, sizes).astype(dtype)
 
     dt_BLH = uniform(0.1, 1, b, length, h)
+    there = {
+        ("dt_BLH", "angle_BLHS", "angle_BHS"): shape.turns,
+        ("beta_BLH", "k_BRHN", "v_BHP"): shape.looks_back,
+        ("q_bias_HRN", "k_bias_HRN"): shape.bias,
+    }
+
+    def left_out(arrays):
+        """The same numbers, whatever is left out."""
+        gone = {name for names, present in there.items() if not present for name in names} & {*arrays._fields}
+        return arrays._replace(**dict.fromkeys(gone))
+
     tokens = Tokens(
         q_BLRGN=normal(b, length, r, g, n),
         k_BLRGN=normal(b, length, r, g, n),
         v_BLHP=normal(b, length, h, p),
         dt_BLH=dt_BLH,
         log_a_BLH=-dt_BLH * uniform(0.05, 1, b, length, h),
-        trap_BLH=uniform(0, 1, b, length, h),
+        gamma_BLH=(gamma_BLH := dt_BLH * uniform(0, 1, b, length, h)),
+        beta_BLH=dt_BLH - gamma_BLH,
         angle_BLHS=uniform(-np.pi, np.pi, b, length, 1 if shape.shared_angle else h, s),
         gate_BLHP=normal(b, length, h, p, present=shape.gate),
     )
@@ -73,7 +102,7 @@ def draw(shape: Shape, seed: int = 0, dtype=np.float32) -> tuple[Tokens, Heads, 
         norm_HP=normal(h, p, present=shape.norm),
     )
     state = State(uniform(0, 2 * np.pi, b, h, s), normal(b, h, p, n), normal(b, r, h, n), normal(b, h, p))
-    return tokens, heads, state
+    return left_out(tokens), left_out(heads), left_out(state)
 
 
 def cotangents(shape: Shape, seed: int = 1, dtype=np.float32) -> tuple[np.ndarray, State]:
@@ -125,6 +154,8 @@ def check_results(got, want, tolerance: float):
 
     def circle(results):
         y, state = results
+        if state.angle_BHS is None:
+            return results
         angle_BHS = np.asarray(state.angle_BHS, np.float64)
         return y, state._replace(angle_BHS=np.stack([np.cos(angle_BHS), np.sin(angle_BHS)]))
 

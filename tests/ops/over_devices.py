@@ -12,7 +12,7 @@ from mamba3_jax.ops.tpu import mosaic_tpu
 from mamba3_jax.ops.triton import triton
 from mamba3_jax.sharding import make_mesh
 from tests.ops import cases
-from tests.ops.cases import MIMO, SISO, draw
+from tests.ops.cases import MIMO, SISO, SSD, draw
 
 SISO = SISO._replace(batch=4, length=21, heads=4)
 MIMO = MIMO._replace(batch=4, length=21, heads=4)
@@ -21,6 +21,7 @@ CASES = {
     # implementation, shape, mesh, packed rows
     "a_group_on_two_devices": ("chunked", SISO, "tensor:4", False),
     "one_row": ("chunked", SISO._replace(batch=1, shared_angle=False), "data:2,tensor:2", False),
+    "mamba2": ("chunked", SSD._replace(batch=4, length=21), "data:2,tensor:2", True),
     "kernels": ("triton", SISO, "data:2,tensor:2", True),
     "kernels_mimo": ("triton", MIMO._replace(rank=2), "data:2,tensor:2", False),
     "tpu_kernels": ("mosaic_tpu", SISO._replace(heads=8, groups=4), "data:2,tensor:4", True),

@@ -47,7 +47,8 @@ def tokens_of(angle_LS, dt_L, start_L=None) -> tuple[Tokens, Heads]:
         v_BLHP=fill(1, 1, length, 1, 1),
         dt_BLH=dt_L.astype(np.float32)[None, :, None],
         log_a_BLH=fill(-1, 1, length, 1),
-        trap_BLH=fill(0.5, 1, length, 1),
+        gamma_BLH=fill(0.5, 1, length, 1),
+        beta_BLH=fill(0.5, 1, length, 1),
         angle_BLHS=angle_LS.astype(np.float32)[None, :, None],
         start_BL=None if start_L is None else start_L[None],
     )

@@ -28,12 +28,19 @@ every_kernel = pytest.mark.parametrize("implementation", sorted(KERNELS))
 
 SISO = SISO._replace(heads=3, groups=1, d_state=64, width=32, planes=16)
 MIMO = MIMO._replace(heads=2, d_state=64, width=32, planes=32, batch=1)
-SHAPES = {"siso": SISO._replace(length=65), "mimo": MIMO._replace(length=33)}
+LEFT_OUT = dict.fromkeys(("skip", "gate", "bias", "looks_back", "turns"), False)  # Mamba-2's SSD
+SHAPES = {
+    "siso": SISO._replace(length=65),
+    "mimo": MIMO._replace(length=33),
+    "ssd": SISO._replace(length=65, **LEFT_OUT),
+}
 if ON_GPU:
     SISO = SISO._replace(d_state=128, width=64, planes=32)
     MIMO = MIMO._replace(d_state=128, width=64, planes=32, shared_angle=True)
     SHAPES = {f"siso_l{length}": SISO._replace(length=length) for length in (1, 63, 65, 1000, 2047)}
     SHAPES |= {f"mimo_l{length}": MIMO._replace(length=length, heads=5) for length in (1, 63, 1000)}
+    SHAPES |= {f"no_{part}": SISO._replace(length=1000, **{part: False}) for part in LEFT_OUT}
+    SHAPES |= {"ssd": SISO._replace(length=1000, **LEFT_OUT), "ssd_r4": MIMO._replace(length=1000, **LEFT_OUT)}
     SHAPES |= {f"r{rank}": MIMO._replace(length=257, rank=rank) for rank in (2, 8)}
     SHAPES |= {
         f"n{n}_p{p}_{'half' if part == 4 else 'whole'}": SISO._replace(
@@ -46,8 +53,8 @@ if ON_GPU:
 def narrow(inputs):
     """Tokens and what a state holds of them in bfloat16."""
     tokens, heads, state = inputs
-    k_BRHN, v_BHP = (jnp.asarray(x, jnp.bfloat16) for x in (state.k_BRHN, state.v_BHP))
-    return bfloat16(tokens), heads, state._replace(k_BRHN=k_BRHN, v_BHP=v_BHP)
+    before = {"k_BRHN": state.k_BRHN, "v_BHP": state.v_BHP}
+    return bfloat16(tokens), heads, state._replace(**jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), before))
 
 
 def drawn(shape):
@@ -55,8 +62,8 @@ def drawn(shape):
     first token (D + gamma q . k) x, and where others bring that near zero all gradients of the row are its rounding."""
     tokens, heads, state = draw(shape)
     if shape.norm:
-        near = {name: 1 + np.float32(0.1) * getattr(heads, name) for name in ("q_bias_HRN", "k_bias_HRN", "skip_H")}
-        heads = heads._replace(**near)
+        near = {name: getattr(heads, name) for name in ("q_bias_HRN", "k_bias_HRN", "skip_H")}
+        heads = heads._replace(**jax.tree.map(lambda x: 1 + np.float32(0.1) * x, near))
     return narrow((tokens, heads, state))
 
 
@@ -88,7 +95,8 @@ def runs(implementation, shape) -> bool:
 
 @every_kernel
 @pytest.mark.parametrize(
-    ("name", "packed"), itertools.product(SHAPES, (False, True)) if ON_GPU else [("siso", False), ("mimo", True)]
+    ("name", "packed"),
+    itertools.product(SHAPES, (False, True)) if ON_GPU else [("siso", False), ("mimo", True), ("ssd", True)],
 )
 def test_agrees_with_the_definition(name, packed, implementation):
     """Values, and gradients of everything, the states before and after included."""

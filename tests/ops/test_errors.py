@@ -13,7 +13,8 @@ OF_TOKENS = {
     "k_BLRGN": (lambda k: k[:, 1:], "k has shape (2, 12, 1, 2, 8), wanted (2, 13, 1, 2, 8)"),
     "dt_BLH": (lambda dt: dt[:, :, :3], "dt has shape (2, 13, 3), wanted (2, 13, 4)"),
     "log_a_BLH": (lambda log_a: log_a[:1], "log_a has shape (1, 13, 4), wanted (2, 13, 4)"),
-    "trap_BLH": (lambda trap: trap[..., None], "trap has shape (2, 13, 4, 1), wanted (2, 13, 4)"),
+    "gamma_BLH": (lambda gamma: gamma[..., None], "gamma has shape (2, 13, 4, 1), wanted (2, 13, 4)"),
+    "beta_BLH": (lambda beta: beta[:, 1:], "beta has shape (2, 12, 4), wanted (2, 13, 4)"),
     "angle_BLHS": (lambda angle: angle[:, 1:], "angle has shape (2, 12, 1, 2), wanted (2, 13, 1, 2)"),
     "gate_BLHP": (lambda gate: gate[..., :2], "gate has shape (2, 13, 4, 2), wanted (2, 13, 4, 4)"),
     "start_BL": (lambda _: np.zeros((2, 12), bool), "start has shape (2, 12), wanted (2, 13)"),
@@ -21,7 +22,8 @@ OF_TOKENS = {
 OF_DTYPE = {
     "dt_BLH": (jnp.bfloat16, "dt is bfloat16, wanted float32"),
     "log_a_BLH": (jnp.float16, "log_a is float16, wanted float32"),
-    "trap_BLH": (jnp.bfloat16, "trap is bfloat16, wanted float32"),
+    "gamma_BLH": (jnp.bfloat16, "gamma is bfloat16, wanted float32"),
+    "beta_BLH": (jnp.bfloat16, "beta is bfloat16, wanted float32"),
     "angle_BLHS": (jnp.bfloat16, "angle is bfloat16, wanted float32"),
     "q_BLRGN": (jnp.int32, "q is int32, wanted a floating point dtype"),
     "k_BLRGN": (jnp.int32, "k is int32, wanted a floating point dtype"),
@@ -104,6 +106,17 @@ def test_settings_and_sizes():
         many_planes = draw(SISO._replace(d_state=d_state, planes=planes))[0]
         wanted = f"planes={planes} planes do not fit in d_state={d_state} (even, at least twice the planes)"
         assert message(many_planes, heads) == wanted
+
+
+def test_parts_of_the_state_are_those_that_the_tokens_need():
+    tokens, heads, state = draw(SISO)
+    still, first_order = tokens._replace(angle_BLHS=None), tokens._replace(beta_BLH=None)
+    assert message(still, heads, state) == "state.angle is an array, wanted None, as the tokens' angle"
+    assert message(first_order, heads, state) == "state.k is an array, wanted None, as the tokens' beta"
+    no_v = state._replace(v_BHP=None)
+    assert message(tokens, heads, no_v) == "state.v is None, wanted an array, as the tokens' beta"
+    no_dt = tokens._replace(dt_BLH=None)
+    assert message(no_dt, heads) == "dt is None, but multiplies the angle, which is not"
 
 
 @pytest.mark.parametrize("part", ["v_rank_HRP", "out_rank_HRP"])

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mamba3_jax.ops.discretize import exponential_trapezoidal
 from mamba3_jax.ops.ssm import KERNELS, Heads, State, Tokens, ssm
 from tests.helpers import GOLDEN, golden, rel_rms
 from tests.ops.cases import FLOAT32
@@ -36,13 +37,16 @@ def op_inputs(leaves: dict) -> tuple[Tokens, Heads, State | None]:
     def head_last(array_BHL):
         return jnp.swapaxes(array_BHL, 1, 2)
 
+    dt_BLH = head_last(leaves["dt"])
+    _, gamma_BLH, beta_BLH = exponential_trapezoidal(dt_BLH, 0.0, head_last(leaves["trap"]))
     tokens = Tokens(
         q_BLRGN=with_rank(leaves["C"], 2),
         k_BLRGN=with_rank(leaves["B"], 2),
         v_BLHP=leaves["x"],
-        dt_BLH=head_last(leaves["dt"]),
+        dt_BLH=dt_BLH,
         log_a_BLH=head_last(leaves["adt"]),
-        trap_BLH=jax.nn.sigmoid(head_last(leaves["trap"])),
+        gamma_BLH=gamma_BLH,
+        beta_BLH=beta_BLH,
         angle_BLHS=jnp.pi * jnp.tanh(leaves["theta"]),
         gate_BLHP=leaves.get("z"),
     )

@@ -7,6 +7,7 @@ tokens). Beside them an error of one part in a thousand is planted and caught.
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mamba3_jax.ops.ssm import Heads, State, empty_state, ssm
+from mamba3_jax.ops.ssm import State, empty_state, ssm
 from tests.helpers import rel_rms
 from tests.ops import cases
 from tests.ops.cases import (
@@ -38,6 +39,11 @@ BFLOAT16 = 1e-2  # eps 4e-3, rounded on the way in, once or twice inside, and on
 
 repeatable = functools.partial(settings, deadline=None, derandomize=True, database=None)
 every_implementation = pytest.mark.parametrize("implementation", FLOAT32)
+LEFT_OUT_OF = [
+    pytest.param(name, implementation, id=f"{name}-{implementation}")
+    for name in cases.LEFT_OUT
+    for implementation in FLOAT32
+]
 siso_and_mimo = pytest.mark.parametrize("shape", [SISO, MIMO], ids=["siso", "mimo"])
 
 
@@ -78,6 +84,31 @@ def test_implementations_agree(shape, seed, with_start):
         check_gradients(gradients, want[1], GRADIENT)
 
 
+@pytest.mark.parametrize(("name", "implementation"), LEFT_OUT_OF)
+def test_what_is_left_out_is_as_if_it_were_nothing(name, implementation):
+    """Values and gradients without angle, beta, biases, or all that can be None; packed, with a carried state."""
+    shape = cases.LEFT_OUT[name]
+    inputs, cotangent = draw(shape), cases.cotangents(shape)
+    start_BL = np.random.default_rng(0).random((shape.batch, shape.length)) < 0.2
+    want = cases.reference(inputs, start_BL, cotangent, shape.rotation)
+    results, gradients = pulled(implementation, shape.rotation)(inputs, start_BL, cotangent)
+    assert jax.tree.structure((results, gradients)) == jax.tree.structure(want)
+    check_results(results, want[0], FORWARD)
+    check_gradients(gradients, want[1], GRADIENT)
+
+    full = with_nothing(shape)  # the same numbers, with zeros and ones for what is not there
+    results, _ = cases.reference(full, start_BL, cases.cotangents(cases.whole(shape)), shape.rotation)
+    assert rel_rms(results[0], want[0][0]) < 1e-12
+    assert rel_rms(results[1].ssm_BHPN, want[0][1].ssm_BHPN) < 1e-12
+
+
+def with_nothing(shape):
+    """`draw(shape)`, zeros in the place of angle, beta, biases and their parts of the state."""
+    drawn, whole = draw(shape), draw(cases.whole(shape))
+    fill = lambda x, like: np.zeros_like(like) if x is None and like is not None else x  # noqa: E731
+    return tuple(type(part)(*map(fill, part, like)) for part, like in zip(drawn, whole, strict=True))
+
+
 @every_implementation
 @siso_and_mimo
 def test_bfloat16(shape, implementation):
@@ -96,6 +127,29 @@ def test_bfloat16(shape, implementation):
     assert results[1].ssm_BHPN.dtype == results[1].angle_BHS.dtype == gradients[0].dt_BLH.dtype == jnp.float32
     check_results(results, want[0], BFLOAT16)
     check_gradients(gradients, want[1], 2 * BFLOAT16)
+
+
+def compiled_text(shape, implementation: str) -> str:
+    """Forward and backward as jax hands it to XLA, with the functions that it calls."""
+    tokens, heads, state = draw(shape._replace(length=21))
+
+    def both(*inputs):
+        results, pull = jax.vjp(functools.partial(ssm, rotation=shape.rotation, implementation=implementation), *inputs)
+        return results, pull(results)
+
+    return str(jax.make_jaxpr(both)(tokens, heads, state))
+
+
+@every_implementation
+def test_what_is_left_out_is_not_computed(implementation):
+    """No sine without an angle, no keys and values of the token before without a beta: not even in a kernel."""
+    sines = re.compile(r"= (sin|cos)\b|59\.22")  # by name, or a coefficient of the polynomial for turns
+    assert sines.search(compiled_text(SISO, implementation))
+    assert not sines.search(compiled_text(SISO._replace(turns=False), implementation))
+    whole, first_order = (compiled_text(SISO._replace(looks_back=looks_back), implementation) for looks_back in (1, 0))
+    assert len(first_order.splitlines()) < len(whole.splitlines())
+    ssd = compiled_text(cases.SSD, implementation)
+    assert len(ssd.splitlines()) < 0.8 * len(first_order.splitlines())
 
 
 PIECES = st.lists(st.sampled_from([1, 3, 8]), min_size=2, max_size=9).filter(lambda lengths: sum(lengths) <= 24)
@@ -263,7 +317,7 @@ def test_no_value_crosses_a_boundary(starts, shape, implementation):
         mixed = jax.tree.map(
             lambda array, other: np.where(mask_BL.reshape(2, LENGTH, *[1] * (array.ndim - 2)), array, 3 * other),  # noqa: B023
             tokens,
-            others._replace(trap_BLH=others.trap_BLH / 3),
+            others,
         )
         before = other_state if begin in starts else state
         got, got_state = op(mixed._replace(start_BL=start_BL), heads, before)
@@ -320,13 +374,11 @@ def mamba2(c_BLGN, b_BLGN, x_BLHP, dt_BLH, log_a_BLH, skip_H):
 
 
 @every_implementation
-def test_without_trapezoid_rotation_and_bias_it_is_mamba2(implementation):
-    shape = SISO._replace(gate=False, length=23)
-    tokens, heads, _ = draw(shape)
-    tokens = tokens._replace(trap_BLH=np.ones_like(tokens.trap_BLH), angle_BLHS=np.zeros_like(tokens.angle_BLHS))
-    heads = Heads(*jax.tree.map(np.zeros_like, heads[:2]), skip_H=heads.skip_H)
+def test_with_all_left_out_it_is_mamba2(implementation):
+    tokens, heads, _ = draw(cases.SSD._replace(skip=True, length=23))
+    assert all(x is None for x in (tokens.dt_BLH, tokens.beta_BLH, tokens.angle_BLHS, *heads[:2], *heads[3:]))
     q, k = tokens.q_BLRGN[:, :, 0], tokens.k_BLRGN[:, :, 0]
-    want = mamba2(q, k, tokens.v_BLHP, tokens.dt_BLH, tokens.log_a_BLH, heads.skip_H)
+    want = mamba2(q, k, tokens.v_BLHP, tokens.gamma_BLH, tokens.log_a_BLH, heads.skip_H)
     assert rel_rms(forward(implementation, "adjacent")(tokens, heads)[0], want) < FORWARD
 
 
@@ -364,7 +416,7 @@ def test_permuting_heads_permutes_outputs(shape, implementation):
     swapped = tokens._replace(
         **{
             name: getattr(tokens, name)[:, :, order]
-            for name in tokens._fields[2:8]
+            for name in ("v_BLHP", "dt_BLH", "log_a_BLH", "gamma_BLH", "beta_BLH", "angle_BLHS", "gate_BLHP")
             if getattr(tokens, name) is not None
         }
     )
@@ -430,7 +482,9 @@ def test_vmap_and_checkpoint(implementation):
         check_gradients(pick(gradients), want[1], GRADIENT)
 
 
-@pytest.mark.parametrize("part", ["dt_BLH", "log_a_BLH", "trap_BLH", "angle_BLHS", "q_BLRGN", "v_BLHP", "gate_BLHP"])
+@pytest.mark.parametrize(
+    "part", ["dt_BLH", "log_a_BLH", "gamma_BLH", "beta_BLH", "angle_BLHS", "q_BLRGN", "v_BLHP", "gate_BLHP"]
+)
 def test_planted_error_is_caught(part):
     """One input of one head or rank off by one part in a thousand: neither outputs nor gradients pass."""
     (tokens, heads, state), cotangent = draw(MIMO), cases.cotangents(MIMO)

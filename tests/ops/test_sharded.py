@@ -29,6 +29,7 @@ def test_several_devices_compute_what_one_does():
     assert done.stdout.splitlines() == [
         "a_group_on_two_devices 4 21 1 4",
         "one_row 1 21 2 4",
+        "mamba2 2 21 2 4",
         "kernels 2 21 2 4",
         "kernels_mimo 2 21 2 4",
         "tpu_kernels 2 21 2 4",

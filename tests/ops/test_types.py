@@ -11,7 +11,7 @@ def run(code: str) -> subprocess.CompletedProcess:
         with install_import_hook("mamba3_jax.ops", "beartype.beartype"):
             from mamba3_jax.ops import angle, discretize
             from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
-        from tests.ops.cases import FLOAT32, MIMO, SISO, draw
+        from tests.ops.cases import FLOAT32, MIMO, SISO, SSD, draw
         import functools
         import jax
         import jax.numpy as jnp
@@ -22,7 +22,7 @@ def run(code: str) -> subprocess.CompletedProcess:
 
 def test_annotations_hold():
     done = run("""
-        for shape in (SISO, MIMO):
+        for shape in (SISO, MIMO, SSD):
             tokens, heads, state = jax.tree.map(jnp.asarray, draw(shape._replace(length=3)))
             tokens = tokens._replace(start_BL=jnp.zeros((2, 3), bool))
             for name in ("triton", "mosaic_tpu"):
@@ -36,6 +36,6 @@ def test_annotations_hold():
 
 
 def test_the_hook_is_on():
-    done = run("discretize.trapezoid(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 1)))")
+    done = run("discretize.later_weight(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 1)))")
     assert done.returncode != 0
     assert "TypeCheckError" in done.stderr, done.stderr[-3000:]

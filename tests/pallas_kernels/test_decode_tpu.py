@@ -19,7 +19,7 @@ from mamba3_jax.ops.ssm import IMPLEMENTATIONS
 from pallas_kernels.ssm.mosaic_tpu.decode import Tile
 from tests.helpers import rel_rms
 from tests.ops import cases
-from tests.ops.cases import MIMO, SISO, bfloat16, draw
+from tests.ops.cases import LEFT_OUT, MIMO, SISO, bfloat16, draw
 from tests.ops.quick import quick_jit
 
 # What nobody wrote is not a number, and two who touch the same are seen.
@@ -35,6 +35,7 @@ SHAPES = {
     "mimo4_adjacent": MIMO._replace(rotation="adjacent", norm=False, skip=False, width=20, d_state=24, planes=5),
     "mimo4_no_gate": MIMO._replace(gate=False, groups=2, shared_angle=True, heads=12),
     "mimo8_blocks": MIMO._replace(rank=8, heads=16, batch=1, **SIZED),
+    **{name: shape._replace(length=1) for name, shape in LEFT_OUT.items()},
 }
 TPU = AbstractMesh(
     (1,),

@@ -14,7 +14,7 @@ from pallas_kernels.ssm.triton.decode import Tile
 from pallas_kernels.ssm.triton.decode_fused import Tile as FusedTile
 from tests.helpers import rel_rms
 from tests.ops import cases
-from tests.ops.cases import MIMO, SISO, bfloat16, draw
+from tests.ops.cases import LEFT_OUT, MIMO, SISO, bfloat16, draw
 from tests.ops.quick import quick_jit
 
 GPU = AbstractMesh(
@@ -32,6 +32,7 @@ SHAPES = {
     "mimo4": MIMO,
     "mimo4_adjacent": MIMO._replace(rotation="adjacent", norm=False, skip=False, width=20, d_state=24, planes=5),
     "mimo4_no_gate": MIMO._replace(gate=False, groups=2, shared_angle=True, **SIZED),
+    **{name: shape._replace(length=1) for name, shape in LEFT_OUT.items()},
 }
 TILES = {
     "fma": Tile(),

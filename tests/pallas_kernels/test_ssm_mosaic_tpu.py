@@ -22,7 +22,7 @@ from pallas_kernels.ssm.mosaic_tpu.contract import Tiles
 from pallas_kernels.ssm.mosaic_tpu.tiles import default
 from pallas_kernels.ssm.mosaic_tpu.turns import starts
 from tests.ops import cases
-from tests.ops.cases import MIMO, SISO, bfloat16, draw
+from tests.ops.cases import MIMO, SISO, SSD, bfloat16, draw
 from tests.ops.quick import quick_jit
 
 INTERPRETER = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
@@ -206,8 +206,10 @@ def test_the_angle_after_a_million_tokens():
     [
         (SISO._replace(length=300, heads=4, groups=1, d_state=128, width=64, planes=32), ()),
         (MIMO._replace(length=300, heads=4, groups=2, d_state=128, width=64, planes=32), (5, 299)),
+        (SSD._replace(length=300, heads=4, groups=1, d_state=128, width=64), (5, 299)),
+        (SISO._replace(length=300, groups=1, d_state=128, width=64, planes=32, looks_back=False, bias=False), ()),
     ],
-    ids=["siso", "mimo_packed"],
+    ids=["siso", "mimo_packed", "ssd_packed", "first_order"],
 )
 @pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16"])
 def test_lowers_for_tpu(shape, starts, narrow):
@@ -228,8 +230,8 @@ def test_lowers_for_tpu(shape, starts, narrow):
         traced = jax.jit(run).trace(tokens, heads, state)
         return traced.lower(lowering_platforms=("tpu",)).as_text().count("stablehlo.custom_call @tpu_custom_call")
 
-    assert kernels(op) == 2  # the angles before every chunk, and the scan
-    assert kernels(with_gradients) == 3
+    assert kernels(op) == 1 + shape.turns  # the scan, and the angles before every chunk
+    assert kernels(with_gradients) == 2 + shape.turns
 
 
 def test_results_that_are_not_used():
@@ -309,8 +311,8 @@ def test_a_named_implementation_runs_or_raises(monkeypatch):
             ),
             INTERPRETER,
         )
-    with jax.enable_x64(True), pytest.raises(ValueError, match="computes in float32, dt is float64"):
-        check(tokens._replace(dt_BLH=np.float64(tokens.dt_BLH)), INTERPRETER)
+    with jax.enable_x64(True), pytest.raises(ValueError, match="computes in float32, log_a is float64"):
+        check(tokens._replace(log_a_BLH=np.float64(tokens.log_a_BLH)), INTERPRETER)
     with pytest.raises(ValueError, match="chip='v9' is not one of"):
         default("v9", 1)
     run = functools.partial(mosaic_tpu, rotation="adjacent", tiles=Tiles(tokens=1024, vmem=16))

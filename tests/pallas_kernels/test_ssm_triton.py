@@ -6,6 +6,7 @@ compiler.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,9 @@ KERNELS = ("angles", "rotate", "scan", "finish_back", "query_gradient", "key_gra
 # Sizes that the kernels take as they are.
 SISO_LARGE = SISO._replace(batch=1, length=300, groups=1, d_state=128, width=64, planes=32)
 MIMO_LARGE = MIMO._replace(batch=1, length=300, d_state=128, width=64, planes=32, norm=False, shared_angle=True)
+
+
+LEFT_OUT = dict.fromkeys(("skip", "gate", "bias", "looks_back", "turns"), False)  # Mamba-2's SSD
 
 
 @pytest.fixture
@@ -78,6 +82,35 @@ def test_lowers_for_cuda(shape, segments, packed, dtype, on_gpu):
         text = jax.jit(run).trace(tokens, heads, state).lower(lowering_platforms=("cuda",)).as_text()
     assert all(f"mamba3_{name}" in text for name in KERNELS)
     assert all((f"mamba3_{name}" in text) == (segments > 1) for name in ("segments", "segments_back"))
+
+
+@pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("shape", "kernels"),
+    [
+        (SISO_LARGE._replace(turns=False), {"rotate", "still_back"}),  # the first adds biases
+        (SISO_LARGE._replace(bias=False), {"angles", "rotate", "rotate_back", "still_back"}),
+        (SISO_LARGE._replace(looks_back=False), {"angles", "rotate", "rotate_back", "still_back"}),
+        (SISO_LARGE._replace(**LEFT_OUT), {"still_back"}),
+        (MIMO_LARGE._replace(**LEFT_OUT), {"still_back"}),
+    ],
+    ids=["no_rotation", "no_bias", "first_order", "ssd", "ssd_in_ranks"],
+)
+def test_what_is_left_out_is_in_no_kernel(shape, kernels, on_gpu):
+    """Lowered for CUDA, cut into two: no angles, nor what stores queries and keys once a head where nothing is done."""
+    tokens, heads, state = draw(shape)
+
+    def run(tokens, heads, state):
+        op = functools.partial(triton, rotation=shape.rotation, segments=2)
+        results, pull = jax.vjp(op, tokens, heads, state)
+        return results, pull(results)
+
+    with use_abstract_mesh(GPU):
+        traced = jax.jit(run).trace(bfloat16(tokens), heads, state)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    always = {name for name in KERNELS if name not in ("angles", "rotate", "rotate_back")} | {"segments"}
+    found = {name for name in {*KERNELS, "still_back", "segments"} if re.search(rf"mamba3_{name}\b", text)}
+    assert found == always | kernels
 
 
 @pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
@@ -201,5 +234,5 @@ def test_a_named_implementation_runs_or_raises(monkeypatch):
             check(draw(shape)[0], interpret=True)
     with pytest.raises(ValueError, match="no room for float32 with P d_state over 128 x 128, not d_state=256, P=128"):
         check(draw(SISO._replace(d_state=256, width=128, planes=64))[0], interpret=True)
-    with pytest.raises(ValueError, match="computes in float32, dt is float64"):
+    with pytest.raises(ValueError, match="computes in float32, log_a is float64"):
         check(draw(SISO, dtype=np.float64)[0], interpret=True)

@@ -68,6 +68,31 @@ def test_compiles(task, chip):
     check_kernels(tpu_aot.Target(chip).compile(task).as_text(), task.what)
 
 
+class LeftOut(ssm.Task):
+    """A task of Mamba-2's SSD: none of what can be None."""
+
+    def arguments(self, seed: int = 0):
+        left_out = {
+            Tokens: ("dt_BLH", "beta_BLH", "angle_BLHS", "gate_BLHP"),
+            Heads: ("q_bias_HRN", "k_bias_HRN", "skip_H", "gate_rank_HRP", "norm_HP"),
+            State: ("angle_BHS", "k_BRHN", "v_BHP"),
+        }
+        strip = lambda part: part._replace(**dict.fromkeys(left_out[type(part)])) if type(part) in left_out else part  # noqa: E731
+        return tuple(map(strip, super().arguments(seed)))
+
+
+@pytest.mark.libtpu
+@needs_compiler
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("what", ["forward+backward", "decode"])
+def test_what_is_left_out_compiles(what, rank):
+    """The scan alone: no kernel of angles before it."""
+    case = dataclasses.replace(tpu_aot.STEP if what == "decode" else tpu_aot.LARGE, rank=rank)
+    text = tpu_aot.Target("v5e").compile(LeftOut("ssd", case, "mosaic_tpu", None, what)).as_text()
+    check_kernels(text, what)
+    assert len(hlo.Program(text).kernels()) == len(KERNELS[what])
+
+
 def check_kernels(text: str, what: str) -> None:
     """What is compiled for the chip's own unit has our kernels' names."""
     names = " ".join(hlo.Program(text).kernels())
@@ -95,8 +120,9 @@ MESHES = {  # topology: data, tensor
     "v6e:2x4": (4, 2),
     "tpu7x:2x2x1": (2, 4),
 }
-OF_TOKENS = Tokens(*[Spec("data")] * 2, *[Spec("data", None, "tensor")] * 4, Spec("data"), Spec("data", None, "tensor"))
-OF_STATE = State(Spec("data", "tensor"), Spec("data", "tensor"), Spec("data", None, "tensor"), Spec("data", "tensor"))
+OF_TOKENS = Tokens(**dict.fromkeys(Tokens._fields, Spec("data", None, "tensor")))
+OF_TOKENS = OF_TOKENS._replace(**dict.fromkeys(("q_BLRGN", "k_BLRGN", "angle_BLHS"), Spec("data")))
+OF_STATE = State(**dict.fromkeys(State._fields, Spec("data", "tensor")))._replace(k_BRHN=Spec("data", None, "tensor"))
 
 
 def compiled_over(topology: str, case: ssm.Case, monkeypatch) -> str:

@@ -3,9 +3,9 @@
     h' = a h + sum_s w_s X_s k_s^T,   y_r = h' q_r
     o = sum_r out_rank_r norm(y_r + D X_r) silu(gate gate_rank_r)
 
-s runs over the R ranks of the token before (w = beta = (1 - trap) dt a), then over those of this one (w = gamma =
-trap dt); X_s = v_rank v. This token's queries and keys are biased here, and turned by the angle phi' = phi + dt turn
-(mod 2 pi); the key of the token before comes as it was left.
+s runs over the R ranks of the token before (w = a beta), then over those of this one (w = gamma); X_s = v_rank v. This
+token's queries and keys are biased here, and turned by the angle phi' = phi + dt turn (mod 2 pi); the key of the token
+before comes as it was left. What is None is left out.
 
 A program has one head of one row. The copy engine brings the state into shared memory, so that what is on its way holds
 no registers, and several programs share a multiprocessor: one computes while others wait. The state's bytes are the
@@ -65,7 +65,7 @@ def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
 
     def new(ref, like):
         """In the place of `ref`, or elsewhere if it has another dtype."""
-        return ref if ref.dtype == like.dtype else jax.new_ref(lax.empty(ref.shape, like.dtype))
+        return ref if ref is None or ref.dtype == like.dtype else jax.new_ref(lax.empty(ref.shape, like.dtype))
 
     out = Outputs(
         *(refs.h_BHPN, refs.angle_BHS, new(refs.before_k_BRHN, inputs.k_BRGN), new(refs.before_v_BHP, inputs.v_BHP)),
@@ -75,10 +75,11 @@ def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
     def vectors(*shape, present=True):
         return plgpu.SMEM(shape, jnp.float32) if present else None
 
+    sources, turns = rank if inputs.beta_BH is None else 2 * rank, inputs.angle_BHS is not None
     shared = Shared(
         tiled(width, d_state, dtype=jnp.float32),
-        *(vectors(d_state // 2) for _ in range(2)),
-        *(vectors(2 * rank, d_state), vectors(2 * rank, width), vectors(rank, d_state), vectors(rank, width)),
+        *(vectors(d_state // 2, present=turns) for _ in range(2)),
+        *(vectors(sources, d_state), vectors(sources, width), vectors(rank, d_state), vectors(rank, width)),
         vectors(rank, width, present=inputs.skip_H is not None),
         vectors(
             rank, width, present=any(x is not None for x in (inputs.gate_BHP, inputs.out_rank_HRP, inputs.norm_HP))
@@ -100,4 +101,4 @@ def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
             plgpu.Barrier(num_arrivals=1),
         )
 
-    return Outputs(*(ref[...] for ref in out))
+    return jax.tree.map(lambda ref: ref[...], out)

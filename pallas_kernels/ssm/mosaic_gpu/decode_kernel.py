@@ -28,8 +28,8 @@ class Shared(NamedTuple):
     """Shared memory; float32."""
 
     h_PN: jax.Array
-    sin_M: jax.Array  # the first S count
-    cos_M: jax.Array
+    sin_M: jax.Array | None  # the first S count
+    cos_M: jax.Array | None
     k_JN: jax.Array
     x_JP: jax.Array  # w X
     q_RN: jax.Array
@@ -41,15 +41,15 @@ class Shared(NamedTuple):
 class Loaded(NamedTuple):
     """Registers, a rank a warp; float32."""
 
-    angle_S: jax.Array  # of the token before; these two are the same in all warps
-    turn_S: jax.Array
+    angle_S: jax.Array | None  # of the token before; these two are the same in all warps
+    turn_S: jax.Array | None
     q_RN: jax.Array  # these five as `pairs` wants them
     k_RN: jax.Array
-    q_bias_RN: jax.Array
-    k_bias_RN: jax.Array
-    before_k_RN: jax.Array
+    q_bias_RN: jax.Array | None
+    k_bias_RN: jax.Array | None
+    before_k_RN: jax.Array | None
     v_P: jax.Array  # these four are the same in all warps
-    before_v_P: jax.Array
+    before_v_P: jax.Array | None
     gate_P: jax.Array | None
     norm_P: jax.Array | None
     v_rank_RP: jax.Array | None
@@ -72,21 +72,25 @@ class Program:
     def run(self):
         refs, out, shared, at = self.refs, self.out, self.shared, (self.b, self.h)
         plgpu.copy_gmem_to_smem(refs.h_BHPN.at[*at], shared.h_PN, self.arrived)
-        dt, log_a, trap = (ref[*at] for ref in (refs.dt_BH, refs.log_a_BH, refs.trap_BH))
+        numbers = (refs.log_a_BH, refs.gamma_BH, refs.beta_BH, refs.dt_BH)
+        log_a, gamma, beta, dt = (None if ref is None else ref[*at] for ref in numbers)
         a = jnp.exp(log_a)
         loaded = self.loaded()
-        angle_S = within_a_turn(self.kept(loaded.angle_S) + dt * loaded.turn_S)
-        planes = pl.ds(0, angle_S.shape[0])
-        shared.sin_M.at[planes][...], shared.cos_M.at[planes][...] = sine_and_cosine(angle_S)
-        self.values(loaded, (1 - trap) * dt * a, trap * dt)
+        if dt is not None:
+            angle_S = within_a_turn(self.kept(loaded.angle_S) + dt * loaded.turn_S)
+            planes = pl.ds(0, angle_S.shape[0])
+            shared.sin_M.at[planes][...], shared.cos_M.at[planes][...] = sine_and_cosine(angle_S)
+        self.values(loaded, None if beta is None else a * beta, gamma)
         self.scale(loaded)
         plgpu.commit_smem()  # and all have read what is overwritten from here on
         k_RN = self.turn(loaded)
         plgpu.commit_smem()
-        out.angle_BHS.at[*at][...] = angle_S
-        k_RN = jnp.sum(k_RN, axis=0) if self.rank == 1 else k_RN
-        out.k_BRHN.at[self.b, self.ranks, self.h][...] = k_RN.astype(out.k_BRHN.dtype)
-        out.v_BHP.at[*at][...] = loaded.v_P.astype(out.v_BHP.dtype)
+        if dt is not None:
+            out.angle_BHS.at[*at][...] = angle_S
+        if beta is not None:
+            k_RN = jnp.sum(k_RN, axis=0) if self.rank == 1 else k_RN
+            out.k_BRHN.at[self.b, self.ranks, self.h][...] = k_RN.astype(out.k_BRHN.dtype)
+            out.v_BHP.at[*at][...] = loaded.v_P.astype(out.v_BHP.dtype)
 
         plgpu.barrier_wait(self.arrived)
         h_PN = self.updated(a)
@@ -114,10 +118,12 @@ class Program:
             row = load_as(layout.reduce(0), ref, *at)
             return None if row is None else self.laid(across(row, 1), layout)
 
-        turned_by = 0 if refs.turn_BHS.shape[1] == 1 else h
-        of_planes = spread(refs.angle_BHS.shape[-1])
+        of_angles = None, None
+        if refs.turn_BHS is not None:
+            turned_by, of_planes = 0 if refs.turn_BHS.shape[1] == 1 else h, spread(refs.angle_BHS.shape[-1])
+            of_angles = load_as(of_planes, refs.angle_BHS, b, h), load_as(of_planes, refs.turn_BHS, b, turned_by)
         return Loaded(
-            *(load_as(of_planes, refs.angle_BHS, b, h), load_as(of_planes, refs.turn_BHS, b, turned_by)),
+            *of_angles,
             *(load_ranks(in_pairs, ref, b, self.ranks, group) for ref in (refs.q_BRGN, refs.k_BRGN)),
             *(load_ranks(in_pairs, ref, h, self.ranks) for ref in (refs.q_bias_HRN, refs.k_bias_HRN)),
             load_ranks(in_pairs, refs.before_k_BRHN, b, self.ranks, h),
@@ -130,9 +136,10 @@ class Program:
         """What goes into the state, and past it."""
         shared, skip_H = self.shared, self.refs.skip_H
         x_RP = times(self.all_ranks(loaded.v_P), loaded.v_rank_RP)
-        before_x_RP = times(self.all_ranks(self.kept(loaded.before_v_P)), loaded.v_rank_RP)
-        shared.x_JP.at[pl.ds(0, self.rank)][...] = beta * before_x_RP
-        shared.x_JP.at[pl.ds(self.rank, self.rank)][...] = gamma * x_RP
+        if beta is not None:
+            before_x_RP = times(self.all_ranks(self.kept(loaded.before_v_P)), loaded.v_rank_RP)
+            shared.x_JP.at[pl.ds(0, self.rank)][...] = beta * before_x_RP
+        shared.x_JP.at[self.own()][...] = gamma * x_RP
         if skip_H is not None:
             shared.skip_RP[...] = skip_H[self.h].astype(jnp.float32) * x_RP
 
@@ -146,18 +153,27 @@ class Program:
     def turn(self, loaded: Loaded):
         """Bias and turn queries and keys; also k."""
         shared = self.shared
-        shared.k_JN.at[pl.ds(0, self.rank)][...] = self.kept(loaded.before_k_RN)
-        sin_RM, cos_RM = (self.all_ranks(x_M) for x_M in self.sine_and_cosine_M())
+        if loaded.before_k_RN is not None:
+            shared.k_JN.at[pl.ds(0, self.rank)][...] = self.kept(loaded.before_k_RN)
+        if shared.sin_M is not None:
+            sin_RM, cos_RM = (self.all_ranks(x_M) for x_M in self.sine_and_cosine_M())
 
-        def turned(x_RN):
+        def turned(x_RN, bias_RN):
+            x_RN = x_RN if bias_RN is None else x_RN + bias_RN
+            if shared.sin_M is None:
+                return x_RN
             u_RM, w_RM = pairs(x_RN, self.rotation, self.interpret)
             firsts_RM, seconds_RM = u_RM * cos_RM - w_RM * sin_RM, u_RM * sin_RM + w_RM * cos_RM
             return joined_pairs(firsts_RM, seconds_RM, self.rotation, self.interpret)
 
-        shared.q_RN[...] = turned(loaded.q_RN + loaded.q_bias_RN)
-        k_RN = turned(loaded.k_RN + loaded.k_bias_RN)
-        shared.k_JN.at[pl.ds(self.rank, self.rank)][...] = k_RN
+        shared.q_RN[...] = turned(loaded.q_RN, loaded.q_bias_RN)
+        k_RN = turned(loaded.k_RN, loaded.k_bias_RN)
+        shared.k_JN.at[self.own()][...] = k_RN
         return k_RN
+
+    def own(self):
+        """Where this token's ranks are among all that go into the state: behind those of the token before, if any."""
+        return pl.ds(self.shared.k_JN.shape[0] - self.rank, self.rank)
 
     def sine_and_cosine_M(self):
         layout, half, planes = self.by_rank.reduce(0), self.d_state // 2, self.refs.angle_BHS.shape[-1]
@@ -177,7 +193,7 @@ class Program:
             return h_PN + down(x_P, self.d_state) * across(k_N, WIDTH)
 
         h_PN = self.kept(load(self.shared.h_PN, TILE, self.interpret))
-        return lax.fori_loop(0, 2 * self.rank, add, a * h_PN)
+        return lax.fori_loop(0, self.shared.k_JN.shape[0], add, a * h_PN)
 
     def read_out(self, h_PN):
         def one(r, _):

@@ -42,15 +42,15 @@ class Inputs(NamedTuple):
     k_BLGRN: jax.Array
     v_BLHP: jax.Array
     gate_BLHP: jax.Array | None
-    angle_BLHS: jax.Array  # radians per unit dt, S <= N/2, a multiple of 8; the H axis is 1 where heads share it
-    dt_BLH: jax.Array
+    angle_BLHS: jax.Array | None  # radians per unit dt, S <= N/2, a multiple of 8; the H axis is 1 where heads share it
+    dt_BLH: jax.Array | None  # None, as the angle: nothing turns
     log_a_BLH: jax.Array  # log of a token's decay
     gamma_BLH: jax.Array  # a token's weight in its own output
-    kappa_BLH: jax.Array  # and in later ones
+    kappa_BLH: jax.Array | None  # and in later ones; None: gamma
     first_BHS: jax.Array | None  # radians: the angle before the row; None: 0
     h_BHPN: jax.Array | None  # the state before it; None: 0
-    q_bias_HRN: jax.Array
-    k_bias_HRN: jax.Array
+    q_bias_HRN: jax.Array | None
+    k_bias_HRN: jax.Array | None
     skip_HP: jax.Array | None  # the same for all of P
     v_rank_HRP: jax.Array | None
     gate_rank_HRP: jax.Array | None
@@ -61,7 +61,7 @@ class Inputs(NamedTuple):
 class Rest(NamedTuple):
     """What both kernels read beside `Inputs`, and has no gradient."""
 
-    start_BCHS: jax.Array  # the angle before every chunk, in turns
+    start_BCHS: jax.Array | None  # the angle before every chunk, in turns; None: nothing turns
     document_BL: jax.Array | None  # document starts in the chunk up to each token
     order_MN: jax.Array | None  # a one where in the kernels an entry of N goes; None: where it is
 
@@ -73,26 +73,44 @@ class Refs(NamedTuple):
     k_BLX: jax.Array
     v_BLX: jax.Array
     gate_BLX: jax.Array | None
-    angle_BHSL: jax.Array
-    dt_BHL: jax.Array
+    angle_BHSL: jax.Array | None
+    dt_BHL: jax.Array | None
     log_a_BHL: jax.Array
     gamma_BHL: jax.Array
-    kappa_BHL: jax.Array
-    start_BCKX: jax.Array  # turns: the angle before every chunk; K blocks of heads, (.., 1, J S)
+    kappa_BHL: jax.Array | None
+    start_BCKX: jax.Array | None  # turns: the angle before every chunk; K blocks of heads, (.., 1, J S)
     document_BCQ: jax.Array | None  # float32, document starts in the chunk up to here; (.., 1, Q)
     order_MN: jax.Array | None
     h_BHPN: jax.Array | None  # before the row, None: 0; the backward pass: before every chunk, (B, C, W, N, X)
-    q_bias_HRN: jax.Array
-    k_bias_HRN: jax.Array
+    q_bias_HRN: jax.Array | None
+    k_bias_HRN: jax.Array | None
     skip_WRX: jax.Array | None  # W packs of heads, each (R, X)
     v_rank_WRX: jax.Array | None
     gate_rank_WRX: jax.Array | None
     out_rank_WRX: jax.Array | None
     norm_WRX: jax.Array | None
 
+    def weights(self) -> dict:
+        """Those that there are, by name."""
+        names = (*OF_HEADS, *OF_PACKS)
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+# Weights in `Refs`, and what they are in `Inputs`.
+OF_HEADS = {"q_bias_HRN": "q_bias_HRN", "k_bias_HRN": "k_bias_HRN"}
+OF_PACKS = {
+    "skip_WRX": "skip_HP",
+    "v_rank_WRX": "v_rank_HRP",
+    "gate_rank_WRX": "gate_rank_HRP",
+    "out_rank_WRX": "out_rank_HRP",
+    "norm_WRX": "norm_HP",
+}
+
 
 def tokens_last(x_BL, tokens: int):
     """(B, .., L), no copy of what XLA for TPU keeps so. Where Q is no multiple of 128 lanes, (B, C, .., Q)."""
+    if x_BL is None:
+        return None
     last = jnp.moveaxis(x_BL, 1, -1)
     if tokens % LANES == 0:
         return last
@@ -101,6 +119,8 @@ def tokens_last(x_BL, tokens: int):
 
 def tokens_second(x, tokens: int):
     """Back from `tokens_last`."""
+    if x is None:
+        return None
     if tokens % LANES:
         x = jnp.moveaxis(x, 1, -2)
         x = x.reshape(*x.shape[:-2], -1)
@@ -129,7 +149,12 @@ class Grid:
         self.n_heads, self.width = inputs.v_BLHP.shape[2:]
         self.tiles, self.backwards, self.dtype = tiles, backwards, inputs.q_BLGRN.dtype
         self.tokens, self.heads = tiles.tokens, tiles.heads
-        self.planes, self.shared_angle = inputs.angle_BLHS.shape[3], inputs.angle_BLHS.shape[2] == 1
+        self.planes, self.shared_angle = 0, False
+        if inputs.angle_BLHS is not None:
+            self.planes, self.shared_angle = inputs.angle_BLHS.shape[3], inputs.angle_BLHS.shape[2] == 1
+        there = {"dt": self.planes > 0, "c": True, "gamma": True, "kappa": inputs.kappa_BLH is not None}
+        there["rest"] = self.dtype == jnp.float32
+        self.scalars = [name for name, present in there.items() if present]  # see `parts.load_numbers`
         self.rows = self.rank * self.tokens
         _check(self)
         # Heads of a pack, packs of a block, lanes of a pack.
@@ -203,12 +228,9 @@ class Grid:
         count, *sizes = array_XRX.shape
         return pl.BlockSpec((count // self.blocks, *sizes), lambda b, c, j: (j, 0, 0))
 
-    def weights(self, refs: Refs):
-        return [self.of_weights(array) for array in refs[-7:]]
-
     def numbers(self):
-        """VMEM for what is one number a token and head: dt, decay, gamma, kappa and, for float32, the decay's rest."""
-        return pltpu.VMEM((self.n_heads, 4 + (self.dtype == jnp.float32), self.tokens), jnp.float32)
+        """VMEM for what is one number a token and head: `scalars`."""
+        return pltpu.VMEM((self.n_heads, len(self.scalars), self.tokens), jnp.float32)
 
     def columns(self):
         """VMEM for queries or keys of a block's groups, or for their gradients."""
@@ -216,6 +238,8 @@ class Grid:
 
     def of_blocks(self, angle_HS):
         """(.., H, S) as (.., K, 1, J S)."""
+        if angle_HS is None:
+            return None
         return angle_HS.reshape(*angle_HS.shape[:-2], self.blocks, 1, self.heads * self.planes)
 
     def packed(self, array_HRP):
@@ -284,23 +308,26 @@ def refs_of(inputs: Inputs, rest: Rest, grid: Grid, h) -> Refs:
     document_BCQ = None
     if rest.document_BL is not None:
         document_BCQ = rest.document_BL.astype(jnp.float32).reshape(batch, chunks, 1, grid.tokens)
+    last = lambda array: tokens_last(array, grid.tokens)  # noqa: E731
     return Refs(
-        *(flat(array) for array in inputs[:4]),
-        *(tokens_last(array, grid.tokens) for array in inputs[4:9]),
-        grid.of_blocks(rest.start_BCHS),
-        document_BCQ,
-        rest.order_MN,
-        h,
-        inputs.q_bias_HRN,
-        inputs.k_bias_HRN,
-        *(
-            grid.packed(array)
-            for array in (
-                one(inputs.skip_HP),
-                inputs.v_rank_HRP,
-                inputs.gate_rank_HRP,
-                inputs.out_rank_HRP,
-                one(inputs.norm_HP),
-            )
-        ),
+        q_BLX=flat(inputs.q_BLGRN),
+        k_BLX=flat(inputs.k_BLGRN),
+        v_BLX=flat(inputs.v_BLHP),
+        gate_BLX=flat(inputs.gate_BLHP),
+        angle_BHSL=last(inputs.angle_BLHS),
+        dt_BHL=last(inputs.dt_BLH),
+        log_a_BHL=last(inputs.log_a_BLH),
+        gamma_BHL=last(inputs.gamma_BLH),
+        kappa_BHL=last(inputs.kappa_BLH),
+        start_BCKX=grid.of_blocks(rest.start_BCHS),
+        document_BCQ=document_BCQ,
+        order_MN=rest.order_MN,
+        h_BHPN=h,
+        q_bias_HRN=inputs.q_bias_HRN,
+        k_bias_HRN=inputs.k_bias_HRN,
+        skip_WRX=grid.packed(one(inputs.skip_HP)),
+        v_rank_WRX=grid.packed(inputs.v_rank_HRP),
+        gate_rank_WRX=grid.packed(inputs.gate_rank_HRP),
+        out_rank_WRX=grid.packed(inputs.out_rank_HRP),
+        norm_WRX=grid.packed(one(inputs.norm_HP)),
     )

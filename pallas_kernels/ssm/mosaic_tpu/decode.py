@@ -3,9 +3,9 @@
     h' = a h + sum_s w_s X_s k_s^T,   y_r = h' q_r
     o = sum_r out_rank_r norm(y_r + D X_r) silu(gate gate_rank_r)
 
-s runs over the R ranks of the token before (w = beta = (1 - trap) dt a), then over those of this one (w = gamma =
-trap dt); X_s = v_rank v. This token's queries and keys are biased here, and turned by the angle phi' = phi + dt turn
-(mod 2 pi); the key of the token before comes as it was left.
+s runs over the R ranks of the token before (w = a beta), then over those of this one (w = gamma); X_s = v_rank v. This
+token's queries and keys are biased here, and turned by the angle phi' = phi + dt turn (mod 2 pi); the key of the token
+before comes as it was left. What is None is left out.
 
 A grid step has a block of heads of one row. What is a few numbers a head (angles, keys, queries, gates) is computed for
 all heads of the block at once, heads on sublanes; then the state goes by, a head at a time. Both its sums, over ranks
@@ -28,7 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ssm.one_token import Inputs, Outputs
+from pallas_kernels.ssm.one_token import Inputs, Outputs, in_place, outputs_of
 
 NORM_EPS = 1e-5
 TOGETHER = 8  # heads whose values and outputs change places at once: the rows of a tile
@@ -52,17 +52,17 @@ class Refs(NamedTuple):
     """What the kernel sees of `Inputs`: ranks before heads, and what is one number a head beside each other."""
 
     h_BHPN: jax.Array
-    angle_BHS: jax.Array
-    before_k_BRHN: jax.Array
-    before_v_BHP: jax.Array
+    angle_BHS: jax.Array | None
+    before_k_BRHN: jax.Array | None
+    before_v_BHP: jax.Array | None
     q_BRGN: jax.Array
     k_BRGN: jax.Array
     v_BHP: jax.Array
-    step_BKXH: jax.Array  # K blocks of heads; X: dt, log_a, trap
-    turn_BHS: jax.Array
+    step_BKXH: jax.Array  # K blocks of heads; X: log_a, gamma, and beta and dt where there are
+    turn_BHS: jax.Array | None
     start_B: jax.Array | None
-    q_bias_RHN: jax.Array
-    k_bias_RHN: jax.Array
+    q_bias_RHN: jax.Array | None
+    k_bias_RHN: jax.Array | None
     gate_BHP: jax.Array | None
     skip_HU: jax.Array | None  # U is 1
     v_rank_RHP: jax.Array | None
@@ -91,14 +91,13 @@ def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
     heads = tile.heads or default_heads(inputs, tile)
     if n_heads % heads or (heads != n_heads and heads % 8):
         raise ValueError(f"tile.heads={heads} is neither {n_heads=} nor a multiple of 8 that divides it")
-    refs, out = _refs(inputs, heads), _out(inputs)
+    refs, out = _refs(inputs, heads), outputs_of(inputs)
     scratch = _scratch(inputs, heads)
     needed = vmem_bytes(refs, out, scratch, heads)
     if needed > tile.vmem * MIB:
         raise ValueError(
             f"a block of tile.heads={heads} takes {needed / MIB:.1f} MiB of VMEM, over tile.vmem={tile.vmem}"
         )
-    in_place = {i: i for i in range(4) if inputs[i].dtype == out[i].dtype}
     if tile.interpret is None:
         how = {
             "compiler_params": pltpu.CompilerParams(
@@ -115,7 +114,7 @@ def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
         out_specs=[_specs(out, heads)],
         out_shape=[out],
         scratch_shapes=[Scratch(*(pltpu.VMEM(shape, jnp.float32) for shape in scratch))],
-        input_output_aliases=in_place,
+        input_output_aliases=in_place(inputs, out),
         name="mamba3_decode",
         **how,
     )(refs)
@@ -128,7 +127,7 @@ def default_heads(inputs: Inputs, tile: Tile) -> int:
     sizes = [heads for heads in range(n_heads, 0, -1) if n_heads % heads == 0 and (heads % 8 == 0 or heads == n_heads)]
 
     def fits(heads: int) -> bool:
-        return vmem_bytes(_refs(inputs, heads), _out(inputs), _scratch(inputs, heads), heads) <= tile.vmem * MIB
+        return vmem_bytes(_refs(inputs, heads), outputs_of(inputs), _scratch(inputs, heads), heads) <= tile.vmem * MIB
 
     fitting = [heads for heads in sizes if fits(heads)] or sizes[-1:]
     return next((heads for heads in fitting if batch * (n_heads // heads) >= 4), fitting[-1])
@@ -160,37 +159,32 @@ def _refs(inputs: Inputs, heads: int) -> Refs:
 
 def _convert(inputs: Inputs, heads: int) -> Refs:
     batch, n_heads = inputs.h_BHPN.shape[:2]
-    steps = jnp.stack([inputs.dt_BH, inputs.log_a_BH, inputs.trap_BH], axis=1)
-    step_BKXH = jnp.swapaxes(steps.reshape(batch, 3, n_heads // heads, heads), 1, 2)
+    numbers = (inputs.log_a_BH, inputs.gamma_BH, inputs.beta_BH, inputs.dt_BH)
+    steps = jnp.stack([x_BH for x_BH in numbers if x_BH is not None], axis=1)
+    step_BKXH = jnp.swapaxes(steps.reshape(batch, -1, n_heads // heads, heads), 1, 2)
     ranks_first = lambda x: None if x is None else jnp.swapaxes(x, 0, 1)  # noqa: E731
     skip_HU = None if inputs.skip_H is None else inputs.skip_H[:, None]
+    same = {name: getattr(inputs, name) for name in Refs._fields if name in Inputs._fields}
     return Refs(
-        *inputs[:7],
-        step_BKXH,
-        *(inputs.turn_BHS, inputs.start_B),
-        *(ranks_first(inputs.q_bias_HRN), ranks_first(inputs.k_bias_HRN)),
-        *(inputs.gate_BHP, skip_HU),
-        *(ranks_first(x) for x in (inputs.v_rank_HRP, inputs.gate_rank_HRP, inputs.out_rank_HRP)),
-        inputs.norm_HP,
-    )
-
-
-def _out(inputs: Inputs) -> Outputs:
-    shape = jax.ShapeDtypeStruct
-    return Outputs(
-        *(shape(inputs.h_BHPN.shape, jnp.float32), shape(inputs.angle_BHS.shape, jnp.float32)),
-        *(shape(inputs.before_k_BRHN.shape, inputs.k_BRGN.dtype), shape(inputs.v_BHP.shape, inputs.v_BHP.dtype)),
-        shape(inputs.v_BHP.shape, inputs.v_BHP.dtype),
+        **same,
+        step_BKXH=step_BKXH,
+        q_bias_RHN=ranks_first(inputs.q_bias_HRN),
+        k_bias_RHN=ranks_first(inputs.k_bias_HRN),
+        skip_HU=skip_HU,
+        v_rank_RHP=ranks_first(inputs.v_rank_HRP),
+        gate_rank_RHP=ranks_first(inputs.gate_rank_HRP),
+        out_rank_RHP=ranks_first(inputs.out_rank_HRP),
     )
 
 
 def _scratch(inputs: Inputs, heads: int) -> Scratch:
     (width, d_state), rank = inputs.h_BHPN.shape[2:], inputs.q_BRGN.shape[1]
     parts = rank * (2 if inputs.v_BHP.dtype == jnp.bfloat16 else 3)
+    sources = rank if inputs.beta_BH is None else 2 * rank
     return Scratch(
         a_HN=(heads, d_state),
-        x_JHP=(2 * rank, heads, width),
-        k_JHN=(2 * rank, heads, d_state),
+        x_JHP=(sources, heads, width),
+        k_JHN=(sources, heads, d_state),
         q_HIN=(heads, parts, d_state),
         y_HIP=(heads, parts, width),
     )
@@ -240,30 +234,39 @@ def _kernel(refs: Refs, out: Outputs, scratch: Scratch, *, rotation: str, tile: 
     rank = refs.q_BRGN.shape[0]
 
     step_HX = refs.step_BKXH[...].T
-    dt_H1, log_a_H1, trap_H1 = (step_HX[:, i : i + 1] for i in range(3))
+    log_a_H1, gamma_H1, *more = (step_HX[:, i : i + 1] for i in range(step_HX.shape[1]))
     a_H1 = kept(jnp.exp(log_a_H1))
     scratch.a_HN[...] = jnp.broadcast_to(a_H1, (heads, d_state))
 
-    angle_HS = _within_a_turn(kept(refs.angle_BHS[...]) + dt_H1 * refs.turn_BHS[...])
-    out.angle_BHS[...] = angle_HS
-    turned = _Turned(angle_HS, d_state, rotation)
-    before_v_HP = (1 - trap_H1) * dt_H1 * a_H1 * kept(load(refs.before_v_BHP))
-    v_HP = load(refs.v_BHP)
-    out.v_BHP[...] = v_HP.astype(out.v_BHP.dtype)
+    turned = lambda x_HN: x_HN  # noqa: E731
+    if refs.turn_BHS is not None:
+        angle_HS = _within_a_turn(kept(refs.angle_BHS[...]) + more[-1] * refs.turn_BHS[...])
+        out.angle_BHS[...] = angle_HS
+        turned = _Turned(angle_HS, d_state, rotation)
+    v_HP, looks_back = load(refs.v_BHP), refs.before_v_BHP is not None
+    if looks_back:
+        before_v_HP = a_H1 * more[0] * kept(load(refs.before_v_BHP))
+        out.v_BHP[...] = v_HP.astype(out.v_BHP.dtype)
 
     def ranked(x_HP, ref, r: int):
         return x_HP if ref is None else x_HP * load(ref, r)
 
+    def seen(x_ref, bias_ref, r: int):
+        x_HN = jnp.broadcast_to(_per_head(load(x_ref, r), heads), (heads, d_state))
+        return turned(x_HN if bias_ref is None else x_HN + load(bias_ref, r))
+
+    own = rank if looks_back else 0  # where this token's ranks begin
     for r in range(rank):
-        k_HN = turned(_per_head(load(refs.k_BRGN, r), heads) + load(refs.k_bias_RHN, r))
-        out.k_BRHN[r] = k_HN.astype(out.k_BRHN.dtype)
-        scratch.k_JHN[r] = kept(load(refs.before_k_BRHN, r))
-        scratch.k_JHN[rank + r] = k_HN
-        q_HN = turned(_per_head(load(refs.q_BRGN, r), heads) + load(refs.q_bias_RHN, r))
+        k_HN = seen(refs.k_BRGN, refs.k_bias_RHN, r)
+        scratch.k_JHN[own + r] = k_HN
+        q_HN = seen(refs.q_BRGN, refs.q_bias_RHN, r)
         for i, part_HN in enumerate(_parts(q_HN, scratch.q_HIN.shape[1] // rank)):
             scratch.q_HIN[:, i * rank + r, :] = part_HN
-        scratch.x_JHP[r] = ranked(before_v_HP, refs.v_rank_RHP, r)
-        scratch.x_JHP[rank + r] = ranked(trap_H1 * dt_H1 * v_HP, refs.v_rank_RHP, r)
+        scratch.x_JHP[own + r] = ranked(gamma_H1 * v_HP, refs.v_rank_RHP, r)
+        if looks_back:
+            out.k_BRHN[r] = k_HN.astype(out.k_BRHN.dtype)
+            scratch.k_JHN[r] = kept(load(refs.before_k_BRHN, r))
+            scratch.x_JHP[r] = ranked(before_v_HP, refs.v_rank_RHP, r)
 
     dtype = jnp.bfloat16 if tile.interpret is None else jnp.float32  # the CPU has no products of bfloat16
     together = TOGETHER if heads % TOGETHER == 0 else heads

@@ -19,6 +19,8 @@ from pallas_kernels.ssm.mosaic_tpu.turns import starts
 def mamba3(inputs: Inputs, document_BL, order_MN, last: int, tiles: Tiles):
     """o_BLHP, and what the row leaves: h_BHPN, angle_BHS in radians, in [0, 2 pi), k_BGRN and v_BHP of its last token.
 
+    Where nothing turns the angle is None.
+
     Args:
         document_BL: int32, document starts in the chunk up to each token; None: one document.
         order_MN: a one where an entry of N, of queries, keys and states, goes in the kernels, in the dtype of the
@@ -32,7 +34,9 @@ def mamba3(inputs: Inputs, document_BL, order_MN, last: int, tiles: Tiles):
 
 
 def _forward(inputs: Inputs, document_BL, order_MN, last: int, tiles: Tiles, *, keep: bool):
-    start_BCHS, angle_BHS = starts(inputs.angle_BLHS, inputs.dt_BLH, inputs.first_BHS, document_BL, tiles)
+    start_BCHS = angle_BHS = None
+    if inputs.angle_BLHS is not None:
+        start_BCHS, angle_BHS = starts(inputs.angle_BLHS, inputs.dt_BLH, inputs.first_BHS, document_BL, tiles)
     rest = Rest(start_BCHS, document_BL, order_MN)
     o_BLHP, h_BHPN, h_BCWNX = scan.forward(inputs, rest, tiles, keep=keep)
     # Of the arrays as they lie in memory: or XLA for TPU copies all of them into another order.

@@ -94,37 +94,41 @@ class Decay(NamedTuple):
     within_QQ: jax.Array  # e^(c_t - c_s), zero where s is after t or in another document
     since_Q1: jax.Array  # e^(c_t): of the state before the chunk
     until_Q1: jax.Array  # e^(c_T - c_s): in the state after it
-    gamma_1Q: jax.Array
-    kappa_1Q: jax.Array
-    kappa_Q1: jax.Array
-    dt_1Q: jax.Array
+    gamma_1Q: jax.Array | None  # in its own output; None: as in later ones
+    later_1Q: jax.Array  # and in later ones
+    later_Q1: jax.Array
+    dt_1Q: jax.Array | None
 
     @classmethod
-    def load(cls, scalars_XQ, masks: Masks):
+    def load(cls, scalars_XQ, masks: Masks, grid: Grid):
         """From `load_numbers`."""
-        columns_QX = scalars_XQ.T
-        row = lambda x: scalars_XQ[x : x + 1]  # noqa: E731
-        column = lambda x: columns_QX[:, x : x + 1]  # noqa: E731
+        columns_QX, places = scalars_XQ.T, {name: slice(x, x + 1) for x, name in enumerate(grid.scalars)}
+        row = lambda name: scalars_XQ[places[name]]  # noqa: E731
+        column = lambda name: columns_QX[:, places[name]]  # noqa: E731
         last = scalars_XQ.shape[1] - 1
-        gap_QQ, until_Q1, since_Q1 = column(1) - row(1), row(1)[:, last:] - column(1), column(1)
-        if scalars_XQ.shape[0] > 4:
-            gap_QQ += column(4) - row(4)
-            until_Q1 += row(4)[:, last:] - column(4)
-            since_Q1 += column(4)
+        gap_QQ, until_Q1, since_Q1 = column("c") - row("c"), row("c")[:, last:] - column("c"), column("c")
+        if "rest" in places:
+            gap_QQ += column("rest") - row("rest")
+            until_Q1 += row("rest")[:, last:] - column("rest")
+            since_Q1 += column("rest")
         # Masked before exp: what lies after a token grows without bound.
         within_QQ = jnp.exp(jnp.where(masks.within_QQ, gap_QQ, -jnp.inf))
         since_Q1, until_Q1 = jnp.exp(since_Q1), jnp.exp(jnp.minimum(until_Q1, 0.0))
         if masks.left_Q1 is not None:
             since_Q1 = jnp.where(masks.carried_Q1, since_Q1, 0.0)
             until_Q1 = jnp.where(masks.left_Q1, until_Q1, 0.0)
-        return cls(within_QQ, since_Q1, until_Q1, row(2), row(3), column(3), row(0))
+        gamma_1Q, later = (row("gamma"), "kappa") if "kappa" in places else (None, "gamma")
+        dt_1Q = row("dt") if "dt" in places else None
+        return cls(within_QQ, since_Q1, until_Q1, gamma_1Q, row(later), column(later), dt_1Q)
 
     def whole(self):
         """(1, 1): what the chunk leaves of the state before it."""
         return self.since_Q1[self.since_Q1.shape[0] - 1 :]
 
     def weight_QQ(self, masks: Masks):
-        return self.within_QQ * jnp.where(masks.own_QQ, self.gamma_1Q, self.kappa_1Q)
+        if self.gamma_1Q is None:
+            return self.within_QQ * self.later_1Q
+        return self.within_QQ * jnp.where(masks.own_QQ, self.gamma_1Q, self.later_1Q)
 
 
 class Turn(NamedTuple):
@@ -166,7 +170,7 @@ STEEPEST = -104.0  # exp of it is 0 in float32, so a steeper log_a decays no mor
 
 
 def load_numbers(scalars_HXQ, refs: Refs, block, grid: Grid) -> None:
-    """dt, c, gamma, kappa and, for float32, c's rest, into VMEM one head after another: once a chunk.
+    """What there is of dt, c, gamma, kappa and, for float32, c's rest, into VMEM one head after another: once a chunk.
 
     c_t is the sum of log_a from the first token of the chunk, or of its document in it, to t. Differences of plain
     float32 sums would lose the digits of a gentle decay after steep ones. What lies on a grid adds up exactly, and for
@@ -180,11 +184,19 @@ def load_numbers(scalars_HXQ, refs: Refs, block, grid: Grid) -> None:
         exact_HQ = jnp.floor(log_a_HQ / step + 0.5) * step
         within_QQ = Masks.load(refs, grid).within_QQ.astype(jnp.float32)
         exact_HQ, rest_HQ = (product(x, within_QQ, NT, grid, jnp.float32) for x in (exact_HQ, log_a_HQ - exact_HQ))
-        apart = grid.dtype == jnp.float32
-        c = [exact_HQ, rest_HQ] if apart else [exact_HQ + rest_HQ]
-        numbers = [refs.dt_BHL[...], c[0], refs.gamma_BHL[...], refs.kappa_BHL[...], *c[1:]]
-        for x, number_HQ in enumerate(numbers):
+        apart = "rest" in grid.scalars
+        c = {"c": exact_HQ, "rest": rest_HQ} if apart else {"c": exact_HQ + rest_HQ}
+        given = {"dt": refs.dt_BHL, "gamma": refs.gamma_BHL, "kappa": refs.kappa_BHL}
+        for x, name in enumerate(grid.scalars):
+            number_HQ = c[name] if name in c else given[name][...]
             scalars_HXQ[:, x : x + 1] = number_HQ[:, None]
+
+
+def turns(refs: Refs, decays: list, masks: Masks, grid: Grid) -> list:
+    """The `Turn` of every head of a block; None where nothing turns."""
+    if not grid.planes:
+        return [None] * grid.heads
+    return Turn.of_heads(*sincos(refs, decays, masks, grid), grid)
 
 
 def angles(refs: Refs, grid: Grid):
@@ -268,11 +280,13 @@ def load_groups(q_GNT, k_GNT, refs: Refs, block, grid: Grid) -> None:
                 x_GNT[group] = inwards(x_TN, refs.order_MN, grid)
 
 
-def turned(x_NT, bias_RN, turn: Turn, grid: Grid):
-    """(N, T), in the dtype of the products."""
-    rank, bias_NR = bias_RN.shape[0], bias_RN.T
-    by_rank = [x_NQ + bias_NR[:, r : r + 1] for r, x_NQ in enumerate(of_ranks(x_NT, rank, 1))]
-    return turn.there(by_rank[0] if rank == 1 else jnp.concatenate(by_rank, axis=1)).astype(grid.dtype)
+def turned(x_NT, bias_HRN, head: int, turn: Turn | None, grid: Grid):
+    """A head's queries or keys, biased and turned where there is a bias and a turn: (N, T), for products."""
+    if bias_HRN is not None:
+        bias_NR = bias_HRN[head].T
+        by_rank = [x_NQ + bias_NR[:, r : r + 1] for r, x_NQ in enumerate(of_ranks(x_NT, grid.rank, 1))]
+        x_NT = by_rank[0] if grid.rank == 1 else jnp.concatenate(by_rank, axis=1)
+    return (x_NT if turn is None else turn.there(x_NT)).astype(grid.dtype)
 
 
 class Ends(NamedTuple):

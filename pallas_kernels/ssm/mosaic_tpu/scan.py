@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ssm.mosaic_tpu import parts
 from pallas_kernels.ssm.mosaic_tpu.contract import Grid, Inputs, Refs, Rest, refs_of
-from pallas_kernels.ssm.mosaic_tpu.parts import NN, Decay, Ends, Masks, Turn, product, ranks, side_by_side
+from pallas_kernels.ssm.mosaic_tpu.parts import NN, Decay, Ends, Masks, product, ranks, side_by_side
 from pallas_kernels.ssm.mosaic_tpu.tiles import between, vmem_limit
 
 
@@ -61,19 +61,21 @@ def forward(inputs: Inputs, rest: Rest, tiles, *, keep: bool):
 
 def specs_of(refs: Refs, grid: Grid, state) -> Refs:
     """The blocks of `refs`."""
-    return Refs(
-        grid.of_groups(),
-        grid.of_groups(),
-        grid.of_heads(),
-        None if refs.gate_BLX is None else grid.of_heads(),
-        grid.of_angles(),
-        *[grid.of_numbers()] * 4,
-        grid.of_starts(),
-        None if refs.document_BCQ is None else grid.of_documents(),
-        None if refs.order_MN is None else grid.of_order(),
-        state,
-        *grid.weights(refs),
-    )
+    specs = {
+        "q_BLX": grid.of_groups(),
+        "k_BLX": grid.of_groups(),
+        "v_BLX": grid.of_heads(),
+        "gate_BLX": grid.of_heads(),
+        "angle_BHSL": grid.of_angles(),
+        **dict.fromkeys(("dt_BHL", "log_a_BHL", "gamma_BHL", "kappa_BHL"), grid.of_numbers()),
+        "start_BCKX": grid.of_starts(),
+        "document_BCQ": grid.of_documents(),
+        "order_MN": grid.of_order(),
+        "h_BHPN": state,
+        **{name: grid.of_weights(array) for name, array in refs.weights().items()},
+    }
+    there = [name for name, array in refs._asdict().items() if array is not None]
+    return Refs(**dict.fromkeys(Refs._fields) | {name: specs[name] for name in there})
 
 
 def call(kernel, name: str, grid: Grid, refs, specs, out, out_specs, scratch):
@@ -128,8 +130,8 @@ def _kernel(refs: Refs, out: Outputs, h_WNX, q_GNT, k_GNT, scalars_HXQ, *, grid:
     parts.load_groups(q_GNT, k_GNT, refs, block, grid)
     parts.load_numbers(scalars_HXQ, refs, block, grid)
     masks = Masks.load(refs, grid)
-    decays = [Decay.load(scalars_HXQ[block * grid.heads + head], masks) for head in range(grid.heads)]
-    turns = Turn.of_heads(*parts.sincos(refs, decays, masks, grid), grid)
+    decays = [Decay.load(scalars_HXQ[block * grid.heads + head], masks, grid) for head in range(grid.heads)]
+    turns = parts.turns(refs, decays, masks, grid)
     for pack in range(grid.packs):
         heads, of_pack = grid.heads_of(pack), grid.lanes_of_pack(pack)
         by_head = lambda value, heads=heads: side_by_side([value(decays[head]) for head in heads], grid.width)  # noqa: E731
@@ -137,12 +139,12 @@ def _kernel(refs: Refs, out: Outputs, h_WNX, q_GNT, k_GNT, scalars_HXQ, *, grid:
         if refs.v_rank_WRX is not None:
             x_TX = parts.per_rank(x_TX, refs.v_rank_WRX[pack])
         h_NX = h_WNX[first + pack]
-        weighted_TX = x_TX * by_head(lambda decay: ranks(decay.until_Q1 * decay.kappa_Q1, grid.rank))
+        weighted_TX = x_TX * by_head(lambda decay: ranks(decay.until_Q1 * decay.later_Q1, grid.rank))
 
         own, before, after = [], [], []
         for head in heads:
-            q_NT = parts.turned(q_GNT[grid.group_of(head)], refs.q_bias_HRN[head], turns[head], grid)
-            k_NT = parts.turned(k_GNT[grid.group_of(head)], refs.k_bias_HRN[head], turns[head], grid)
+            q_NT = parts.turned(q_GNT[grid.group_of(head)], refs.q_bias_HRN, head, turns[head], grid)
+            k_NT = parts.turned(k_GNT[grid.group_of(head)], refs.k_bias_HRN, head, turns[head], grid)
             q_TN = q_NT.T
             weight_TT = ranks(ranks(decays[head].weight_QQ(masks), grid.rank, 0), grid.rank, 1)
             mixed_TT = product(q_TN, k_NT, NN, grid) * weight_TT

@@ -9,7 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ssm.mosaic_tpu.contract import Grid, Inputs, Refs, Rest, Tiles, refs_of, tokens_second
+from pallas_kernels.ssm.mosaic_tpu.contract import (
+    OF_HEADS,
+    OF_PACKS,
+    Grid,
+    Inputs,
+    Refs,
+    Rest,
+    Tiles,
+    refs_of,
+    tokens_second,
+)
 from pallas_kernels.ssm.mosaic_tpu.scan import call, specs_of
 from pallas_kernels.ssm.mosaic_tpu.scan_back_kernel import Back, Gradients, Scratch, kernel
 
@@ -26,7 +36,7 @@ def backward(inputs: Inputs, rest: Rest, h_BCWNX, cotangents, tiles: Tiles) -> I
     grid = Grid(inputs, tiles, backwards=True)
     do_BLHP, dh_BHPN, dangle_BHS = cotangents
     batch, length, n_heads, width, d_state = grid.batch, grid.length, grid.n_heads, grid.width, grid.d_state
-    angles = grid.heads * grid.planes
+    angles = grid.heads * grid.planes  # 0: nothing turns
     read = refs_of(inputs, rest, grid, h_BCWNX)
     dphi_BKX = None if dangle_BHS is None else grid.of_blocks(dangle_BHS)
     refs = Back(read, do_BLHP.reshape(batch, length, -1), dh_BHPN, dphi_BKX)
@@ -36,57 +46,67 @@ def backward(inputs: Inputs, rest: Rest, h_BCWNX, cotangents, tiles: Tiles) -> I
         None if dh_BHPN is None else grid.before(grid.heads, width, d_state),
         None if dphi_BKX is None else grid.before(None, 1, angles),
     )
-    weights = [array for array in read[-7:] if array is not None]
+    weights = read.weights()
     like = lambda array: None if array is None else jax.ShapeDtypeStruct(array.shape, array.dtype)  # noqa: E731
     float32 = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
+    of_tokens = [name for name in Gradients._fields if name in Refs._fields]
     out = Gradients(
-        *(like(array) for array in read[:9]),
-        None if inputs.h_BHPN is None else float32(batch, n_heads, width, d_state),
-        None if inputs.first_BHS is None else float32(batch, grid.blocks, 1, angles),
-        [float32(batch, *array.shape) for array in weights],
+        **{name: like(getattr(read, name)) for name in of_tokens},
+        dh_BHPN=None if inputs.h_BHPN is None else float32(batch, n_heads, width, d_state),
+        dphi_BKX=None if inputs.first_BHS is None else float32(batch, grid.blocks, 1, angles),
+        weights={name: float32(batch, *array.shape) for name, array in weights.items()},
     )
+    after = lambda array: grid.after(array.shape[0] // grid.blocks, *array.shape[1:])  # noqa: E731
     out_specs = Gradients(
-        grid.of_groups(),
-        grid.of_groups(),
-        grid.of_heads(),
-        None if out.gate_BLX is None else grid.of_heads(),
-        grid.of_angles(),
-        *[grid.of_numbers()] * 4,
-        None if out.dh_BHPN is None else grid.after(grid.heads, width, d_state),
-        None if out.dphi_BKX is None else grid.after(None, 1, angles),
-        [grid.after(array.shape[0] // grid.blocks, *array.shape[1:]) for array in weights],
+        **{name: getattr(specs.inputs, name) for name in of_tokens},
+        dh_BHPN=None if out.dh_BHPN is None else grid.after(grid.heads, width, d_state),
+        dphi_BKX=None if out.dphi_BKX is None else grid.after(None, 1, angles),
+        weights={name: after(array) for name, array in weights.items()},
     )
+    vmem = lambda *sizes: pltpu.VMEM(sizes, jnp.float32) if all(sizes) else None  # noqa: E731
     scratch = Scratch(
-        pltpu.VMEM((n_heads // grid.pack, d_state, grid.lanes), jnp.float32),
-        pltpu.VMEM((grid.blocks, angles, 1), jnp.float32),
+        vmem(n_heads // grid.pack, d_state, grid.lanes),
+        vmem(grid.blocks, angles, 1),
         *[grid.columns()] * 4,
-        pltpu.VMEM((angles, grid.tokens), jnp.float32),
+        vmem(angles, grid.tokens),
         grid.numbers(),
-        pltpu.VMEM((n_heads, grid.tokens), jnp.float32),
-        [pltpu.VMEM(array.shape, jnp.float32) for array in weights],
+        vmem(n_heads, grid.tokens),
+        {name: vmem(*array.shape) for name, array in weights.items()},
     )
     of_grid = functools.partial(kernel, grid=grid)
     d = call(of_grid, "mamba3_tpu_scan_back", grid, refs, specs, out, out_specs, [scratch])
-    return _gradients(inputs, read, d, grid)
+    return _gradients(inputs, d, grid)
 
 
-def _gradients(inputs: Inputs, read: Refs, d: Gradients, grid: Grid) -> Inputs:
+def _gradients(inputs: Inputs, d: Gradients, grid: Grid) -> Inputs:
     """As `Inputs` has them."""
-    present = (jnp.sum(dweight, axis=0) for dweight in d.weights)
-    of_heads = [next(present) for _ in read[-7:-5]]
-    of_packs = [None if array is None else grid.unpacked(next(present)) for array in read[-5:]]
-    of_packs = (
-        None if weight is None else weight.reshape(array.shape)
-        for weight, array in zip(of_packs, inputs[-5:], strict=True)
-    )
+    weights = {}
+    for name, dweight in d.weights.items():
+        of_row = jnp.sum(dweight, axis=0)
+        if name in OF_PACKS:
+            weights[OF_PACKS[name]] = grid.unpacked(of_row).reshape(getattr(inputs, OF_PACKS[name]).shape)
+        else:
+            weights[OF_HEADS[name]] = of_row
     dfirst_BHS = None
     if d.dphi_BKX is not None:
         dfirst_BHS = d.dphi_BKX.reshape(grid.batch, grid.n_heads, grid.planes)
+    like = lambda dx, x: None if dx is None else dx.reshape(x.shape)  # noqa: E731
+    second = lambda dx: tokens_second(dx, grid.tokens)  # noqa: E731
     return Inputs(
-        *(None if dx is None else dx.reshape(x.shape) for dx, x in zip(d[:4], inputs[:4], strict=True)),
-        *(tokens_second(dx, grid.tokens) for dx in d[4:9]),
-        dfirst_BHS,
-        d.dh_BHPN,
-        *of_heads,
-        *of_packs,
+        **dict.fromkeys(OF_HEADS.values())
+        | dict.fromkeys(OF_PACKS.values())
+        | weights
+        | {
+            "q_BLGRN": like(d.q_BLX, inputs.q_BLGRN),
+            "k_BLGRN": like(d.k_BLX, inputs.k_BLGRN),
+            "v_BLHP": like(d.v_BLX, inputs.v_BLHP),
+            "gate_BLHP": like(d.gate_BLX, inputs.gate_BLHP),
+            "angle_BLHS": second(d.angle_BHSL),
+            "dt_BLH": second(d.dt_BHL),
+            "log_a_BLH": second(d.log_a_BHL),
+            "gamma_BLH": second(d.gamma_BHL),
+            "kappa_BLH": second(d.kappa_BHL),
+            "first_BHS": dfirst_BHS,
+            "h_BHPN": d.dh_BHPN,
+        }
     )

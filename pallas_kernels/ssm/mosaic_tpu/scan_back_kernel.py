@@ -34,7 +34,6 @@ from pallas_kernels.ssm.mosaic_tpu.parts import (
     Decay,
     Ends,
     Masks,
-    Turn,
     alone,
     of_ranks,
     over_ranks,
@@ -58,35 +57,35 @@ class Gradients(NamedTuple):
     k_BLX: jax.Array
     v_BLX: jax.Array
     gate_BLX: jax.Array | None
-    angle_BHSL: jax.Array
-    dt_BHL: jax.Array  # through the angle
+    angle_BHSL: jax.Array | None
+    dt_BHL: jax.Array | None  # through the angle
     log_a_BHL: jax.Array
     gamma_BHL: jax.Array
-    kappa_BHL: jax.Array
+    kappa_BHL: jax.Array | None  # None: all of it is gamma's
     dh_BHPN: jax.Array | None  # of the state before the row; None: there is none
     dphi_BKX: jax.Array | None  # of the angle before it
-    weights: list  # (B, ..), of the weights that there are, as in `Refs`
+    weights: dict  # (B, ..), of the weights that there are, by their names in `Refs`
 
 
 class Scratch(NamedTuple):
     """What is carried: dh, dphi and weights over chunks, the rest over the blocks of heads of one."""
 
     dh_WNX: jax.Array
-    dphi_KX1: jax.Array
+    dphi_KX1: jax.Array | None  # None: nothing turns
     q_GNT: jax.Array
     k_GNT: jax.Array
     dq_GNT: jax.Array
     dk_GNT: jax.Array
-    dangle_XQ: jax.Array  # the angle's gradient, whose sum is over the blocks of heads that share it
+    dangle_XQ: jax.Array | None  # the angle's gradient, whose sum is over the blocks of heads that share it
     scalars_HXQ: jax.Array
     dc_HQ: jax.Array  # the gradient of the decay of all heads in a chunk
-    weights: list
+    weights: dict
 
 
 class Head(NamedTuple):
     """The gradients of a head in a chunk that wait for those of the others."""
 
-    dphi_SQ: jax.Array
+    dphi_SQ: jax.Array | None
     columns: list  # Q1: dc and dkappa but for what is in the rows
     rows: list  # 1Q: dc, dgamma and dkappa
 
@@ -94,15 +93,17 @@ class Head(NamedTuple):
 def kernel(refs: Back, out: Gradients, scratch: Scratch, *, grid: Grid):
     step, block = pl.program_id(1), pl.program_id(2)
     inputs = refs.inputs
-    places = [pl.ds(block * ref.shape[0], ref.shape[0]) for ref in out.weights]  # of heads, or of packs
+    # Of heads, or of packs.
+    places = {name: pl.ds(block * ref.shape[0], ref.shape[0]) for name, ref in out.weights.items()}
 
     @pl.when(step == 0)
     def _():
         parts.load_states(scratch.dh_WNX, refs.dh_BHPN, block, inputs.order_MN, grid)
-        none_X1 = jnp.zeros(scratch.dphi_KX1.shape[1:], jnp.float32)
-        scratch.dphi_KX1[block] = none_X1 if refs.dphi_BKX is None else refs.dphi_BKX[...].T
-        for sum_ref, place in zip(scratch.weights, places, strict=True):
-            sum_ref[place] = jnp.zeros((place.size, *sum_ref.shape[1:]), jnp.float32)
+        if grid.planes:
+            none_X1 = jnp.zeros(scratch.dphi_KX1.shape[1:], jnp.float32)
+            scratch.dphi_KX1[block] = none_X1 if refs.dphi_BKX is None else refs.dphi_BKX[...].T
+        for name, sum_ref in scratch.weights.items():
+            sum_ref[places[name]] = jnp.zeros((places[name].size, *sum_ref.shape[1:]), jnp.float32)
 
     of_group = grid.of_group(block)
 
@@ -114,20 +115,24 @@ def kernel(refs: Back, out: Gradients, scratch: Scratch, *, grid: Grid):
     parts.load_groups(scratch.q_GNT, scratch.k_GNT, inputs, block, grid)
     parts.load_numbers(scratch.scalars_HXQ, inputs, block, grid)
     masks = Masks.load(inputs, grid)
-    decays = [Decay.load(scratch.scalars_HXQ[block * grid.heads + head], masks) for head in range(grid.heads)]
-    turns = Turn.of_heads(*parts.sincos(inputs, decays, masks, grid), grid)
+    decays = [Decay.load(scratch.scalars_HXQ[block * grid.heads + head], masks, grid) for head in range(grid.heads)]
+    turns = parts.turns(inputs, decays, masks, grid)
     done = []
     for pack in range(grid.packs):
         done += _pack(pack, block, turns, decays, masks, refs, out, scratch, grid)
-    ddt = _angles(
-        jnp.concatenate([one.dphi_SQ for one in done], axis=0), block, decays, masks, refs, out, scratch, grid
-    )
-    for head, (one, ddt_1Q) in enumerate(zip(done, ddt, strict=True)):
+    if grid.planes:
+        dphi_XQ = jnp.concatenate([one.dphi_SQ for one in done], axis=0)
+        for head, ddt_1Q in enumerate(_angles(dphi_XQ, block, decays, masks, refs, out, scratch, grid)):
+            out.dt_BHL[pl.ds(block * grid.heads + head, 1)] = ddt_1Q
+    for head, one in enumerate(done):
         columns_XQ = jnp.concatenate(one.columns, axis=1).T
         dc_1Q, dgamma_1Q, dkappa_1Q = one.rows
-        row = pl.ds(block * grid.heads + head, 1)
-        out.dt_BHL[row], out.gamma_BHL[row] = ddt_1Q, dgamma_1Q
-        out.kappa_BHL[row], scratch.dc_HQ[row] = columns_XQ[1:] + dkappa_1Q, columns_XQ[:1] + dc_1Q
+        row, dkappa_1Q = pl.ds(block * grid.heads + head, 1), columns_XQ[1:] + dkappa_1Q
+        if out.kappa_BHL is None:
+            out.gamma_BHL[row] = dgamma_1Q + dkappa_1Q
+        else:
+            out.gamma_BHL[row], out.kappa_BHL[row] = dgamma_1Q, dkappa_1Q
+        scratch.dc_HQ[row] = columns_XQ[:1] + dc_1Q
 
     @pl.when(block == grid.blocks - 1)
     def _():
@@ -149,8 +154,8 @@ def kernel(refs: Back, out: Gradients, scratch: Scratch, *, grid: Grid):
             parts.store_states(out.dh_BHPN, scratch.dh_WNX, block, inputs.order_MN, grid)
         if out.dphi_BKX is not None:
             out.dphi_BKX[...] = scratch.dphi_KX1[block].T
-        for ref, sum_ref, place in zip(out.weights, scratch.weights, places, strict=True):
-            ref[...] = sum_ref[place]
+        for name, ref in out.weights.items():
+            ref[...] = scratch.weights[name][places[name]]
 
 
 def _pack(pack: int, block, turns, decays, masks: Masks, refs: Back, out, scratch: Scratch, grid: Grid) -> list:
@@ -158,7 +163,7 @@ def _pack(pack: int, block, turns, decays, masks: Masks, refs: Back, out, scratc
     inputs, rank, width = refs.inputs, grid.rank, grid.width
     heads, of_pack, index = grid.heads_of(pack), grid.lanes_of_pack(pack), block * grid.packs + pack
     by_head = lambda values: side_by_side(values, width)  # noqa: E731
-    left = [decays[head].until_Q1 * decays[head].kappa_Q1 for head in heads]
+    left = [decays[head].until_Q1 * decays[head].later_Q1 for head in heads]
     since_TX = by_head([ranks(decays[head].since_Q1, rank) for head in heads])
     left_TX = by_head([ranks(left_Q1, rank) for left_Q1 in left])
     v_QX = inputs.v_BLX[:, of_pack].astype(jnp.float32)
@@ -170,7 +175,7 @@ def _pack(pack: int, block, turns, decays, masks: Masks, refs: Back, out, scratc
     for head in heads:
         # As products take them: so what pairs of a chunk give to the angle cancels where it adds up over the row.
         q_NT, k_NT = (
-            parts.turned(x_GNT[grid.group_of(head)], bias_HRN[head], turns[head], grid)
+            parts.turned(x_GNT[grid.group_of(head)], bias_HRN, head, turns[head], grid)
             for x_GNT, bias_HRN in zip(
                 (scratch.q_GNT, scratch.k_GNT), (inputs.q_bias_HRN, inputs.k_bias_HRN), strict=True
             )
@@ -204,7 +209,7 @@ def _pack(pack: int, block, turns, decays, masks: Masks, refs: Back, out, scratc
         pairs_QQ = jnp.where(masks.own_QQ, 0.0, both_QQ) * decay.within_QQ
         dgamma_1Q = jnp.sum(jnp.where(masks.own_QQ, both_QQ, 0.0), axis=0, keepdims=True)
         dkappa_1Q = jnp.sum(pairs_QQ, axis=0, keepdims=True)
-        received_Q1 = jnp.sum(pairs_QQ * decay.kappa_1Q, axis=1, keepdims=True)
+        received_Q1 = jnp.sum(pairs_QQ * decay.later_1Q, axis=1, keepdims=True)
         over_tokens.append((dgamma_1Q, dkappa_1Q, received_Q1))
     later_TX, whole_1X = by_head(laters), by_head([decays[head].whole() for head in heads])
     dx_TX += by_head(dxs) + left_TX * later_TX
@@ -216,10 +221,16 @@ def _pack(pack: int, block, turns, decays, masks: Masks, refs: Back, out, scratc
         dv_QX = sum(dx_QX * v_rank_RX[r : r + 1] for r, dx_QX in enumerate(by_rank))
         dv_rank_RX = jnp.concatenate([jnp.sum(dx_QX * v_QX, axis=0, keepdims=True) for dx_QX in by_rank], axis=0)
     out.v_BLX[:, of_pack] = dv_QX.astype(out.v_BLX.dtype)
-    of_pack_weights = (dends.skip_1X, dv_rank_RX, *dends[1:])
-    present = (weight for weight in of_pack_weights if weight is not None)
-    for sum_ref, more in zip(scratch.weights[2:], present, strict=True):
-        sum_ref[index] += more
+    of_pack_weights = {
+        "skip_WRX": dends.skip_1X,
+        "v_rank_WRX": dv_rank_RX,
+        "gate_rank_WRX": dends.gate_rank_RX,
+        "out_rank_WRX": dends.out_rank_RX,
+        "norm_WRX": dends.norm_1X,
+    }
+    for name, more in of_pack_weights.items():
+        if more is not None:
+            scratch.weights[name][index] += more
 
     gave_TX, received_TX = over_ranks(x_TX * later_TX, rank), over_ranks(since_dy_TX * read_TX, rank)
     crossing_1X = jnp.sum(dh_NX * h_NX, axis=0, keepdims=True) * whole_1X
@@ -233,22 +244,30 @@ def _pack(pack: int, block, turns, decays, masks: Masks, refs: Back, out, scratc
         received_Q1 += of_h_Q1 - left[place] * gave_Q1
         crossing_11 += jnp.sum(left[place] * gave_Q1, axis=0, keepdims=True)
         token_1Q = lax.broadcasted_iota(jnp.int32, dkappa_1Q.shape, 1)
-        dc_1Q = jnp.where(token_1Q == grid.tokens - 1, crossing_11, 0.0) - decay.kappa_1Q * dkappa_1Q
+        dc_1Q = jnp.where(token_1Q == grid.tokens - 1, crossing_11, 0.0) - decay.later_1Q * dkappa_1Q
 
-        dphi_ST = 0.0
-        for dx_NT, x_NT in ((dqs[place], q_NT), (dks[place], k_NT)):
-            (du_ST, dw_ST), (u_ST, w_ST) = turn.pair(dx_NT), turn.pair(x_NT.astype(jnp.float32))
-            dphi_ST += dw_ST * u_ST - du_ST * w_ST
-        biases = []
-        for dx_NT, sum_ref in ((dqs[place], scratch.dq_GNT), (dks[place], scratch.dk_GNT)):
-            back_NT = turn.back(dx_NT)
+        dphi_SQ = None
+        if turn is not None:
+            dphi_ST = 0.0
+            for dx_NT, x_NT in ((dqs[place], q_NT), (dks[place], k_NT)):
+                (du_ST, dw_ST), (u_ST, w_ST) = turn.pair(dx_NT), turn.pair(x_NT.astype(jnp.float32))
+                dphi_ST += dw_ST * u_ST - du_ST * w_ST
+            dphi_SQ = over_ranks(dphi_ST, rank, 1)
+        biases = {}
+        for name, dx_NT, sum_ref in (
+            ("q_bias_HRN", dqs[place], scratch.dq_GNT),
+            ("k_bias_HRN", dks[place], scratch.dk_GNT),
+        ):
+            back_NT = dx_NT if turn is None else turn.back(dx_NT)
             sum_ref[grid.group_of(head)] += back_NT
-            biases += [jnp.sum(back_NQ, axis=1, keepdims=True) for back_NQ in of_ranks(back_NT, rank, 1)]
-        biases_RN = jnp.concatenate(biases, axis=1).T
-        for sum_ref, more_RN in zip(scratch.weights[:2], of_ranks(biases_RN, 2), strict=True):
-            sum_ref[block * grid.heads + head] += more_RN
+            if name in scratch.weights:
+                biases[name] = [jnp.sum(back_NQ, axis=1, keepdims=True) for back_NQ in of_ranks(back_NT, rank, 1)]
+        if biases:  # of queries and of keys in one
+            both_RN = jnp.concatenate([x_N1 for of_side in biases.values() for x_N1 in of_side], axis=1).T
+            for name, more_RN in zip(biases, of_ranks(both_RN, len(biases)), strict=True):
+                scratch.weights[name][block * grid.heads + head] += more_RN
         columns, rows_ = [received_Q1, decay.until_Q1 * gave_Q1], [dc_1Q, dgamma_1Q, dkappa_1Q]
-        done.append(Head(over_ranks(dphi_ST, rank, 1), columns, rows_))
+        done.append(Head(dphi_SQ, columns, rows_))
     return done
 
 

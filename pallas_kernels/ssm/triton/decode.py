@@ -3,8 +3,8 @@
     h' = a h + sum_s w_s X_s k_s^T,   y_r = h' q_r
     o = sum_r out_rank_r norm(y_r + D X_r) silu(gate gate_rank_r)
 
-s runs over the R ranks of the token before (w = beta = (1 - trap) dt a), then over those of this one (w = gamma =
-trap dt); X_s = v_rank v; keys and queries come biased and rotated.
+s runs over the R ranks of the token before (w = beta, which has the decay a here),
+then over those of this one (w = gamma); X_s = v_rank v; keys and queries come biased and rotated.
 
 The state's bytes are the floor, so everything else has to hide behind them. What does not by itself is the sums over N
 that cross threads: R of them for each row of P. So N is taken in blocks of few columns, whose products add up thread by
@@ -51,13 +51,13 @@ class Inputs(NamedTuple):
     """None: absent."""
 
     h_BHPN: jax.Array  # float32, the state before the token
-    before_k_BRHN: jax.Array  # of the token before
-    before_v_BHP: jax.Array
+    before_k_BRHN: jax.Array | None  # of the token before; these two None, with beta: it has no weight
+    before_v_BHP: jax.Array | None
     q_BHRN: jax.Array
     k_BHRN: jax.Array
     v_BHP: jax.Array
     a_BH: jax.Array  # these three float32
-    beta_BH: jax.Array
+    beta_BH: jax.Array | None  # the decay of this step included
     gamma_BH: jax.Array
     start_B: jax.Array | None  # int32; what is not 0 forgets everything before
     gate_BHP: jax.Array | None
@@ -135,7 +135,7 @@ class Vectors(NamedTuple):
     """What a program knows of a head but its state, float32: numbers, and one vector a rank."""
 
     a: jax.Array
-    before_x_P: list  # times their weight
+    before_x_P: list  # times their weight; empty: the token before has none
     x_P: list
     weighted_x_P: list  # times gamma
 
@@ -184,21 +184,24 @@ def _shape(ref, at):
 def _vectors(refs: Inputs, head: int, keep) -> Vectors:
     rank = refs.q_BHRN.shape[1]
     v_P = refs.v_BHP[head, :].astype(jnp.float32)
-    before_v_P = refs.beta_BH[head] * _kept(refs.before_v_BHP, (head, slice(None)), keep)
-    gamma = refs.gamma_BH[head]
+    before_v_P, gamma = [], refs.gamma_BH[head]
+    if refs.beta_BH is not None:
+        before_v_P = [refs.beta_BH[head] * _kept(refs.before_v_BHP, (head, slice(None)), keep)]
     if refs.v_rank_HRP is None:
-        return Vectors(refs.a_BH[head], [before_v_P], [v_P], [gamma * v_P])
+        return Vectors(refs.a_BH[head], before_v_P, [v_P], [gamma * v_P])
     v_ranks_P = [refs.v_rank_HRP[head, r, :].astype(jnp.float32) for r in range(rank)]
     x_P = [v_rank_P * v_P for v_rank_P in v_ranks_P]
-    return Vectors(refs.a_BH[head], [v_rank_P * before_v_P for v_rank_P in v_ranks_P], x_P, [gamma * x for x in x_P])
+    before_x_P = [v_rank_P * x_P for v_rank_P in v_ranks_P for x_P in before_v_P]
+    return Vectors(refs.a_BH[head], before_x_P, x_P, [gamma * x for x in x_P])
 
 
 def _updated(refs: Inputs, head: int, columns, h_PC, vectors: Vectors, keep):
     """Not one sum over a stacked axis: that crosses threads."""
     h_PC = vectors.a * h_PC
-    for r, (before_x_P, x_P) in enumerate(zip(vectors.before_x_P, vectors.weighted_x_P, strict=True)):
-        before_k_C = _kept(refs.before_k_BRHN, (r, head, columns), keep)
-        h_PC += before_x_P[:, None] * before_k_C[None, :]
+    for r, x_P in enumerate(vectors.weighted_x_P):
+        if vectors.before_x_P:
+            before_k_C = _kept(refs.before_k_BRHN, (r, head, columns), keep)
+            h_PC += vectors.before_x_P[r][:, None] * before_k_C[None, :]
         h_PC += x_P[:, None] * refs.k_BHRN[head, r, columns].astype(jnp.float32)[None, :]
     return h_PC
 
@@ -238,16 +241,20 @@ def _stacked_k(refs: Inputs, head: int, columns, keep):
         before_K &= keep
     column_C = columns.start + iota(columns.size)
     wide = lambda mask_K: jnp.broadcast_to(mask_K[:, None], (mask_K.shape[0], columns.size))  # noqa: E731
-    before_KC = _gathered(refs.before_k_BRHN, rank_K[:, None], head, column_C[None, :], mask=wide(before_K))
-    return before_KC + _gathered(refs.k_BHRN, head, rank_K[:, None], column_C[None, :], mask=wide(now_K))
+    now_KC = _gathered(refs.k_BHRN, head, rank_K[:, None], column_C[None, :], mask=wide(now_K))
+    if refs.before_k_BRHN is None:
+        return now_KC
+    return now_KC + _gathered(refs.before_k_BRHN, rank_K[:, None], head, column_C[None, :], mask=wide(before_K))
 
 
 def _stacked_x(refs: Inputs, head: int, keep, tile: Tile):
     """w_s X_s, likewise: (P, K)."""
     rank_K, before_K, now_K = _sources(refs.q_BHRN.shape[1])
     v_P = refs.gamma_BH[head] * refs.v_BHP[head, :].astype(jnp.float32)
-    before_v_P = refs.beta_BH[head] * _kept(refs.before_v_BHP, (head, slice(None)), keep)
-    x_PK = jnp.where(before_K[None, :], before_v_P[:, None], jnp.where(now_K[None, :], v_P[:, None], 0.0))
+    x_PK = jnp.where(now_K[None, :], v_P[:, None], 0.0)
+    if refs.beta_BH is not None:
+        before_v_P = refs.beta_BH[head] * _kept(refs.before_v_BHP, (head, slice(None)), keep)
+        x_PK = jnp.where(before_K[None, :], before_v_P[:, None], x_PK)
     if refs.v_rank_HRP is None:
         return x_PK
     used_PK = jnp.broadcast_to((before_K | now_K)[None, :], x_PK.shape)

@@ -3,9 +3,9 @@
     h' = a h + sum_s w_s X_s k_s^T,   y_r = h' q_r
     o = sum_r out_rank_r norm(y_r + D X_r) silu(gate gate_rank_r)
 
-s runs over the R ranks of the token before (w = beta = (1 - trap) dt a), then over those of this one (w = gamma =
-trap dt); X_s = v_rank v. This token's queries and keys are biased here, and turned by the angle phi' = phi + dt turn
-(mod 2 pi); the key of the token before comes as it was left.
+s runs over the R ranks of the token before (w = a beta), then over those of this one (w = gamma); X_s = v_rank v. This
+token's queries and keys are biased here, and turned by the angle phi' = phi + dt turn (mod 2 pi); the key of the token
+before comes as it was left. What is None is left out.
 
 A program has one head of one row: 64 x 128 numbers of state are 64 registers of each of 128 threads. The state's bytes
 are the floor, so everything else has to hide behind them. Two things do not by themselves: sums over N that cross
@@ -19,14 +19,13 @@ Letters: B batch, R rank, G groups of q/k, H heads, N state per head, P head wid
 import functools
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.ssm.one_token import Inputs, Outputs
+from pallas_kernels.ssm.one_token import Inputs, Outputs, in_place, outputs_of
 from pallas_kernels.ssm.triton.common import iota, sigmoid
 
 NORM_EPS = 1e-5
@@ -66,13 +65,7 @@ def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
         fields = zip(type(arrays)._fields, arrays, strict=True)
         return type(arrays)(*[None if x is None else spec(x, name.split("_")[-1]) for name, x in fields])
 
-    shape = jax.ShapeDtypeStruct
-    out = Outputs(
-        *(shape(inputs.h_BHPN.shape, jnp.float32), shape(inputs.angle_BHS.shape, jnp.float32)),
-        *(shape(inputs.before_k_BRHN.shape, inputs.k_BRGN.dtype), shape(inputs.v_BHP.shape, inputs.v_BHP.dtype)),
-        shape(inputs.v_BHP.shape, inputs.v_BHP.dtype),
-    )
-    in_place = {i: i for i in range(4) if inputs[i].dtype == out[i].dtype}
+    out = outputs_of(inputs)
     how = {"compiler_params": plt.CompilerParams(num_warps=tile.warps, num_stages=1)}
     (outputs,) = pl.pallas_call(
         functools.partial(_kernel, rotation=rotation, tile=tile),
@@ -80,7 +73,7 @@ def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
         in_specs=(specs(inputs),),
         out_specs=[specs(out)],
         out_shape=[out],
-        input_output_aliases=in_place,
+        input_output_aliases=in_place(inputs, out),
         name="mamba3_decode",
         **({"interpret": True} if tile.interpret else how),
     )(inputs)
@@ -100,34 +93,41 @@ def _kernel(refs: Inputs, out: Outputs, *, rotation: str, tile: Tile):
     at_PAC = p_P[:, None, None], n_AC[None]
     h_PAC = _load(refs.h_BHPN, *at_PAC, mask=_both(here_PAC, keep))
 
-    dt, log_a, trap = refs.dt_BH[...], refs.log_a_BH[...], refs.trap_BH[...]
-    a = jnp.exp(log_a)
+    a, gamma = jnp.exp(refs.log_a_BH[...]), refs.gamma_BH[...]
     turned = _Turned(refs, n_AC, here_AC, keep, rotation)
     rank = refs.q_BRGN.shape[0]
     v_P = _load(refs.v_BHP, p_P, mask=here_P)
-    before_v_P = (1 - trap) * dt * a * _load(refs.before_v_BHP, p_P, mask=_both(here_P, keep))
-    angle_S, s_S = _advanced_angle(refs, keep)
+    before_v_P = None
+    if refs.beta_BH is not None:
+        before_v_P = a * refs.beta_BH[...] * _load(refs.before_v_BHP, p_P, mask=_both(here_P, keep))
+    angle_S, s_S = (None, None) if refs.angle_BHS is None else _advanced_angle(refs, keep)
 
     def row(ref, r):
         return None if ref is None else _load(ref, r, p_P, mask=here_P)
 
     def load_keys(r):
-        before_k_AC = _load(refs.before_k_BRHN, r, n_AC, mask=_both(here_AC, keep))
+        before_k_AC = None
+        if before_v_P is not None:
+            before_k_AC = _load(refs.before_k_BRHN, r, n_AC, mask=_both(here_AC, keep))
         return before_k_AC, turned.load(refs.k_BRGN, refs.k_bias_HRN, r), row(refs.v_rank_HRP, r)
 
     def update(r, loaded, h_PAC):  # not one sum over a stacked axis: that crosses threads
         before_k_AC, k, v_rank_P = loaded
-        h_PAC += _times(before_v_P, v_rank_P)[:, None][:, None] * before_k_AC[None]
+        if before_k_AC is not None:
+            h_PAC += _times(before_v_P, v_rank_P)[:, None][:, None] * before_k_AC[None]
         k_AC = turned(k)
-        h_PAC += _times(trap * dt * v_P, v_rank_P)[:, None][:, None] * k_AC[None]
-        _barrier(tile)
-        _store(out.k_BRHN, k_AC, r, n_AC, mask=here_AC)
+        h_PAC += _times(gamma * v_P, v_rank_P)[:, None][:, None] * k_AC[None]
+        if out.k_BRHN is not None:
+            _barrier(tile)
+            _store(out.k_BRHN, k_AC, r, n_AC, mask=here_AC)
         return h_PAC
 
     h_PAC = _for_ranks(rank, load_keys, update, a * h_PAC)
     _store(out.h_BHPN, h_PAC, *at_PAC, mask=here_PAC)
-    _store(out.angle_BHS, angle_S, s_S, mask=_inside(s_S, refs.angle_BHS.shape[0]))
-    _store(out.v_BHP, v_P, p_P, mask=here_P)
+    if angle_S is not None:
+        _store(out.angle_BHS, angle_S, s_S, mask=_inside(s_S, refs.angle_BHS.shape[0]))
+    if out.v_BHP is not None:
+        _store(out.v_BHP, v_P, p_P, mask=here_P)
 
     skip = 0.0 if refs.skip_H is None else refs.skip_H[...].astype(jnp.float32)
     gate_P = None if refs.gate_BHP is None else _load(refs.gate_BHP, p_P, mask=here_P)
@@ -174,6 +174,9 @@ class _Turned:
     """Queries or keys of this token, biased and turned: an entry and the other one of its plane, times cos and sin."""
 
     def __init__(self, refs: Inputs, n_AC, here_AC, keep, rotation: str):
+        self.n_AC, self.here_AC, self.partner_AC = n_AC, here_AC, None
+        if refs.angle_BHS is None:
+            return
         (planes,), half = refs.angle_BHS.shape, refs.h_BHPN.shape[1] // 2
         if rotation == "adjacent":
             plane_AC, is_second_AC, self.partner_AC = n_AC >> 1, n_AC & 1 == 1, n_AC ^ 1
@@ -184,18 +187,21 @@ class _Turned:
         angle_AC = _advanced(refs, plane_AC, plane_AC < planes, keep)  # none turns by 0
         sin_AC, self.cos_AC = jnp.sin(angle_AC), jnp.cos(angle_AC)
         self.sin_AC = jnp.where(is_second_AC, sin_AC, -sin_AC)
-        self.n_AC, self.here_AC = n_AC, here_AC
 
     def load(self, x_ref, bias_ref, r):
-        return [
-            _load(ref, r, at_AC, mask=self.here_AC)
-            for ref in (x_ref, bias_ref)
-            for at_AC in (self.n_AC, self.partner_AC)
-        ]
+        """An entry and its bias, then those of its partner: None for no bias, and where nothing turns."""
+
+        def biased(at_AC):
+            bias_AC = None if bias_ref is None else _load(bias_ref, r, at_AC, mask=self.here_AC)
+            return _load(x_ref, r, at_AC, mask=self.here_AC), bias_AC
+
+        return biased(self.n_AC), None if self.partner_AC is None else biased(self.partner_AC)
 
     def __call__(self, loaded):
-        own, other, own_bias, other_bias = loaded
-        return (own + own_bias) * self.cos_AC + (other + other_bias) * self.sin_AC
+        own, other = loaded
+        if other is None:
+            return _plus(*own)
+        return _plus(*own) * self.cos_AC + _plus(*other) * self.sin_AC
 
 
 def _advanced_angle(refs: Inputs, keep):
@@ -209,6 +215,10 @@ def _advanced(refs: Inputs, at, mask, keep):
     for _ in range(2):  # a tiny negative angle rounds up to a whole turn, which is zero
         angle = angle - 2 * np.pi * jnp.floor(angle * (1 / (2 * np.pi)))
     return angle
+
+
+def _plus(x, bias):
+    return x if bias is None else x + bias
 
 
 def _times(x_P, rank_P):

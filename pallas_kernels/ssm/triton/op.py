@@ -25,16 +25,16 @@ class Inputs(NamedTuple):
     k_BLRGN: jax.Array
     v_BLHP: jax.Array
     gate_BLHP: jax.Array | None
-    angle_BLHS: jax.Array  # radians per unit dt; the H axis may be 1
-    dt_BHL: jax.Array
+    angle_BLHS: jax.Array | None  # radians per unit dt; the H axis may be 1; None, with dt and first: nothing turns
+    dt_BHL: jax.Array | None
     log_decay_BHL: jax.Array  # since the first token of the chunk, or of its document in the chunk
     decay_rest_BHL: jax.Array | None  # see `scan.Inputs`
     gamma_BHL: jax.Array  # a token's weight in its own output
-    kappa_BHL: jax.Array  # and in later ones
-    first_BHS: jax.Array  # radians: the angle before the row
+    kappa_BHL: jax.Array | None  # and in later ones; None: gamma
+    first_BHS: jax.Array | None  # radians: the angle before the row
     h_BHPN: jax.Array  # the state before it
-    q_bias_HRN: jax.Array
-    k_bias_HRN: jax.Array
+    q_bias_HRN: jax.Array | None
+    k_bias_HRN: jax.Array | None
     skip_H: jax.Array | None
     v_rank_HRP: jax.Array | None
     gate_rank_HRP: jax.Array | None
@@ -47,7 +47,7 @@ class Kept(NamedTuple):
 
     q_BHTN: jax.Array
     k_BHTN: jax.Array
-    start_BHCS: jax.Array
+    start_BHCS: jax.Array | None
     y_BLHRP: jax.Array
     starts_BHSPN: jax.Array
     left_BHS: jax.Array | None
@@ -56,7 +56,7 @@ class Kept(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def mamba3(inputs: Inputs, document_BL, tile: Tile):
-    """o_BLHP, the last state h_BHPN, and the last angle_BHS in radians, in [0, 2 pi).
+    """o_BLHP, the last state h_BHPN, and the last angle_BHS in radians, in [0, 2 pi) (None: nothing turns).
 
     Args:
         document_BL: int32, document starts in the row up to each token; None: one document.
@@ -87,7 +87,7 @@ def _forward(inputs: Inputs, document_BL, tile: Tile, *, keep: bool):
 
 def _rotated(inputs: Inputs, document_BL) -> rotate.Inputs:
     names = ("q_BLRGN", "k_BLRGN", "q_bias_HRN", "k_bias_HRN", "angle_BLHS", "dt_BHL", "first_BHS")
-    return rotate.Inputs(*(getattr(inputs, name) for name in names), document_BL)
+    return rotate.Inputs(*(getattr(inputs, name) for name in names), document_BL, heads=inputs.v_BLHP.shape[2])
 
 
 def _scanned(inputs: Inputs, q_BHTN, k_BHTN, h_BHSPN, document_BL, tile: Tile) -> scan.Inputs:
@@ -112,15 +112,17 @@ def _bwd(tile: Tile, residuals, cotangents):
 
     rotated = _rotated(inputs, document_BL)
     back = rotate_back.rotate_back(rotated, kept.start_BHCS, query.dq_BHTN, key.dk_BHTN, tile)
-    crossing_BHSA, end_BH, turned = _crossing(query, key, kept.last_BHPN, dlast_BHPN, dangle_BHS.shape[-1], tile)
-    sums = AngleSums(dangle_BLHS=back.dangle_BLHS, ddt_BHL=back.ddt_BHL, dphi_BHCS=back.dphi_BHCS)
-    dangle_BLHS, ddt_BHL, dfirst_BHS = add_later(
-        inputs.angle_BLHS, inputs.dt_BHL, document_BL, sums, dangle_BHS, turned
-    )
+    crossing_BHSA, end_BH, turned = _crossing(query, key, kept.last_BHPN, dlast_BHPN, dangle_BHS, tile)
+    dangle_BLHS = ddt_BHL = dfirst_BHS = None
+    if turned is not None:
+        sums = AngleSums(dangle_BLHS=back.dangle_BLHS, ddt_BHL=back.ddt_BHL, dphi_BHCS=back.dphi_BHCS)
+        dangle_BLHS, ddt_BHL, dfirst_BHS = add_later(
+            inputs.angle_BLHS, inputs.dt_BHL, document_BL, sums, dangle_BHS, turned
+        )
     document_BL = documents_in_chunks(document_BL, tile.tokens)
     dlog_decay_BHL = decay_bwd(document_BL, back.received_BHL, crossing_BHSA, end_BH, tile.tokens, tile.anchor)
 
-    over_ranks = lambda array_BHT: jnp.sum(array_BHT.reshape(*inputs.dt_BHL.shape, tile.rank), axis=-1)  # noqa: E731
+    over_ranks = lambda array_BHT: jnp.sum(array_BHT.reshape(*inputs.gamma_BHL.shape, tile.rank), axis=-1)  # noqa: E731
     if inputs.skip_H is not None:
         d["skip_H"] = jnp.sum(value.dskip_BHT, axis=(0, 2)).astype(inputs.skip_H.dtype)
     if inputs.v_rank_HRP is not None:
@@ -134,7 +136,7 @@ def _bwd(tile: Tile, residuals, cotangents):
         log_decay_BHL=dlog_decay_BHL,
         decay_rest_BHL=None if inputs.decay_rest_BHL is None else dlog_decay_BHL,
         gamma_BHL=over_ranks(value.dgamma_BHT),
-        kappa_BHL=over_ranks(value.dkappa_BHT),
+        kappa_BHL=None if inputs.kappa_BHL is None else over_ranks(value.dkappa_BHT),
         first_BHS=dfirst_BHS,
         h_BHPN=key.dh_BHSPN[:, :, 0],
         q_bias_HRN=back.dq_bias_HRN,
@@ -144,18 +146,22 @@ def _bwd(tile: Tile, residuals, cotangents):
     return gradients, None
 
 
-def _crossing(query: scan_back.Query, key: scan_back.Key, last_BHPN, dlast_BHPN, planes: int, tile: Tile):
-    """What earlier tokens mean to later ones, by the states kept: of the decay's gradient, and of the angle's."""
+def _crossing(query: scan_back.Query, key: scan_back.Key, last_BHPN, dlast_BHPN, dangle_BHS, tile: Tile):
+    """What earlier tokens mean to later ones, by the states kept: of the decay's gradient, and of the angle's (None
+    where nothing turns)."""
+    planes = 0 if dangle_BHS is None else dangle_BHS.shape[-1]
 
     def sums(h_PN, dh_PN):
         h_PN, dh_PN = h_PN.astype(jnp.float32), dh_PN.astype(jnp.float32)
+        if not planes:
+            return jnp.sum(h_PN * dh_PN, axis=(-2, -1)), None
         u_PS, w_PS, du_PS, dw_PS = h_PN[..., ::2], h_PN[..., 1::2], dh_PN[..., ::2], dh_PN[..., 1::2]
         return crossing_sums(u_PS, w_PS, du_PS, dw_PS, planes)
 
     found = sums(query.h_BHSAPN, key.dh_BHSAPN), sums(last_BHPN, dlast_BHPN)
     # Or XLA for GPU computes these sums again for each of their users.
     (start_BHSA, turned_BHSAS), (end_BH, end_BHS) = lax.optimization_barrier(found)
-    return start_BHSA, end_BH, Crossing(turned_BHSAS, end_BHS, tile.anchor)
+    return start_BHSA, end_BH, Crossing(turned_BHSAS, end_BHS, tile.anchor) if planes else None
 
 
 mamba3.defvjp(_fwd, _bwd)

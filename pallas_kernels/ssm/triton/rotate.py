@@ -23,23 +23,33 @@ COARSE = 2.0**-18  # of which 48 numbers below 1/2 add up exactly in float32
 
 
 class Inputs(NamedTuple):
-    """N and S powers of two, N = 2 S or N = 4 S."""
+    """N and S powers of two, N = 2 S or N = 4 S. None: absent; angle, dt and first are all there, or none of them."""
 
     q_BLRGN: jax.Array
     k_BLRGN: jax.Array
-    q_bias_HRN: jax.Array
-    k_bias_HRN: jax.Array
-    angle_BLHS: jax.Array  # float32, radians per unit dt; the H axis may be 1
-    dt_BHL: jax.Array  # float32
-    first_BHS: jax.Array  # float32, radians: the angle before the row
+    q_bias_HRN: jax.Array | None
+    k_bias_HRN: jax.Array | None
+    angle_BLHS: jax.Array | None  # float32, radians per unit dt; the H axis may be 1
+    dt_BHL: jax.Array | None  # float32
+    first_BHS: jax.Array | None  # float32, radians: the angle before the row
     document_BL: jax.Array | None  # int32, document starts in the row up to here
+    heads: int | None = None  # H, where nothing above says it
+
+    @property
+    def n_heads(self) -> int:
+        return self.heads or self.dt_BHL.shape[1]
+
+    @property
+    def planes(self) -> int:
+        """S; where nothing turns a quarter of N, which cuts it in two halves for the backward pass."""
+        return self.q_BLRGN.shape[-1] // 4 if self.first_BHS is None else self.first_BHS.shape[-1]
 
 
 class Rotated(NamedTuple):
-    q_BHTN: jax.Array  # T = L R, like q
+    q_BHTN: jax.Array  # T = L R, like q; where there is nothing to do, of the groups: (B, G, T, N)
     k_BHTN: jax.Array
-    last_BHS: jax.Array  # the angle after the row, radians, in [0, 2 pi)
-    start_BHCS: jax.Array  # before every chunk of `tile.turned` tokens, 32-bit
+    last_BHS: jax.Array | None  # the angle after the row, radians, in [0, 2 pi)
+    start_BHCS: jax.Array | None  # before every chunk of `tile.turned` tokens, 32-bit
 
 
 def _increments(angle_TS, dt_T):
@@ -162,10 +172,10 @@ class Turn(NamedTuple):
     """What one program sees: a chunk of a head's tokens."""
 
     x_BLRGN: jax.Array
-    bias_HRN: jax.Array
-    angle_BLHS: jax.Array
-    dt_BHL: jax.Array
-    start_BHCS: jax.Array
+    bias_HRN: jax.Array | None
+    angle_BLHS: jax.Array | None  # these three None: nothing turns
+    dt_BHL: jax.Array | None
+    start_BHCS: jax.Array | None
     document_BL: jax.Array | None
 
 
@@ -185,37 +195,42 @@ def _joined(first_TS, second_TS):
 
 
 def _turn_kernel(refs: Turn, out_ref, *, tile: Tile):
-    """A chunk of a block of heads."""
-    turning = pl.ds(0, 2 * refs.start_BHCS.shape[-1])
-    still = _still(refs.bias_HRN.shape[-1], refs.start_BHCS.shape[-1])
+    """Biases and turns a chunk of a block of heads."""
+    d_state, turns = refs.x_BLRGN.shape[-1], refs.angle_BLHS is not None
+    planes = refs.start_BHCS.shape[-1] if turns else 0
+    turning, still = pl.ds(0, 2 * planes), _still(d_state, planes)
     document_T = None if refs.document_BL is None else refs.document_BL[...]
-    angle = _of_head(refs.angle_BLHS)
+    angle = _of_head(refs.angle_BLHS) if turns else None
 
     def one(head, done):
-        phi_TS = _phi(angle(head), refs.dt_BHL[head, :], refs.start_BHCS[head, :], document_T, tile)
-        sin_TS, cos_TS = _sincos(phi_TS, tile)
+        if turns:
+            phi_TS = _phi(angle(head), refs.dt_BHL[head, :], refs.start_BHCS[head, :], document_T, tile)
+            sin_TS, cos_TS = _sincos(phi_TS, tile)
         for rank in range(tile.rank):
 
             def load(columns, rank=rank):
-                bias_N = refs.bias_HRN[head, rank, columns].astype(jnp.float32)
-                return refs.x_BLRGN[:, rank, columns].astype(jnp.float32) + bias_N[None, :]
+                x_TN = refs.x_BLRGN[:, rank, columns].astype(jnp.float32)
+                if refs.bias_HRN is None:
+                    return x_TN
+                return x_TN + refs.bias_HRN[head, rank, columns].astype(jnp.float32)[None, :]
 
             def store(columns, x_TN, rank=rank):
                 out_ref[0][head, :, rank, columns] = x_TN.astype(out_ref[0].dtype)
 
-            u_TS, w_TS = _pairs(load(turning))
-            store(turning, _joined(u_TS * cos_TS - w_TS * sin_TS, u_TS * sin_TS + w_TS * cos_TS))
+            if turns:
+                u_TS, w_TS = _pairs(load(turning))
+                store(turning, _joined(u_TS * cos_TS - w_TS * sin_TS, u_TS * sin_TS + w_TS * cos_TS))
             for columns in still:
                 store(columns, load(columns))
         return done
 
-    lax.fori_loop(0, refs.bias_HRN.shape[0], one, 0)
+    lax.fori_loop(0, out_ref[0].shape[0], one, 0)
 
 
 def _heads(inputs: Inputs, at_most: int, tile: Tile) -> int:
     """Heads that one program takes after another: a power of two, all of one group, few where programs are few."""
-    batch, n_heads, length = inputs.dt_BHL.shape
-    a_group = n_heads // inputs.q_BLRGN.shape[3]
+    n_heads, (batch, length, _, groups, _) = inputs.n_heads, inputs.q_BLRGN.shape
+    a_group = n_heads // groups
     most = max(1, min(at_most, batch * n_heads * (length // tile.turned) // 4096))
     return max(size for size in (1, 2, 4, 8, 16, 32) if size <= most and a_group % size == 0)
 
@@ -228,11 +243,13 @@ class Blocks:
 
     def __init__(self, inputs: Inputs, tokens: int, heads: int, ranks: int | None = None, part: int | None = None):
         rank, groups, d_state = inputs.q_BLRGN.shape[2:]
-        self.ranks, self.blocks_a_group = ranks, inputs.dt_BHL.shape[1] // groups // heads
-        planes = inputs.first_BHS.shape[-1]
+        self.ranks, self.blocks_a_group = ranks, inputs.n_heads // groups // heads
+        planes = inputs.planes
         self.part, width = part or 0, d_state if part is None else 2 * planes
         self.sizes = {"L": tokens, "H": heads, "R": None if ranks else rank, "N": width, "X": width, "S": planes}
-        self.angle = self.spec("BL1S" if inputs.angle_BLHS.shape[2] == 1 else "BLHS")
+        self.angle = None
+        if inputs.angle_BLHS is not None:
+            self.angle = self.spec("BL1S" if inputs.angle_BLHS.shape[2] == 1 else "BLHS")
 
     def spec(self, axes: str, **sizes) -> pl.BlockSpec:
         """`axes` as in a name; J is a block of heads, X a part of N; one entry of those that have no size."""
@@ -250,35 +267,42 @@ class Blocks:
 
 
 def rotate(inputs: Inputs, tile: Tile) -> Rotated:
-    """
+    """Biases and turns queries and keys, once a head.
+
     Raises:
         ValueError: sizes that the kernels cannot run.
     """
-    batch, length, rank, _, d_state = inputs.q_BLRGN.shape
-    planes = inputs.first_BHS.shape[-1]
+    batch, length, rank, groups, d_state = inputs.q_BLRGN.shape
+    planes, turns = inputs.planes, inputs.angle_BLHS is not None
     if d_state & (d_state - 1) or planes not in (d_state // 2, d_state // 4) or planes < 4:
         raise ValueError(f"{d_state=} is not a power of two with a quarter or half of it {planes=}, at least 4")
     if length % tile.turned or rank != tile.rank:
         raise ValueError(f"{length=} and {rank=} do not fit {tile}")
-    n_heads, heads = inputs.dt_BHL.shape[1], _heads(inputs, tile.heads_turned, tile)
-    document_BL = documents_in_chunks(inputs.document_BL, tile.turned)
-    start_BHCS, last_BHS = _starts(inputs, document_BL, tile)
+    n_heads, heads = inputs.n_heads, _heads(inputs, tile.heads_turned, tile)
+    document_BL = start_BHCS = last_BHS = None
+    if turns:
+        document_BL = documents_in_chunks(inputs.document_BL, tile.turned)
+        start_BHCS, last_BHS = _starts(inputs, document_BL, tile)
+        last_BHS = to_radians(last_BHS)
     blocks = Blocks(inputs, tile.turned, heads)
-    per_token = None if document_BL is None else blocks.spec("BL")
-    specs = (blocks.spec("BLRGN"), blocks.spec("HRN"), blocks.angle, blocks.spec("BHL"), blocks.spec("BHCS"), per_token)
 
     def turned(x_BLRGN, bias_HRN):
+        if not turns and bias_HRN is None:
+            return jnp.moveaxis(x_BLRGN, 3, 1).reshape(batch, groups, length * rank, d_state)
+        refs = Turn(x_BLRGN, bias_HRN, inputs.angle_BLHS, inputs.dt_BHL, start_BHCS, document_BL)
+        specs = Turn(*(blocks.spec(name.split("_")[-1]) for name in Turn._fields))._replace(angle_BLHS=blocks.angle)
+        specs = Turn(*(None if x is None else spec for x, spec in zip(refs, specs, strict=True)))
         (out_BHLRN,) = call(
             _turn_kernel,
             "mamba3_rotate",
             tile,
             tile.rotate,
             (n_heads // heads, length // tile.turned, batch),
-            Turn(x_BLRGN, bias_HRN, inputs.angle_BLHS, inputs.dt_BHL, start_BHCS, document_BL),
-            Turn(*specs),
+            refs,
+            specs,
             [((batch, n_heads, length, rank, d_state), x_BLRGN.dtype, blocks.spec("BHLRN"))],
         )
         return out_BHLRN.reshape(batch, n_heads, length * rank, d_state)
 
     q_BHTN, k_BHTN = turned(inputs.q_BLRGN, inputs.q_bias_HRN), turned(inputs.k_BLRGN, inputs.k_bias_HRN)
-    return Rotated(q_BHTN, k_BHTN, to_radians(last_BHS), start_BHCS)
+    return Rotated(q_BHTN, k_BHTN, last_BHS, start_BHCS)

@@ -24,7 +24,7 @@ class Side(NamedTuple):
     """Queries or keys, and the gradient of what they were turned to."""
 
     x_BLRGN: jax.Array
-    bias_HRN: jax.Array
+    bias_HRN: jax.Array | None
     dx_BHLRN: Split
 
 
@@ -33,8 +33,8 @@ class Back(NamedTuple):
 
     q: Side
     k: Side
-    dt_BHL: jax.Array
-    angle_BLHS: jax.Array | None  # None: of the entries that do not turn
+    dt_BHL: jax.Array | None  # these None: of the entries that do not turn
+    angle_BLHS: jax.Array | None
     start_BHCS: jax.Array | None
     document_BL: jax.Array | None
 
@@ -43,7 +43,7 @@ class SideOutputs(NamedTuple):
     """Partial sums, float32: over one block of heads (J), or one chunk (C)."""
 
     dx_JBLRN: jax.Array
-    dbias_BCHRN: jax.Array
+    dbias_BCHRN: jax.Array | None
 
 
 class Angles(NamedTuple):
@@ -62,16 +62,16 @@ class BackOutputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Sums over ranks and blocks of heads; those of the angle as in `Angles`."""
+    """Sums over ranks and blocks of heads; those of the angle as in `Angles`. None: of what is absent."""
 
     dq_BLRGN: jax.Array
     dk_BLRGN: jax.Array
-    dq_bias_HRN: jax.Array
-    dk_bias_HRN: jax.Array
+    dq_bias_HRN: jax.Array | None
+    dk_bias_HRN: jax.Array | None
     received_BHL: jax.Array
-    dangle_BLHS: jax.Array
-    ddt_BHL: jax.Array
-    dphi_BHCS: jax.Array
+    dangle_BLHS: jax.Array | None
+    ddt_BHL: jax.Array | None
+    dphi_BHCS: jax.Array | None
 
 
 def _kernel(refs: Back, out: BackOutputs, *, tile: Tile):
@@ -87,7 +87,9 @@ def _kernel(refs: Back, out: BackOutputs, *, tile: Tile):
             sin_TS, cos_TS = _sincos(_phi(angle(head), dt_T, refs.start_BHCS[head, :], document_T, tile), tile)
         received_TS, dphi_TS, more = 0.0, 0.0, []
         for side, to, sign in ((refs.q, out.q, 1), (refs.k, out.k, -1)):
-            x_TN = side.x_BLRGN[...].astype(jnp.float32) + side.bias_HRN[head, :].astype(jnp.float32)[None]
+            x_TN = side.x_BLRGN[...].astype(jnp.float32)
+            if side.bias_HRN is not None:
+                x_TN += side.bias_HRN[head, :].astype(jnp.float32)[None]
             (u_TS, w_TS), (gu_TS, gw_TS) = (
                 _pairs(x_TN),
                 _pairs(side.dx_BHLRN.load((head, slice(None), slice(None)), tile)),
@@ -99,7 +101,8 @@ def _kernel(refs: Back, out: BackOutputs, *, tile: Tile):
             if turning:
                 dphi_TS += gw_TS * u_TS - gu_TS * w_TS
                 gu_TS, gw_TS = gu_TS * cos_TS + gw_TS * sin_TS, gw_TS * cos_TS - gu_TS * sin_TS
-            to.dbias_BCHRN[head, :] = _joined(jnp.sum(gu_TS, axis=0), jnp.sum(gw_TS, axis=0))
+            if side.bias_HRN is not None:
+                to.dbias_BCHRN[head, :] = _joined(jnp.sum(gu_TS, axis=0), jnp.sum(gw_TS, axis=0))
             more += [gu_TS, gw_TS]
         out.received_RBHL[head, :] = jnp.sum(received_TS, axis=1)
 
@@ -117,15 +120,18 @@ def _kernel(refs: Back, out: BackOutputs, *, tile: Tile):
         return tuple(sum_ + x for sum_, x in zip(sums, more, strict=True))
 
     zeros = (jnp.zeros((tokens, width // 2), jnp.float32),) * (4 + (turning and shared))
-    sums = lax.fori_loop(0, refs.dt_BHL.shape[0], one, zeros)
+    sums = lax.fori_loop(0, out.received_RBHL.shape[0], one, zeros)
     out.q.dx_JBLRN[...], out.k.dx_JBLRN[...] = _joined(*sums[:2]), _joined(*sums[2:4])
     if turning and shared:
         out.angles.dangle_JRBLHS[...] = sums[4]
 
 
+TURNING = ("dt_BHL", "angle_BLHS", "start_BHCS", "document_BL")
+
+
 def rotate_back(inputs: Inputs, start_BHCS, dq_BHTN: Split, dk_BHTN: Split, tile: Tile) -> Gradients:
     batch, length, rank, groups, d_state = inputs.q_BLRGN.shape
-    n_heads, planes = start_BHCS.shape[1], start_BHCS.shape[-1]
+    n_heads, planes = inputs.n_heads, inputs.planes
     per_rank = lambda x: x.reshape(batch, n_heads, length, rank, d_state)  # noqa: E731
     dq_BHLRN, dk_BHLRN = jax.tree.map(per_rank, (dq_BHTN, dk_BHTN))
     refs = Back(
@@ -134,51 +140,53 @@ def rotate_back(inputs: Inputs, start_BHCS, dq_BHTN: Split, dk_BHTN: Split, tile
         inputs.dt_BHL,
         inputs.angle_BLHS,
         start_BHCS,
-        documents_in_chunks(inputs.document_BL, tile.turned),
+        None if inputs.angle_BLHS is None else documents_in_chunks(inputs.document_BL, tile.turned),
     )
     parts = [_call(inputs, refs, 0, tile)]
     if d_state > 2 * planes:
-        parts.append(_call(inputs, refs._replace(angle_BLHS=None, start_BHCS=None, document_BL=None), 1, tile))
+        parts.append(_call(inputs, refs._replace(**dict.fromkeys(TURNING)), 1, tile))
 
     def of_heads(name: str):
         dx_JBLRN = jnp.concatenate([getattr(part, name).dx_JBLRN for part in parts], axis=-1)
         dx_GBLRN = jnp.sum(dx_JBLRN.reshape(groups, -1, batch, length, rank, d_state), axis=1)
+        side, dx_BLRGN = getattr(refs, name), jnp.moveaxis(dx_GBLRN, 0, 3)
+        if side.bias_HRN is None:
+            return dx_BLRGN.astype(side.x_BLRGN.dtype), None
         dbias_BCHRN = jnp.concatenate([getattr(part, name).dbias_BCHRN for part in parts], axis=-1)
-        return jnp.moveaxis(dx_GBLRN, 0, 3), jnp.sum(dbias_BCHRN, axis=(0, 1))
+        dbias_HRN = jnp.sum(dbias_BCHRN, axis=(0, 1))
+        return dx_BLRGN.astype(side.x_BLRGN.dtype), dbias_HRN.astype(side.bias_HRN.dtype)
 
     (dq_BLRGN, dq_bias_HRN), (dk_BLRGN, dk_bias_HRN) = of_heads("q"), of_heads("k")
-    angles = parts[0].angles
-    return Gradients(
-        dq_BLRGN.astype(inputs.q_BLRGN.dtype),
-        dk_BLRGN.astype(inputs.k_BLRGN.dtype),
-        dq_bias_HRN.astype(inputs.q_bias_HRN.dtype),
-        dk_bias_HRN.astype(inputs.k_bias_HRN.dtype),
-        sum(jnp.sum(part.received_RBHL, axis=0) for part in parts),
-        jnp.sum(angles.dangle_JRBLHS, axis=(0, 1)),
-        jnp.sum(angles.ddt_RBHL, axis=0),
-        jnp.sum(angles.dphi_RBHCS, axis=0),
-    )
+    received_BHL = sum(jnp.sum(part.received_RBHL, axis=0) for part in parts)
+    angles, of_angles = parts[0].angles, [None] * 3
+    if angles is not None:
+        sums = ((angles.dangle_JRBLHS, (0, 1)), (angles.ddt_RBHL, 0), (angles.dphi_RBHCS, 0))
+        of_angles = [jnp.sum(x, axis=axis) for x, axis in sums]
+    return Gradients(dq_BLRGN, dk_BLRGN, dq_bias_HRN, dk_bias_HRN, received_BHL, *of_angles)
 
 
 def _call(inputs: Inputs, refs: Back, part: int, tile: Tile) -> BackOutputs:
     """Of the entries that turn (`part` 0), the first 2 S of N, or of the others, as many."""
-    batch, n_heads, length = inputs.dt_BHL.shape
-    rank, planes, chunks = inputs.q_BLRGN.shape[2], inputs.first_BHS.shape[-1], length // tile.turned
+    batch, length, rank = inputs.q_BLRGN.shape[:3]
+    n_heads, planes, chunks = inputs.n_heads, inputs.planes, length // tile.turned
     heads = _heads(inputs, tile.heads_back, tile)
     blocks, j = Blocks(inputs, tile.turned, heads, ranks=rank, part=part), n_heads // heads
-    side = Side(blocks.spec("BLRGN"), blocks.spec("HRN"), jax.tree.map(lambda _: blocks.spec("BHLRN"), refs.q.dx_BHLRN))
-    specs = Back(side, side, blocks.spec("BHL"), blocks.angle, blocks.spec("BHCS"), blocks.spec("BL"))
+    gradient = jax.tree.map(lambda _: blocks.spec("BHLRN"), refs.q.dx_BHLRN)
+    biased = [None if side.bias_HRN is None else blocks.spec("HRN") for side in (refs.q, refs.k)]
+    sides = [Side(blocks.spec("BLRGN"), bias, gradient) for bias in biased]
+    specs = Back(*sides, blocks.spec("BHL"), blocks.angle, blocks.spec("BHCS"), blocks.spec("BL"))
     specs = Back(*(None if x is None else spec for x, spec in zip(refs, specs, strict=True)))
-    side_out = SideOutputs(
-        ((j, batch, length, rank, 2 * planes), jnp.float32, blocks.spec("JBLRX")),
-        ((batch, chunks, n_heads, rank, 2 * planes), jnp.float32, blocks.spec("BCHRX")),
-    )
-    dangle = (j, rank, batch, length, 1, planes), jnp.float32, blocks.spec("JRBL1S")
-    if inputs.angle_BLHS.shape[2] > 1:
-        dangle = (1, rank, batch, length, n_heads, planes), jnp.float32, blocks.spec("1RBLHS")
+    of_tokens = (j, batch, length, rank, 2 * planes), jnp.float32, blocks.spec("JBLRX")
+    of_bias = (batch, chunks, n_heads, rank, 2 * planes), jnp.float32, blocks.spec("BCHRX")
+    sides_out = [SideOutputs(of_tokens, None if bias is None else of_bias) for bias in biased]
     rows = (rank, batch, n_heads, length), jnp.float32, blocks.spec("RBHL")
-    angles = Angles(dangle, rows, ((rank, batch, n_heads, chunks, planes), jnp.float32, blocks.spec("RBHCS")))
-    out = BackOutputs(side_out, side_out, rows, None if part else angles)
+    angles = None
+    if refs.angle_BLHS is not None:
+        dangle = (j, rank, batch, length, 1, planes), jnp.float32, blocks.spec("JRBL1S")
+        if refs.angle_BLHS.shape[2] > 1:
+            dangle = (1, rank, batch, length, n_heads, planes), jnp.float32, blocks.spec("1RBLHS")
+        angles = Angles(dangle, rows, ((rank, batch, n_heads, chunks, planes), jnp.float32, blocks.spec("RBHCS")))
+    out = BackOutputs(*sides_out, rows, angles)
     grid = (j * rank, chunks, batch)  # neighbours share queries or keys
-    name = "mamba3_still_back" if part else "mamba3_rotate_back"
+    name = "mamba3_still_back" if angles is None else "mamba3_rotate_back"
     return call(_kernel, name, tile, tile.rotate_back, grid, refs, specs, out)

@@ -30,14 +30,14 @@ NORM_EPS = 1e-5
 class Inputs(NamedTuple):
     """L tokens, T = L R rows: what is one number a token stands once for every rank. None: absent."""
 
-    q_BHTN: jax.Array  # biased and rotated
+    q_BHTN: jax.Array  # biased and rotated; these two may be of the groups of heads: (B, G, T, N)
     k_BHTN: jax.Array
     v_BLHP: jax.Array
     gate_BLHP: jax.Array | None
     log_decay_BHT: jax.Array  # float32, c: from the first token of the chunk, or of its document in the chunk
     decay_rest_BHT: jax.Array | None  # c is the sum of both; their differences are taken apart. float32 q, k, v only
     gamma_BHT: jax.Array  # float32: a token's weight in its own output
-    kappa_BHT: jax.Array  # and in later ones
+    kappa_BHT: jax.Array | None  # and in later ones; None: gamma
     document_BT: jax.Array | None  # int32, document starts in the chunk up to here: 0 sees what came before the chunk
     h_BHSPN: jax.Array  # float32, the state before every segment
     skip_H: jax.Array | None
@@ -60,7 +60,8 @@ class Added(NamedTuple):
 
 def check(inputs: Inputs, tile: Tile) -> None:
     """Raise ValueError, naming it, for a size that the kernels cannot run: some would be silently wrong on the GPU."""
-    batch, n_heads, rows, d_state = inputs.q_BHTN.shape
+    batch, _, rows, d_state = inputs.q_BHTN.shape
+    n_heads = inputs.v_BLHP.shape[2]
     for name, size, most in (
         ("d_state", d_state, 256),
         ("width", inputs.v_BLHP.shape[-1], 128),
@@ -82,7 +83,8 @@ class Grid:
     """Programs are batch, heads, segments; `spec` says what one of them sees of an array, by its axes."""
 
     def __init__(self, inputs: Inputs, tile: Tile):
-        self.batch, self.heads, rows, self.d_state = inputs.q_BHTN.shape
+        self.batch, _, rows, self.d_state = inputs.q_BHTN.shape
+        self.heads = inputs.v_BLHP.shape[2]
         self.width, self.tile = inputs.v_BLHP.shape[-1], tile
         self.rows, self.tokens = rows // tile.segments, rows // tile.segments // tile.rank
         self.chunks = self.rows // tile.rows
@@ -99,6 +101,15 @@ class Grid:
             "A": -(-self.chunks // tile.anchor_chunks),
         }
 
+    def of_groups(self, array_BGTN) -> pl.BlockSpec:
+        """Queries or keys, of every head or of its group."""
+        of_head, shared_by = self.spec("BHTN"), self.heads // array_BGTN.shape[1]
+        if shared_by == 1:
+            return of_head
+        return pl.BlockSpec(
+            of_head.block_shape, lambda b, h, s: of_head.index_map(b, lax.div(h, jnp.int32(shared_by)), s)
+        )
+
     def spec(self, axes: str) -> pl.BlockSpec:
         """`axes` as in a name: B, H and S are the program's, L and T are cut into segments, the rest is whole."""
         block = {"B": None, "H": None, "S": None, "L": self.tokens, "T": self.rows}
@@ -108,8 +119,13 @@ class Grid:
 
     def specs(self, inputs):
         """Of a NamedTuple whose fields end in their axes; None where the field is."""
-        fields = zip(type(inputs)._fields, inputs, strict=True)
-        return type(inputs)(*[None if x is None else self.spec(name.split("_")[-1]) for name, x in fields])
+
+        def spec(name: str, array):
+            if array is None:
+                return None
+            return self.of_groups(array) if name in ("q_BHTN", "k_BHTN") else self.spec(name.split("_")[-1])
+
+        return type(inputs)(**{name: spec(name, array) for name, array in inputs._asdict().items()})
 
     def out(self, axes: str, dtype=jnp.float32):
         return tuple(self.sizes[axis] for axis in axes), dtype, self.spec(axes)
@@ -170,6 +186,29 @@ def values(refs: Inputs, weights: Weights, index, tile: Tile):
     return (v_TP.astype(jnp.float32) * weights.v_rank_TP).astype(v_TP.dtype)
 
 
+class Scales(NamedTuple):
+    """What a row weighs in its own output, and in later ones."""
+
+    gamma_T: jax.Array | None  # None: not asked for
+    kappa_T: jax.Array | None  # None: the same
+
+    @classmethod
+    def load(cls, refs, rows):
+        """From refs with gamma and kappa."""
+        return cls(*(None if ref is None else ref[rows] for ref in (refs.gamma_BHT, refs.kappa_BHT)))
+
+    @property
+    def later_T(self):
+        return self.gamma_T if self.kappa_T is None else self.kappa_T
+
+    def weight_TT(self, own_TT, *, transposed: bool = False):
+        """Of sources across (down if transposed)."""
+        of_source = (lambda x_T: x_T[:, None]) if transposed else (lambda x_T: x_T[None, :])
+        if self.kappa_T is None:
+            return of_source(self.gamma_T)
+        return jnp.where(own_TT, of_source(self.gamma_T), of_source(self.kappa_T))
+
+
 class Decay(NamedTuple):
     """c of a chunk's rows, and of its last."""
 
@@ -228,11 +267,11 @@ def _forward_kernel(refs: Inputs, out: Outputs, *, tile: Tile):
         rows = rows_of(index, tile)
         q_TN, k_TN, x_TP = refs.q_BHTN[rows, :], refs.k_BHTN[rows, :], values(refs, weights, index, tile)
         decay = Decay.load(refs, index, tile)
-        gamma_T, kappa_T = refs.gamma_BHT[rows], refs.kappa_BHT[rows]
+        scales = Scales.load(refs, rows)
         decay_TT, own_TT = decay.between(tile)
 
         mixed_TT = product(q_TN, k_TN, NT, dtype, tile)
-        mixed_TT *= decay_TT * jnp.where(own_TT, gamma_T[None, :], kappa_T[None, :])
+        mixed_TT *= decay_TT * scales.weight_TT(own_TT)
         if refs.skip_H is not None:
             row_T = iota(tile.rows)
             mixed_TT += jnp.where(row_T[:, None] == row_T[None, :], refs.skip_H[...].astype(jnp.float32), 0.0)
@@ -243,7 +282,7 @@ def _forward_kernel(refs: Inputs, out: Outputs, *, tile: Tile):
             out.y_BLHRP[tokens_of(index, tile), :, :] = kept
         out.o_BLHP[tokens_of(index, tile), :] = _finished(y_TP, refs, weights, index, tile).astype(out.o_BLHP.dtype)
 
-        x_TP = x_TP.astype(jnp.float32) * (decay.until_T(tile) * kappa_T)[:, None]
+        x_TP = x_TP.astype(jnp.float32) * (decay.until_T(tile) * scales.later_T)[:, None]
         return decay.whole(tile) * h_PN + product(x_TP, k_TN, TN, dtype, tile)
 
     chunks = refs.q_BHTN.shape[0] // tile.rows
@@ -278,7 +317,7 @@ def _added_kernel(refs: Inputs, out: Added, *, tile: Tile):
     def chunk(index, carry):
         h_PN, left = carry
         decay = Decay.load(refs, index, tile)
-        weight_T = decay.until_T(tile) * refs.kappa_BHT[rows_of(index, tile)]
+        weight_T = decay.until_T(tile) * Scales.load(refs, rows_of(index, tile)).later_T
         x_TP = values(refs, weights, index, tile).astype(jnp.float32) * weight_T[:, None]
         whole = decay.whole(tile)
         return whole * h_PN + product(x_TP, refs.k_BHTN[rows_of(index, tile), :], TN, dtype, tile), whole * left
@@ -302,7 +341,8 @@ def forward(inputs: Inputs, tile: Tile, *, keep: bool):
     grid = Grid(inputs, tile)
     left_BHS = None
     if tile.segments > 1:
-        needed = inputs._replace(q_BHTN=None, gate_BLHP=None, h_BHSPN=None, gamma_BHT=None)
+        needed = inputs._replace(q_BHTN=None, gate_BLHP=None, h_BHSPN=None)
+        needed = needed if inputs.kappa_BHT is None else needed._replace(gamma_BHT=None)
         needed = needed._replace(skip_H=None, gate_rank_HRP=None, out_rank_HRP=None, norm_HP=None)
         out = Added(grid.out("BHSPN"), grid.out("BHS"))
         added = grid(_added_kernel, "mamba3_segments", tile.added, needed, out)

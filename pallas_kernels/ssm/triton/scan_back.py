@@ -36,6 +36,7 @@ from pallas_kernels.ssm.triton.scan import (
     Decay,
     Grid,
     Inputs,
+    Scales,
     Weights,
     finish,
     rows_of,
@@ -66,7 +67,7 @@ class Key(NamedTuple):
 
 class Value(NamedTuple):
     dv_BLHP: jax.Array
-    dkappa_BHT: jax.Array
+    dkappa_BHT: jax.Array | None  # None: all of it is gamma's
     dgamma_BHT: jax.Array
     dskip_BHT: jax.Array | None  # a row's part
     dv_rank_BHSRP: jax.Array | None
@@ -104,16 +105,16 @@ def _query_kernel(refs: Gradients, out: Query, *, tile: Tile):
         rows = rows_of(index, tile)
         k_TN, x_TP, dy_TP = inputs.k_BHTN[rows, :], values(inputs, weights, index, tile), _dy_TP(refs, index, tile)
         decay = Decay.load(inputs, index, tile)
-        gamma_T, kappa_T = inputs.gamma_BHT[rows], inputs.kappa_BHT[rows]
+        scales = Scales.load(inputs, rows)
         decay_TT, own_TT = decay.between(tile)
 
         dmixed_TT = product(dy_TP, x_TP, NT, dtype, tile)
-        dmixed_TT *= decay_TT * jnp.where(own_TT, gamma_T[None, :], kappa_T[None, :])
+        dmixed_TT *= decay_TT * scales.weight_TT(own_TT)
         dq_TN = product(_since_dy_TP(refs, decay, index, tile), h_PN, NN, dtype, tile)
         dq_TN += product(dmixed_TT, k_TN, NN, dtype, tile)
         out.dq_BHTN.store((rows, slice(None)), dq_TN, tile)
 
-        x_TP = x_TP.astype(jnp.float32) * (decay.until_T(tile) * kappa_T)[:, None]
+        x_TP = x_TP.astype(jnp.float32) * (decay.until_T(tile) * scales.later_T)[:, None]
         return decay.whole(tile) * h_PN + product(x_TP, k_TN, TN, dtype, tile)
 
     lax.fori_loop(0, inputs.k_BHTN.shape[0] // tile.rows, chunk, inputs.h_BHSPN[...])
@@ -152,12 +153,12 @@ def _key_kernel(refs: Gradients, out: Key, *, exact: bool, tile: Tile):
         rows = rows_of(index, tile)
         q_TN, x_TP, dy_TP = inputs.q_BHTN[rows, :], values(inputs, weights, index, tile), _dy_TP(refs, index, tile)
         decay = Decay.load(inputs, index, tile)
-        gamma_T, kappa_T = inputs.gamma_BHT[rows], inputs.kappa_BHT[rows]
+        scales = Scales.load(inputs, rows)
         decay_TT, own_TT = decay.between(tile, transposed=True)
 
         dmixed_TT = product(x_TP, dy_TP, NT, dtype, tile)  # of sources (down) and targets
-        dmixed_TT *= decay_TT * jnp.where(own_TT, gamma_T[:, None], kappa_T[:, None])
-        until_x_TP = (x_TP.astype(jnp.float32) * (decay.until_T(tile) * kappa_T)[:, None]).astype(dtype)
+        dmixed_TT *= decay_TT * scales.weight_TT(own_TT, transposed=True)
+        until_x_TP = (x_TP.astype(jnp.float32) * (decay.until_T(tile) * scales.later_T)[:, None]).astype(dtype)
         dk_TN = product(until_x_TP, dh_PN, NN, dtype, tile)
         if exact:
             dk_TN += product(until_x_TP, dh_PN - dh_PN.astype(dtype).astype(jnp.float32), NN, dtype, tile)
@@ -189,23 +190,29 @@ def _value_kernel(refs: Gradients, out: Value, *, tile: Tile):
         else:
             x_TP = v_QRP.reshape(dy_TP.shape)
         decay = Decay.load(inputs, index, tile)
-        gamma_T, kappa_T = inputs.gamma_BHT[rows], inputs.kappa_BHT[rows]
+        scales = Scales.load(inputs, rows)
         decay_TT, own_TT = decay.between(tile, transposed=True)
 
         score_TT = product(k_TN, q_TN, NT, dtype, tile)  # of sources (down) and targets
         dlater_TP = decay.until_T(tile)[:, None] * product(k_TN, dh_PN, NT, dtype, tile)
-        dlater_TP += product(jnp.where(own_TT, 0.0, score_TT * decay_TT), dy_TP, NN, dtype, tile)
+        same = scales.kappa_T is None  # own and later outputs weigh a token alike
+        pairs_TT = score_TT * decay_TT if same else jnp.where(own_TT, 0.0, score_TT * decay_TT)
+        dlater_TP += product(pairs_TT, dy_TP, NN, dtype, tile)
         own_TT = jnp.where(own_TT, score_TT, 0.0)
         dskip_T = jnp.sum(x_TP * dy_TP.astype(jnp.float32), axis=1)
-        if tile.rank == 1:
+        if same:  # what dlater has of the diagonal is the token's own
+            out.dgamma_BHT[rows] = jnp.sum(x_TP * dlater_TP, axis=1)
+            dx_TP = scales.gamma_T[:, None] * dlater_TP
+        elif tile.rank == 1:
             own_T = jnp.sum(own_TT, axis=1)
             dgamma_T, down_TP = own_T * dskip_T, own_T[:, None] * dy_TP.astype(jnp.float32)
         else:
             down_TP = product(own_TT, dy_TP, NN, dtype, tile)
             dgamma_T = jnp.sum(x_TP * down_TP, axis=1)
-        out.dkappa_BHT[rows] = jnp.sum(x_TP * dlater_TP, axis=1)
-        out.dgamma_BHT[rows] = dgamma_T
-        dx_TP = kappa_T[:, None] * dlater_TP + gamma_T[:, None] * down_TP
+        if not same:
+            out.dkappa_BHT[rows] = jnp.sum(x_TP * dlater_TP, axis=1)
+            out.dgamma_BHT[rows] = dgamma_T
+            dx_TP = scales.kappa_T[:, None] * dlater_TP + scales.gamma_T[:, None] * down_TP
         if inputs.skip_H is not None:
             out.dskip_BHT[rows] = dskip_T
             dx_TP += inputs.skip_H[...].astype(jnp.float32) * dy_TP.astype(jnp.float32)
@@ -265,7 +272,7 @@ def backward(inputs: Inputs, left_BHS, y_BLHRP, do_BLHP, dlast_BHPN, tile: Tile)
         _without(refs, "k_BHTN", "skip_H"),
         Key(rows, states, grid.out("BHSPN")),
     )
-    skip = None if inputs.skip_H is None else grid.out("BHT")
+    skip, kappa = (None if x is None else grid.out("BHT") for x in (inputs.skip_H, inputs.kappa_BHT))
     ranks = None if inputs.v_rank_HRP is None else grid.out("BHSRP")
     value = _call(
         grid,
@@ -273,7 +280,7 @@ def backward(inputs: Inputs, left_BHS, y_BLHRP, do_BLHP, dlast_BHPN, tile: Tile)
         "mamba3_value_gradient",
         tile.value,
         refs,
-        Value(grid.out("BLHP", dtype), grid.out("BHT"), grid.out("BHT"), skip, ranks),
+        Value(grid.out("BLHP", dtype), kappa, grid.out("BHT"), skip, ranks),
     )
     return Back(query, key, value, weights)
 
