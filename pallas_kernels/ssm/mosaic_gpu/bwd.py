@@ -28,6 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.ssm.mosaic_gpu import launch
 from pallas_kernels.ssm.mosaic_gpu.chunk import Decay, Rotation, token
 from pallas_kernels.ssm.mosaic_gpu.contract import WIDTH, Sizes, Tile, n_planes
 from pallas_kernels.ssm.mosaic_gpu.registers import ROWS, of_ranks, of_tokens
@@ -252,37 +253,17 @@ def call(kernel, name: str, inputs: Inputs, out, sizes: Sizes, tile: Tile, *, qu
         phase_BHLS=phase_BHLS,
         scalars_BHCXT=scalars.reshape(-1, *scalars.shape[3:]),
     )
-    arrays, tree = jax.tree.flatten(inputs)
-    out_types, out_tree = jax.tree.flatten(out)
-
-    def body(*refs):
-        inputs, out = jax.tree.unflatten(tree, refs[: len(arrays)]), jax.tree.unflatten(out_tree, refs[len(arrays) :])
-        both, vectors = inputs.k_BLRGN is not None, [name for name in VECTORS if getattr(inputs, name) is not None]
-        barriers = Barriers(
-            q=plgpu.Barrier(num_arrivals=tile.rank),
-            k=plgpu.Barrier(num_arrivals=tile.rank),
-            values=plgpu.Barrier(num_arrivals=both + tile.rank),
-            chunk=plgpu.Barrier(num_arrivals=1 + (inputs.phase_BHLS is not None), num_barriers=1 + query),
-            head=plgpu.Barrier(num_arrivals=max(1, len(vectors))),
-        )
-        shared = shared_memory(inputs, sizes, tile, query=query)
-        pl.run_scoped(functools.partial(kernel, inputs, out, sizes=sizes, tile=tile), shared, barriers)
-
-    outputs = plgpu.kernel(
-        body,
-        out_type=out_types,
-        grid=(batch * sizes.heads * tile.splits,),
-        grid_names=("program",),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,  # commit_smem stands wherever warps exchange something
-            reduction_scratch_bytes=512,  # sums are within a warp
-        ),
-        kernel_name=name,
-        **({} if tile.interpret is None else {"interpret": tile.interpret}),
-    )(*arrays)
-    return jax.tree.unflatten(out_tree, outputs)
+    both, vectors = inputs.k_BLRGN is not None, [name for name in VECTORS if getattr(inputs, name) is not None]
+    barriers = Barriers(
+        q=plgpu.Barrier(num_arrivals=tile.rank),
+        k=plgpu.Barrier(num_arrivals=tile.rank),
+        values=plgpu.Barrier(num_arrivals=both + tile.rank),
+        chunk=plgpu.Barrier(num_arrivals=1 + (inputs.phase_BHLS is not None), num_barriers=1 + query),
+        head=plgpu.Barrier(num_arrivals=max(1, len(vectors))),
+    )
+    shared = shared_memory(inputs, sizes, tile, query=query)
+    kernel, grid = functools.partial(kernel, sizes=sizes, tile=tile), {"program": batch * sizes.heads * tile.splits}
+    return launch.call(kernel, name, inputs, out, (shared, barriers), grid, tile.interpret)
 
 
 def dphi_dtype(tile: Tile):

@@ -1,4 +1,4 @@
-"""How the kernels that walk over tokens are launched: arrays in trees, one program a point of the grid."""
+"""How kernels are launched: arrays in trees, one program a point of the grid."""
 
 import functools
 
@@ -7,7 +7,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
-def call(kernel, name: str, inputs, out, scratch, grid: dict[str, int], interpret):
+def call(kernel, name: str, inputs, out, scratch, grid: dict[str, int], interpret, *, sums: bool = True):
     """Runs `kernel(inputs, out, *scratch)`, trees of refs, for every point of the grid, whose last axis runs fastest.
 
     Args:
@@ -15,6 +15,7 @@ def call(kernel, name: str, inputs, out, scratch, grid: dict[str, int], interpre
         scratch: trees of what a program has in shared memory, and its barriers.
         grid: sizes by name; programs ask for their place by `lax.axis_index(name)`.
         interpret: plgpu's InterpretParams: on the CPU, for tests; None: on the GPU.
+        sums: whether the kernel adds up within warps, and nowhere else.
     """
     arrays, tree = jax.tree.flatten(inputs)
     out_types, out_tree = jax.tree.flatten(out)
@@ -32,7 +33,7 @@ def call(kernel, name: str, inputs, out, scratch, grid: dict[str, int], interpre
             approx_math=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             unsafe_no_auto_barriers=True,  # commit_smem stands wherever warps exchange something
-            reduction_scratch_bytes=512,  # sums are within a warp
+            **({"reduction_scratch_bytes": 512} if sums else {}),
         ),
         kernel_name=name,
         **({} if interpret is None else {"interpret": interpret}),

@@ -17,12 +17,12 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssm.gradients import combine_splits
 from pallas_kernels.ssm.mosaic_gpu import scan_kernel
 from pallas_kernels.ssm.mosaic_gpu.contract import WIDTH, Inputs, Outputs, Sizes, Tile, check, n_planes
+from pallas_kernels.ssm.mosaic_gpu.launch import call
 from pallas_kernels.ssm.mosaic_gpu.registers import ROWS
 
 
@@ -57,36 +57,17 @@ def forward(inputs: Inputs, tile: Tile) -> Outputs:
         h_BHZPN=jax.ShapeDtypeStruct((batch, n_heads, tile.splits, WIDTH, d_state), jnp.float32),
         y_BLHRP=jax.ShapeDtypeStruct((batch, length, n_heads * rank * WIDTH), dtype) if tile.residuals else None,
     )
-    out_types, out_tree = jax.tree.flatten(out)
-    arrays, tree = jax.tree.flatten(flat)
-    n_scalars = inputs.scalars_BHCXT.shape[3]
-
-    def kernel(*refs):
-        inputs, out = jax.tree.unflatten(tree, refs[: len(arrays)]), jax.tree.unflatten(out_tree, refs[len(arrays) :])
-        shared = scan_kernel.shared(inputs, n_scalars, sizes, tile)
-        barriers = scan_kernel.Barriers(
-            early=plgpu.Barrier(num_arrivals=max(1, scan_kernel.early_copies(inputs, tile))),
-            chunk=plgpu.Barrier(num_arrivals=rank + 2, num_barriers=2),
-            gate=plgpu.Barrier(),
-            head=plgpu.Barrier(num_arrivals=max(1, sum(x is not None for x in scan_kernel.vectors(shared)))),
-        )
-        pl.run_scoped(functools.partial(scan_kernel.kernel, inputs, out, sizes=sizes, tile=tile), shared, barriers)
-
-    interpret = {} if tile.interpret is None else {"interpret": tile.interpret}
-    outputs = plgpu.kernel(
-        kernel,
-        out_type=out_types,
-        grid=(batch * n_heads * tile.splits,),
-        grid_names=("program",),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,  # commit_smem stands wherever warps exchange something
-        ),
-        kernel_name="mamba3_mosaic_scan",
-        **interpret,
-    )(*arrays)
-    out = jax.tree.unflatten(out_tree, outputs)
+    shared = scan_kernel.shared(flat, inputs.scalars_BHCXT.shape[3], sizes, tile)
+    barriers = scan_kernel.Barriers(
+        early=plgpu.Barrier(num_arrivals=max(1, scan_kernel.early_copies(inputs, tile))),
+        chunk=plgpu.Barrier(num_arrivals=rank + 2, num_barriers=2),
+        gate=plgpu.Barrier(),
+        head=plgpu.Barrier(num_arrivals=max(1, sum(x is not None for x in scan_kernel.vectors(shared)))),
+    )
+    kernel = functools.partial(scan_kernel.kernel, sizes=sizes, tile=tile)
+    grid = {"program": batch * n_heads * tile.splits}
+    # The sums of a norm are within warps too, but what is compiled stays as it was measured.
+    out = call(kernel, "mamba3_mosaic_scan", flat, out, (shared, barriers), grid, tile.interpret, sums=False)
     o_BLHP = None if out.o_BLHP is None else out.o_BLHP.reshape(inputs.v_BLHP.shape)
     y_BLHRP = None if out.y_BLHRP is None else out.y_BLHRP.reshape(batch, length, n_heads, rank, WIDTH)
     return Outputs(o_BLHP=o_BLHP, h_BHZPN=out.h_BHZPN, y_BLHRP=y_BLHRP)
