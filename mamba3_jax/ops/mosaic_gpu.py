@@ -47,7 +47,6 @@ def mosaic_gpu(
     state = empty_state(tokens) if state is None else state
     if tokens.log_a_BLH.shape[1] == 1:
         return one_token(tokens, heads, state, rotation, interpret)
-    needed, (tokens, heads, state) = tokens, filled(tokens, heads, state)
     batch, length, rank = tokens.q_BLRGN.shape[:3]
     n_heads = tokens.v_BLHP.shape[2]
     chunk = ROWS // rank
@@ -66,13 +65,14 @@ def mosaic_gpu(
         return jnp.pad(array_BL, [(0, 0), (0, padding), *[(0, 0)] * (array_BL.ndim - 2)])
 
     def by_head(array_BLH):
-        return jnp.swapaxes(padded(array_BLH), 1, 2)
+        return None if array_BLH is None else jnp.swapaxes(padded(array_BLH), 1, 2)
 
     document_BL = None
     if tokens.start_BL is not None:
         document_BL = jnp.cumsum(padded(tokens.start_BL).astype(jnp.int32), axis=1)
-    width, planes = tokens.v_BLHP.shape[-1], tokens.angle_BLHS.shape[-1]
-    layout = Layout(tokens.q_BLRGN.shape[-1], planes, rotation)
+    width, planes = tokens.v_BLHP.shape[-1], planes_of(tokens)
+    # Where nothing turns, any order of N will do: the kernels' own, so that no columns are moved.
+    layout = Layout(tokens.q_BLRGN.shape[-1], planes, "half" if tokens.angle_BLHS is None else rotation)
     wide = lambda array_P: _last_padded(array_P, WIDTH - width)  # noqa: E731
     turning = lambda array_S: _last_padded(array_S, layout.planes - planes)  # noqa: E731
     narrow = lambda array_BL: None if array_BL is None else padded(array_BL.astype(jnp.bfloat16))  # noqa: E731
@@ -82,44 +82,36 @@ def mosaic_gpu(
     if rank == 1 and v_rank_HRP is not None:  # the kernels have weights of several ranks only
         v_BLHP, v_rank_HRP = v_BLHP.astype(jnp.float32) * v_rank_HRP[:, 0], None
     inputs = op.Inputs(
-        *(layout.to(narrow(x)) for x in (tokens.q_BLRGN, tokens.k_BLRGN)),
-        *(wide(narrow(x)) for x in (v_BLHP, tokens.gate_BLHP)),
-        turning(padded(tokens.angle_BLHS)),
-        by_head(tokens.dt_BLH),
-        sum(triton._log_decay(by_head(tokens.log_a_BLH), padded(tokens.start_BL), chunk)),
-        by_head(tokens.gamma_BLH),
-        by_head(kappa_BLH),
-        turning(state.angle_BHS),
-        jnp.pad(h_BHPN, [(0, 0), (0, 0), (0, WIDTH - width), (0, 0)]),
-        *(float32(layout.to(x)) for x in (heads.q_bias_HRN, heads.k_bias_HRN)),
-        float32(heads.skip_H),
-        *(float32(wide(x)) for x in (v_rank_HRP, heads.gate_rank_HRP, heads.out_rank_HRP, heads.norm_HP)),
+        q_BLRGN=layout.to(narrow(tokens.q_BLRGN)),
+        k_BLRGN=layout.to(narrow(tokens.k_BLRGN)),
+        v_BLHP=wide(narrow(v_BLHP)),
+        gate_BLHP=wide(narrow(tokens.gate_BLHP)),
+        angle_BLHS=turning(padded(tokens.angle_BLHS)),
+        dt_BHL=by_head(tokens.dt_BLH),
+        log_decay_BHL=sum(triton._log_decay(by_head(tokens.log_a_BLH), padded(tokens.start_BL), chunk)),
+        gamma_BHL=by_head(tokens.gamma_BLH),
+        kappa_BHL=by_head(kappa_BLH),
+        first_BHS=turning(state.angle_BHS),
+        h_BHPN=jnp.pad(h_BHPN, [(0, 0), (0, 0), (0, WIDTH - width), (0, 0)]),
+        q_bias_HRN=float32(layout.to(heads.q_bias_HRN)),
+        k_bias_HRN=float32(layout.to(heads.k_bias_HRN)),
+        skip_H=float32(heads.skip_H),
+        v_rank_HRP=float32(wide(v_rank_HRP)),
+        gate_rank_HRP=float32(wide(heads.gate_rank_HRP)),
+        out_rank_HRP=float32(wide(heads.out_rank_HRP)),
+        norm_HP=float32(wide(heads.norm_HP)),
     )
     interpreter = scan.interpreter() if interpret else None
-    tile = scan.Tile(rank=rank, width=width, segments=segments, interpret=interpreter)
+    tile = scan.Tile(rank=rank, width=width, splits=segments, interpret=interpreter)
     y_BLHP, h_BHPN, angle_BHS = op.mamba3(inputs, document_BL, tile)
     y_BLHP = y_BLHP[:, :length, :, :width].astype(tokens.v_BLHP.dtype)
     h_BHPN = layout.back(h_BHPN[:, :, :width])
-    angle_BHS = None if needed.angle_BLHS is None else angle_BHS[..., :planes]
-    return y_BLHP, last_state(needed, heads, angle_BHS, h_BHPN, rotation)
-
-
-def filled(tokens: Tokens, heads: Heads, state: State) -> tuple[Tokens, Heads, State]:
-    """Zeros for what is None and the kernels of rows read all the same: angles and biases."""
-    (batch, _, n_heads), (rank, _, d_state) = tokens.log_a_BLH.shape, tokens.k_BLRGN.shape[2:]
-    if tokens.angle_BLHS is None:
-        zeros = lambda *sizes: jnp.zeros(sizes, jnp.float32)  # noqa: E731
-        planes = planes_of(tokens)
-        angle_BLHS = zeros(*tokens.log_a_BLH.shape[:2], 1, planes)
-        tokens = tokens._replace(angle_BLHS=angle_BLHS, dt_BLH=zeros(*tokens.log_a_BLH.shape))
-        state = state._replace(angle_BHS=zeros(batch, n_heads, planes))
-    no_bias_HRN = jnp.zeros((n_heads, rank, d_state), jnp.float32)
-    fill = lambda bias_HRN: no_bias_HRN if bias_HRN is None else bias_HRN  # noqa: E731
-    return tokens, heads._replace(q_bias_HRN=fill(heads.q_bias_HRN), k_bias_HRN=fill(heads.k_bias_HRN)), state
+    angle_BHS = None if angle_BHS is None else angle_BHS[..., :planes]
+    return y_BLHP, last_state(tokens, heads, angle_BHS, h_BHPN, rotation)
 
 
 def planes_of(tokens: Tokens) -> int:
-    """S; where nothing turns, as many as the kernels take without padding: see `filled`."""
+    """S; where nothing turns, as many as the kernels' order of N has without padding: see `Layout`."""
     return max(1, tokens.k_BLRGN.shape[-1] // 4) if tokens.angle_BLHS is None else tokens.angle_BLHS.shape[-1]
 
 
@@ -158,8 +150,8 @@ class Layout:
         )
 
     def to(self, array_N):
-        """From the op's order to the kernels', zeros in between."""
-        if self.same:
+        """From the op's order to the kernels', zeros in between; None stays None."""
+        if array_N is None or self.same:
             return array_N
         array_N = to_planes(array_N, self.own_planes, self.rotation)
         parts = [_last_padded(array_N[..., begin : begin + size], room - size) for begin, size, room in self.runs]

@@ -5,6 +5,7 @@ checks those, not shared memory's size, spills or races, which only a GPU shows.
 """
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 from mamba3_jax.ops import mosaic_gpu as glue
 from mamba3_jax.ops.mosaic_gpu import check, mosaic_gpu
 from mamba3_jax.ops.ssm import ssm
-from pallas_kernels.ssm.mosaic_gpu import back, scan
+from pallas_kernels.ssm.mosaic_gpu import bwd, op, phase, scan
 from pallas_kernels.ssm.mosaic_gpu.scan import Tile
+from tests.helpers import rel_rms
 from tests.ops import cases
 from tests.ops.cases import MIMO, SISO, bfloat16, draw
 
@@ -42,7 +44,6 @@ def on_gpu(monkeypatch):
     monkeypatch.setitem(ssm.__globals__["IMPLEMENTATIONS"], "mosaic_gpu", mosaic_gpu)
 
 
-@pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
 @pytest.mark.parametrize(
     ("shape", "starts", "segments"),
     [
@@ -69,7 +70,7 @@ def test_lowers_for_cuda(shape, starts, segments, on_gpu):
             traced = jax.jit(run).trace(bfloat16(tokens), heads, state)
             return traced.lower(lowering_platforms=("cuda",)).as_text().count("stablehlo.custom_call @mosaic_gpu")
 
-    assert kernels(op) == segments
+    assert kernels(op) == segments + 2  # the angles': sums of chunks, phase
     assert kernels(with_gradients) > segments
 
 
@@ -143,7 +144,7 @@ def test_documents_do_not_see_each_other():
 )
 def test_gradients_agree_with_the_definition(shape, starts, segments, anchor, monkeypatch):
     """However far apart the states are that are kept."""
-    monkeypatch.setattr(back, "ANCHOR", anchor)
+    monkeypatch.setattr(bwd, "CHECKPOINT_INTERVAL", anchor)
     inputs = draw(shape)
     inputs = (bfloat16(inputs[0]), *inputs[1:])
 
@@ -190,8 +191,8 @@ def scan_inputs(length=64, rank=1, d_state=64, width=64, planes=16, heads=2, gro
         ({"planes": 64}, Tile(), "planes=64 is not 16, 32 or 64, or more than d_state=64 holds"),
         ({"rank": 8}, Tile(rank=8), "tile.rank=8 is not 1, 2 or 4"),
         ({"rank": 2}, Tile(), "k has another rank=2"),
-        ({"length": 96}, Tile(), "length=96 is not a multiple of tile.segments=1 chunks of 64 tokens"),
-        ({"length": 64}, Tile(segments=2), "length=64 is not a multiple of tile.segments=2 chunks of 64 tokens"),
+        ({"length": 96}, Tile(), "length=96 is not a multiple of tile.splits=1 chunks of 64 tokens"),
+        ({"length": 64}, Tile(splits=2), "length=64 is not a multiple of tile.splits=2 chunks of 64 tokens"),
         ({"heads": 3, "groups": 2}, Tile(), "n_heads=3 is not a multiple of groups=2"),
     ],
 )
@@ -220,3 +221,85 @@ def test_a_named_implementation_runs_or_raises(monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             check(bfloat16(draw(shape)[0]), interpret=INTERPRET)
+
+
+def op_inputs(rank: int) -> op.Inputs:
+    """Of one head, one chunk and a bit; angles and biases of zeros, which are as good as none."""
+    random = np.random.default_rng(0)
+    batch, length, heads, groups, d_state, width, planes = 1, 128 // rank, 1, 1, 64, 64, 16
+
+    def normal(*sizes, dtype=jnp.float32):
+        return jnp.asarray(random.standard_normal(sizes), dtype)
+
+    def positive(*sizes):
+        return jnp.asarray(random.uniform(0.1, 1, sizes), jnp.float32)
+
+    return op.Inputs(
+        q_BLRGN=normal(batch, length, rank, groups, d_state, dtype=jnp.bfloat16),
+        k_BLRGN=normal(batch, length, rank, groups, d_state, dtype=jnp.bfloat16),
+        v_BLHP=normal(batch, length, heads, width, dtype=jnp.bfloat16),
+        gate_BLHP=None,
+        angle_BLHS=jnp.zeros((batch, length, 1, planes)),
+        dt_BHL=positive(batch, heads, length),
+        log_decay_BHL=-jnp.cumsum(positive(batch, heads, length // (64 // rank), 64 // rank), axis=3).reshape(
+            batch, heads, length
+        ),
+        gamma_BHL=positive(batch, heads, length),
+        kappa_BHL=positive(batch, heads, length),
+        first_BHS=jnp.zeros((batch, heads, planes)),
+        h_BHPN=normal(batch, heads, width, d_state),
+        q_bias_HRN=jnp.zeros((heads, rank, d_state)),
+        k_bias_HRN=jnp.zeros((heads, rank, d_state)),
+        skip_H=None,
+        v_rank_HRP=None if rank == 1 else positive(heads, rank, width),
+        gate_rank_HRP=None,
+        out_rank_HRP=None,
+        norm_HP=None,
+    )
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_no_angle_and_no_bias_are_zeros(rank):
+    """To the bit (the decay's gradient but for the order of a sum in XLA); and nothing of an angle is computed."""
+    inputs, tile = op_inputs(rank), Tile(rank=rank, interpret=scan.interpreter() if INTERPRET else None)
+    absent = dict.fromkeys(("angle_BLHS", "dt_BHL", "first_BHS", "q_bias_HRN", "k_bias_HRN"))
+
+    def run(inputs):
+        (o_BLHP, h_BHPN, angle_BHS), pull = jax.vjp(lambda inputs: op.mamba3(inputs, None, tile), inputs)
+        (gradients,) = pull((o_BLHP, h_BHPN, None if angle_BHS is None else jnp.zeros_like(angle_BHS)))
+        return o_BLHP, h_BHPN, angle_BHS, gradients._replace(**absent)
+
+    without = inputs._replace(**absent)
+    got, want = jax.jit(run)(without), jax.jit(run)(inputs)
+    assert got[2] is None
+    decays = [gradients.log_decay_BHL for *_, gradients in (got, want)]
+    assert rel_rms(*decays) < 1e-6
+    equal = lambda results: (*results[:2], results[3]._replace(log_decay_BHL=None))  # noqa: E731
+    jax.tree.map(np.testing.assert_array_equal, equal(got), equal(want))
+    text = str(jax.make_jaxpr(run)(without))
+    assert "mamba3_mosaic_scan" in text
+    assert not [name for name in ("phase", "angles", "angles_bwd") if f"mamba3_mosaic_{name}" in text]
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "of_heads"])
+def test_chunks_of_angles_add_up_exactly(shared):
+    """To 2^-32 turns a chunk: a million tokens are 32768 chunks, and 1e-4 rad 68,000 such steps."""
+    random = np.random.default_rng(0)
+    heads, length, planes = 2, 64, 16
+    angle_BELS = random.uniform(-np.pi, np.pi, (1, 1 if shared else heads, length, planes)).astype(np.float32)
+    dt_BHL = random.lognormal(-2, 2, (1, heads, length)).astype(np.float32)
+    in_last_BL = np.ones((1, length), np.int32)
+    in_last_BL[0, 32:40] = 0
+    grid = phase.Grid(angle_BELS, dt_BHL)
+    sums = functools.partial(phase._sums, grid, interpret=scan.interpreter() if INTERPRET else None)
+    got_BHCS = np.asarray(jax.jit(sums)(angle_BELS, dt_BHL, in_last_BL=in_last_BL))
+    turns_BHLS = angle_BELS.astype(np.float64) * dt_BHL[..., None] * in_last_BL[0, :, None] / (2 * np.pi)
+    want_BHCS = turns_BHLS.reshape(1, heads, -1, grid.tokens, planes).sum(axis=3) * 2.0**32
+    gap_BHCS = got_BHCS - want_BHCS
+    assert np.abs(gap_BHCS - np.round(gap_BHCS / 2.0**32) * 2.0**32).max() < 1
+
+
+def test_stands_without_triton():
+    """Pallas Triton is deprecated upstream: its kernels are a leaf."""
+    for path in Path(op.__file__).parent.glob("*.py"):
+        assert "ssm.triton" not in path.read_text(), path

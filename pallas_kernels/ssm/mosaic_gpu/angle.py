@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 
 def within_a_turn(angle):
-    """The angle modulo 2 pi, in [0, 2 pi)."""
+    """Returns the angle modulo 2 pi, in [0, 2 pi)."""
     for _ in range(2):  # a tiny negative angle rounds up to a whole turn, which is zero
         turns = angle * (1 / (2 * jnp.pi))
         whole = turns.astype(jnp.int32).astype(jnp.float32)  # towards zero: Mosaic has no floor
@@ -13,7 +13,10 @@ def within_a_turn(angle):
 
 
 def sine_and_cosine(angle):
-    """Of angles in [0, 2 pi), to 1e-7; the hardware's sine is off by 5e-7, which sums of products that cancel show."""
+    """Returns sine and cosine of angles in [0, 2 pi), to 1e-7.
+
+    The hardware's sine is off by 5e-7, which sums of products that cancel show.
+    """
     quarter = (angle * (2 / jnp.pi) + 0.5).astype(jnp.int32)
     x = angle
     for part in (1.5703125, 4.837512969970703125e-4, 7.54978995489188216e-8):  # pi / 2; the first two times 4 are exact

@@ -8,6 +8,7 @@ import jax
 from pallas_kernels.ssm.mosaic_gpu.registers import ROWS
 
 WIDTH = 64  # P
+NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -16,28 +17,28 @@ class Tile:
 
     rank: int = 1
     width: int = WIDTH  # entries of P that are not padding
-    segments: int = 1  # parts of the length side by side, of equally many chunks
-    keep: bool = False  # y too, which the backward pass needs
+    splits: int = 1  # parts of the length side by side, of equally many chunks
+    residuals: bool = False  # store y too, which the backward pass reads
     interpret: object = None  # plgpu's InterpretParams: on the CPU, for tests
 
     @property
     def tokens(self) -> int:
-        """Of a chunk."""
+        """Returns how many a chunk has."""
         return ROWS // self.rank
 
 
 class Inputs(NamedTuple):
     """Padded to whole chunks: L = C Q. Plane i is entries (i, i + N / 2) of N."""
 
-    q_BLRGN: jax.Array | None  # None: no output, only the state that a segment adds
+    q_BLRGN: jax.Array | None  # None: no output, only the state that a split adds
     k_BLRGN: jax.Array
     v_BLHP: jax.Array
     gate_BLHP: jax.Array | None
-    phase_BHLS: jax.Array  # int16, fractions of a turn
+    phase_BHLS: jax.Array | None  # int16, fractions of a turn; None: nothing rotates
     scalars_BHCXT: jax.Array  # float32, of every row: c, c - log2 kappa, gamma and, for packed rows, the document
-    h_BHSPN: jax.Array  # float32, the state before every segment
-    q_bias_HRN: jax.Array  # float32, as all below
-    k_bias_HRN: jax.Array
+    h_BHZPN: jax.Array  # float32, the state before every split
+    q_bias_HRN: jax.Array | None  # float32, as all below; None: absent
+    k_bias_HRN: jax.Array | None
     skip_H: jax.Array | None
     v_rank_HRP: jax.Array | None
     gate_rank_HRP: jax.Array | None
@@ -47,7 +48,7 @@ class Inputs(NamedTuple):
 
 class Outputs(NamedTuple):
     o_BLHP: jax.Array | None  # like v
-    h_BHSPN: jax.Array  # float32, the state after every segment
+    h_BHZPN: jax.Array  # float32, the state after every split
     y_BLHRP: jax.Array | None  # before norm and gate
 
 
@@ -56,24 +57,29 @@ class Sizes:
     heads: int
     heads_a_group: int
     groups: int
-    chunks: int  # of a segment
+    chunks: int  # of a split
     d_state: int
     planes: int
 
 
+def n_planes(phase_BHLS) -> int:
+    """Returns how many planes rotate."""
+    return 0 if phase_BHLS is None else phase_BHLS.shape[-1]
+
+
 def check(inputs: Inputs, tile: Tile) -> None:
-    """Raise ValueError, naming it, for a size that the kernel cannot run."""
+    """Raises ValueError, naming it, for a size that the kernel cannot run."""
     length, rank, groups, d_state = inputs.k_BLRGN.shape[1:]
     n_heads, width = inputs.v_BLHP.shape[2:]
-    planes = inputs.phase_BHLS.shape[-1]
+    planes = n_planes(inputs.phase_BHLS)
     if tile.rank not in (1, 2, 4) or rank != tile.rank:
         raise ValueError(f"{tile.rank=} is not 1, 2 or 4, or k has another {rank=}")
     if d_state not in (64, 128) or width != WIDTH:
         raise ValueError(f"{d_state=} is not 64 or 128, or {width=} not {WIDTH}")
-    if planes not in (16, 32, 64) or 2 * planes > d_state:
+    if inputs.phase_BHLS is not None and (planes not in (16, 32, 64) or 2 * planes > d_state):
         raise ValueError(f"{planes=} is not 16, 32 or 64, or more than {d_state=} holds")
-    if length % (tile.tokens * tile.segments) or length == 0:
-        raise ValueError(f"{length=} is not a multiple of {tile.segments=} chunks of {tile.tokens} tokens")
+    if length % (tile.tokens * tile.splits) or length == 0:
+        raise ValueError(f"{length=} is not a multiple of {tile.splits=} chunks of {tile.tokens} tokens")
     if n_heads % groups:
         raise ValueError(f"{n_heads=} is not a multiple of {groups=}")
     if tile.rank == 1 and inputs.v_rank_HRP is not None:

@@ -24,7 +24,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssm.mosaic_gpu.decode_kernel import WIDTH, Program, Shared
+from pallas_kernels.ssm.mosaic_gpu.contract import WIDTH
+from pallas_kernels.ssm.mosaic_gpu.decode_kernel import Program, Shared
 from pallas_kernels.ssm.mosaic_gpu.tiles import tiled
 from pallas_kernels.ssm.one_token import Inputs, Outputs
 

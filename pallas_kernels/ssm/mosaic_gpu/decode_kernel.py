@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssm.mosaic_gpu.angle import sine_and_cosine, within_a_turn
+from pallas_kernels.ssm.mosaic_gpu.contract import NORM_EPS, WIDTH
 from pallas_kernels.ssm.mosaic_gpu.registers import (
     COLUMN,
     ROW,
@@ -21,9 +22,6 @@ from pallas_kernels.ssm.mosaic_gpu.registers import (
 )
 from pallas_kernels.ssm.mosaic_gpu.tiles import across, down, load
 from pallas_kernels.ssm.one_token import Inputs, Outputs
-
-WIDTH = 64  # P
-NORM_EPS = 1e-5
 
 
 class Shared(NamedTuple):

@@ -1,57 +1,257 @@
 """The cumulative angle of every token and head, for `scan`: phi_t = phi_{t-1} + angle_t dt_t, in 2^-16 turns.
 
-Summed as in `pallas_kernels.ssm.triton.rotate`, in 32 bits, and rounded at the end: to 5e-5 rad, where bfloat16 queries
-and keys have 2e-3 of themselves. Pallas Triton too: Mosaic GPU has no sums along a tile.
+Two kernels: `sums` adds up the increments of every chunk to 2^-47 of themselves, `phase` the tokens of a chunk to 2^-24
+from where plain XLA says that the chunk starts. Sums are of 32-bit fractions of a turn, exact in any order, and are
+rounded at the end: to 5e-5 rad, where bfloat16 queries and keys have 2e-3 of themselves.
+
+A thread has all tokens of a plane of one head, so sums over tokens stay in its registers, see
+`registers.planes_of_heads`. A program has a chunk of a block of heads, as many at a time as there are warps for.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssm.triton import rotate
-from pallas_kernels.ssm.triton.common import Tile, call, documents_in_chunks
+from pallas_kernels.ssm.angle import INVERSE_TURN, before_chunks, head, to_fraction, to_radians, turns_in_pieces
+from pallas_kernels.ssm.gradients import documents_in_chunks
+from pallas_kernels.ssm.mosaic_gpu.launch import call
+from pallas_kernels.ssm.mosaic_gpu.registers import laid_out, planes_of_heads, running_sum
+from pallas_kernels.ssm.mosaic_gpu.tiles import load
+
+CHUNK = 32  # tokens, at most: of which the multiples of `COARSE` still add up exactly
+COARSE = 2.0**-18  # of which 96 numbers below 1/2 add up exactly in float32
+BLOCK = 32  # heads of a program, at most
+COPIED = 128  # bytes of which the copy engine takes multiples
+PROGRAMS = 1024  # that are enough to take more heads each
 
 
-class Phase(NamedTuple):
-    """What one program sees: a chunk of a block of heads."""
+class Grid:
+    """How tokens and heads are cut for the kernels over angles: chunks, blocks of heads, heads at a time."""
 
-    angle_BLHS: jax.Array
+    def __init__(self, angle_BELS, dt_BHL):
+        self.batch, self.heads, length = dt_BHL.shape
+        self.planes, self.shared_angle = angle_BELS.shape[-1], angle_BELS.shape[1] == 1
+        self.tokens = math.gcd(length, CHUNK)
+        self.chunks = length // self.tokens
+        self.at_once = math.gcd(self.heads, 4)
+        most = max(1, self.batch * self.chunks * self.heads // PROGRAMS) if self.shared_angle else 1
+        sizes = [size for size in (1, 2, 4, 8, 16, 32) if self.heads % (size * self.at_once) == 0]
+        self.groups = max(size for size in sizes if size == 1 or size * self.at_once <= min(BLOCK, most))
+        self.block = self.groups * self.at_once
+        self.layout = planes_of_heads(self.at_once, self.planes)
+
+    @property
+    def programs(self) -> dict[str, int]:
+        return {"batch": self.batch, "chunk": self.chunks, "block": self.heads // self.block}
+
+    def of_angle(self):
+        """Returns the shared memory of a chunk's angles."""
+        return plgpu.SMEM((1 if self.shared_angle else self.block, self.tokens, self.planes), jnp.float32)
+
+    def of_dt(self):
+        """Returns the shared memory of a block's dt; None where it is too small for the copy engine."""
+        if self.block * self.tokens * 4 % COPIED:
+            return None
+        return plgpu.SMEM((self.block, self.tokens), jnp.float32)
+
+
+class Program:
+    """Which part of the arrays one program works on."""
+
+    def __init__(self, grid: Grid, interpret):
+        self.grid, self.interpret = grid, interpret is not None
+        self.b, self.c, block = (lax.axis_index(name) for name in ("batch", "chunk", "block"))
+        self.heads = pl.ds(block * grid.block, grid.block)
+        self.tokens = pl.ds(self.c * grid.tokens, grid.tokens)
+        self.angle_heads = pl.ds(0, 1) if grid.shared_angle else self.heads
+        self.shape = (grid.at_once, grid.tokens, grid.planes)
+
+    def load_dt(self, from_BHL, to_HT, arrived):
+        """Starts the copy of the block's dt, and returns where to read it."""
+        from_HT = from_BHL.at[self.b, self.heads, self.tokens]
+        if to_HT is None:
+            return from_HT
+        plgpu.copy_gmem_to_smem(from_HT, to_HT, arrived)
+        return to_HT
+
+    def at_once(self, group):
+        """Returns the heads of a group, as the block counts them."""
+        return pl.ds(group * self.grid.at_once, self.grid.at_once)
+
+    def of_heads(self, group):
+        """Returns the heads of a group, as the arrays count them."""
+        return pl.ds(self.heads.start + group * self.grid.at_once, self.grid.at_once)
+
+    def over_planes(self, ref_HT, group):
+        """Loads one number a token and head."""
+        x_HT = load(ref_HT.at[self.at_once(group)], self.grid.layout.reduce(2), self.interpret, optimized=False)
+        return self.laid_out(x_HT, 0, 1)
+
+    def over_heads(self, ref_T):
+        """Loads one number a token."""
+        layout = self.grid.layout.reduce((0, 2))
+        return self.laid_out(load(ref_T, layout, self.interpret, optimized=False), 1)
+
+    def angle(self, ref_ETS, group):
+        """Loads the angles of a group of heads, which may share them."""
+        layout = self.grid.layout
+        if not self.grid.shared_angle:
+            return load(ref_ETS.at[self.at_once(group)], layout, self.interpret, optimized=False)
+        return self.laid_out(load(ref_ETS.at[0], layout.reduce(0), self.interpret, optimized=False), 1, 2)
+
+    def laid_out(self, x, *dimensions):
+        return laid_out(x, self.shape, dimensions, self.grid.layout, self.interpret)
+
+
+def phase(angle_BLHS, dt_BHL, first_BHS, document_BL, interpret):
+    """Returns phase_BHLS, int16, and the last angle in radians, in [0, 2 pi).
+
+    Args:
+        angle_BLHS: radians per unit dt; the H axis may be 1.
+        first_BHS: radians: the angle before the row.
+        document_BL: document starts in the row up to each token; None: one document.
+        interpret: see `launch.call`.
+    """
+    angle_BELS = jnp.swapaxes(angle_BLHS, 1, 2)
+    grid = Grid(angle_BELS, dt_BHL)
+    document_BL, goes_on_BL, in_last_BL = documents_in_chunks(document_BL, grid.tokens), None, None
+    if document_BL is not None:
+        document_BCQ = document_BL.reshape(grid.batch, grid.chunks, -1)
+        flags = jnp.diff(document_BCQ, axis=2, prepend=0) == 0, document_BCQ == document_BCQ[:, :, -1:]
+        goes_on_BL, in_last_BL = (x.reshape(document_BL.shape).astype(jnp.int32) for x in flags)
+    sum_BHCS = _sums(grid, angle_BELS, dt_BHL, in_last_BL=in_last_BL, interpret=interpret)
+    start_BHCS, last_BHS = before_chunks(sum_BHCS, to_fraction(first_BHS), document_BL)
+    phase_BHLS = _phase(grid, angle_BELS, dt_BHL, start_BHCS, goes_on_BL=goes_on_BL, interpret=interpret)
+    return phase_BHLS, to_radians(last_BHS)
+
+
+class Increments(NamedTuple):
+    """What `_sums` reads."""
+
+    angle_BELS: jax.Array
+    dt_BHL: jax.Array
+    in_last_BL: jax.Array | None  # int32, 0 where a later document starts in the chunk; None: one document
+
+
+class Pieces(NamedTuple):
+    """A chunk's angles in turns, in pieces: see `turns_in_pieces`."""
+
+    head_ETS: jax.Array
+    middle_ETS: jax.Array
+    tail_ETS: jax.Array
+
+
+def _sums(grid: Grid, angle_BELS, dt_BHL, *, in_last_BL, interpret):
+    """Returns the sum of angle dt over every chunk (over its last document's tokens), to 2^-47 of itself, 32-bit.
+
+    A float32 product would be off by 2^-25 of itself, the same way at every token of a constant input: 1e-2 rad after a
+    million tokens.
+    """
+    inputs = Increments(angle_BELS=angle_BELS, dt_BHL=dt_BHL, in_last_BL=in_last_BL)
+    pieces, of_dt = Pieces(**dict.fromkeys(Pieces._fields, grid.of_angle())), grid.of_dt()
+
+    def kernel(refs: Increments, out_BHCS, pieces: Pieces, of_dt_HT, arrived):
+        program = Program(grid, interpret)
+        b, tokens = program.b, program.tokens
+        plgpu.copy_gmem_to_smem(refs.angle_BELS.at[b, program.angle_heads, tokens], pieces.tail_ETS, arrived)
+        dt_HT = program.load_dt(refs.dt_BHL, of_dt_HT, arrived)
+        in_last_T = None if refs.in_last_BL is None else refs.in_last_BL.at[b, tokens]
+        plgpu.barrier_wait(arrived)
+        # Every thread replaces the angles that it read itself.
+        for to_ETS, piece_ETS in zip(pieces, turns_in_pieces(pieces.tail_ETS[...]), strict=True):
+            to_ETS[...] = piece_ETS
+        plgpu.commit_smem()
+
+        def group(index, _):
+            sum_HS = _sum_of_group(pieces, dt_HT, in_last_T, program, index)
+            out_BHCS.at[b, program.of_heads(index), program.c][...] = sum_HS
+
+        lax.fori_loop(0, grid.groups, group, None)
+
+    out = jax.ShapeDtypeStruct((grid.batch, grid.heads, grid.chunks, grid.planes), jnp.int32)
+    scratch = pieces, of_dt, plgpu.Barrier(num_arrivals=1 + (of_dt is not None))
+    return call(kernel, "mamba3_mosaic_angles", inputs, out, scratch, grid.programs, interpret)
+
+
+def _sum_of_group(pieces: Pieces, dt_HT, in_last_T, program: Program, index):
+    """Returns the chunk's sum for one group of heads; products of two numbers of 12 bits are exact."""
+    interpret = program.interpret
+    dt_HTS = program.over_planes(dt_HT, index)
+    if in_last_T is not None:
+        dt_HTS = jnp.where(program.over_heads(in_last_T) == 0, 0.0, dt_HTS)
+    head_HTS, middle_HTS, tail_HTS = (program.angle(piece_ETS, index) for piece_ETS in pieces)
+    dt_head_HTS = head(dt_HTS)
+    dt_tail_HTS = dt_HTS - dt_head_HTS
+    coarse_HTS, small_HTS = 0.0, middle_HTS * dt_tail_HTS + tail_HTS * dt_HTS
+    for exact_HTS in (head_HTS * dt_head_HTS, head_HTS * dt_tail_HTS, middle_HTS * dt_head_HTS):
+        exact_HTS -= _rounded(exact_HTS, 1.0, interpret)
+        more_HTS = _rounded(exact_HTS, COARSE, interpret)
+        coarse_HTS, small_HTS = coarse_HTS + more_HTS, small_HTS + (exact_HTS - more_HTS)
+    coarse_HS, small_HS = jnp.sum(coarse_HTS, axis=1), jnp.sum(small_HTS, axis=1)
+    more_HS = _rounded(small_HS, COARSE, interpret)
+    coarse_HS, small_HS = coarse_HS + more_HS, small_HS - more_HS
+    coarse_HS -= _rounded(coarse_HS, 1.0, interpret)
+    # Rounded, not cut off: the same error at every chunk would add up.
+    small_HS = _rounded(small_HS * 2.0**32, 1.0, interpret).astype(jnp.int32)
+    return (coarse_HS * (1 / COARSE)).astype(jnp.int32) * round(2.0**32 * COARSE) + small_HS
+
+
+def _rounded(x, step: float, interpret: bool):
+    """Rounds to a multiple of a power of two, |x| < 2^22 steps, by two sums: Mosaic has no floor."""
+    if interpret:  # XLA takes one sum out of two
+        return jnp.round(x / step) * step
+    shift = 1.5 * 2.0**23 * step
+    return (x + shift) - shift
+
+
+class Angles(NamedTuple):
+    """What `_phase` reads."""
+
+    angle_BELS: jax.Array
     dt_BHL: jax.Array
     start_BHCS: jax.Array
-    document_BL: jax.Array | None
+    goes_on_BL: jax.Array | None  # int32, 0 where a document starts; None: one document
 
 
-def phase(inputs: rotate.Inputs, tile: Tile):
-    """phase_BHLS, int16, and the last angle in radians, in [0, 2 pi); of `inputs`, no biases."""
-    batch, length = inputs.q_BLRGN.shape[:2]
-    n_heads, planes = inputs.first_BHS.shape[1:]
-    document_BL = documents_in_chunks(inputs.document_BL, tile.turned)
-    start_BHCS, last_BHS = rotate._starts(inputs, document_BL, tile)
-    heads = rotate._heads(inputs, tile.heads_turned, tile)
-    blocks = rotate.Blocks(inputs, tile.turned, heads)
-    per_token = None if document_BL is None else blocks.spec("BL")
-    (phase_BHLS,) = call(
-        _kernel,
-        "mamba3_phase",
-        tile,
-        tile.rotate,
-        (n_heads // heads, length // tile.turned, batch),
-        Phase(inputs.angle_BLHS, inputs.dt_BHL, start_BHCS, document_BL),
-        Phase(blocks.angle, blocks.spec("BHL"), blocks.spec("BHCS"), per_token),
-        [((batch, n_heads, length, planes), jnp.int16, blocks.spec("BHLS"))],
-    )
-    return phase_BHLS, rotate._radians(last_BHS)
+def _phase(grid: Grid, angle_BELS, dt_BHL, start_BHCS, *, goes_on_BL, interpret):
+    """Returns the angle at every token, from those before every chunk."""
+    inputs = Angles(angle_BELS=angle_BELS, dt_BHL=dt_BHL, start_BHCS=start_BHCS, goes_on_BL=goes_on_BL)
+    shared = Angles(angle_BELS=grid.of_angle(), dt_BHL=grid.of_dt(), start_BHCS=None, goes_on_BL=None)
+    leaving = plgpu.SMEM((grid.at_once, grid.tokens, grid.planes), jnp.int16)
 
+    def kernel(refs: Angles, out_BHLS, shared: Angles, leaving_HTS, arrived):
+        program = Program(grid, interpret)
+        b, tokens, layout = program.b, program.tokens, grid.layout
+        plgpu.copy_gmem_to_smem(refs.angle_BELS.at[b, program.angle_heads, tokens], shared.angle_BELS, arrived)
+        dt_HT = program.load_dt(refs.dt_BHL, shared.dt_BHL, arrived)
+        plgpu.barrier_wait(arrived)
 
-def _kernel(refs: Phase, out_ref, *, tile: Tile):
-    document_T = None if refs.document_BL is None else refs.document_BL[...]
-    angle = rotate._of_head(refs.angle_BLHS)
+        def group(index, _):
+            turns_HTS = program.angle(shared.angle_BELS, index)
+            turns_HTS *= program.over_planes(dt_HT, index) * INVERSE_TURN
+            turns_HTS -= _rounded(turns_HTS, 1.0, program.interpret)
+            more_HTS = (turns_HTS * 2.0**31).astype(jnp.int32) * 2
+            start_HS = refs.start_BHCS.at[b, program.of_heads(index), program.c]
+            start_HS = load(start_HS, layout.reduce(1), program.interpret, optimized=False)
+            goes_on_HTS = None if refs.goes_on_BL is None else program.over_heads(refs.goes_on_BL.at[b, tokens])
+            start_HTS = program.laid_out(start_HS, 0, 2)
+            how = {"reverse": False, "layout": layout, "interpret": program.interpret}
+            phi_HTS = running_sum(more_HTS, start_HTS, goes_on_HTS, **how)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            leaving_HTS[...] = ((phi_HTS + 2**15) >> 16).astype(jnp.int16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(leaving_HTS, out_BHLS.at[b, program.of_heads(index), tokens])
 
-    def one(head, done):
-        phi_TS = rotate._phi(angle(head), refs.dt_BHL[head, :], refs.start_BHCS[head, :], document_T, tile)
-        out_ref[0][head, :, :] = ((phi_TS + 2**15) >> 16).astype(jnp.int16)
-        return done
+        lax.fori_loop(0, grid.groups, group, None)
+        plgpu.wait_smem_to_gmem(0)
 
-    lax.fori_loop(0, refs.dt_BHL.shape[0], one, 0)
+    length = grid.chunks * grid.tokens
+    out = jax.ShapeDtypeStruct((grid.batch, grid.heads, length, grid.planes), jnp.int16)
+    arrivals = plgpu.Barrier(num_arrivals=1 + (shared.dt_BHL is not None))
+    scratch = shared, leaving, arrivals
+    return call(kernel, "mamba3_mosaic_phase", inputs, out, scratch, grid.programs, interpret)

@@ -8,6 +8,7 @@ tokens that every rank's warps hold alike.
 import jax.experimental.mosaic.gpu as mgpu
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ROWS = 64  # of a tile: what wgmma computes at least
@@ -16,7 +17,7 @@ TILE, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layo
 
 
 def joined(parts, interpret: bool):
-    """Columns side by side: lax.concatenate, which jax 0.10 does not lower here."""
+    """Puts columns side by side: lax.concatenate, which jax 0.10 does not lower here."""
     if interpret:
         return jnp.concatenate(parts, axis=1)
     shape = (ROWS, sum(part.shape[1] for part in parts))
@@ -31,7 +32,7 @@ def joined(parts, interpret: bool):
 
 
 def planes_of(x_TN, planes: int):
-    """The first entries of the planes, what lies between, the second ones, and the rest: plane i is (i, i + N / 2)."""
+    """Returns the first entries of the planes (i, i + N / 2), what lies between, the second entries, and the rest."""
     half = x_TN.shape[1] // 2
     u_TS, w_TS = x_TN[:, :planes], x_TN[:, half : half + planes]
     if planes == half:
@@ -40,12 +41,12 @@ def planes_of(x_TN, planes: int):
 
 
 def joined_planes(parts, interpret: bool):
-    """`planes_of` undone, in bfloat16."""
+    """Undoes `planes_of`, in bfloat16."""
     return joined([part.astype(jnp.bfloat16) for part in parts if part is not None], interpret)
 
 
 def of_ranks(ref_RN, interpret: bool):
-    """(T, N): every row is its rank's of a ref (R, N), float32."""
+    """Returns (T, N) where every row is its rank's of a ref (R, N), float32."""
     rank, size = ref_RN.shape
     if interpret:
         return jnp.repeat(ref_RN[...], ROWS // rank, axis=0)
@@ -70,7 +71,7 @@ def of_ranks(ref_RN, interpret: bool):
 
 
 def of_tokens(ref_QN, interpret: bool):
-    """(T, N): the rows of a tiled ref (Q, N), once for every rank."""
+    """Returns (T, N), the rows of a tiled ref (Q, N), once for every rank."""
     tokens, size = ref_QN.shape
     if interpret:
         return jnp.tile(ref_QN[...], (ROWS // tokens, 1))
@@ -94,7 +95,7 @@ def of_tokens(ref_QN, interpret: bool):
 
 
 def ranks_of_warps(rank: int, vector: int = 1):
-    """Layout of few rows (R, N): a warp has one (where R is 2 or 1, others the same), a lane every 32nd column.
+    """Returns the layout of few rows (R, N): a warp has one (R 2, 1: others the same), a lane every 32nd column.
 
     Of `vector` columns side by side, every 32nd such group.
     """
@@ -108,7 +109,7 @@ def ranks_of_warps(rank: int, vector: int = 1):
 
 
 def spread(size: int):
-    """Layout of (S,): over as many lanes as divide S, the others and all warps with the same."""
+    """Returns the layout of (S,): over as many lanes as divide S, the others and all warps with the same."""
     lanes = min(LANES, size & -size)
     same = () if lanes == LANES else (plgpu.Replicated(LANES // lanes),)
     tiles, own = (((1,),), ()) if lanes == 1 else (((lanes,), (1,)), (-2,))
@@ -118,12 +119,12 @@ def spread(size: int):
 
 
 def pairs_of(rank: int, rotation: str):
-    """Layout of (R, N) for `pairs`, which give (R, N / 2) in that of `ranks_of_warps`."""
+    """Returns the layout of (R, N) for `pairs`, which give (R, N / 2) in that of `ranks_of_warps`."""
     return ranks_of_warps(rank, 2 if rotation == "adjacent" else 1)
 
 
 def pairs(x_RN, rotation: str, interpret: bool):
-    """The first and the second entries of the planes: (2 i, 2 i + 1), "adjacent", or (i, i + N / 2), "half"."""
+    """Returns the first and the second entries of the planes: (2 i, 2 i + 1), "adjacent", or (i, i + N / 2), "half"."""
     rank, size = x_RN.shape
     if rotation == "half":
         return x_RN[:, : size // 2], x_RN[:, size // 2 :]
@@ -142,7 +143,7 @@ def pairs(x_RN, rotation: str, interpret: bool):
 
 
 def joined_pairs(u_RM, w_RM, rotation: str, interpret: bool):
-    """`pairs` undone."""
+    """Undoes `pairs`."""
     rank, size = u_RM.shape
     if interpret:
         axis = 2 if rotation == "adjacent" else 1
@@ -169,3 +170,96 @@ def _array(registers, layout, like):
 
 def _tile(registers, like):
     return _array(registers, TILE, like)
+
+
+def columns():
+    """Returns the layout of (T, N), N a multiple of 128, in which a thread has whole columns."""
+    return plgpu.Layout.TILED(plgpu.Tiling(((1, 128), (32,), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+
+
+def planes_of_heads(heads: int, planes: int):
+    """Returns the layout of (H, T, S), H 1, 2 or 4, in which a thread has all tokens of a plane of one head.
+
+    A warp has a head (where they are fewer than 4, others the same), a lane every 32nd plane.
+    """
+    lanes = min(LANES, planes)
+    warps = () if heads == WARPS else (plgpu.Replicated(WARPS // heads),)
+    same = () if lanes == LANES else (plgpu.Replicated(LANES // lanes),)
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(((heads, 1, lanes), (1,))),
+        warp_dims=(*(() if heads == 1 else (-4,)), *warps),
+        lane_dims=(*same, -2),
+        vector_dim=-1,
+    )
+
+
+def laid_out(x, shape, dimensions, layout, interpret: bool):
+    """Broadcasts x, whose axes are `dimensions` of `shape`, to that shape in a layout."""
+    x = lax.broadcast_in_dim(x, shape, dimensions)
+    return x if interpret else plgpu.layout_cast(x, layout)
+
+
+def running_sum(x_HTS, start_HTS, goes_on_HTS, *, reverse: bool, layout, interpret: bool):
+    """Returns sums of x over the tokens up to each (from each on: `reverse`), in registers of `planes_of_heads`.
+
+    Args:
+        start_HTS: where the sum starts from, the same for all tokens; None: from zero.
+        goes_on_HTS: int32, 0 where the sum up to the token before (after) is forgotten; None: nowhere.
+    """
+    given = [array for array in (start_HTS, goes_on_HTS) if array is not None]
+
+    def unpacked(arrays):
+        arrays = list(arrays)
+        return None if start_HTS is None else arrays.pop(0), None if goes_on_HTS is None else arrays.pop(0)
+
+    tokens = range(x_HTS.shape[1])[:: -1 if reverse else 1]
+    if interpret:
+        start_HTS, goes_on_HTS = unpacked(given)
+        keep_HTS = jnp.ones_like(x_HTS) if goes_on_HTS is None else goes_on_HTS.astype(x_HTS.dtype)
+
+        def step(sum_HS, token):
+            x_HS, keep_HS = token
+            sum_HS = keep_HS * sum_HS + x_HS
+            return sum_HS, sum_HS
+
+        sum_HS = jnp.zeros_like(x_HTS[:, 0]) if start_HTS is None else start_HTS[:, 0]
+        in_order = (lambda x: jnp.flip(x, 0)) if reverse else (lambda x: x)  # the interpreter's scan has no reverse
+        by_token = tuple(in_order(jnp.swapaxes(x, 0, 1)) for x in (x_HTS, keep_HTS))
+        return jnp.swapaxes(in_order(lax.scan(step, sum_HS, by_token)[1]), 0, 1)
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout,) * (1 + len(given)),
+        return_type=plgpu.ShapeDtypeStruct(x_HTS.shape, x_HTS.dtype, layout=layout),
+    )
+    def walk(_, x, *given):
+        from jaxlib.mlir.dialects import arith
+
+        start, goes_on = unpacked(given)
+        registers, sum_ = x.registers.copy(), None
+        add = np.vectorize(arith.addf if x.is_signed is None else arith.addi, otypes=[object])
+
+        def forgotten(keep, sum_):
+            zero = arith.constant(sum_.type, _zeros(sum_.type))
+            none = arith.constant(keep.type, _zeros(keep.type))
+            return arith.select(arith.cmpi(arith.CmpIPredicate.ne, keep, none), sum_, zero)
+
+        if start is not None:
+            sum_ = start.registers[:, tokens[0]]
+        for token in tokens:
+            if sum_ is not None:
+                if goes_on is not None:
+                    sum_ = np.vectorize(forgotten, otypes=[object])(goes_on.registers[:, token], sum_)
+                registers[:, token] = add(sum_, registers[:, token])
+            sum_ = registers[:, token]
+        return _array(registers, layout, x)
+
+    return walk(x_HTS, *given)
+
+
+def _zeros(vector_type):
+    """Returns the attribute of a vector of zeros."""
+    from jaxlib.mlir import ir
+
+    element = ir.VectorType(vector_type).element_type
+    zero = ir.FloatAttr.get(element, 0.0) if isinstance(element, ir.FloatType) else ir.IntegerAttr.get(element, 0)
+    return ir.DenseElementsAttr.get_splat(vector_type, zero)

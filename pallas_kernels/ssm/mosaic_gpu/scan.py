@@ -4,11 +4,11 @@
     h_T = sum_s e^(c_T - c_s) kappa_s x_s k_s^T  +  e^(c_T) h_0
     o_t = sum over ranks of out_rank norm(y_t) silu(gate gate_rank)
 
-within a chunk of 64 rows, c the log2 of the decay since its first token; q and k are biased and turned by the angles of
-`phase` as they are read. A row is one rank of one token, **tokens fastest**: of the four warps that share a tile, each
-then holds rows of one rank, see `registers`.
+within a chunk of 64 rows, c the log2 of the decay since its first token; q and k are biased and rotated, by the angles
+of `phase`, as they are read. A row is one rank of one token, **tokens fastest**: of the four warps that share a tile,
+each then holds rows of one rank, see `registers`.
 
-One program, one warpgroup, computes a head of a batch entry, or a segment of it, see `scan_kernel`; two programs share
+One program, one warpgroup, computes a head of a batch entry, or a split of it, see `scan_kernel`; two programs share
 a multiprocessor, and one computes while the other waits.
 """
 
@@ -17,17 +17,17 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.ssm.gradients import combine_splits
 from pallas_kernels.ssm.mosaic_gpu import scan_kernel
-from pallas_kernels.ssm.mosaic_gpu.contract import WIDTH, Inputs, Outputs, Sizes, Tile, check
+from pallas_kernels.ssm.mosaic_gpu.contract import WIDTH, Inputs, Outputs, Sizes, Tile, check, n_planes
+from pallas_kernels.ssm.mosaic_gpu.launch import call
 from pallas_kernels.ssm.mosaic_gpu.registers import ROWS
 
 
 def forward(inputs: Inputs, tile: Tile) -> Outputs:
-    """See the module; h of `inputs` is what comes before every segment.
+    """Runs the kernel; h of `inputs` is what comes before every split.
 
     Raises:
         ValueError: see `check`.
@@ -37,58 +37,47 @@ def forward(inputs: Inputs, tile: Tile) -> Outputs:
     n_heads, dtype = inputs.v_BLHP.shape[2], inputs.v_BLHP.dtype
     n_chunks = length // tile.tokens
     rows = lambda array: None if array is None else array.reshape(batch, length, -1)  # noqa: E731
+    phase_BHLS = None if inputs.phase_BHLS is None else inputs.phase_BHLS.reshape(batch * n_heads, length, -1)
     flat = inputs._replace(  # the copy engine sees at most five axes, those of a tile twice
         **{name: rows(getattr(inputs, name)) for name in ("q_BLRGN", "k_BLRGN", "v_BLHP", "gate_BLHP")},
-        phase_BHLS=inputs.phase_BHLS.reshape(batch * n_heads, length, -1),
+        phase_BHLS=phase_BHLS,
         scalars_BHCXT=inputs.scalars_BHCXT.reshape(batch * n_heads * n_chunks, -1, ROWS),
         norm_HP=None if inputs.norm_HP is None else inputs.norm_HP[:, None],
     )
-    sizes = Sizes(n_heads, n_heads // groups, groups, n_chunks // tile.segments, d_state, inputs.phase_BHLS.shape[-1])
-    out = Outputs(
-        None if inputs.q_BLRGN is None else jax.ShapeDtypeStruct((batch, length, n_heads * WIDTH), dtype),
-        jax.ShapeDtypeStruct((batch, n_heads, tile.segments, WIDTH, d_state), jnp.float32),
-        jax.ShapeDtypeStruct((batch, length, n_heads * rank * WIDTH), dtype) if tile.keep else None,
+    sizes = Sizes(
+        heads=n_heads,
+        heads_a_group=n_heads // groups,
+        groups=groups,
+        chunks=n_chunks // tile.splits,
+        d_state=d_state,
+        planes=n_planes(inputs.phase_BHLS),
     )
-    out_types, out_tree = jax.tree.flatten(out)
-    arrays, tree = jax.tree.flatten(flat)
-    n_scalars = inputs.scalars_BHCXT.shape[3]
-
-    def kernel(*refs):
-        inputs, out = jax.tree.unflatten(tree, refs[: len(arrays)]), jax.tree.unflatten(out_tree, refs[len(arrays) :])
-        shared = scan_kernel.shared(inputs, n_scalars, sizes, tile)
-        barriers = scan_kernel.Barriers(
-            plgpu.Barrier(num_arrivals=1 if inputs.q_BLRGN is None else rank + 1),
-            plgpu.Barrier(num_arrivals=rank + 2, num_barriers=2),
-            plgpu.Barrier(),
-            plgpu.Barrier(num_arrivals=sum(x is not None for x in shared[-6:])),
-        )
-        pl.run_scoped(functools.partial(scan_kernel.kernel, inputs, out, sizes=sizes, tile=tile), shared, barriers)
-
-    interpret = {} if tile.interpret is None else {"interpret": tile.interpret}
-    outputs = plgpu.kernel(
-        kernel,
-        out_type=out_types,
-        grid=(batch * n_heads * tile.segments,),
-        grid_names=("program",),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,  # commit_smem stands wherever warps exchange something
-        ),
-        kernel_name="mamba3_mosaic_scan",
-        **interpret,
-    )(*arrays)
-    out = jax.tree.unflatten(out_tree, outputs)
+    out = Outputs(
+        o_BLHP=None if inputs.q_BLRGN is None else jax.ShapeDtypeStruct((batch, length, n_heads * WIDTH), dtype),
+        h_BHZPN=jax.ShapeDtypeStruct((batch, n_heads, tile.splits, WIDTH, d_state), jnp.float32),
+        y_BLHRP=jax.ShapeDtypeStruct((batch, length, n_heads * rank * WIDTH), dtype) if tile.residuals else None,
+    )
+    shared = scan_kernel.shared(flat, inputs.scalars_BHCXT.shape[3], sizes, tile)
+    barriers = scan_kernel.Barriers(
+        early=plgpu.Barrier(num_arrivals=max(1, scan_kernel.early_copies(inputs, tile))),
+        chunk=plgpu.Barrier(num_arrivals=rank + 2, num_barriers=2),
+        gate=plgpu.Barrier(),
+        head=plgpu.Barrier(num_arrivals=max(1, sum(x is not None for x in scan_kernel.vectors(shared)))),
+    )
+    kernel = functools.partial(scan_kernel.kernel, sizes=sizes, tile=tile)
+    grid = {"program": batch * n_heads * tile.splits}
+    # The sums of a norm are within warps too, but what is compiled stays as it was measured.
+    out = call(kernel, "mamba3_mosaic_scan", flat, out, (shared, barriers), grid, tile.interpret, sums=False)
     o_BLHP = None if out.o_BLHP is None else out.o_BLHP.reshape(inputs.v_BLHP.shape)
     y_BLHRP = None if out.y_BLHRP is None else out.y_BLHRP.reshape(batch, length, n_heads, rank, WIDTH)
-    return Outputs(o_BLHP, out.h_BHSPN, y_BLHRP)
+    return Outputs(o_BLHP=o_BLHP, h_BHZPN=out.h_BHZPN, y_BLHRP=y_BLHRP)
 
 
 def scan(inputs: Inputs, tile: Tile):
-    """Outputs, the state before every segment, and what every segment leaves of it (None for one segment).
+    """Returns outputs, the state before every split, and what every split leaves of it (None for one split).
 
-    Where heads and batch entries are too few to fill the device, a first pass leaves what every segment adds to the
-    state; `combine` gives the state before each, and the kernel then runs all segments at once.
+    Where heads and batch entries are too few to fill the device, a first pass leaves what every split adds to the
+    state; `combine_splits` gives the state before each, and the kernel then runs all splits at once.
 
     Args:
         inputs: h of shape (B, H, 1, P, N), the state before the row.
@@ -96,35 +85,30 @@ def scan(inputs: Inputs, tile: Tile):
     Raises:
         ValueError: see `check`.
     """
-    if tile.segments == 1:
-        return forward(inputs, tile), inputs.h_BHSPN, None
+    if tile.splits == 1:
+        return forward(inputs, tile), inputs.h_BHZPN, None
     nothing = dict.fromkeys(("q_BLRGN", "gate_BLHP", "skip_H", "gate_rank_HRP", "out_rank_HRP", "norm_HP"))
-    batch, n_heads, _, width, d_state = inputs.h_BHSPN.shape
-    zeros_BHSPN = jnp.zeros((batch, n_heads, tile.segments, width, d_state), jnp.float32)
-    needed = inputs._replace(**nothing, q_bias_HRN=None, h_BHSPN=zeros_BHSPN)
-    added_BHSPN = forward(needed, replace(tile, keep=False)).h_BHSPN
-    h_BHSPN, left_BHS = combine(inputs.h_BHSPN, added_BHSPN, inputs.scalars_BHCXT)
-    return forward(inputs._replace(h_BHSPN=h_BHSPN), tile), h_BHSPN, left_BHS
+    batch, n_heads, _, width, d_state = inputs.h_BHZPN.shape
+    zeros_BHZPN = jnp.zeros((batch, n_heads, tile.splits, width, d_state), jnp.float32)
+    needed = inputs._replace(**nothing, q_bias_HRN=None, h_BHZPN=zeros_BHZPN)
+    added_BHZPN = forward(needed, replace(tile, residuals=False)).h_BHZPN
+    split_decay_BHZ = _split_decay(inputs.scalars_BHCXT, tile.splits)
+    h_BHZPN, _ = combine_splits(inputs.h_BHZPN[:, :, 0], split_decay_BHZ, added_BHZPN)
+    return forward(inputs._replace(h_BHZPN=h_BHZPN), tile), h_BHZPN, split_decay_BHZ
 
 
-def combine(h_BH1PN, added_BHSPN, scalars_BHCXT):
-    """h_s = left_s h_{s-1} + added_s: the states before every segment, and left."""
-    batch, n_heads, segments = added_BHSPN.shape[:3]
-    last_BHSCX = scalars_BHCXT[..., -1].reshape(batch, n_heads, segments, -1, scalars_BHCXT.shape[3])
-    left_BHS = jnp.exp2(jnp.sum(last_BHSCX[..., 0], axis=-1))
-    if last_BHSCX.shape[-1] == 4:
-        left_BHS = jnp.where(jnp.all(last_BHSCX[..., 3] == 0, axis=-1), left_BHS, 0.0)
-    before_BHS = jnp.pad(left_BHS[:, :, :-1], ((0, 0), (0, 0), (1, 0)))
-    states_BHSPN = jnp.concatenate([h_BH1PN, added_BHSPN[:, :, :-1]], axis=2)
-
-    def compose(first, second):
-        return first[0] * second[0], second[0][..., None, None] * first[1] + second[1]
-
-    return lax.associative_scan(compose, (before_BHS, states_BHSPN), axis=2)[1], left_BHS
+def _split_decay(scalars_BHCXT, splits: int):
+    """Returns what every split leaves of the state before it."""
+    batch, n_heads = scalars_BHCXT.shape[:2]
+    last_BHZCX = scalars_BHCXT[..., -1].reshape(batch, n_heads, splits, -1, scalars_BHCXT.shape[3])
+    split_decay_BHZ = jnp.exp2(jnp.sum(last_BHZCX[..., 0], axis=-1))
+    if last_BHZCX.shape[-1] == 4:
+        split_decay_BHZ = jnp.where(jnp.all(last_BHZCX[..., 3] == 0, axis=-1), split_decay_BHZ, 0.0)
+    return split_decay_BHZ
 
 
 def interpreter():
-    """What runs the kernel on the CPU."""
+    """Returns what runs the kernel on the CPU."""
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax 0.10 has no public name
 
     return InterpretGPUParams()

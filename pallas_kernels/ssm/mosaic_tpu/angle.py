@@ -7,9 +7,8 @@ every increment angle dt is such a multiple and a small rest, summed apart.
 import math
 
 import jax.numpy as jnp
-from jax import lax
 
-INVERSE_TURN = 1 / (2 * math.pi)
+from pallas_kernels.ssm.angle import INVERSE_TURN_PIECES, head
 
 
 def advance(before, more, left, step: float):
@@ -63,13 +62,13 @@ def increments(angle, dt, step: float):
     A float32 product alone would be off by 2^-25 of itself, the same way at every token of a constant input. Products
     of two 12-bit pieces are exact, whether a compiler fuses them with a sum or not.
     """
-    angle_head = _head(angle)
+    angle_head = head(angle)
     angle_tail = angle - angle_head
-    constant_head, constant_middle, constant_tail = _INVERSE_TURN_PIECES
+    constant_head, constant_middle, constant_tail = INVERSE_TURN_PIECES
     first, second, third = angle_head * constant_head, angle_tail * constant_head, angle_head * constant_middle
-    pieces = [_head(first), first - _head(first), _head(second), _head(third)]
+    pieces = [head(first), first - head(first), head(second), head(third)]
     tail = (second - pieces[2]) + (third - pieces[3]) + (angle_tail * constant_middle + angle * constant_tail)
-    dt_head = _head(dt)
+    dt_head = head(dt)
     dt_tail = dt - dt_head
     exact = 0.0
     rest = tail * dt + (pieces[1] + pieces[2] + pieces[3]) * dt_tail
@@ -79,20 +78,3 @@ def increments(angle, dt, step: float):
         rest += term - coarse
     fine = jnp.floor(rest / step + 0.5) * step
     return exact - jnp.floor(exact + 0.5) + fine, rest - fine
-
-
-def _head(x):
-    """The leading 12 bits of a float32's significand."""
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    return lax.bitcast_convert_type(bits & jnp.int32(-4096), jnp.float32)
-
-
-def _pieces(value: float) -> tuple[float, float, float]:
-    """value = a + b + c, the first two of 12 bits each."""
-    scale = 2.0 ** (12 - math.frexp(value)[1])
-    first = math.floor(value * scale) / scale
-    second = math.floor((value - first) * scale * 4096) / (scale * 4096)
-    return first, second, value - first - second
-
-
-_INVERSE_TURN_PIECES = _pieces(INVERSE_TURN)

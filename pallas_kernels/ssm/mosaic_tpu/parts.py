@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.ssm.mosaic_tpu.angle import INVERSE_TURN, increments, sincos_of
+from pallas_kernels.ssm.angle import INVERSE_TURN
+from pallas_kernels.ssm.mosaic_tpu.angle import increments, sincos_of
 from pallas_kernels.ssm.mosaic_tpu.contract import Grid, Refs
 
 NN, NT, TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))

@@ -13,7 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ssm.mosaic_tpu.angle import INVERSE_TURN, advance, grid_of, increments, whole
+from pallas_kernels.ssm.angle import INVERSE_TURN
+from pallas_kernels.ssm.mosaic_tpu.angle import advance, grid_of, increments, whole
 from pallas_kernels.ssm.mosaic_tpu.contract import Tiles, chunk_of, tokens_last
 from pallas_kernels.ssm.mosaic_tpu.tiles import vmem_limit
 

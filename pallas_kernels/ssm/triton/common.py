@@ -191,12 +191,3 @@ def iota(size: int):
 def index_map(grid_axes: str, array_axes: str):
     """Block indices of an array whose axes are named as the grid's, "." for an axis that is whole: ("bhs", "bh..")."""
     return lambda *indices: tuple(indices[grid_axes.index(axis)] if axis != "." else 0 for axis in array_axes)
-
-
-def documents_in_chunks(document_BL, tokens: int):
-    """From the number of starts in a row up to each token, the number in its chunk of `tokens`."""
-    if document_BL is None:
-        return None
-    document_BCQ = document_BL.reshape(document_BL.shape[0], -1, tokens)
-    before_BC = jnp.pad(document_BCQ[:, :-1, -1], ((0, 0), (1, 0)))
-    return (document_BCQ - before_BC[..., None]).reshape(document_BL.shape)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.ssm.triton import angle_back, rotate, rotate_back, scan, scan_back
-from pallas_kernels.ssm.triton.common import Tile, documents_in_chunks
+from pallas_kernels.ssm.gradients import AngleSums, Crossing, add_later, crossing_sums, decay_bwd, documents_in_chunks
+from pallas_kernels.ssm.triton import rotate, rotate_back, scan, scan_back
+from pallas_kernels.ssm.triton.common import Tile
 
 
 class Inputs(NamedTuple):
@@ -114,10 +115,12 @@ def _bwd(tile: Tile, residuals, cotangents):
     crossing_BHSA, end_BH, turned = _crossing(query, key, kept.last_BHPN, dlast_BHPN, dangle_BHS, tile)
     dangle_BLHS = ddt_BHL = dfirst_BHS = None
     if turned is not None:
-        of_chunks = back.dangle_BLHS, back.ddt_BHL, back.dphi_BHCS
-        dangle_BLHS, ddt_BHL, dfirst_BHS = angle_back.add_later(rotated, *of_chunks, dangle_BHS, turned, tile)
+        sums = AngleSums(dangle_BLHS=back.dangle_BLHS, ddt_BHL=back.ddt_BHL, dphi_BHCS=back.dphi_BHCS)
+        dangle_BLHS, ddt_BHL, dfirst_BHS = add_later(
+            inputs.angle_BLHS, inputs.dt_BHL, document_BL, sums, dangle_BHS, turned
+        )
     document_BL = documents_in_chunks(document_BL, tile.tokens)
-    dlog_decay_BHL = scan_back.decay_back(document_BL, back.received_BHL, crossing_BHSA, end_BH, tile)
+    dlog_decay_BHL = decay_bwd(document_BL, back.received_BHL, crossing_BHSA, end_BH, tile.tokens, tile.anchor)
 
     over_ranks = lambda array_BHT: jnp.sum(array_BHT.reshape(*inputs.gamma_BHL.shape, tile.rank), axis=-1)  # noqa: E731
     if inputs.skip_H is not None:
@@ -153,12 +156,12 @@ def _crossing(query: scan_back.Query, key: scan_back.Key, last_BHPN, dlast_BHPN,
         if not planes:
             return jnp.sum(h_PN * dh_PN, axis=(-2, -1)), None
         u_PS, w_PS, du_PS, dw_PS = h_PN[..., ::2], h_PN[..., 1::2], dh_PN[..., ::2], dh_PN[..., 1::2]
-        return angle_back.crossing_sums(u_PS, w_PS, du_PS, dw_PS, planes)
+        return crossing_sums(u_PS, w_PS, du_PS, dw_PS, planes)
 
     found = sums(query.h_BHSAPN, key.dh_BHSAPN), sums(last_BHPN, dlast_BHPN)
     # Or XLA for GPU computes these sums again for each of their users.
     (start_BHSA, turned_BHSAS), (end_BH, end_BHS) = lax.optimization_barrier(found)
-    return start_BHSA, end_BH, angle_back.Crossing(turned_BHSAS, end_BHS, tile.anchor) if planes else None
+    return start_BHSA, end_BH, Crossing(turned_BHSAS, end_BHS, tile.anchor) if planes else None
 
 
 mamba3.defvjp(_fwd, _bwd)

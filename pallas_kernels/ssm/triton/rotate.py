@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.ssm.triton.common import NN, Tile, approximate, call, documents_in_chunks, iota, product
+from pallas_kernels.ssm.angle import INVERSE_TURN, before_chunks, head, to_fraction, to_radians, turns_in_pieces
+from pallas_kernels.ssm.gradients import documents_in_chunks
+from pallas_kernels.ssm.triton.common import NN, Tile, approximate, call, iota, product
 
-INVERSE_TURN = 1 / (2 * math.pi)
 COARSE = 2.0**-18  # of which 48 numbers below 1/2 add up exactly in float32
 
 
@@ -115,7 +116,7 @@ def _whole_kernel(refs: Whole, out_ref, *, tile: Tile):
         if refs.document_BL is not None:
             last_C = refs.document_BL[pl.ds(tile.turned - 1, chunks, stride=tile.turned)]
             dt_HC1 = jnp.where((refs.document_BL[of_chunks] == last_C)[None, :, None], dt_HC1, 0.0)
-        dt_head_HC1 = _head(dt_HC1)
+        dt_head_HC1 = head(dt_HC1)
         dt_tail_HC1 = dt_HC1 - dt_head_HC1
         small_HCS += middle_HCS * dt_tail_HC1 + tail_HCS * dt_HC1
         for exact_HCS in (head_HCS * dt_head_HC1, head_HCS * dt_tail_HC1, middle_HCS * dt_head_HC1):
@@ -146,29 +147,6 @@ def _of_head(ref):
     return lambda head: shared_TS
 
 
-def _head(x):
-    """The leading 12 bits of a float32's significand; x - _head(x) is exact and has the other 12."""
-    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & ~0xFFF, jnp.float32)
-
-
-def _turns(angle):
-    """angle / (2 pi): the leading 12 bits, the next 12, and the rest to 2^-47."""
-    scale = 2.0 ** (12 - math.frexp(INVERSE_TURN)[1])
-    first = math.floor(INVERSE_TURN * scale) / scale
-    second = math.floor((INVERSE_TURN - first) * scale * 4096) / (scale * 4096)
-    angle_head = _head(angle)
-    angle_tail = angle - angle_head
-    exact = [angle_head * first, angle_tail * first, angle_head * second]
-    head = _head(exact[0])
-    middle = [exact[0] - head, exact[1], exact[2]]
-    heads = [_head(x) for x in middle]
-    sum_ = (heads[0] + heads[1]) + heads[2]  # of a few multiples of a common step: exact
-    middle_head = _head(sum_)
-    rest = sum(x - y for x, y in zip(middle, heads, strict=True))
-    small = angle_tail * second + angle * (INVERSE_TURN - first - second)
-    return head, middle_head, (sum_ - middle_head) + (rest + small)
-
-
 def _starts(inputs: Inputs, document_BL, tile: Tile):
     """start_BHCS, the angle before every chunk of `tile.turned` tokens, and the last angle, 32-bit."""
     batch, length, _, planes = inputs.angle_BLHS.shape
@@ -183,32 +161,11 @@ def _starts(inputs: Inputs, document_BL, tile: Tile):
         tile,
         replace(tile.rotate, warps=1),
         (n_heads // heads, chunks // together, batch),
-        Whole(*_turns(inputs.angle_BLHS), inputs.dt_BHL, document_BL),
+        Whole(*turns_in_pieces(inputs.angle_BLHS), inputs.dt_BHL, document_BL),
         Whole(*[blocks.angle] * 3, blocks.spec("BHL"), None if document_BL is None else blocks.spec("BL")),
         [((batch, n_heads, chunks, planes), jnp.int32, blocks.spec("BHCS", C=together))],
     )
-    turns_BHS = inputs.first_BHS * INVERSE_TURN
-    first_BHS = ((turns_BHS - jnp.floor(turns_BHS + 0.5)) * 2.0**31).astype(jnp.int32) * 2
-    up_to_BHCS = jnp.cumsum(whole_BHCS, axis=2)
-    before_BHCS = up_to_BHCS - whole_BHCS
-    if document_BL is None:
-        return first_BHS[:, :, None] + before_BHCS, first_BHS + up_to_BHCS[:, :, -1]
-    # After a chunk with a start: from that chunk on, whose sum began at its last start.
-    begins_BC = document_BL.reshape(batch, chunks, tile.turned)[:, :, -1] > 0
-    latest_BC = lax.cummax(jnp.where(begins_BC, jnp.arange(chunks, dtype=jnp.int32), -1), axis=1)
-
-    def since(sum_BHCS, latest_BC):
-        latest_BHCS = latest_BC[:, None, :, None]
-        forgotten_BHCS = jnp.take_along_axis(before_BHCS, jnp.maximum(latest_BHCS, 0), axis=2)
-        return sum_BHCS + jnp.where(latest_BHCS < 0, first_BHS[:, :, None], -forgotten_BHCS)
-
-    before_BC = jnp.pad(latest_BC[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    return since(before_BHCS, before_BC), since(up_to_BHCS[:, :, -1:], latest_BC[:, -1:])[:, :, 0]
-
-
-def _radians(phi_BHS):
-    """In [0, 2 pi), of the 24 bits that float32 has."""
-    return lax.shift_right_logical(phi_BHS, jnp.int32(8)).astype(jnp.float32) * (2 * math.pi / 2.0**24)
+    return before_chunks(whole_BHCS, to_fraction(inputs.first_BHS), document_BL)
 
 
 class Turn(NamedTuple):
@@ -326,7 +283,7 @@ def rotate(inputs: Inputs, tile: Tile) -> Rotated:
     if turns:
         document_BL = documents_in_chunks(inputs.document_BL, tile.turned)
         start_BHCS, last_BHS = _starts(inputs, document_BL, tile)
-        last_BHS = _radians(last_BHS)
+        last_BHS = to_radians(last_BHS)
     blocks = Blocks(inputs, tile.turned, heads)
 
     def turned(x_BLRGN, bias_HRN):

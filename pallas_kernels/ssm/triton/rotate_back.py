@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.ssm.gradients import documents_in_chunks
 from pallas_kernels.ssm.triton.angle_back import suffix
-from pallas_kernels.ssm.triton.common import Split, Tile, call, documents_in_chunks, rounded
+from pallas_kernels.ssm.triton.common import Split, Tile, call, rounded
 from pallas_kernels.ssm.triton.rotate import Blocks, Inputs, _heads, _joined, _of_head, _pairs, _phi, _sincos
 
 

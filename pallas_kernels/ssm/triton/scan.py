@@ -9,8 +9,8 @@ one rank of one token, ranks fastest: s < t and s = t speak of the rows' tokens,
 rank of a key.
 
 One program computes a head of a batch entry, or a segment of it: where heads and batch entries are too few to fill the
-device, a first pass leaves what every segment adds to the state, `combine` gives the state before each, and the same
-kernel then runs all segments at once.
+device, a first pass leaves what every segment adds to the state, `combine_splits` gives the state before each, and the
+same kernel then runs all segments at once.
 """
 
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.ssm.gradients import combine_splits
 from pallas_kernels.ssm.triton.common import NN, NT, TN, Tile, call, exp, index_map, iota, product, silu
 
 NORM_EPS = 1e-5
@@ -326,18 +327,6 @@ def _added_kernel(refs: Inputs, out: Added, *, tile: Tile):
     out.h_BHSPN[...], out.left_BHS[...] = h_PN, left
 
 
-def combine(h_BHPN, added: Added):
-    """h_s = left_s h_{s-1} + added_s: the states before every segment, and the one after the last."""
-    left_BHS = jnp.pad(added.left_BHS, ((0, 0), (0, 0), (1, 0)), constant_values=1.0)
-    states_BHSPN = jnp.concatenate([h_BHPN[:, :, None], added.h_BHSPN], axis=2)
-
-    def compose(first, second):
-        return first[0] * second[0], second[0][..., None, None] * first[1] + second[1]
-
-    _, states_BHSPN = lax.associative_scan(compose, (left_BHS, states_BHSPN), axis=2)
-    return states_BHSPN[:, :, :-1], states_BHSPN[:, :, -1]
-
-
 def forward(inputs: Inputs, tile: Tile, *, keep: bool):
     """Outputs, the state before every segment, and what every segment leaves of it (None for one segment).
 
@@ -358,7 +347,7 @@ def forward(inputs: Inputs, tile: Tile, *, keep: bool):
         out = Added(grid.out("BHSPN"), grid.out("BHS"))
         added = grid(_added_kernel, "mamba3_segments", tile.added, needed, out)
         left_BHS = added.left_BHS
-        inputs = inputs._replace(h_BHSPN=combine(inputs.h_BHSPN[:, :, 0], added)[0])
+        inputs = inputs._replace(h_BHSPN=combine_splits(inputs.h_BHSPN[:, :, 0], left_BHS, added.h_BHSPN)[0])
     dtype = inputs.v_BLHP.dtype
     out = Outputs(grid.out("BLHP", dtype), grid.out("BHSPN"), grid.out("BLHRP", dtype) if keep else None)
     return grid(_forward_kernel, "mamba3_scan", tile.forward, inputs, out), inputs.h_BHSPN, left_BHS

@@ -29,6 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.ssm.gradients import combine_splits_bwd
 from pallas_kernels.ssm.triton.common import NN, NT, TN, Split, Tile, call, product, silu
 from pallas_kernels.ssm.triton.scan import (
     Added,
@@ -37,7 +38,6 @@ from pallas_kernels.ssm.triton.scan import (
     Inputs,
     Scales,
     Weights,
-    combine,
     finish,
     rows_of,
     token_rows,
@@ -372,43 +372,4 @@ def _segments_back(refs: Gradients, left_BHS, tile: Tile):
     needed = _without(refs._replace(dh_BHSPN=None), "k_BHTN", "gamma_BHT", "kappa_BHT", "h_BHSPN", "skip_H")
     out = Added(grid.out("BHSPN"), None)
     added = _call(grid, _demanded_kernel, "mamba3_segments_back", tile.added, needed, out)
-    # From the end: what a segment's last state is asked for is what the next one asks of its first.
-    added = Added(jnp.flip(added.h_BHSPN, axis=2), jnp.flip(left_BHS, axis=2))
-    return jnp.flip(combine(refs.dh_BHSPN[:, :, 0], added)[0], axis=2)
-
-
-def decay_back(document_BL, received_BHL, crossing_BHSA, end_BH, tile: Tile):
-    """The gradient of c: what every token received less what it gave; the last of a chunk also what crosses its end.
-
-    Args:
-        document_BL: document starts in the chunk up to each token.
-        crossing_BHSA: <dh, h> of the state before every `anchor` tokens of every segment.
-        end_BH: of the last state.
-    """
-    batch, n_heads, length = received_BHL.shape
-    segments, anchors = crossing_BHSA.shape[2:]
-    chunks, between = length // tile.tokens // segments, tile.anchor_chunks
-
-    def by_anchor(array_BHSC):
-        """(B, H, S, A, chunks between two anchors); zeros after the last chunk of a segment."""
-        spare = anchors * between - chunks
-        return jnp.pad(array_BHSC, [(0, 0)] * 3 + [(0, spare)]).reshape(*array_BHSC.shape[:3], anchors, between)
-
-    # over_c = sum of r in the later chunks c' that c reaches, up to the next state kept, and what crosses there.
-    received_BHSCQ = received_BHL.reshape(batch, n_heads, segments, chunks, tile.tokens)
-    carried_BHSCQ, reach_BHSACC, reach_end_BHSAC = received_BHSCQ, jnp.tri(between, k=-1, dtype=bool).T, True
-    if document_BL is not None:
-        document_BHSCQ = document_BL.reshape(batch, 1, segments, chunks, tile.tokens)
-        carried_BHSCQ = jnp.where(document_BHSCQ == 0, received_BHSCQ, 0.0)
-        begun_BHSAC = jnp.cumsum(by_anchor((document_BHSCQ[..., -1] > 0).astype(jnp.int32)), axis=-1)
-        begun_before_BHSAC = jnp.pad(begun_BHSAC[..., :-1], [(0, 0)] * 4 + [(1, 0)])
-        reach_BHSACC = reach_BHSACC & (begun_BHSAC[..., :, None] == begun_before_BHSAC[..., None, :])
-        reach_end_BHSAC = begun_BHSAC == begun_BHSAC[..., -1:]
-    carried_BHSAC = by_anchor(jnp.sum(carried_BHSCQ, axis=-1))
-    crossing_BHS = jnp.concatenate([crossing_BHSA.reshape(batch, n_heads, -1), end_BH[..., None]], axis=-1)
-    ends_BHSA = crossing_BHS[..., 1:].reshape(crossing_BHSA.shape)
-    over_BHSAC = jnp.sum(jnp.where(reach_BHSACC, carried_BHSAC[..., None, :], 0.0), axis=-1)
-    over_BHSAC += jnp.where(reach_end_BHSAC, ends_BHSA[..., None], 0.0)
-    over_BHSC = lax.optimization_barrier(over_BHSAC.reshape(batch, n_heads, segments, -1)[..., :chunks])
-    is_last_Q = jnp.arange(tile.tokens) == tile.tokens - 1
-    return (received_BHSCQ + jnp.where(is_last_Q, over_BHSC[..., None], 0.0)).reshape(received_BHL.shape)
+    return combine_splits_bwd(refs.dh_BHSPN[:, :, 0], left_BHS, added.h_BHSPN)

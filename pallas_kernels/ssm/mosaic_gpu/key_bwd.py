@@ -9,58 +9,60 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssm.mosaic_gpu.back import (
+from pallas_kernels.ssm.mosaic_gpu.bwd import (
     Barriers,
     Inputs,
     Program,
     Shared,
-    anchors,
     call,
+    checkpoints,
     dphi_dtype,
     sizes_of,
     values,
 )
-from pallas_kernels.ssm.mosaic_gpu.chunk import GAMMA, KAPPA, SHIFTED, Decay, Turn
+from pallas_kernels.ssm.mosaic_gpu.chunk import GAMMA, KAPPA, SHIFTED, Decay
+from pallas_kernels.ssm.mosaic_gpu.contract import WIDTH, Sizes, Tile
 from pallas_kernels.ssm.mosaic_gpu.registers import ROWS, TILE, of_ranks, of_tokens
-from pallas_kernels.ssm.mosaic_gpu.scan import WIDTH, Sizes, Tile
-from pallas_kernels.ssm.mosaic_gpu.tiles import down, load, product, product_into, products
+from pallas_kernels.ssm.mosaic_gpu.tiles import Transposed, down, load, product, product_into, products
 
 
 class Key(NamedTuple):
-    """And value. None but the state's: only what a segment asks of the state before it."""
+    """Gradients of keys and values. All None but the state's: what a split demands of the state before."""
 
     dk_BHLRN: jax.Array | None
     dphi_BHLS: jax.Array | None
     dv_BLHP: jax.Array | None
     drows_BHCXT: jax.Array | None  # of a row: dkappa, dgamma, the skip's, and k . dk, which it gives
-    dv_rank_BHSTP: jax.Array | None
-    dh_BHSAPN: jax.Array | None  # bfloat16, as `Query`, but for the first
-    dh_BHSPN: jax.Array  # float32, of the state before every segment
+    dv_rank_BHZTP: jax.Array | None
+    dh_BHZAPN: jax.Array | None  # bfloat16, as `Query`, but for the first
+    dh_BHZPN: jax.Array  # float32, of the state before every split
 
 
 def key(inputs: Inputs, tile: Tile, *, only_state: bool = False, exact: bool = False) -> Key:
-    """h of `inputs`: the gradient of the state after every segment.
+    """Returns the gradients of keys, values and states.
 
     Args:
+        inputs: h is the gradient of the state after every split.
+        only_state: leave out all gradients but the state's.
         exact: of keys, take in what rounding dh to bfloat16 leaves out.
     """
     batch, length, rank, _, d_state = inputs.q_BLRGN.shape
     sizes = sizes_of(inputs, tile)
     shape, rows = jax.ShapeDtypeStruct, batch * sizes.heads
-    heads = (batch, sizes.heads, tile.segments)
+    heads = (batch, sizes.heads, tile.splits)
     if only_state:
         inputs = inputs._replace(k_BLRGN=None, v_BLHP=None, k_bias_HRN=None, v_rank_HRP=None, skip_H=None)
-        out = Key(*[None] * 6, shape((*heads, WIDTH, d_state), jnp.float32))
-        return call(_kernel, "mamba3_mosaic_segments_back", inputs, out, sizes, tile, query=False)
-    kept = max(1, anchors(sizes, tile) - 1)
+        out = Key(**dict.fromkeys(Key._fields) | {"dh_BHZPN": shape((*heads, WIDTH, d_state), jnp.float32)})
+        return call(_kernel, "mamba3_mosaic_splits_bwd", inputs, out, sizes, tile, query=False)
+    stored = max(1, checkpoints(sizes, tile) - 1)
     out = Key(
-        shape((rows, length, rank * d_state), jnp.bfloat16),
-        shape((rows, length, sizes.planes), dphi_dtype(tile)),
-        shape((batch, length, sizes.heads * WIDTH), jnp.bfloat16),
-        shape((rows * length // tile.tokens, 4, ROWS), jnp.float32),
-        shape((*heads, ROWS, WIDTH), jnp.float32) if rank > 1 else None,
-        shape((*heads, kept, WIDTH, d_state), jnp.bfloat16),
-        shape((*heads, WIDTH, d_state), jnp.float32),
+        dk_BHLRN=shape((rows, length, rank * d_state), jnp.bfloat16),
+        dphi_BHLS=shape((rows, length, sizes.planes), dphi_dtype(tile)) if sizes.planes else None,
+        dv_BLHP=shape((batch, length, sizes.heads * WIDTH), jnp.bfloat16),
+        drows_BHCXT=shape((rows * length // tile.tokens, 4, ROWS), jnp.float32),
+        dv_rank_BHZTP=shape((*heads, ROWS, WIDTH), jnp.float32) if rank > 1 else None,
+        dh_BHZAPN=shape((*heads, stored, WIDTH, d_state), jnp.bfloat16),
+        dh_BHZPN=shape((*heads, WIDTH, d_state), jnp.float32),
     )
     kernel = functools.partial(_kernel, exact=exact)
     return call(kernel, "mamba3_mosaic_key_gradient", inputs, out, sizes, tile, query=False)
@@ -69,59 +71,63 @@ def key(inputs: Inputs, tile: Tile, *, only_state: bool = False, exact: bool = F
 def _kernel(
     refs: Inputs, out: Key, shared: Shared, barriers: Barriers, *, sizes: Sizes, tile: Tile, exact: bool = False
 ):
-    program = Program(refs, shared, barriers, sizes, tile)
+    program = Program(refs=refs, shared=shared, barriers=barriers, sizes=sizes, tile=tile)
     chunks, interpret = sizes.chunks, program.interpret
     only_state = refs.k_BLRGN is None
-    program.load_head()
+    head_arrived = program.load_head()
     program.load_k(chunks - 1)
     program.load_q(chunks - 1)
     program.load_values(chunks - 1)
     program.load_chunk(chunks - 1, 0)
-    plgpu.barrier_wait(barriers.head)
+    head_arrived()
 
     def chunk(step, dh_PN):
         index = chunks - 1 - step
-        decay, phase_QS = Decay(shared.scalars_CXT.at[0], tile), shared.phase_CQS.at[0]
+        decay = program.decay(0)
         q_TN, k_TN = shared.q_TN, shared.k_TN
         plgpu.barrier_wait(barriers.chunk.at[0])
-        turn = Turn(phase_QS, interpret)
+        rotation = program.rotation(0)
         if not only_state:
             plgpu.barrier_wait(barriers.k)
-            k_TN[...] = turn.there(k_TN, shared.k_bias_RN)
+            if rotation.changes(shared.k_bias_RN):
+                k_TN[...] = rotation.apply(k_TN, shared.k_bias_RN)
         plgpu.barrier_wait(barriers.q)
-        q_TN[...] = turn.there(q_TN, shared.q_bias_RN)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last chunk stored has left
+        if rotation.changes(shared.q_bias_RN):
+            q_TN[...] = rotation.apply(q_TN, shared.q_bias_RN)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last chunk's copies out of shared memory are done
         if not only_state:
-            # It waits in two halves, good to 2^-17, until all else is done: registers are few.
+            # dh waits in two halves, good to 2^-17, until all else is done: registers are few.
             shared.h_PN[...] = dh_PN.astype(jnp.bfloat16)
             shared.low_PN[...] = (dh_PN - dh_PN.astype(jnp.bfloat16).astype(jnp.float32)).astype(jnp.bfloat16)
         plgpu.barrier_wait(barriers.values)
         plgpu.commit_smem()
         if not only_state:
-            program.keep(out.dh_BHSAPN, index + 1)
-            dk_pairs, dv_ref = _values_back(program, decay)
+            program.store_checkpoint(out.dh_BHZAPN, index + 1)
+            dk_pairs, dv_ref = _values_bwd(program, decay)
             if exact:
                 dk_pairs.append((dk_pairs[0][0], shared.low_PN))
-        dy_TP = load(shared.dy_TP, TILE, interpret).astype(jnp.float32) * down(decay.since_T(), WIDTH)
+        dy_TP = load(shared.dy_TP, TILE, interpret).astype(jnp.float32) * down(decay.decay_from_start_T(), WIDTH)
         shared.dy_TP[...] = dy_TP.astype(jnp.bfloat16)
         plgpu.commit_smem()
         if not only_state:
             to_QP = out.dv_BLHP.at[program.batch, program.tokens(index), pl.ds(program.head * WIDTH, WIDTH)]
             plgpu.copy_smem_to_gmem(dv_ref.at[program.rows(0)], to_QP)
 
-            def turned_back(dk):
-                dk_TN, turned_TN = dk(), load(k_TN, TILE, interpret)
-                shared.rows_XT.at[3][...] = jnp.sum(turned_TN.astype(jnp.float32) * dk_TN, axis=1)
-                return Turn(phase_QS, interpret).back(dk_TN, turned_TN)
+            def rotated_back(dk):
+                dk_TN, rotated_TN = dk(), load(k_TN, TILE, interpret)
+                shared.rows_XT.at[3][...] = jnp.sum(rotated_TN.astype(jnp.float32) * dk_TN, axis=1)
+                return program.rotation(0).inverse(dk_TN, rotated_TN)
 
-            dk_TN, dphi_TS = products([(sizes.d_state, *dk_pairs)], interpret, turned_back)
+            dk_TN, dphi_TS = products([(sizes.d_state, *dk_pairs)], interpret, rotated_back)
             high_PN, low_PN = (load(ref, TILE, interpret).astype(jnp.float32) for ref in (shared.h_PN, shared.low_PN))
             dh_PN = high_PN + low_PN
             program.store_dphi(dphi_TS, out.dphi_BHLS, index)
-            # What was kept of h has left; dv, and a sum over ranks, may not have. All have read h.
-            plgpu.wait_smem_to_gmem(1 + (tile.rank > 1), wait_read_only=True)
+            # The copy of h out of shared memory is done (dv's, and that of a sum over ranks, may still run) and every
+            # warp has read h: its place may be overwritten.
+            later = 1 + (tile.rank > 1 and dphi_TS is not None)
+            plgpu.wait_smem_to_gmem(later, wait_read_only=True)
             shared.h_PN[...] = dk_TN
-        dh_PN = product_into(dh_PN * decay.whole(), ("t", shared.dy_TP), q_TN, interpret)
+        dh_PN = product_into(dh_PN * decay.chunk_decay(), Transposed(shared.dy_TP), q_TN, interpret)
         plgpu.commit_smem()  # all products are done
 
         @pl.when(step + 1 < chunks)
@@ -132,9 +138,9 @@ def _kernel(
 
         if not only_state:
             plgpu.copy_smem_to_gmem(shared.rows_XT, out.drows_BHCXT.at[program.chunk_of_row(index)])
-            program.store_turned(shared.h_PN, out.dk_BHLRN, index)
+            program.store_rows(shared.h_PN, out.dk_BHLRN, index)
             if tile.rank == 1:
-                plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # dv has left, the others may not have
+                plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # dv's copy is done, the others may still run
         pl.when(step + 1 < chunks)(lambda: program.load_values(index - 1))
         return dh_PN
 
@@ -142,24 +148,24 @@ def _kernel(
     if dv_rank_TP is not None:
         zeros_TP = jnp.zeros((ROWS, WIDTH), jnp.float32)
         dv_rank_TP[...] = zeros_TP if interpret else plgpu.layout_cast(zeros_TP, TILE)
-    dh_PN = load(refs.h_BHSPN.at[program.state], TILE, interpret, optimized=False)
+    dh_PN = load(refs.h_BHZPN.at[program.state], TILE, interpret, optimized=False)
     dh_PN = lax.fori_loop(0, chunks, chunk, dh_PN)
-    out.dh_BHSPN.at[program.state][...] = dh_PN
+    out.dh_BHZPN.at[program.state][...] = dh_PN
     if dv_rank_TP is not None:
-        out.dv_rank_BHSTP.at[program.state][...] = load(dv_rank_TP, TILE, interpret)
+        out.dv_rank_BHZTP.at[program.state][...] = load(dv_rank_TP, TILE, interpret)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _values_back(program: Program, decay: Decay):
-    """The gradient of the values of a chunk and of its scalars, into shared memory; what sums to the keys' gradient.
+def _values_bwd(program: Program, decay: Decay):
+    """Stores the gradients of a chunk's values and scalars in shared memory; returns what the keys' gradient sums.
 
-    What can be loaded or computed again is: registers are few. Ends with all products with dy done.
+    What can be loaded or computed again is: registers are few. All products with dy are done at the end.
     """
     shared, interpret, ranked = program.shared, program.interpret, program.tile.rank > 1
     q_TN, k_TN = shared.q_TN, shared.k_TN
 
     def weighted(score, mixed):
-        """Inside the chunk: weights of outputs for values, of values for keys; and a token's own score."""
+        """Returns weights of outputs for values and of values for keys inside the chunk, and a token's own score."""
         later_TT, own_TT = decay.later_TT(), decay.own_TT()
         score_TT = score()
         own_score_TT = jnp.where(own_TT, score_TT, 0.0)
@@ -168,10 +174,10 @@ def _values_back(program: Program, decay: Decay):
         weight_TT = jnp.where(own_TT, down(decay.rows(GAMMA), ROWS), later_TT * down(decay.rows(KAPPA), ROWS))
         return score_TT, (mixed() * weight_TT).astype(jnp.bfloat16), own
 
-    sums = [(ROWS, (k_TN, ("t", q_TN))), (ROWS, (values(program).astype(jnp.bfloat16), ("t", shared.dy_TP)))]
+    sums = [(ROWS, (k_TN, Transposed(q_TN))), (ROWS, (values(program).astype(jnp.bfloat16), Transposed(shared.dy_TP)))]
     score_TT, mixed_TT, own = products(sums, interpret, weighted)
 
-    dlater_TP = product(k_TN, ("t", shared.h_PN), WIDTH, interpret) * down(decay.until_T(), WIDTH)
+    dlater_TP = product(k_TN, Transposed(shared.h_PN), WIDTH, interpret) * down(decay.decay_to_end_T(), WIDTH)
     sums = [(dlater_TP, (score_TT, shared.dy_TP))] + [(WIDTH, (own, shared.dy_TP))] * ranked
 
     def summed(dlater, down_=None):
@@ -190,7 +196,7 @@ def _values_back(program: Program, decay: Decay):
             dx_TP += program.refs.skip_H[program.head] * dy_TP
         for place, row_T in enumerate((dkappa_T, dgamma_T, dskip_T)):
             shared.rows_XT.at[place][...] = row_T
-        return dx_TP, (x_TP * down(decay.until_T(SHIFTED), WIDTH)).astype(jnp.bfloat16)
+        return dx_TP, (x_TP * down(decay.decay_to_end_T(SHIFTED), WIDTH)).astype(jnp.bfloat16)
 
     dx_TP, weighted_TP = products(sums, interpret, summed)
     dv_ref = shared.v_QP

@@ -1,0 +1,82 @@
+"""Angles as fractions of a turn: what the kernels of several backends share about sums that stay exact.
+
+A turn is 2 pi. As 32-bit integers, fractions of a turn add up exactly, in any order and of any length, and the overflow
+is the modulo. The increments angle dt are sums of products of 12-bit pieces, which are exact in float32 whether a
+compiler fuses them with a sum or not.
+"""
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+
+INVERSE_TURN = 1 / (2 * math.pi)
+
+
+def head(x):
+    """Returns the leading 12 bits of a float32's significand; x - head(x) is exact and has the other 12."""
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & ~0xFFF, jnp.float32)
+
+
+def _pieces(value: float) -> tuple[float, float, float]:
+    """Splits value = a + b + c, the first two of 12 bits each."""
+    scale = 2.0 ** (12 - math.frexp(value)[1])
+    first = math.floor(value * scale) / scale
+    second = math.floor((value - first) * scale * 4096) / (scale * 4096)
+    return first, second, value - first - second
+
+
+INVERSE_TURN_PIECES = _pieces(INVERSE_TURN)
+
+
+def turns_in_pieces(angle):
+    """Returns angle / (2 pi) as its leading 12 bits, the next 12, and the rest, together good to 2^-47 of it."""
+    first, second, third = INVERSE_TURN_PIECES
+    angle_head = head(angle)
+    angle_tail = angle - angle_head
+    exact = [angle_head * first, angle_tail * first, angle_head * second]
+    leading = head(exact[0])
+    middle = [exact[0] - leading, exact[1], exact[2]]
+    heads = [head(x) for x in middle]
+    sum_ = (heads[0] + heads[1]) + heads[2]  # of a few multiples of a common step: exact
+    middle_head = head(sum_)
+    rest = sum(x - y for x, y in zip(middle, heads, strict=True))
+    small = angle_tail * second + angle * third
+    return leading, middle_head, (sum_ - middle_head) + (rest + small)
+
+
+def to_fraction(angle):
+    """Returns an angle in radians as a 32-bit fraction of a turn, to the 2^-24 that float32 has."""
+    turns = angle * INVERSE_TURN
+    return ((turns - jnp.floor(turns + 0.5)) * 2.0**31).astype(jnp.int32) * 2
+
+
+def to_radians(fraction):
+    """Returns a 32-bit fraction of a turn as radians in [0, 2 pi), of the 24 bits that float32 has."""
+    return lax.shift_right_logical(fraction, jnp.int32(8)).astype(jnp.float32) * (2 * math.pi / 2.0**24)
+
+
+def before_chunks(sum_BHCS, first_BHS, document_BL):
+    """Returns the angle before every chunk and the one after the row, 32-bit, from the sums of the chunks.
+
+    Args:
+        sum_BHCS: the 32-bit sum of a chunk's increments; where documents start in it, from its last start on.
+        first_BHS: the angle before the row, 32-bit.
+        document_BL: document starts in its chunk up to each token; None: one document.
+    """
+    up_to_BHCS = jnp.cumsum(sum_BHCS, axis=2)
+    before_BHCS = up_to_BHCS - sum_BHCS
+    if document_BL is None:
+        return first_BHS[:, :, None] + before_BHCS, first_BHS + up_to_BHCS[:, :, -1]
+    # After a chunk with a start: from that chunk on, whose sum began at its last start.
+    batch, _, chunks, _ = sum_BHCS.shape
+    begins_BC = document_BL.reshape(batch, chunks, -1)[:, :, -1] > 0
+    latest_BC = lax.cummax(jnp.where(begins_BC, jnp.arange(chunks, dtype=jnp.int32), -1), axis=1)
+
+    def since(sum_BHCS, latest_BC):
+        latest_BHCS = latest_BC[:, None, :, None]
+        forgotten_BHCS = jnp.take_along_axis(before_BHCS, jnp.maximum(latest_BHCS, 0), axis=2)
+        return sum_BHCS + jnp.where(latest_BHCS < 0, first_BHS[:, :, None], -forgotten_BHCS)
+
+    before_BC = jnp.pad(latest_BC[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    return since(before_BHCS, before_BC), since(up_to_BHCS[:, :, -1:], latest_BC[:, -1:])[:, :, 0]

@@ -1,0 +1,198 @@
+"""What the backward passes of both GPU backends do in plain XLA: sums over the row that rounding must not grow in.
+
+A gradient that adds up over later tokens (the decay's, the angle's) is summed inside a chunk, where what a pair of
+tokens adds cancels exactly, over the chunks of one checkpoint interval, and begins again at every checkpoint from the
+inner product of a state h with its gradient dh. Z are splits of the row over programs, A the checkpoints of a split.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+def documents_in_chunks(document_BL, tokens: int):
+    """Returns the document starts in its chunk of `tokens` up to each token, from those in its row; None stays None."""
+    if document_BL is None:
+        return None
+    document_BCQ = document_BL.reshape(document_BL.shape[0], -1, tokens)
+    before_BC = jnp.pad(document_BCQ[:, :-1, -1], ((0, 0), (1, 0)))
+    return (document_BCQ - before_BC[..., None]).reshape(document_BL.shape)
+
+
+def combine_splits(first_BHPN, decay_BHZ, added_BHZPN):
+    """Solves h_z = decay_z h_{z-1} + added_z: returns the states before every split, and the one after the last."""
+    decay_BHZ = jnp.pad(decay_BHZ, ((0, 0), (0, 0), (1, 0)), constant_values=1.0)
+    states_BHZPN = jnp.concatenate([first_BHPN[:, :, None], added_BHZPN], axis=2)
+
+    def compose(first, second):
+        return first[0] * second[0], second[0][..., None, None] * first[1] + second[1]
+
+    _, states_BHZPN = lax.associative_scan(compose, (decay_BHZ, states_BHZPN), axis=2)
+    return states_BHZPN[:, :, :-1], states_BHZPN[:, :, -1]
+
+
+def combine_splits_bwd(dlast_BHPN, decay_BHZ, demanded_BHZPN):
+    """Runs the scan over splits from the end: returns the gradient of the state after every split.
+
+    dh_end[z] = dh_start[z + 1],   dh_start[z] = decay[z] dh_end[z] + demanded[z]
+
+    Args:
+        dlast_BHPN: the gradient of the state after the row.
+        demanded_BHZPN: what the outputs of a split add to the gradient of the state before it.
+    """
+    demanded_BHZPN, decay_BHZ = jnp.flip(demanded_BHZPN, axis=2), jnp.flip(decay_BHZ, axis=2)
+    return jnp.flip(combine_splits(dlast_BHPN, decay_BHZ, demanded_BHZPN)[0], axis=2)
+
+
+class Crossing(NamedTuple):
+    """What the states at the checkpoints know of the angle's gradient, so that its sums begin again there.
+
+    A turn of all tokens from t on only turns them against the state h before t, and the last state against what is
+    asked of it: with dh the gradient of h, the sum over s >= t of a plane's dphi_s is X_t - X_end, where
+
+        X = sum_p (h_pw dh_pu - h_pu dh_pw)   of the plane (u, w)
+    """
+
+    starts_BHZAS: jax.Array  # X before every `interval` tokens of every split
+    end_BHS: jax.Array  # X after the row
+    interval: int
+
+
+def crossing_sums(u_PS, w_PS, du_PS, dw_PS, planes: int):
+    """Returns <h, dh>, which the decay's gradient wants, and X of every plane, of a state (u, w) and its gradient."""
+    # Both in one pass over the states, which XLA would not fuse.
+    both, zeros = (u_PS * du_PS + w_PS * dw_PS, w_PS * du_PS - u_PS * dw_PS), (jnp.float32(0),) * 2
+    add = lambda a, b: (a[0] + b[0], a[1] + b[1])  # noqa: E731
+    alike_S, across_S = lax.reduce(both, zeros, add, (both[0].ndim - 2,))
+    return jnp.sum(alike_S, axis=-1), across_S[..., :planes]
+
+
+class AngleSums(NamedTuple):
+    """Gradients of the angle, float32, from the tokens of a chunk alone."""
+
+    dangle_BLHS: jax.Array
+    ddt_BHL: jax.Array
+    dphi_BHCS: jax.Array  # a chunk's sum, for the tokens before it
+
+
+def add_later(angle_BLHS, dt_BHL, document_BL, sums: AngleSums, dlast_BHS, crossing: Crossing):
+    """Returns the gradients of angle, dt and the first angle: `sums`, and what comes from the chunks after a token's.
+
+    Args:
+        document_BL: document starts in the row up to each token; None: one document.
+        dlast_BHS: of the angle after the row.
+    """
+    batch, n_heads, length = dt_BHL.shape
+    chunks, planes = sums.dphi_BHCS.shape[2:]
+    later_BHCS, dfirst_BHS, within_BCQ = _later(document_BL, length, sums.dphi_BHCS, dlast_BHS, crossing)
+    dt_BHCQ = dt_BHL.reshape(batch, n_heads, chunks, -1)
+    angle_BCQHS = angle_BLHS.reshape(batch, chunks, length // chunks, -1, planes)
+    if within_BCQ is not None:
+        dt_BHCQ = jnp.where(within_BCQ[:, None], dt_BHCQ, 0.0)
+        angle_BCQHS = jnp.where(within_BCQ[..., None, None], angle_BCQHS, 0.0)
+    exact = {"precision": "highest"}
+    if angle_BCQHS.shape[3] == 1:
+        more_BHCQ = jnp.einsum("bcqs,bhcs->bhcq", angle_BCQHS[:, :, :, 0], later_BHCS, **exact)
+        more_BCQHS = jnp.einsum("bhcq,bhcs->bcqs", dt_BHCQ, later_BHCS, **exact)
+    else:
+        more_BHCQ = jnp.einsum("bcqhs,bhcs->bhcq", angle_BCQHS, later_BHCS, **exact)
+        more_BCQHS = jnp.moveaxis(dt_BHCQ[..., None] * later_BHCS[:, :, :, None], 1, 3)
+    dangle_BLHS = sums.dangle_BLHS + more_BCQHS.reshape(sums.dangle_BLHS.shape)
+    return dangle_BLHS, sums.ddt_BHL + more_BHCQ.reshape(sums.ddt_BHL.shape), dfirst_BHS
+
+
+def _later(document_BL, length: int, dphi_BHCS, dlast_BHS, crossing: Crossing):
+    """Returns the gradient that reaches the end of every chunk from later tokens, that of the angle before the row, and
+    which tokens of a chunk (B, C, Q) its end reaches (None: all)."""
+    batch, n_heads, chunks, planes = dphi_BHCS.shape
+    splits, checkpoints = crossing.starts_BHZAS.shape[2:4]
+    tokens = length // chunks
+    in_split, in_interval = chunks // splits, crossing.interval // tokens
+    padding = checkpoints * in_interval - in_split
+
+    def by_checkpoint(array_BHCS, **how):
+        """Returns (B, H, A, chunks between two checkpoints, S), A of all splits."""
+        array_BHZCS = array_BHCS.reshape(*array_BHCS.shape[:2], splits, in_split, -1)
+        array_BHZCS = jnp.pad(array_BHZCS, [(0, 0)] * 3 + [(0, padding), (0, 0)], **how)
+        return array_BHZCS.reshape(*array_BHCS.shape[:2], splits * checkpoints, in_interval, -1)
+
+    start_BHAS = crossing.starts_BHZAS.reshape(batch, n_heads, -1, planes)
+    end_BHAS = jnp.concatenate([start_BHAS[:, :, 1:], crossing.end_BHS[:, :, None]], axis=2)
+    first_BHS, after_BHAS = start_BHAS[:, :, 0], (dlast_BHS - crossing.end_BHS)[:, :, None]
+    sums_BHACS, within_BCQ = by_checkpoint(dphi_BHCS), None
+    if document_BL is None:
+        end_BHAS, first_BHS = end_BHAS + after_BHAS, first_BHS + after_BHAS[:, :, 0]
+        up_to_BHACS = jnp.cumsum(sums_BHACS, axis=3)
+        later_BHACS = up_to_BHACS[:, :, :, -1:] - up_to_BHACS + end_BHAS[:, :, :, None]
+    else:
+        places = [z * in_split * tokens + a * crossing.interval for z in range(splits) for a in range(checkpoints)]
+        before_BA = jnp.pad(document_BL, ((0, 0), (1, 0)))[:, np.array([*places, length])]
+        is_last_BHAS = (before_BA == before_BA[:, -1:])[:, None, :, None]
+        end_BHAS += jnp.where(is_last_BHAS[:, :, 1:], after_BHAS, 0.0)
+        first_BHS += jnp.where(is_last_BHAS[:, :, :1], after_BHAS, 0.0)[:, :, 0]
+        goes_on_BC, within_BCQ = _reached(document_BL, tokens)
+        goes_on_BHACS = by_checkpoint(goes_on_BC[:, None, :, None], constant_values=True)
+        goes_on_BHACS = jnp.pad(goes_on_BHACS, [(0, 0)] * 3 + [(0, 1), (0, 0)], constant_values=True)
+        sums_BHACS = jnp.concatenate([sums_BHACS, end_BHAS[:, :, :, None]], axis=3)
+        sums_BHACS, _ = lax.associative_scan(_compose, (sums_BHACS, goes_on_BHACS), axis=3, reverse=True)
+        later_BHACS = sums_BHACS[:, :, :, 1:]
+    later_BHZCS = later_BHACS.reshape(batch, n_heads, splits, -1, planes)[:, :, :, :in_split]
+    return later_BHZCS.reshape(dphi_BHCS.shape), first_BHS, within_BCQ
+
+
+def _reached(document_BL, tokens: int):
+    """Returns whether no document begins in a chunk (B, C), and which tokens (B, C, Q) are of its last document."""
+    document_BCQ = documents_in_chunks(document_BL, tokens).reshape(document_BL.shape[0], -1, tokens)
+    return document_BCQ[:, :, -1] == 0, document_BCQ == document_BCQ[:, :, -1:]
+
+
+def _compose(later, sooner):
+    """Composes two parts of a scan from the end: sums, and whether they go on."""
+    (total, goes_on), (more, more_goes_on) = later, sooner
+    return more + jnp.where(more_goes_on, total, 0.0), goes_on & more_goes_on
+
+
+def decay_bwd(document_BL, received_BHL, crossing_BHZA, end_BH, tokens: int, interval: int):
+    """Returns the gradient of c, the log decay since the first token of a chunk (or of its document in the chunk).
+
+    It is what every token receives less what it gives, r; the last token of a chunk adds what crosses the chunk's end,
+
+        over_c = sum of r over the later chunks that c reaches, up to the next checkpoint  +  <dh, h> there
+
+    Args:
+        document_BL: document starts in the chunk up to each token; None: one document.
+        received_BHL: r.
+        crossing_BHZA: <dh, h> before every `interval` tokens of every split.
+        end_BH: of the last state.
+        tokens: of a chunk.
+    """
+    batch, n_heads, length = received_BHL.shape
+    splits, checkpoints = crossing_BHZA.shape[2:]
+    chunks, between = length // tokens // splits, interval // tokens
+
+    def by_checkpoint(array_BHZC):
+        """Returns (B, H, Z, A, chunks between two checkpoints); zeros after the last chunk of a split."""
+        padding = checkpoints * between - chunks
+        array_BHZC = jnp.pad(array_BHZC, [(0, 0)] * 3 + [(0, padding)])
+        return array_BHZC.reshape(*array_BHZC.shape[:3], checkpoints, between)
+
+    received_BHZCQ = received_BHL.reshape(batch, n_heads, splits, chunks, tokens)
+    carried_BHZCQ, reach_BHZACC, reach_end_BHZAC = received_BHZCQ, jnp.tri(between, k=-1, dtype=bool).T, True
+    if document_BL is not None:
+        document_BHZCQ = document_BL.reshape(batch, 1, splits, chunks, tokens)
+        carried_BHZCQ = jnp.where(document_BHZCQ == 0, received_BHZCQ, 0.0)
+        begun_BHZAC = jnp.cumsum(by_checkpoint((document_BHZCQ[..., -1] > 0).astype(jnp.int32)), axis=-1)
+        begun_before_BHZAC = jnp.pad(begun_BHZAC[..., :-1], [(0, 0)] * 4 + [(1, 0)])
+        reach_BHZACC = reach_BHZACC & (begun_BHZAC[..., :, None] == begun_before_BHZAC[..., None, :])
+        reach_end_BHZAC = begun_BHZAC == begun_BHZAC[..., -1:]
+    carried_BHZAC = by_checkpoint(jnp.sum(carried_BHZCQ, axis=-1))
+    crossing_BHA = jnp.concatenate([crossing_BHZA.reshape(batch, n_heads, -1), end_BH[..., None]], axis=-1)
+    ends_BHZA = crossing_BHA[..., 1:].reshape(crossing_BHZA.shape)
+    over_BHZAC = jnp.sum(jnp.where(reach_BHZACC, carried_BHZAC[..., None, :], 0.0), axis=-1)
+    over_BHZAC += jnp.where(reach_end_BHZAC, ends_BHZA[..., None], 0.0)
+    over_BHZC = lax.optimization_barrier(over_BHZAC.reshape(batch, n_heads, splits, -1)[..., :chunks])
+    is_last_Q = jnp.arange(tokens) == tokens - 1
+    return (received_BHZCQ + jnp.where(is_last_Q, over_BHZC[..., None], 0.0)).reshape(received_BHL.shape)
