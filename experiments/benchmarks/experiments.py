@@ -1,4 +1,4 @@
-"""What there is to run and what came out: the rows of experiments/README.md."""
+"""What there is to run and what came out: the rows of experiments/README.md, and those of the main README."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +18,16 @@ class Experiment:
     expected: str
     result: str
     got: Callable[[dict], str]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One row of the main README. `result` is a path under experiments/, and `number` reads one cell out of it."""
+
+    what: str
+    result: str
+    number: Callable[[dict], str]
+    command: str
 
 
 def layer_ratios(result: dict) -> str:
@@ -48,15 +58,18 @@ def train_speed(result: dict) -> str:
     return ", ".join(said) or "only one implementation was timed"
 
 
-def growth_factors(result: dict) -> str:
-    """From the shortest to the longest length, of the implementation that is the default."""
+def growth_factors(result: dict) -> tuple[int, int, str, str]:
+    """The shortest and the longest length of the default implementation, and by what FLOP and memory a token grow."""
     rows = [row for row in result["rows"] if row["implementation"] == "chunked" and row["rank"] == 1]
     first, last = rows[0], rows[-1]
     factors = (last[key] / first[key] for key in ("matmul_flop_a_token", "temp_kib_a_token"))
-    operations, memory = map(significant, factors)
-    return (
-        f"from {first['length']:,} to {last['length']:,} tokens: FLOP a token x {operations}, memory a token x {memory}"
-    )
+    return first["length"], last["length"], *map(significant, factors)
+
+
+def growth_sentence(result: dict) -> str:
+    """Says what `growth_factors` gives."""
+    first, last, operations, memory = growth_factors(result)
+    return f"from {first:,} to {last:,} tokens: FLOP a token x {operations}, memory a token x {memory}"
 
 
 def depth_factors(result: dict) -> str:
@@ -143,6 +156,15 @@ EXPERIMENTS = (
         got=partial(op_times, implementation="mosaic_gpu"),
     ),
     Experiment(
+        question="And on an H200, with the Hopper kernels apart from Triton's (ssm_h200_before: the commit before)?",
+        command="python -m experiments.benchmarks.ssm --implementations=mosaic_gpu --name=ssm_h200 "
+        "--cases=siso_b2_l16384,mimo4_b1_l131072,siso_decode,mimo4_decode",
+        cost="minutes, one GPU",
+        expected="none over 2% slower than in ssm_h200_before",
+        result="benchmarks/results/ssm_h200.json",
+        got=partial(op_times, implementation="mosaic_gpu"),
+    ),
+    Experiment(
         question="How much faster do the kernels make a whole layer, and a training step of the 180M models, on a GPU?",
         command="python -m experiments.benchmarks.train",
         cost="4 minutes, one GPU",
@@ -164,7 +186,7 @@ EXPERIMENTS = (
         cost="3 minutes, 2 cores",
         expected="x 1.00 and x 1.00 at most",
         result="benchmarks/results/growth_cpu.json",
-        got=growth_factors,
+        got=growth_sentence,
     ),
     Experiment(
         question="Does compiling take longer for a deeper model?",
@@ -173,5 +195,95 @@ EXPERIMENTS = (
         expected="x 1.0 in size",
         result="benchmarks/results/depth_cpu.json",
         got=depth_factors,
+    ),
+)
+
+
+def bits_per_byte(result: dict) -> str:
+    """Reads the bits per byte at the trained length."""
+    return f"{significant(result['rows'][0]['bits_per_byte'])} after {result['seconds']['train']:.0f} s"
+
+
+def parity_of(result: dict, *, variant: str) -> str:
+    """Reads the score of each of a variant's seeds at the longest trained length."""
+    (row,) = (row for row in result["rows"] if row["variant"] == variant)
+    return ", ".join(f"{scaled(seed):.0f}" for seed in row["accuracy"][str(max(result["trained_lengths"]))])
+
+
+def layer_training(result: dict) -> str:
+    """Reads how many times faster than the peer a layer and its gradients are."""
+    rows = [row for row in result["rows"] if row["what"] == "forward+backward"]
+    return " / ".join(f"{significant(row['ratio'])}x" for row in rows)
+
+
+def milliseconds(result: dict, *cases: str) -> str:
+    """Reads the times of cases in the Hopper kernels, in the file's order."""
+    rows = [row for row in result["rows"] if row["implementation"] == "mosaic_gpu" and row["case"] in cases]
+    return f"{' / '.join(significant(row['ms']) for row in rows)} ms"
+
+
+def step_ratios(result: dict) -> str:
+    """Reads how many times faster than plain XLA each model's training step is."""
+    ms = {(row["model"], row["implementation"].split(":")[0]): row["ms"] for row in result["rows"] if "loss" in row}
+    ratios = [significant(ms[model, "chunked"] / ms[model, name]) for model, name in ms if name == "default"]
+    return " / ".join(f"{ratio}x" for ratio in ratios)
+
+
+def kernel_cycles(result: dict) -> str:
+    """Reads the smallest and the largest part of plain XLA's cycles that the TPU kernels take."""
+    parts = [row["mega_cycles_over_plain"] for row in result["rows"] if "mega_cycles_over_plain" in row]
+    return f"{significant(min(parts))} to {significant(max(parts))}"
+
+
+def growth_of_both(result: dict) -> str:
+    """Reads by what FLOP and memory a token grow."""
+    _, _, operations, memory = growth_factors(result)
+    return f"x {operations} / x {memory}"
+
+
+HEADLINES = (
+    Headline("Bits a byte of held-out Python source", "results/text.json", bits_per_byte, "make run"),
+    Headline(
+        "Parity at 256 bits, three seeds", "results/parity.json", partial(parity_of, variant="mamba3"), "make parity"
+    ),
+    Headline(
+        "The same without rotation", "results/parity.json", partial(parity_of, variant="no_rotation"), "make parity"
+    ),
+    Headline(
+        "Training a layer, over mamba3-jax",
+        "benchmarks/results/layer_cpu.json",
+        layer_training,
+        "experiments.benchmarks.layer",
+    ),
+    Headline(
+        "Op, SISO, B 2, L 16,384",
+        "benchmarks/results/ssm_h200.json",
+        lambda result: milliseconds(result, "siso_b2_l16384"),
+        "make time-gpu",
+    ),
+    Headline(
+        "Op, MIMO R 4, B 1, L 131,072",
+        "benchmarks/results/ssm_h200.json",
+        lambda result: milliseconds(result, "mimo4_b1_l131072"),
+        "make time-gpu",
+    ),
+    Headline(
+        "Op, one token, B 128, SISO / MIMO R 4",
+        "benchmarks/results/ssm_h200.json",
+        lambda result: milliseconds(result, "siso_decode", "mimo4_decode"),
+        "make time-gpu",
+    ),
+    Headline("180M training step, over plain XLA", "benchmarks/results/train_gpu.json", step_ratios, "make time-gpu"),
+    Headline(
+        "TPU kernels' cycles, over plain XLA's",
+        "benchmarks/results/tpu_aot.json",
+        kernel_cycles,
+        "experiments.benchmarks.tpu_aot",
+    ),
+    Headline(
+        "FLOP / memory a token, L 2,048 to 2^17",
+        "benchmarks/results/growth_cpu.json",
+        growth_of_both,
+        "experiments.benchmarks.ssm --growth",
     ),
 )

@@ -15,7 +15,7 @@ from absl import app, flags
 
 from experiments import parity
 from experiments.benchmarks import common, depth, layer, ssm, tpu_aot, train
-from experiments.benchmarks.experiments import EXPERIMENTS
+from experiments.benchmarks.experiments import EXPERIMENTS, HEADLINES
 
 FILES = (common.REPOSITORY / "README.md", common.REPOSITORY / "experiments" / "README.md")
 PLACE = re.compile(r"<!-- table:(\S+) -->\n.*?<!-- end -->", re.DOTALL)
@@ -65,6 +65,17 @@ def experiments_table() -> str:
     return common.table(rows, {name: name for name in ("question", "command", "cost", "expected", "got")})
 
 
+def results_table() -> str:
+    """Draws the short table of the main README: a number, the device, and the command that measures it."""
+    rows = []
+    for headline in HEADLINES:
+        path = common.REPOSITORY / "experiments" / headline.result
+        result = common.read(path.stem, path.parent)
+        number, device = ("not run yet", None) if result is None else (headline.number(result), result["device"])
+        rows.append({"what": headline.what, "number": number, "on": device, "command": f"`{headline.command}`"})
+    return common.table(rows, {name: name for name in ("what", "number", "on", "command")})
+
+
 def parity_table() -> str:
     """Accuracy by length of every variant and seed."""
     path = common.REPOSITORY / "experiments" / "results" / "parity.json"
@@ -81,6 +92,7 @@ TABLES = {
     "depth": table_of("depth", depth.COLUMNS),
     "tpu_aot": table_of("tpu", tpu_aot.COLUMNS),
     "experiments": experiments_table,
+    "results": results_table,
 }
 
 

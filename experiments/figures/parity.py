@@ -1,6 +1,6 @@
 """Accuracy by length of the parity experiment, from its result file.
 
-python -m experiments.figures.parity --source=experiments/results/parity.json --target=parity.png
+python -m experiments.figures.parity --target=experiments/figures/parity.png    the README's picture
 """
 
 import json
@@ -32,12 +32,12 @@ def draw(results: dict, path) -> None:
         axes.plot(lengths, percent, color=color, marker=marker, linestyle="", markersize=4, alpha=0.6)
     trained = max(results["trained_lengths"])
     axes.axvspan(trained, max(lengths), color="0.92", zorder=0)
-    axes.text(trained, 0.98, " longer than trained", va="top", transform=axes.get_xaxis_transform())
+    axes.text(trained, 0.03, " longer than trained", transform=axes.get_xaxis_transform())
     axes.axhline(50, color="0.5", linestyle=":")
     axes.set(xlabel="string length, bits", ylabel="accuracy at the last bit, %", ylim=(35, 103))
     axes.set_title(f"Parity, {results['seeds']} seeds a variant (50% is chance)")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 0.25))
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 

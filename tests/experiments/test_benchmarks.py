@@ -214,6 +214,13 @@ def test_readme_tables_are_up_to_date():
     assert not table.outdated(table.FILES), "run python -m experiments.benchmarks.table"
 
 
+def test_the_main_readme_has_short_cells():
+    lines = table.TABLES["results"]().splitlines()
+    cells = [cell for line in lines for cell in line.strip("| ").split(" | ")]
+    assert 8 <= len(lines) <= 12
+    assert max(map(len, cells)) <= 40, max(cells, key=len)
+
+
 def test_peer_script_needs_nothing_of_ours():
     """It runs where our package is not: imported alone, by its path, it takes in no module of this repository."""
     code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='peer'); print('mamba3_jax' in sys.modules)"
