@@ -156,7 +156,7 @@ EXPERIMENTS = (
         got=partial(op_times, implementation="mosaic_gpu"),
     ),
     Experiment(
-        question="And on an H200, with the Hopper kernels apart from Triton's (ssm_h200_before: the commit before)?",
+        question="And on an H200, with the Hopper kernels apart from Triton's (ssm_h200_before: 43ba093b4)?",
         command="python -m experiments.benchmarks.ssm --implementations=mosaic_gpu --name=ssm_h200 "
         "--cases=siso_b2_l16384,mimo4_b1_l131072,siso_decode,mimo4_decode",
         cost="minutes, one GPU",
@@ -250,30 +250,30 @@ HEADLINES = (
         "The same without rotation", "results/parity.json", partial(parity_of, variant="no_rotation"), "make parity"
     ),
     Headline(
-        "Training a layer, over mamba3-jax",
+        "Layer over mamba3-jax, SISO / R 4",
         "benchmarks/results/layer_cpu.json",
         layer_training,
         "experiments.benchmarks.layer",
     ),
     Headline(
-        "Op, SISO, B 2, L 16,384",
+        "Op, SISO, L 16,384, forward / training",
         "benchmarks/results/ssm_h200.json",
         lambda result: milliseconds(result, "siso_b2_l16384"),
         "make time-gpu",
     ),
     Headline(
-        "Op, MIMO R 4, B 1, L 131,072",
+        "Op, R 4, L 2^17, forward / training",
         "benchmarks/results/ssm_h200.json",
         lambda result: milliseconds(result, "mimo4_b1_l131072"),
         "make time-gpu",
     ),
     Headline(
-        "Op, one token, B 128, SISO / MIMO R 4",
+        "Op, one token of 128 rows, SISO / R 4",
         "benchmarks/results/ssm_h200.json",
         lambda result: milliseconds(result, "siso_decode", "mimo4_decode"),
         "make time-gpu",
     ),
-    Headline("180M training step, over plain XLA", "benchmarks/results/train_gpu.json", step_ratios, "make time-gpu"),
+    Headline("180M step over plain XLA, SISO / R 4", "benchmarks/results/train_gpu.json", step_ratios, "make time-gpu"),
     Headline(
         "TPU kernels' cycles, over plain XLA's",
         "benchmarks/results/tpu_aot.json",

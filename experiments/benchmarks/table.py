@@ -8,6 +8,7 @@ A table stands between `<!-- table:NAME -->` and `<!-- end -->`; NAME is in TABL
 
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from absl import app, flags
 from experiments import parity
 from experiments.benchmarks import common, depth, layer, ssm, tpu_aot, train
 from experiments.benchmarks.experiments import EXPERIMENTS, HEADLINES
+from mamba3_jax.evaluate import language
 
 FILES = (common.REPOSITORY / "README.md", common.REPOSITORY / "experiments" / "README.md")
 PLACE = re.compile(r"<!-- table:(\S+) -->\n.*?<!-- end -->", re.DOTALL)
@@ -76,6 +78,16 @@ def results_table() -> str:
     return common.table(rows, {name: name for name in ("what", "number", "on", "command")})
 
 
+def evaluation_table() -> str:
+    """Draws what `launch.evaluate` printed of the recorded run of text, a line a length."""
+    path = common.REPOSITORY / "experiments" / "results" / "text.json"
+    result = common.read(path.stem, path.parent)
+    if result is None:
+        return MISSING
+    scores = language.table(result["rows"], result["rows"][0]["length"]).split("\n\n")[0]
+    return "\n" + textwrap.indent(scores, "    ") + "\n"
+
+
 def parity_table() -> str:
     """Accuracy by length of every variant and seed."""
     path = common.REPOSITORY / "experiments" / "results" / "parity.json"
@@ -93,6 +105,7 @@ TABLES = {
     "tpu_aot": table_of("tpu", tpu_aot.COLUMNS),
     "experiments": experiments_table,
     "results": results_table,
+    "evaluation": evaluation_table,
 }
 
 
