@@ -1,4 +1,4 @@
-"""The gradients of keys and values: from the last chunk on, with the gradient dh of the state. See `back`."""
+"""The gradients of keys and values: from the last chunk on, with the gradient dh of the state. See `bwd`."""
 
 import functools
 from typing import NamedTuple

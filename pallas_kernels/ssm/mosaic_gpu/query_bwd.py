@@ -1,4 +1,4 @@
-"""The gradient of the queries: from the first chunk on, with the state computed again. See `back`."""
+"""The gradient of the queries: from the first chunk on, with the state computed again. See `bwd`."""
 
 from typing import NamedTuple
 
