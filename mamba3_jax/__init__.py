@@ -7,19 +7,24 @@ Array names end in the letters of their axes; numbers have no such ending (`d_st
 
     B batch   L tokens   C chunks   Q tokens in a chunk   D model width   V vocabulary   F feed-forward width
     H heads   G groups of q/k   R MIMO rank (1 is SISO)   N state per head   P head width   S rotated planes
-    T attended tokens   E attention head width, experts   K kv heads, candidates of sampling
+    T attended tokens   E attention head width   K kv heads, candidates of sampling
+    Z splits of the length over programs or devices
+
+Other letters are local to a file. In pallas_kernels/ssm/triton, S is splits too.
 
 The paper's symbols (arXiv 2603.15569) and ours:
 
     C, B, x     q, k, v                     query, key, value of the recurrence
-    Delta, A    dt, a; log_a = dt a < 0     step and decay rate
+    Delta, A    dt, a; log_a = dt a < 0     step and decay rate (backward_euler has another log_a)
     lambda      sigmoid(logit), in [0, 1]   how much of a step is the current token's: inside ops.discretize only
-    theta       angle                       radians per unit dt; its running sum rotates q and k
-    D           skip
+    theta       angle = pi tanh(theta)      radians per unit dt; the running sum of dt angle rotates q and k
+    D, z        skip, gate
 
     h_t = exp(log_a_t) (h_{t-1} + beta_t v_{t-1} k_{t-1}^T) + gamma_t v_t k_t^T,    y_t = h_t q_t
 
-gamma and beta are the discretization's: lambda dt and (1 - lambda) dt in the paper, see ops/discretize.py for others.
+gamma weighs a token's own input, beta the previous token's. Both, and log_a, come from a discretization: a function of
+(dt, a, logit) in the table `ops.discretize.DISCRETIZATIONS`, named by `ModelConfig.discretization`. The paper's is
+exponential_trapezoidal: gamma = lambda dt, beta = (1 - lambda) dt. Where beta is None the previous input weighs nothing.
 
 Public names: `load`, `Config`, `ModelConfig`, and, imported when first used, `LanguageModel`, `init_params`, `ssm`,
 `transition`, `compose`.
