@@ -24,7 +24,7 @@ The paper's symbols (arXiv 2603.15569) and ours:
 
 gamma weighs a token's own input, beta the previous token's. Both, and log_a, come from a discretization: a function of
 (dt, a, logit) in the table `ops.discretize.DISCRETIZATIONS`, named by `ModelConfig.discretization`. The paper's is
-exponential_trapezoidal: gamma = lambda dt, beta = (1 - lambda) dt. Without beta (None) a step takes its own input alone.
+exponential_trapezoidal: gamma = lambda dt, beta = (1 - lambda) dt. With beta None a step takes its own input alone.
 
 Public names: `load`, `Config`, `ModelConfig`, and, imported when first used, `LanguageModel`, `init_params`, `ssm`,
 `transition`, `compose`.

@@ -21,6 +21,11 @@ NAMES = {
 }
 
 
+def source(results: dict) -> str:
+    """Says which results a picture was drawn from, as the picture itself does."""
+    return f"commit {results['commit']}, {results['date']}"
+
+
 def draw(results: dict, path) -> None:
     """One line a variant, the mean of its seeds; one dot a seed. PNG."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
@@ -37,7 +42,7 @@ def draw(results: dict, path) -> None:
     axes.set(xlabel="string length, bits", ylabel="accuracy at the last bit, %", ylim=(35, 103))
     axes.set_title(f"Parity, {results['seeds']} seeds a variant (50% is chance)")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 0.25))
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata={"Description": source(results)})
     plt.close(figure)
 
 
