@@ -59,7 +59,7 @@ def train_speed(result: dict) -> str:
 
 
 def growth_factors(result: dict) -> tuple[int, int, str, str]:
-    """The shortest and the longest length of the default implementation, and by what FLOP and memory a token grow."""
+    """Returns the shortest and the longest length of the default, and by what FLOP and memory a token grow."""
     rows = [row for row in result["rows"] if row["implementation"] == "chunked" and row["rank"] == 1]
     first, last = rows[0], rows[-1]
     factors = (last[key] / first[key] for key in ("matmul_flop_a_token", "temp_kib_a_token"))
