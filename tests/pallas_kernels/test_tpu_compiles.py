@@ -76,7 +76,6 @@ class LeftOut(ssm.Task):
 
 
 @pytest.mark.libtpu
-@needs_compiler
 @pytest.mark.parametrize("rank", [1, 4])
 @pytest.mark.parametrize("what", ["forward+backward", "decode"])
 def test_what_is_left_out_compiles(what, rank):
