@@ -52,8 +52,8 @@ class ModelConfig(Section):
     vocab_size: int = size(256, most=2**24)
     pad_vocab_to: int = size(8)  # the embedding's rows are rounded up to a multiple of this
     d_model: int = size(256)
-    # One letter a layer, see mixers.LETTERS: M Mamba-3, A attention. In a config file also a tuple of names; the
-    # declared type is what a flag gives.
+    # One letter a layer, which each mixer has in its file: M Mamba-3, A attention. In a config file also a tuple of
+    # names; the declared type is what a flag gives.
     pattern: str = field(default="MM", metadata={"or": tuple[str, ...], "layers": LAYERS})
     d_ff: int = size(0, 0, 2**20)  # width of the SwiGLU feed-forward after every mixer; 0: none
     embedding_std: float = number(0.02)  # of the embedding's initial values
