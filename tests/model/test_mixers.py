@@ -57,10 +57,10 @@ class Leaky(Mixer):
 
 @pytest.fixture
 def leaky(monkeypatch):
-    """Registers the mixer and gives a run of it beside Mamba-3."""
+    """Registers the mixer and gives a run of it beside attention."""
     monkeypatch.setitem(MIXERS, "leaky", Leaky)
     config = get_config()
-    config.model.pattern, config.model.implementation = ("leaky", "mamba3"), "recurrent"
+    config.model.pattern, config.model.attn_head_dim = ("leaky", "attention"), 8
     config.train.steps = 2
     return config
 
@@ -85,11 +85,11 @@ def test_a_new_mixer_trains_resumes_evaluates_and_decodes(leaky, tmp_path):
 
 
 def test_a_new_mixer_has_a_letter_sizes_and_flops(leaky):
-    assert mixer_names("LM") == list(leaky.model.pattern)
+    assert mixer_names("LA") == list(leaky.model.pattern)
     alone = ModelConfig(vocab_size=8, d_model=16, pattern="L")
     assert flops_per_token(alone, 32) == 3 * (2 * (16 * 16 + 8 * 16) + 2 * 16)
     leaky.model.d_model = 18
-    leaky.model.head_dim = 6
+    leaky.model.attn_head_dim = 6
     with pytest.raises(ValueError, match=r"config\.d_model=18 is not a multiple of 4"):
         validate(leaky)
 
