@@ -75,8 +75,8 @@ def get_config() -> Config:
             source="parity",
             length=256,
             batch=5,
-            parity_lengths=(16, 40, 64, 96, 128, 160, 192, 256),
-            parity_steps=(200, 200, 150, 150, 150, 200, 250, 700),
+            task_lengths=(16, 40, 64, 96, 128, 160, 192, 256),
+            task_steps=(200, 200, 150, 150, 150, 200, 250, 700),
         ),
         # A longer length throws a seed back, with gradients far over the usual: clipped at 1 instead of 0.2, in 1,500
         # steps, two seeds in ten did not recover (54 and 78 at 256); at a rate of 3e-3 instead of 2e-3, one in twenty.
@@ -144,7 +144,7 @@ def score(config: Config, params, strings: int = SCORED_STRINGS) -> np.ndarray:
     model, longest = LanguageModel(config.model), max(LENGTHS)
     batch = min(strings, 128)
     data = DataConfig(
-        source="parity", length=longest, batch=batch, valid_rows=strings, parity_lengths=(longest,), parity_steps=(0,)
+        source="parity", length=longest, batch=batch, valid_rows=strings, task_lengths=(longest,), task_steps=(0,)
     )
 
     @jax.jit
@@ -246,7 +246,7 @@ def run(workdir: Path, seeds: int, results_path: str) -> dict:
         **origin,
         "seconds": round(time.perf_counter() - begin, 1),
         "seeds": seeds,
-        "trained_lengths": get_config().data.parity_lengths,
+        "trained_lengths": get_config().data.task_lengths,
         "scored_strings": SCORED_STRINGS,
         "config": to_dict(get_config()),
         "rows": [{name: value for name, value in row.items() if name != "asked"} for row in rows],

@@ -20,6 +20,7 @@ from absl import flags
 from launch.common import codec_of, data_with, define_path, fail, run, user_errors
 from mamba3_jax import checkpoint, memory
 from mamba3_jax.data import loader
+from mamba3_jax.data.synthetic import TASKS
 from mamba3_jax.evaluate import language, tasks
 from mamba3_jax.finite import or_null
 from mamba3_jax.load import build, load_run
@@ -60,7 +61,7 @@ def lengths() -> list[int]:
 
 def check_memory(model, data, wanted: list[int]) -> None:
     """Raises ValueError where rows of the longest length do not fit beside the parameters."""
-    trained = data.parity_lengths[-1] if data.source in tasks.CHANCE else data.length
+    trained = data.task_lengths[-1] if data.source in TASKS else data.length
     longest = max(wanted, default=4 * trained)
     rows = max(1, min(data.batch, TOKENS.value // longest)) if TOKENS.value else data.batch
     memory.fit_device(memory.carrying(model, rows, longest))
@@ -78,7 +79,7 @@ def main(_argv):
         check_memory(model, data, wanted)
         target = Path(OUTPUT.value or f"{WORKDIR.value}/evaluation/step_{step}.json").expanduser()
 
-    kind, trained = (tasks, data.parity_lengths[-1]) if data.source in tasks.CHANCE else (language, data.length)
+    kind, trained = (tasks, data.task_lengths[-1]) if data.source in TASKS else (language, data.length)
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     results = kind.evaluate(model, params, data, lengths=wanted, max_tokens=TOKENS.value, say=say)
     print(f"{WORKDIR.value}, step {step}\n{kind.table(results, trained)}", flush=True)

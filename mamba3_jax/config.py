@@ -52,8 +52,8 @@ class ModelConfig(Section):
     vocab_size: int = size(256, most=2**24)
     pad_vocab_to: int = size(8)  # the embedding's rows are rounded up to a multiple of this
     d_model: int = size(256)
-    # One letter a layer, see mixers.LETTERS: M Mamba-3, A attention. In a config file also a tuple of names; the
-    # declared type is what a flag gives.
+    # One letter a layer, which each mixer has in its file: M Mamba-3, A attention. In a config file also a tuple of
+    # names; the declared type is what a flag gives.
     pattern: str = field(default="MM", metadata={"or": tuple[str, ...], "layers": LAYERS})
     d_ff: int = size(0, 0, 2**20)  # width of the SwiGLU feed-forward after every mixer; 0: none
     embedding_std: float = number(0.02)  # of the embedding's initial values
@@ -98,7 +98,7 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where tokens come from. `length` and `batch` are of one global batch."""
 
-    source: str = "text"  # text | tfds | parity
+    source: str = "text"  # text | tfds | a task of data/synthetic.py: parity
     tokenizer: str = "bytes"  # bytes, or the path of a Hugging Face tokenizer.json
     eos: str = ""  # the token, or its id, that ends a document; "": what the files beside tokenizer.json name
     separator: str = ""  # what parts the documents of a text file (<|endoftext|>, say); "": a file is one
@@ -114,8 +114,8 @@ class DataConfig(Section):
     batch: int = size(8, most=2**20)
     seed: int = size(0, 0, SEED)
     workers: int = size(0, 0, 1024)  # grain worker processes; 0: in this process
-    parity_lengths: tuple[int, ...] = size((40, 160), 1, LENGTH)  # curriculum: document lengths of the parity task
-    parity_steps: tuple[int, ...] = size((400, 500), 0, COUNT)  # and the steps spent at each
+    task_lengths: tuple[int, ...] = size((40, 160), 1, LENGTH)  # curriculum of a generated task: document lengths
+    task_steps: tuple[int, ...] = size((400, 500), 0, COUNT)  # and the steps spent at each
     valid_rows: int = size(256, 1, COUNT)  # of a generated task; text has as many as it has
 
 
@@ -172,7 +172,8 @@ def to_dict(config: Config) -> dict:
     return dataclasses.asdict(config)
 
 
-# Values that earlier versions saved, by field: what they are called now.
+# What earlier versions saved and is called otherwise now: fields, and values by field.
+RENAMED_FIELDS = {"parity_lengths": "task_lengths", "parity_steps": "task_steps"}
 RENAMED = {"discretization": {"trapezoid": "exponential_trapezoidal", "euler": "exponential_euler"}}
 
 
@@ -183,6 +184,7 @@ def from_dict(values: dict) -> Config:
 
 def _section(kind, values: dict, path: str):
     fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    values = {name if name in fields else RENAMED_FIELDS.get(name, name): value for name, value in values.items()}
     if unknown := sorted(set(values) - set(fields)):
         raise ValueError(f"{path} has no field {', '.join(unknown)}; it has {', '.join(fields)}")
     parts = {

@@ -7,8 +7,7 @@ import numpy as np
 
 from mamba3_jax.block import Block
 from mamba3_jax.config import ModelConfig, check
-from mamba3_jax.mixers import LETTERS, MIXERS
-from mamba3_jax.mixers.attention import Cache
+from mamba3_jax.mixers import MIXERS, letters
 from mamba3_jax.nn.initial import linear
 from mamba3_jax.nn.norm import NORMS
 from mamba3_jax.nn.precision import DTYPES, einsum
@@ -55,13 +54,22 @@ def mixer_names(pattern) -> list[str]:
     """Names in `MIXERS`, one a layer.
 
     Raises:
-        ValueError: a letter or a name that is not in the tables.
+        ValueError: a letter or a name that no mixer has.
     """
-    table = LETTERS if isinstance(pattern, str) else {name: name for name in MIXERS}
+    table = letters() if isinstance(pattern, str) else {name: name for name in MIXERS}
     for layer, entry in enumerate(pattern):
         if entry not in table:
             raise ValueError(f"pattern has {entry!r} at layer {layer}, wanted one of {sorted(table)}")
     return [table[entry] for entry in pattern]
+
+
+def blocks(pattern) -> dict[tuple[str, str], str]:
+    """Names in `MIXERS` by (segment, block), the first two keys of a layer's parameters and state."""
+    return {
+        (f"segment_{i}", f"block_{j}"): mixer
+        for i, (unit, _) in enumerate(segments(pattern))
+        for j, mixer in enumerate(mixer_names(unit))
+    }
 
 
 def padded_vocab(config: ModelConfig) -> int:
@@ -93,20 +101,22 @@ def check_tokens(tokens_BL, vocab_size: int) -> None:
                 raise ValueError(f"token id {extreme} is out of range: the vocabulary is {vocab_size}")
 
 
-def check_room(state, length: int, capacity: int | None) -> None:
-    """Raises ValueError where `length` more tokens do not fit: in `capacity`, or in a cache whose fill is known."""
+def check_room(pattern, state, length: int, capacity: int | None) -> None:
+    """Raises ValueError where `length` more tokens do not fit: in `capacity`, or in a state whose fill is known."""
     if capacity is not None and state is not None:
         raise ValueError(f"{capacity=} is for a call without a state: the room of a given state does not change")
     if capacity is not None and capacity < length:
         raise ValueError(f"{capacity=} is less than the {length} tokens of this call")
-    for cache in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, Cache)):
-        if isinstance(cache, Cache) and is_known(cache.position_B):
-            room, held = cache.k_BTKE.shape[-3], int(np.asarray(cache.position_B).max())
-            if held + length > room:
-                raise ValueError(
-                    f"{length} more tokens do not fit in an attention cache that holds {held} of {room}: make the "
-                    f"state with capacity={held + length} or more"
-                )
+    for (segment, block), mixer in blocks(pattern).items() if state is not None else ():
+        room = MIXERS[mixer].room(state[segment][block])
+        if room is None or not is_known(room[0]):
+            continue
+        held, most = int(np.asarray(room[0]).max()), room[1]
+        if held + length > most:
+            raise ValueError(
+                f"{length} more tokens do not fit in the state of {mixer}, which holds {held} of {most}: make the "
+                f"state with capacity={held + length} or more"
+            )
 
 
 def is_known(array) -> bool:
@@ -168,7 +178,7 @@ class LanguageModel(nn.Module):
         config = self.config
         validate(config)
         check_tokens(tokens_BL, config.vocab_size)
-        check_room(state, tokens_BL.shape[1], capacity)
+        check_room(config.pattern, state, tokens_BL.shape[1], capacity)
         if capacity is not None:
             state = self.empty_state(tokens_BL.shape[0], capacity)
         dtype = DTYPES[config.compute_dtype]

@@ -7,7 +7,9 @@ import math
 
 from mamba3_jax.config import LAYERS, ModelConfig
 from mamba3_jax.convert.names import listed
-from mamba3_jax.mixers.attention import head_counts
+from mamba3_jax.mixers import MIXERS
+from mamba3_jax.mixers.attention import Attention, head_counts
+from mamba3_jax.mixers.mamba3 import Mamba3
 from mamba3_jax.model import mixer_names, validate
 
 MLP_MULTIPLE = 128  # the official feed-forward rounds its width up to this
@@ -75,8 +77,6 @@ KINDS = {
 }
 # What an attention layer must say for ours to compute the same
 ATTENTION_MUST = {"causal": True, "d_conv": 0, "mlp_dim": 0, "rotary_emb_dim": 0, "softmax_scale": None}
-# What ours must say for the official layer to compute the same
-OURS_MUST = {"discretization": "exponential_trapezoidal", "angles": "data", "bc_bias": True}
 
 
 def filled(given: dict, keys: dict, where: str) -> dict:
@@ -148,7 +148,7 @@ def from_official(official: dict) -> ModelConfig:
         vocab_size=model["vocab_size"],
         pad_vocab_to=model["pad_vocab_size_multiple"],
         d_model=model["d_model"],
-        pattern="".join("A" if layer in attends else "M" for layer in range(layers)),
+        pattern="".join((Attention if layer in attends else Mamba3).letter for layer in range(layers)),
         d_ff=-(-model["d_intermediate"] // MLP_MULTIPLE) * MLP_MULTIPLE,
         tie_embeddings=model["tie_embeddings"],
         norm="rms" if model["rms_norm"] else "layer",
@@ -210,17 +210,17 @@ def to_official(model: ModelConfig) -> dict:
     Raises:
         ValueError: a choice that the official code does not have, named.
     """
-    for key, wanted in OURS_MUST.items():
-        if getattr(model, key) != wanted:
-            raise ValueError(f"{key}={getattr(model, key)!r} has no official counterpart; only {wanted!r} has")
     mixers = mixer_names(model.pattern)
-    if set(mixers) - {"mamba3", "attention"}:
-        raise ValueError(f"pattern={model.pattern!r} has layers with no official counterpart; only M and A have")
+    for mixer in dict.fromkeys(mixers):
+        if MIXERS[mixer].official is None:
+            have = [name for name, other in MIXERS.items() if other.official is not None]
+            raise ValueError(f"layers of mixer {mixer!r} have no official counterpart; only those of {have} have")
+        for key, wanted in MIXERS[mixer].official.items():
+            if getattr(model, key) != wanted:
+                raise ValueError(f"{key}={getattr(model, key)!r} has no official counterpart; only {wanted!r} has")
     if model.d_ff % MLP_MULTIPLE:
         raise ValueError(f"d_ff={model.d_ff} has no official counterpart; only multiples of {MLP_MULTIPLE} have")
     attends = [index for index, mixer in enumerate(mixers) if mixer == "attention"]
-    if attends and model.attn_rope_theta:
-        raise ValueError(f"attn_rope_theta={model.attn_rope_theta} is not supported in official files; only 0 is")
     ssm = {
         "layer": "Mamba3",
         "d_state": model.d_state,

@@ -1,124 +1,43 @@
 """The one table of names: official `state_dict` keys <-> our parameter tree, with what happens to each tensor between.
 
-An official tensor is a stack (along its first axis) of pieces of ours. Official `Linear` weights are (out, in); ours
-keep the input axes first and split what the official in_proj packs, so that heads can be sharded on their own axis.
+The rows of a mixer stand in its own file (`official_rows`), what a row says in `mixers/official.py`.
 """
 
 import itertools
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 import numpy as np
 
 from mamba3_jax.config import ModelConfig
-from mamba3_jax.mixers.attention import head_counts
-from mamba3_jax.mixers.mamba3 import sizes
+from mamba3_jax.mixers import MIXERS
+from mamba3_jax.mixers.official import Piece, Row, same, weight
 from mamba3_jax.model import mixer_names, padded_vocab, segments
-
-
-class Piece(NamedTuple):
-    """Part of one of our arrays: the columns `first` to `stop` of it flattened to (inputs, outputs)."""
-
-    path: str
-    shape: tuple[int, ...]  # of our whole array
-    columns: slice = slice(None)
-
-
-class Row(NamedTuple):
-    """One official tensor: `inputs` is the width of a Linear's input, or 0 for a tensor that is only reshaped."""
-
-    shape: tuple[int, ...]
-    inputs: int
-    pieces: tuple[Piece, ...]
-
-
-def plain(path: str, shape: tuple[int, ...], official: tuple[int, ...] | None = None) -> Row:
-    """The same numbers in the same order."""
-    return Row(official or shape, 0, (Piece(path, shape),))
-
-
-def linear(inputs: int, outputs: int, *pieces: Piece) -> Row:
-    """An official Linear weight, (out, in)."""
-    return Row((outputs, inputs), inputs, pieces)
-
-
-def mamba3_rows(model: ModelConfig) -> dict[str, Row]:
-    """Official names under `mixer.` of a Mamba-3 layer (SPEC section 10), in the official order."""
-    width, (heads, head_dim, groups, ranks, state, planes, mimo) = model.d_model, sizes(model)
-    inner, shared = heads * head_dim, 2 * ranks * groups * state
-    kq_angle = (width, shared + planes)
-    per_rank = {
-        f"mimo_{name}": f"mixer/{ours}" for name, ours in [("x", "v_rank"), ("z", "gate_rank"), ("o", "out_rank")]
-    }
-    rows = {
-        "dt_bias": plain("mixer/dt_bias", (heads,)),
-        "B_bias": plain("mixer/k_bias", (heads, ranks, state)),
-        "C_bias": plain("mixer/q_bias", (heads, ranks, state)),
-    }
-    if mimo:
-        rows |= {name: plain(path, (heads, ranks, head_dim)) for name, path in per_rank.items()}
-    rows |= {
-        "D": plain("mixer/skip", (heads,)),
-        "in_proj.weight": linear(
-            width,
-            2 * inner + shared + 3 * heads + planes,
-            Piece("mixer/in_zx", (width, 2, heads, head_dim)),
-            Piece("mixer/in_kq_angle", kq_angle, slice(0, shared)),
-            Piece("mixer/in_dt_a_trap", (width, 3, heads)),
-            Piece("mixer/in_kq_angle", kq_angle, slice(shared, None)),
-        ),
-        "B_norm.weight": plain("mixer/k_norm", (state,)),
-        "C_norm.weight": plain("mixer/q_norm", (state,)),
-    }
-    if model.out_norm:
-        rows["norm.weight"] = plain("mixer/norm", (heads, head_dim), (inner,))
-    return rows | {"out_proj.weight": linear(inner, width, Piece("mixer/out", (heads, head_dim, width)))}
-
-
-def attention_rows(model: ModelConfig) -> dict[str, Row]:
-    """Official names under `mixer.` of an attention layer; in_proj is q | k | v."""
-    width, head_dim = model.d_model, model.attn_head_dim
-    heads, kv_heads = head_counts(model)
-    counts = {"q": heads, "k": kv_heads, "v": kv_heads}
-    packed = sum(counts.values()) * head_dim
-    inputs = [Piece(f"mixer/{name}", (width, count, head_dim)) for name, count in counts.items()]
-    biases = [Piece(f"mixer/{name}_bias", (count, head_dim)) for name, count in counts.items()]
-    rows = {"in_proj.weight": linear(width, packed, *inputs)}
-    if model.attn_bias:
-        rows["in_proj.bias"] = Row((packed,), 0, tuple(biases))
-    rows["out_proj.weight"] = linear(heads * head_dim, width, Piece("mixer/out", (heads, head_dim, width)))
-    if model.attn_bias:
-        rows["out_proj.bias"] = plain("mixer/out_bias", (width,))
-    return rows
-
-
-MIXERS = {"mamba3": mamba3_rows, "attention": attention_rows}
 
 
 def norm_rows(official: str, path: str, model: ModelConfig) -> dict[str, Row]:
     """A norm's weight, and the bias of a layer norm."""
     names = {"weight": "scale"} | ({"bias": "bias"} if model.norm == "layer" else {})
-    return {f"{official}.{theirs}": plain(f"{path}/{ours}", (model.d_model,)) for theirs, ours in names.items()}
+    return {f"{official}.{theirs}": same(f"{path}/{ours}", (model.d_model,)) for theirs, ours in names.items()}
 
 
 def layer_rows(mixer: str, model: ModelConfig) -> dict[str, Row]:
     """Official names under `backbone.layers.{i}.`, our paths under a block."""
     width, hidden = model.d_model, model.d_ff
     rows = norm_rows("norm", "norm1", model)
-    rows |= {f"mixer.{name}": row for name, row in MIXERS[mixer](model).items()}
+    rows |= {f"mixer.{name}": row.under("mixer/") for name, row in MIXERS[mixer].official_rows(model).items()}
     if hidden:
         value, gate = Piece("mlp/value", (width, hidden)), Piece("mlp/gate", (width, hidden))
         rows |= norm_rows("norm2", "norm2", model)
-        rows["mlp.fc1.weight"] = linear(width, 2 * hidden, value, gate)
-        rows["mlp.fc2.weight"] = linear(hidden, width, Piece("mlp/out", (hidden, width)))
+        rows["mlp.fc1.weight"] = weight(width, 2 * hidden, value, gate)
+        rows["mlp.fc2.weight"] = weight(hidden, width, Piece("mlp/out", (hidden, width)))
     return rows
 
 
 def outer_rows(model: ModelConfig) -> dict[str, Row]:
     """What stands outside the layers. A tied head is the embedding under a second name."""
     width, rows = model.d_model, padded_vocab(model)
-    embedding = plain("embedding/embedding", (rows, width))
-    head = embedding if model.tie_embeddings else linear(width, rows, Piece("head/kernel", (width, rows)))
+    embedding = same("embedding/embedding", (rows, width))
+    head = embedding if model.tie_embeddings else weight(width, rows, Piece("head/kernel", (width, rows)))
     norm = norm_rows("backbone.norm_f", "norm", model)
     return {"backbone.embedding.weight": embedding} | norm | {"lm_head.weight": head}
 

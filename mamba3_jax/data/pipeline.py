@@ -16,7 +16,7 @@ from mamba3_jax.data.synthetic import TASKS, synthetic_rows
 from mamba3_jax.data.text import text_rows
 from mamba3_jax.data.tfds_text import tfds_rows
 
-SOURCES = {"text": text_rows, "tfds": tfds_rows, **dict.fromkeys(TASKS, synthetic_rows)}
+SOURCES = {"text": text_rows, "tfds": tfds_rows}  # and every task, by its name
 SPLITS = ("train", "valid")
 ENDLESS = 2**52  # rows: Grain computes lengths in float64
 
@@ -103,6 +103,11 @@ def _live_and_die_with_main(worker: int, workers: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def sources() -> dict:
+    """Gives what makes the rows of a split, (config, split) -> Rows, by the name that `data.source` may have."""
+    return SOURCES | dict.fromkeys(TASKS, synthetic_rows)
+
+
 def loader(config: DataConfig, split: str, *, vocab_size: int, host: tuple[int, int] = (0, 1)) -> Loader:
     """This host's rows of each batch of `split`.
 
@@ -111,7 +116,7 @@ def loader(config: DataConfig, split: str, *, vocab_size: int, host: tuple[int, 
     Batch j of all hosts together is the same set of rows for any number of hosts. `host` is (index, count).
     """
     _check(config, split, host)
-    rows = SOURCES[config.source](config, split)
+    rows = sources()[config.source](config, split)
     identity = {
         "split": split,
         "content": rows.identity,
@@ -144,8 +149,8 @@ def _stride(count: int) -> int:
 def _check(config: DataConfig, split: str, host: tuple[int, int]) -> None:
     check(config, "config.data")
     index, hosts = host
-    if config.source not in SOURCES:
-        raise ValueError(f"data.source={config.source!r} is not one of {', '.join(sorted(SOURCES))}")
+    if config.source not in sources():
+        raise ValueError(f"data.source={config.source!r} is not one of {', '.join(sorted(sources()))}")
     if split not in SPLITS:
         raise ValueError(f"{split=} is not one of {', '.join(SPLITS)}")
     if config.batch % hosts:

@@ -13,10 +13,12 @@ SPLIT_KEYS = {"train": 0, "valid": 1}
 
 
 class Task(NamedTuple):
-    """A task fills a row with documents of one length, the last one cut where the row ends."""
+    """What a task is; it fills a row with documents of one length, the last one cut where the row ends."""
 
     tokens: Callable  # (generator, start_L) -> tokens_L
     targets: Callable  # (tokens_L, start_L) -> targets_L, every one scored
+    chance: float  # accuracy of a guess
+    symbols: str  # the character of each id, and so the vocabulary
 
 
 def parity_tokens(generator: np.random.Generator, start_L: np.ndarray) -> np.ndarray:
@@ -31,21 +33,21 @@ def parity_targets(tokens_L: np.ndarray, start_L: np.ndarray) -> np.ndarray:
     return (ones_L - np.maximum.accumulate(before_L)) % 2
 
 
-TASKS = {"parity": Task(parity_tokens, parity_targets)}
+TASKS = {"parity": Task(tokens=parity_tokens, targets=parity_targets, chance=0.5, symbols="01")}
 
 
 def document_length(config: DataConfig, step: int) -> int:
-    """The curriculum: `parity_steps[i]` steps of documents of `parity_lengths[i]` tokens; the last length goes on."""
-    ends = np.cumsum(config.parity_steps)
+    """The curriculum: `task_steps[i]` steps of documents of `task_lengths[i]` tokens; the last length goes on."""
+    ends = np.cumsum(config.task_steps)
     stage = int(np.searchsorted(ends, step, side="right"))
-    return config.parity_lengths[min(stage, len(config.parity_lengths) - 1)]
+    return config.task_lengths[min(stage, len(config.task_lengths) - 1)]
 
 
 def _check(config: DataConfig) -> None:
-    lengths, steps = config.parity_lengths, config.parity_steps
+    lengths, steps = config.task_lengths, config.task_steps
     if len(lengths) != len(steps) or not lengths:
         raise ValueError(
-            f"data.parity_lengths={tuple(lengths)} and data.parity_steps={tuple(steps)} want one length and "
+            f"data.task_lengths={tuple(lengths)} and data.task_steps={tuple(steps)} want one length and "
             "one number of steps a stage"
         )
 
@@ -67,12 +69,12 @@ def synthetic_rows(config: DataConfig, split: str) -> Rows:
         weights_BL = np.broadcast_to(real_B1, tokens_BL.shape).astype(np.float32)
         return Batch(tokens_BL, np.where(real_B1, targets_BL, 0), weights_BL, start_BL)
 
-    return Rows(gather, count, f"{config.source} {tuple(config.parity_lengths)} {tuple(config.parity_steps)}")
+    return Rows(gather, count, f"{config.source} {tuple(config.task_lengths)} {tuple(config.task_steps)}")
 
 
 def _row(config: DataConfig, task: Task, split: str, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     step = row // config.batch
-    width = document_length(config, step) if split == "train" else config.parity_lengths[-1]
+    width = document_length(config, step) if split == "train" else config.task_lengths[-1]
     generator = np.random.Generator(np.random.Philox(key=[config.seed, SPLIT_KEYS[split]], counter=[0, 0, 0, row]))
     start_L = np.arange(config.length) % width == 0
     tokens_L = task.tokens(generator, start_L)

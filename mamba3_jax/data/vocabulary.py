@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, bits, or a Hugging Face `tokenizer.json`."""
+"""Text to token ids and back: bytes, the symbols of a task, or a Hugging Face `tokenizer.json`."""
 
 import itertools
 import json
@@ -47,22 +47,26 @@ class Bytes:
             yield np.frombuffer(text.encode(), np.uint8), None
 
 
-class Bits:
-    """The characters 0 and 1: the language of the generated tasks, which has no separator."""
+class Symbols:
+    """One character an id: the language of a generated task, which has no separator."""
 
-    vocab_size = 2
     eos = None
 
+    def __init__(self, task: str, symbols: str):
+        self.task, self.symbols, self.vocab_size = task, symbols, len(symbols)
+
     def encode(self, text: str) -> list[int]:
-        if stray := set(text) - set("01"):
-            raise ValueError(f"the text of a parity model is made of 0 and 1, got {sorted(stray)[0]!r}")
-        return [int(character) for character in text]
+        if stray := set(text) - set(self.symbols):
+            wanted = f"{', '.join(self.symbols[:-1])} and {self.symbols[-1]}"
+            raise ValueError(f"the text of a {self.task} model is made of {wanted}, got {sorted(stray)[0]!r}")
+        return [self.symbols.index(character) for character in text]
 
     def special(self, text: str) -> None:
-        """Finds none: no bit is a special token."""
+        """Finds none: no symbol is a special token."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        return "".join(str(int(i)) for i in ids)
+        """Ids past the symbols, which a larger model may draw, come out as U+FFFD."""
+        return "".join(self.symbols[int(i)] if int(i) < self.vocab_size else "\ufffd" for i in ids)
 
 
 class HuggingFace:
@@ -216,10 +220,10 @@ def bytes_spelt(text: str, end_T: np.ndarray) -> np.ndarray:
     return bytes_T.astype(np.min_scalar_type(bytes_T.max()))
 
 
-def tokenizer(config: DataConfig) -> Bytes | Bits | HuggingFace:
+def tokenizer(config: DataConfig) -> Bytes | Symbols | HuggingFace:
     """The tokenizer of a run: `encode(text)`, `decode(ids)`, `vocab_size`, `eos` (the id that ends a document)."""
     if config.source in TASKS:
-        return Bits()
+        return Symbols(config.source, TASKS[config.source].symbols)
     if config.tokenizer == "bytes":
         if config.eos:
             raise ValueError(f"data.eos={config.eos!r} is of a tokenizer.json; documents of bytes end with byte 0")

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mamba3_jax.config import DataConfig
+from mamba3_jax.data.synthetic import TASKS
 from mamba3_jax.evaluate.language import check_lengths, past
 from mamba3_jax.evaluate.score import Scorer
-
-CHANCE = {"parity": 0.5}  # accuracy of a guess
 
 
 def evaluate(
@@ -38,15 +37,15 @@ def evaluate(
     Raises:
         ValueError: data that is not a task, or a length below 2.
     """
-    if data.source not in CHANCE:
-        raise ValueError(f"data.source={data.source!r} is not one of the tasks {sorted(CHANCE)}")
-    trained = data.parity_lengths[-1]
+    if data.source not in TASKS:
+        raise ValueError(f"data.source={data.source!r} is not one of the tasks {sorted(TASKS)}")
+    trained = data.task_lengths[-1]
     lengths = check_lengths(lengths or [max(2, trained // 4), max(2, trained // 2), trained, 2 * trained, 4 * trained])
-    scorer, chance = Scorer(model, params, max(64, min(lengths))), CHANCE[data.source]
+    scorer, chance = Scorer(model, params, max(64, min(lengths))), TASKS[data.source].chance
     results = []
     for length in lengths:
         batch = min(data.batch, data.valid_rows)
-        rows = dataclasses.replace(data, parity_lengths=(length,), parity_steps=(0,), length=length, batch=batch)
+        rows = dataclasses.replace(data, task_lengths=(length,), task_steps=(0,), length=length, batch=batch)
         right = []
         for scored in scorer.score(rows, max_tokens=max_tokens, say=say):
             right.append(scored.correct_BL[scored.batch.weights_BL[:, -1] > 0])

@@ -1,11 +1,12 @@
-"""Mixers: Flax modules `y_BLD, state = mixer(x_BLD, state, start_BL)` for any L, interchangeable in a pattern.
-
-A mixer also has two static methods: `check(config)` raises ValueError for sizes it cannot have, and
-`empty_state(config, batch, capacity)` is the state before any token.
-"""
+"""Mixers, interchangeable in a pattern: a new one is a file with a `Mixer` (see `mixer.py`) and a line in `MIXERS`."""
 
 from mamba3_jax.mixers.attention import Attention
 from mamba3_jax.mixers.mamba3 import Mamba3
+from mamba3_jax.mixers.mixer import Mixer
 
-MIXERS = {"mamba3": Mamba3, "attention": Attention}
-LETTERS = {"M": "mamba3", "A": "attention"}
+MIXERS: dict[str, type[Mixer]] = {"mamba3": Mamba3, "attention": Attention}
+
+
+def letters() -> dict[str, str]:
+    """Gives the name in `MIXERS` of every letter that a pattern may have."""
+    return {mixer.letter: name for name, mixer in MIXERS.items()}

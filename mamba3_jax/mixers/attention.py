@@ -1,6 +1,6 @@
 """Causal self-attention with grouped heads, whose state is a cache of keys and values."""
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mamba3_jax.config import ModelConfig
+from mamba3_jax.mixers.mixer import Mixer
+from mamba3_jax.mixers.official import Piece, Row, same, weight
 from mamba3_jax.nn.initial import linear
 from mamba3_jax.nn.precision import DTYPES, einsum
 
@@ -77,7 +79,7 @@ def head_counts(config: ModelConfig) -> tuple[int, int]:
     return heads, config.attn_kv_heads or heads
 
 
-class Attention(nn.Module):
+class Attention(Mixer):
     """y, cache = attention(x, cache, start): a token sees those before it in its own document.
 
     Without a cache the returned one has capacity L; `empty_state` makes room for more. A cache that is full gives
@@ -85,7 +87,9 @@ class Attention(nn.Module):
     anywhere in a row may spoil all of it: weights of 0 times NaN are NaN.
     """
 
-    config: ModelConfig
+    letter = "A"
+    matrices = ("q", "k", "v", "out")
+    official: ClassVar = {"attn_rope_theta": 0.0}
 
     @nn.compact
     def __call__(self, x_BLD, state: Cache | None = None, start_BL=None):
@@ -164,3 +168,31 @@ class Attention(nn.Module):
             raise ValueError(f"{config.attn_rope_theta=}: wanted a base from 1 up, or 0 for no positions")
         if config.attn_rope_theta and config.attn_head_dim % 2:
             raise ValueError(f"{config.attn_head_dim=} is odd and cannot rotate ({config.attn_rope_theta=})")
+
+    @staticmethod
+    def state_flops(config: ModelConfig, length: int) -> float:
+        """4 Hq E a token attended, length / 2 of them on average."""
+        heads, _ = head_counts(config)
+        return 4 * heads * config.attn_head_dim * length / 2
+
+    @staticmethod
+    def room(state: Cache) -> tuple:
+        """Returns the tokens held (..., B) and the capacity of a cache, or of several stacked."""
+        return state.position_B, state.k_BTKE.shape[-3]
+
+    @staticmethod
+    def official_rows(config: ModelConfig) -> dict[str, Row]:
+        """Lists the official tensors of an attention layer; in_proj is q | k | v."""
+        width, head_dim = config.d_model, config.attn_head_dim
+        heads, kv_heads = head_counts(config)
+        counts = {"q": heads, "k": kv_heads, "v": kv_heads}
+        packed = sum(counts.values()) * head_dim
+        inputs = [Piece(name, (width, count, head_dim)) for name, count in counts.items()]
+        biases = [Piece(f"{name}_bias", (count, head_dim)) for name, count in counts.items()]
+        rows = {"in_proj.weight": weight(width, packed, *inputs)}
+        if config.attn_bias:
+            rows["in_proj.bias"] = Row((packed,), 0, tuple(biases))
+        rows["out_proj.weight"] = weight(heads * head_dim, width, Piece("out", (heads, head_dim, width)))
+        if config.attn_bias:
+            rows["out_proj.bias"] = same("out_bias", (width,))
+        return rows

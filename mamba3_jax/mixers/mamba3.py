@@ -1,7 +1,7 @@
 """The Mamba-3 mixer, SISO and MIMO: parameters and per-token quantities around `ops.ssm` (SPEC sections 2 to 10)."""
 
 import functools
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mamba3_jax.config import ModelConfig
+from mamba3_jax.mixers.mixer import Mixer
+from mamba3_jax.mixers.official import Piece, Row, same, weight
 from mamba3_jax.nn.initial import inverse_softplus_dt, linear
 from mamba3_jax.nn.norm import rms_norm
 from mamba3_jax.nn.precision import DTYPES, einsum
@@ -66,7 +68,7 @@ def sizes(config: ModelConfig) -> Sizes:
     )
 
 
-class Mamba3(nn.Module):
+class Mamba3(Mixer):
     """y, state = Mamba-3(x, state, start): in-projections, `ops.ssm`, out-projection.
 
     The projection is three parameters, so that tensor parallelism shards what is per head and replicates what heads
@@ -75,7 +77,9 @@ class Mamba3(nn.Module):
     a zero gradient.
     """
 
-    config: ModelConfig
+    letter = "M"
+    matrices = ("in_zx", "in_dt_a_trap", "in_kq_angle", "out")
+    official: ClassVar = {"discretization": "exponential_trapezoidal", "angles": "data", "bc_bias": True}
 
     def setup(self):
         config, size = self.config, sizes(self.config)
@@ -196,6 +200,43 @@ class Mamba3(nn.Module):
             raise ValueError(f"{config.angles=} is not one of {sorted(ANGLES)}")
         if config.implementation and config.implementation not in IMPLEMENTATIONS:
             raise ValueError(f"{config.implementation=} is not '' or one of {sorted(IMPLEMENTATIONS)}")
+
+    @staticmethod
+    def state_flops(config: ModelConfig, length: int) -> float:
+        """2 H P N R to write the state and as much to read it."""
+        size = sizes(config)
+        return 4 * size.heads * size.head_dim * size.d_state * size.rank
+
+    @staticmethod
+    def official_rows(config: ModelConfig) -> dict[str, Row]:
+        """Lists the official tensors of a Mamba-3 layer (SPEC section 10)."""
+        width, (heads, head_dim, groups, ranks, state, planes, mimo) = config.d_model, sizes(config)
+        inner, shared = heads * head_dim, 2 * ranks * groups * state
+        kq_angle = (width, shared + planes)
+        rows = {
+            "dt_bias": same("dt_bias", (heads,)),
+            "B_bias": same("k_bias", (heads, ranks, state)),
+            "C_bias": same("q_bias", (heads, ranks, state)),
+        }
+        if mimo:
+            per_rank = {"mimo_x": "v_rank", "mimo_z": "gate_rank", "mimo_o": "out_rank"}
+            rows |= {name: same(ours, (heads, ranks, head_dim)) for name, ours in per_rank.items()}
+        rows |= {
+            "D": same("skip", (heads,)),
+            "in_proj.weight": weight(
+                width,
+                2 * inner + shared + 3 * heads + planes,
+                Piece("in_zx", (width, 2, heads, head_dim)),
+                Piece("in_kq_angle", kq_angle, slice(0, shared)),
+                Piece("in_dt_a_trap", (width, 3, heads)),
+                Piece("in_kq_angle", kq_angle, slice(shared, None)),
+            ),
+            "B_norm.weight": same("k_norm", (state,)),
+            "C_norm.weight": same("q_norm", (state,)),
+        }
+        if config.out_norm:
+            rows["norm.weight"] = same("norm", (heads, head_dim), (inner,))
+        return rows | {"out_proj.weight": weight(inner, width, Piece("out", (heads, head_dim, width)))}
 
 
 def heavy_tail(u):

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 
 from mamba3_jax.config import ModelConfig
-from mamba3_jax.mixers.mamba3 import sizes
-from mamba3_jax.model import boxed_shapes, mixer_names
+from mamba3_jax.mixers import MIXERS
+from mamba3_jax.model import blocks, boxed_shapes, mixer_names
 
 # Dense bfloat16 peak of one device in TFLOP/s, by jax's device_kind (makers' data sheets).
 PEAK_TFLOPS = {
@@ -21,26 +21,22 @@ PEAK_TFLOPS = {
     "NVIDIA H100 80GB HBM3": 989,
     "NVIDIA H200": 989,
 }
-MATRICES = ("in_zx", "in_dt_a_trap", "in_kq_angle", "q", "k", "v", "out", "value", "gate", "kernel")
+MATRICES = ("value", "gate", "out", "kernel")  # of the feed-forwards and the head; a mixer names its own
 
 
 def flops_per_token(config: ModelConfig, length: int) -> float:
-    """Forward and backward, 3 times the forward: 6 a matrix parameter, and the mixers' state.
+    """Forward and backward, 3 times the forward: 6 a matrix parameter, and what each mixer says of its state.
 
-    Mamba-3: 2 H P N R to write the state and as much to read it. Attention: 4 Hq E a token attended, length / 2 on
-    average. Norms, gates, decay and the embedding's look-up are left out; recomputation (remat) is no model FLOP.
+    Norms, gates, decay and the embedding's look-up are left out; recomputation (remat) is no model FLOP.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(nn.meta.unbox(boxed_shapes(config)))
-    named = [(path[-1].key, math.prod(leaf.shape)) for path, leaf in leaves]
-    head = ("embedding",) if config.tie_embeddings else ()
-    matrices = sum(size for name, size in named if name in MATRICES + head)
-    size = sizes(config)
-    heads = config.attn_heads or config.d_model // config.attn_head_dim
-    state = {
-        "mamba3": 4 * size.heads * size.head_dim * size.d_state * size.rank,
-        "attention": 4 * heads * config.attn_head_dim * length / 2,
-    }
-    return 3 * (2 * matrices + sum(state[name] for name in mixer_names(config.pattern)))
+    mixers, matrices = blocks(config.pattern), 0
+    outside = MATRICES + (("embedding",) if config.tie_embeddings else ())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nn.meta.unbox(boxed_shapes(config))):
+        segment, block, *rest = (part.key for part in path)
+        named = MIXERS[mixers[segment, block]].matrices if "mixer" in rest[:1] else outside
+        matrices += math.prod(leaf.shape) * (path[-1].key in named)
+    state = sum(MIXERS[name].state_flops(config, length) for name in mixer_names(config.pattern))
+    return 3 * (2 * matrices + state)
 
 
 def peak_flops(peak_tflops: float) -> float | None:

@@ -24,7 +24,7 @@ def config(**fields):
 
 
 def test_labels_and_documents():
-    data = config(parity_lengths=(7, 50, 100), parity_steps=(2, 1, 1))
+    data = config(task_lengths=(7, 50, 100), task_steps=(2, 1, 1))
     source = loader(data, "train", vocab_size=2)
     for want in (7, 7, 50, 100, 100, 100):
         tokens, targets, weights, start = next(source)
@@ -49,7 +49,7 @@ def test_a_planted_error_is_caught():
 
 
 def test_document_length_follows_the_curriculum():
-    data = config(parity_lengths=(40, 64, 96), parity_steps=(3, 0, 2))
+    data = config(task_lengths=(40, 64, 96), task_steps=(3, 0, 2))
     assert [document_length(data, step) for step in range(7)] == [40, 40, 40, 96, 96, 96, 96]
 
 
@@ -64,13 +64,13 @@ def test_rows_are_drawn_from_seed_split_and_number_alone():
 
 
 def test_validation_is_finite_and_of_the_last_length():
-    batches = list(loader(config(parity_lengths=(5, 25), parity_steps=(1, 1)), "valid", vocab_size=2))
+    batches = list(loader(config(task_lengths=(5, 25), task_steps=(1, 1)), "valid", vocab_size=2))
     assert [int(batch.weights_BL.sum()) for batch in batches] == [600, 300]
     assert (batches[0].start_BL == (np.arange(100) % 25 == 0)).all()
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match=r"data.parity_lengths=\(4, 8\) and data.parity_steps=\(1,\) want one"):
-        synthetic_rows(config(parity_lengths=(4, 8), parity_steps=(1,)), "train")
+    with pytest.raises(ValueError, match=r"data.task_lengths=\(4, 8\) and data.task_steps=\(1,\) want one"):
+        synthetic_rows(config(task_lengths=(4, 8), task_steps=(1,)), "train")
     with pytest.raises(ValueError, match=r"data\.valid_rows=0 is not in 1"):
         loader(config(valid_rows=0), "valid", vocab_size=2)

@@ -41,6 +41,7 @@ def test_bits():
     codec = tokenizer(DataConfig(source="parity"))
     assert codec.encode("0110") == [0, 1, 1, 0]
     assert codec.decode([0, 1, 1]) == "011"
+    assert codec.decode([1, 7]) == "1\ufffd"
     with pytest.raises(ValueError, match="made of 0 and 1, got 'x'"):
         codec.encode("01x")
 

@@ -18,7 +18,7 @@ def small():
     config = parity.get_config()
     config.model.chunk = 16
     config.data.length, config.data.batch = 16, 8
-    config.data.parity_lengths, config.data.parity_steps = (4,), (150,)
+    config.data.task_lengths, config.data.task_steps = (4,), (150,)
     config.optimizer.learning_rate = 1e-2
     config.train.steps, config.train.log_every = 150, 50
     return config
@@ -33,9 +33,9 @@ def block():
 def test_the_recipe():
     config = parity.get_config()
     assert sum(np.prod(array.shape) for array in jax.tree.leaves(boxed_shapes(config.model))) == 7908
-    assert sum(config.data.parity_steps) == config.train.steps == 2000
+    assert sum(config.data.task_steps) == config.train.steps == 2000
     assert config.data.length * config.data.batch == 1280
-    assert all(end % config.train.log_every == 0 for end in np.cumsum(config.data.parity_steps))
+    assert all(end % config.train.log_every == 0 for end in np.cumsum(config.data.task_steps))
     assert set(NAMES) == set(parity.VARIANTS)
 
 
@@ -51,7 +51,7 @@ def test_variants_differ_in_the_named_field_only(variant):
 
 def test_blocks_follow_the_curriculum_and_every_seed_has_its_own_strings():
     config = parity.get_config()
-    config.data.parity_lengths, config.data.parity_steps = (40, 96), (50, 100)
+    config.data.task_lengths, config.data.task_steps = (40, 96), (50, 100)
     config.train.steps = 150
     given = list(parity.blocks(config, seeds=2))
     assert [np.flatnonzero(batch.start_BL[0, 0, 0])[1] for batch in given] == [40, 96, 96]

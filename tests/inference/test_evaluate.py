@@ -1,5 +1,6 @@
 """Evaluation: sums over pieces are those of the whole, by position and by length."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data import Batch, loader, tokenizer
+from mamba3_jax.data.synthetic import TASKS, Task
 from mamba3_jax.evaluate import language, tasks
 from mamba3_jax.evaluate.score import Scored, Scorer, positions
 from tests.helpers import rel_rms
@@ -175,7 +177,7 @@ class Counter:
 
 
 def test_parity_by_length():
-    data = DataConfig(source="parity", length=64, batch=32, valid_rows=256, parity_lengths=(40,), parity_steps=(9,))
+    data = DataConfig(source="parity", length=64, batch=32, valid_rows=256, task_lengths=(40,), task_steps=(9,))
     always = tasks.evaluate(Counter(10**6), {}, data)
     assert [r["length"] for r in always] == [10, 20, 40, 80, 160]
     assert all(r["accuracy"] == r["last"] == r["scaled_last"] == 1 for r in always)
@@ -185,6 +187,31 @@ def test_parity_by_length():
     assert abs(forgets[160]["scaled_last"]) < 5 / math.sqrt(256)  # chance is 0 with deviation 1/sqrt(sequences)
     assert forgets[160]["accuracy"] == pytest.approx(1 / 4 + 3 / 4 / 2, abs=0.02)
     assert "4x the trained length" in tasks.table(list(forgets.values()), 40)
+
+
+class Echo(Counter):
+    """Answers each of three symbols with itself."""
+
+    config = SimpleNamespace(vocab_size=3)
+
+    def apply(self, _, tokens_BL, state, start_BL):
+        return jax.nn.one_hot(tokens_BL, 3), state
+
+
+def test_a_new_task_is_one_entry(monkeypatch):
+    draw = lambda generator, start_L: generator.integers(0, 3, len(start_L), dtype=np.int32)  # noqa: E731
+    for name, add in {"same": 0, "next": 1}.items():
+        targets = lambda tokens_L, start_L, add=add: (tokens_L + add) % 3  # noqa: E731
+        monkeypatch.setitem(TASKS, name, Task(tokens=draw, targets=targets, chance=1 / 3, symbols="abc"))
+    same = DataConfig(source="same", length=16, batch=8, valid_rows=16, task_lengths=(16,), task_steps=(1,))
+    assert tokenizer(same).encode("cab") == [2, 0, 1]
+    (right,), (wrong,) = (
+        tasks.evaluate(Echo(1), {}, dataclasses.replace(same, source=name), lengths=[16]) for name in ("same", "next")
+    )
+    assert (right["accuracy"], right["scaled_last"]) == (1, 1)
+    assert (wrong["accuracy"], wrong["scaled_last"]) == (0, pytest.approx(-1 / 2))
+    batch = next(loader(same, "train", vocab_size=3))
+    assert (batch.targets_BL == batch.tokens_BL).all()
 
 
 def test_mistakes_are_named():

@@ -164,10 +164,12 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(saved, tmp_path, pattern):
 
 def test_config_survives_json():
     config = get_config()
-    config.data.parity_lengths = (3, 5, 8)
+    config.data.task_lengths = (3, 5, 8)
     values = json.loads(json.dumps(to_dict(config)))
     assert from_dict(values) == config
     assert from_dict({"model": {"d_model": 32}}).model.d_model == 32
+    values["data"]["parity_lengths"] = values["data"].pop("task_lengths")  # what it was called
+    assert from_dict(values) == config
     values["model"]["d_stat"] = 3
     with pytest.raises(ValueError, match=r"config.model has no field d_stat; it has vocab_size, "):
         from_dict(values)

@@ -57,10 +57,10 @@ def test_every_float_is_a_float32_of_its_sign(section, name):
 @pytest.mark.parametrize(("section", "name"), INTS)
 def test_every_whole_number_has_an_end_on_both_sides(section, name):
     for value in (-1, 10**12):
-        wrong = (2, value) if name.startswith("parity") else value
+        wrong = (2, value) if name.startswith("task_") else value
         assert " .. " in refused(section, name, wrong)
     for value in (True, 1.5, NAN, "1"):
-        assert "is not of type" in refused(section, name, (value,) if name.startswith("parity") else value)
+        assert "is not of type" in refused(section, name, (value,) if name.startswith("task_") else value)
 
 
 @pytest.mark.parametrize(

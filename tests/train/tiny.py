@@ -15,7 +15,7 @@ def get_config() -> Config:
     return Config(
         name="tiny",
         model=ModelConfig(vocab_size=2, d_model=16, pattern="M", d_state=8, head_dim=8),
-        data=DataConfig(source="parity", length=32, batch=4, parity_lengths=(16, 32), parity_steps=(20, 40)),
+        data=DataConfig(source="parity", length=32, batch=4, task_lengths=(16, 32), task_steps=(20, 40)),
         optimizer=OptimizerConfig(),
         train=TrainConfig(steps=60, log_every=1, eval_every=10, eval_batches=2, save_every=5),
     )
