@@ -61,7 +61,7 @@ def leaky(monkeypatch):
     monkeypatch.setitem(MIXERS, "leaky", Leaky)
     config = get_config()
     config.model.pattern, config.model.attn_head_dim = ("leaky", "attention"), 8
-    config.train.steps = 2
+    config.train.steps, config.train.eval_every = 2, 0
     return config
 
 
