@@ -77,49 +77,6 @@ def advance(turns: Turns, angle_BHQS, dt_BHQ, within_BQQ, carried_BQ, step: floa
     return Turns(exact_BHQS, rest_BHQS), Turns(exact_BHS - jnp.floor(exact_BHS), rest_BHQS[:, :, -1] - moved_BHS)
 
 
-def advance_all(turns: Turns, angle_EHQS, dt_EHQ, within_EQQ, document_BCQ, step: float) -> tuple[Turns, Turns]:
-    """`advance` over all chunks of a row at once, the carries between them by an associative scan.
-
-    Args:
-        turns: the angle before the row.
-        angle_EHQS, dt_EHQ, within_EQQ: as for `advance`, batch and chunks one axis.
-        document_BCQ: the document starts in a chunk up to each token; 0: none.
-        step: `grid(Q)`.
-
-    Returns:
-        phi as `Turns` of (B, H, L, S), L all tokens of the chunks, and the turns after the last one.
-    """
-    batch, n_chunks, chunk = document_BCQ.shape
-    n_heads, planes = dt_EHQ.shape[1], angle_EHQS.shape[-1]
-    zero_EHS = jnp.zeros((batch * n_chunks, n_heads, planes), turns.rest_BHS.dtype)
-    phi, after = advance(Turns(zero_EHS, zero_EHS), angle_EHQS, dt_EHQ, within_EQQ, None, step)
-
-    carried_BCQ = document_BCQ == 0
-    carried_BC11 = jnp.pad(carried_BCQ[:, :, -1], ((0, 0), (1, 0)))[..., None, None]
-    parts = (
-        jnp.concatenate([first[:, None], more.reshape(batch, n_chunks, n_heads, planes)], axis=1)
-        for first, more in zip(turns, after, strict=True)
-    )
-
-    def compose(first, second):
-        (exact, rest, carried), (more, more_rest, more_carried) = first, second
-        exact, rest = jnp.where(more_carried, exact, 0) + more, jnp.where(more_carried, rest, 0) + more_rest
-        moved = jax.lax.stop_gradient(jnp.round(rest / step) * step)
-        exact += moved
-        return exact - jnp.floor(exact), rest - moved, carried & more_carried
-
-    *carries, _ = jax.lax.associative_scan(compose, (*parts, carried_BC11), axis=1)
-
-    def whole(local_EHQS, carry_BCHS):
-        local_BCHQS = local_EHQS.reshape(batch, n_chunks, n_heads, chunk, planes)
-        carry_BCHQS = jnp.where(carried_BCQ[:, :, None, :, None], carry_BCHS[:, :-1, :, None], 0)
-        return jnp.swapaxes(local_BCHQS + carry_BCHQS, 1, 2).reshape(batch, n_heads, -1, planes)
-
-    exact_BHLS, rest_BHLS = (whole(local, carry) for local, carry in zip(phi, carries, strict=True))
-    phi = Turns(exact_BHLS - jnp.floor(exact_BHLS), rest_BHLS)
-    return phi, Turns(*(carry_BCHS[:, -1] for carry_BCHS in carries))
-
-
 @jax.custom_jvp
 def sincos(turns: Turns):
     """sin and cos of an angle given in turns, to 2e-7 in float32.
