@@ -106,7 +106,7 @@ def test_two_variants_at_a_time_trace_one_after_another(tmp_path, monkeypatch, c
 def test_table_and_figure(tmp_path):
     accuracy = {str(length): [1.0, 0.5] for length in parity.LENGTHS}
     rows = [{"variant": variant, "accuracy": accuracy} for variant in parity.VARIANTS]
-    results = {"rows": rows, "trained_lengths": (40, 256), "seeds": 2}
+    results = {"rows": rows, "trained_lengths": (40, 256), "seeds": 2, "commit": "0123abc", "date": "2026-11-29"}
     lines = parity.table(results).splitlines()
     assert lines[0] == "| variant | 40 | 160 | 256 | 320 (untrained) | 384 (untrained) |"
     assert lines[2] == "| mamba3 | 100 0 | 100 0 | 100 0 | 100 0 | 100 0 |"
