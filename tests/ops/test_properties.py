@@ -196,8 +196,8 @@ def test_no_state_is_the_empty_state(shape, implementation):
         return {name: pulled(pick) for name, pick in used.items()}
 
     got, want = (run(tokens, heads, empty) for empty in (False, True))
-    # An interpreted TPU kernel is XLA's program, which fuses a product with its sum here and not there: two units in the
-    # last place of one bias's gradient, and none under XLA_FLAGS=--xla_cpu_max_isa=AVX, where nothing is fused.
+    # An interpreted TPU kernel is XLA's program, which fuses a product with its sum here and not there: two units in
+    # the last place of one bias's gradient, and none under XLA_FLAGS=--xla_cpu_max_isa=AVX, where nothing is fused.
     interpreted = implementation == "mosaic_tpu" and jax.default_backend() == "cpu"
     for (name, leaf), other in zip(cases.named(got).items(), jax.tree.leaves(want), strict=True):
         if interpreted and name.endswith("bias_HRN"):
