@@ -35,7 +35,7 @@ ALL_FINITE = step.all_finite
 
 
 def config_of(model: str) -> Config:
-    """A preset in bench shape, or the text experiment as it is."""
+    """Returns a preset in bench shape, or the text experiment as it is."""
     if model == "text":
         return text.get_config()
     config = Config(model=PRESETS[model])

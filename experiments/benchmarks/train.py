@@ -103,7 +103,7 @@ def step_program(model: str, implementation: str, batch: int, length: int) -> Pr
 
 
 def trainer_program(model: str, config: Config) -> Program:
-    """The step of a config as `mamba3_jax.train.loop` compiles it, on a mesh of one device."""
+    """Makes the step of a config as `mamba3_jax.train.loop` compiles it, on a mesh of one device."""
     mesh = make_mesh("data:1", jax.devices()[:1])
 
     def shapes():

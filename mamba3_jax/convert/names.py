@@ -69,7 +69,7 @@ def our_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def listed(items: Iterable, between: str = ", ", limit: int = 10) -> str:
-    """The first items of what may be a long list, and how many more there are."""
+    """Joins the first items of what may be a long list, and says how many more there are."""
     items = [str(item) for item in items]
     return between.join(items[:limit]) + (f"{between}and {len(items) - limit} more" if len(items) > limit else "")
 
@@ -130,7 +130,7 @@ def view(array: np.ndarray, row: Row, piece: Piece) -> np.ndarray:
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays of one shape have one dtype and hold the same bits."""
+    """Says whether two arrays of one shape have one dtype and hold the same bits."""
     return a.dtype == b.dtype and np.array_equal(a.view(f"u{a.itemsize}"), b.view(f"u{a.itemsize}"))
 
 
