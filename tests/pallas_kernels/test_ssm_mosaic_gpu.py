@@ -137,7 +137,7 @@ def test_documents_do_not_see_each_other():
         (SISO_LARGE._replace(length=40, heads=1, d_state=32, width=16, planes=8), (5, 20), 1, 1024),
         (SISO_LARGE._replace(length=200, heads=1), (), 1, 64),
         (SISO_LARGE._replace(length=230, heads=1), (70,), 1, 128),
-        (MIMO_LARGE._replace(length=35, heads=1, d_state=16, width=16, planes=4), (20,), 2, 1024),
+        (MIMO_LARGE._replace(length=70, heads=1, d_state=16, width=16, planes=4), (20,), 2, 1024),
         (MIMO1, (), 1, 1024),
     ],
     ids=["siso", "siso_often_kept", "siso_packed", "mimo", "mimo_of_one_rank"],

@@ -33,10 +33,10 @@ PROGRAMS = 1024  # that are enough to take more heads each
 class Grid:
     """How tokens and heads are cut for the kernels over angles: chunks, blocks of heads, heads at a time."""
 
-    def __init__(self, angle_BELS, dt_BHL):
+    def __init__(self, angle_BELS, dt_BHL, splits: int = 1):
         self.batch, self.heads, length = dt_BHL.shape
         self.planes, self.shared_angle = angle_BELS.shape[-1], angle_BELS.shape[1] == 1
-        self.tokens = math.gcd(length, CHUNK)
+        self.tokens = math.gcd(length // splits, CHUNK)  # no chunk lies in two splits
         self.chunks = length // self.tokens
         self.at_once = math.gcd(self.heads, 4)
         most = max(1, self.batch * self.chunks * self.heads // PROGRAMS) if self.shared_angle else 1

@@ -120,7 +120,7 @@ def angles_bwd(angle_BLHS, dt_BHL, document_BL, of_q_BHLS, of_k_BHLS, dlast_BHS,
         dlast_BHS: of the angle after the row.
     """
     angle_BELS = jnp.swapaxes(angle_BLHS, 1, 2)
-    grid = Grid(angle_BELS, dt_BHL)
+    grid = Grid(angle_BELS, dt_BHL, splits=crossing.starts_BHZAS.shape[2])
     goes_on_BL, in_first_BL = None, None
     if document_BL is not None:
         started_BL = jnp.diff(document_BL, axis=1, prepend=0)
