@@ -1,4 +1,4 @@
-"""Times every way to run the op's cases on the GPU at hand, and writes the fastest into mamba3_jax/ops/choices.json.
+"""Times every way to run the op's cases on the GPU at hand, and writes the fastest into mamba3_jax/ops/tuned.json.
 
     python -m experiments.benchmarks.tune                          every case; the same command goes on after a stop
     python -m experiments.benchmarks.tune --cases=siso,mimo4 --out=DIR
@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.benchmarks import common, ssm
-from mamba3_jax.ops import choices
-from mamba3_jax.ops.choices import Choice
+from mamba3_jax.ops import tuned
+from mamba3_jax.ops.tuned import Choice
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, KERNELS
 
 # By implementation. Rows of a chunk are tokens times ranks; the names are those of its launch.
@@ -204,7 +204,7 @@ def options(case: ssm.Case, implementation: str) -> tuple[dict, dict]:
     return structure, LAUNCHES.get(implementation, {})
 
 
-def recorded_choices(result: dict) -> list[Choice]:
+def recorded_configs(result: dict) -> list[Choice]:
     """The fastest of every case of a run of `experiments.benchmarks.ssm`, each implementation as it comes."""
     entries = []
     for name, sizes in result["cases"].items():
@@ -221,8 +221,8 @@ def entry_of(case: ssm.Case, ms: dict[str, float], launch: dict, origin: dict) -
         device=origin["device"],
         rank=case.rank,
         dtype=case.dtype,
-        width=choices.rounded(case.width),
-        d_state=choices.rounded(case.d_state),
+        width=tuned.rounded(case.width),
+        d_state=tuned.rounded(case.d_state),
         heads=case.batch * case.heads,
         length=case.length,
         implementation=min(ms, key=ms.get),
@@ -255,9 +255,9 @@ def write(entry: Choice, path: Path) -> None:
     """Into the table, in the place of what it had for the same; one line an entry."""
     key = Choice.__match_args__[: Choice.__match_args__.index("implementation")]
     same = lambda other: all(getattr(other, name) == getattr(entry, name) for name in key)  # noqa: E731
-    there = path if path.exists() else choices.PATH
-    entries = [*(other for other in choices.read(there) if not same(other)), entry]
-    choices.read.cache_clear()
+    there = path if path.exists() else tuned.PATH
+    entries = [*(other for other in tuned.read(there) if not same(other)), entry]
+    tuned.read.cache_clear()
     entries.sort(key=lambda each: [getattr(each, name) for name in key])
     lines = ",\n".join(json.dumps(dataclasses.asdict(each), allow_nan=False) for each in entries)
     _replace(path, f"[\n{lines}\n]\n")
@@ -272,9 +272,9 @@ def _replace(path: Path, text: str) -> None:
 
 def main(argv):
     del argv
-    path = Path(FLAGS.out) / choices.PATH.name if FLAGS.out else choices.PATH
+    path = Path(FLAGS.out) / tuned.PATH.name if FLAGS.out else tuned.PATH
     if FLAGS.recorded:
-        for entry in recorded_choices(json.loads(Path(FLAGS.recorded).read_text())):
+        for entry in recorded_configs(json.loads(Path(FLAGS.recorded).read_text())):
             write(entry, path)
         print(path)
         return
@@ -283,7 +283,7 @@ def main(argv):
     names = ssm.chosen("cases", FLAGS.cases or list(ssm.CASES["gpu"]), ssm.CASES["gpu"])
     origin = common.provenance(FLAGS.commit)
     progress = Progress(Path(FLAGS.progress), {name: origin[name] for name in ("device", "jax", "commit")})
-    choices.table = tuple  # nothing: what is timed is what is asked for, not what was chosen before
+    tuned.table = tuple  # nothing: what is timed is what is asked for, not what was chosen before
     for name in names:
         entry = choice_of(name, ssm.CASES["gpu"][name], progress, origin)
         write(entry, path)
@@ -295,6 +295,6 @@ if __name__ == "__main__":
     flags.DEFINE_list("cases", [], "names in experiments.benchmarks.ssm.CASES for GPUs; empty: all")
     flags.DEFINE_string("recorded", "", "instead: a result file of experiments.benchmarks.ssm, whose fastest are taken")
     flags.DEFINE_string("progress", "runs/tune.json", "every time taken; the same command goes on from it")
-    flags.DEFINE_string("out", "", "directory of choices.json; empty: where the op reads it")
+    flags.DEFINE_string("out", "", "directory of tuned.json; empty: where the op reads it")
     flags.DEFINE_string("commit", "", "recorded where the code runs outside its git checkout")
     app.run(main)

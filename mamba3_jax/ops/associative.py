@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from mamba3_jax.ops.chunks import Chunk, over_chunks
+from mamba3_jax.ops.scan_chunks import Chunk, over_chunks
 from mamba3_jax.ops.types import Heads, State, Tokens
 
 CHUNK = 32  # every token of a chunk holds its whole state: Q x P x N a head

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mamba3_jax.ops.chunks import Chunk, over_chunks
+from mamba3_jax.ops.scan_chunks import Chunk, over_chunks
 from mamba3_jax.ops.types import Heads, State, Tokens
 
 

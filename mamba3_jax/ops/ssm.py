@@ -3,36 +3,21 @@
 import jax
 import jax.numpy as jnp
 
-from mamba3_jax.ops import choices
+from mamba3_jax.ops import kernels, tuned
 from mamba3_jax.ops.associative import associative
 from mamba3_jax.ops.chunked import chunked
-from mamba3_jax.ops.mosaic_gpu import mosaic_gpu
-from mamba3_jax.ops.mosaic_gpu import refuses as mosaic_gpu_refuses
 from mamba3_jax.ops.recurrent import recurrent
 from mamba3_jax.ops.rotary import ROTATIONS
 from mamba3_jax.ops.sharded import one_device
-from mamba3_jax.ops.tpu import mosaic_tpu
-from mamba3_jax.ops.tpu import refuses as mosaic_tpu_refuses
 from mamba3_jax.ops.transition import compose, of_run
-from mamba3_jax.ops.triton import refuses as triton_refuses
-from mamba3_jax.ops.triton import triton
 from mamba3_jax.ops.types import Heads, State, Tokens, Transition, accumulator, empty_state
 
 __all__ = ["IMPLEMENTATIONS", "Heads", "State", "Tokens", "Transition", "compose", "empty_state", "ssm", "transition"]
 
+# Which run on everything, and for `transition` without queries.
+PLAIN = {"recurrent": recurrent, "associative": associative, "chunked": chunked}
 # All take None for `empty_state`, which most of them make; the TPU's scan has no operand then, and no gradient of it.
-IMPLEMENTATIONS = {
-    "recurrent": recurrent,
-    "associative": associative,
-    "chunked": chunked,
-    "triton": triton,
-    "mosaic_gpu": mosaic_gpu,
-    "mosaic_tpu": mosaic_tpu,
-}
-PLAIN = ("recurrent", "associative", "chunked")  # which run on everything, and for `transition` without queries
-# Those of kernels, the first that runs the default where nothing was measured: what keeps inputs from each on this
-# process's devices.
-KERNELS = {"mosaic_gpu": mosaic_gpu_refuses, "triton": triton_refuses, "mosaic_tpu": mosaic_tpu_refuses}
+IMPLEMENTATIONS = PLAIN | kernels.IMPLEMENTATIONS
 
 
 def ssm(
@@ -108,7 +93,7 @@ def transition(
     if implementation is None:
         implementation = plain(tokens)
     if implementation not in PLAIN:
-        raise ValueError(f"{implementation=} has no pass over states alone, it is not one of {PLAIN}")
+        raise ValueError(f"{implementation=} has no pass over states alone, it is not one of {sorted(PLAIN)}")
     _, state = IMPLEMENTATIONS[implementation](tokens, heads, None, rotation=rotation, chunk=chunk)
     return of_run(tokens, state)
 
@@ -119,20 +104,21 @@ def plain(tokens: Tokens) -> str:
 
 
 def default_implementation(tokens: Tokens) -> str:
-    """What was measured to be the fastest on this device (`choices`), or else kernels for it; or else plain XLA.
+    """What was measured to be the fastest on this device (`tuned`), or else kernels for it; or else plain XLA.
 
     XLA cannot divide a kernel over devices as it divides plain code: that takes `ops.sharded`.
 
     Raises:
-        ValueError: the table of choices names an implementation that is not one.
+        ValueError: the table of tuned configs names an implementation that is not one.
     """
     if not one_device():
         return plain(tokens)
-    entry = choices.choose(jax.devices()[0].device_kind, tokens)
+    entry = tuned.choose(jax.devices()[0].device_kind, tokens)
     if entry is not None and entry.implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"{choices.PATH} has {entry}, whose implementation is not one of {sorted(IMPLEMENTATIONS)}")
-    wanted = [*([entry.implementation] if entry else []), *KERNELS]
-    return next((name for name in wanted if name not in KERNELS or KERNELS[name](tokens) is None), plain(tokens))
+        raise ValueError(f"{tuned.PATH} has {entry}, whose implementation is not one of {sorted(IMPLEMENTATIONS)}")
+    wanted = [*([entry.implementation] if entry else []), *kernels.BACKENDS]
+    runs = (name for name in wanted if name in PLAIN or kernels.refused(name, tokens) is None)
+    return next(runs, plain(tokens))
 
 
 def check(tokens: Tokens, heads: Heads, state: State | None, rotation: str, chunk: int | None) -> None:

@@ -10,9 +10,9 @@ where no document starts inside; else what was before is gone, and the run leave
 
 import jax.numpy as jnp
 
-from mamba3_jax.ops.chunks import incoming
 from mamba3_jax.ops.recurrent import within_a_turn
 from mamba3_jax.ops.rotary import ROTATIONS, rotate
+from mamba3_jax.ops.scan_chunks import incoming
 from mamba3_jax.ops.types import Heads, State, Tokens, Transition
 
 

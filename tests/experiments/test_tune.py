@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from experiments.benchmarks import common, ssm, tune
-from mamba3_jax.ops import choices
+from mamba3_jax.ops import tuned
 from mamba3_jax.ops.decode import default_tile
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS
 from pallas_kernels.ssm.triton.common import Tile
@@ -109,18 +109,18 @@ def test_what_is_wrong_is_no_choice_and_nothing_is_timed_twice(checked, tmp_path
 @pytest.fixture
 def no_table(tmp_path, monkeypatch):
     """Instead of the one that is shipped."""
-    monkeypatch.setattr(choices, "PATH", tmp_path / "shipped.json")
-    choices.PATH.write_text("[]")
+    monkeypatch.setattr(tuned, "PATH", tmp_path / "shipped.json")
+    tuned.PATH.write_text("[]")
 
 
 def test_an_entry_is_written_in_the_place_of_the_one_before(checked, no_table, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "KERNELS", {"scaled": lambda tokens: None, "other": lambda tokens: "wants a GPU"})
-    progress, path = tune.Progress(tmp_path / "tune.json", ORIGIN), tmp_path / "choices.json"
+    progress, path = tune.Progress(tmp_path / "tune.json", ORIGIN), tmp_path / "tuned.json"
     step = dataclasses.replace(TINY, length=1)
     for case in (TINY, step, TINY):
         entry = tune.choice_of("tiny" if case is TINY else "step", case, progress, common.provenance("abc"))
         tune.write(entry, path)
-    long, one = sorted(choices.read(path), key=lambda each: -each.length)
+    long, one = sorted(tuned.read(path), key=lambda each: -each.length)
     assert (long.length, long.rank, long.width, long.d_state, long.heads) == (24, 1, 8, 8, 4)
     assert long.implementation in ("scaled", "chunked")
     assert {"scaled, ms", "chunked, ms", "commit"} <= set(long.measured)
@@ -139,11 +139,11 @@ def test_the_fastest_of_a_recorded_run_are_choices(no_table, tmp_path):
         {"case": "step", "implementation": "recurrent", "what": "decode", "ms": 3.0},
     ]
     cases = {"long": dataclasses.asdict(TINY), "step": dataclasses.asdict(step)}
-    entries = tune.recorded_choices(ORIGIN | {"date": "today", "cases": cases, "rows": rows})
+    entries = tune.recorded_configs(ORIGIN | {"date": "today", "cases": cases, "rows": rows})
     assert [(each.length, each.implementation) for each in entries] == [(24, "triton"), (1, "recurrent")]
     for entry in entries:
-        tune.write(entry, tmp_path / "choices.json")
-    assert {each.implementation for each in choices.read(tmp_path / "choices.json")} == {"triton", "recurrent"}
+        tune.write(entry, tmp_path / "tuned.json")
+    assert {each.implementation for each in tuned.read(tmp_path / "tuned.json")} == {"triton", "recurrent"}
 
 
 def test_it_needs_a_gpu(monkeypatch):

@@ -30,7 +30,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssm.mosaic_gpu import launch
 from pallas_kernels.ssm.mosaic_gpu.chunk import Decay, Rotation, token
-from pallas_kernels.ssm.mosaic_gpu.contract import WIDTH, Sizes, Tile, n_planes
+from pallas_kernels.ssm.mosaic_gpu.config import WIDTH, Tile
+from pallas_kernels.ssm.mosaic_gpu.contract import Sizes, n_planes
 from pallas_kernels.ssm.mosaic_gpu.registers import ROWS, of_ranks, of_tokens
 from pallas_kernels.ssm.mosaic_gpu.tiles import iota, product, tiled
 

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from pallas_kernels.ssm.mosaic_gpu.contract import Tile
+from pallas_kernels.ssm.mosaic_gpu.config import Tile
 from pallas_kernels.ssm.mosaic_gpu.registers import (
     COLUMN,
     ROW,

@@ -5,26 +5,7 @@ from typing import NamedTuple
 
 import jax
 
-from pallas_kernels.ssm.mosaic_gpu.registers import ROWS
-
-WIDTH = 64  # P
-NORM_EPS = 1e-5
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How the kernel is cut. Performance only, but for `rank` and `width`, the shape's."""
-
-    rank: int = 1
-    width: int = WIDTH  # entries of P that are not padding
-    splits: int = 1  # parts of the length side by side, of equally many chunks
-    residuals: bool = False  # store y too, which the backward pass reads
-    interpret: object = None  # plgpu's InterpretParams: on the CPU, for tests
-
-    @property
-    def tokens(self) -> int:
-        """Returns how many a chunk has."""
-        return ROWS // self.rank
+from pallas_kernels.ssm.mosaic_gpu.config import WIDTH, Tile
 
 
 class Inputs(NamedTuple):

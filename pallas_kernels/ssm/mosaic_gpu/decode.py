@@ -16,50 +16,47 @@ Letters: B batch, R rank, J = 2 R, the two tokens' ranks, G groups of q/k, H hea
 width, S planes.
 """
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssm.mosaic_gpu.contract import WIDTH
+from pallas_kernels.ssm.contract import Last, Stepped, Token, cut, ordered, pad
+from pallas_kernels.ssm.mosaic_gpu.config import WIDTH, interpreter
 from pallas_kernels.ssm.mosaic_gpu.decode_kernel import Program, Shared
 from pallas_kernels.ssm.mosaic_gpu.tiles import tiled
-from pallas_kernels.ssm.one_token import Inputs, Outputs
+from pallas_kernels.ssm.order import Order
 
 RANKS = (1, 2, 4)
 
 
-@dataclass(frozen=True)
-class Tile:
-    """How the kernel runs."""
-
-    interpret: object = None  # plgpu's InterpretParams: on the CPU, for tests
-
-
-def check(inputs: Inputs) -> None:
-    """Raise ValueError, naming it, for a size that the kernel cannot run."""
-    width, d_state = inputs.h_BHPN.shape[2:]
-    rank = inputs.q_BRGN.shape[1]
-    if width != WIDTH or d_state not in (64, 128):
-        raise ValueError(f"{width=} is not {WIDTH}, or {d_state=} not 64 or 128")
-    if rank not in RANKS:
-        raise ValueError(f"{rank=} is not in {RANKS}")
-
-
-def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
-    """The state after the token, and its output.
+def step(token: Token, rotation: str, *, interpret=None, programs: int | None = None) -> Stepped:
+    """Computes a decoding step, see `contract`; in place where P is 64 and N 64 or 128, which others are padded to.
 
     Args:
         rotation: "adjacent", plane i is (2 i, 2 i + 1), or "half", (i, i + M).
+        programs: of a scan; has no meaning here.
 
     Raises:
-        ValueError: P not 64, N not 64 or 128, or R not 1, 2 or 4.
+        ValueError: P over 64, N over 128, or R not 1, 2 or 4.
     """
-    check(inputs)
-    batch, n_heads, width, d_state = inputs.h_BHPN.shape
+    del programs
+    width, d_state = token.last.h_BHPN.shape[2:]
+    rank = token.q_BRGN.shape[1]
+    if width > WIDTH or d_state > 128 or rank not in RANKS:
+        raise ValueError(
+            f"implementation='mosaic_gpu' decodes {width=} up to {WIDTH}, {d_state=} to 128, {rank=} of {RANKS}"
+        )
+    planes = 0 if token.angle_BHS is None else token.angle_BHS.shape[-1]
+    size = 64 if d_state <= 64 else 128
+    order = Order(rotation, d_state, planes, size=size, halves=rotation == "half")
+    stepped = _decode(ordered(pad(token, P=WIDTH), order.to), rotation, width, interpreter() if interpret else None)
+    return cut(ordered(stepped, order.back), P=width)
+
+
+def _decode(inputs: Token, rotation: str, own_width: int, interpret) -> Stepped:
+    batch, n_heads, width, d_state = inputs.last.h_BHPN.shape
     rank = inputs.q_BRGN.shape[1]
     refs = jax.tree.map(jax.new_ref, inputs)
 
@@ -67,23 +64,32 @@ def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
         """In the place of `ref`, or elsewhere if it has another dtype."""
         return ref if ref is None or ref.dtype == like.dtype else jax.new_ref(lax.empty(ref.shape, like.dtype))
 
-    out = Outputs(
-        *(refs.h_BHPN, refs.angle_BHS, new(refs.before_k_BRHN, inputs.k_BRGN), new(refs.before_v_BHP, inputs.v_BHP)),
-        jax.new_ref(lax.empty(inputs.v_BHP.shape, inputs.v_BHP.dtype)),
+    out = Stepped(
+        last=Last(
+            h_BHPN=refs.last.h_BHPN,
+            angle_BHS=refs.last.angle_BHS,
+            k_BRHN=new(refs.last.k_BRHN, inputs.k_BRGN),
+            v_BHP=new(refs.last.v_BHP, inputs.v_BHP),
+        ),
+        o_BHP=jax.new_ref(lax.empty(inputs.v_BHP.shape, inputs.v_BHP.dtype)),
     )
 
     def vectors(*shape, present=True):
         return plgpu.SMEM(shape, jnp.float32) if present else None
 
-    sources, turns = rank if inputs.beta_BH is None else 2 * rank, inputs.angle_BHS is not None
+    sources = rank if inputs.beta_BH is None else 2 * rank
+    rotates, weights = inputs.last.angle_BHS is not None, inputs.weights
+    scaled = any(x is not None for x in (inputs.gate_BHP, weights.out_rank_HRP, weights.norm_HP))
     shared = Shared(
-        tiled(width, d_state, dtype=jnp.float32),
-        *(vectors(d_state // 2, present=turns) for _ in range(2)),
-        *(vectors(sources, d_state), vectors(sources, width), vectors(rank, d_state), vectors(rank, width)),
-        vectors(rank, width, present=inputs.skip_H is not None),
-        vectors(
-            rank, width, present=any(x is not None for x in (inputs.gate_BHP, inputs.out_rank_HRP, inputs.norm_HP))
-        ),
+        h_PN=tiled(width, d_state, dtype=jnp.float32),
+        sin_M=vectors(d_state // 2, present=rotates),
+        cos_M=vectors(d_state // 2, present=rotates),
+        k_JN=vectors(sources, d_state),
+        x_JP=vectors(sources, width),
+        q_RN=vectors(rank, d_state),
+        y_RP=vectors(rank, width),
+        skip_RP=vectors(rank, width, present=weights.skip_H is not None),
+        scale_RP=vectors(rank, width, present=scaled),
     )
 
     @pl.core_map(
@@ -92,11 +98,13 @@ def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
         name="mamba3_mosaic_decode",
-        **({} if tile.interpret is None else {"interpret": tile.interpret}),
+        **({} if interpret is None else {"interpret": interpret}),
     )
     def _():
         pl.run_scoped(
-            lambda *scratch: Program(refs, out, *scratch, rotation, tile.interpret is not None).run(),
+            lambda shared, arrived: Program(
+                refs, out, shared, arrived, rotation=rotation, width=own_width, interpret=interpret is not None
+            ).run(),
             shared,
             plgpu.Barrier(num_arrivals=1),
         )

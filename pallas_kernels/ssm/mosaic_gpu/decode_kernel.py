@@ -8,8 +8,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.ssm.contract import NORM_EPS, Stepped, Token
 from pallas_kernels.ssm.mosaic_gpu.angle import sine_and_cosine, within_a_turn
-from pallas_kernels.ssm.mosaic_gpu.contract import NORM_EPS, WIDTH
+from pallas_kernels.ssm.mosaic_gpu.config import WIDTH
 from pallas_kernels.ssm.mosaic_gpu.registers import (
     COLUMN,
     ROW,
@@ -21,7 +22,6 @@ from pallas_kernels.ssm.mosaic_gpu.registers import (
     spread,
 )
 from pallas_kernels.ssm.mosaic_gpu.tiles import across, down, load
-from pallas_kernels.ssm.one_token import Inputs, Outputs
 
 
 class Shared(NamedTuple):
@@ -60,9 +60,11 @@ class Loaded(NamedTuple):
 class Program:
     """One head of one row."""
 
-    def __init__(self, refs: Inputs, out: Outputs, shared: Shared, arrived, rotation: str, interpret: bool):
+    def __init__(
+        self, refs: Token, out: Stepped, shared: Shared, arrived, *, rotation: str, width: int, interpret: bool
+    ):
         self.refs, self.out, self.shared, self.arrived, self.rotation = refs, out, shared, arrived, rotation
-        self.interpret = interpret
+        self.width, self.interpret = width, interpret  # P without its padding
         self.rank, self.d_state = shared.q_RN.shape
         self.b, self.h = lax.axis_index("row"), lax.axis_index("head")
         self.keep = None if refs.start_B is None else refs.start_B[self.b] == 0
@@ -71,7 +73,7 @@ class Program:
 
     def run(self):
         refs, out, shared, at = self.refs, self.out, self.shared, (self.b, self.h)
-        plgpu.copy_gmem_to_smem(refs.h_BHPN.at[*at], shared.h_PN, self.arrived)
+        plgpu.copy_gmem_to_smem(refs.last.h_BHPN.at[*at], shared.h_PN, self.arrived)
         numbers = (refs.log_a_BH, refs.gamma_BH, refs.beta_BH, refs.dt_BH)
         log_a, gamma, beta, dt = (None if ref is None else ref[*at] for ref in numbers)
         a = jnp.exp(log_a)
@@ -86,18 +88,18 @@ class Program:
         k_RN = self.turn(loaded)
         plgpu.commit_smem()
         if dt is not None:
-            out.angle_BHS.at[*at][...] = angle_S
+            out.last.angle_BHS.at[*at][...] = angle_S
         if beta is not None:
             k_RN = jnp.sum(k_RN, axis=0) if self.rank == 1 else k_RN
-            out.k_BRHN.at[self.b, self.ranks, self.h][...] = k_RN.astype(out.k_BRHN.dtype)
-            out.v_BHP.at[*at][...] = loaded.v_P.astype(out.v_BHP.dtype)
+            out.last.k_BRHN.at[self.b, self.ranks, self.h][...] = k_RN.astype(out.last.k_BRHN.dtype)
+            out.last.v_BHP.at[*at][...] = loaded.v_P.astype(out.last.v_BHP.dtype)
 
         plgpu.barrier_wait(self.arrived)
         h_PN = self.updated(a)
         shared.h_PN[...] = h_PN
         self.read_out(h_PN)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(shared.h_PN, out.h_BHPN.at[*at])
+        plgpu.copy_smem_to_gmem(shared.h_PN, out.last.h_BHPN.at[*at])
         self.finish()
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -105,7 +107,7 @@ class Program:
         """All at once, before anything is stored: one wait for all."""
         refs, b, h = self.refs, self.b, self.h
         in_pairs, by_rank = pairs_of(self.rank, self.rotation), self.by_rank
-        group = lax.div(h, jnp.int32(refs.h_BHPN.shape[1] // refs.q_BRGN.shape[2]))
+        group = lax.div(h, jnp.int32(refs.last.h_BHPN.shape[1] // refs.q_BRGN.shape[2]))
 
         def load_as(layout, ref, *at):
             if ref is None:
@@ -118,23 +120,32 @@ class Program:
             row = load_as(layout.reduce(0), ref, *at)
             return None if row is None else self.laid(across(row, 1), layout)
 
-        of_angles = None, None
-        if refs.turn_BHS is not None:
-            turned_by, of_planes = 0 if refs.turn_BHS.shape[1] == 1 else h, spread(refs.angle_BHS.shape[-1])
-            of_angles = load_as(of_planes, refs.angle_BHS, b, h), load_as(of_planes, refs.turn_BHS, b, turned_by)
+        angle_S = turn_S = None
+        if refs.angle_BHS is not None:
+            turned_by, of_planes = 0 if refs.angle_BHS.shape[1] == 1 else h, spread(refs.last.angle_BHS.shape[-1])
+            angle_S = load_as(of_planes, refs.last.angle_BHS, b, h)
+            turn_S = load_as(of_planes, refs.angle_BHS, b, turned_by)
+        weights = refs.weights
         return Loaded(
-            *of_angles,
-            *(load_ranks(in_pairs, ref, b, self.ranks, group) for ref in (refs.q_BRGN, refs.k_BRGN)),
-            *(load_ranks(in_pairs, ref, h, self.ranks) for ref in (refs.q_bias_HRN, refs.k_bias_HRN)),
-            load_ranks(in_pairs, refs.before_k_BRHN, b, self.ranks, h),
-            *(load_as(by_rank.reduce(0), ref, b, h) for ref in (refs.v_BHP, refs.before_v_BHP, refs.gate_BHP)),
-            load_as(by_rank.reduce(0), refs.norm_HP, h),
-            *(load_ranks(by_rank, x, h, self.ranks) for x in (refs.v_rank_HRP, refs.gate_rank_HRP, refs.out_rank_HRP)),
+            angle_S=angle_S,
+            turn_S=turn_S,
+            q_RN=load_ranks(in_pairs, refs.q_BRGN, b, self.ranks, group),
+            k_RN=load_ranks(in_pairs, refs.k_BRGN, b, self.ranks, group),
+            q_bias_RN=load_ranks(in_pairs, weights.q_bias_HRN, h, self.ranks),
+            k_bias_RN=load_ranks(in_pairs, weights.k_bias_HRN, h, self.ranks),
+            before_k_RN=load_ranks(in_pairs, refs.last.k_BRHN, b, self.ranks, h),
+            v_P=load_as(by_rank.reduce(0), refs.v_BHP, b, h),
+            before_v_P=load_as(by_rank.reduce(0), refs.last.v_BHP, b, h),
+            gate_P=load_as(by_rank.reduce(0), refs.gate_BHP, b, h),
+            norm_P=load_as(by_rank.reduce(0), weights.norm_HP, h),
+            v_rank_RP=load_ranks(by_rank, weights.v_rank_HRP, h, self.ranks),
+            gate_rank_RP=load_ranks(by_rank, weights.gate_rank_HRP, h, self.ranks),
+            out_rank_RP=load_ranks(by_rank, weights.out_rank_HRP, h, self.ranks),
         )
 
     def values(self, loaded: Loaded, beta, gamma):
         """What goes into the state, and past it."""
-        shared, skip_H = self.shared, self.refs.skip_H
+        shared, skip_H = self.shared, self.refs.weights.skip_H
         x_RP = times(self.all_ranks(loaded.v_P), loaded.v_rank_RP)
         if beta is not None:
             before_x_RP = times(self.all_ranks(self.kept(loaded.before_v_P)), loaded.v_rank_RP)
@@ -176,7 +187,7 @@ class Program:
         return pl.ds(self.shared.k_JN.shape[0] - self.rank, self.rank)
 
     def sine_and_cosine_M(self):
-        layout, half, planes = self.by_rank.reduce(0), self.d_state // 2, self.refs.angle_BHS.shape[-1]
+        layout, half, planes = self.by_rank.reduce(0), self.d_state // 2, self.refs.last.angle_BHS.shape[-1]
         sin_M, cos_M = (load(ref, layout, self.interpret) for ref in (self.shared.sin_M, self.shared.cos_M))
         if planes == half:
             return sin_M, cos_M
@@ -205,12 +216,13 @@ class Program:
     def finish(self):
         """SPEC section 7."""
         y_RP, skip_RP, scale_RP = (
-            None if ref is None else load(ref, self.by_rank, self.interpret) for ref in self.shared[-3:]
+            None if ref is None else load(ref, self.by_rank, self.interpret)
+            for ref in (self.shared.y_RP, self.shared.skip_RP, self.shared.scale_RP)
         )
         if skip_RP is not None:
             y_RP += skip_RP
-        if self.refs.norm_HP is not None:
-            scale_R = lax.rsqrt(jnp.sum(y_RP * y_RP, axis=1) * (1 / WIDTH) + NORM_EPS)
+        if self.refs.weights.norm_HP is not None:
+            scale_R = lax.rsqrt(jnp.sum(y_RP * y_RP, axis=1) * (1 / self.width) + NORM_EPS)
             y_RP *= self.laid(down(scale_R, WIDTH), self.by_rank)
         if scale_RP is not None:
             y_RP *= scale_RP

@@ -15,8 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.ssm.contract import NORM_EPS
 from pallas_kernels.ssm.mosaic_gpu.chunk import token
-from pallas_kernels.ssm.mosaic_gpu.contract import NORM_EPS, WIDTH, Tile
+from pallas_kernels.ssm.mosaic_gpu.config import WIDTH, Tile
 from pallas_kernels.ssm.mosaic_gpu.launch import call
 from pallas_kernels.ssm.mosaic_gpu.registers import ROWS, TILE, of_ranks, of_tokens
 from pallas_kernels.ssm.mosaic_gpu.tiles import down, iota, load, product, tiled

@@ -21,7 +21,8 @@ from pallas_kernels.ssm.mosaic_gpu.bwd import (
     values,
 )
 from pallas_kernels.ssm.mosaic_gpu.chunk import GAMMA, KAPPA, SHIFTED, Decay
-from pallas_kernels.ssm.mosaic_gpu.contract import WIDTH, Sizes, Tile
+from pallas_kernels.ssm.mosaic_gpu.config import WIDTH, Tile
+from pallas_kernels.ssm.mosaic_gpu.contract import Sizes
 from pallas_kernels.ssm.mosaic_gpu.registers import ROWS, TILE, of_ranks, of_tokens
 from pallas_kernels.ssm.mosaic_gpu.tiles import Transposed, down, load, product, product_into, products
 

@@ -20,7 +20,8 @@ from pallas_kernels.ssm.mosaic_gpu.bwd import (
     values,
 )
 from pallas_kernels.ssm.mosaic_gpu.chunk import SHIFTED
-from pallas_kernels.ssm.mosaic_gpu.contract import WIDTH, Sizes, Tile
+from pallas_kernels.ssm.mosaic_gpu.config import WIDTH, Tile
+from pallas_kernels.ssm.mosaic_gpu.contract import Sizes
 from pallas_kernels.ssm.mosaic_gpu.registers import ROWS, TILE
 from pallas_kernels.ssm.mosaic_gpu.tiles import Transposed, down, load, products
 

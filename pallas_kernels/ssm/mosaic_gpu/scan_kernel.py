@@ -12,8 +12,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.ssm.contract import NORM_EPS
 from pallas_kernels.ssm.mosaic_gpu.chunk import SHIFTED, Decay, Rotation, token
-from pallas_kernels.ssm.mosaic_gpu.contract import NORM_EPS, WIDTH, Inputs, Outputs, Sizes, Tile
+from pallas_kernels.ssm.mosaic_gpu.config import WIDTH, Tile
+from pallas_kernels.ssm.mosaic_gpu.contract import Inputs, Outputs, Sizes
 from pallas_kernels.ssm.mosaic_gpu.registers import (
     ROWS,
     TILE,

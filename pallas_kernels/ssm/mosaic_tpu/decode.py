@@ -18,7 +18,7 @@ planes; J = 2 R, the two tokens' ranks.
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -28,9 +28,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ssm.one_token import Inputs, Outputs, in_place, outputs_of
+from pallas_kernels.ssm.contract import (
+    NORM_EPS,
+    Last,
+    Stepped,
+    Token,
+    axes_of,
+    in_place,
+    map_axes,
+    require,
+    stepped_like,
+)
 
-NORM_EPS = 1e-5
 TOGETHER = 8  # heads whose values and outputs change places at once: the rows of a tile
 MIB = 2**20
 HIGHEST = lax.Precision.HIGHEST
@@ -49,17 +58,14 @@ class Tile:
 
 
 class Refs(NamedTuple):
-    """What the kernel sees of `Inputs`: ranks before heads, and what is one number a head beside each other."""
+    """What the kernel sees of a `Token`: ranks before heads, and what is one number a head beside each other."""
 
-    h_BHPN: jax.Array
-    angle_BHS: jax.Array | None
-    before_k_BRHN: jax.Array | None
-    before_v_BHP: jax.Array | None
+    last: Last
     q_BRGN: jax.Array
     k_BRGN: jax.Array
     v_BHP: jax.Array
     step_BKXH: jax.Array  # K blocks of heads; X: log_a, gamma, and beta and dt where there are
-    turn_BHS: jax.Array | None
+    angle_BHS: jax.Array | None
     start_B: jax.Array | None
     q_bias_RHN: jax.Array | None
     k_bias_RHN: jax.Array | None
@@ -81,17 +87,31 @@ class Scratch(NamedTuple):
     y_HIP: jax.Array
 
 
-def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
-    """`rotation`: "adjacent", plane i is (2 i, 2 i + 1), or "half", (i, i + N / 2).
+def step(token: Token, rotation: str, *, interpret=None, tile: Tile | None = None) -> Stepped:
+    """Computes a decoding step, see `contract`; for up to `STEPS` tokens one after another.
+
+    Args:
+        rotation: "adjacent", plane i is (2 i, 2 i + 1), or "half", (i, i + N / 2).
+        interpret: pltpu.InterpretParams, or True.
+        tile: how the kernel is cut; None chooses.
 
     Raises:
-        ValueError: `tile.heads` does not divide the heads, or the block takes more VMEM than `tile.vmem`.
+        ValueError: dtypes that are not float32 or bfloat16, `tile.heads` that does not divide the heads, or a block
+            that takes more VMEM than `tile.vmem`.
     """
-    n_heads = inputs.h_BHPN.shape[1]
+    dtypes = {array.dtype for array in (token.q_BRGN, token.k_BRGN, token.v_BHP)}
+    if token.log_a_BH.dtype != jnp.float32 or not dtypes <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
+        found = sorted(map(str, dtypes | {token.log_a_BH.dtype}))
+        require("mosaic_tpu", f"wants float32 or bfloat16, not {found}")
+    return _decode(token, rotation, replace(tile or Tile(), interpret=interpret))
+
+
+def _decode(inputs: Token, rotation: str, tile: Tile) -> Stepped:
+    n_heads = inputs.last.h_BHPN.shape[1]
     heads = tile.heads or default_heads(inputs, tile)
     if n_heads % heads or (heads != n_heads and heads % 8):
         raise ValueError(f"tile.heads={heads} is neither {n_heads=} nor a multiple of 8 that divides it")
-    refs, out = _refs(inputs, heads), outputs_of(inputs)
+    refs, out = _refs(inputs, heads), stepped_like(inputs)
     scratch = _scratch(inputs, heads)
     needed = vmem_bytes(refs, out, scratch, heads)
     if needed > tile.vmem * MIB:
@@ -109,38 +129,37 @@ def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
         how = {"interpret": tile.interpret}
     (outputs,) = pl.pallas_call(
         functools.partial(_kernel, rotation=rotation, tile=tile),
-        grid=(n_heads // heads, inputs.h_BHPN.shape[0]),  # rows run fastest: a head's weights stay
+        grid=(n_heads // heads, inputs.last.h_BHPN.shape[0]),  # rows run fastest: a head's weights stay
         in_specs=(_specs(refs, heads),),
         out_specs=[_specs(out, heads)],
         out_shape=[out],
-        scratch_shapes=[Scratch(*(pltpu.VMEM(shape, jnp.float32) for shape in scratch))],
-        input_output_aliases=in_place(inputs, out),
+        scratch_shapes=[Scratch(**{name: pltpu.VMEM(shape, jnp.float32) for name, shape in scratch._asdict().items()})],
+        input_output_aliases=in_place(inputs.last, out.last),
         name="mamba3_decode",
         **how,
     )(refs)
     return outputs
 
 
-def default_heads(inputs: Inputs, tile: Tile) -> int:
+def default_heads(inputs: Token, tile: Tile) -> int:
     """Heads of a block: as many as fit; of few rows fewer, so that moving and computing overlap over some steps."""
-    batch, n_heads = inputs.h_BHPN.shape[:2]
+    batch, n_heads = inputs.last.h_BHPN.shape[:2]
     sizes = [heads for heads in range(n_heads, 0, -1) if n_heads % heads == 0 and (heads % 8 == 0 or heads == n_heads)]
 
     def fits(heads: int) -> bool:
-        return vmem_bytes(_refs(inputs, heads), outputs_of(inputs), _scratch(inputs, heads), heads) <= tile.vmem * MIB
+        return vmem_bytes(_refs(inputs, heads), stepped_like(inputs), _scratch(inputs, heads), heads) <= tile.vmem * MIB
 
     fitting = [heads for heads in sizes if fits(heads)] or sizes[-1:]
     return next((heads for heads in fitting if batch * (n_heads // heads) >= 4), fitting[-1])
 
 
-def vmem_bytes(refs: Refs, out: Outputs, scratch: Scratch, heads: int) -> int:
+def vmem_bytes(refs: Refs, out: Stepped, scratch: Scratch, heads: int) -> int:
     """Of one grid step: every block twice, since the next one's is on its way, and the scratch; tiles filled up."""
     total = 0
-    for arrays in (refs, out):
-        for name, array in zip(arrays._fields, arrays, strict=True):
-            if array is not None and name != "start_B":
-                block = _block(name, array, heads)
-                total += 2 * _tiled([size for size in block if size is not None], array.dtype.itemsize)
+    for path, array in jax.tree_util.tree_leaves_with_path((refs, out)):
+        if (axes := axes_of(path)) != "B":
+            block = _block(axes, array, heads)
+            total += 2 * _tiled([size for size in block if size is not None], array.dtype.itemsize)
     return total + sum(_tiled(shape, 4) for shape in scratch)
 
 
@@ -150,35 +169,36 @@ def _tiled(shape, itemsize: int) -> int:
     return math.prod(outer) * up(rows, 32 // itemsize) * up(lanes, 128) * itemsize
 
 
-def _refs(inputs: Inputs, heads: int) -> Refs:
+def _refs(inputs: Token, heads: int) -> Refs:
     """Also of shapes."""
-    abstract = isinstance(inputs.h_BHPN, jax.ShapeDtypeStruct)
+    abstract = isinstance(inputs.last.h_BHPN, jax.ShapeDtypeStruct)
     convert = functools.partial(_convert, heads=heads)
     return jax.eval_shape(convert, inputs) if abstract else convert(inputs)
 
 
-def _convert(inputs: Inputs, heads: int) -> Refs:
-    batch, n_heads = inputs.h_BHPN.shape[:2]
+def _convert(inputs: Token, heads: int) -> Refs:
+    batch, n_heads = inputs.last.h_BHPN.shape[:2]
     numbers = (inputs.log_a_BH, inputs.gamma_BH, inputs.beta_BH, inputs.dt_BH)
     steps = jnp.stack([x_BH for x_BH in numbers if x_BH is not None], axis=1)
     step_BKXH = jnp.swapaxes(steps.reshape(batch, -1, n_heads // heads, heads), 1, 2)
     ranks_first = lambda x: None if x is None else jnp.swapaxes(x, 0, 1)  # noqa: E731
-    skip_HU = None if inputs.skip_H is None else inputs.skip_H[:, None]
-    same = {name: getattr(inputs, name) for name in Refs._fields if name in Inputs._fields}
+    skip_HU = None if inputs.weights.skip_H is None else inputs.weights.skip_H[:, None]
+    same = {name: getattr(inputs, name) for name in Refs._fields if name in Token._fields}
     return Refs(
         **same,
         step_BKXH=step_BKXH,
-        q_bias_RHN=ranks_first(inputs.q_bias_HRN),
-        k_bias_RHN=ranks_first(inputs.k_bias_HRN),
+        q_bias_RHN=ranks_first(inputs.weights.q_bias_HRN),
+        k_bias_RHN=ranks_first(inputs.weights.k_bias_HRN),
         skip_HU=skip_HU,
-        v_rank_RHP=ranks_first(inputs.v_rank_HRP),
-        gate_rank_RHP=ranks_first(inputs.gate_rank_HRP),
-        out_rank_RHP=ranks_first(inputs.out_rank_HRP),
+        v_rank_RHP=ranks_first(inputs.weights.v_rank_HRP),
+        gate_rank_RHP=ranks_first(inputs.weights.gate_rank_HRP),
+        out_rank_RHP=ranks_first(inputs.weights.out_rank_HRP),
+        norm_HP=inputs.weights.norm_HP,
     )
 
 
-def _scratch(inputs: Inputs, heads: int) -> Scratch:
-    (width, d_state), rank = inputs.h_BHPN.shape[2:], inputs.q_BRGN.shape[1]
+def _scratch(inputs: Token, heads: int) -> Scratch:
+    (width, d_state), rank = inputs.last.h_BHPN.shape[2:], inputs.q_BRGN.shape[1]
     parts = rank * (2 if inputs.v_BHP.dtype == jnp.bfloat16 else 3)
     sources = rank if inputs.beta_BH is None else 2 * rank
     return Scratch(
@@ -190,34 +210,29 @@ def _scratch(inputs: Inputs, heads: int) -> Scratch:
     )
 
 
-def _block(name: str, array, heads: int) -> tuple:
-    """One row and one block of heads, all of the rest; None: squeezed."""
+def _block(axes: str, array, heads: int) -> tuple:
+    """Returns one row and one block of heads, all of the rest; None: squeezed."""
     sizes = {"B": None, "K": None, "H": heads}
-    return tuple(sizes.get(axis, size) if size > 1 or axis in "BK" else size for axis, size in _axes(name, array))
+    named = zip(axes, array.shape, strict=True)
+    return tuple(sizes.get(axis, size) if size > 1 or axis in "BK" else size for axis, size in named)
 
 
-def _axes(name: str, array):
-    return zip(name.split("_")[-1], array.shape, strict=True)
-
-
-def _specs(arrays, heads: int):
-    def spec(name: str, array):
-        if array is None:
-            return None
-        if name == "start_B":
+def _specs(tree, heads: int):
+    def spec(axes: str, array):
+        if axes == "B":
             return pl.BlockSpec(memory_space=pltpu.SMEM)
 
         def index(block_of_heads, row):
-            at = {"B": row, "K": block_of_heads, "H": 0 if name == "step_BKXH" else block_of_heads}
-            return tuple(at.get(axis, 0) if size > 1 else 0 for axis, size in _axes(name, array))
+            at = {"B": row, "K": block_of_heads, "H": 0 if "K" in axes else block_of_heads}
+            return tuple(at.get(axis, 0) if size > 1 else 0 for axis, size in zip(axes, array.shape, strict=True))
 
-        return pl.BlockSpec(_block(name, array, heads), index)
+        return pl.BlockSpec(_block(axes, array, heads), index)
 
-    return type(arrays)(*map(spec, arrays._fields, arrays))
+    return map_axes(spec, tree)
 
 
-def _cost(inputs: Inputs, refs: Refs, out: Outputs) -> pl.CostEstimate:
-    (batch, n_heads, width, d_state), rank = inputs.h_BHPN.shape, inputs.q_BRGN.shape[1]
+def _cost(inputs: Token, refs: Refs, out: Stepped) -> pl.CostEstimate:
+    (batch, n_heads, width, d_state), rank = inputs.last.h_BHPN.shape, inputs.q_BRGN.shape[1]
     return pl.CostEstimate(
         flops=2 * 3 * rank * batch * n_heads * width * d_state,
         transcendentals=2 * batch * n_heads * d_state,
@@ -225,12 +240,12 @@ def _cost(inputs: Inputs, refs: Refs, out: Outputs) -> pl.CostEstimate:
     )
 
 
-def _kernel(refs: Refs, out: Outputs, scratch: Scratch, *, rotation: str, tile: Tile):
+def _kernel(refs: Refs, out: Stepped, scratch: Scratch, *, rotation: str, tile: Tile):
     """A ref has the axes of its name but for B and K."""
     forget = None if refs.start_B is None else refs.start_B[pl.program_id(1)] != 0
     kept = lambda x: x if forget is None else jnp.where(forget, jnp.zeros_like(x), x)  # noqa: E731
     load = lambda ref, *at: ref[at or ...].astype(jnp.float32)  # noqa: E731
-    heads, width, d_state = refs.h_BHPN.shape
+    heads, width, d_state = refs.last.h_BHPN.shape
     rank = refs.q_BRGN.shape[0]
 
     step_HX = refs.step_BKXH[...].T
@@ -239,14 +254,14 @@ def _kernel(refs: Refs, out: Outputs, scratch: Scratch, *, rotation: str, tile: 
     scratch.a_HN[...] = jnp.broadcast_to(a_H1, (heads, d_state))
 
     turned = lambda x_HN: x_HN  # noqa: E731
-    if refs.turn_BHS is not None:
-        angle_HS = _within_a_turn(kept(refs.angle_BHS[...]) + more[-1] * refs.turn_BHS[...])
-        out.angle_BHS[...] = angle_HS
+    if refs.angle_BHS is not None:
+        angle_HS = _within_a_turn(kept(refs.last.angle_BHS[...]) + more[-1] * refs.angle_BHS[...])
+        out.last.angle_BHS[...] = angle_HS
         turned = _Turned(angle_HS, d_state, rotation)
-    v_HP, looks_back = load(refs.v_BHP), refs.before_v_BHP is not None
+    v_HP, looks_back = load(refs.v_BHP), refs.last.v_BHP is not None
     if looks_back:
-        before_v_HP = a_H1 * more[0] * kept(load(refs.before_v_BHP))
-        out.v_BHP[...] = v_HP.astype(out.v_BHP.dtype)
+        before_v_HP = a_H1 * more[0] * kept(load(refs.last.v_BHP))
+        out.last.v_BHP[...] = v_HP.astype(out.last.v_BHP.dtype)
 
     def ranked(x_HP, ref, r: int):
         return x_HP if ref is None else x_HP * load(ref, r)
@@ -264,8 +279,8 @@ def _kernel(refs: Refs, out: Outputs, scratch: Scratch, *, rotation: str, tile: 
             scratch.q_HIN[:, i * rank + r, :] = part_HN
         scratch.x_JHP[own + r] = ranked(gamma_H1 * v_HP, refs.v_rank_RHP, r)
         if looks_back:
-            out.k_BRHN[r] = k_HN.astype(out.k_BRHN.dtype)
-            scratch.k_JHN[r] = kept(load(refs.before_k_BRHN, r))
+            out.last.k_BRHN[r] = k_HN.astype(out.last.k_BRHN.dtype)
+            scratch.k_JHN[r] = kept(load(refs.last.k_BRHN, r))
             scratch.x_JHP[r] = ranked(before_v_HP, refs.v_rank_RHP, r)
 
     dtype = jnp.bfloat16 if tile.interpret is None else jnp.float32  # the CPU has no products of bfloat16
@@ -290,7 +305,7 @@ def _kernel(refs: Refs, out: Outputs, scratch: Scratch, *, rotation: str, tile: 
     out.o_BHP[...] = o_HP.astype(out.o_BHP.dtype)
 
 
-def _pass(refs: Refs, out: Outputs, scratch: Scratch, some, kept, dtype):
+def _pass(refs: Refs, out: Stepped, scratch: Scratch, some, kept, dtype):
     """The state of U heads, from memory and back, and what their queries read of it.
 
     Both sums are matrix products, since what crosses lanes is slow, of bfloat16 parts, several in one product.
@@ -302,15 +317,15 @@ def _pass(refs: Refs, out: Outputs, scratch: Scratch, some, kept, dtype):
     a_UN = scratch.a_HN[some, :]
     for u in range(rows):
         own_x_PX = (x_PX * (owner_1X == u).astype(jnp.float32)).astype(dtype)
-        h_PN = a_UN[u : u + 1] * kept(refs.h_BHPN[some.start + u])
-        out.h_BHPN[some.start + u] = h_PN + _product(own_x_PX, k_XN, 1, 0)
+        h_PN = a_UN[u : u + 1] * kept(refs.last.h_BHPN[some.start + u])
+        out.last.h_BHPN[some.start + u] = h_PN + _product(own_x_PX, k_XN, 1, 0)
     for u in range(rows):
         head = some.start + u
         q_IN = scratch.q_HIN[head].astype(dtype)
         parts = q_IN.shape[0] // rank
         part_I1 = _iota((q_IN.shape[0], 1), 0)
         y_IP = 0.0
-        for i, h_PN in enumerate(_parts(out.h_BHPN[head], parts)):
+        for i, h_PN in enumerate(_parts(out.last.h_BHPN[head], parts)):
             read_IP = _product(q_IN, h_PN.astype(dtype), 1, 1)
             y_IP += read_IP if i == 0 else jnp.where(part_I1 < (parts - i) * rank, read_IP, 0.0)
         scratch.y_HIP[head] = y_IP

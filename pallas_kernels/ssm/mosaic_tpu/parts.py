@@ -9,11 +9,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.ssm.angle import INVERSE_TURN
+from pallas_kernels.ssm.contract import NORM_EPS
 from pallas_kernels.ssm.mosaic_tpu.angle import increments, sincos_of
 from pallas_kernels.ssm.mosaic_tpu.contract import Grid, Refs
 
 NN, NT, TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
-NORM_EPS = 1e-5
 
 
 def product(a, b, dimensions, grid: Grid, dtype=None):

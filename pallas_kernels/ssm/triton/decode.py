@@ -15,7 +15,7 @@ time; I ranks and K = J, padded for a tensor core.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -24,9 +24,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.ssm.contract import NORM_EPS, Weights, map_axes
 from pallas_kernels.ssm.triton.common import NN, NT, iota, product, sigmoid
-
-NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,6 @@ class Tile:
     warps: int = 4
     update: str = "fma"  # the sum over ranks that goes into the state
     readout: str = "fma"  # the sums over N
-    finish: bool = True  # skip, norm, gate and the sum over ranks too, where a program has all that they need
     width: int | None = None  # entries of P that are not padding; None: all
     interpret: bool = False  # on the CPU, for tests
 
@@ -51,8 +49,8 @@ class Inputs(NamedTuple):
     """None: absent."""
 
     h_BHPN: jax.Array  # float32, the state before the token
-    before_k_BRHN: jax.Array | None  # of the token before; these two None, with beta: it has no weight
-    before_v_BHP: jax.Array | None
+    last_k_BRHN: jax.Array | None  # of the token before; these two None, with beta: it has no weight
+    last_v_BHP: jax.Array | None
     q_BHRN: jax.Array
     k_BHRN: jax.Array
     v_BHP: jax.Array
@@ -61,31 +59,27 @@ class Inputs(NamedTuple):
     gamma_BH: jax.Array
     start_B: jax.Array | None  # int32; what is not 0 forgets everything before
     gate_BHP: jax.Array | None
-    skip_H: jax.Array | None
-    v_rank_HRP: jax.Array | None
-    gate_rank_HRP: jax.Array | None
-    out_rank_HRP: jax.Array | None
-    norm_HP: jax.Array | None
+    weights: Weights  # without biases
 
 
 class Outputs(NamedTuple):
     h_BHPN: jax.Array  # in the buffer of the one before, where that is donated
-    o_BHP: jax.Array | None  # like v
-    y_BHRP: jax.Array | None  # float32: y alone, where the program does not finish
+    o_BHP: jax.Array  # like v
 
 
-def fitting(tile: Tile, width: int, d_state: int, n_heads: int, *, norm: bool) -> Tile:
-    """`tile` cut down to the sizes, which are padded to powers of two; norm needs all of P in one program."""
+def fitting(tile: Tile, padded_width: int, padded_d_state: int, n_heads: int, *, width: int, norm: bool) -> Tile:
+    """Returns `tile` cut down to the sizes, padded to powers of two; a norm needs all of P in one program."""
     heads = tile.heads
     while n_heads % heads:
         heads //= 2
-    rows = min(tile.rows, width)
-    values = {"heads": heads, "rows": rows, "columns": min(tile.columns, d_state)}
-    return Tile(**{**tile.__dict__, **values, "finish": tile.finish and (rows == width or not norm)})
+    rows = padded_width if norm else min(tile.rows, padded_width)
+    warps = min(8, tile.warps * max(1, rows // tile.rows))  # as many registers a thread
+    columns = min(tile.columns, padded_d_state)
+    return replace(tile, heads=heads, rows=rows, columns=columns, warps=warps, width=width)
 
 
 def decode(inputs: Inputs, tile: Tile) -> Outputs:
-    """The state after the token, and o or y (see `Outputs`); `tile` as `fitting` gives it.
+    """Returns the state after the token, and its output; `tile` as `fitting` gives it.
 
     Raises:
         ValueError: N or P not a power of two of at least 16, R not one up to 16, or a tile that does not fit.
@@ -110,13 +104,13 @@ def decode(inputs: Inputs, tile: Tile) -> Outputs:
         index = lambda *at: tuple(dict(zip("PHB", at, strict=True)).get(axis, 0) for axis in axes)  # noqa: E731
         return pl.BlockSpec(tuple(sizes[axis] for axis in axes), index)
 
-    def specs(arrays):
-        fields = zip(type(arrays)._fields, arrays, strict=True)
-        return type(arrays)(*[None if x is None else spec(name.split("_")[-1]) for name, x in fields])
+    def specs(tree):
+        return map_axes(lambda axes, array: spec(axes), tree)
 
-    shape = jax.ShapeDtypeStruct
-    y = shape((batch, n_heads, width), inputs.v_BHP.dtype), shape((batch, n_heads, rank, width), jnp.float32)
-    out = Outputs(shape(inputs.h_BHPN.shape, jnp.float32), *((y[0], None) if tile.finish else (None, y[1])))
+    out = Outputs(
+        h_BHPN=jax.ShapeDtypeStruct(inputs.h_BHPN.shape, jnp.float32),
+        o_BHP=jax.ShapeDtypeStruct(inputs.v_BHP.shape, inputs.v_BHP.dtype),
+    )
     how = {"compiler_params": plt.CompilerParams(num_warps=tile.warps, num_stages=1)}
     (outputs,) = pl.pallas_call(
         functools.partial(_kernel, tile=tile),
@@ -186,10 +180,10 @@ def _vectors(refs: Inputs, head: int, keep) -> Vectors:
     v_P = refs.v_BHP[head, :].astype(jnp.float32)
     before_v_P, gamma = [], refs.gamma_BH[head]
     if refs.beta_BH is not None:
-        before_v_P = [refs.beta_BH[head] * _kept(refs.before_v_BHP, (head, slice(None)), keep)]
-    if refs.v_rank_HRP is None:
+        before_v_P = [refs.beta_BH[head] * _kept(refs.last_v_BHP, (head, slice(None)), keep)]
+    if refs.weights.v_rank_HRP is None:
         return Vectors(refs.a_BH[head], before_v_P, [v_P], [gamma * v_P])
-    v_ranks_P = [refs.v_rank_HRP[head, r, :].astype(jnp.float32) for r in range(rank)]
+    v_ranks_P = [refs.weights.v_rank_HRP[head, r, :].astype(jnp.float32) for r in range(rank)]
     x_P = [v_rank_P * v_P for v_rank_P in v_ranks_P]
     before_x_P = [v_rank_P * x_P for v_rank_P in v_ranks_P for x_P in before_v_P]
     return Vectors(refs.a_BH[head], before_x_P, x_P, [gamma * x for x in x_P])
@@ -200,7 +194,7 @@ def _updated(refs: Inputs, head: int, columns, h_PC, vectors: Vectors, keep):
     h_PC = vectors.a * h_PC
     for r, x_P in enumerate(vectors.weighted_x_P):
         if vectors.before_x_P:
-            before_k_C = _kept(refs.before_k_BRHN, (r, head, columns), keep)
+            before_k_C = _kept(refs.last_k_BRHN, (r, head, columns), keep)
             h_PC += vectors.before_x_P[r][:, None] * before_k_C[None, :]
         h_PC += x_P[:, None] * refs.k_BHRN[head, r, columns].astype(jnp.float32)[None, :]
     return h_PC
@@ -242,9 +236,9 @@ def _stacked_k(refs: Inputs, head: int, columns, keep):
     column_C = columns.start + iota(columns.size)
     wide = lambda mask_K: jnp.broadcast_to(mask_K[:, None], (mask_K.shape[0], columns.size))  # noqa: E731
     now_KC = _gathered(refs.k_BHRN, head, rank_K[:, None], column_C[None, :], mask=wide(now_K))
-    if refs.before_k_BRHN is None:
+    if refs.last_k_BRHN is None:
         return now_KC
-    return now_KC + _gathered(refs.before_k_BRHN, rank_K[:, None], head, column_C[None, :], mask=wide(before_K))
+    return now_KC + _gathered(refs.last_k_BRHN, rank_K[:, None], head, column_C[None, :], mask=wide(before_K))
 
 
 def _stacked_x(refs: Inputs, head: int, keep, tile: Tile):
@@ -253,12 +247,12 @@ def _stacked_x(refs: Inputs, head: int, keep, tile: Tile):
     v_P = refs.gamma_BH[head] * refs.v_BHP[head, :].astype(jnp.float32)
     x_PK = jnp.where(now_K[None, :], v_P[:, None], 0.0)
     if refs.beta_BH is not None:
-        before_v_P = refs.beta_BH[head] * _kept(refs.before_v_BHP, (head, slice(None)), keep)
+        before_v_P = refs.beta_BH[head] * _kept(refs.last_v_BHP, (head, slice(None)), keep)
         x_PK = jnp.where(before_K[None, :], before_v_P[:, None], x_PK)
-    if refs.v_rank_HRP is None:
+    if refs.weights.v_rank_HRP is None:
         return x_PK
     used_PK = jnp.broadcast_to((before_K | now_K)[None, :], x_PK.shape)
-    return x_PK * _gathered(refs.v_rank_HRP, head, rank_K[None, :], iota(tile.rows)[:, None], mask=used_PK)
+    return x_PK * _gathered(refs.weights.v_rank_HRP, head, rank_K[None, :], iota(tile.rows)[:, None], mask=used_PK)
 
 
 class _ReadoutDot:
@@ -281,26 +275,22 @@ class _ReadoutDot:
 
 
 def _write(refs: Inputs, out: Outputs, head: int, y_P: list, vectors: Vectors, tile: Tile):
-    if out.y_BHRP is not None:
-        for r, y in enumerate(y_P):
-            out.y_BHRP[head, r, :] = y
-        return
     finished = [_finished(refs, head, r, y, vectors.x_P[r], out.o_BHP.dtype, tile) for r, y in enumerate(y_P)]
     out.o_BHP[head, :] = sum(finished[1:], finished[0]).astype(out.o_BHP.dtype)
 
 
 def _finished(refs: Inputs, head: int, r: int, y_P, x_P, dtype, tile: Tile):
     """What rank r adds to the output: SPEC section 7."""
-    if refs.skip_H is not None:
-        y_P += refs.skip_H[head].astype(jnp.float32) * x_P
-    if refs.norm_HP is not None:
+    if refs.weights.skip_H is not None:
+        y_P += refs.weights.skip_H[head].astype(jnp.float32) * x_P
+    if refs.weights.norm_HP is not None:
         mean_square = jnp.sum(y_P * y_P) / (tile.width or tile.rows)
-        y_P *= lax.rsqrt(mean_square + NORM_EPS) * refs.norm_HP[head, :].astype(jnp.float32)
+        y_P *= lax.rsqrt(mean_square + NORM_EPS) * refs.weights.norm_HP[head, :].astype(jnp.float32)
     if refs.gate_BHP is not None:
         gate_P = refs.gate_BHP[head, :].astype(jnp.float32)
-        if refs.gate_rank_HRP is not None:
-            gate_P *= refs.gate_rank_HRP[head, r, :].astype(jnp.float32)
+        if refs.weights.gate_rank_HRP is not None:
+            gate_P *= refs.weights.gate_rank_HRP[head, r, :].astype(jnp.float32)
         y_P *= gate_P * sigmoid(gate_P, dtype, tile)
-    if refs.out_rank_HRP is not None:
-        y_P *= refs.out_rank_HRP[head, r, :].astype(jnp.float32)
+    if refs.weights.out_rank_HRP is not None:
+        y_P *= refs.weights.out_rank_HRP[head, r, :].astype(jnp.float32)
     return y_P

@@ -19,16 +19,15 @@ Letters: B batch, R rank, G groups of q/k, H heads, N state per head, P head wid
 import functools
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.ssm.one_token import Inputs, Outputs, in_place, outputs_of
+from pallas_kernels.ssm.contract import NORM_EPS, Stepped, Token, axes_of, in_place, stepped_like
 from pallas_kernels.ssm.triton.common import iota, sigmoid
-
-NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,9 @@ class Tile:
     interpret: bool = False  # on the CPU, for tests
 
 
-def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
+def decode(inputs: Token, rotation: str, tile: Tile) -> Stepped:
     """`rotation`: "adjacent", plane i is (2 i, 2 i + 1), or "half", (i, i + N / 2)."""
-    batch, n_heads = inputs.h_BHPN.shape[:2]
+    batch, n_heads = inputs.last.h_BHPN.shape[:2]
     if tile.columns & (tile.columns - 1) or tile.columns < 1:
         raise ValueError(f"{tile.columns=} is not a power of two")
     heads_a_group = n_heads // inputs.q_BRGN.shape[2]
@@ -61,11 +60,10 @@ def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
             tuple(None if axis in "BHG" else size for axis, size in zip(axes, array.shape, strict=True)), index
         )
 
-    def specs(arrays):
-        fields = zip(type(arrays)._fields, arrays, strict=True)
-        return type(arrays)(*[None if x is None else spec(x, name.split("_")[-1]) for name, x in fields])
+    def specs(tree):
+        return jax.tree_util.tree_map_with_path(lambda path, array: spec(array, axes_of(path)), tree)
 
-    out = outputs_of(inputs)
+    out = stepped_like(inputs)
     how = {"compiler_params": plt.CompilerParams(num_warps=tile.warps, num_stages=1)}
     (outputs,) = pl.pallas_call(
         functools.partial(_kernel, rotation=rotation, tile=tile),
@@ -73,16 +71,16 @@ def decode(inputs: Inputs, rotation: str, tile: Tile) -> Outputs:
         in_specs=(specs(inputs),),
         out_specs=[specs(out)],
         out_shape=[out],
-        input_output_aliases=in_place(inputs, out),
+        input_output_aliases=in_place(inputs.last, out.last),
         name="mamba3_decode",
         **({"interpret": True} if tile.interpret else how),
     )(inputs)
     return outputs
 
 
-def _kernel(refs: Inputs, out: Outputs, *, rotation: str, tile: Tile):
+def _kernel(refs: Token, out: Stepped, *, rotation: str, tile: Tile):
     """A ref has the axes of its name but for B, H and G."""
-    width, d_state = refs.h_BHPN.shape
+    width, d_state = refs.last.h_BHPN.shape
     columns = min(tile.columns, _tile_size(d_state))
     p_P = iota(_tile_size(width))
     n_AC = _iota2(_tile_size(d_state) // columns, columns)
@@ -91,7 +89,7 @@ def _kernel(refs: Inputs, out: Outputs, *, rotation: str, tile: Tile):
     here_PAC = _both(None if here_P is None else here_P[:, None, None], _in_rows(here_AC))
 
     at_PAC = p_P[:, None, None], n_AC[None]
-    h_PAC = _load(refs.h_BHPN, *at_PAC, mask=_both(here_PAC, keep))
+    h_PAC = _load(refs.last.h_BHPN, *at_PAC, mask=_both(here_PAC, keep))
 
     a, gamma = jnp.exp(refs.log_a_BH[...]), refs.gamma_BH[...]
     turned = _Turned(refs, n_AC, here_AC, keep, rotation)
@@ -99,8 +97,8 @@ def _kernel(refs: Inputs, out: Outputs, *, rotation: str, tile: Tile):
     v_P = _load(refs.v_BHP, p_P, mask=here_P)
     before_v_P = None
     if refs.beta_BH is not None:
-        before_v_P = a * refs.beta_BH[...] * _load(refs.before_v_BHP, p_P, mask=_both(here_P, keep))
-    angle_S, s_S = (None, None) if refs.angle_BHS is None else _advanced_angle(refs, keep)
+        before_v_P = a * refs.beta_BH[...] * _load(refs.last.v_BHP, p_P, mask=_both(here_P, keep))
+    angle_S, s_S = (None, None) if refs.last.angle_BHS is None else _advanced_angle(refs, keep)
 
     def row(ref, r):
         return None if ref is None else _load(ref, r, p_P, mask=here_P)
@@ -108,8 +106,8 @@ def _kernel(refs: Inputs, out: Outputs, *, rotation: str, tile: Tile):
     def load_keys(r):
         before_k_AC = None
         if before_v_P is not None:
-            before_k_AC = _load(refs.before_k_BRHN, r, n_AC, mask=_both(here_AC, keep))
-        return before_k_AC, turned.load(refs.k_BRGN, refs.k_bias_HRN, r), row(refs.v_rank_HRP, r)
+            before_k_AC = _load(refs.last.k_BRHN, r, n_AC, mask=_both(here_AC, keep))
+        return before_k_AC, turned.load(refs.k_BRGN, refs.weights.k_bias_HRN, r), row(refs.weights.v_rank_HRP, r)
 
     def update(r, loaded, h_PAC):  # not one sum over a stacked axis: that crosses threads
         before_k_AC, k, v_rank_P = loaded
@@ -117,25 +115,25 @@ def _kernel(refs: Inputs, out: Outputs, *, rotation: str, tile: Tile):
             h_PAC += _times(before_v_P, v_rank_P)[:, None][:, None] * before_k_AC[None]
         k_AC = turned(k)
         h_PAC += _times(gamma * v_P, v_rank_P)[:, None][:, None] * k_AC[None]
-        if out.k_BRHN is not None:
+        if out.last.k_BRHN is not None:
             _barrier(tile)
-            _store(out.k_BRHN, k_AC, r, n_AC, mask=here_AC)
+            _store(out.last.k_BRHN, k_AC, r, n_AC, mask=here_AC)
         return h_PAC
 
     h_PAC = _for_ranks(rank, load_keys, update, a * h_PAC)
-    _store(out.h_BHPN, h_PAC, *at_PAC, mask=here_PAC)
+    _store(out.last.h_BHPN, h_PAC, *at_PAC, mask=here_PAC)
     if angle_S is not None:
-        _store(out.angle_BHS, angle_S, s_S, mask=_inside(s_S, refs.angle_BHS.shape[0]))
-    if out.v_BHP is not None:
-        _store(out.v_BHP, v_P, p_P, mask=here_P)
+        _store(out.last.angle_BHS, angle_S, s_S, mask=_inside(s_S, refs.last.angle_BHS.shape[0]))
+    if out.last.v_BHP is not None:
+        _store(out.last.v_BHP, v_P, p_P, mask=here_P)
 
-    skip = 0.0 if refs.skip_H is None else refs.skip_H[...].astype(jnp.float32)
+    skip = 0.0 if refs.weights.skip_H is None else refs.weights.skip_H[...].astype(jnp.float32)
     gate_P = None if refs.gate_BHP is None else _load(refs.gate_BHP, p_P, mask=here_P)
-    norm_P = None if refs.norm_HP is None else _load(refs.norm_HP, p_P, mask=here_P)
+    norm_P = None if refs.weights.norm_HP is None else _load(refs.weights.norm_HP, p_P, mask=here_P)
 
     def load_queries(r):
-        q = turned.load(refs.q_BRGN, refs.q_bias_HRN, r)
-        return q, row(refs.v_rank_HRP, r), row(refs.gate_rank_HRP, r), row(refs.out_rank_HRP, r)
+        q = turned.load(refs.q_BRGN, refs.weights.q_bias_HRN, r)
+        return q, row(refs.weights.v_rank_HRP, r), row(refs.weights.gate_rank_HRP, r), row(refs.weights.out_rank_HRP, r)
 
     def readout(r, loaded, o_P):
         """SPEC section 7."""
@@ -173,11 +171,11 @@ def _barrier(tile: Tile):
 class _Turned:
     """Queries or keys of this token, biased and turned: an entry and the other one of its plane, times cos and sin."""
 
-    def __init__(self, refs: Inputs, n_AC, here_AC, keep, rotation: str):
+    def __init__(self, refs: Token, n_AC, here_AC, keep, rotation: str):
         self.n_AC, self.here_AC, self.partner_AC = n_AC, here_AC, None
-        if refs.angle_BHS is None:
+        if refs.last.angle_BHS is None:
             return
-        (planes,), half = refs.angle_BHS.shape, refs.h_BHPN.shape[1] // 2
+        (planes,), half = refs.last.angle_BHS.shape, refs.last.h_BHPN.shape[1] // 2
         if rotation == "adjacent":
             plane_AC, is_second_AC, self.partner_AC = n_AC >> 1, n_AC & 1 == 1, n_AC ^ 1
         else:
@@ -204,14 +202,16 @@ class _Turned:
         return _plus(*own) * self.cos_AC + _plus(*other) * self.sin_AC
 
 
-def _advanced_angle(refs: Inputs, keep):
-    s_S = iota(_tile_size(refs.angle_BHS.shape[0]))
-    return _advanced(refs, s_S, _inside(s_S, refs.angle_BHS.shape[0]), keep), s_S
+def _advanced_angle(refs: Token, keep):
+    s_S = iota(_tile_size(refs.last.angle_BHS.shape[0]))
+    return _advanced(refs, s_S, _inside(s_S, refs.last.angle_BHS.shape[0]), keep), s_S
 
 
-def _advanced(refs: Inputs, at, mask, keep):
+def _advanced(refs: Token, at, mask, keep):
     """This token's angle of the planes `at`, in [0, 2 pi); 0 where `mask` is false."""
-    angle = _load(refs.angle_BHS, at, mask=_both(mask, keep)) + refs.dt_BH[...] * _load(refs.turn_BHS, at, mask=mask)
+    angle = _load(refs.last.angle_BHS, at, mask=_both(mask, keep)) + refs.dt_BH[...] * _load(
+        refs.angle_BHS, at, mask=mask
+    )
     for _ in range(2):  # a tiny negative angle rounds up to a whole turn, which is zero
         angle = angle - 2 * np.pi * jnp.floor(angle * (1 / (2 * np.pi)))
     return angle

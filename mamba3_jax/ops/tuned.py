@@ -1,4 +1,4 @@
-"""What was measured to be the fastest, by device and shape: choices.json, written by `experiments.benchmarks.tune`."""
+"""What was measured to be the fastest, by device and shape: tuned.json, written by `experiments.benchmarks.tune`."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ import jax
 
 from mamba3_jax.ops.types import Tokens, product_dtype
 
-PATH = Path(__file__).with_name("choices.json")
+PATH = Path(__file__).with_name("tuned.json")
 # Of a device that was not measured, another of its architecture is the nearest.
 ARCHITECTURES = {
     "Ampere": r"A100|A800|A30|A10G?|A40|A6000|RTX 30\d\d",
@@ -60,10 +60,11 @@ def choose(device: str, tokens: Tokens) -> Choice | None:
     return min(own or akin, key=distance, default=None)
 
 
-def launch(implementation: str, tokens: Tokens) -> dict:
-    """What the table tells this implementation for these inputs on this process's devices; mostly nothing."""
+def config(implementation: str, tokens: Tokens) -> dict:
+    """Returns what the table tells this implementation for these inputs on this process's devices; mostly nothing."""
     entry = choose(jax.devices()[0].device_kind, tokens)
-    return dict(entry.launch.get(implementation, {})) if entry else {}
+    told = entry.launch.get(implementation, {}) if entry else {}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
 
 
 def rounded(size: int) -> int:

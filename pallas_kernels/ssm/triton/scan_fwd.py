@@ -21,10 +21,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.ssm.contract import NORM_EPS
 from pallas_kernels.ssm.gradients import combine_splits
 from pallas_kernels.ssm.triton.common import NN, NT, TN, Tile, call, exp, index_map, iota, product, silu
-
-NORM_EPS = 1e-5
 
 
 class Inputs(NamedTuple):

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mamba3_jax.ops import choices, ssm
-from mamba3_jax.ops.choices import Choice, choose
+from mamba3_jax.ops import tuned, ssm
+from mamba3_jax.ops.tuned import Choice, choose
 from mamba3_jax.ops.tpu import mosaic_tpu
 from mamba3_jax.ops.triton import Layout, tile_of, triton
 from pallas_kernels.ssm.triton.common import Launch, Tile
@@ -29,7 +29,7 @@ def tokens_of(shape=SHAPE, dtype=jnp.bfloat16):
 @pytest.fixture
 def table(monkeypatch):
     """Puts entries in the place of the shipped ones."""
-    return lambda *entries: monkeypatch.setattr(choices, "table", lambda: entries)
+    return lambda *entries: monkeypatch.setattr(tuned, "table", lambda: entries)
 
 
 def test_the_nearest_entry_serves(table):
@@ -79,7 +79,7 @@ def test_the_default_implementation(table, on_h200, monkeypatch):
     monkeypatch.delitem(ssm.KERNELS, "later")
     assert default(None, SHAPE._replace(rank=3)) == "chunked"
     assert default(None, SHAPE._replace(rank=3, length=1)) == "recurrent"
-    with pytest.raises(ValueError, match=r"choices.json has .*implementation='fastest'.* is not one of"):
+    with pytest.raises(ValueError, match=r"tuned.json has .*implementation='fastest'.* is not one of"):
         default(dataclasses.replace(ENTRY, implementation="fastest"))
 
 
@@ -172,9 +172,9 @@ def test_the_launch_is_the_tables(table, on_h200):
     size = Layout(128, 32, "adjacent").size
     by_hand = tile_of(tokens, size, {}, False)
     assert by_hand == Tile(rows=64, width=64, segments=4)
-    tile = tile_of(tokens, size, choices.launch("triton", tokens), False)
+    tile = tile_of(tokens, size, tuned.launch("triton", tokens), False)
     assert tile == dataclasses.replace(by_hand, rows=32, segments=8, forward=Launch(8, 3), heads_turned=2)
-    assert choices.launch("mosaic_gpu", tokens) == {}
+    assert tuned.launch("mosaic_gpu", tokens) == {}
     for launch in ({"chunks": 1}, {"forwards": [4, 2]}):
         with pytest.raises(ValueError, match=rf"implementation='triton' has no {next(iter(launch))} to be launched"):
             tile_of(tokens, size, launch, False)
@@ -198,26 +198,26 @@ def test_a_token_is_told_too(table, on_h200):
     ],
 )
 def test_a_wrong_entry_is_named(change, message, tmp_path):
-    path = tmp_path / "choices.json"
+    path = tmp_path / "tuned.json"
     entry = dataclasses.asdict(ENTRY)
     path.write_text(json.dumps([entry]))
-    assert choices.read(path) == (ENTRY,)
+    assert tuned.read(path) == (ENTRY,)
     path = tmp_path / "other.json"
     path.write_text(json.dumps([entry, entry | change]))
     with pytest.raises(ValueError, match=message):
-        choices.read(path)
+        tuned.read(path)
     path.write_text("[")
     with pytest.raises(ValueError, match=r"other.json is not JSON"):
-        choices.read(path)
+        tuned.read(path)
 
 
 def test_the_shipped_table_can_be_used():
     """Every entry names implementations that are, and launches that the kernels know."""
-    for entry in choices.table():
+    for entry in tuned.table():
         assert {entry.implementation, *entry.launch} <= set(ssm.IMPLEMENTATIONS), entry
-        assert choices.architecture(entry.device), entry
+        assert tuned.architecture(entry.device), entry
         sizes = (entry.width, entry.d_state)
-        assert sizes == tuple(map(choices.rounded, sizes)), entry
+        assert sizes == tuple(map(tuned.rounded, sizes)), entry
         if entry.length > 1:
             shape = SHAPE._replace(rank=entry.rank, width=entry.width, d_state=entry.d_state)
             tile_of(tokens_of(shape), entry.d_state, entry.launch.get("triton", {}), False)

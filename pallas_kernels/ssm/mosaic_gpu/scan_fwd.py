@@ -21,7 +21,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssm.gradients import combine_splits
 from pallas_kernels.ssm.mosaic_gpu import scan_kernel
-from pallas_kernels.ssm.mosaic_gpu.contract import WIDTH, Inputs, Outputs, Sizes, Tile, check, n_planes
+from pallas_kernels.ssm.mosaic_gpu.config import WIDTH, Tile
+from pallas_kernels.ssm.mosaic_gpu.contract import Inputs, Outputs, Sizes, check, n_planes
 from pallas_kernels.ssm.mosaic_gpu.launch import call
 from pallas_kernels.ssm.mosaic_gpu.registers import ROWS
 
@@ -105,10 +106,3 @@ def _split_decay(scalars_BHCXT, splits: int):
     if last_BHZCX.shape[-1] == 4:
         split_decay_BHZ = jnp.where(jnp.all(last_BHZCX[..., 3] == 0, axis=-1), split_decay_BHZ, 0.0)
     return split_decay_BHZ
-
-
-def interpreter():
-    """Returns what runs the kernel on the CPU."""
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax 0.10 has no public name
-
-    return InterpretGPUParams()

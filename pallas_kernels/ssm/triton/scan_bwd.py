@@ -31,7 +31,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.ssm.gradients import combine_splits_bwd
 from pallas_kernels.ssm.triton.common import NN, NT, TN, Split, Tile, call, product, silu
-from pallas_kernels.ssm.triton.scan import (
+from pallas_kernels.ssm.triton.scan_fwd import (
     Added,
     Decay,
     Grid,

@@ -1,6 +1,6 @@
 """The gradients of the chunked scan with its rotation and its end, in one Pallas Mosaic kernel for TPUs.
 
-From the last chunk to the first, with the state before every chunk read and all else recomputed: `scan_back_kernel`.
+From the last chunk to the first, with the state before every chunk read and all else recomputed: `scan_bwd_kernel`.
 """
 
 import functools
@@ -20,15 +20,15 @@ from pallas_kernels.ssm.mosaic_tpu.contract import (
     refs_of,
     tokens_second,
 )
-from pallas_kernels.ssm.mosaic_tpu.scan import call, specs_of
-from pallas_kernels.ssm.mosaic_tpu.scan_back_kernel import Back, Gradients, Scratch, kernel
+from pallas_kernels.ssm.mosaic_tpu.scan_bwd_kernel import Back, Gradients, Scratch, kernel
+from pallas_kernels.ssm.mosaic_tpu.scan_fwd import call, specs_of
 
 
 def backward(inputs: Inputs, rest: Rest, h_BCWNX, cotangents, tiles: Tiles) -> Inputs:
     """The gradients of `Inputs`.
 
     Args:
-        rest: as for `scan.forward`.
+        rest: as for `scan_fwd.forward`.
         h_BCWNX: the state before every chunk, as that gives it.
         cotangents: do_BLHP, dh_BHPN and dangle_BHS of what comes after the row; the last two None: 0.
         tiles: as for the forward pass.

@@ -1,0 +1,168 @@
+"""The kernels as implementations of the op: one adapter for all, from `Tokens` to a backend's row or token and back.
+
+`pallas_kernels.ssm.contract` says what a backend takes and gives. A backend is a line of `BACKENDS`; its module is
+imported when it is used, since everything else works without the kernels.
+"""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+
+from mamba3_jax.ops import tuned
+from mamba3_jax.ops.discretize import later_weight
+from mamba3_jax.ops.recurrent import recurrent
+from mamba3_jax.ops.scan_chunks import incoming, last_state
+from mamba3_jax.ops.types import Heads, State, Tokens, empty_state
+
+BACKENDS = {  # in order of preference where nothing was measured
+    "mosaic_gpu": "pallas_kernels.ssm.mosaic_gpu",
+    "triton": "pallas_kernels.ssm.triton",
+    "mosaic_tpu": "pallas_kernels.ssm.mosaic_tpu",
+}
+
+
+def kernels(
+    tokens: Tokens,
+    heads: Heads,
+    state: State | None,
+    *,
+    rotation: str,
+    chunk: int | None = None,
+    backend: str,
+    interpret: object = None,
+    anywhere: bool = False,
+    **config,
+):
+    """Computes the sums of `chunked` by the kernels of a backend; a token, or a few, by its decoding step.
+
+    Args:
+        chunk: tokens a chunk, rounded to what the kernels can do. Performance only.
+        backend: a name in `BACKENDS`.
+        interpret: runs the kernels' program on any backend, slowly, for tests: True, or Pallas's parameters of it.
+        anywhere: does not ask whether this process has the device: to trace and compile for another one.
+        config: what the backend's `scan` or `step` is told beside. What is not given is the table's (`tuned`) or, where
+            it has nothing, the backend's choice. Performance only.
+
+    Raises:
+        ValueError: no such device, or shapes, dtypes or a config that the kernels do not have.
+    """
+    module = _module(backend)
+    if not interpret and not anywhere and (wish := module.available()):
+        raise ValueError(f"implementation={backend!r} {wish}")
+    config = tuned.config(backend, tokens) | config
+    how = {"rotation": rotation, "interpret": interpret or None, **config}
+    if tokens.log_a_BLH.shape[1] <= module.STEPS:
+        state = empty_state(tokens) if state is None else state
+        return _steps(tokens, heads, state, backend, tuple(how.items()))
+    scanned = module.scan(_row(tokens, heads, state), **how, chunk=chunk)
+    last = tokens._replace(k_BLRGN=scanned.k_BRGN[:, None], v_BLHP=scanned.v_BHP[:, None])
+    return scanned.o_BLHP, last_state(last, heads, scanned.after.angle_BHS, scanned.after.h_BHPN, rotation)
+
+
+def refused(backend: str, tokens: Tokens) -> str | None:
+    """Returns what keeps these inputs from a backend on this process's devices; None: nothing."""
+    return _module(backend).available() or _unsupported(backend, _shapes(tokens))
+
+
+def _module(backend: str):
+    return importlib.import_module(BACKENDS[backend])
+
+
+def _row(tokens: Tokens, heads: Heads, state: State | None):
+    from pallas_kernels.ssm.contract import Carry, Row, Weights
+
+    kappa_BLH, first_BH = later_weight(tokens.gamma_BLH, tokens.beta_BLH, tokens.start_BL)
+    before = None
+    if state is not None:
+        # Or XLA for GPU sums the gradient of first_BH, of all of a state, again for every token.
+        first_BH = jax.lax.optimization_barrier(first_BH)
+        before = Carry(angle_BHS=state.angle_BHS, h_BHPN=incoming(state, first_BH, heads))
+    return Row(
+        q_BLRGN=tokens.q_BLRGN,
+        k_BLRGN=tokens.k_BLRGN,
+        v_BLHP=tokens.v_BLHP,
+        gate_BLHP=tokens.gate_BLHP,
+        angle_BLHS=tokens.angle_BLHS,
+        dt_BLH=None if tokens.angle_BLHS is None else tokens.dt_BLH,
+        log_a_BLH=tokens.log_a_BLH,
+        gamma_BLH=tokens.gamma_BLH,
+        kappa_BLH=kappa_BLH,
+        start_BL=tokens.start_BL,
+        before=before,
+        weights=Weights(**heads._asdict()),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _steps(tokens: Tokens, heads: Heads, state: State, backend: str, how):
+    """Takes one token after another, all of the state in place where it is donated."""
+    outputs = []
+    for place in range(tokens.log_a_BLH.shape[1]):
+        token = jax.tree.map(lambda array: array[:, place], tokens)  # noqa: B023
+        o_BHP, state = _step(token, heads, state, backend, **dict(how))
+        outputs.append(o_BHP)
+    return jnp.stack(outputs, axis=1), state
+
+
+def _steps_fwd(tokens, heads, state, backend, how):
+    return _steps(tokens, heads, state, backend, how), (tokens, heads, state)
+
+
+def _steps_bwd(backend, how, inputs, cotangents):
+    """Is the backward pass of `recurrent`, on the inputs."""
+    _, pull = jax.vjp(functools.partial(recurrent, rotation=dict(how)["rotation"]), *inputs)
+    return pull(cotangents)
+
+
+_steps.defvjp(_steps_fwd, _steps_bwd)
+
+
+def _step(token: Tokens, heads: Heads, state: State, backend: str, **how):
+    """Returns the output and the state; of `token`, without the axis L."""
+    from pallas_kernels.ssm.contract import Last, Token, Weights
+
+    stepped = _module(backend).step(
+        Token(
+            last=Last(h_BHPN=state.ssm_BHPN, angle_BHS=state.angle_BHS, k_BRHN=state.k_BRHN, v_BHP=state.v_BHP),
+            q_BRGN=token.q_BLRGN,
+            k_BRGN=token.k_BLRGN,
+            v_BHP=token.v_BLHP,
+            gate_BHP=token.gate_BLHP,
+            angle_BHS=token.angle_BLHS,
+            dt_BH=None if token.angle_BLHS is None else token.dt_BLH,
+            log_a_BH=token.log_a_BLH,
+            gamma_BH=token.gamma_BLH,
+            beta_BH=token.beta_BLH,
+            start_B=None if token.start_BL is None else token.start_BL.astype(jnp.int32),
+            weights=Weights(**heads._asdict()),
+        ),
+        **how,
+    )
+    last = stepped.last
+    return stepped.o_BHP, State(last.angle_BHS, last.h_BHPN, last.k_BRHN, last.v_BHP)
+
+
+def _shapes(tokens: Tokens):
+    """Returns the shapes and dtypes alone, which can be remembered."""
+    return tuple(None if x is None else (x.shape, jnp.dtype(x.dtype)) for x in tokens)
+
+
+@functools.lru_cache
+def _unsupported(backend: str, shapes) -> str | None:
+    tokens = Tokens(*(None if x is None else jax.ShapeDtypeStruct(*x) for x in shapes))
+    (rank, _, d_state), (n_heads, width) = tokens.k_BLRGN.shape[2:], tokens.v_BLHP.shape[2:]
+    weights = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
+    # All that there can be: the most that a kernel may have to hold.
+    heads = Heads(
+        **dict.fromkeys(("q_bias_HRN", "k_bias_HRN"), weights(n_heads, rank, d_state)),
+        **dict.fromkeys(("v_rank_HRP", "gate_rank_HRP", "out_rank_HRP"), weights(n_heads, rank, width)),
+        skip_H=weights(n_heads),
+        norm_HP=weights(n_heads, width),
+    )
+    row = jax.eval_shape(lambda tokens, heads: _row(tokens, heads, empty_state(tokens)), tokens, heads)
+    return _module(backend).unsupported(row)
+
+
+IMPLEMENTATIONS = {name: functools.partial(kernels, backend=name) for name in BACKENDS}

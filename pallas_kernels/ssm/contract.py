@@ -1,0 +1,203 @@
+"""What every backend takes and gives: the same arrays, in the op's own shapes and order of axes.
+
+A backend is a package of this folder with four functions and a number:
+
+    available() -> str | None                 what it wants of this process's devices, and what it got; None: it can run
+    unsupported(row) -> str | None            likewise of shapes and dtypes; arrays may be `jax.ShapeDtypeStruct`
+    scan(row, rotation, *, interpret, **config) -> Scanned
+    step(token, rotation, *, interpret, **config) -> Stepped
+    STEPS                                     rows of up to so many tokens are steps, one after another
+
+It owns its shapes: what it wants padded, transposed or in another order of N (`order.Order`), it pads, transposes and
+orders for itself, forward and backward. `config` is performance only; what it does not say is the backend's choice.
+`scan` and `step` raise ValueError for what is not supported. `scan` is differentiable, `step` need not be.
+
+Letters: B batch, L tokens, R rank, G groups of q/k, H heads, N state per head, P head width, S rotary pairs.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+NORM_EPS = 1e-5
+
+
+class Weights(NamedTuple):
+    """Learned, one entry a head. None: absent, and costs nothing; so everywhere here."""
+
+    q_bias_HRN: jax.Array | None = None
+    k_bias_HRN: jax.Array | None = None
+    skip_H: jax.Array | None = None
+    v_rank_HRP: jax.Array | None = None
+    gate_rank_HRP: jax.Array | None = None
+    out_rank_HRP: jax.Array | None = None
+    norm_HP: jax.Array | None = None
+
+
+class Carry(NamedTuple):
+    """The state between two tokens of a scan: beside it, a token needs nothing of those before it (see `Row.kappa`)."""
+
+    angle_BHS: jax.Array | None  # radians, float32; None: nothing rotates
+    h_BHPN: jax.Array  # float32
+
+
+class Row(NamedTuple):
+    """A row of tokens. A token weighs gamma in its own output and kappa in every later one.
+
+    q, k, v and gate may be bfloat16; everything else is float32.
+    """
+
+    q_BLRGN: jax.Array
+    k_BLRGN: jax.Array
+    v_BLHP: jax.Array
+    gate_BLHP: jax.Array | None
+    angle_BLHS: jax.Array | None  # radians per unit dt; the H axis may be 1: shared by the heads
+    dt_BLH: jax.Array | None  # of the angle alone; None with it
+    log_a_BLH: jax.Array
+    gamma_BLH: jax.Array
+    kappa_BLH: jax.Array | None  # None: gamma
+    start_BL: jax.Array | None  # bool, true at the first token of a document
+    before: Carry | None  # None: the empty state
+    weights: Weights
+
+
+class Scanned(NamedTuple):
+    """What a row gives and leaves."""
+
+    o_BLHP: jax.Array  # like v
+    after: Carry
+    k_BRGN: jax.Array  # of the last token, as it came; like v
+    v_BHP: jax.Array
+
+
+class Last(NamedTuple):
+    """The state between two tokens of decoding."""
+
+    h_BHPN: jax.Array  # float32
+    angle_BHS: jax.Array | None  # float32, radians in [0, 2 pi); None: nothing rotates
+    k_BRHN: jax.Array | None  # of the last token, biased and rotated; None, as v: it has no weight in the next
+    v_BHP: jax.Array | None
+
+
+class Token(NamedTuple):
+    """One token, after the state before it: `h' = a (h + beta x_last k_last^T) + gamma x k^T`."""
+
+    last: Last
+    q_BRGN: jax.Array
+    k_BRGN: jax.Array
+    v_BHP: jax.Array
+    gate_BHP: jax.Array | None
+    angle_BHS: jax.Array | None  # radians per unit dt; H may be 1
+    dt_BH: jax.Array | None
+    log_a_BH: jax.Array
+    gamma_BH: jax.Array
+    beta_BH: jax.Array | None
+    start_B: jax.Array | None  # int32; what is not 0 forgets everything before
+    weights: Weights
+
+
+class Stepped(NamedTuple):
+    """The state after the token, in the buffers of the one before where those are donated, and the output."""
+
+    last: Last
+    o_BHP: jax.Array  # like v
+
+
+def stepped_like(token: Token) -> Stepped:
+    """Returns the shapes and dtypes of a step's outputs: those parts of the state that came in."""
+
+    def like(array, dtype):
+        return None if array is None else jax.ShapeDtypeStruct(array.shape, dtype)
+
+    last = token.last
+    return Stepped(
+        last=Last(
+            h_BHPN=like(last.h_BHPN, jnp.float32),
+            angle_BHS=like(last.angle_BHS, jnp.float32),
+            k_BRHN=like(last.k_BRHN, token.k_BRGN.dtype),
+            v_BHP=like(last.v_BHP, token.v_BHP.dtype),
+        ),
+        o_BHP=like(token.v_BHP, token.v_BHP.dtype),
+    )
+
+
+def in_place(before: Last, after: Last) -> dict[int, int]:
+    """Says which outputs take the buffer of which input, where the parts of the state come first among both."""
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    return {i: i for i, (old, new) in enumerate(pairs) if old.dtype == new.dtype}
+
+
+def axes_of(path) -> str:
+    """Returns the shape letters of a field: "BLHP" of `v_BLHP`."""
+    return path[-1].name.rsplit("_", 1)[-1]
+
+
+def map_axes(function: Callable, tree):
+    """Calls `function(axes, array)` for every array of a tree of the tuples here, with the letters of its field."""
+    return jax.tree_util.tree_map_with_path(lambda path, array: function(axes_of(path), array), tree)
+
+
+def pad(tree, **sizes: int):
+    """Pads with zeros every axis whose letter is given up to that size: `pad(row, L=192, P=64)`.
+
+    A padded token has gamma = 0 and log_a = 0 and leaves the state as it is.
+    """
+
+    def padded(axes: str, array):
+        missing = [sizes.get(axis, size) - size for axis, size in zip(axes, array.shape, strict=True)]
+        return jnp.pad(array, [(0, more) for more in missing]) if any(missing) else array
+
+    return map_axes(padded, tree)
+
+
+def cut(tree, **sizes: int):
+    """Takes back what `pad` added: the first entries of every axis whose letter is given."""
+
+    def first(axes: str, array):
+        kept = [sizes.get(axis, size) for axis, size in zip(axes, array.shape, strict=True)]
+        return array if tuple(kept) == array.shape else array[tuple(slice(size) for size in kept)]
+
+    return map_axes(first, tree)
+
+
+def ordered(tree, function: Callable):
+    """Calls `function` on every array whose last axis is N."""
+    return map_axes(lambda axes, array: function(array) if axes.endswith("N") else array, tree)
+
+
+def cast(array, dtype):
+    """Returns the array in a dtype; None stays None."""
+    return None if array is None else array.astype(dtype)
+
+
+def heads_first(array_BLH):
+    """Puts what is one number a token and head in the order (B, H, L); None stays None."""
+    return None if array_BLH is None else jnp.swapaxes(array_BLH, 1, 2)
+
+
+def sizes_of(row: Row) -> dict[str, int]:
+    """Returns every size of a row by its letter, S = 0 where nothing rotates."""
+    batch, length, rank, groups, d_state = row.k_BLRGN.shape
+    heads, width = row.v_BLHP.shape[2:]
+    planes = 0 if row.angle_BLHS is None else row.angle_BLHS.shape[-1]
+    return {"B": batch, "L": length, "R": rank, "G": groups, "H": heads, "N": d_state, "P": width, "S": planes}
+
+
+def empty_carry(row: Row) -> Carry:
+    """Returns the state before any token: zeros."""
+    size = sizes_of(row)
+    angle_BHS = None if row.angle_BLHS is None else jnp.zeros((size["B"], size["H"], size["S"]), jnp.float32)
+    return Carry(angle_BHS, jnp.zeros((size["B"], size["H"], size["P"], size["N"]), jnp.float32))
+
+
+def product_dtype(row: Row) -> jnp.dtype:
+    """Returns what the operands of matrix products are rounded to: the dtype of queries, keys and values."""
+    return jnp.result_type(row.q_BLRGN, row.k_BLRGN, row.v_BLHP)
+
+
+def require(backend: str, wish: str | None) -> None:
+    """Raises ValueError where a backend's `available` or `unsupported` has a wish."""
+    if wish is not None:
+        raise ValueError(f"implementation={backend!r} {wish}")

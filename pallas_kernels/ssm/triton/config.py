@@ -1,0 +1,94 @@
+"""What the Triton kernels can run, and how they are cut for a row where nothing else is asked for."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.ssm.contract import Row, product_dtype, require, sizes_of
+from pallas_kernels.ssm.order import Order
+from pallas_kernels.ssm.triton.common import Launch, Tile
+
+PROGRAMS = 256  # that fill an H200: two on each of its 132 multiprocessors, and no remainder in powers of two
+
+
+def available() -> str | None:
+    """Returns what the kernels want of this process's devices, and what they got; None: nothing."""
+    device = jax.devices()[0].device_kind
+    return None if "NVIDIA" in device else f"needs an NVIDIA GPU, not {device!r}"
+
+
+def unsupported(row: Row) -> str | None:
+    """Returns what the kernels want of these shapes and dtypes, and what they got; None: nothing."""
+    size, dtype = sizes_of(row), product_dtype(row)
+    rank, d_state, width, planes = size["R"], size["N"], size["P"], size["S"]
+    if row.log_a_BLH.dtype != jnp.float32:
+        return f"computes in float32, log_a is {row.log_a_BLH.dtype}"
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        return f"wants q, k and v in float32 or bfloat16, not {dtype}"
+    if rank & (rank - 1) or rank > 16:
+        return f"wants a rank that is a power of two up to 16, not {rank=}"
+    padded = order_of("half", d_state, planes).size
+    if width > 128 or padded > 256:
+        room = "d_state up to 256 (with room for the planes) and P up to 128"
+        return f"wants {room}, not {d_state=} with {planes=}, P={width}"
+    if dtype == jnp.float32 and tile_size(width) * padded > 128 * 128:
+        return f"has no room for float32 with P d_state over 128 x 128, not {d_state=}, P={width}"
+    return None
+
+
+def order_of(rotation: str, d_state: int, planes: int) -> Order:
+    """Returns the kernels' order of N: pairs, then what does not rotate.
+
+    N and S are powers of two there, and N = 2 S or 4 S.
+    """
+    if not planes:
+        return Order(rotation, d_state, 0, size=tile_size(d_state), halves=False)
+    rest, room = d_state - 2 * planes, max(4, 1 << (planes - 1).bit_length())
+    while rest > 2 * room or (room < 8 and not rest):
+        room *= 2
+    return Order(rotation, d_state, planes, size=4 * room if rest else 2 * room, room=room, halves=False)
+
+
+def tile_of(row: Row, d_state: int, config: dict, interpret: bool) -> Tile:
+    """Returns the kernels' `Tile`: what `config` says, the rest chosen by hand. `d_state` is the kernels'."""
+    size = sizes_of(row)
+    config = known(config, Tile, "chunk", "programs")
+    # Of a kernel, as JSON has it: [warps, stages].
+    config = {name: Launch(*value) if isinstance(value, list | tuple) else value for name, value in config.items()}
+    rank, large = size["R"], tile_size(size["P"]) * d_state > 64 * 128
+    rows = (config.pop("chunk", None) or 0) * rank or 64 >> (large and product_dtype(row) == jnp.float32)
+    rows = _power_of_two(max(16, rank, min(64, rows)))
+    n_chunks = -(-size["L"] // (rows // rank))
+    segments = max(1, min(config.pop("programs", PROGRAMS) // (size["B"] * size["H"]), n_chunks // 4))
+    by_hand = {"segments": segments}
+    if rank > 1:
+        by_hand["anchor"] = 256  # 512, as for one rank: 0.11 ms of 1.45 slower (H100, R4 B16 L2048 H32)
+    if large:  # a state that fills the registers of four warps, and tiles that fill shared memory
+        by_hand |= dict.fromkeys(("forward", "added", "query", "key", "value"), Launch(8, 1))
+    elif rank > 1:
+        by_hand["value"] = Launch(4, 1)
+    config = {name: value for name, value in config.items() if value is not None}
+    return Tile(**{"rows": rows, "rank": rank, "width": size["P"], "interpret": interpret} | by_hand | config)
+
+
+def known(config: dict, tile, *more: str) -> dict:
+    """Returns `config`.
+
+    Raises:
+        ValueError: an entry that is neither a field of `tile` nor one of `more`.
+    """
+    names = {field.name for field in dataclasses.fields(tile)} | set(more)
+    if unknown := sorted(set(config) - names):
+        require("triton", f"has no {', '.join(unknown)} to be launched with: {sorted(names)}")
+    return config
+
+
+def tile_size(size: int) -> int:
+    """Returns the next power of two from 16 on: products over fewer entries are silently wrong on the GPU."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _power_of_two(size: int) -> int:
+    """Returns the largest one that is not above."""
+    return 1 << (size.bit_length() - 1)
