@@ -6,10 +6,8 @@ import jax
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from mamba3_jax.ops.mosaic_gpu import mosaic_gpu
+from mamba3_jax.ops import kernels
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS
-from mamba3_jax.ops.tpu import mosaic_tpu
-from mamba3_jax.ops.triton import triton
 
 # Blocks are moved as the grid says, in a random order where it says "parallel"; what nobody wrote is not a number.
 INTERPRETER = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
@@ -26,14 +24,16 @@ def pytest_collection_modifyitems(items):
 def without_callbacks(monkeypatch):
     """TPUs' kernels in Pallas's own interpreter: the TPU's calls back to Python, and `jax.checkpoint` refuses that."""
     if jax.default_backend() == "cpu":
-        monkeypatch.setitem(IMPLEMENTATIONS, "mosaic_tpu", functools.partial(mosaic_tpu, interpret=True))
+        monkeypatch.setitem(
+            IMPLEMENTATIONS, "mosaic_tpu", functools.partial(kernels.IMPLEMENTATIONS["mosaic_tpu"], interpret=True)
+        )
 
 
 @pytest.fixture(autouse=True, scope="session")
 def interpreted():
     with pytest.MonkeyPatch.context() as patch:
         if jax.default_backend() == "cpu":
-            for name, kernels in (("triton", triton), ("mosaic_gpu", mosaic_gpu)):
-                patch.setitem(IMPLEMENTATIONS, name, functools.partial(kernels, interpret=True))
-            patch.setitem(IMPLEMENTATIONS, "mosaic_tpu", functools.partial(mosaic_tpu, interpret=INTERPRETER))
+            for name, run in kernels.IMPLEMENTATIONS.items():
+                interpret = INTERPRETER if name == "mosaic_tpu" else True
+                patch.setitem(IMPLEMENTATIONS, name, functools.partial(run, interpret=interpret))
         yield

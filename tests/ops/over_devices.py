@@ -8,8 +8,6 @@ import numpy as np
 
 from mamba3_jax.ops.sharded import one_device, sharded
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
-from mamba3_jax.ops.tpu import mosaic_tpu
-from mamba3_jax.ops.triton import triton
 from mamba3_jax.sharding import make_mesh
 from tests.ops import cases
 from tests.ops.cases import MIMO, SISO, SSD, draw
@@ -63,9 +61,9 @@ def worst(op, shape, mesh, packed: bool):
 
 
 def main():
-    IMPLEMENTATIONS["triton"] = functools.partial(triton, interpret=True)
-    # Not in the TPU's interpreter: of several devices side by side, that can wait for itself (jax 0.10).
-    IMPLEMENTATIONS["mosaic_tpu"] = functools.partial(mosaic_tpu, interpret=True)
+    for name in ("triton", "mosaic_tpu"):
+        # Not the TPU's interpreter: of several devices side by side, that can wait for itself (jax 0.10).
+        IMPLEMENTATIONS[name] = functools.partial(IMPLEMENTATIONS[name], interpret=True)
     for name, (implementation, shape, spec, packed) in CASES.items():
         op = functools.partial(ssm, rotation=shape.rotation, implementation=implementation, chunk=8)
         shard = worst(op, shape, mesh_of(spec), packed)

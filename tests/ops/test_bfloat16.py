@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba3_jax.ops.ssm import IMPLEMENTATIONS, KERNELS, ssm
+from mamba3_jax.ops.kernels import BACKENDS
+from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
 from tests.helpers import rel_rms
 from tests.ops import cases
 from tests.ops.cases import MIMO, SISO, bfloat16, draw
@@ -24,7 +25,7 @@ VALUES, GRADIENTS, SUMS = 5e-3, 1e-2, 2e-2
 ADD_UP = ("dt_BLH", "log_a_BLH", "angle_BLHS", "angle_BHS", "skip_H")
 ON_GPU = jax.default_backend() == "gpu"
 on_gpu = pytest.mark.skipif(not ON_GPU, reason="a GPU's memory and sizes")
-every_kernel = pytest.mark.parametrize("implementation", sorted(KERNELS))
+every_kernel = pytest.mark.parametrize("implementation", sorted(BACKENDS))
 
 SISO = SISO._replace(heads=3, groups=1, d_state=64, width=32, planes=16)
 MIMO = MIMO._replace(heads=2, d_state=64, width=32, planes=32, batch=1)

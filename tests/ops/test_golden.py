@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from mamba3_jax.ops.discretize import exponential_trapezoidal
-from mamba3_jax.ops.ssm import KERNELS, Heads, State, Tokens, ssm
+from mamba3_jax.ops.kernels import BACKENDS
+from mamba3_jax.ops.ssm import Heads, State, Tokens, ssm
 from tests.helpers import GOLDEN, golden, rel_rms
 from tests.ops.cases import FLOAT32
 from tests.ops.quick import quick_jit
@@ -203,7 +204,7 @@ QUICK = ("siso_init_fullrope", "mimo_r4_varlen3")
 NAMED = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in WHOLE]
 
 
-@pytest.mark.parametrize("implementation", sorted(KERNELS))
+@pytest.mark.parametrize("implementation", sorted(BACKENDS))
 @pytest.mark.parametrize("name", NAMED)
 def test_recorded_case_in_bfloat16(name, implementation):
     """q, k, v and gate rounded: outputs and gradients of the definition in float64 on the same numbers."""

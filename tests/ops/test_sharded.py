@@ -14,10 +14,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.model import LanguageModel
+from mamba3_jax.ops.kernels import IMPLEMENTATIONS as of_kernels
 from mamba3_jax.ops.sharded import sharded
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
-from mamba3_jax.ops.tpu import mosaic_tpu
-from mamba3_jax.ops.triton import triton
 
 
 def test_several_devices_compute_what_one_does():
@@ -59,8 +58,8 @@ def test_training_on_several_devices_is_by_kernels(kind, cores, backend, platfor
     mesh = AbstractMesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, abstract_device=device)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "device_count", lambda: 4)
-    for name, kernel in (("triton", triton), ("mosaic_tpu", mosaic_tpu)):
-        monkeypatch.setitem(IMPLEMENTATIONS, name, kernel)  # not interpreted
+    for name, run in of_kernels.items():
+        monkeypatch.setitem(IMPLEMENTATIONS, name, run)  # not interpreted
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)] * 4)
     model = LanguageModel(ModelConfig(d_model=128, d_state=64, pattern="M"))
     tokens_BL, start_BL = np.zeros((2, 96), np.int32), np.zeros((2, 96), bool)
