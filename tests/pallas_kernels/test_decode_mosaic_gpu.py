@@ -9,18 +9,16 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-from mamba3_jax.ops.decode import decode
+from mamba3_jax.ops.kernels import kernels
 from mamba3_jax.ops.recurrent import recurrent
 from pallas_kernels.ssm.mosaic_gpu.angle import sine_and_cosine, within_a_turn
-from pallas_kernels.ssm.mosaic_gpu.decode import Tile
-from pallas_kernels.ssm.mosaic_gpu.scan import interpreter
 from tests.helpers import rel_rms
 from tests.ops import cases
 from tests.ops.cases import LEFT_OUT, MIMO, SISO, bfloat16, draw
 from tests.ops.quick import quick_jit
 
 ON_CPU = jax.default_backend() == "cpu"
-TILE = Tile(interpret=interpreter() if ON_CPU else None)
+mosaic_gpu = functools.partial(kernels, backend="mosaic_gpu")
 SMALL = {"length": 1, "width": 64, "d_state": 64, "planes": 16}
 LARGE = {"length": 1, "width": 64, "d_state": 128, "planes": 64}
 SHAPES = {
@@ -34,6 +32,14 @@ SHAPES = {
     "mimo1": MIMO._replace(rank=1, norm=False, **SMALL),
     **{name: shape._replace(**SMALL) for name, shape in LEFT_OUT.items()},
 }
+PADDED = {
+    "siso": SISO._replace(length=1, width=24, d_state=50, planes=5),
+    "siso_half_norm": SISO._replace(length=1, width=24, d_state=100, planes=50, rotation="half", norm=True),
+    "siso_norm": SISO._replace(length=1, width=24, d_state=50, planes=25, norm=True, shared_angle=False),
+    "mimo_norm": MIMO._replace(length=1, width=24, d_state=50, planes=5, norm=True),
+    "mimo_adjacent": MIMO._replace(length=1, width=24, d_state=100, planes=20, rotation="adjacent", norm=False),
+    "mimo2_half": MIMO._replace(length=1, rank=2, width=24, d_state=100, planes=50, norm=False),
+}
 
 
 def drawn(shape, start: bool):
@@ -45,15 +51,24 @@ def drawn(shape, start: bool):
     return tokens._replace(start_BL=np.array([[True], [False]])), heads, state
 
 
-def step(shape, implementation=decode):
-    how = {"interpret": ON_CPU, "tile": TILE} if implementation is decode else {}
+def step(shape, implementation=mosaic_gpu):
+    how = {"interpret": ON_CPU} if implementation is mosaic_gpu else {}
     return functools.partial(implementation, rotation=shape.rotation, **how)
 
 
 @pytest.mark.parametrize("start", [False, True], ids=["goes_on", "start"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_is_recurrent(name, start):
-    shape = SHAPES[name]
+    check_is_recurrent(SHAPES[name], start)
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_padded_is_recurrent(name):
+    """P padded to 64 and N to 64 or 128: neither the norm nor the state sees the padding."""
+    check_is_recurrent(PADDED[name], True)
+
+
+def check_is_recurrent(shape, start: bool):
     inputs = drawn(shape, start)
     with jax.enable_x64(True):
         exact = jax.tree.map(lambda x: np.asarray(x, x.dtype if x.dtype == bool else np.float64), inputs)
@@ -107,10 +122,8 @@ def test_sine_and_cosine():
     np.testing.assert_allclose(got, np.stack([np.sin(exact), np.cos(exact)]), atol=1.2e-7)
 
 
-@pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
 @pytest.mark.parametrize("name", SHAPES)
-def test_lowers_for_cuda_in_place(name, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+def test_lowers_for_cuda_in_place(name):
     gpu = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
     mesh = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=gpu)
     shape = SHAPES[name]
@@ -118,7 +131,7 @@ def test_lowers_for_cuda_in_place(name, monkeypatch):
     if shape.looks_back:
         k_BRHN, v_BHP = (jnp.asarray(x, jnp.bfloat16) for x in (state.k_BRHN, state.v_BHP))
         state = state._replace(k_BRHN=k_BRHN, v_BHP=v_BHP)
-    call = functools.partial(decode, rotation=shape.rotation, tile=Tile())
+    call = functools.partial(mosaic_gpu, rotation=shape.rotation, anywhere=True)
     with use_abstract_mesh(mesh):
         traced = jax.jit(call, donate_argnums=2).trace(bfloat16(tokens), heads, state)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -131,9 +144,9 @@ def test_lowers_for_cuda_in_place(name, monkeypatch):
 
 def test_what_it_cannot_run():
     for shape, message in (
-        (SHAPES["siso"]._replace(width=32), "width=32 is not 64"),
-        (SHAPES["siso"]._replace(d_state=32, planes=8), "d_state=32 not 64 or 128"),
-        (SHAPES["mimo"]._replace(rank=8), "rank=8 is not in"),
+        (SHAPES["siso"]._replace(width=65), "decodes width=65 up to 64"),
+        (SHAPES["siso"]._replace(d_state=130), "d_state=130 to 128"),
+        (SHAPES["mimo"]._replace(rank=8), "rank=8 of"),
     ):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(functools.partial(step(shape)), *draw(shape))

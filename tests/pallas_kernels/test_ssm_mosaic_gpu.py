@@ -5,7 +5,9 @@ checks those, not shared memory's size, spills or races, which only a GPU shows.
 """
 
 import functools
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +15,11 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-from mamba3_jax.ops import mosaic_gpu as glue
-from mamba3_jax.ops.mosaic_gpu import check, mosaic_gpu
+from mamba3_jax.ops.kernels import _row, kernels
 from mamba3_jax.ops.ssm import ssm
-from pallas_kernels.ssm.mosaic_gpu import bwd, op, phase, scan
-from pallas_kernels.ssm.mosaic_gpu.scan import Tile
+from pallas_kernels.ssm.contract import Carry, Weights
+from pallas_kernels.ssm.mosaic_gpu import bwd, config, contract, op, phase, scan_fwd
+from pallas_kernels.ssm.mosaic_gpu.config import Tile, interpreter
 from tests.helpers import rel_rms
 from tests.ops import cases
 from tests.ops.cases import MIMO, SISO, bfloat16, draw
@@ -32,20 +34,13 @@ SISO_LARGE = SISO._replace(batch=1, length=131, heads=2, groups=1, d_state=64, w
 MIMO_LARGE = MIMO._replace(batch=1, length=40, d_state=64, width=64, planes=16)
 MIMO1 = MIMO_LARGE._replace(length=30, heads=1, rank=1, d_state=32, width=16, planes=8)
 INTERPRET = jax.default_backend() == "cpu"
+mosaic_gpu = functools.partial(kernels, backend="mosaic_gpu")
 # bfloat16 has 2^-9: queries, keys, values, weights and the state are rounded once each before their products.
 ROUNDED = 5e-3
 
 
-@pytest.fixture
-def on_gpu(monkeypatch):
-    """What is traced is for a Hopper GPU: nothing runs."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(glue, "_capability", lambda: "9.0")
-    monkeypatch.setitem(ssm.__globals__["IMPLEMENTATIONS"], "mosaic_gpu", mosaic_gpu)
-
-
 @pytest.mark.parametrize(
-    ("shape", "starts", "segments"),
+    ("shape", "starts", "splits"),
     [
         (SISO_LARGE._replace(d_state=128, planes=32, groups=2, norm=True, rotation="half"), (5, 64), 2),
         (SISO_LARGE._replace(d_state=50, planes=5, width=24, gate=False, skip=False), (), 1),
@@ -54,24 +49,24 @@ def on_gpu(monkeypatch):
     ],
     ids=["siso_packed", "siso_padded", "mimo_packed", "mimo"],
 )
-def test_lowers_for_cuda(shape, starts, segments, on_gpu):
+def test_lowers_for_cuda(shape, starts, splits):
     tokens, heads, state = draw(shape)
 
     def op(tokens, heads, state):
         tokens = tokens._replace(start_BL=start(shape, starts))
-        return mosaic_gpu(tokens, heads, state, rotation=shape.rotation, segments=segments)
+        return mosaic_gpu(tokens, heads, state, rotation=shape.rotation, splits=splits, anywhere=True)
 
     def with_gradients(*inputs):
         results, pull = jax.vjp(op, *inputs)
         return results, pull(results)
 
-    def kernels(run):
+    def count(run):
         with use_abstract_mesh(GPU):
             traced = jax.jit(run).trace(bfloat16(tokens), heads, state)
             return traced.lower(lowering_platforms=("cuda",)).as_text().count("stablehlo.custom_call @mosaic_gpu")
 
-    assert kernels(op) == segments + 2  # the angles': sums of chunks, phase
-    assert kernels(with_gradients) > segments
+    assert count(op) == splits + 2  # the angles': sums of chunks, phase
+    assert count(with_gradients) > splits
 
 
 @functools.cache
@@ -90,7 +85,7 @@ def start(shape, starts):
 
 
 @pytest.mark.parametrize(
-    ("shape", "starts", "segments"),
+    ("shape", "starts", "splits"),
     [
         (SISO_LARGE, (), 1),
         (SISO_LARGE._replace(batch=2, d_state=128, planes=32, groups=2, norm=True, rotation="half"), (0, 5, 64), 2),
@@ -100,11 +95,11 @@ def start(shape, starts):
     ],
     ids=["siso", "siso_packed", "mimo", "mimo_padded", "mimo_of_one_rank"],
 )
-def test_agrees_with_the_definition(shape, starts, segments):
+def test_agrees_with_the_definition(shape, starts, splits):
     """Values, from a state, to a state."""
     tokens, heads, state = draw(shape)
     tokens = bfloat16(tokens)._replace(start_BL=start(shape, starts))
-    run = functools.partial(mosaic_gpu, rotation=shape.rotation, segments=segments, interpret=INTERPRET)
+    run = functools.partial(mosaic_gpu, rotation=shape.rotation, splits=splits, interpret=INTERPRET)
     results = jax.jit(run)(tokens, heads, state)
     cases.check_results(results, wanted(shape, starts)[0], ROUNDED)
 
@@ -119,7 +114,7 @@ def test_documents_do_not_see_each_other():
     def mixed(array, other):
         return np.where(before.reshape(1, -1, *[1] * (array.ndim - 2)), other, array)
 
-    run = jax.jit(functools.partial(mosaic_gpu, rotation=shape.rotation, segments=1, interpret=INTERPRET))
+    run = jax.jit(functools.partial(mosaic_gpu, rotation=shape.rotation, splits=1, interpret=INTERPRET))
     start_BL = start(shape, (70,))
     results = [
         run(bfloat16(tokens)._replace(start_BL=start_BL), heads, state)
@@ -132,7 +127,7 @@ def test_documents_do_not_see_each_other():
 
 
 @pytest.mark.parametrize(
-    ("shape", "starts", "segments", "anchor"),
+    ("shape", "starts", "splits", "interval"),
     [
         (SISO_LARGE._replace(length=40, heads=1, d_state=32, width=16, planes=8), (5, 20), 1, 1024),
         (SISO_LARGE._replace(length=200, heads=1), (), 1, 64),
@@ -140,11 +135,11 @@ def test_documents_do_not_see_each_other():
         (MIMO_LARGE._replace(length=70, heads=1, d_state=16, width=16, planes=4), (20,), 2, 1024),
         (MIMO1, (), 1, 1024),
     ],
-    ids=["siso", "siso_often_kept", "siso_packed", "mimo", "mimo_of_one_rank"],
+    ids=["siso", "siso_many_checkpoints", "siso_packed", "mimo", "mimo_of_one_rank"],
 )
-def test_gradients_agree_with_the_definition(shape, starts, segments, anchor, monkeypatch):
-    """However far apart the states are that are kept."""
-    monkeypatch.setattr(bwd, "CHECKPOINT_INTERVAL", anchor)
+def test_gradients_agree_with_the_definition(shape, starts, splits, interval, monkeypatch):
+    """However far apart the checkpoints are."""
+    monkeypatch.setattr(bwd, "CHECKPOINT_INTERVAL", interval)
     inputs = draw(shape)
     inputs = (bfloat16(inputs[0]), *inputs[1:])
 
@@ -153,7 +148,7 @@ def test_gradients_agree_with_the_definition(shape, starts, segments, anchor, mo
         def op(inputs):
             tokens, heads, state = inputs
             tokens = tokens._replace(start_BL=start(shape, starts))
-            return mosaic_gpu(tokens, heads, state, rotation=shape.rotation, segments=segments, interpret=INTERPRET)
+            return mosaic_gpu(tokens, heads, state, rotation=shape.rotation, splits=splits, interpret=INTERPRET)
 
         results, pull = jax.vjp(op, inputs)
         cotangent = jax.tree.map(lambda x, like: x.astype(like.dtype), cases.cotangents(shape), results)
@@ -162,23 +157,25 @@ def test_gradients_agree_with_the_definition(shape, starts, segments, anchor, mo
     cases.check_gradients(run(inputs), wanted(shape, starts)[1], 2e-2)
 
 
-def scan_inputs(length=64, rank=1, d_state=64, width=64, planes=16, heads=2, groups=1) -> scan.Inputs:
+def scan_inputs(length=64, rank=1, d_state=64, width=64, planes=16, heads=2, groups=1) -> contract.Inputs:
     """Shapes alone."""
 
     def shape(*sizes, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(sizes, dtype)
 
     x_BLRGN = shape(1, length, rank, groups, d_state, dtype=jnp.bfloat16)
-    return scan.Inputs(
-        x_BLRGN,
-        x_BLRGN,
-        shape(1, length, heads, width, dtype=jnp.bfloat16),
-        None,
-        shape(1, heads, length, planes, dtype=jnp.int16),
-        shape(1, heads, length * rank // 64, 3, 64),
-        shape(1, heads, 1, width, d_state),
-        *[shape(heads, rank, d_state)] * 2,
-        *[None] * 5,
+    return contract.Inputs(
+        **dict.fromkeys(contract.Inputs._fields)
+        | {
+            "q_BLRGN": x_BLRGN,
+            "k_BLRGN": x_BLRGN,
+            "v_BLHP": shape(1, length, heads, width, dtype=jnp.bfloat16),
+            "phase_BHLS": shape(1, heads, length, planes, dtype=jnp.int16),
+            "scalars_BHCXT": shape(1, heads, length * rank // 64, 3, 64),
+            "h_BHZPN": shape(1, heads, 1, width, d_state),
+            "q_bias_HRN": shape(heads, rank, d_state),
+            "k_bias_HRN": shape(heads, rank, d_state),
+        }
     )
 
 
@@ -198,32 +195,37 @@ def scan_inputs(length=64, rank=1, d_state=64, width=64, planes=16, heads=2, gro
 )
 def test_what_the_scan_cannot_run(sizes, tile, message):
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(functools.partial(scan.scan, tile=tile), scan_inputs(**sizes))
+        jax.eval_shape(functools.partial(scan_fwd.scan, tile=tile), scan_inputs(**sizes))
 
 
 def test_a_named_implementation_runs_or_raises(monkeypatch):
-    monkeypatch.setitem(ssm.__globals__["IMPLEMENTATIONS"], "mosaic_gpu", mosaic_gpu)
     tokens, heads, state = draw(SISO_LARGE)
     if jax.default_backend() == "cpu":
         with pytest.raises(ValueError, match=r"implementation='mosaic_gpu' needs a Hopper GPU .* not cpu"):
             ssm(bfloat16(tokens), heads, state, implementation="mosaic_gpu")
-    monkeypatch.setattr(glue, "_capability", lambda: "8.0")
-    with pytest.raises(ValueError, match=r"needs a Hopper GPU .* not a GPU of compute capability 8.0"):
-        check(bfloat16(tokens), interpret=False)
-    monkeypatch.setattr(glue, "_capability", lambda: "9.0")
-    with pytest.raises(ValueError, match="wants q, k and v in bfloat16, not float32"):
-        check(tokens, interpret=INTERPRET)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for capability, wish in (("9.0", None), ("8.0", "needs a Hopper GPU .* not a GPU of compute capability 8.0")):
+        monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=capability)])  # noqa: B023
+        assert re.fullmatch(wish, config.available()) if wish else config.available() is None
+
+    def unsupported(tokens, heads, state):
+        return config.unsupported(_row(tokens, heads, state))
+
+    assert unsupported(bfloat16(tokens), heads, state) is None
+    assert "wants q, k and v in bfloat16, not float32" in unsupported(tokens, heads, state)
     for shape, message in (
         (SISO_LARGE._replace(d_state=130), "d_state up to 128 .* not d_state=130"),
         (SISO_LARGE._replace(d_state=128, planes=33), "d_state up to 128 .* not d_state=128 with planes=33"),
         (SISO_LARGE._replace(width=65), "P up to 64, not d_state=64 with planes=16, P=65"),
         (MIMO_LARGE._replace(rank=8), "a rank of 1, 2 or 4, not rank=8"),
     ):
-        with pytest.raises(ValueError, match=message):
-            check(bfloat16(draw(shape)[0]), interpret=INTERPRET)
+        tokens, heads, state = draw(shape)
+        assert re.search(message, unsupported(bfloat16(tokens), heads, state))
+        with pytest.raises(ValueError, match=rf"implementation='mosaic_gpu' wants .*{message}"):
+            mosaic_gpu(bfloat16(tokens), heads, state, rotation=shape.rotation, anywhere=True)
 
 
-def op_inputs(rank: int) -> op.Inputs:
+def op_inputs(rank: int) -> op.Operands:
     """Of one head, one chunk and a bit; angles and biases of zeros, which are as good as none."""
     random = np.random.default_rng(0)
     batch, length, heads, groups, d_state, width, planes = 1, 128 // rank, 1, 1, 64, 64, 16
@@ -234,7 +236,7 @@ def op_inputs(rank: int) -> op.Inputs:
     def positive(*sizes):
         return jnp.asarray(random.uniform(0.1, 1, sizes), jnp.float32)
 
-    return op.Inputs(
+    return op.Operands(
         q_BLRGN=normal(batch, length, rank, groups, d_state, dtype=jnp.bfloat16),
         k_BLRGN=normal(batch, length, rank, groups, d_state, dtype=jnp.bfloat16),
         v_BLHP=normal(batch, length, heads, width, dtype=jnp.bfloat16),
@@ -246,36 +248,43 @@ def op_inputs(rank: int) -> op.Inputs:
         ),
         gamma_BHL=positive(batch, heads, length),
         kappa_BHL=positive(batch, heads, length),
-        first_BHS=jnp.zeros((batch, heads, planes)),
-        h_BHPN=normal(batch, heads, width, d_state),
-        q_bias_HRN=jnp.zeros((heads, rank, d_state)),
-        k_bias_HRN=jnp.zeros((heads, rank, d_state)),
-        skip_H=None,
-        v_rank_HRP=None if rank == 1 else positive(heads, rank, width),
-        gate_rank_HRP=None,
-        out_rank_HRP=None,
-        norm_HP=None,
+        before=Carry(angle_BHS=jnp.zeros((batch, heads, planes)), h_BHPN=normal(batch, heads, width, d_state)),
+        weights=Weights(
+            q_bias_HRN=jnp.zeros((heads, rank, d_state)),
+            k_bias_HRN=jnp.zeros((heads, rank, d_state)),
+            v_rank_HRP=None if rank == 1 else positive(heads, rank, width),
+        ),
+    )
+
+
+def without_angles_and_biases(operands: op.Operands) -> op.Operands:
+    return operands._replace(
+        angle_BLHS=None,
+        dt_BHL=None,
+        before=operands.before._replace(angle_BHS=None),
+        weights=operands.weights._replace(q_bias_HRN=None, k_bias_HRN=None),
     )
 
 
 @pytest.mark.parametrize("rank", [1, 2])
 def test_no_angle_and_no_bias_are_zeros(rank):
     """To the bit (the decay's gradient but for the order of a sum in XLA); and nothing of an angle is computed."""
-    inputs, tile = op_inputs(rank), Tile(rank=rank, interpret=scan.interpreter() if INTERPRET else None)
-    absent = dict.fromkeys(("angle_BLHS", "dt_BHL", "first_BHS", "q_bias_HRN", "k_bias_HRN"))
+    operands, tile = op_inputs(rank), Tile(rank=rank, interpret=interpreter() if INTERPRET else None)
 
-    def run(inputs):
-        (o_BLHP, h_BHPN, angle_BHS), pull = jax.vjp(lambda inputs: op.mamba3(inputs, None, tile), inputs)
-        (gradients,) = pull((o_BLHP, h_BHPN, None if angle_BHS is None else jnp.zeros_like(angle_BHS)))
-        return o_BLHP, h_BHPN, angle_BHS, gradients._replace(**absent)
+    def run(operands):
+        (o_BLHP, after), pull = jax.vjp(lambda operands: op.mamba3(operands, None, tile), operands)
+        (gradients,) = pull((o_BLHP, jax.tree.map(jnp.zeros_like, after)._replace(h_BHPN=after.h_BHPN)))
+        return o_BLHP, after, without_angles_and_biases(gradients)
 
-    without = inputs._replace(**absent)
-    got, want = jax.jit(run)(without), jax.jit(run)(inputs)
-    assert got[2] is None
-    decays = [gradients.log_decay_BHL for *_, gradients in (got, want)]
-    assert rel_rms(*decays) < 1e-6
-    equal = lambda results: (*results[:2], results[3]._replace(log_decay_BHL=None))  # noqa: E731
-    jax.tree.map(np.testing.assert_array_equal, equal(got), equal(want))
+    without = without_angles_and_biases(operands)
+    (o_BLHP, after, gradients), (want_o_BLHP, want_after, want_gradients) = (
+        jax.jit(run)(operands) for operands in (without, operands)
+    )
+    assert after.angle_BHS is None
+    assert rel_rms(gradients.log_decay_BHL, want_gradients.log_decay_BHL) < 1e-6
+    got = o_BLHP, after.h_BHPN, gradients._replace(log_decay_BHL=None)
+    want = want_o_BLHP, want_after.h_BHPN, want_gradients._replace(log_decay_BHL=None)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
     text = str(jax.make_jaxpr(run)(without))
     assert "mamba3_mosaic_scan" in text
     assert not [name for name in ("phase", "angles", "angles_bwd") if f"mamba3_mosaic_{name}" in text]
@@ -291,7 +300,7 @@ def test_chunks_of_angles_add_up_exactly(shared):
     in_last_BL = np.ones((1, length), np.int32)
     in_last_BL[0, 32:40] = 0
     grid = phase.Grid(angle_BELS, dt_BHL)
-    sums = functools.partial(phase._sums, grid, interpret=scan.interpreter() if INTERPRET else None)
+    sums = functools.partial(phase._sums, grid, interpret=interpreter() if INTERPRET else None)
     got_BHCS = np.asarray(jax.jit(sums)(angle_BELS, dt_BHL, in_last_BL=in_last_BL))
     turns_BHLS = angle_BELS.astype(np.float64) * dt_BHL[..., None] * in_last_BL[0, :, None] / (2 * np.pi)
     want_BHCS = turns_BHLS.reshape(1, heads, -1, grid.tokens, planes).sum(axis=3) * 2.0**32

@@ -67,7 +67,7 @@ def scan(
     *,
     interpret=None,
     chunk: int | None = None,
-    segments: int | None = None,
+    splits: int | None = None,
     programs: int | None = None,
 ) -> Scanned:
     """Computes a row in one kernel, and its angles in two before it. See `contract`.
@@ -76,7 +76,7 @@ def scan(
 
     Args:
         chunk: ignored: it is always 64 rows, ranks times tokens.
-        segments: how many parts of the length run side by side; None: as many as there are `programs` for.
+        splits: how many parts of the length run side by side; None: as many as there are `programs` for.
         programs: how many fill the device; None: two on each of an H200's multiprocessors.
 
     Raises:
@@ -87,7 +87,7 @@ def scan(
     require("mosaic_gpu", unsupported(row))
     size = sizes_of(row)
     order = order_of(rotation, size["N"], size["S"])
-    splits = segments or splits_of(row, programs or PROGRAMS)
+    splits = splits or splits_of(row, programs or PROGRAMS)
     tile = Tile(rank=size["R"], width=size["P"], splits=splits, interpret=interpreter() if interpret else None)
     unit = tile.tokens * tile.splits
     last = {"k_BRGN": row.k_BLRGN[:, -1], "v_BHP": row.v_BLHP[:, -1]}
