@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 # Before libtpu is loaded: there is no TPU to ask, and another process may have it loaded too.
 ENVIRONMENT = {
@@ -48,8 +49,7 @@ from absl import app, flags  # noqa: E402
 from jax.sharding import Mesh, SingleDeviceSharding  # noqa: E402
 
 from experiments.benchmarks import common, flops, hlo, ssm  # noqa: E402
-from mamba3_jax.ops.decode_tpu import decode_tpu  # noqa: E402
-from mamba3_jax.ops.mosaic_tpu import mosaic_tpu  # noqa: E402
+from mamba3_jax.ops.kernels import kernels as run_kernels  # noqa: E402
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State  # noqa: E402
 
 FLAGS = flags.FLAGS
@@ -102,7 +102,6 @@ class Target:
         self.device = found.devices[0]
 
     def compile(self, task: ssm.Task):
-        IMPLEMENTATIONS["mosaic_tpu"] = kernels_for(self.name)
         place = SingleDeviceSharding(self.device)
         arguments = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
@@ -110,7 +109,8 @@ class Target:
         )
         donated = {"donate_argnums": 0} if task.what == "decode" else {}
         mesh = Mesh(np.array([self.device]), ("one",))
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tells Pallas which chip
+        its_own = mock.patch.dict(IMPLEMENTATIONS, mosaic_tpu=kernels_for(self.name))
+        with its_own, jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # the mesh tells Pallas which chip it is
             return jax.jit(in_a_model(task), **donated).lower(*arguments).compile()
 
 
@@ -285,15 +285,15 @@ def only(sizes: str, implementation: str, what: str, chip: str) -> None:
 
 
 def kernels_for(chip: str):
-    """`mosaic_tpu` as it is on that chip, whatever this process runs on: of one token, the step's kernel."""
+    """Returns `mosaic_tpu` as it runs on that chip, whatever this process has: of up to STEPS tokens, as steps."""
 
     def implementation(tokens, heads, state, *, rotation: str, chunk: int | None):
-        from pallas_kernels.ssm.mosaic_tpu import decode, tiles
+        from pallas_kernels.ssm.mosaic_tpu import STEPS, tiles
 
-        if tokens.log_a_BLH.shape[1] == 1:
-            return decode_tpu(tokens, heads, state, rotation=rotation, tile=decode.Tile())
-        its_own = tiles.default(chip, tokens.q_BLRGN.shape[2], dtype=tokens.q_BLRGN.dtype)
-        return mosaic_tpu(tokens, heads, state, rotation=rotation, chunk=chunk, tiles=its_own)
+        how = {"rotation": rotation, "chunk": chunk}
+        if tokens.log_a_BLH.shape[1] > STEPS:
+            how["tiles"] = tiles.default(chip, tokens.q_BLRGN.shape[2], dtype=tokens.q_BLRGN.dtype)
+        return run_kernels(tokens, heads, state, backend="mosaic_tpu", anywhere=True, **how)
 
     return implementation
 
@@ -352,7 +352,7 @@ def main(argv):
     version = libtpu_version()
     jax.config.update("jax_enable_compilation_cache", False)
     jax.default_backend = lambda: "tpu"  # nothing runs: what is traced is for a TPU
-    implementations = ssm.chosen("implementations", FLAGS.implementations, [*IMPLEMENTATIONS, "mosaic_tpu"])
+    implementations = ssm.chosen("implementations", FLAGS.implementations, IMPLEMENTATIONS)
     chips = ssm.chosen("chips", FLAGS.chips, CHIPS)
     if FLAGS.only:
         return only(FLAGS.only, implementations[0], FLAGS.what, chips[0])

@@ -12,17 +12,19 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from experiments.benchmarks import hlo, ssm, tpu_aot
-from mamba3_jax.ops.decode_tpu import FEW, decode_tpu
+from mamba3_jax.ops.kernels import kernels
 from mamba3_jax.ops.recurrent import recurrent
-from mamba3_jax.ops.ssm import IMPLEMENTATIONS
+from pallas_kernels.ssm.mosaic_tpu import STEPS
 from pallas_kernels.ssm.mosaic_tpu.decode import Tile
 from tests.helpers import rel_rms
 from tests.ops import cases
 from tests.ops.cases import LEFT_OUT, MIMO, SISO, bfloat16, draw
 from tests.ops.quick import quick_jit
 
-# What nobody wrote is not a number, and two who touch the same are seen.
-INTERPRET = Tile(interpret=pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"))
+mosaic_tpu = functools.partial(kernels, backend="mosaic_tpu")
+compiled = functools.partial(mosaic_tpu, anywhere=True)  # traced for a TPU that this process does not have
+# Memory that nobody wrote is NaN, and two cores that touch the same address are seen.
+INTERPRETER = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 SISO, MIMO = SISO._replace(length=1), MIMO._replace(length=1)
 SIZED = {"width": 16, "d_state": 32, "planes": 8}
 SHAPES = {
@@ -44,18 +46,16 @@ TPU = AbstractMesh(
 )
 
 
-def tile_of(name: str) -> Tile:
-    """Blocks of heads on two cores: with one nobody can race."""
+def how_of(name: str) -> dict:
+    """Returns how a shape is interpreted: blocks of heads on two cores, since one alone cannot race."""
     if not name.endswith("blocks"):
-        return INTERPRET
-    two_cores = dataclasses.replace(INTERPRET.interpret, num_cores_or_threads=2)
-    return dataclasses.replace(INTERPRET, heads=8, interpret=two_cores)
+        return {}
+    return {"tile": Tile(heads=8), "interpret": dataclasses.replace(INTERPRETER, num_cores_or_threads=2)}
 
 
-def step(shape, tile=INTERPRET, implementation=decode_tpu):
+def step(shape, **how):
     """(tokens, heads, state) -> y, state."""
-    how = {"tile": tile} if implementation is decode_tpu else {}
-    return functools.partial(implementation, rotation=shape.rotation, **how)
+    return functools.partial(mosaic_tpu, rotation=shape.rotation, **{"interpret": INTERPRETER} | how)
 
 
 def drawn(shape, *, start: bool = False):
@@ -69,7 +69,7 @@ def double(inputs, shape):
     """`recurrent` in float64, on the very same numbers."""
     with jax.enable_x64(True):
         wide = lambda x: np.asarray(x, x.dtype if x.dtype == bool else np.float64)  # noqa: E731
-        results = quick_jit(step(shape, implementation=recurrent))(*jax.tree.map(wide, inputs))
+        results = quick_jit(functools.partial(recurrent, rotation=shape.rotation))(*jax.tree.map(wide, inputs))
         return jax.tree.map(np.asarray, results)
 
 
@@ -77,7 +77,7 @@ def double(inputs, shape):
 def test_is_recurrent(name):
     """Every other row a start: what holds for both is tested by both."""
     inputs = drawn(SHAPES[name], start=True)
-    got = quick_jit(step(SHAPES[name], tile_of(name)))(*inputs)
+    got = quick_jit(step(SHAPES[name], **how_of(name)))(*inputs)
     cases.check_results(got, double(inputs, SHAPES[name]), 1e-6)
     assert not interpret_pallas_call.races.races_found
 
@@ -116,9 +116,9 @@ def test_three_steps_are_a_row(name):
 @pytest.mark.parametrize("name", ["siso", "mimo4"])
 def test_a_few_tokens_at_once(name):
     """A row's last one a start: values, and gradients of everything."""
-    shape = SHAPES[name]._replace(length=FEW)
+    shape = SHAPES[name]._replace(length=STEPS)
     tokens, heads, state = draw(shape)
-    start_BL = np.arange(FEW) == np.array([[FEW - 1], [FEW]])
+    start_BL = np.arange(STEPS) == np.array([[STEPS - 1], [STEPS]])
 
     @quick_jit
     def run(inputs, cotangent):
@@ -169,24 +169,23 @@ def planted():
 
 
 def test_what_it_cannot_run():
-    with pytest.raises(ValueError, match="up to 4 tokens, not length=5"):
-        step(SISO)(*draw(SISO._replace(length=5)))
     with jax.enable_x64(True), pytest.raises(ValueError, match="float32 or bfloat16, not"):
         step(SISO)(*jax.tree.map(jnp.asarray, draw(SISO, dtype=np.float64)))
     with pytest.raises(ValueError, match="needs a TPU, the backend is 'cpu'"):
-        step(SISO, None)(*drawn(SISO))
+        step(SISO, interpret=None)(*drawn(SISO))
     with pytest.raises(ValueError, match=r"tile\.heads=3 is neither n_heads=4"):
-        step(SISO, Tile(heads=3))(*drawn(SISO))
+        step(SISO, tile=Tile(heads=3))(*drawn(SISO))
     large = SISO._replace(heads=64, width=64, d_state=128, batch=1)
     with pytest.raises(ValueError, match=r"tile\.heads=64 takes .* MiB of VMEM, over tile\.vmem=4"):
-        jax.eval_shape(step(large, Tile(heads=64, vmem=4)), *drawn(large))
+        jax.eval_shape(step(large, tile=Tile(heads=64, vmem=4)), *drawn(large))
 
 
 def lower(shape, *, start: bool, narrow: bool):
     tokens, heads, state = drawn(shape, start=start)
     tokens = bfloat16(tokens) if narrow else tokens
     with use_abstract_mesh(TPU):
-        traced = jax.jit(step(shape, Tile()), donate_argnums=2).trace(tokens, heads, state)
+        run = functools.partial(compiled, rotation=shape.rotation)
+        traced = jax.jit(run, donate_argnums=2).trace(tokens, heads, state)
         return traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
@@ -201,9 +200,8 @@ def test_lowers_for_tpu(rank, rotation):
 @pytest.mark.libtpu
 @pytest.mark.parametrize("chip", tpu_aot.CHIPS)
 @pytest.mark.usefixtures("compiler")
-def test_compiles_and_moves_the_least(chip, monkeypatch):
+def test_compiles_and_moves_the_least(chip):
     """For real chips: the state in place, and next to nothing moved but inputs and outputs once."""
-    monkeypatch.setitem(IMPLEMENTATIONS, "mosaic_tpu", None)  # the chip's own takes its place while it compiles
     target = tpu_aot.Target(chip)
     for rank, dtype in ((1, "bfloat16"), (4, "float32")):
         case = dataclasses.replace(tpu_aot.STEP, rank=rank, dtype=dtype)

@@ -15,9 +15,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from experiments.benchmarks import tpu_aot
-from mamba3_jax.ops.mosaic_tpu import check, mosaic_tpu
+from mamba3_jax.ops.kernels import kernels
 from mamba3_jax.ops.ssm import ssm
-from pallas_kernels.ssm.mosaic_tpu import parts, scan
+from pallas_kernels.ssm.mosaic_tpu import parts, scan_fwd
 from pallas_kernels.ssm.mosaic_tpu.contract import Tiles
 from pallas_kernels.ssm.mosaic_tpu.tiles import default
 from pallas_kernels.ssm.mosaic_tpu.turns import starts
@@ -25,6 +25,8 @@ from tests.ops import cases
 from tests.ops.cases import MIMO, SISO, SSD, bfloat16, draw
 from tests.ops.quick import quick_jit
 
+mosaic_tpu = functools.partial(kernels, backend="mosaic_tpu")
+compiled = functools.partial(mosaic_tpu, anywhere=True)  # traced for a TPU that this process does not have
 INTERPRETER = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 SMALL = SISO._replace(length=40, batch=1)
 RANKED = MIMO._replace(length=20, batch=1)
@@ -147,7 +149,7 @@ def test_a_state_that_is_not_carried_is_caught(monkeypatch):
         CompilerParams = staticmethod(parallel)
         VMEM = pltpu.VMEM
 
-    monkeypatch.setattr(scan, "pltpu", Wrong)
+    monkeypatch.setattr(scan_fwd, "pltpu", Wrong)
     tokens, heads, state = draw(SMALL._replace(length=96))
     run = functools.partial(mosaic_tpu, rotation="adjacent", chunk=16, interpret=INTERPRETER)
     y_BLHP, _ = jax.jit(run)(tokens, heads, state)
@@ -218,7 +220,7 @@ def test_lowers_for_tpu(shape, starts, narrow):
 
     def op(tokens, heads, state):
         tokens = tokens._replace(start_BL=start(shape, starts))
-        return mosaic_tpu(
+        return compiled(
             tokens, heads, state, rotation=shape.rotation, tiles=default("v5e", shape.rank, dtype=tokens.q_BLRGN.dtype)
         )
 
@@ -226,12 +228,12 @@ def test_lowers_for_tpu(shape, starts, narrow):
         results, pull = jax.vjp(op, *inputs)
         return results, pull(results)
 
-    def kernels(run):
+    def count(run):
         traced = jax.jit(run).trace(tokens, heads, state)
         return traced.lower(lowering_platforms=("tpu",)).as_text().count("stablehlo.custom_call @tpu_custom_call")
 
-    assert kernels(op) == 1 + shape.turns  # the scan, and the angles before every chunk
-    assert kernels(with_gradients) == 2 + shape.turns
+    assert count(op) == 1 + shape.turns  # the scan, and the angles before every chunk
+    assert count(with_gradients) == 2 + shape.turns
 
 
 def test_results_that_are_not_used():
@@ -273,7 +275,7 @@ def test_no_zeros_of_a_state(loop, given):
     def loss(v_BLHP, state):
         def op(v_BLHP):
             inputs = (tokens._replace(v_BLHP=v_BLHP), heads, state)
-            return mosaic_tpu(*inputs, rotation="adjacent", tiles=default("v5e", 1))
+            return compiled(*inputs, rotation="adjacent", tiles=default("v5e", 1))
 
         return jnp.sum(loop(op, v_BLHP))
 
@@ -293,6 +295,7 @@ def test_no_zeros_of_a_state(loop, given):
 def test_a_named_implementation_runs_or_raises(monkeypatch):
     monkeypatch.setitem(ssm.__globals__["IMPLEMENTATIONS"], "mosaic_tpu", mosaic_tpu)
     tokens, heads, state = draw(SMALL)
+    interpreted = functools.partial(mosaic_tpu, rotation="adjacent", interpret=INTERPRETER)
     with pytest.raises(ValueError, match="implementation='mosaic_tpu' needs a TPU, the backend is"):
         ssm(tokens, heads, state, implementation="mosaic_tpu")
     for shape, message in (
@@ -301,25 +304,19 @@ def test_a_named_implementation_runs_or_raises(monkeypatch):
         (SMALL._replace(width=129), "P up to 128, not d_state=8, P=129"),
     ):
         with pytest.raises(ValueError, match=message):
-            check(draw(shape)[0], INTERPRETER)
+            interpreted(*draw(shape))
+    halved = {name: getattr(tokens, name).astype(np.float16) for name in ("q_BLRGN", "k_BLRGN", "v_BLHP")}
     with pytest.raises(ValueError, match="wants q, k and v in float32 or bfloat16, not float16"):
-        check(
-            tokens._replace(
-                q_BLRGN=tokens.q_BLRGN.astype(np.float16),
-                k_BLRGN=tokens.k_BLRGN.astype(np.float16),
-                v_BLHP=tokens.v_BLHP.astype(np.float16),
-            ),
-            INTERPRETER,
-        )
+        interpreted(tokens._replace(**halved), heads, state)
     with jax.enable_x64(True), pytest.raises(ValueError, match="computes in float32, log_a is float64"):
-        check(tokens._replace(log_a_BLH=np.float64(tokens.log_a_BLH)), INTERPRETER)
+        interpreted(tokens._replace(log_a_BLH=np.float64(tokens.log_a_BLH)), heads, state)
     with pytest.raises(ValueError, match="chip='v9' is not one of"):
         default("v9", 1)
-    run = functools.partial(mosaic_tpu, rotation="adjacent", tiles=Tiles(tokens=1024, vmem=16))
+    run = functools.partial(compiled, rotation="adjacent", tiles=Tiles(tokens=1024, vmem=16))
     with pytest.raises(ValueError, match=r"scan takes about .* more than tiles.vmem=16: shrink tiles.tokens=1024"):
         jax.eval_shape(run, *draw(SMALL._replace(length=1100)))
     with pytest.raises(ValueError, match=r"n_heads=4 is not a multiple of .* tiles.heads=3"):
-        mosaic_tpu(tokens, heads, state, rotation="adjacent", interpret=True, tiles=Tiles(heads=3))
+        interpreted(tokens, heads, state, tiles=Tiles(heads=3))
 
 
 @pytest.mark.slow
@@ -350,7 +347,7 @@ def test_libtpu_compiles(chip, shape, narrow):
     def op(flattened, heads, state):
         unflat = jax.tree.map(lambda array, like: array.reshape(like.shape), flattened, tokens)
         unflat = unflat._replace(start_BL=start_BL)
-        return mosaic_tpu(
+        return compiled(
             unflat, heads, state, rotation=shape.rotation, tiles=default(chip, shape.rank, dtype=tokens.q_BLRGN.dtype)
         )
 

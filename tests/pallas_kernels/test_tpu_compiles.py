@@ -17,11 +17,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, use_abstract_mesh
 from jax.sharding import PartitionSpec as Spec
 
 from experiments.benchmarks import hlo, ssm, tpu_aot
-from mamba3_jax.ops.mosaic_tpu import mosaic_tpu
+from mamba3_jax.ops.kernels import kernels
 from mamba3_jax.ops.sharded import sharded
-from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State, Tokens
+from mamba3_jax.ops.ssm import Heads, State, Tokens
 from mamba3_jax.ops.ssm import ssm as op
-from mamba3_jax.ops.tpu import mosaic_tpu as kernels
 from pallas_kernels.ssm.mosaic_tpu.tiles import default
 
 # Beside the decoding steps of test_decode_tpu.py; float32 with ranks, the longest to compile, for two chips.
@@ -50,10 +49,7 @@ KERNELS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def itself(compiler, monkeypatch):
-    """Where there is a compiler, `mosaic_tpu` is itself, or what the test makes of it."""
-    monkeypatch.setitem(IMPLEMENTATIONS, "mosaic_tpu", kernels)
+pytestmark = pytest.mark.usefixtures("compiler")
 
 
 @pytest.mark.libtpu
@@ -100,7 +96,8 @@ def test_more_vmem_than_a_chip_has_is_refused(chip):
     tiles = default(chip, 1)
     assert tiles.vmem * 2**20 < has
     case = dataclasses.replace(tpu_aot.LARGE, length=4096)
-    run = functools.partial(mosaic_tpu, rotation=case.rotation, tiles=dataclasses.replace(tiles, tokens=4096))
+    how = {"rotation": case.rotation, "tiles": dataclasses.replace(tiles, tokens=4096)}
+    run = functools.partial(kernels, backend="mosaic_tpu", anywhere=True, **how)
     message = rf"takes about .* MiB of VMEM, more than tiles.vmem={tiles.vmem}: shrink tiles.tokens=4096"
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda: run(*ssm.inputs(case), ssm.random_state(case, 0)))
