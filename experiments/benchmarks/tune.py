@@ -25,9 +25,9 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.benchmarks import common, ssm
-from mamba3_jax.ops import tuned
+from mamba3_jax.ops import kernels, tuned
+from mamba3_jax.ops.ssm import IMPLEMENTATIONS
 from mamba3_jax.ops.tuned import Choice
-from mamba3_jax.ops.ssm import IMPLEMENTATIONS, KERNELS
 
 # By implementation. Rows of a chunk are tokens times ranks; the names are those of its launch.
 STRUCTURE = {
@@ -235,8 +235,8 @@ def entry_of(case: ssm.Case, ms: dict[str, float], launch: dict, origin: dict) -
 def choice_of(name: str, case: ssm.Case, progress: Progress, origin: dict) -> Choice:
     """The table's entry for a case: the fastest implementation, and how each is launched."""
     abstract = jax.eval_shape(lambda: ssm.inputs(case)[0])
-    kernels = [name for name, unsupported in KERNELS.items() if unsupported(abstract) is None]
-    implementations = (*kernels, "recurrent" if case.length == 1 else "chunked")
+    run_here = [name for name in kernels.BACKENDS if kernels.refused(name, abstract) is None]
+    implementations = (*run_here, "recurrent" if case.length == 1 else "chunked")
     clocks = {implementation: Clock(name, case, implementation, progress) for implementation in implementations}
     fastest, launch = {each: clock.times([{}])[0] for each, clock in clocks.items()}, {}
     for implementation in implementations:

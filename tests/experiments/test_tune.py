@@ -10,10 +10,10 @@ import jax
 import pytest
 
 from experiments.benchmarks import common, ssm, tune
-from mamba3_jax.ops import tuned
-from mamba3_jax.ops.decode import default_tile
+from mamba3_jax.ops import kernels, tuned
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS
 from pallas_kernels.ssm.triton.common import Tile
+from pallas_kernels.ssm.triton.step import default_tile
 
 TINY = ssm.Case(batch=2, length=24, heads=2, width=8, d_state=8)
 ORIGIN = {"device": "NVIDIA H200", "jax": "1", "commit": "abc"}
@@ -114,7 +114,8 @@ def no_table(tmp_path, monkeypatch):
 
 
 def test_an_entry_is_written_in_the_place_of_the_one_before(checked, no_table, tmp_path, monkeypatch):
-    monkeypatch.setattr(tune, "KERNELS", {"scaled": lambda tokens: None, "other": lambda tokens: "wants a GPU"})
+    monkeypatch.setattr(kernels, "BACKENDS", {"scaled": "", "other": ""})
+    monkeypatch.setattr(kernels, "refused", lambda name, tokens: None if name == "scaled" else "wants a GPU")
     progress, path = tune.Progress(tmp_path / "tune.json", ORIGIN), tmp_path / "tuned.json"
     step = dataclasses.replace(TINY, length=1)
     for case in (TINY, step, TINY):

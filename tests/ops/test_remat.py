@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from mamba3_jax.mixers.mamba3 import KEPT
-from mamba3_jax.ops.triton import triton
+from mamba3_jax.ops.kernels import kernels
 from tests.ops import cases
 from tests.ops.cases import MIMO, SISO, bfloat16, draw
 from tests.ops.quick import quick_jit
@@ -19,7 +19,7 @@ SHAPES = {  # that the kernels take as they are, of a chunk and a segment
 
 def with_remat(how: str | None, shape):
     """The op as the mixer calls it."""
-    op = functools.partial(triton, rotation=shape.rotation, interpret=True)
+    op = functools.partial(kernels, backend="triton", rotation=shape.rotation, interpret=True)
     if how is None:
         return op
     return jax.checkpoint(op, policy=jax.checkpoint_policies.save_only_these_names(*KEPT[how]))

@@ -3,17 +3,18 @@
 import dataclasses
 import functools
 import json
+import sys
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from mamba3_jax.ops import tuned, ssm
+from mamba3_jax.ops import kernels, ssm, tuned
 from mamba3_jax.ops.tuned import Choice, choose
-from mamba3_jax.ops.tpu import mosaic_tpu
-from mamba3_jax.ops.triton import Layout, tile_of, triton
+from mamba3_jax.ops.types import Heads
 from pallas_kernels.ssm.triton.common import Launch, Tile
+from pallas_kernels.ssm.triton.config import order_of, tile_of
 from tests.ops.cases import SISO, bfloat16, draw
 
 SHAPE = SISO._replace(batch=2, length=48, heads=32, groups=1, d_state=128, width=64, planes=32)
@@ -56,7 +57,6 @@ def test_the_nearest_entry_serves(table):
 
 @pytest.fixture
 def on_h200(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H200")])
 
 
@@ -65,18 +65,21 @@ def test_the_default_implementation(table, on_h200, monkeypatch):
         table(*[entry] * (entry is not None))
         return ssm.default_implementation(tokens_of(shape))
 
-    monkeypatch.delitem(ssm.KERNELS, "mosaic_gpu")  # which asks the GPU itself
+    monkeypatch.delitem(kernels.BACKENDS, "mosaic_gpu")  # which asks the GPU itself
     plain = dataclasses.replace(ENTRY, implementation="chunked")
     assert default(None) == default(ENTRY) == default(None, SHAPE._replace(length=1)) == "triton"
     assert default(plain) == "chunked"
     # A kernel that the table names and that cannot run these inputs gives way; a plain one is for everything.
     later = dataclasses.replace(ENTRY, implementation="later")
     monkeypatch.setitem(ssm.IMPLEMENTATIONS, "later", None)
-    monkeypatch.setitem(ssm.KERNELS, "later", lambda tokens: "wants something else")
+    monkeypatch.setitem(kernels.BACKENDS, "later", "later")
+    backend = SimpleNamespace(available=lambda: None, unsupported=lambda row: None)
+    monkeypatch.setitem(sys.modules, "later", backend)
+    backend.available = lambda: "wants something else"
     assert default(later) == "triton"
-    monkeypatch.setitem(ssm.KERNELS, "later", lambda tokens: None)
+    backend.available = lambda: None
     assert default(later) == "later"
-    monkeypatch.delitem(ssm.KERNELS, "later")
+    monkeypatch.delitem(kernels.BACKENDS, "later")
     assert default(None, SHAPE._replace(rank=3)) == "chunked"
     assert default(None, SHAPE._replace(rank=3, length=1)) == "recurrent"
     with pytest.raises(ValueError, match=r"tuned.json has .*implementation='fastest'.* is not one of"):
@@ -91,7 +94,8 @@ def on_tpu(monkeypatch):
         monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
         monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)] * devices)
         monkeypatch.setattr(jax, "device_count", lambda: devices)
-        monkeypatch.setitem(ssm.IMPLEMENTATIONS, "mosaic_tpu", mosaic_tpu)  # not interpreted
+        monkeypatch.setitem(ssm.IMPLEMENTATIONS, "mosaic_tpu", kernels.IMPLEMENTATIONS["mosaic_tpu"])  # not interpreted
+        kernels._unsupported.cache_clear()  # of the device before
 
     return become
 
@@ -165,26 +169,33 @@ def test_where_a_tpu_has_no_default_kernel(on_tpu):
     assert ssm.default_implementation(tokens_of(SHAPE._replace(length=1))) == "recurrent"
 
 
+def tile(tokens, config) -> Tile:
+    """Returns how Triton's kernels are cut for these tokens."""
+    shapes = jax.eval_shape(lambda tokens: kernels._row(tokens, Heads(), None), tokens)
+    d_state, planes = tokens.q_BLRGN.shape[-1], tokens.angle_BLHS.shape[-1]
+    return tile_of(shapes, order_of("adjacent", d_state, planes).size, config, False)
+
+
 def test_the_launch_is_the_tables(table, on_h200):
     told = {"chunk": 32, "programs": 512, "forward": [8, 3], "heads_turned": 2}
     table(dataclasses.replace(ENTRY, launch={"triton": told}))
     tokens = tokens_of(SHAPE._replace(length=1024))
-    size = Layout(128, 32, "adjacent").size
-    by_hand = tile_of(tokens, size, {}, False)
+    by_hand = tile(tokens, {})
     assert by_hand == Tile(rows=64, width=64, segments=4)
-    tile = tile_of(tokens, size, tuned.launch("triton", tokens), False)
-    assert tile == dataclasses.replace(by_hand, rows=32, segments=8, forward=Launch(8, 3), heads_turned=2)
-    assert tuned.launch("mosaic_gpu", tokens) == {}
+    assert tile(tokens, tuned.config("triton", tokens)) == dataclasses.replace(
+        by_hand, rows=32, segments=8, forward=Launch(8, 3), heads_turned=2
+    )
+    assert tuned.config("mosaic_gpu", tokens) == {}
     for launch in ({"chunks": 1}, {"forwards": [4, 2]}):
         with pytest.raises(ValueError, match=rf"implementation='triton' has no {next(iter(launch))} to be launched"):
-            tile_of(tokens, size, launch, False)
+            tile(tokens, launch)
 
 
 def test_a_token_is_told_too(table, on_h200):
     table(dataclasses.replace(ENTRY, length=1, dtype="float32", launch={"triton": {"nonsense": 1}}))
     tokens, heads, state = draw(SHAPE._replace(length=1))
     with pytest.raises(ValueError, match="has no nonsense to be launched with"):
-        triton(tokens, heads, state, rotation="adjacent")
+        kernels.kernels(tokens, heads, state, rotation="adjacent", backend="triton", anywhere=True)
 
 
 @pytest.mark.parametrize(
@@ -220,4 +231,4 @@ def test_the_shipped_table_can_be_used():
         assert sizes == tuple(map(tuned.rounded, sizes)), entry
         if entry.length > 1:
             shape = SHAPE._replace(rank=entry.rank, width=entry.width, d_state=entry.d_state)
-            tile_of(tokens_of(shape), entry.d_state, entry.launch.get("triton", {}), False)
+            tile(tokens_of(shape), entry.launch.get("triton", {}))

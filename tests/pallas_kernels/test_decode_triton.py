@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-from mamba3_jax.ops.decode import decode
+from mamba3_jax.ops.kernels import kernels
 from mamba3_jax.ops.recurrent import recurrent
 from pallas_kernels.ssm.triton.decode import Tile
 from pallas_kernels.ssm.triton.decode_fused import Tile as FusedTile
@@ -39,17 +39,16 @@ TILES = {
     "fma_rows": Tile(rows=16, columns=16, heads=2),
     "dot": Tile(columns=128, update="dot", readout="dot"),
     "dot_columns": Tile(columns=16, heads=2, update="dot", readout="dot"),
-    "mixed": Tile(rows=16, update="dot", finish=False),
+    "mixed": Tile(rows=16, update="dot"),
     "readout_dot": Tile(readout="dot"),
     "fused": FusedTile(),
     "fused_16": FusedTile(columns=16, warps=2, batch_first=False),
 }
 
 
-def step(shape, tile: Tile | None = None, implementation=decode):
-    """(tokens, heads, state) -> y, state."""
-    how = {"interpret": True, "tile": tile} if implementation is decode else {}
-    return functools.partial(implementation, rotation=shape.rotation, **how)
+def step(shape, tile=None):
+    """Returns a function of (tokens, heads, state) that returns the output and the state."""
+    return functools.partial(kernels, backend="triton", rotation=shape.rotation, interpret=True, tile=tile)
 
 
 def drawn(shape, *, start: bool = False):
@@ -62,7 +61,7 @@ def double(inputs, shape):
     """`recurrent` in float64, on the very same numbers."""
     with jax.enable_x64(True):
         wide = lambda x: np.asarray(x, x.dtype if x.dtype == bool else np.float64)  # noqa: E731
-        results = quick_jit(step(shape, implementation=recurrent))(*jax.tree.map(wide, inputs))
+        results = quick_jit(functools.partial(recurrent, rotation=shape.rotation))(*jax.tree.map(wide, inputs))
         return jax.tree.map(np.asarray, results)
 
 
@@ -150,9 +149,6 @@ def test_a_planted_error_is_caught(field):
 
 
 def test_what_it_cannot_run():
-    tokens, heads, state = draw(SISO._replace(length=2))
-    with pytest.raises(ValueError, match="decode is one token, not length=2"):
-        step(SISO)(tokens, heads, state)
     with pytest.raises(ValueError, match="a power of two up to 16, not rank=3"):
         step(MIMO)(*draw(MIMO._replace(rank=3)))
     with pytest.raises(ValueError, match="names an unknown way"):
@@ -163,11 +159,10 @@ def test_what_it_cannot_run():
 @pytest.mark.parametrize("start", [False, True], ids=["goes_on", "start"])
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("rank", [1, 4, 16])
-def test_lowers_for_cuda(rank, tile, start, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+def test_lowers_for_cuda(rank, tile, start):
     shape = (MIMO if rank > 1 else SISO)._replace(rank=rank, **SIZED)
     tokens, heads, state = drawn(shape, start=start)
-    op = functools.partial(decode, rotation=shape.rotation, tile=TILES[tile])
+    op = functools.partial(step(shape, TILES[tile]), interpret=None, anywhere=True)
     with use_abstract_mesh(GPU):
         traced = jax.jit(op, donate_argnums=2).trace(bfloat16(tokens), heads, state)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()

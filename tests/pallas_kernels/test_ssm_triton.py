@@ -16,9 +16,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.model import LanguageModel
-from mamba3_jax.ops.ssm import ssm
-from mamba3_jax.ops.triton import check, triton
-from pallas_kernels.ssm.triton import rotate, scan
+from mamba3_jax.ops.kernels import kernels
+from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
+from pallas_kernels.ssm.triton import rotate, scan_fwd
 from pallas_kernels.ssm.triton.common import Tile
 from tests.ops import cases
 from tests.ops.cases import MIMO, SISO, bfloat16, draw
@@ -39,11 +39,7 @@ MIMO_LARGE = MIMO._replace(batch=1, length=300, d_state=128, width=64, planes=32
 LEFT_OUT = dict.fromkeys(("skip", "gate", "bias", "looks_back", "turns"), False)  # Mamba-2's SSD
 
 
-@pytest.fixture
-def on_gpu(monkeypatch):
-    """What is traced is for a GPU: nothing runs."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setitem(ssm.__globals__["IMPLEMENTATIONS"], "triton", triton)
+triton = functools.partial(kernels, backend="triton")
 
 
 @pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
@@ -64,7 +60,7 @@ def on_gpu(monkeypatch):
     ],
     ids=lambda value: f"{value}" if isinstance(value, int) else f"R{value.rank}N{value.d_state}P{value.width}",
 )
-def test_lowers_for_cuda(shape, segments, packed, dtype, on_gpu):
+def test_lowers_for_cuda(shape, segments, packed, dtype):
     tokens, heads, state = draw(shape)
     if dtype == jnp.bfloat16:
         tokens = bfloat16(tokens)
@@ -73,7 +69,7 @@ def test_lowers_for_cuda(shape, segments, packed, dtype, on_gpu):
     def run(tokens, heads, state):
         def op(tokens, heads, state):
             tokens = tokens._replace(start_BL=start_BL)
-            return triton(tokens, heads, state, rotation=shape.rotation, segments=segments)
+            return triton(tokens, heads, state, rotation=shape.rotation, segments=segments, anywhere=True)
 
         results, pull = jax.vjp(op, tokens, heads, state)
         return results, pull(results)
@@ -96,12 +92,12 @@ def test_lowers_for_cuda(shape, segments, packed, dtype, on_gpu):
     ],
     ids=["no_rotation", "no_bias", "first_order", "ssd", "ssd_in_ranks"],
 )
-def test_what_is_left_out_is_in_no_kernel(shape, kernels, on_gpu):
+def test_what_is_left_out_is_in_no_kernel(shape, kernels):
     """Lowered for CUDA, cut into two: no angles, nor what stores queries and keys once a head where nothing is done."""
     tokens, heads, state = draw(shape)
 
     def run(tokens, heads, state):
-        op = functools.partial(triton, rotation=shape.rotation, segments=2)
+        op = functools.partial(triton, rotation=shape.rotation, segments=2, anywhere=True)
         results, pull = jax.vjp(op, tokens, heads, state)
         return results, pull(results)
 
@@ -114,11 +110,12 @@ def test_what_is_left_out_is_in_no_kernel(shape, kernels, on_gpu):
 
 
 @pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
-def test_the_largest_state_lowers_for_cuda(on_gpu):
+def test_the_largest_state_lowers_for_cuda():
     tokens, heads, state = draw(SISO_LARGE._replace(d_state=256, width=128, planes=64))
 
     def loss(tokens, heads, state):
-        return jnp.sum(triton(bfloat16(tokens), heads, state, rotation="adjacent")[0].astype(jnp.float32))
+        o_BLHP, _ = triton(bfloat16(tokens), heads, state, rotation="adjacent", anywhere=True)
+        return jnp.sum(o_BLHP.astype(jnp.float32))
 
     with use_abstract_mesh(GPU):
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(tokens, heads, state)
@@ -129,8 +126,9 @@ def test_the_largest_state_lowers_for_cuda(on_gpu):
 @pytest.mark.parametrize(
     "how", [{}, {"mimo_rank": 2, "compute_dtype": "bfloat16", "remat": "op"}], ids=["siso", "mimo"]
 )
-def test_a_model_lowers_for_cuda(how, on_gpu):
+def test_a_model_lowers_for_cuda(how, monkeypatch):
     """A training step's gradient on packed rows, and a decoding step."""
+    monkeypatch.setitem(IMPLEMENTATIONS, "triton", functools.partial(triton, anywhere=True))
     model = LanguageModel(ModelConfig(implementation="triton", d_model=128, d_state=64, **how))
     tokens_BL, start_BL = np.zeros((2, 96), np.int32), np.zeros((2, 96), bool)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens_BL)
@@ -171,7 +169,7 @@ def test_how_the_length_is_cut_does_not_matter(shape, starts):
         cases.check_gradients(gradients, want[1], 1e-4)
 
 
-def scan_inputs(rows=64, d_state=32, width=16, dtype=jnp.float32, rank=1) -> scan.Inputs:
+def scan_inputs(rows=64, d_state=32, width=16, dtype=jnp.float32, rank=1) -> scan_fwd.Inputs:
     """Shapes alone."""
 
     def shape(*sizes, dtype=jnp.float32):
@@ -180,7 +178,7 @@ def scan_inputs(rows=64, d_state=32, width=16, dtype=jnp.float32, rank=1) -> sca
     rotated, scalars = shape(1, 2, rows, d_state, dtype=dtype), shape(1, 2, rows)
     v_BLHP = shape(1, rows // rank, 2, width, dtype=dtype)
     h_BHSPN = shape(1, 2, 1, width, d_state)
-    return scan.Inputs(
+    return scan_fwd.Inputs(
         rotated, rotated, v_BLHP, None, scalars, None, scalars, scalars, None, h_BHSPN, None, None, None, None, None
     )
 
@@ -200,7 +198,7 @@ def scan_inputs(rows=64, d_state=32, width=16, dtype=jnp.float32, rank=1) -> sca
 )
 def test_what_the_scan_cannot_run(sizes, tile, message):
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(functools.partial(scan.forward, tile=tile, keep=False), scan_inputs(**sizes))
+        jax.eval_shape(functools.partial(scan_fwd.forward, tile=tile, keep=False), scan_inputs(**sizes))
 
 
 @pytest.mark.parametrize(
@@ -219,10 +217,13 @@ def test_what_the_rotation_cannot_run(d_state, planes, length, message):
 
 
 def test_a_named_implementation_runs_or_raises(monkeypatch):
-    monkeypatch.setitem(ssm.__globals__["IMPLEMENTATIONS"], "triton", triton)
+    def run(inputs, shape=SISO):
+        return triton(*inputs, rotation=shape.rotation, interpret=True)
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "triton", triton)
     tokens, heads, state = draw(SISO)
     if jax.default_backend() == "cpu":
-        with pytest.raises(ValueError, match="implementation='triton' needs an NVIDIA GPU, the backend is 'cpu'"):
+        with pytest.raises(ValueError, match="implementation='triton' needs an NVIDIA GPU, not 'cpu'"):
             ssm(tokens, heads, state, implementation="triton")
     for shape, message in (
         (SISO._replace(d_state=258), "d_state up to 256 .* not d_state=258"),
@@ -231,8 +232,8 @@ def test_a_named_implementation_runs_or_raises(monkeypatch):
         (MIMO._replace(rank=3), "a power of two up to 16, not rank=3"),
     ):
         with pytest.raises(ValueError, match=message):
-            check(draw(shape)[0], interpret=True)
+            run(draw(shape), shape)
     with pytest.raises(ValueError, match="no room for float32 with P d_state over 128 x 128, not d_state=256, P=128"):
-        check(draw(SISO._replace(d_state=256, width=128, planes=64))[0], interpret=True)
+        run(draw(SISO._replace(d_state=256, width=128, planes=64)))
     with pytest.raises(ValueError, match="computes in float32, log_a is float64"):
-        check(draw(SISO, dtype=np.float64)[0], interpret=True)
+        run(draw(SISO, dtype=np.float64))
