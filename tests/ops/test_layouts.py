@@ -78,9 +78,10 @@ def recorded() -> dict:
     return json.loads(PATH.read_text())
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("case", SHAPES)
 @pytest.mark.parametrize("implementation", KERNELS)
-def test_kernels_are_given_what_they_were(implementation, case, without_callbacks):
+def test_kernels_are_given_what_they_were(implementation, case):
     assert traced(implementation, case) == recorded()[implementation][case]
 
 

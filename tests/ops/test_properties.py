@@ -67,21 +67,21 @@ def shapes(draw):
     )
 
 
+@every_implementation
 @repeatable(max_examples=4)
 @given(shape=shapes(), seed=st.integers(0, 99), with_start=st.booleans())
 @example(shape=SISO._replace(d_state=2, planes=1, length=17, gate=False, skip=False), seed=0, with_start=False)
 @example(shape=MIMO._replace(rank=8, heads=6, groups=3, length=19, batch=1), seed=1, with_start=True)
-def test_implementations_agree(shape, seed, with_start):
+def test_agrees_with_the_definition(shape, seed, with_start, implementation):
     """Values and every gradient, states in and out included, as `recurrent` gives them in float64."""
     inputs, cotangent = draw(shape, seed), cases.cotangents(shape)
     start_BL = None
     if with_start:
         start_BL = np.random.default_rng(seed).random((shape.batch, shape.length)) < 0.2
     want = cases.reference(inputs, start_BL, cotangent, shape.rotation)
-    for implementation in FLOAT32:
-        results, gradients = pulled(implementation, shape.rotation)(inputs, start_BL, cotangent)
-        check_results(results, want[0], FORWARD)
-        check_gradients(gradients, want[1], GRADIENT)
+    results, gradients = pulled(implementation, shape.rotation)(inputs, start_BL, cotangent)
+    check_results(results, want[0], FORWARD)
+    check_gradients(gradients, want[1], GRADIENT)
 
 
 @pytest.mark.parametrize(("name", "implementation"), LEFT_OUT_OF)
@@ -176,7 +176,6 @@ def test_pieces_with_the_state_carried_are_the_whole(lengths, shape, implementat
 
 @pytest.mark.parametrize("implementation", cases.NAMES)
 @pytest.mark.parametrize("shape", [SISO._replace(length=21), MIMO._replace(length=1)], ids=["siso", "mimo_step"])
-@pytest.mark.usefixtures("without_callbacks")
 def test_no_state_is_the_empty_state(shape, implementation):
     """The same bits, of values and of gradients."""
     tokens, heads, _ = draw(shape)
@@ -279,17 +278,8 @@ def check_isolation(pull, shape, starts, start_BL):
             assert not np.any(unreached), f"state{name}: the loss of {begin}:{end} reaches the incoming state"
 
 
-# Of the TPU's interpreter every kind of row, and every document of it, is half a minute.
-SLOW = {("mimo", "mosaic_tpu")}
-PAIRS = [
-    pytest.param(shape, implementation, id=f"{name}-{implementation}", marks=[pytest.mark.slow] * (pair in SLOW))
-    for name, shape in (("siso", SISO), ("mimo", MIMO))
-    for implementation in FLOAT32
-    if (pair := (name, implementation))
-]
-
-
-@pytest.mark.parametrize(("shape", "implementation"), PAIRS)
+@every_implementation
+@siso_and_mimo
 @with_starts
 @repeatable(max_examples=6)
 @given(starts=drawn_starts)
@@ -534,7 +524,6 @@ def test_gradients_are_finite_differences(shape, implementation):
 
 
 @every_implementation
-@pytest.mark.usefixtures("without_callbacks")
 def test_vmap_and_checkpoint(implementation):
     shape = MIMO._replace(batch=1, length=9)
     pairs = [(draw(shape, seed), cases.cotangents(shape, seed + 1)) for seed in (0, 4)]
