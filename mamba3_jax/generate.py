@@ -94,9 +94,9 @@ def draw(key, logits_BV, sampling: Sampling):
 
 
 @functools.lru_cache(maxsize=8)
-def programs(fields: tuple, sampling: Sampling, stop_ids: tuple[int, ...]):
+def programs(fields: tuple[tuple, ...], sampling: Sampling, stop_ids: tuple[int, ...]):
     """(prefill, decode) of a model config, given by its fields; one object each, so that equal calls compile once."""
-    model = LanguageModel(ModelConfig(*fields))
+    model = LanguageModel(ModelConfig(**dict(fields)))
     run, loop = functools.partial(prefill, model), functools.partial(decode, model, sampling, stop_ids)
     return jax.jit(run, donate_argnums=3), jax.jit(loop, donate_argnums=2)
 
@@ -121,7 +121,14 @@ def decode(model: LanguageModel, sampling: Sampling, stop_ids: tuple[int, ...], 
         done_B = carry.done_B | nan_B | jnp.isin(token_B, jnp.asarray(stop_ids, jnp.int32))
         out_B = jnp.where(nan_B, NO_NUMBER, jnp.where(done_B, NOTHING, token_B))
         out_BT = carry.out_BT.at[:, carry.step].set(out_B)
-        return Carry(carry.step + 1, token_B, jnp.zeros_like(carry.start_B), done_B, out_BT, state)
+        return Carry(
+            step=carry.step + 1,
+            token_B=token_B,
+            start_B=jnp.zeros_like(carry.start_B),
+            done_B=done_B,
+            out_BT=out_BT,
+            state=state,
+        )
 
     return jax.lax.while_loop(unfinished, one, carry)
 
@@ -165,7 +172,7 @@ def generate(
     batch, length = tokens_BL.shape
     state = model.empty_state(batch, length + tokens)
     seconds = {"prefill": 0.0, "decode": 0.0, "compile": 0.0}
-    fields = tuple(getattr(model.config, field.name) for field in dataclasses.fields(model.config))
+    fields = tuple((field.name, getattr(model.config, field.name)) for field in dataclasses.fields(model.config))
     prefill_program, decode_program = programs(fields, sampling, tuple(stop_ids))
 
     if length > 1:
@@ -178,9 +185,15 @@ def generate(
                 state = run(params, tokens_BL[:, part], start_BL[:, part], state)
             jax.block_until_ready(state)
 
-    key, out_BT = jax.random.key(seed), jnp.full((batch, tokens), NOTHING, jnp.int32)
-    last = jnp.asarray(tokens_BL[:, -1]), jnp.asarray(start_BL[:, -1])
-    carry = Carry(jnp.int32(0), *last, jnp.zeros(batch, bool), out_BT, state)
+    key = jax.random.key(seed)
+    carry = Carry(
+        step=jnp.int32(0),
+        token_B=jnp.asarray(tokens_BL[:, -1]),
+        start_B=jnp.asarray(start_BL[:, -1]),
+        done_B=jnp.zeros(batch, bool),
+        out_BT=jnp.full((batch, tokens), NOTHING, jnp.int32),
+        state=state,
+    )
     with timed(seconds, "compile"):
         run = decode_program.lower(params, key, carry, jnp.int32(0)).compile()
     block, rows, searched = BLOCK if stop else tokens, [], [0] * batch

@@ -173,7 +173,14 @@ def parse(line: str) -> Instruction:
     inside = rest[match.end() : last - 1]
     operands = [re.sub(r"^.*%", "", part.strip()) for part in re.split(r",(?![^{\[]*[}\]])", inside)]
     is_root = line.lstrip().startswith("ROOT ")
-    return Instruction(name, rest[: match.start(1)].strip(), match.group(1), tuple(operands), rest[last:], is_root)
+    return Instruction(
+        name=name,
+        shape=rest[: match.start(1)].strip(),
+        opcode=match.group(1),
+        operands=tuple(operands),
+        attributes=rest[last:],
+        is_root=is_root,
+    )
 
 
 def closing(text: str, begin: int) -> int:

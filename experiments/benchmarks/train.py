@@ -116,16 +116,16 @@ def trainer_program(model: str, config: Config) -> Program:
             return state, put(documents(config.data, config.model.vocab_size), mesh)
 
     return Program(
-        model,
-        "training step",
-        config.model.implementation,
-        config.model,
-        partial(train_step, config),
-        shapes,
-        arguments,
-        lambda metrics: {name: metrics[name] for name in ("loss", "grad_norm")},
-        config.data.batch,
-        config.data.length,
+        model=model,
+        what="training step",
+        implementation=config.model.implementation,
+        config=config.model,
+        function=partial(train_step, config),
+        shapes=shapes,
+        arguments=arguments,
+        values=lambda metrics: {name: metrics[name] for name in ("loss", "grad_norm")},
+        batch=config.data.batch,
+        length=config.data.length,
         donated=True,
         scope=partial(using, mesh),
     )
@@ -157,7 +157,18 @@ def layer_programs(model: str, implementation: str, batch: int, length: int) -> 
     def program(what, function, count, values):
         given = jax.jit(partial(arguments, count))
         shapes = partial(jax.eval_shape, given)
-        return Program(model, what, implementation, config, function, shapes, given, values, batch, length)
+        return Program(
+            model=model,
+            what=what,
+            implementation=implementation,
+            config=config,
+            function=function,
+            shapes=shapes,
+            arguments=given,
+            values=values,
+            batch=batch,
+            length=length,
+        )
 
     return [
         program("forward", forward, 2, lambda y_BLD: {"y": y_BLD}),

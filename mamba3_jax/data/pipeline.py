@@ -41,7 +41,7 @@ class Loader:
         if self._iterator is None:
             self._iterator = iter(self._from_position())
         # A copy, as a worker's arrays live in shared memory that ends with the iterator.
-        batch = Batch(*map(np.array, next(self._iterator)))
+        batch = Batch._make(map(np.array, next(self._iterator)))
         for name, ids in (("token", batch.tokens_BL), ("target", batch.targets_BL[batch.weights_BL != 0])):
             for extreme in (ids.min(initial=0), ids.max(initial=0)):
                 if not 0 <= extreme < self._vocab_size:

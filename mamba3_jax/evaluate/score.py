@@ -55,10 +55,10 @@ class Scorer:
         rows, length = batch.tokens_BL.shape
         piece = min(self.piece, length)
         fill = -length % piece
-        padded = Batch(*(np.pad(array, ((0, 0), (0, fill))) for array in batch))
+        padded = jax.tree.map(lambda array_BL: np.pad(array_BL, ((0, 0), (0, fill))), batch)
         state, parts = self.model.empty_state(rows, length + fill), []
         for first in range(0, length, piece):
-            part = Batch(*(array[:, first : first + piece] for array in padded))
+            part = jax.tree.map(lambda array_BL: array_BL[:, first : first + piece], padded)  # noqa: B023
             *scores, state = self._run(self.params, part, state)
             parts.append(jax.device_get(scores))
         nll_BL, correct_BL = (np.concatenate(part, axis=1)[:, :length] for part in zip(*parts, strict=True))

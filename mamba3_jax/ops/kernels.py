@@ -151,7 +151,7 @@ def _shapes(tokens: Tokens):
 
 @functools.lru_cache
 def _unsupported(backend: str, shapes) -> str | None:
-    tokens = Tokens(*(None if x is None else jax.ShapeDtypeStruct(*x) for x in shapes))
+    tokens = Tokens._make(None if x is None else jax.ShapeDtypeStruct(*x) for x in shapes)
     (rank, _, d_state), (n_heads, width) = tokens.k_BLRGN.shape[2:], tokens.v_BLHP.shape[2:]
     weights = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
     # All that there can be: the most that a kernel may have to hold.

@@ -46,7 +46,7 @@ def sharded(op, batch: str | None, split: str | None):
         )
         of_state = State(**dict.fromkeys(State._fields, Spec(row, split)))._replace(k_BRHN=own)
         of_state = _where(jax.eval_shape(empty_state, tokens), of_state)
-        given = [(tokens, of_tokens), (heads, Heads(*[Spec(split)] * len(heads))), (state, of_state)]
+        given = [(tokens, of_tokens), (heads, Heads(**dict.fromkeys(Heads._fields, Spec(split)))), (state, of_state)]
         specs = tuple(None if arrays is None else _where(arrays, specs) for arrays, specs in given)
         # check_vma: kernels do not say over which axes their outputs differ.
         run = jax.shard_map(op, in_specs=specs, out_specs=(own, of_state), check_vma=False)

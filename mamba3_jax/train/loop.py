@@ -16,7 +16,7 @@ from mamba3_jax.data import loader, tokenizer, tokenizer_copy
 from mamba3_jax.finite import check_finite
 from mamba3_jax.sharding import make_mesh, using
 from mamba3_jax.train import flops, metrics, optimizer, resume
-from mamba3_jax.train.loss import Sums, bits_per_byte, means
+from mamba3_jax.train.loss import bits_per_byte, means
 from mamba3_jax.train.step import TrainState, batch_shapes, eval_step, init_state, put, state_shapes, train_step
 
 say = functools.partial(print, flush=True)  # a progress line that waits in a buffer is no progress line
@@ -257,7 +257,8 @@ class Trainer:
     def _validate(self) -> float:
         """Mean validation loss over the same batches every time."""
         parts = [self.evaluate(self.state.params, put(batch, self.mesh)) for batch in self.valid]
-        values = {name: value.item() for name, value in means(Sums(*map(sum, zip(*parts, strict=True)))).items()}
+        total = jax.tree.map(lambda *values: sum(values), *parts)
+        values = {name: value.item() for name, value in means(total).items()}
         if (bits := bits_per_byte(values["loss"], self.config.data)) is not None:
             values["bits_per_byte"] = bits
         self._write(self.step, {f"valid_{name}": value for name, value in values.items()})

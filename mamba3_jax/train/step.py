@@ -31,9 +31,9 @@ def init_state(config: Config) -> TrainState:
     """The state before the first step; everything random in it comes from config.seed."""
     model_key, rng = jax.random.split(jax.random.key(config.seed))
     params = init_params(config.model, model_key)
-    zero = jnp.zeros((), jnp.int32)
+    counts = dict.fromkeys(("step", "skipped", "bad"), jnp.zeros((), jnp.int32))
     opt_state = optimizer(config.optimizer, config.train.steps).init(params)
-    return TrainState(zero, zero, zero, jax.random.key_data(rng), params, opt_state)
+    return TrainState(**counts, rng=jax.random.key_data(rng), params=params, opt_state=opt_state)
 
 
 def state_shapes(config: Config, mesh: Mesh) -> TrainState:
@@ -48,7 +48,7 @@ def state_shapes(config: Config, mesh: Mesh) -> TrainState:
         params,
         transform_non_params=lambda _: whole,
     )
-    shardings = TrainState(whole, whole, whole, whole, params, opt_state)
+    shardings = jax.tree.map(lambda _: whole, shapes)._replace(params=params, opt_state=opt_state)
     return jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
     )
@@ -76,7 +76,7 @@ def gradients(config: Config, params, batch: Batch) -> tuple[Any, Sums]:
     else:
         # Micro-batch i takes rows i, i + count, ...: of every device's rows an equal part.
         split = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
-        zeros = (jax.tree.map(jnp.zeros_like, params), Sums(*jnp.zeros(len(Sums._fields))))
+        zeros = (jax.tree.map(jnp.zeros_like, params), Sums._make(jnp.zeros(len(Sums._fields))))
         (grads, parts), _ = jax.lax.scan(micro, zeros, split)
     weight = jnp.where(parts.weight > 0, parts.weight, 1)
     return jax.tree.map(lambda g: g / weight, grads), parts

@@ -32,7 +32,6 @@ INPUTS = {
     "long steps": (np.full((LENGTH, 2), [3.1, -0.7]), np.full(LENGTH, 37.77)),
 }
 ANGLE_LHS, DT_LH = (np.stack(arrays, axis=1) for arrays in zip(*INPUTS.values(), strict=True))
-BEGIN = LENGTH - 5000  # of the last document of a packed row
 
 
 def tokens_of(angle_LHS, dt_LH, start_L=None) -> tuple[Tokens, Heads]:
@@ -86,14 +85,15 @@ def test_a_million_tokens(implementation):
 @pytest.mark.parametrize("implementation", PARALLEL)
 def test_the_angle_restarts_with_a_document(implementation):
     """The sum is over the last document only, and bit for bit the same whatever came before it."""
-    start_L = np.zeros(LENGTH, bool)
-    start_L[[0, 77, BEGIN]] = True
-    before_L = np.arange(LENGTH) < BEGIN
+    length, begin = 2**17, 2**17 - 5000
+    start_L = np.zeros(length, bool)
+    start_L[[0, 77, begin]] = True
     # Two heads with the same last document, and others before it.
-    angle_LHS = np.stack([ANGLE_LHS[:, 0], np.where(before_L[:, None], 1.234, ANGLE_LHS[:, 0])], axis=1)
-    dt_LH = np.stack([DT_LH[:, 0]] * 2, axis=1)
+    angle_LS, before_L = ANGLE_LHS[:length, 0], np.arange(length) < begin
+    angle_LHS = np.stack([angle_LS, np.where(before_L[:, None], 1.234, angle_LS)], axis=1)
+    dt_LH = np.stack([DT_LH[:length, 0]] * 2, axis=1)
     got = final_angle(implementation)(*tokens_of(angle_LHS, dt_LH, start_L))
-    last, _ = tokens_of(angle_LHS[BEGIN:], dt_LH[BEGIN:])
+    last, _ = tokens_of(angle_LHS[begin:], dt_LH[begin:])
     assert np.all(gap(got, exact(last)) < 1e-5)
     np.testing.assert_array_equal(got[0], got[1])
 
