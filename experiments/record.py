@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def timed(module: str, *arguments: str) -> float:
-    """Runs one of the commands to its end; its wall time in seconds.
+    """Run one of the commands to its end; its wall time in seconds.
 
     Raises:
         SystemExit: the command failed, and said why.

@@ -25,20 +25,20 @@ MODULE = "config_config"  # the name that ml_collections gives to the file of th
 
 
 def fail(message, status: int = USER_ERROR) -> typing.NoReturn:
-    """Prints one line and exits."""
+    """Print one line and exit."""
     sys.unraisablehook = lambda _: None  # what the reads below leave unfinished ends at exit
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     raise SystemExit(status)
 
 
 def warn(message) -> None:
-    """Prints one line; the command goes on."""
+    """Print one line; the command goes on."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def user_errors():
-    """A ValueError or OSError raised inside is the user's to mend: one line, exit status 2.
+    """Return a ValueError or OSError raised inside is the user's to mend: one line, exit status 2.
 
     Put it around reading and checking what was asked for, not around computing: an error there is a bug.
     """
@@ -79,12 +79,12 @@ config_flags.register_flag_parser_for_type(str, _Text())
 
 
 def define_config():
-    """The flags --config=FILE.py, --config.section.field=VALUE; pass what it returns to `experiment`."""
+    """Return the flags --config=FILE.py, --config.section.field=VALUE; pass what it returns to `experiment`."""
     return config_flags.DEFINE_config_file("config", None, "Python file with get_config() -> Config", lock_config=False)
 
 
 def define_path(name: str, default: str | None, description: str, required: bool = False):
-    """Defines the flag of a file or directory and refuses an empty one: an unset shell variable is not a place."""
+    """Define the flag of a file or directory and refuse an empty one: an unset shell variable is not a place."""
     holder = flags.DEFINE_string(name, default, description, required=required)
     flags.register_validator(
         holder, lambda value: value is None or value.strip(), "an empty path: is a shell variable not set?"
@@ -93,7 +93,7 @@ def define_path(name: str, default: str | None, description: str, required: bool
 
 
 def experiment(holder) -> Config:
-    """The config of the file with the overrides applied, every value of its type and range; else a one-line error."""
+    """Return the config of the file with the overrides applied, every value of its type and range; else one line."""
     config = holder.value
     if not flags.FLAGS["config"].present:
         fail("flag --config=FILE.py is missing")
@@ -106,7 +106,7 @@ def experiment(holder) -> Config:
 
 
 def data_with(data: DataConfig, tokenizer: str | None, eos: str | None) -> DataConfig:
-    """Changes the data of a checkpoint as the flags --tokenizer and --eos (None: not given) say.
+    """Change the data of a checkpoint as the flags --tokenizer and --eos (None: not given) say.
 
     A tokenizer that is not the checkpoint's own takes its place, with a line of warning.
     """
@@ -118,7 +118,7 @@ def data_with(data: DataConfig, tokenizer: str | None, eos: str | None) -> DataC
 
 
 def codec_of(data: DataConfig, vocab_size: int):
-    """The tokenizer that the data names, or None; ValueError where the vocabulary is too small for its ids."""
+    """Return the tokenizer that the data names, or None; ValueError where the vocabulary is too small for its ids."""
     codec = tokenizer(data) if data.tokenizer else None
     if codec and codec.vocab_size > vocab_size:
         raise ValueError(

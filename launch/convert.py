@@ -38,7 +38,7 @@ EOS = flags.DEFINE_string(
 
 @contextlib.contextmanager
 def whole(target: Path):
-    """A directory to fill, renamed to `target` at the end and removed if anything goes wrong."""
+    """Return a directory to fill, renamed to `target` at the end and removed if anything goes wrong."""
     partial = target.parent / f".{target.name}.{os.getpid()}.partial"
     partial.mkdir(parents=True)
     try:
@@ -84,7 +84,7 @@ def to_official(source: Path, target: Path) -> None:
 
 
 def say_peeled(where, origin: convert.Origin) -> None:
-    """Prints what of the official files is not in the workdir, nor will be in what is written back."""
+    """Print what of the official files is not in the workdir, nor will be in what is written back."""
     if origin.peeled:
         print(f"{where}: {'; '.join(origin.peeled)}")
 

@@ -39,7 +39,7 @@ COMPUTE_DTYPE = flags.DEFINE_string("compute_dtype", None, "float32 or bfloat16;
 
 
 def data_of(config):
-    """The run's data as the flags change it, checked before anything is compiled."""
+    """Return the run's data as the flags change it, checked before anything is compiled."""
     data = config.data
     if VALID_GLOB.value:
         data = dataclasses.replace(data, source="text", valid_glob=VALID_GLOB.value)
@@ -60,7 +60,7 @@ def lengths() -> list[int]:
 
 
 def check_memory(model, data, wanted: list[int]) -> None:
-    """Raises ValueError where rows of the longest length do not fit beside the parameters."""
+    """Raise ValueError where rows of the longest length do not fit beside the parameters."""
     trained = data.task_lengths[-1] if data.source in TASKS else data.length
     longest = max(wanted, default=4 * trained)
     rows = max(1, min(data.batch, TOKENS.value // longest)) if TOKENS.value else data.batch
@@ -97,7 +97,7 @@ def main(_argv):
 
 
 def write(target: Path, report: dict) -> None:
-    """Writes the report; where that fails, the table has been printed and one line says how to write it elsewhere."""
+    """Write the report; where that fails, the table has been printed and one line says how to write it elsewhere."""
     try:
         with checkpoint.writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ def ids(text: str) -> list[int]:
 
 
 def prompts_of(codec) -> list[list[int]]:
-    """Reads the prompts as ids; an empty one is the end of a document."""
+    """Read the prompts as ids; an empty one is the end of a document."""
     if codec is None and (PROMPT.value or STOP.value or not PROMPT_IDS.value):
         raise ValueError("this checkpoint names no tokenizer: give --tokenizer=tokenizer.json or --prompt_ids=1,2,3")
     if not PROMPT.value and not PROMPT_IDS.value:
@@ -63,13 +63,13 @@ def prompts_of(codec) -> list[list[int]]:
 
 
 def echoes_of(codec) -> list[str]:
-    """Gives the prompts to print, in the order of `prompts_of`: as they were given, or the text of ids."""
+    """Give the prompts to print, in the order of `prompts_of`: as they were given, or the text of ids."""
     given = [codec.decode(ids(text)) if codec else text for text in PROMPT_IDS.value or []]
     return [*(PROMPT.value or []), *given]
 
 
 def check_utf8(name: str, texts: list[str]) -> None:
-    """Raises ValueError for the first value of a flag whose bytes on the command line were not UTF-8."""
+    """Raise ValueError for the first value of a flag whose bytes on the command line were not UTF-8."""
     for text in texts:
         try:
             text.encode()
@@ -78,7 +78,7 @@ def check_utf8(name: str, texts: list[str]) -> None:
 
 
 def stop_ids_of(codec) -> list[int]:
-    """Reads --stop_ids, or else takes the end of a document where there is one; adds the special tokens of --stop."""
+    """Read --stop_ids, or else take the end of a document where there is one; add the special tokens of --stop."""
     if STOP_IDS.value is not None:
         given = ids(STOP_IDS.value)
     else:
@@ -121,7 +121,7 @@ def continuation(codec, prompt, row) -> str:
 
 
 def show(codec, echo: str, prompt, row, stops) -> str:
-    """Joins a prompt as it was given and its continuation, as text up to the first stop text or as ids."""
+    """Join a prompt as it was given and its continuation, as text up to the first stop text or as ids."""
     if codec is None:
         return ",".join([echo, *map(str, row)])
     text = continuation(codec, prompt, row)

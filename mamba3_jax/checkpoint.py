@@ -40,7 +40,7 @@ def checkpoint_dir(workdir) -> Path:
 
 
 def all_steps(workdir) -> list[int]:
-    """Steps of the complete checkpoints, oldest first; [] where there is none."""
+    """Step of the complete checkpoints, oldest first; [] where there is none."""
     directory = checkpoint_dir(workdir)
     if not directory.is_dir():
         return []
@@ -48,7 +48,7 @@ def all_steps(workdir) -> list[int]:
 
 
 def load_config(workdir, step: int | None = None) -> Config:
-    """The config saved in a checkpoint (None: the newest), its tokenizer the workdir's own copy if there is one.
+    """Return the config saved in a checkpoint (None: the newest), its tokenizer the workdir's own copy if there is one.
 
     FileNotFoundError, ValueError: see `load_model`.
     """
@@ -79,7 +79,7 @@ def load_model(workdir, step: int | None = None) -> tuple[Config, dict]:
 
 
 def save_model(workdir, config: Config, params: dict, step: int = 0) -> None:
-    """Writes a checkpoint of parameters and config alone, for evaluation, decoding or as the start of a training run.
+    """Write a checkpoint of parameters and config alone, for evaluation, decoding or as the start of a training run.
 
     Raises ValueError if the workdir has a checkpoint already: it would be mixed up with another model's.
     """
@@ -97,7 +97,7 @@ def write_config(workdir, config: Config) -> None:
 
 
 def replace(path: Path, content: str | bytes) -> None:
-    """Writes a file beside its name and renames it: whatever goes wrong, what was there before is whole."""
+    """Write a file beside its name and rename it: whatever goes wrong, what was there before is whole."""
     partial = path.with_name(f"{path.name}.partial")
     with writing(path):
         try:
@@ -111,7 +111,7 @@ def replace(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path):
-    """Raises OSError, one line that names the path, for whatever goes wrong while it is written.
+    """Raise OSError, one line that names the path, for whatever goes wrong while it is written.
 
     A full disk, a quota or a directory that is read-only reach Orbax's callers as errors of many types.
     """
@@ -150,13 +150,13 @@ class Checkpoints:
         self.close()
 
     def close(self) -> None:
-        """Waits for the last save and the deletions after it."""
+        """Wait for the last save and the deletions after it."""
         with writing(self.directory):
             self._manager.close()
         self._remove(TRASH)
 
     def save(self, step: int, params, state=None, data=None, valid_loss: float = math.inf) -> None:
-        """Starts a save; does nothing if the step has been saved already. `data`: the loader's position, JSON-able.
+        """Start a save; do nothing if the step has been saved already. `data`: the loader's position, JSON-able.
 
         Raises ValueError, and writes nothing, for parameters or a state that hold NaN or infinity.
         """
@@ -181,12 +181,12 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def best_loss(self) -> float:
-        """The lowest validation loss among the checkpoints kept; inf if none was evaluated."""
+        """Return the lowest validation loss among the checkpoints kept; inf if none was evaluated."""
         losses = [(self._manager.metrics(step) or {}).get("valid_loss", math.inf) for step in self._manager.all_steps()]
         return min(losses, default=math.inf)
 
     def latest(self) -> int | None:
-        """The newest complete step, None if there is none."""
+        """Return the newest complete step, None if there is none."""
         return max(all_steps(self.workdir), default=None)
 
     def reached_preemption(self, step: int) -> bool:

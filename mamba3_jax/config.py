@@ -20,12 +20,12 @@ TINY = 2.0**-126  # the smallest float32 that devices do not take for 0
 
 
 def size(default: int | tuple[int, ...], least: int = 1, most: int = WIDTH):
-    """Declares a whole number, or a tuple of them, from `least` to `most`."""
+    """Declare a whole number, or a tuple of them, from `least` to `most`."""
     return field(default=default, metadata={"range": (least, most)})
 
 
 def number(default: float, interval: str = "[0, inf)"):
-    """Declares a float32 number in an interval as it is written: "(0, 1]" is without 0 and with 1."""
+    """Declare a float32 number in an interval as it is written: "(0, 1]" is without 0 and with 1."""
     return field(default=default, metadata={"interval": interval})
 
 
@@ -178,7 +178,7 @@ RENAMED = {"discretization": {"trapezoid": "exponential_trapezoidal", "euler": "
 
 
 def from_dict(values: dict) -> Config:
-    """The inverse of `to_dict`: lists become tuples, an absent field keeps its default, an unknown one: ValueError."""
+    """Invert `to_dict`: lists become tuples, an absent field keeps its default, an unknown one is a ValueError."""
     return _section(Config, values, "config")
 
 
@@ -196,7 +196,7 @@ def _section(kind, values: dict, path: str):
 
 
 def check(section: Section, path: str = "config") -> None:
-    """Raises ValueError for the first value that is not of its field's declared type or not in its range."""
+    """Raise ValueError for the first value that is not of its field's declared type or not in its range."""
     for declared in dataclasses.fields(section):
         value, name, kind = getattr(section, declared.name), f"{path}.{declared.name}", declared.type
         if dataclasses.is_dataclass(kind):
@@ -211,7 +211,7 @@ def check(section: Section, path: str = "config") -> None:
 
 
 def shown(value) -> str:
-    """Writes the value as Python does, its middle left out where it is long."""
+    """Write the value as Python does, its middle left out where it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:50]}...{text[-20:]}"
 

@@ -20,7 +20,7 @@ def all_finite(*trees) -> jax.Array:
 
 
 def check_finite(what: str, tree) -> None:
-    """Raises ValueError, naming the tensors, unless every number of a tree is finite. Each array is read where it is.
+    """Raise ValueError, naming the tensors, unless every number of a tree is finite. Each array is read where it is.
 
     Args:
         what: the subject of the error.
@@ -49,7 +49,7 @@ def _each_fine(named: dict) -> dict:
 
 
 def or_null(value):
-    """The same plain value, with None in place of every float that is not finite: JSON has null and no NaN."""
+    """Return the same plain value, with None in place of every float that is not finite: JSON has null and no NaN."""
     if isinstance(value, dict):
         return {name: or_null(part) for name, part in value.items()}
     if isinstance(value, list | tuple):

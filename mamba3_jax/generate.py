@@ -84,7 +84,7 @@ def candidates(logits_BV, sampling: Sampling):
 
 
 def draw(key, logits_BV, sampling: Sampling):
-    """A token a row. Row b draws from its own stream, so it does not depend on the rows beside it."""
+    """Return a token a row. Row b draws from its own stream, so it does not depend on the rows beside it."""
     if not sampling.temperature:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BK, ids_BK = candidates(logits_BV, sampling)
@@ -102,7 +102,7 @@ def programs(fields: tuple[tuple, ...], sampling: Sampling, stop_ids: tuple[int,
 
 
 def prefill(model: LanguageModel, params, tokens_BL, start_BL, state):
-    """The state after some more tokens of the prompt; the head is not computed."""
+    """Return the state after some more tokens of the prompt; the head is not computed."""
     return model.apply({"params": params}, tokens_BL, state, start_BL)[1]
 
 
@@ -221,14 +221,14 @@ def generate(
 
 @contextlib.contextmanager
 def timed(seconds: dict[str, float], what: str):
-    """Adds the time inside to an entry."""
+    """Add the time inside to an entry."""
     begin = time.perf_counter()
     yield
     seconds[what] += time.perf_counter() - begin
 
 
 def drawn(out_BT) -> list[list[int]]:
-    """What each row has drawn; FloatingPointError where the model gave NaN."""
+    """Return what each row has drawn; FloatingPointError where the model gave NaN."""
     out_BT = np.asarray(out_BT)
     if (out_BT == NO_NUMBER).any():
         raise FloatingPointError(
@@ -238,7 +238,7 @@ def drawn(out_BT) -> list[list[int]]:
 
 
 def cut(row: list[int], stop: Callable[[list[int]], bool], searched: int) -> list[int]:
-    """The shortest beginning of more than `searched` tokens where `stop` holds, or all of it."""
+    """Return the shortest beginning of more than `searched` tokens where `stop` holds, or all of it."""
     return next((row[:end] for end in range(searched + 1, len(row) + 1) if stop(row[:end])), row)
 
 
@@ -256,7 +256,7 @@ def padded(prompts, prefill_length: int):
 
 
 def check(model, prompts, tokens: int, sampling: Sampling, stop_ids=(), prefill_length: int = PREFILL):
-    """Returns prompts and stop ids as lists of ints; raises ValueError for what `generate` cannot do."""
+    """Return prompts and stop ids as lists of ints; raises ValueError for what `generate` cannot do."""
     sampling.check()
     if not 1 <= tokens <= COUNT or prefill_length < 1:
         raise ValueError(f"{tokens=} is not in 1 .. {COUNT}, or {prefill_length=} is less than 1")
@@ -270,7 +270,7 @@ def check(model, prompts, tokens: int, sampling: Sampling, stop_ids=(), prefill_
 
 
 def entries(name: str, values) -> list:
-    """Lists the entries of a sequence or an array; ValueError for text and for what has none."""
+    """List the entries of a sequence or an array; ValueError for text and for what has none."""
     values = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(values, str | bytes | dict) or not isinstance(values, Iterable):
         raise ValueError(f"{name} is {reprlib.repr(values)}, wanted a list or array")
@@ -278,7 +278,7 @@ def entries(name: str, values) -> list:
 
 
 def integers(name: str, ids) -> list[int]:
-    """Lists ids as ints; ValueError for anything that is not a sequence or a 1-D array of integers."""
+    """List ids as ints; ValueError for anything that is not a sequence or a 1-D array of integers."""
     found = [token.tolist() if hasattr(token, "tolist") else token for token in entries(name, ids)]
     for place, token in enumerate(found):
         if type(token) is not int:  # bool is a subclass
@@ -287,7 +287,7 @@ def integers(name: str, ids) -> list[int]:
 
 
 def check_ids(vocab_size: int, rows: Sequence[Sequence[int]]) -> None:
-    """Raises ValueError for the first id that is not a token's."""
+    """Raise ValueError for the first id that is not a token's."""
     for row in rows:
         for index, token in enumerate(row):
             if not 0 <= token < vocab_size:

@@ -65,7 +65,7 @@ def load_run(path, *, step: int | None = None) -> tuple[Config, dict]:
 
 
 def run_config(path: Path, model) -> Config:
-    """The `Config` around the model of an official directory: its own tokenizer.json if it has one, else none."""
+    """Return the `Config` around an official directory's model: its own tokenizer.json if it has one, else none."""
     tokenizer = path / "tokenizer.json"
     config = Config(name=path.resolve().name, model=model)
     config.data.tokenizer = str(tokenizer.resolve()) if tokenizer.exists() else ""
@@ -73,7 +73,7 @@ def run_config(path: Path, model) -> Config:
 
 
 def build(config: Config, **how):
-    """The `LanguageModel` of a config, run as `how` says."""
+    """Return the `LanguageModel` of a config, run as `how` says."""
     from mamba3_jax.model import LanguageModel, validate
 
     unknown = sorted(set(how) - set(HOW))

@@ -17,7 +17,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def fit(parts: dict[str, int], where: str, free: int | None) -> None:
-    """Raises ValueError, with the sum and its parts in bytes, where they are more than is free; None: not known."""
+    """Raise ValueError, with the sum and its parts in bytes, where they are more than is free; None: not known."""
     total = sum(parts.values())
     if free is not None and total > free:
         listed = ", ".join(f"{name} {readable(size)}" for name, size in parts.items() if size)
@@ -25,7 +25,7 @@ def fit(parts: dict[str, int], where: str, free: int | None) -> None:
 
 
 def fit_device(parts: dict[str, int]) -> None:
-    """Applies `fit` to each of this process's devices; those of a CPU share its memory."""
+    """Apply `fit` to each of this process's devices; those of a CPU share its memory."""
     device = jax.local_devices()[0]
     if stats := device.memory_stats():
         fit(parts, f"each {device.device_kind}", stats["bytes_limit"] - stats.get("bytes_in_use", 0))
@@ -36,13 +36,13 @@ def fit_device(parts: dict[str, int]) -> None:
 
 
 def readable(size: int) -> str:
-    """Writes 1234567 as 1.23 MB."""
+    """Write 1234567 as 1.23 MB."""
     power = min((len(str(size)) - 1) // 3, 6)
     return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB', 'PB', 'EB')[power]}"
 
 
 def free_on_host() -> int | None:
-    """Returns the bytes that the system and the control groups leave this process; None where Linux does not say."""
+    """Return the bytes that the system and the control groups leave this process; None where Linux does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
@@ -61,7 +61,7 @@ def free_on_host() -> int | None:
 
 
 def free_in(group: Path) -> list[int]:
-    """Returns what a control group leaves, [] where it has no limit. The cache of files counts as free."""
+    """Return what a control group leaves, [] where it has no limit. The cache of files counts as free."""
     for limit, used, cache in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -76,7 +76,7 @@ def free_in(group: Path) -> list[int]:
 
 
 def on_a_device(shapes) -> int:
-    """Counts the bytes of a tree of shapes that one device holds: of an array with a sharding its shard."""
+    """Count the bytes of a tree of shapes that one device holds: of an array with a sharding its shard."""
 
     def held(x):
         sharding = getattr(x, "sharding", None)
@@ -86,7 +86,7 @@ def on_a_device(shapes) -> int:
 
 
 def training(config: Config, state, batch) -> dict[str, int]:
-    """Counts the bytes of one training step on one device, from the shapes of state and batch with shardings."""
+    """Count the bytes of one training step on one device, from the shapes of state and batch with shardings."""
     model = config.model
     rows, length = batch.tokens_BL.sharding.shard_shape(batch.tokens_BL.shape)
     tensor = dict(batch.tokens_BL.sharding.mesh.shape).get("tensor", 1)
@@ -104,19 +104,19 @@ def training(config: Config, state, batch) -> dict[str, int]:
 
 
 def validation(config: Config, hosts: int) -> dict[str, int]:
-    """Counts the bytes of the validation batches of a task, which the host keeps; text has as many as it has."""
+    """Count the bytes of the validation batches of a task, which the host keeps; text has as many as it has."""
     train, data = config.train, config.data
     batches = min(train.eval_batches, -(-data.valid_rows // data.batch)) if data.source in TASKS else 0
     return {"validation batches": batches * data.batch // hosts * data.length * 13 if train.eval_every else 0}
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
-    """Counts the bytes of the parameters alone, whole on one device."""
+    """Count the bytes of the parameters alone, whole on one device."""
     return {"parameters": 4 * parameter_count(config)}
 
 
 def carrying(model, rows: int, length: int, piece: int = 1) -> dict[str, int]:
-    """Counts the bytes, beside the parameters, of running rows of `length` tokens by pieces with the state carried."""
+    """Count the bytes, beside the parameters, of running rows of `length` tokens by pieces with the state carried."""
     return {
         "state": on_a_device(jax.eval_shape(lambda: model.empty_state(rows, length))),
         "ids": rows * length * 4,

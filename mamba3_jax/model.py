@@ -38,7 +38,7 @@ def segments(pattern):
 
 
 def unit_sizes(pattern):
-    """Yields, of every prefix of a pattern, the size of the shortest unit that it repeats a whole number of times."""
+    """Yield, of every prefix of a pattern, the size of the shortest unit that it repeats a whole number of times."""
     borders, border = [0], 0  # of every prefix: the longest beginning that is also an end (Knuth, Morris, Pratt)
     yield from (1 for _ in pattern[:1])
     for index in range(1, len(pattern)):
@@ -88,7 +88,7 @@ def validate(config: ModelConfig) -> None:
 
 
 def check_tokens(tokens_BL, vocab_size: int) -> None:
-    """Raises ValueError for tokens that are not integers, and for ids outside the vocabulary where they are known."""
+    """Raise ValueError for tokens that are not integers, and for ids outside the vocabulary where they are known."""
     dtype = getattr(tokens_BL, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"tokens are {dtype or type(tokens_BL).__name__}, wanted an array of integers")
@@ -102,7 +102,7 @@ def check_tokens(tokens_BL, vocab_size: int) -> None:
 
 
 def check_room(pattern, state, length: int, capacity: int | None) -> None:
-    """Raises ValueError where `length` more tokens do not fit: in `capacity`, or in a state whose fill is known."""
+    """Raise ValueError where `length` more tokens do not fit: in `capacity`, or in a state whose fill is known."""
     if capacity is not None and state is not None:
         raise ValueError(f"{capacity=} is for a call without a state: the room of a given state does not change")
     if capacity is not None and capacity < length:
@@ -125,7 +125,7 @@ def is_known(array) -> bool:
 
 
 def known_or_past(tokens_BL, config: ModelConfig):
-    """Keeps ids in [0, vocab_size) and sends all others past the table: a look-up counts negative ones from its end."""
+    """Keep ids in [0, vocab_size) and send all others past the table: a look-up counts negative ones from its end."""
     tokens_BL = jnp.asarray(tokens_BL, jnp.int32)
     return jnp.where((tokens_BL >= 0) & (tokens_BL < config.vocab_size), tokens_BL, padded_vocab(config))
 
@@ -209,7 +209,7 @@ class LanguageModel(nn.Module):
 
     @nn.nowrap
     def empty_state(self, batch: int, capacity: int):
-        """The state before any token, with room for `capacity` tokens in every attention cache."""
+        """Return the state before any token, with room for `capacity` tokens in every attention cache."""
         validate(self.config)
 
         def stacked(mixer, repeats):
@@ -247,14 +247,14 @@ class Head(nn.Module):
 
 
 def boxed_shapes(config: ModelConfig):
-    """The parameter tree as shapes, with the logical axis names: nothing is computed."""
+    """Return the parameter tree as shapes, with the logical axis names: nothing is computed."""
     validate(config)
     tokens_BL = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(LanguageModel(config).init, jax.random.key(0), tokens_BL)["params"]
 
 
 def init_params(config: ModelConfig, key):
-    """Initial parameters (SPEC section 10), a plain nested dict of float32 arrays."""
+    """Draw initial parameters (SPEC section 10), a plain nested dict of float32 arrays."""
     validate(config)
     init = jax.jit(lambda key: nn.meta.unbox(LanguageModel(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]))
     return init(key)

@@ -16,7 +16,7 @@ RULES = {"batch": "data", "heads": "tensor", "kv_heads": "tensor", "ff": "tensor
 
 
 def make_mesh(spec: str, devices=None) -> Mesh:
-    """The mesh of "axis:size, ..." over all devices, e.g. "data:-1" or "data:2,tensor:4"; -1 takes what is left.
+    """Return the mesh of "axis:size, ..." over all devices, e.g. "data:-1" or "data:2,tensor:4"; -1 takes what is left.
 
     Raises:
         ValueError: an unknown axis, or sizes that do not make up the devices there are.
@@ -51,7 +51,7 @@ def using(mesh: Mesh):
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh):
-    """A NamedSharding for every parameter, in the shape of the parameter tree.
+    """Return a NamedSharding for every parameter, in the shape of the parameter tree.
 
     Raises:
         ValueError: an axis that its mesh axis does not divide.

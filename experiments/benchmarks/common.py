@@ -93,7 +93,7 @@ def rel_rms(got, want) -> float:
 
 
 def require(errors: Mapping[str, float], tolerance: float, what: str) -> float:
-    """The largest of `errors`; ValueError, naming the arrays, if any is over `tolerance` or is not a number.
+    """Return the largest of `errors`; ValueError, naming the arrays, if any is over `tolerance` or is not a number.
 
     A benchmark calls this before it reports a time: a fast wrong answer is not a result.
     """
@@ -110,7 +110,7 @@ def temp_mib(compiled) -> float:
 
 
 def device_name() -> str:
-    """The accelerator's own name; for a CPU, the processor's and how many cores this process may use."""
+    """Return the accelerator's own name; for a CPU, the processor's and how many cores this process may use."""
     device = jax.devices()[0]
     if device.platform != "cpu":
         return device.device_kind
@@ -122,7 +122,7 @@ def device_name() -> str:
 
 
 def git_commit() -> str:
-    """The short commit of this checkout, `-dirty` if its code, new files included, is other, `unknown` outside one."""
+    """Return this checkout's short commit, `-dirty` if its code, new files included, is other, `unknown` outside."""
     git = ["git", "-C", str(REPOSITORY)]
     code = ["--", ".", ":(exclude,glob)**/results/**", ":(exclude,glob)**/*.md"]  # what measuring itself rewrites
     try:
@@ -135,7 +135,7 @@ def git_commit() -> str:
 
 
 def load() -> float:
-    """The machine's load over the last minute: a busy machine explains a slow figure."""
+    """Return the machine's load over the last minute: a busy machine explains a slow figure."""
     return round(os.getloadavg()[0], 2)
 
 
@@ -178,13 +178,13 @@ def write(name: str, origin: dict, rows: Sequence[Mapping], directory: str | Pat
 
 
 def read(name: str, directory: str | Path = "") -> dict | None:
-    """The result file of that name, or None if it was never taken."""
+    """Return the result file of that name, or None if it was never taken."""
     path = Path(directory or RESULTS) / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def significant(value, digits: int = 3) -> str:
-    """A number for a table: so many significant digits, thousands separated; None is a dash; text is itself."""
+    """Return a number for a table: so many significant digits, thousands separated; None is a dash; text is itself."""
     if value is None:
         return "-"
     if not isinstance(value, int | float) or isinstance(value, bool):

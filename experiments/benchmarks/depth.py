@@ -25,7 +25,7 @@ FLAGS = flags.FLAGS
 
 
 def model_config(unit: str, rank: int, layers: int) -> ModelConfig:
-    """A small model: its depth is what matters."""
+    """Return a small model: its depth is what matters."""
     sizes = {"d_model": 64, "d_ff": 128, "d_state": 32, "head_dim": 32, "attn_head_dim": 32}
     return ModelConfig(pattern=unit * (layers // len(unit)), mimo_rank=rank, **sizes)
 

@@ -46,7 +46,7 @@ def op_times(result: dict, implementation: str = "chunked") -> str:
 
 
 def train_speed(result: dict) -> str:
-    """What the default does, and how many times faster it is than plain XLA."""
+    """Return what the default does, and how many times faster it is than plain XLA."""
     rows = {(row["model"], row["what"], row["implementation"].split(":")[0]): row for row in result["rows"]}
     said = []
     for (model, what, implementation), row in rows.items():
@@ -59,7 +59,7 @@ def train_speed(result: dict) -> str:
 
 
 def growth_factors(result: dict) -> tuple[int, int, str, str]:
-    """Returns the shortest and the longest length of the default, and by what FLOP and memory a token grow."""
+    """Return the shortest and the longest length of the default, and by what FLOP and memory a token grow."""
     rows = [row for row in result["rows"] if row["implementation"] == "chunked" and row["rank"] == 1]
     first, last = rows[0], rows[-1]
     factors = (last[key] / first[key] for key in ("matmul_flop_a_token", "temp_kib_a_token"))
@@ -209,43 +209,43 @@ EXPERIMENTS = (
 
 
 def bits_per_byte(result: dict) -> str:
-    """Reads the bits per byte at the trained length."""
+    """Read the bits per byte at the trained length."""
     return f"{significant(result['rows'][0]['bits_per_byte'])} after {result['seconds']['train']:.0f} s"
 
 
 def parity_of(result: dict, *, variant: str) -> str:
-    """Reads the score of each of a variant's seeds at the longest trained length."""
+    """Read the score of each of a variant's seeds at the longest trained length."""
     (row,) = (row for row in result["rows"] if row["variant"] == variant)
     return ", ".join(f"{scaled(seed):.0f}" for seed in row["accuracy"][str(max(result["trained_lengths"]))])
 
 
 def layer_training(result: dict) -> str:
-    """Reads how many times faster than the peer a layer and its gradients are."""
+    """Read how many times faster than the peer a layer and its gradients are."""
     rows = [row for row in result["rows"] if row["what"] == "forward+backward"]
     return " / ".join(f"{significant(row['ratio'])}x" for row in rows)
 
 
 def milliseconds(result: dict, *cases: str) -> str:
-    """Reads the times of cases in the Hopper kernels, in the file's order."""
+    """Read the times of cases in the Hopper kernels, in the file's order."""
     rows = [row for row in result["rows"] if row["implementation"] == "mosaic_gpu" and row["case"] in cases]
     return f"{' / '.join(significant(row['ms']) for row in rows)} ms"
 
 
 def step_ratios(result: dict) -> str:
-    """Reads how many times faster than plain XLA each model's training step is."""
+    """Read how many times faster than plain XLA each model's training step is."""
     ms = {(row["model"], row["implementation"].split(":")[0]): row["ms"] for row in result["rows"] if "loss" in row}
     ratios = [significant(ms[model, "chunked"] / ms[model, name]) for model, name in ms if name == "default"]
     return " / ".join(f"{ratio}x" for ratio in ratios)
 
 
 def kernel_cycles(result: dict) -> str:
-    """Reads the smallest and the largest part of plain XLA's cycles that the TPU kernels take."""
+    """Read the smallest and the largest part of plain XLA's cycles that the TPU kernels take."""
     parts = [row["mega_cycles_over_plain"] for row in result["rows"] if "mega_cycles_over_plain" in row]
     return f"{significant(min(parts))} to {significant(max(parts))}"
 
 
 def growth_of_both(result: dict) -> str:
-    """Reads by what FLOP and memory a token grow."""
+    """Read by what FLOP and memory a token grow."""
     _, _, operations, memory = growth_factors(result)
     return f"x {operations} / x {memory}"
 

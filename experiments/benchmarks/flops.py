@@ -78,7 +78,7 @@ def dot_operations(equation) -> int:
 
 
 def inner_jaxprs(equation) -> list:
-    """What an equation calls: the bodies in its parameters. A custom gradient's rules are not part of the call."""
+    """Return what an equation calls: the bodies in its parameters. A custom gradient's rules are not part of it."""
     bodies = []
     for value in equation.params.values():
         for item in value if isinstance(value, tuple | list) else [value]:

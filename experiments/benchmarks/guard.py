@@ -35,7 +35,7 @@ ALL_FINITE = step.all_finite
 
 
 def config_of(model: str) -> Config:
-    """Returns a preset in bench shape, or the text experiment as it is."""
+    """Return a preset in bench shape, or the text experiment as it is."""
     if model == "text":
         return text.get_config()
     config = Config(model=PRESETS[model])
@@ -44,7 +44,7 @@ def config_of(model: str) -> Config:
 
 
 def rows_of(model: str, config: Config, rounds: int, batch_seconds: float = 0.5) -> list[dict]:
-    """A row a program: its times, and how many percent over "without" beside it, the median over the rounds."""
+    """Return a row a program: its times, and how many percent over "without" beside it, the median over the rounds."""
     calls, memory, values = {}, {}, {}
     for name, checked in PROGRAMS.items():
         program = train.trainer_program(model, config)

@@ -67,7 +67,7 @@ class Program:
                 current[instruction.name] = instruction
 
     def kernels(self) -> list[str]:
-        """The names of the calls of Pallas kernels."""
+        """Return the names of the calls of Pallas kernels."""
         each = (i for computation in self.computations.values() for i in computation.values())
         return [i.name for i in each if 'custom_call_target="tpu_custom_call"' in i.attributes]
 
@@ -184,7 +184,7 @@ def parse(line: str) -> Instruction:
 
 
 def closing(text: str, begin: int) -> int:
-    """The place after the parenthesis that closes the one at `begin`."""
+    """Return the place after the parenthesis that closes the one at `begin`."""
     depth = 0
     for place in range(begin, len(text)):
         depth += {"(": 1, ")": -1}.get(text[place], 0)
@@ -194,7 +194,7 @@ def closing(text: str, begin: int) -> int:
 
 
 def arrays(shape: str) -> list[str]:
-    """The arrays of a shape, a tuple's in order."""
+    """Return the arrays of a shape, a tuple's in order."""
     return [match.group() for match in ARRAY.finditer(shape)]
 
 

@@ -42,7 +42,7 @@ FLAGS = flags.FLAGS
 
 
 def model_config(layer: Layer, chunk: int = 0) -> ModelConfig:
-    """The one-layer model whose mixer is timed."""
+    """Return the one-layer model whose mixer is timed."""
     return ModelConfig(
         vocab_size=8,
         d_model=layer.d_model,

@@ -37,7 +37,7 @@ class Layer:
 
 
 def weights(layer: Layer) -> dict[str, np.ndarray]:
-    """The layer's tensors under their official names, from a fixed seed: nothing is at a value that hides a mistake."""
+    """Return the layer's tensors by official name, from a fixed seed: nothing is at a value that hides a mistake."""
     random = np.random.default_rng(0)
     rank, heads, d_inner = max(layer.rank, 1), layer.heads, layer.heads * layer.head_dim
     columns = 2 * d_inner + 2 * rank * layer.d_state + 3 * heads + layer.d_state // 4
@@ -69,7 +69,7 @@ def activations(layer: Layer) -> tuple[np.ndarray, np.ndarray]:
 
 
 def build(layer: Layer, chunk: int):
-    """The peer's mixer with our weights, split into its definition and its arrays."""
+    """Return the peer's mixer with our weights, split into its definition and its arrays."""
     from flax import nnx
 
     from mamba3_jax import Mamba3Config, Mamba3Mixer

@@ -44,7 +44,7 @@ def profiled(function, calls: int = CALLS) -> dict[str, tuple[float, float]]:
 
 
 def task_call(task: ssm.Task, compiled):
-    """A function of no arguments, as `ssm.measure_task` times it."""
+    """Return a function of no arguments, as `ssm.measure_task` times it."""
     if task.what == "decode":
         state, *rest = task.arguments()
 

@@ -28,7 +28,7 @@ CAPABILITY = 90  # Hopper
 
 
 def kernels(task: ssm.Task) -> dict[str, dict]:
-    """What the lowered call says of each of its Triton kernels, by name: `ir`, `num_warps`, `num_stages`."""
+    """Return what the lowered call says of each of its Triton kernels, by name: `ir`, `num_warps`, `num_stages`."""
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
     mesh = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=device)
     with use_abstract_mesh(mesh):
@@ -50,7 +50,7 @@ def kernels(task: ssm.Task) -> dict[str, dict]:
 
 
 def text_of(bytecode: bytes) -> str:
-    """A kernel's program as text."""
+    """Return a kernel's program as text."""
     from jaxlib.mlir import ir
     from jaxlib.triton import dialect
 

@@ -131,13 +131,13 @@ def inputs(case: Case, seed: int = 0) -> tuple[Tokens, Heads]:
 
 @common.tracing()
 def forward(tokens: Tokens, heads: Heads, *, case: Case, implementation: str, chunk: int | None):
-    """The op, from no state."""
+    """Return the op, from no state."""
     return ssm(tokens, heads, rotation=case.rotation, implementation=implementation, chunk=chunk)
 
 
 @common.tracing()
 def backward(tokens: Tokens, heads: Heads, dy_BLHP, *, case: Case, implementation: str, chunk: int | None):
-    """The output, the state, and the gradient of sum(y dy) with respect to everything that went in."""
+    """Return the output, the state, and the gradient of sum(y dy) with respect to everything that went in."""
     function = partial(forward, case=case, implementation=implementation, chunk=chunk)
     y_BLHP, pull, state = jax.vjp(function, tokens, heads, has_aux=True)
     return (y_BLHP, state), pull(dy_BLHP.astype(y_BLHP.dtype))
@@ -145,7 +145,7 @@ def backward(tokens: Tokens, heads: Heads, dy_BLHP, *, case: Case, implementatio
 
 @common.tracing()
 def decode(state: State, tokens: Tokens, heads: Heads, *, case: Case, implementation: str | None, chunk: int | None):
-    """The state after one more token, and the token's output."""
+    """Return the state after one more token, and the token's output."""
     del chunk
     y_BLHP, state = ssm(tokens, heads, state, rotation=case.rotation, implementation=implementation)
     return state, y_BLHP
@@ -175,7 +175,7 @@ def check(case: Case, implementation: str, chunk: int | None) -> dict[str, float
 
 
 def short(case: Case) -> Case:
-    """The same configuration on a short row of few heads; of one token, a short row as well: it decodes to a state."""
+    """Return the same case on a short row of few heads; of one token, a short row as well: it decodes to a state."""
     return dataclasses.replace(case, batch=1, length=CHECKED_LENGTH, heads=2 * case.groups)
 
 
@@ -238,7 +238,7 @@ def named_errors(got, want) -> dict[str, float]:
 
 
 def ceilings(dtype: str) -> dict[str, float]:
-    """What this device does at best: a copy's GB/s, counting bytes read and written, and a matrix product's GFLOP/s."""
+    """Return this device's best: a copy's GB/s, counting bytes read and written, and a matrix product's GFLOP/s."""
     on_host = jax.default_backend() == "cpu"
     elements, side = (2**24, 1024) if on_host else (2**28, 8192)
     source = jax.random.normal(jax.random.key(0), (elements,), jnp.float32)
@@ -375,7 +375,7 @@ def growth(case: Case, implementation: str, chunk: int | None) -> list[dict]:
 
 
 def abstract(case: Case):
-    """The arguments of `backward`, for their shapes alone."""
+    """Return the arguments of `backward`, for their shapes alone."""
     one_token = inputs(dataclasses.replace(case, length=1))
     tokens, heads = one_token
     tokens = jax.tree.map(lambda array: jnp.broadcast_to(array, (case.batch, case.length, *array.shape[2:])), tokens)
@@ -408,7 +408,7 @@ GROWTH_COLUMNS = {
 
 
 def chosen(flag: str, given: list[str], known) -> list[str]:
-    """The names given, or a one-line error that lists what there is."""
+    """Return the names given, or a one-line error that lists what there is."""
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise app.UsageError(f"--{flag}: {unknown} not in {sorted(known)}")

@@ -50,7 +50,7 @@ def table_of(kind: str, columns: dict[str, str]) -> Callable[[], str]:
 
 
 def used(rows: list[dict], columns: dict[str, str]) -> dict[str, str]:
-    """The columns that some row has a value in."""
+    """Return the columns that some row has a value in."""
     return {head: key for head, key in columns.items() if any(row.get(key) is not None for row in rows)}
 
 
@@ -110,7 +110,7 @@ TABLES = {
 
 
 def render(text: str) -> str:
-    """The text with every marked table drawn anew.
+    """Return the text with every marked table drawn anew.
 
     Raises:
         ValueError: a marker that names no table.
@@ -126,7 +126,7 @@ def render(text: str) -> str:
 
 
 def outdated(paths: tuple[Path, ...]) -> dict[Path, str]:
-    """The files whose tables differ from the results, and what they should say."""
+    """Return the files whose tables differ from the results, and what they should say."""
     texts = {path: path.read_text() for path in paths if path.exists()}
     return {path: render(text) for path, text in texts.items() if render(text) != text}
 

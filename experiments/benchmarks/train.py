@@ -71,7 +71,7 @@ class Program:
         return lowered.compile()
 
     def calls(self, compiled) -> Callable:
-        """A function that runs it once more; a donated argument is fed back."""
+        """Return a function that runs it once more; a donated argument is fed back."""
         arguments = self.arguments()
         if not self.donated:
             return partial(compiled, *arguments)
@@ -96,14 +96,14 @@ def documents(config: DataConfig, vocab_size: int) -> Batch:
 
 
 def step_program(model: str, implementation: str, batch: int, length: int) -> Program:
-    """The step of one of the presets."""
+    """Return the step of one of the presets."""
     config = Config(model=dataclasses.replace(PRESETS[model], implementation=implementation))
     config.data = DataConfig(batch=batch, length=length)
     return trainer_program(model, config)
 
 
 def trainer_program(model: str, config: Config) -> Program:
-    """Makes the step of a config as `mamba3_jax.train.loop` compiles it, on a mesh of one device."""
+    """Make the step of a config as `mamba3_jax.train.loop` compiles it, on a mesh of one device."""
     mesh = make_mesh("data:1", jax.devices()[:1])
 
     def shapes():
@@ -189,7 +189,7 @@ def programs_of(model: str, implementations: list[str], batch: int, length: int)
 
 
 def errors(got: dict, want: dict) -> dict[str, float]:
-    """The largest relative error under each name, after raising for one over its tolerance."""
+    """Return the largest relative error under each name, after raising for one over its tolerance."""
     found = {}
     for name, wanted in want.items():
         pairs = zip(jax.tree.leaves(got[name]), jax.tree.leaves(wanted), strict=True)

@@ -103,7 +103,7 @@ def is_kind(value, kind: str) -> bool:
 
 
 def check_kind(official: dict) -> None:
-    """Raises ValueError where a config is of another program or of another layer, before its keys are looked at."""
+    """Raise ValueError where a config is of another program or of another layer, before its keys are looked at."""
     if "model_type" in official or "architectures" in official:
         held = {key: official.get(key) for key in ("model_type", "architectures")}
         raise ValueError(
@@ -120,7 +120,7 @@ def check_kind(official: dict) -> None:
 
 
 def from_official(official: dict) -> ModelConfig:
-    """The `ModelConfig` that computes what an official `config.json` says.
+    """Return the `ModelConfig` that computes what an official `config.json` says.
 
     Raises:
         ValueError: an unknown key, a value that is not of its kind, a layer that is not Mamba3, an attention option
@@ -181,7 +181,7 @@ def attention_layers(model: dict) -> list[int]:
 
 
 def attention_from_official(model: dict) -> dict:
-    """The attention fields of `ModelConfig`; raises for what ours does not have."""
+    """Return the attention fields of `ModelConfig`; raises for what ours does not have."""
     given = filled(model["attn_cfg"], ATTENTION_KEYS, "config.json: attn_cfg")
     for key, wanted in ATTENTION_MUST.items():
         if given[key] != wanted:
@@ -205,7 +205,7 @@ def attention_from_official(model: dict) -> dict:
 
 
 def to_official(model: ModelConfig) -> dict:
-    """The official `config.json` of a `ModelConfig`; `from_official` of it computes the same model.
+    """Return the official `config.json` of a `ModelConfig`; `from_official` of it computes the same model.
 
     Raises:
         ValueError: a choice that the official code does not have, named.

@@ -42,12 +42,12 @@ class Origin(NamedTuple):
     peeled: list[str]  # what `read` did to the tensors' names and places: it is not undone when they are written back
 
     def save(self, workdir: Path) -> None:
-        """Writes `official.json`."""
+        """Write `official.json`."""
         (workdir / RECORD).write_text(json.dumps(self._asdict(), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, workdir: Path) -> "Origin | None":
-        """Reads `official.json`; None where there is none, ValueError where it is damaged."""
+        """Read `official.json`; None where there is none, ValueError where it is damaged."""
         path = workdir / RECORD
         if not path.exists():
             return None
@@ -65,7 +65,7 @@ class Origin(NamedTuple):
 
 
 def read_safetensors(path: Path, _say: Callable[[str], None] | None = None) -> dict[str, np.ndarray]:
-    """The tensors by name, as views of the file, mapped into memory: it must not change while they are used.
+    """Return the tensors by name, as views of the file, mapped into memory: it must not change while they are used.
 
     Raises:
         ValueError: the file is not one, or has a dtype that numpy has not.
@@ -113,7 +113,7 @@ def is_official(path: Path) -> bool:
 
 
 def read(directory: str | os.PathLike) -> tuple[ModelConfig, dict, Origin]:
-    """The config, the float32 parameters and the rest of an official directory; safetensors first where both files are.
+    """Return the config, the float32 parameters and the rest of an official directory; safetensors first of both files.
 
     `Origin.peeled` says what was joined, unwrapped, renamed, ignored or taken from another tensor.
 
@@ -153,7 +153,7 @@ def write(
     dtype: str = "",
     files: list[str] | None = None,
 ) -> None:
-    """Fills an existing directory with the official layout of a model.
+    """Fill an existing directory with the official layout of a model.
 
     Args:
         directory: where to.

@@ -15,7 +15,7 @@ from mamba3_jax.model import mixer_names, padded_vocab, segments
 
 
 def norm_rows(official: str, path: str, model: ModelConfig) -> dict[str, Row]:
-    """A norm's weight, and the bias of a layer norm."""
+    """Return a norm's weight, and the bias of a layer norm."""
     names = {"weight": "scale"} | ({"bias": "bias"} if model.norm == "layer" else {})
     return {f"{official}.{theirs}": same(f"{path}/{ours}", (model.d_model,)) for theirs, ours in names.items()}
 
@@ -34,7 +34,7 @@ def layer_rows(mixer: str, model: ModelConfig) -> dict[str, Row]:
 
 
 def outer_rows(model: ModelConfig) -> dict[str, Row]:
-    """What stands outside the layers. A tied head is the embedding under a second name."""
+    """Return what stands outside the layers. A tied head is the embedding under a second name."""
     width, rows = model.d_model, padded_vocab(model)
     embedding = same("embedding/embedding", (rows, width))
     head = embedding if model.tie_embeddings else weight(width, rows, Piece("head/kernel", (width, rows)))
@@ -69,13 +69,13 @@ def our_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def listed(items: Iterable, between: str = ", ", limit: int = 10) -> str:
-    """Joins the first items of what may be a long list, and says how many more there are."""
+    """Join the first items of what may be a long list, and say how many more there are."""
     items = [str(item) for item in items]
     return between.join(items[:limit]) + (f"{between}and {len(items) - limit} more" if len(items) > limit else "")
 
 
 def check(what: str, given: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises one ValueError that counts missing, extra and misshapen arrays, lists ten and names a prefix as cause."""
+    """Raise one ValueError that counts missing, extra and misshapen arrays, lists ten and names a prefix as cause."""
     missing = {name: shape for name, shape in wanted.items() if name not in given}
     extra = {name: array.shape for name, array in given.items() if name not in wanted}
     lines = [f"missing {name} {shape}" for name, shape in missing.items()]
@@ -91,7 +91,7 @@ def check(what: str, given: Mapping[str, np.ndarray], wanted: Mapping[str, tuple
 
 
 def prefix_cause(extra: list[str], wanted: Mapping) -> str:
-    """What one prefix, too much or lacking, makes of all the extra names; "" where none makes them wanted ones."""
+    """Return what one prefix, too much or lacking, makes of the extra names; "" where none makes them wanted ones."""
     first = extra[0] if extra else ""
     for prefix in (first[: place + 1] for place, letter in enumerate(first) if letter in "./"):
         if all(name.startswith(prefix) and name.removeprefix(prefix) in wanted for name in extra):
@@ -103,7 +103,7 @@ def prefix_cause(extra: list[str], wanted: Mapping) -> str:
 
 
 def flatten(tree: Mapping, prefix: str = "") -> dict[str, np.ndarray]:
-    """{"a": {"b": x}} -> {"a/b": x}."""
+    """Join keys: {"a": {"b": x}} -> {"a/b": x}."""
     flat = {}
     for name, value in tree.items():
         flat |= flatten(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {prefix + name: value}
@@ -123,7 +123,7 @@ def unflatten(flat: Mapping[str, np.ndarray]) -> dict:
 
 
 def view(array: np.ndarray, row: Row, piece: Piece) -> np.ndarray:
-    """A writable view of `array` that lies as the piece does in the official tensor: outputs first."""
+    """Return a writable view of `array` that lies as the piece does in the official tensor: outputs first."""
     if not row.inputs:
         return array.reshape(-1, *row.shape[1:])
     return array.reshape(row.inputs, -1).T[piece.columns]
@@ -135,7 +135,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def to_params(tensors: Mapping[str, np.ndarray], model: ModelConfig) -> dict:
-    """The official state dict as our parameters, float32 (exact: from float32, float16 and bfloat16).
+    """Return the official state dict as our parameters, float32 (exact: from float32, float16 and bfloat16).
 
     Raises:
         ValueError: tensors that are missing, extra or misshapen, all of them; a tied head that is not the embedding.

@@ -50,7 +50,7 @@ TIED = ("backbone.embedding.weight", "lm_head.weight")
 
 
 def unwrap(held, say: Callable[[str], None]) -> dict[str, np.ndarray]:
-    """The dict of tensors in what a file holds, out of the `WRAPPERS` around it.
+    """Return the dict of tensors in what a file holds, out of the `WRAPPERS` around it.
 
     Raises:
         ValueError: no dict of tensors there, two of them, or tensors beside it that are not known.
@@ -92,7 +92,7 @@ def has_tensors(held, nested: bool = False) -> bool:
 
 
 def peel(tensors: Mapping, wanted: Mapping, tied: bool, say: Callable[[str], None]) -> dict[str, np.ndarray]:
-    """The tensors under their official names, without buffers, with both names of a tied head.
+    """Return the tensors under their official names, without buffers, with both names of a tied head.
 
     Args:
         tensors: as a file has them.

@@ -17,14 +17,14 @@ LFS = b"version https://git-lfs.github.com/spec/"
 
 
 def contents(path: Path) -> str:
-    """What an error says is at a path where a directory was wanted."""
+    """Return what an error says is at a path where a directory was wanted."""
     if path.is_dir():
         return f"[{listed(repr(entry.name) for entry in sorted(path.iterdir()))}]"
     return "a file, not a directory" if path.exists() else "no such directory"
 
 
 def check_file(path: Path) -> None:
-    """Raises ValueError where a path is a directory, a broken link, an empty file or a Git LFS pointer."""
+    """Raise ValueError where a path is a directory, a broken link, an empty file or a Git LFS pointer."""
     if path.is_dir():
         raise ValueError(f"{path} is a directory, wanted a file")
     if path.is_symlink() and not path.exists():
@@ -38,7 +38,7 @@ def check_file(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Reads a JSON object; ValueError names the file that is none."""
+    """Read a JSON object; ValueError names the file that is none."""
     check_file(path)
     try:
         value = json.loads(path.read_text())
@@ -50,12 +50,12 @@ def read_json(path: Path) -> dict:
 
 
 def index_of(path: Path) -> Path:
-    """The path that the index of a sharded file has."""
+    """Return the path that the index of a sharded file has."""
     return path.with_name(f"{path.name}.index.json")
 
 
 def shards_of(path: Path) -> list[Path]:
-    """The shards that lie where an unsharded file would."""
+    """Return the shards that lie where an unsharded file would."""
     return sorted(path.parent.glob(f"{path.stem}-*-of-*{path.suffix}"))
 
 
@@ -65,7 +65,7 @@ def is_there(path: Path) -> bool:
 
 
 def read_file(path: Path, read: Callable, say: Callable[[str], None]) -> dict[str, np.ndarray]:
-    """The tensors by name of a file that `is_there`, in one piece or in shards."""
+    """Return the tensors by name of a file that `is_there`, in one piece or in shards."""
     if os.path.lexists(path):
         check_file(path)
         if index_of(path).exists():
@@ -78,7 +78,7 @@ def read_file(path: Path, read: Callable, say: Callable[[str], None]) -> dict[st
 
 
 def join(index: Path, read: Callable, say: Callable[[str], None]) -> dict[str, np.ndarray]:
-    """The tensors of all shards, in the order of the index.
+    """Return the tensors of all shards, in the order of the index.
 
     Raises:
         ValueError: an index that is damaged or names what is not in its directory, a shard that is not there or that
@@ -109,7 +109,7 @@ def join(index: Path, read: Callable, say: Callable[[str], None]) -> dict[str, n
 
 
 def disagreement(name: str, said: str | None, held: list[str]) -> str:
-    """What is wrong with a tensor that the index says is in one file, or in none, and that these files hold."""
+    """Return what is wrong with a tensor that the index says is in one file, or in none, and that these files hold."""
     if len(held) > 1:
         return f"{name} is in {' and in '.join(held)}"
     if not held:
@@ -118,7 +118,7 @@ def disagreement(name: str, said: str | None, held: list[str]) -> str:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """The `weight_map` of an index: tensor name -> name of a file beside it."""
+    """Return the `weight_map` of an index: tensor name -> name of a file beside it."""
     held = read_json(index).get("weight_map")
     if not isinstance(held, dict) or not held or not all(isinstance(file, str) for file in held.values()):
         raise ValueError(f"{index} has no weight_map, an object of tensor names and file names")

@@ -78,7 +78,7 @@ class Inert:
 
 
 def rebuild(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None):
-    """A (possibly strided) view of a storage; anything that reaches outside it raises ValueError."""
+    """Return a (possibly strided) view of a storage; anything that reaches outside it raises ValueError."""
     if storage.ndim != 1 or not storage.flags.c_contiguous:
         raise ValueError("a tensor is a view of another, wanted a view of a storage")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
@@ -89,7 +89,7 @@ def rebuild(storage, offset, size, stride, requires_grad=False, hooks=None, meta
 
 
 def rebuild_parameter(tensor, *_requires_grad_hooks_state):
-    """The tensor of a torch.nn.Parameter."""
+    """Return the tensor of a torch.nn.Parameter."""
     return tensor
 
 
@@ -164,7 +164,7 @@ class Reader(pickle.Unpickler):
         return self.storages[key]
 
     def record(self, name: str) -> np.ndarray:
-        """The bytes of a record where they lie in the file, checked; a copy only of compressed ones."""
+        """Return the bytes of a record where they lie in the file, checked; a copy only of compressed ones."""
         info = self.archive.getinfo(name)
         if info.compress_type != zipfile.ZIP_STORED:
             return np.frombuffer(self.archive.read(info), np.uint8)
@@ -178,7 +178,7 @@ class Reader(pickle.Unpickler):
 
 
 def read(path: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, np.ndarray]:
-    """The tensors by name of what `torch.save` wrote: a state dict, or one in a known wrapper; `say` hears which.
+    """Return by name the tensors that `torch.save` wrote: a state dict, or one in a known wrapper; `say` hears which.
 
     They are views of the file, mapped into memory, strided and shared ones too: it must not change while they are used.
 
@@ -207,7 +207,7 @@ def read(path: Path, say: Callable[[str], None] = lambda line: None) -> dict[str
 
 
 def write(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """What `torch.save(state_dict, path)` writes. Entries that are one array share one storage, as a tied head does."""
+    """Write what `torch.save(state_dict, path)` does. Entries that are one array share a storage, as a tied head."""
     keys = {}
     for array in tensors.values():
         keys.setdefault(id(array), (str(len(keys)), array))

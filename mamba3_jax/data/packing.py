@@ -30,7 +30,7 @@ class Corpus:
 
 
 def concatenate(documents: Iterable[tuple[np.ndarray, np.ndarray | None]], codec, what: str) -> Corpus:
-    """Joins documents, each its ids and the bytes that they spell (None: one each), without those that have no id.
+    """Join documents, each its ids and the bytes that they spell (None: one each), without those that have no id.
 
     Raises:
         ValueError: there is no document; `what` says where.

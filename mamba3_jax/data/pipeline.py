@@ -52,7 +52,7 @@ class Loader:
         return batch
 
     def target_bytes(self) -> np.ndarray | None:
-        """Counts the bytes of text that the targets of the last batch spell (B, L), an end one; None: it is no text."""
+        """Count the bytes of text that the targets of the last batch spell (B, L), an end one; None: it is no text."""
         spelt = self._rows.target_bytes
         return spelt(self._numbers[self._position - 1]) if spelt else None
 
@@ -104,12 +104,12 @@ def _live_and_die_with_main(worker: int, workers: int) -> None:
 
 
 def sources() -> dict:
-    """Gives what makes the rows of a split, (config, split) -> Rows, by the name that `data.source` may have."""
+    """Give what makes the rows of a split, (config, split) -> Rows, by the name that `data.source` may have."""
     return SOURCES | dict.fromkeys(TASKS, synthetic_rows)
 
 
 def loader(config: DataConfig, split: str, *, vocab_size: int, host: tuple[int, int] = (0, 1)) -> Loader:
-    """This host's rows of each batch of `split`.
+    """Return this host's rows of each batch of `split`.
 
     "train" never ends and visits the rows of each epoch in an order drawn from (seed, epoch). "valid" is one pass, its
     last batch filled up with rows of weight 0, in a fixed order that spreads the first few batches over all files.
@@ -139,7 +139,7 @@ def _order(rows: Rows, config: DataConfig, split: str) -> grain.MapDataset:
 
 
 def _stride(count: int) -> int:
-    """A step near the golden section of `count` that visits every row: any prefix lies evenly over the whole."""
+    """Return a step near the golden section of `count` that visits every row: any prefix lies evenly over the whole."""
     stride = max(1, round(count * 0.618))
     while np.gcd(stride, count) != 1:
         stride += 1

@@ -37,7 +37,7 @@ TASKS = {"parity": Task(tokens=parity_tokens, targets=parity_targets, chance=0.5
 
 
 def document_length(config: DataConfig, step: int) -> int:
-    """The curriculum: `task_steps[i]` steps of documents of `task_lengths[i]` tokens; the last length goes on."""
+    """Follow the curriculum: `task_steps[i]` steps of documents of `task_lengths[i]` tokens; the last goes on."""
     ends = np.cumsum(config.task_steps)
     stage = int(np.searchsorted(ends, step, side="right"))
     return config.task_lengths[min(stage, len(config.task_lengths) - 1)]

@@ -85,7 +85,7 @@ def files(config: DataConfig, split: str) -> dict[str, Path]:
 
 
 def read(paths: dict[str, Path], separator: str = "", key: str = "text") -> Iterator[str]:
-    """Yields the documents of each file that are not empty, by the end of its name.
+    """Yield the documents of each file that are not empty, by the end of its name.
 
     JSON_LINES: the field `key` of each line's object. .parquet: the rows of the column `key`. Else UTF-8 text, line
     ends as they are: one document, or those between `separator`s that have more than white space. .gz is unpacked.
@@ -104,7 +104,7 @@ def read(paths: dict[str, Path], separator: str = "", key: str = "text") -> Iter
 
 @contextlib.contextmanager
 def _opened(path: Path):
-    """Opens a file for reading bytes, unpacked; ValueError where a .gz is damaged."""
+    """Open a file for reading bytes, unpacked; ValueError where a .gz is damaged."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
             yield stream
@@ -172,7 +172,7 @@ def _parquet(path: Path, key: str) -> Iterator[str]:
 
 
 def _some(names) -> str:
-    """Lists up to ten of the names, and how many more there are."""
+    """List up to ten of the names, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return (", ".join(names[:10]) or "none") + more
@@ -187,5 +187,5 @@ def _corpus(split: str, **fields: str) -> Corpus:
 
 
 def text_rows(config: DataConfig, split: str) -> Rows:
-    """The rows of a split, of the documents that `read` finds. Tokenised once a process, then kept in memory."""
+    """Return the rows of a split, of the documents that `read` finds. Tokenised once a process, then kept in memory."""
     return rows(_corpus(split, **{name: getattr(config, name) for name in FIELDS}), config.length)

@@ -12,7 +12,7 @@ from mamba3_jax.data.vocabulary import tokenizer
 
 
 def _source(name: str, directory: str, split: str, key: str):
-    """The examples of a prepared dataset; ValueError that lists what exists for a wrong name, split or field."""
+    """Return the examples of a prepared dataset; ValueError that lists what exists for a wrong name, split or field."""
     folder = Path(directory or tfds.core.constants.DATA_DIR).expanduser()
     there = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     if not name:
@@ -56,7 +56,7 @@ def _corpus(tokenizer_name: str, eos: str, name: str, directory: str, split: str
 
 
 def tfds_rows(config: DataConfig, split: str) -> Rows:
-    """The rows of a split, an example's `tfds_key` a document. Tokenised once a process, then kept in memory."""
+    """Return the rows of a split, an example's `tfds_key` a document. Tokenised once a process, then kept in memory."""
     part = config.tfds_train_split if split == "train" else config.tfds_valid_split
     fields = (config.tfds_name, config.tfds_dir, part, config.tfds_key)
     return rows(_corpus(config.tokenizer, config.eos, *fields), config.length)

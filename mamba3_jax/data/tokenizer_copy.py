@@ -14,7 +14,7 @@ FOLDER, FILE, SUMS = "tokenizer", "tokenizer.json", "SHA256SUMS"
 
 
 def sha256(path: Path) -> str:
-    """Computes the hash of a file."""
+    """Compute the hash of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -24,7 +24,7 @@ def is_file(tokenizer: str) -> bool:
 
 
 def find(workdir) -> Path | None:
-    """Finds the tokenizer.json of a workdir, None if it has none; ValueError where it is no longer what was copied."""
+    """Find the tokenizer.json of a workdir, None if it has none; ValueError where it is no longer what was copied."""
     folder = Path(workdir).expanduser() / FOLDER
     if not folder.is_dir():
         return None
@@ -39,7 +39,7 @@ def find(workdir) -> Path | None:
 
 
 def keep(workdir, tokenizer: str) -> None:
-    """Copies `data.tokenizer`, if it is a file, and those beside it into the workdir; whole or not at all."""
+    """Copy `data.tokenizer`, if it is a file, and those beside it into the workdir; whole or not at all."""
     source, folder = Path(tokenizer), Path(workdir).expanduser() / FOLDER
     if not is_file(tokenizer) or source.resolve() == (folder / FILE).resolve():
         return
@@ -54,7 +54,7 @@ def keep(workdir, tokenizer: str) -> None:
 
 
 def write(directory: Path, tokenizer: Path) -> None:
-    """Writes a tokenizer.json, and those beside it that may name the end of a document, into a directory."""
+    """Write a tokenizer.json, and those beside it that may name the end of a document, into a directory."""
     shutil.copyfile(tokenizer, directory / FILE)
     for name in EOS_FILES:
         if (beside := tokenizer.with_name(name)).is_file():
@@ -69,7 +69,7 @@ def differ(one: str, other: str) -> bool:
 
 
 def to_resume(workdir, tokenizer: str) -> str | None:
-    """Finds the workdir's own copy, for a run to resume with; None if there is none or the run has no file.
+    """Find the workdir's own copy, for a run to resume with; None if there is none or the run has no file.
 
     Raises ValueError where the file that a run names is another one: the parameters belong to the copy.
     """

@@ -35,14 +35,14 @@ class Bytes:
         return list(text.encode())
 
     def special(self, text: str) -> None:
-        """Finds none: no byte is a special token."""
+        """Find none: no byte is a special token."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Bytes that are not UTF-8 (a character cut in two, say) come out as U+FFFD."""
         return bytes(int(i) for i in ids).decode(errors="replace")
 
     def encode_all(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, None]]:
-        """Yields the ids of each text, without separators, and None: a token spells one byte."""
+        """Yield the ids of each text, without separators, and None: a token spells one byte."""
         for text in texts:
             yield np.frombuffer(text.encode(), np.uint8), None
 
@@ -62,7 +62,7 @@ class Symbols:
         return [self.symbols.index(character) for character in text]
 
     def special(self, text: str) -> None:
-        """Finds none: no symbol is a special token."""
+        """Find none: no symbol is a special token."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids past the symbols, which a larger model may draw, come out as U+FFFD."""
@@ -94,7 +94,7 @@ class HuggingFace:
         self._reserved = self._find_reserved(Path(path))
 
     def _id_of(self, name: str | int, what: str) -> int:
-        """Finds the id of a token given by its text or its id; ValueError, beginning with `what`, for neither."""
+        """Find the id of a token given by its text or its id; ValueError, beginning with `what`, for neither."""
         token = int(name) if isinstance(name, int) or name.isdecimal() else self._tokenizer.token_to_id(name)
         if token not in range(self.vocab_size) or self._tokenizer.id_to_token(token) is None:
             raise ValueError(f"{what} is not a token of {self.path}, nor the id of one")
@@ -115,19 +115,19 @@ class HuggingFace:
         )
 
     def _find_reserved(self, path: Path) -> list[int]:
-        """Lists the ids that no text spells: the special tokens and the separator, but for the one of unknown text."""
+        """List the ids that no text spells: the special tokens and the separator, but for the one of unknown text."""
         added = self._tokenizer.get_added_tokens_decoder()
         model = json.loads(path.read_bytes())["model"]
         unknown = self._tokenizer.token_to_id(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
         return sorted({self.eos, *(token for token, what in added.items() if what.special)} - {unknown})
 
     def encode(self, text: str) -> list[int]:
-        """Encodes a text in which the spelling of a special token is that token."""
+        """Encode a text in which the spelling of a special token is that token."""
         (encoding,) = self._encode([text], special=True)
         return encoding.ids
 
     def special(self, text: str) -> int | None:
-        """Finds the id of the special token that a text is the spelling of, if it is."""
+        """Find the id of the special token that a text is the spelling of, if it is."""
         token = self._tokenizer.token_to_id(text)
         return token if token in self._reserved else None
 
@@ -136,7 +136,7 @@ class HuggingFace:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def encode_all(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields the ids of each text, without separators, and how many bytes of the text each spells.
+        """Yield the ids of each text, without separators, and how many bytes of the text each spells.
 
         A special token's spelling is text like any other. A batch of texts at a time, which the package does in
         parallel.
@@ -148,7 +148,7 @@ class HuggingFace:
                 yield ids_T, bytes_spelt(text, end_T)
 
     def _encode(self, texts: list[str], special: bool = False) -> list[Encoding]:
-        """Encodes texts, reading special tokens in them or not; ValueError names the first that cannot be."""
+        """Encode texts, reading special tokens in them or not; ValueError names the first that cannot be."""
         self._tokenizer.encode_special_tokens = not special
         try:
             return self._tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -158,7 +158,7 @@ class HuggingFace:
             raise ValueError(f"{self.path} cannot encode {shorten(texts[0])!r}: {error}") from None
 
     def _spell(self, text: str, encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
-        """Gives the ids of a text, and how many of its characters each one and those before it spell.
+        """Give the ids of a text, and how many of its characters each one and those before it spell.
 
         A model that has whole words may find a special token in the text all the same: the text is cut in two before
         the last character of that, and the parts are encoded.
@@ -176,7 +176,7 @@ class HuggingFace:
 
 
 def eos_in(path: Path, field: str) -> str | int | None:
-    """Reads the end of a document that a file names: a text, {"content": text} or an id, or the first of a list.
+    """Read the end of a document that a file names: a text, {"content": text} or an id, or the first of a list.
 
     None: there is no such file, or it names none. ValueError: it is damaged.
     """
@@ -203,7 +203,7 @@ def shorten(text: str) -> str:
 
 
 def bytes_spelt(text: str, end_T: np.ndarray) -> np.ndarray:
-    """Counts the UTF-8 bytes of a text from the end of the token before to the end of each: all of them together.
+    """Count the UTF-8 bytes of a text from the end of the token before to the end of each: all of them together.
 
     What a tokenizer drops (a space, say) counts with the token after it, the rest of the text with the last one; where
     several tokens make up one character, it counts with the first of them.
@@ -221,7 +221,7 @@ def bytes_spelt(text: str, end_T: np.ndarray) -> np.ndarray:
 
 
 def tokenizer(config: DataConfig) -> Bytes | Symbols | HuggingFace:
-    """The tokenizer of a run: `encode(text)`, `decode(ids)`, `vocab_size`, `eos` (the id that ends a document)."""
+    """Return the tokenizer of a run: `encode(text)`, `decode(ids)`, `vocab_size`, `eos` (which ends a document)."""
     if config.source in TASKS:
         return Symbols(config.source, TASKS[config.source].symbols)
     if config.tokenizer == "bytes":

@@ -19,7 +19,7 @@ def evaluate(
     max_tokens: int = 0,
     say: Callable[[str], None] | None = None,
 ) -> list[dict]:
-    """A result a row length: what the model makes of the "valid" split of `data` cut into rows of that length.
+    """Return a result a row length: what the model makes of the "valid" split of `data` cut into rows of that length.
 
     Args:
         model: a `LanguageModel`.
@@ -71,7 +71,7 @@ class Totals:
         self.correct, self.bytes = 0, 0
 
     def add(self, scored: Scored) -> None:
-        """Adds one more batch."""
+        """Add one more batch."""
         counts_BL = scored.batch.weights_BL > 0
         bucket = np.searchsorted(self.edges, scored.position_BL[counts_BL], side="right") - 1
         size = len(self.count)
@@ -104,12 +104,12 @@ class Totals:
 
 
 def past(length: int, trained: int) -> str:
-    """A remark on a line of a table."""
+    """Return a remark on a line of a table."""
     return f"  ({length / trained:g}x the trained length)" if length > trained else ""
 
 
 def table(results: Sequence[dict], trained: int) -> str:
-    """The results as text: a line a length, then loss by position, a column a length."""
+    """Return the results as text: a line a length, then loss by position, a column a length."""
     lines = ["  length   tokens    loss  perplexity  bits/byte  accuracy"]
     for r in results:
         bits = "        -" if r["bits_per_byte"] is None else f"{r['bits_per_byte']:9.4f}"

@@ -27,7 +27,7 @@ class Scored(NamedTuple):
 
 
 def score_piece(model: LanguageModel, params, piece: Batch, state):
-    """Returns (nll, correct, state) of one piece of a row, over the padded vocabulary and with NaN as in training."""
+    """Return (nll, correct, state) of one piece of a row, over the padded vocabulary and with NaN as in training."""
     logits_BLV, state = model.apply({"params": params}, piece.tokens_BL, state, piece.start_BL)
     target_BL = target_logits(logits_BLV, piece.targets_BL, model.config.vocab_size)
     nll_BL = jax.nn.logsumexp(logits_BLV, axis=-1) - target_BL
@@ -67,7 +67,7 @@ class Scorer:
     def score(
         self, data: DataConfig, *, max_tokens: int = 0, say: Callable[[str], None] | None = None
     ) -> Iterator[Scored]:
-        """The batches of the "valid" split, about `max_tokens` tokens of them (0: all), of as many rows as that takes.
+        """Return batches of the "valid" split, about `max_tokens` tokens (0: all), of as many rows as that takes.
 
         `say` gets a line now and then.
         """

@@ -20,7 +20,7 @@ def evaluate(
     max_tokens: int = 0,
     say: Callable[[str], None] | None = None,
 ) -> list[dict]:
-    """A result a length: sequences of that length, one a row, drawn as the validation rows of the task `data.source`.
+    """Return a result a length: sequences of that length, one a row, drawn as validation rows of task `data.source`.
 
     Args:
         model: a `LanguageModel`.
@@ -64,7 +64,7 @@ def evaluate(
 
 
 def table(results: Sequence[dict], trained: int) -> str:
-    """The results as text, a line a length."""
+    """Return the results as text, a line a length."""
     lines = ["  length  sequences  accuracy  last position  scaled"]
     for r in results:
         scores = f"{r['accuracy']:9.4f} {r['last']:14.4f} {r['scaled_last']:7.4f}"

@@ -8,5 +8,5 @@ MIXERS: dict[str, type[Mixer]] = {"mamba3": Mamba3, "attention": Attention}
 
 
 def letters() -> dict[str, str]:
-    """Gives the name in `MIXERS` of every letter that a pattern may have."""
+    """Give the name in `MIXERS` of every letter that a pattern may have."""
     return {mixer.letter: name for name, mixer in MIXERS.items()}

@@ -67,7 +67,7 @@ def rope(x, position_BL, theta: float):
 
 
 def write(cache_BTKE, new_BLKE, position_B):
-    """The cache with `new` in the places position, position + 1, ... of each row; what does not fit is dropped."""
+    """Write `new` to the places position, position + 1, ... of each row of the cache; what does not fit is dropped."""
     rows_B1 = jnp.arange(new_BLKE.shape[0])[:, None]
     places_BL = position_B[:, None] + jnp.arange(new_BLKE.shape[1])
     return cache_BTKE.at[rows_B1, places_BL].set(new_BLKE, mode="drop")
@@ -136,7 +136,7 @@ class Attention(Mixer):
         return y_BLHE
 
     def output(self, y_BLHE):
-        """The heads back to the model's width."""
+        """Return the heads back to the model's width."""
         config, dtype, (heads, width) = self.config, self.dtype, y_BLHE.shape[2:]
         scaled = linear(heads * width, len(config.pattern) ** -0.5)
         kernel = nn.with_logical_partitioning(scaled, ("heads", "head_dim", "embed"))
@@ -177,12 +177,12 @@ class Attention(Mixer):
 
     @staticmethod
     def room(state: Cache) -> tuple:
-        """Returns the tokens held (..., B) and the capacity of a cache, or of several stacked."""
+        """Return the tokens held (..., B) and the capacity of a cache, or of several stacked."""
         return state.position_B, state.k_BTKE.shape[-3]
 
     @staticmethod
     def official_rows(config: ModelConfig) -> dict[str, Row]:
-        """Lists the official tensors of an attention layer; in_proj is q | k | v."""
+        """List the official tensors of an attention layer; in_proj is q | k | v."""
         width, head_dim = config.d_model, config.attn_head_dim
         heads, kv_heads = head_counts(config)
         counts = {"q": heads, "k": kv_heads, "v": kv_heads}

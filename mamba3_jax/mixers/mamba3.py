@@ -109,7 +109,7 @@ class Mamba3(Mixer):
         self.out = self.named("out", out, heads=heads, head_dim=width, embed=d_model)
 
     def named(self, name, initializer, **axes):
-        """A parameter whose axes are given by logical name and size."""
+        """Return a parameter whose axes are given by logical name and size."""
         return self.param(name, nn.with_logical_partitioning(initializer, tuple(axes)), tuple(axes.values()))
 
     def __call__(self, x_BLD, state: State | None = None, start_BL=None):
@@ -154,7 +154,7 @@ class Mamba3(Mixer):
         )
 
     def heads(self) -> Heads:
-        """The learned arrays of the op."""
+        """Return the learned arrays of the op."""
         size = sizes(self.config)
         return Heads(
             q_bias_HRN=self.q_bias if self.config.bc_bias else None,
@@ -209,7 +209,7 @@ class Mamba3(Mixer):
 
     @staticmethod
     def official_rows(config: ModelConfig) -> dict[str, Row]:
-        """Lists the official tensors of a Mamba-3 layer (SPEC section 10)."""
+        """List the official tensors of a Mamba-3 layer (SPEC section 10)."""
         width, (heads, head_dim, groups, ranks, state, planes, mimo) = config.d_model, sizes(config)
         inner, shared = heads * head_dim, 2 * ranks * groups * state
         kq_angle = (width, shared + planes)

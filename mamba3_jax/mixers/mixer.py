@@ -25,26 +25,26 @@ class Mixer(nn.Module):
 
     @staticmethod
     def check(config: ModelConfig) -> None:
-        """Raises ValueError, naming the value and the wish, for sizes or choices that this mixer cannot have."""
+        """Raise ValueError, naming the value and the wish, for sizes or choices that this mixer cannot have."""
 
     @staticmethod
     def empty_state(config: ModelConfig, batch: int, capacity: int):
-        """Makes the state before any token, with room for `capacity` of them where it grows with their number."""
+        """Make the state before any token, with room for `capacity` of them where it grows with their number."""
         raise NotImplementedError
 
     @staticmethod
     def state_flops(config: ModelConfig, length: int) -> float:
-        """Counts the forward FLOPs a token, in rows of `length`, beside those of `matrices`."""
+        """Count the forward FLOPs a token, in rows of `length`, beside those of `matrices`."""
         raise NotImplementedError
 
     @staticmethod
     def room(state) -> tuple | None:
-        """Returns (tokens held, an array; tokens that fit in all) of a state, None where any number fits."""
+        """Return (tokens held, an array; tokens that fit in all) of a state, None where any number fits."""
         return None
 
     @staticmethod
     def official_rows(config: ModelConfig) -> dict[str, Row]:
-        """Lists the official tensors of a layer in their order: name under `mixer.` -> where it lies in our parameters.
+        """List the official tensors of a layer in their order: name under `mixer.` -> where it lies in our parameters.
 
         Needed where `official` is not None.
         """

@@ -23,15 +23,15 @@ class Row(NamedTuple):
     pieces: tuple[Piece, ...]
 
     def under(self, prefix: str) -> "Row":
-        """Puts a prefix before the path of every piece."""
+        """Put a prefix before the path of every piece."""
         return self._replace(pieces=tuple(piece._replace(path=prefix + piece.path) for piece in self.pieces))
 
 
 def same(path: str, shape: tuple[int, ...], official: tuple[int, ...] | None = None) -> Row:
-    """Declares a tensor of the same numbers in the same order."""
+    """Declare a tensor of the same numbers in the same order."""
     return Row(official or shape, 0, (Piece(path, shape),))
 
 
 def weight(inputs: int, outputs: int, *pieces: Piece) -> Row:
-    """Declares an official Linear weight, (out, in)."""
+    """Declare an official Linear weight, (out, in)."""
     return Row((outputs, inputs), inputs, pieces)

@@ -40,7 +40,7 @@ class LayerNorm(nn.Module):
 
 
 def named(initializer):
-    """The initial value of a vector as wide as the model, with its logical axis."""
+    """Return the initial value of a vector as wide as the model, with its logical axis."""
     return nn.with_logical_partitioning(initializer, ("embed",))
 
 

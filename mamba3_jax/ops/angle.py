@@ -27,7 +27,7 @@ class Turns(NamedTuple):
 
 
 def grid(tokens: int) -> float:
-    """The grid on which `tokens` increments of up to half a turn, and one carried turn, add up exactly in float32."""
+    """Return the grid on which `tokens` increments of up to half a turn, and a carried turn, sum exactly in float32."""
     return 2.0 ** (math.ceil(math.log2(tokens / 2 + 2)) - 24)
 
 
@@ -38,7 +38,7 @@ def from_radians(angle_BHS, step: float) -> Turns:
 
 
 def to_radians(turns: Turns):
-    """The angle in [0, 2 pi)."""
+    """Return the angle in [0, 2 pi)."""
     fraction_BHS = turns.exact_BHS + turns.rest_BHS
     for _ in range(2):  # a tiny negative rest rounds up to a whole turn, which is zero
         fraction_BHS -= jax.lax.stop_gradient(jnp.floor(fraction_BHS))
@@ -159,7 +159,7 @@ def _increments_jvp(primals, tangents):
 
 
 def _head(x):
-    """The leading 12 bits of a float32's significand; x - _head(x) is exact and has the other 12."""
+    """Return the leading 12 bits of a float32's significand; x - _head(x) is exact and has the other 12."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFFF000), jnp.float32)
 

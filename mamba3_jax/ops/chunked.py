@@ -18,7 +18,7 @@ def chunked(tokens: Tokens, heads: Heads, state: State | None, *, rotation: str,
 
 
 def _default(rank: int) -> int:
-    """The fastest size measured (experiments/benchmarks): an accelerator wants fewer and larger products."""
+    """Return the fastest size measured (experiments/benchmarks): an accelerator wants fewer and larger products."""
     if jax.default_backend() == "cpu":
         return max(16, 64 // rank)
     return max(64, 128 // rank)
@@ -73,7 +73,7 @@ def _core(part: Chunk, h_BHPN):
 
 
 def _decay(exact_BHQ, rest_BHQ, within_BHQQ, targets: slice):
-    """Returns exp(c_t - c_s) from token s (last axis) to the tokens t of `targets`, c the sum of both; 1 elsewhere.
+    """Return exp(c_t - c_s) from token s (last axis) to the tokens t of `targets`, c the sum of both; 1 elsewhere.
 
     Masked before exp: what lies after a token grows without bound.
     """
@@ -82,7 +82,7 @@ def _decay(exact_BHQ, rest_BHQ, within_BHQQ, targets: slice):
 
 
 def log_decay(log_a_BHQ, within_BQQ):
-    """sum_{s <= t} log_a_s from the document's (or the chunk's) first token, as exact + rest.
+    """Sum log_a_s over s <= t from the document's (or the chunk's) first token, as exact + rest.
 
     A sum that started earlier would let the gradient of one document reach another's log_a. Differences of plain
     float32 sums would lose the digits of a gentle decay after steep ones: as in `angle`, what lies on a grid adds up

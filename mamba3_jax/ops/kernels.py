@@ -35,7 +35,7 @@ def kernels(
     anywhere: bool = False,
     **config,
 ):
-    """Computes the sums of `chunked` by the kernels of a backend; a token, or a few, by its decoding step.
+    """Compute the sums of `chunked` by the kernels of a backend; a token, or a few, by its decoding step.
 
     Args:
         chunk: tokens a chunk, rounded to what the kernels can do. Performance only.
@@ -62,7 +62,7 @@ def kernels(
 
 
 def refused(backend: str, tokens: Tokens) -> str | None:
-    """Returns what keeps these inputs from a backend on this process's devices; None: nothing."""
+    """Return what keeps these inputs from a backend on this process's devices; None: nothing."""
     return _module(backend).available() or _unsupported(backend, _shapes(tokens))
 
 
@@ -97,7 +97,7 @@ def _row(tokens: Tokens, heads: Heads, state: State | None):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _steps(tokens: Tokens, heads: Heads, state: State, backend: str, how):
-    """Takes one token after another, all of the state in place where it is donated."""
+    """Take one token after another, all of the state in place where it is donated."""
     outputs = []
     for place in range(tokens.log_a_BLH.shape[1]):
         token = jax.tree.map(lambda array: array[:, place], tokens)  # noqa: B023
@@ -120,7 +120,7 @@ _steps.defvjp(_steps_fwd, _steps_bwd)
 
 
 def _step(token: Tokens, heads: Heads, state: State, backend: str, **how):
-    """Returns the output and the state; of `token`, without the axis L."""
+    """Return the output and the state; of `token`, without the axis L."""
     from pallas_kernels.ssm.contract import Last, Token, Weights
 
     stepped = _module(backend).step(
@@ -145,7 +145,7 @@ def _step(token: Tokens, heads: Heads, state: State, backend: str, **how):
 
 
 def _shapes(tokens: Tokens):
-    """Returns the shapes and dtypes alone, which can be remembered."""
+    """Return the shapes and dtypes alone, which can be remembered."""
     return tuple(None if x is None else (x.shape, jnp.dtype(x.dtype)) for x in tokens)
 
 

@@ -77,7 +77,7 @@ def recurrent(tokens: Tokens, heads: Heads, state: State | None, *, rotation: st
 
 
 def within_a_turn(angle):
-    """The angle modulo 2 pi, in [0, 2 pi); its derivative is 1."""
+    """Return the angle modulo 2 pi, in [0, 2 pi); its derivative is 1."""
     for _ in range(2):  # a tiny negative angle rounds up to a whole turn, which is zero
         angle = angle - 2 * jnp.pi * jax.lax.stop_gradient(jnp.floor(angle / (2 * jnp.pi)))
     return angle

@@ -51,7 +51,7 @@ class PerToken(NamedTuple):
 
 
 def over_chunks(core: Core, tokens: Tokens, heads: Heads, state: State | None, *, rotation: str, chunk: int):
-    """Runs `core` over the chunks of a row; same arguments and results as every implementation of `ssm`.
+    """Run `core` over the chunks of a row; same arguments and results as every implementation of `ssm`.
 
     Without queries (see `ssm.transition`) there is no y, and the core computes the state alone.
     """
@@ -124,7 +124,7 @@ def over_chunks(core: Core, tokens: Tokens, heads: Heads, state: State | None, *
 
 
 def finite(turns):
-    """Replaces angles that are not finite by 0 between chunks.
+    """Replace angles that are not finite by 0 between chunks.
 
     The state between chunks is NaN with them and ends where a document starts; NaN in the next chunk's keys would not.
     """
@@ -132,7 +132,7 @@ def finite(turns):
 
 
 def incoming(state: State, first_BH, heads: Heads):
-    """The state before the row, natural order, with what token 0 adds for the token before it (see `later_weight`)."""
+    """Return the state before the row, in natural order, with what token 0 adds for the one before (`later_weight`)."""
     if first_BH is None:
         return state.ssm_BHPN
     before_BHRN = jnp.swapaxes(state.k_BRHN, 1, 2).astype(first_BH.dtype)
@@ -141,7 +141,7 @@ def incoming(state: State, first_BH, heads: Heads):
 
 
 def last_state(tokens: Tokens, heads: Heads, angle_BHS, h_BHPN, rotation: str) -> State:
-    """What the row leaves, from the last angle (radians, or None) and `h_BHPN`."""
+    """Return what the row leaves, from the last angle (radians, or None) and `h_BHPN`."""
     if tokens.beta_BLH is None:
         return State(angle_BHS, h_BHPN)
     k_BHRN = per_head(tokens.k_BLRGN[:, -1], tokens.v_BLHP.shape[2]).astype(h_BHPN.dtype)
@@ -152,7 +152,7 @@ def last_state(tokens: Tokens, heads: Heads, angle_BHS, h_BHPN, rotation: str) -
 
 
 def turned(x_BQRGN, bias_HQRN, n_heads: int, sincos_BHQN, planes: int):
-    """Queries or keys of a group as each of its heads sees them, biased and rotated: (B, H, Q, R, N), in plane order.
+    """Show each head queries or keys of its group, biased and rotated: (B, H, Q, R, N), in plane order.
 
     Args:
         x_BQRGN: in plane order.

@@ -62,6 +62,6 @@ def one_device() -> bool:
 
 
 def _where(arrays, specs):
-    """The specs of the arrays that are there."""
+    """Return the specs of the arrays that are there."""
     pairs = zip(arrays, specs, strict=True)
     return type(specs)(*(None if array is None else spec for array, spec in pairs))

@@ -73,7 +73,7 @@ def transition(
     implementation: str | None = None,
     chunk: int | None = None,
 ) -> Transition:
-    """What a run of tokens does to any state before it: a pass over the states alone, in plain XLA.
+    """Return what a run of tokens does to any state before it: a pass over the states alone, in plain XLA.
 
     `compose` puts runs together, or a state and the run after it: so a row can be cut, over devices or in time, and its
     pieces computed at once. No outputs are computed; queries and gate are not read.
@@ -99,12 +99,12 @@ def transition(
 
 
 def plain(tokens: Tokens) -> str:
-    """The fastest in plain XLA: one token is a step, and anything longer is worth chunks."""
+    """Return the fastest in plain XLA: one token is a step, and anything longer is worth chunks."""
     return "recurrent" if tokens.log_a_BLH.shape[1] == 1 else "chunked"
 
 
 def default_implementation(tokens: Tokens) -> str:
-    """What was measured to be the fastest on this device (`tuned`), or else kernels for it; or else plain XLA.
+    """Return what was measured to be the fastest on this device (`tuned`), or else kernels for it; or else plain XLA.
 
     XLA cannot divide a kernel over devices as it divides plain code: that takes `ops.sharded`.
 

@@ -17,7 +17,7 @@ from mamba3_jax.ops.types import Heads, State, Tokens, Transition
 
 
 def of_run(tokens: Tokens, state: State) -> Transition:
-    """The transition of a run that leaves `state` from the empty state."""
+    """Return the transition of a run that leaves `state` from the empty state."""
     first_BH = None if tokens.beta_BLH is None else tokens.beta_BLH[:, 0]
     carried_B = jnp.ones(tokens.log_a_BLH.shape[0], bool)
     if tokens.start_BL is not None:
@@ -28,7 +28,7 @@ def of_run(tokens: Tokens, state: State) -> Transition:
 
 
 def compose(left: Transition | State, right: Transition, heads: Heads, *, rotation: str = "adjacent"):
-    """Returns what the run of `left` and then that of `right` do: their Transition; of a State, the State after.
+    """Return what the run of `left` and then that of `right` do: their Transition; of a State, the State after.
 
     Associative and exact: composing the transitions of any cut of a row gives that of the row, and composing the state
     before a row with its transition gives the state after it. Differentiable in everything.

@@ -38,7 +38,7 @@ class Choice:
 
 
 def choose(device: str, tokens: Tokens) -> Choice | None:
-    """The entry for these inputs: of this device, or else of one of its architecture; None where nothing fits.
+    """Return the entry for these inputs: of this device, or else of one of its architecture; None where nothing fits.
 
     Rank, dtype, sizes of the state, and whether it is one token, must be the entry's; of the entries left, the nearest
     in batch x heads and length.
@@ -61,14 +61,14 @@ def choose(device: str, tokens: Tokens) -> Choice | None:
 
 
 def config(implementation: str, tokens: Tokens) -> dict:
-    """Returns what the table tells this implementation for these inputs on this process's devices; mostly nothing."""
+    """Return what the table tells this implementation for these inputs on this process's devices; mostly nothing."""
     entry = choose(jax.devices()[0].device_kind, tokens)
     told = entry.launch.get(implementation, {}) if entry else {}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
 
 
 def rounded(size: int) -> int:
-    """The smallest power of two that is not below."""
+    """Return the smallest power of two that is not below."""
     return 1 << (size - 1).bit_length()
 
 

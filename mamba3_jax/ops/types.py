@@ -62,18 +62,18 @@ class Transition(NamedTuple):
 
 
 def accumulator(tokens: Tokens) -> jnp.dtype:
-    """Returns the dtype of decays, states and sums: float32, or float64 where the inputs are (under x64)."""
+    """Return the dtype of decays, states and sums: float32, or float64 where the inputs are (under x64)."""
     return jnp.promote_types(jnp.float32, tokens.log_a_BLH.dtype)
 
 
 def product_dtype(tokens: Tokens) -> jnp.dtype:
-    """Returns what the operands of matrix products are rounded to: the dtype of queries, keys and values."""
+    """Return what the operands of matrix products are rounded to: the dtype of queries, keys and values."""
     queries = () if tokens.q_BLRGN is None else (tokens.q_BLRGN,)  # of a `transition`
     return jnp.result_type(*queries, tokens.k_BLRGN, tokens.v_BLHP)
 
 
 def empty_state(tokens: Tokens) -> State:
-    """Returns the state before any token: zeros, of the sizes that `tokens` implies."""
+    """Return the state before any token: zeros, of the sizes that `tokens` implies."""
     batch, _, rank, _, d_state = tokens.k_BLRGN.shape
     heads, width = tokens.v_BLHP.shape[2:]
     dtype = accumulator(tokens)

@@ -149,7 +149,7 @@ class Trainer:
         return f"the last good checkpoint is of step {latest} in {self.checkpoints.directory}"
 
     def _check_resume(self) -> None:
-        """The newest checkpoint is of this run, or of parameters to start from."""
+        """Check that the newest checkpoint is of this run, or of parameters to start from."""
         self.changes = {}
         if steps := all_steps(self.workdir):
             path = checkpoint_dir(self.workdir) / str(steps[-1])
@@ -175,7 +175,7 @@ class Trainer:
         return TrainState(params=params, **rest), step
 
     def _compile(self) -> None:
-        """The step, and the first state unless there is one."""
+        """Compile the step, and make the first state unless there is one."""
         config, begin = self.config, time.perf_counter()
         shardings = jax.tree.map(lambda shape: shape.sharding, self.shapes)
         parameters = sum(math.prod(shape.shape) for shape in jax.tree.leaves(self.shapes.params))
@@ -212,7 +212,7 @@ class Trainer:
             self._receive()
 
     def _receive(self) -> None:
-        """The oldest pending metrics: logged if due; stops the run if too many updates in a row were skipped."""
+        """Log the oldest pending metrics if due; stop the run if too many updates in a row were skipped."""
         step, got = self.pending.popleft()
         values = {name: value.item() for name, value in jax.device_get(got).items()}
         bad = values.pop("bad")

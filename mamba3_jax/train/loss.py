@@ -20,7 +20,7 @@ class Sums(NamedTuple):
 
 
 def target_logits(logits_BLV, targets_BL, vocab_size: int):
-    """Picks each target's logit; NaN where a target is not in [0, vocab_size), the same as a token's own rule."""
+    """Pick each target's logit; NaN where a target is not in [0, vocab_size), the same as a token's own rule."""
     # Alone, the look-up would let negative ids count from the end, and those that pad the vocabulary pass.
     known_BL = (targets_BL >= 0) & (targets_BL < vocab_size)
     target_BL = jnp.take_along_axis(logits_BLV, jnp.where(known_BL, targets_BL, 0)[..., None], axis=-1)[..., 0]
@@ -47,7 +47,7 @@ def sums(logits_BLV, batch: Batch, vocab_size: int) -> Sums:
 
 
 def objective(parts: Sums, z_loss: float):
-    """What is minimised, times the weight: nll + z_loss * z. The second term keeps log Z near 0."""
+    """Return what is minimised, times the weight: nll + z_loss * z. The second term keeps log Z near 0."""
     return parts.nll + z_loss * parts.z
 
 

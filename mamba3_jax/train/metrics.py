@@ -17,7 +17,7 @@ from mamba3_jax.train.loss import bits_per_byte
 
 
 def read(path: Path, report=lambda _: None) -> list[dict]:
-    """Reads the lines of a metrics.jsonl that are whole. `report` gets a word about damaged ones, which are left out.
+    """Read the lines of a metrics.jsonl that are whole. `report` gets a word about damaged ones, which are left out.
 
     The last line may have been cut short by a kill: that is not worth a word.
     """
@@ -31,7 +31,7 @@ def read(path: Path, report=lambda _: None) -> list[dict]:
 
 
 def _parse(line: bytes) -> dict | None:
-    """The values of one line; None unless it is a JSON object of a step and numbers."""
+    """Return the values of one line; None unless it is a JSON object of a step and numbers."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):
@@ -53,13 +53,13 @@ class Mean:
         self._sums = dict(self.nothing)
 
     def add(self, values: dict) -> None:
-        """Takes in one step; what of it is not finite counts in no mean."""
+        """Take in one step; what of it is not finite counts in no mean."""
         for name, (total, count) in self._sums.items():
             if math.isfinite(values[name]):
                 self._sums[name] = (total + values[name], count + 1)
 
     def take(self, values: dict) -> dict:
-        """These values of the last step with the means in place of its own, its loss as loss_last; begins anew.
+        """Return these values of the last step with the means in place of its own, its loss as loss_last; begins anew.
 
         A mean over no step is NaN.
         """
@@ -116,7 +116,7 @@ class Board:
             self._events.write_event(event_pb2.Event(step=step + 1, wall_time=time.time(), session_log=start))
 
     def write(self, step: int, values: dict) -> None:
-        """Adds a scalar a value."""
+        """Add a scalar a value."""
         with writing(self.folder):
             for name, value in values.items():
                 event = event_pb2.Event(step=step, wall_time=time.time(), summary=tensorboard.scalar(name, value))
@@ -158,7 +158,7 @@ def clock(seconds: float) -> str:
 
 
 def summary(lines: list[dict], config: Config) -> dict:
-    """What the final table says: of the last lines, and of the best validation."""
+    """Return what the final table says: of the last lines, and of the best validation."""
     last = {name: value for line in lines for name, value in line.items()}
     rows = {"steps": last.get("step", 0), "tokens": last.get("step", 0) * config.data.batch * config.data.length}
     rows |= {name: last[name] for name in ("loss", "loss_last", "skipped", "tokens_per_second", "mfu") if name in last}

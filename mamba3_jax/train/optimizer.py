@@ -50,7 +50,7 @@ def schedule(config: OptimizerConfig, steps: int):
 
 
 def decays(params):
-    """True for the parameters that weight decay shrinks: not dt_bias, D (here: skip), norms and biases.
+    """Mark the parameters that weight decay shrinks: not dt_bias, D (here: skip), norms and biases.
 
     The biases of B and C (k_bias, q_bias) are biases, so are those of attention. Matrices, the embedding and the rank
     projections of MIMO (v_rank, gate_rank, out_rank) decay, as in the official code.

@@ -37,7 +37,7 @@ def _changes(old: dict, new: dict, path: str):
 
 
 def check(saved: Config, config: Config, path, *, model_only: bool = False) -> dict[str, tuple]:
-    """The changes, if a run may resume with them.
+    """Return the changes, if a run may resume with them.
 
     Raises ValueError, naming the field, if it may not. `model_only`: the checkpoint is of parameters alone, so a run
     with any data and seed may start from it.
@@ -55,7 +55,7 @@ def check(saved: Config, config: Config, path, *, model_only: bool = False) -> d
 
 
 def with_own_tokenizer(config: Config, workdir) -> Config:
-    """Gives the config the workdir's own copy of the tokenizer, if there are checkpoints and a copy.
+    """Give the config the workdir's own copy of the tokenizer, if there are checkpoints and a copy.
 
     Raises ValueError where the config names another one.
     """
@@ -66,7 +66,7 @@ def with_own_tokenizer(config: Config, workdir) -> Config:
 
 @contextlib.contextmanager
 def alone(workdir: Path):
-    """Holds workdir/lock, which the system gives back when the process ends in whatever way.
+    """Hold workdir/lock, which the system gives back when the process ends in whatever way.
 
     Raises ValueError if another run holds it: the two would delete each other's checkpoints.
     """

@@ -28,7 +28,7 @@ class TrainState(NamedTuple):
 
 
 def init_state(config: Config) -> TrainState:
-    """The state before the first step; everything random in it comes from config.seed."""
+    """Return the state before the first step; everything random in it comes from config.seed."""
     model_key, rng = jax.random.split(jax.random.key(config.seed))
     params = init_params(config.model, model_key)
     counts = dict.fromkeys(("step", "skipped", "bad"), jnp.zeros((), jnp.int32))
@@ -88,13 +88,13 @@ def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainSt
 
 
 def like(params, opt_state) -> list:
-    """Lists the trees in an optimizer's state that have an array for every parameter."""
+    """List the trees in an optimizer's state that have an array for every parameter."""
     same = lambda tree: jax.tree.structure(tree) == jax.tree.structure(params)  # noqa: E731
     return [tree for tree in jax.tree.leaves(opt_state, is_leaf=same) if same(tree)]
 
 
 def update(config: Config, state: TrainState, grads, parts: Sums) -> tuple[TrainState, dict]:
-    """The state after an update by these gradients, and the metrics.
+    """Return the state after an update by these gradients, and the metrics.
 
     Where the objective, the gradient's norm or any number of the new parameters and moments is not finite, parameters
     and the whole optimizer state (moments, count, so the schedule too) stay bit for bit what they were, and the step is
@@ -124,7 +124,7 @@ def update(config: Config, state: TrainState, grads, parts: Sums) -> tuple[Train
 
 
 def eval_step(config: Config, params, batch: Batch) -> Sums:
-    """The sums over one batch."""
+    """Return the sums over one batch."""
     logits_BLV, _ = LanguageModel(config.model).apply({"params": params}, batch.tokens_BL, None, batch.start_BL)
     return sums(logits_BLV, batch, config.model.vocab_size)
 
@@ -137,6 +137,6 @@ def batch_shapes(config: DataConfig, mesh: Mesh) -> Batch:
 
 
 def put(batch: Batch, mesh: Mesh) -> Batch:
-    """This host's rows as its part of the global batch on the mesh."""
+    """Return this host's rows as its part of the global batch on the mesh."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
