@@ -1,7 +1,9 @@
 # make run      train a small Mamba-3 on real text, evaluate it, sample from it (minutes, 2 CPU cores)
 # make parity   the state-tracking experiment: what rotation is for
-# make test     lint and tests; gets libtpu too, which compiles for TPUs that are not there (213 MB, Linux on x86-64),
-#               into build/libtpu, where only the tests that want it look: with it in .venv all JAX looks for a TPU
+# make test     lint, and the tests of minutes: all that runs in plain XLA, a family of each kernel's in an interpreter,
+#               a compile for each TPU; gets libtpu, the compiler for TPUs (213 MB, Linux on x86-64), into build/libtpu,
+#               where only the tests that want it look: with it in .venv all JAX looks for a TPU
+# make test-all these and the rest: every property of every kernel in an interpreter, every TPU compile
 # make test-gpu the op and its kernels on this machine's GPU, with the python that has jax for it
 # make time-gpu every figure of a GPU in the tables, what matters most first: each is written as it comes
 # All but the last two install into .venv first.
@@ -12,7 +14,7 @@ PYTEST ?= -n auto --maxprocesses=8
 BIN := .venv/bin
 GPU_PYTEST := $(PYTHON) -m pytest tests/ops tests/pallas_kernels --ignore-glob="*tpu*"
 
-.PHONY: run parity test test-gpu time-gpu install clean
+.PHONY: run parity test test-all test-gpu time-gpu install clean
 
 run: install
 	$(BIN)/python -m launch.train --config=experiments/text.py --workdir=$(WORKDIR)
@@ -40,8 +42,12 @@ test: .venv/installed build/libtpu/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m experiments.benchmarks.table --check
-	$(BIN)/python -m pytest $(PYTEST) -m "not slow and not libtpu"
-	$(BIN)/python -m pytest $(PYTEST) -m "not slow and libtpu"
+	$(BIN)/python -m pytest $(PYTEST) -m "not slow and not full and not libtpu"
+	$(BIN)/python -m pytest $(PYTEST) -m "not slow and not full and libtpu"
+
+test-all: test
+	$(BIN)/python -m pytest $(PYTEST) -m "not slow and full and not libtpu"
+	$(BIN)/python -m pytest $(PYTEST) -m "not slow and full and libtpu"
 
 install: .venv/installed
 

@@ -1,15 +1,25 @@
 """What tests of kernels share."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
 from experiments.benchmarks import tpu_aot
 
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    """Leave all but the quick ones of this folder to `make test-all`."""
+    for item in items:
+        if HERE in item.path.parents and not item.get_closest_marker("quick"):
+            item.add_marker("full")
+
 
 @pytest.fixture
 def compiler(monkeypatch):
-    """Lets a test find the compiler for TPUs, which other processes should not, and tells it that there is no TPU."""
+    """Let a test find the compiler for TPUs, which other processes should not, and tell it that there is no TPU."""
     monkeypatch.setattr(sys, "path", [*sys.path, str(tpu_aot.LIBTPU)])
     pytest.importorskip("libtpu", reason="no libtpu, the compiler for TPUs")
     for name, value in tpu_aot.ENVIRONMENT.items():
