@@ -6,11 +6,11 @@
 Array names end in the letters of their axes; numbers have no such ending (`d_state`).
 
     B batch   L tokens   C chunks   Q tokens in a chunk   D model width   V vocabulary   F feed-forward width
-    H heads   G groups of q/k   R MIMO rank (1 is SISO)   N state per head   P head width   S rotated planes
+    H heads   G groups of q/k   R MIMO rank (1 is SISO)   N state per head   P head width   S rotary pairs (planes)
     T attended tokens   E attention head width   K kv heads, candidates of sampling
     Z splits of the length over programs or devices
 
-Other letters are local to a file. In pallas_kernels/ssm/triton, S is splits too.
+Other letters are local to a file.
 
 The paper's symbols (arXiv 2603.15569) and ours:
 

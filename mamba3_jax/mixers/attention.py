@@ -62,8 +62,8 @@ def rope(x, position_BL, theta: float):
     angle = position_BL[..., None].astype(jnp.float32) * frequency_E
     angle = angle.reshape(*angle.shape[:2], *[1] * (x.ndim - 3), half)
     u, v = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = (u * jnp.cos(angle) - v * jnp.sin(angle), u * jnp.sin(angle) + v * jnp.cos(angle))
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    rotated = (u * jnp.cos(angle) - v * jnp.sin(angle), u * jnp.sin(angle) + v * jnp.cos(angle))
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 def write(cache_BTKE, new_BLKE, position_B):

@@ -41,7 +41,7 @@ def _core(part: Chunk, h_BHPN):
     targets = slice(length - 1, None) if part.q_BHQRN is None else slice(None)
     within_BHQQ = part.within_BQQ[:, None, targets]
     decay_BHQQ = _decay(exact_BHQ, rest_BHQ, within_BHQQ, targets)
-    since_BHQ = jnp.exp(exact_BHQ + rest_BHQ)
+    decay_from_start_BHQ = jnp.exp(exact_BHQ + rest_BHQ)
 
     # Masks choose values: a factor of 0 would let NaN through, and so one before the chunk, or in the token after it,
     # stays there.
@@ -58,16 +58,16 @@ def _core(part: Chunk, h_BHPN):
         mixed_BHTT = (score_BHQRQR * weight_BHQQ[:, :, :, None, :, None]).reshape(score_BHTT.shape)
         y_BHQRP = product("bhts,bhsp->bhtp", mixed_BHTT, x_BHTP).reshape(part.x_BHQRP.shape)
         read_BHQRP = product("bhtn,bhpn->bhtp", q_BHTN, h_BHPN).reshape(y_BHQRP.shape)
-        read_BHQRP = since_BHQ[..., None, None] * read_BHQRP
+        read_BHQRP = decay_from_start_BHQ[..., None, None] * read_BHQRP
         if part.carried_BQ is not None:
             read_BHQRP = jnp.where(part.carried_BQ[:, None, :, None, None], read_BHQRP, 0)
         y_BHQRP += read_BHQRP
 
-    h_BHPN = since_BHQ[:, :, -1, None, None] * h_BHPN
+    h_BHPN = decay_from_start_BHQ[:, :, -1, None, None] * h_BHPN
     if part.carried_BQ is not None:
         h_BHPN = jnp.where(part.carried_BQ[:, -1, None, None, None], h_BHPN, 0)
-    until_BHQ = jnp.where(within_BHQQ[:, :, -1], decay_BHQQ[:, :, -1] * part.later_BHQ, 0)
-    weighted_BHQRP = part.x_BHQRP * until_BHQ[..., None, None]
+    decay_to_end_BHQ = jnp.where(within_BHQQ[:, :, -1], decay_BHQQ[:, :, -1] * part.later_BHQ, 0)
+    weighted_BHQRP = part.x_BHQRP * decay_to_end_BHQ[..., None, None]
     h_BHPN += product("bhsp,bhsn->bhpn", by_row(weighted_BHQRP), k_BHTN)
     return y_BHQRP, h_BHPN
 

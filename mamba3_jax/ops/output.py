@@ -8,7 +8,7 @@ from mamba3_jax.ops.types import Heads
 NORM_EPS = 1e-5
 
 
-def finish(y_HRP, x_HRP, gate_HP, heads: Heads):
+def epilogue(y_HRP, x_HRP, gate_HP, heads: Heads):
     """o = sum_r out[r] norm(y[r] + D x[r]) silu(gate gate_rank[r]): SPEC section 7, for any leading axes.
 
     An axis of tokens may stand between H and R: then every field of `heads` has an axis of size 1 there.

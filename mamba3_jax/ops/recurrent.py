@@ -1,12 +1,11 @@
 """The definition: Mamba-3 token by token. Every other implementation is tested against this file."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from mamba3_jax.ops.output import finish
+from mamba3_jax.ops.output import epilogue
 from mamba3_jax.ops.rotary import rotate
+from mamba3_jax.ops.state import outer, per_head, ranked
 from mamba3_jax.ops.types import Heads, State, Tokens, accumulator, empty_state
 
 
@@ -15,7 +14,7 @@ def recurrent(tokens: Tokens, heads: Heads, state: State | None, *, rotation: st
 
     a_t = exp(log_a_t); X_t[r] = v_rank[r] v_t; k and q are biased, then rotated by the angle phi_t = phi_{t-1} +
     angle_t dt_t (mod 2 pi) of their own time; products of X and k are summed over the ranks into one state. Then
-    `finish`: skip, norm, gate and the sum over ranks (SPEC sections 4 to 7).
+    `epilogue`: skip, norm, gate and the sum over ranks (SPEC sections 4 to 7).
 
     Runs in float64 where log_a is float64. `chunk` is part of the shared signature and has no meaning here. Without
     queries there is no y, only the state.
@@ -33,14 +32,14 @@ def recurrent(tokens: Tokens, heads: Heads, state: State | None, *, rotation: st
         if angle_BHS is not None:
             angle_BHS = within_a_turn(angle_BHS + token.angle_BLHS.astype(dtype) * token.dt_BLH[..., None])
 
-        def turned(x_BRGN, bias_HRN):
+        def rotated(x_BRGN, bias_HRN):
             if x_BRGN is None:
                 return None
             x_BHRN = per_head(x_BRGN.astype(dtype), n_heads)
             x_BHRN = x_BHRN if bias_HRN is None else x_BHRN + bias_HRN
             return x_BHRN if angle_BHS is None else rotate(x_BHRN, angle_BHS[:, :, None], rotation)
 
-        both = turned(token.q_BLRGN, heads.q_bias_HRN), turned(token.k_BLRGN, heads.k_bias_HRN)
+        both = rotated(token.q_BLRGN, heads.q_bias_HRN), rotated(token.k_BLRGN, heads.k_bias_HRN)
         # The barrier keeps XLA from turning a key again for every row of the state it goes into.
         q_BHRN, k_BHRN = jax.lax.optimization_barrier(both)
         x_BHRP = ranked(token.v_BLHP.astype(dtype), heads)
@@ -54,7 +53,7 @@ def recurrent(tokens: Tokens, heads: Heads, state: State | None, *, rotation: st
         y_BHP = None
         if q_BHRN is not None:
             y_BHRP = jnp.einsum("bhrn,bhpn->bhrp", q_BHRN, h_BHPN, precision="highest")
-            y_BHP = finish(y_BHRP, x_BHRP, token.gate_BLHP, heads).astype(tokens.v_BLHP.dtype)
+            y_BHP = epilogue(y_BHRP, x_BHRP, token.gate_BLHP, heads).astype(tokens.v_BLHP.dtype)
         return (angle_BHS, h_BHPN, before), y_BHP
 
     before = None
@@ -81,22 +80,3 @@ def within_a_turn(angle):
     for _ in range(2):  # a tiny negative angle rounds up to a whole turn, which is zero
         angle = angle - 2 * jnp.pi * jax.lax.stop_gradient(jnp.floor(angle / (2 * jnp.pi)))
     return angle
-
-
-def per_head(x_RGN, n_heads: int):
-    """(..., R, G, N) -> (..., H, R, N): head h reads group h // (H / G)."""
-    x_GRN = jnp.swapaxes(x_RGN, -2, -3)
-    return jnp.repeat(x_GRN, n_heads // x_GRN.shape[-3], axis=-3)
-
-
-def ranked(v_HP, heads: Heads):
-    """X[r] = v_rank[r] v: (..., H, P) -> (..., H, R, P); one rank of v itself without v_rank."""
-    if heads.v_rank_HRP is None:
-        return v_HP[..., None, :]
-    return v_HP[..., None, :] * heads.v_rank_HRP.astype(v_HP.dtype)
-
-
-def outer(x_BHRP, k_BHRN):
-    """sum_r x[r] k[r]^T, as a sum that fuses with what it is added to: a product over so few ranks is slower."""
-    ranks = range(x_BHRP.shape[2])
-    return functools.reduce(jnp.add, (x_BHRP[:, :, r, :, None] * k_BHRN[:, :, r, None, :] for r in ranks))

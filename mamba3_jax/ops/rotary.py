@@ -1,6 +1,6 @@
-"""Data-dependent rotation (paper propositions 2 to 4): which entries form a plane, and how a plane turns.
+"""Data-dependent rotation (paper propositions 2 to 4): which entries form a rotary pair (a plane), and how it rotates.
 
-Rotation works on entries in plane order: the first of every plane, the second of every plane, those that do not turn.
+Rotation works on entries in plane order: the first of every plane, the second of every plane, those that do not rotate.
 Products of queries and keys do not see the order, and contiguous blocks are what every backend is fast at.
 """
 
@@ -39,12 +39,12 @@ def from_planes(x_N, planes: int, rotation: str):
 
 
 def partner(x_N, planes: int):
-    """In plane order, the other entry of every entry's plane; entries that do not turn stay."""
+    """In plane order, the other entry of every entry's plane; entries that do not rotate stay."""
     first, second, rest = jnp.split(x_N, (planes, 2 * planes), axis=-1)
     return jnp.concatenate([second, first, rest], axis=-1)
 
 
-def turn(sin_S, cos_S, d_state: int):
+def sin_cos(sin_S, cos_S, d_state: int):
     """sin_N and cos_N, in plane order, with rotated = x cos + partner(x) sin."""
     still = jnp.zeros((*sin_S.shape[:-1], d_state - 2 * sin_S.shape[-1]), sin_S.dtype)
     return jnp.concatenate([-sin_S, sin_S, still], axis=-1), jnp.concatenate([cos_S, cos_S, still + 1], axis=-1)
@@ -60,5 +60,5 @@ def rotate(x_N: Float[Array, "*d N"], angle_S: Float[Array, "*e S"], rotation: s
     """
     planes = angle_S.shape[-1]
     x_N = to_planes(x_N, planes, rotation)
-    sin_N, cos_N = turn(*jax.lax.optimization_barrier((jnp.sin(angle_S), jnp.cos(angle_S))), x_N.shape[-1])
+    sin_N, cos_N = sin_cos(*jax.lax.optimization_barrier((jnp.sin(angle_S), jnp.cos(angle_S))), x_N.shape[-1])
     return from_planes(x_N * cos_N + partner(x_N, planes) * sin_N, planes, rotation)

@@ -1,9 +1,9 @@
 """The frame of the parallel implementations: the length in chunks, one after another, each computed at once.
 
 A chunk prepares its queries, keys and values (bias, rotation, ranks), hands them to a core (`chunked`, `associative`)
-that turns the state before the chunk into outputs and the state after it, and finishes the outputs. Work and memory
-a token do not depend on the length; the backward pass keeps the inputs and the states between chunks and
-recomputes the rest.
+that turns the state before the chunk into outputs and the state after it, and applies the epilogue to the outputs.
+Work and memory a token do not depend on the length; the backward pass keeps the inputs and the states between chunks
+and recomputes the rest.
 """
 
 import functools
@@ -15,9 +15,9 @@ import jax.numpy as jnp
 
 from mamba3_jax.ops import angle as angles
 from mamba3_jax.ops.discretize import later_weight
-from mamba3_jax.ops.output import finish
-from mamba3_jax.ops.recurrent import outer, per_head, ranked
-from mamba3_jax.ops.rotary import from_planes, partner, rotate, to_planes, turn
+from mamba3_jax.ops.output import epilogue
+from mamba3_jax.ops.rotary import from_planes, partner, sin_cos, to_planes
+from mamba3_jax.ops.state import incoming, last_state, ranked
 from mamba3_jax.ops.types import Heads, State, Tokens, accumulator, empty_state, product_dtype
 
 
@@ -57,7 +57,7 @@ def over_chunks(core: Core, tokens: Tokens, heads: Heads, state: State | None, *
     """
     state = empty_state(tokens) if state is None else state
     length, n_heads, width = tokens.v_BLHP.shape[1:]
-    dtype, narrow = accumulator(tokens), product_dtype(tokens)
+    dtype, operand_dtype = accumulator(tokens), product_dtype(tokens)
     # Never chunks of one token: XLA for GPU (jax 0.11.2) fuses a loop over them into wrong states. Seen on an H200;
     # right with its fusion passes disabled, right with two tokens.
     n_chunks = -(-length // max(chunk, 2))
@@ -82,19 +82,19 @@ def over_chunks(core: Core, tokens: Tokens, heads: Heads, state: State | None, *
             dt_BHQ, angle_BHQS = heads_first(part.dt_BLH), heads_first(part.angle_BLHS)
             phi, turns = angles.advance(turns, angle_BHQS, dt_BHQ, within_BQQ, carried_BQ, step)
             # The barrier keeps XLA from computing sines again for each of the entries, keys and ranks that use them.
-            sincos_BHQN = turn(*jax.lax.optimization_barrier(angles.sincos(phi)), part.k_BLRGN.shape[-1])
+            sincos_BHQN = sin_cos(*jax.lax.optimization_barrier(angles.sincos(phi)), part.k_BLRGN.shape[-1])
 
         def seen_by_heads(x_BQRGN, bias_HQRN):
             if x_BQRGN is None:
                 return None
             # Cast before the copies: the gradient sums over a group's heads in the accumulator's dtype.
-            return turned(x_BQRGN.astype(dtype), bias_HQRN, n_heads, sincos_BHQN, planes).astype(narrow)
+            return rotated(x_BQRGN.astype(dtype), bias_HQRN, n_heads, sincos_BHQN, planes).astype(operand_dtype)
 
         x_BHQRP = ranked(heads_first(part.v_BLHP).astype(dtype), each_token)
         seen = Chunk(
             q_BHQRN=seen_by_heads(part.q_BLRGN, q_bias_HQRN),
             k_BHQRN=seen_by_heads(part.k_BLRGN, k_bias_HQRN),
-            x_BHQRP=x_BHQRP.astype(narrow),
+            x_BHQRP=x_BHQRP.astype(operand_dtype),
             log_a_BHQ=heads_first(part.log_a_BLH),
             gamma_BHQ=heads_first(part.gamma_BLH),
             kappa_BHQ=heads_first(per_token.kappa_BLH),
@@ -104,7 +104,7 @@ def over_chunks(core: Core, tokens: Tokens, heads: Heads, state: State | None, *
         y_BHQRP, h_BHPN = core(seen, h_BHPN)
         y_BQHP = None
         if y_BHQRP is not None:
-            y_BHQP = finish(y_BHQRP, x_BHQRP, heads_first(part.gate_BLHP), each_token)
+            y_BHQP = epilogue(y_BHQRP, x_BHQRP, heads_first(part.gate_BLHP), each_token)
             y_BQHP = jnp.swapaxes(y_BHQP, 1, 2).astype(tokens.v_BLHP.dtype)
         return (finite(turns), h_BHPN), y_BQHP
 
@@ -131,34 +131,14 @@ def finite(turns):
     return jax.tree.map(lambda turns_BHS: jnp.where(jnp.isfinite(turns_BHS), turns_BHS, 0), turns)
 
 
-def incoming(state: State, first_BH, heads: Heads):
-    """Return the state before the row, in natural order, with what token 0 adds for the one before (`later_weight`)."""
-    if first_BH is None:
-        return state.ssm_BHPN
-    before_BHRN = jnp.swapaxes(state.k_BRHN, 1, 2).astype(first_BH.dtype)
-    x_BHRP = ranked(state.v_BHP.astype(first_BH.dtype), heads)
-    return state.ssm_BHPN + first_BH[..., None, None] * outer(x_BHRP, before_BHRN)
-
-
-def last_state(tokens: Tokens, heads: Heads, angle_BHS, h_BHPN, rotation: str) -> State:
-    """Return what the row leaves, from the last angle (radians, or None) and `h_BHPN`."""
-    if tokens.beta_BLH is None:
-        return State(angle_BHS, h_BHPN)
-    k_BHRN = per_head(tokens.k_BLRGN[:, -1], tokens.v_BLHP.shape[2]).astype(h_BHPN.dtype)
-    k_BHRN = k_BHRN if heads.k_bias_HRN is None else k_BHRN + heads.k_bias_HRN
-    k_BHRN = k_BHRN if angle_BHS is None else rotate(k_BHRN, angle_BHS[:, :, None], rotation)
-    k_BRHN = jnp.swapaxes(k_BHRN, 1, 2).astype(tokens.k_BLRGN.dtype)
-    return State(angle_BHS, h_BHPN, k_BRHN, tokens.v_BLHP[:, -1])
-
-
-def turned(x_BQRGN, bias_HQRN, n_heads: int, sincos_BHQN, planes: int):
+def rotated(x_BQRGN, bias_HQRN, n_heads: int, sincos_BHQN, planes: int):
     """Show each head queries or keys of its group, biased and rotated: (B, H, Q, R, N), in plane order.
 
     Args:
         x_BQRGN: in plane order.
         bias_HQRN: in plane order; its Q axis has size 1. None: no bias.
         n_heads: H.
-        sincos_BHQN: both from `rotary.turn`; None: no rotation.
+        sincos_BHQN: both from `rotary.sin_cos`; None: no rotation.
         planes: S.
     """
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mamba3_jax.ops.recurrent import within_a_turn
 from mamba3_jax.ops.rotary import ROTATIONS, rotate
-from mamba3_jax.ops.scan_chunks import incoming
+from mamba3_jax.ops.state import incoming
 from mamba3_jax.ops.types import Heads, State, Tokens, Transition
 
 
@@ -54,7 +54,7 @@ def compose(left: Transition | State, right: Transition, heads: Heads, *, rotati
     def carried(array_B):
         return jnp.where(carried_B.reshape(-1, *[1] * (array_B.ndim - 1)), array_B, 0)
 
-    def turned(x_BHRN, angle_BHS):
+    def rotated(x_BHRN, angle_BHS):
         """Not at all where there is no angle; in the angle's dtype."""
         if angle_BHS is None:
             return x_BHRN
@@ -65,10 +65,10 @@ def compose(left: Transition | State, right: Transition, heads: Heads, *, rotati
         turns_BHS = carried(before.angle_BHS)
         angle_BHS = within_a_turn(turns_BHS + added.angle_BHS)
     decayed_BHPN = jnp.exp(right.log_a_BH)[..., None, None] * incoming(before, right.first_BH, heads)
-    h_BHPN = turned(added.ssm_BHPN, turns_BHS) + carried(decayed_BHPN)
+    h_BHPN = rotated(added.ssm_BHPN, turns_BHS) + carried(decayed_BHPN)
     k_BRHN = None
     if added.k_BRHN is not None:
-        k_BRHN = jnp.swapaxes(turned(jnp.swapaxes(added.k_BRHN, 1, 2), turns_BHS), 1, 2)
+        k_BRHN = jnp.swapaxes(rotated(jnp.swapaxes(added.k_BRHN, 1, 2), turns_BHS), 1, 2)
     state = State(angle_BHS, h_BHPN, k_BRHN, added.v_BHP)
     if not isinstance(left, Transition):
         return state

@@ -3,7 +3,7 @@
     h_t = a_t (h_{t-1} + beta_t X_{t-1} k_{t-1}^T) + gamma_t X_t k_t^T,    y_t = h_t q_t,    a_t = exp(log_a_t)
 
 Letters: B batch, L tokens, R MIMO rank (1 is SISO), G groups of q/k, H heads, N state per head, P head width,
-S rotated planes. The paper's C, B, x, Delta, Delta*A are q, k, v, dt, log_a here; gamma and beta are a row of
+S rotary pairs (planes). The paper's C, B, x, Delta, Delta*A are q, k, v, dt, log_a here; gamma and beta are a row of
 `discretize.DISCRETIZATIONS`. What is None is absent and costs nothing.
 """
 
