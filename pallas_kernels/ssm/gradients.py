@@ -12,26 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-
-def documents_in_chunks(document_BL, tokens: int):
-    """Returns the document starts in its chunk of `tokens` up to each token, from those in its row; None stays None."""
-    if document_BL is None:
-        return None
-    document_BCQ = document_BL.reshape(document_BL.shape[0], -1, tokens)
-    before_BC = jnp.pad(document_BCQ[:, :-1, -1], ((0, 0), (1, 0)))
-    return (document_BCQ - before_BC[..., None]).reshape(document_BL.shape)
-
-
-def combine_splits(first_BHPN, decay_BHZ, added_BHZPN):
-    """Solves h_z = decay_z h_{z-1} + added_z: returns the states before every split, and the one after the last."""
-    decay_BHZ = jnp.pad(decay_BHZ, ((0, 0), (0, 0), (1, 0)), constant_values=1.0)
-    states_BHZPN = jnp.concatenate([first_BHPN[:, :, None], added_BHZPN], axis=2)
-
-    def compose(first, second):
-        return first[0] * second[0], second[0][..., None, None] * first[1] + second[1]
-
-    _, states_BHZPN = lax.associative_scan(compose, (decay_BHZ, states_BHZPN), axis=2)
-    return states_BHZPN[:, :, :-1], states_BHZPN[:, :, -1]
+from pallas_kernels.ssm.decay import combine_splits, documents_in_chunks
 
 
 def combine_splits_bwd(dlast_BHPN, decay_BHZ, demanded_BHZPN):
