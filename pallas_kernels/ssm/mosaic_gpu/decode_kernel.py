@@ -62,6 +62,7 @@ class StepProgram:
         self.ranks = slice(None) if self.rank > 1 else 0  # jax 0.10 has no (1, N) with strides
 
     def run(self):
+        """Computes the token. Barriers stand wherever a warp reads what another stored."""
         refs, out, shared, at = self.refs, self.out, self.shared, (self.b, self.h)
         plgpu.copy_gmem_to_smem(refs.last.h_BHPN.at[*at], shared.h_PN, self.arrived)
         numbers = (refs.log_a_BH, refs.gamma_BH, refs.beta_BH, refs.dt_BH)
@@ -99,38 +100,38 @@ class StepProgram:
         in_pairs, by_rank = layout_of_pairs(self.rank, self.rotation), self.by_rank
         group = lax.div(h, jnp.int32(refs.last.h_BHPN.shape[1] // refs.q_BRGN.shape[2]))
 
-        def load_as(layout, ref, *at):
+        def load_as(layout, ref, at):
             if ref is None:
                 return None
-            return load(ref.at[*at], layout, self.interpret, optimized=False).astype(jnp.float32)
+            return load(ref.at[at], layout, self.interpret, optimized=False).astype(jnp.float32)
 
-        def load_ranks(layout, ref, *at):
+        def load_ranks(layout, ref, at):
             if self.rank > 1:
-                return load_as(layout, ref, *at)
-            row = load_as(layout.reduce(0), ref, *at)
+                return load_as(layout, ref, at)
+            row = load_as(layout.reduce(0), ref, at)
             return None if row is None else self.laid(across(row, 1), layout)
 
         angle_S = rate_S = None
         if refs.angle_BHS is not None:
             angle_head, of_pairs = 0 if refs.angle_BHS.shape[1] == 1 else h, spread(refs.last.angle_BHS.shape[-1])
-            angle_S = load_as(of_pairs, refs.last.angle_BHS, b, h)
-            rate_S = load_as(of_pairs, refs.angle_BHS, b, angle_head)
+            angle_S = load_as(of_pairs, refs.last.angle_BHS, (b, h))
+            rate_S = load_as(of_pairs, refs.angle_BHS, (b, angle_head))
         weights = refs.weights
         return Loaded(
             angle_S=angle_S,
             rate_S=rate_S,
-            q_RN=load_ranks(in_pairs, refs.q_BRGN, b, self.ranks, group),
-            k_RN=load_ranks(in_pairs, refs.k_BRGN, b, self.ranks, group),
-            q_bias_RN=load_ranks(in_pairs, weights.q_bias_HRN, h, self.ranks),
-            k_bias_RN=load_ranks(in_pairs, weights.k_bias_HRN, h, self.ranks),
-            before_k_RN=load_ranks(in_pairs, refs.last.k_BRHN, b, self.ranks, h),
-            v_P=load_as(by_rank.reduce(0), refs.v_BHP, b, h),
-            before_v_P=load_as(by_rank.reduce(0), refs.last.v_BHP, b, h),
-            gate_P=load_as(by_rank.reduce(0), refs.gate_BHP, b, h),
-            norm_P=load_as(by_rank.reduce(0), weights.norm_HP, h),
-            v_rank_RP=load_ranks(by_rank, weights.v_rank_HRP, h, self.ranks),
-            gate_rank_RP=load_ranks(by_rank, weights.gate_rank_HRP, h, self.ranks),
-            out_rank_RP=load_ranks(by_rank, weights.out_rank_HRP, h, self.ranks),
+            q_RN=load_ranks(in_pairs, refs.q_BRGN, (b, self.ranks, group)),
+            k_RN=load_ranks(in_pairs, refs.k_BRGN, (b, self.ranks, group)),
+            q_bias_RN=load_ranks(in_pairs, weights.q_bias_HRN, (h, self.ranks)),
+            k_bias_RN=load_ranks(in_pairs, weights.k_bias_HRN, (h, self.ranks)),
+            before_k_RN=load_ranks(in_pairs, refs.last.k_BRHN, (b, self.ranks, h)),
+            v_P=load_as(by_rank.reduce(0), refs.v_BHP, (b, h)),
+            before_v_P=load_as(by_rank.reduce(0), refs.last.v_BHP, (b, h)),
+            gate_P=load_as(by_rank.reduce(0), refs.gate_BHP, (b, h)),
+            norm_P=load_as(by_rank.reduce(0), weights.norm_HP, (h,)),
+            v_rank_RP=load_ranks(by_rank, weights.v_rank_HRP, (h, self.ranks)),
+            gate_rank_RP=load_ranks(by_rank, weights.gate_rank_HRP, (h, self.ranks)),
+            out_rank_RP=load_ranks(by_rank, weights.out_rank_HRP, (h, self.ranks)),
         )
 
     def values(self, loaded: Loaded, beta, gamma):

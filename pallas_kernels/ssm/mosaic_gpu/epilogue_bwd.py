@@ -105,6 +105,7 @@ class EpilogueShared(NamedTuple):
 
 
 def _by_kernel(epilogue: Epilogue, y_BLHRP, do_BLHP, tile: Tile):
+    """Runs the kernel, and adds up the gradients of the weights."""
     batch, length, n_heads, rank, _ = y_BLHRP.shape
     flat = lambda x: None if x is None else x.reshape(batch, length, -1)  # noqa: E731
     weights = Weights(
@@ -178,9 +179,11 @@ class EpilogueProgram:
         self.b, self.split, self.head = (lax.axis_index(name) for name in ("batch", "split", "head"))
 
     def tokens(self, index):
+        """Returns the tokens of a chunk."""
         return pl.ds((self.split * self.chunks + index) * self.tile.tokens, self.tile.tokens)
 
     def rows(self, rank: int):
+        """Returns the rows of a rank in a tile."""
         return pl.ds(rank * self.tile.tokens, self.tile.tokens)
 
     def of_head(self, tokens, rank: int = 0, ranks: int = 1):

@@ -106,7 +106,8 @@ class AngleProgram:
 
     def laid_out(self, x, *dimensions):
         """Broadcasts x, whose axes these are, over a group of heads, its tokens and its pairs."""
-        return laid_out(x, self.shape, dimensions, self.grid.layout, self.interpret)
+        x = lax.broadcast_in_dim(x, self.shape, dimensions)
+        return x if self.interpret else plgpu.layout_cast(x, self.grid.layout)
 
 
 def phase(angle_BLHS, dt_BHL, first_BHS, document_BL, interpret):
@@ -169,7 +170,7 @@ def _sums(grid: Grid, angle_BELS, dt_BHL, *, in_last_BL, interpret):
         plgpu.commit_smem()
 
         def group(index, _):
-            sum_HS = _sum_of_group(pieces, dt_HT, in_last_T, program, index)
+            sum_HS = _sum_of_group(pieces, dt_HT, program, index, in_last_T=in_last_T)
             out_BHCS.at[b, program.of_heads(index), program.c][...] = sum_HS
 
         lax.fori_loop(0, grid.groups, group, None)
@@ -180,7 +181,7 @@ def _sums(grid: Grid, angle_BELS, dt_BHL, *, in_last_BL, interpret):
     return call(kernel, name="mamba3_mosaic_angles", operands=increments, **how)
 
 
-def _sum_of_group(pieces: Pieces, dt_HT, in_last_T, program: AngleProgram, index):
+def _sum_of_group(pieces: Pieces, dt_HT, program: AngleProgram, index, *, in_last_T):
     """Returns the chunk's sum for one group of heads; products of two numbers of 12 bits are exact."""
     interpret = program.interpret
     dt_HTS = program.over_pairs(dt_HT, index)
@@ -274,12 +275,6 @@ def layout_of(heads: int, pairs: int):
         lane_dims=(*same, -2),
         vector_dim=-1,
     )
-
-
-def laid_out(x, shape, dimensions, layout, interpret: bool):
-    """Broadcasts x, whose axes are `dimensions` of `shape`, to that shape in a layout."""
-    x = lax.broadcast_in_dim(x, shape, dimensions)
-    return x if interpret else plgpu.layout_cast(x, layout)
 
 
 def running_sum(x_HTS, start_HTS, goes_on_HTS, *, reverse: bool, layout, interpret: bool):

@@ -56,10 +56,10 @@ def gradients(operands: Operands, document_BL, residuals: Residuals, cotangents,
 
     sums, dv_rank_HRP = _sum_rows(key, operands, tile)
     dlog_decay_BHL = decay_bwd(
-        documents_in_chunks(document_BL, tile.tokens),
-        _sum_ranks(query.incoming_BHCT, operands, tile) - sums.outgoing_BHL,
-        products.start_BHZA,
-        products.end_BH,
+        document_BL=documents_in_chunks(document_BL, tile.tokens),
+        received_BHL=_sum_ranks(query.incoming_BHCT, operands, tile) - sums.outgoing_BHL,
+        crossing_BHZA=products.start_BHZA,
+        end_BH=products.end_BH,
         tokens=tile.tokens,
         interval=bwd.CHECKPOINT_INTERVAL,
     )
@@ -161,7 +161,7 @@ def _state_products(query: QueryGradients, key: KeyGradients, residuals: Residua
         # As the keys before it read dh: what its rounding changes there would stay in every sum over earlier tokens.
         dh_PN = dh_PN if exact else dh_PN.astype(jnp.bfloat16)
         (u_PS, w_PS), (du_PS, dw_PS) = (jnp.split(x.astype(jnp.float32), 2, axis=-1) for x in (h_PN, dh_PN))
-        return crossing_sums(u_PS, w_PS, du_PS, dw_PS, pairs)
+        return crossing_sums(u_PS, w_PS, du_PS, dw_PS, planes=pairs)
 
     starts = [sums(query.h_BHZAPN[:, :, :, :1], key.dh_BHZPN[:, :, :, None])]
     if query.h_BHZAPN.shape[3] > 1:

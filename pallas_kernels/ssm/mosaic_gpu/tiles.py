@@ -332,7 +332,7 @@ def add_products(sums, interpret: bool):
 
 
 def _waiting(refs, lengths):
-    """Returns, for each sum, what waits for its products and those before it, and loads it."""
+    """Returns what waits for a sum's products and those before it, and loads the sum, of every sum."""
     later = [sum(lengths[i + 1 :]) for i in range(len(refs))]
     return [functools.partial(plgpu.wgmma_accumulator_load, ref, wait_n=n) for ref, n in zip(refs, later, strict=True)]
 
