@@ -288,11 +288,11 @@ def kernels_for(chip: str):
     """Returns `mosaic_tpu` as it runs on that chip, whatever this process has: of up to STEPS tokens, as steps."""
 
     def implementation(tokens, heads, state, *, rotation: str, chunk: int | None):
-        from pallas_kernels.ssm.mosaic_tpu import STEPS, tiles
+        from pallas_kernels.ssm.mosaic_tpu import config
 
         how = {"rotation": rotation, "chunk": chunk}
-        if tokens.log_a_BLH.shape[1] > STEPS:
-            how["tiles"] = tiles.default(chip, tokens.q_BLRGN.shape[2], dtype=tokens.q_BLRGN.dtype)
+        if tokens.log_a_BLH.shape[1] > config.STEPS:
+            how["tiles"] = config.default(chip, tokens.q_BLRGN.shape[2], dtype=tokens.q_BLRGN.dtype)
         return run_kernels(tokens, heads, state, backend="mosaic_tpu", anywhere=True, **how)
 
     return implementation
