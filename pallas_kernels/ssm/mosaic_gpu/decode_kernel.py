@@ -1,4 +1,4 @@
-"""The kernel of `decode`: one head of one row."""
+"""The kernel of `decode`, whose program computes one head of one row, and its layouts: a rank a warp."""
 
 from typing import NamedTuple
 
@@ -75,7 +75,7 @@ class StepProgram:
             shared.sin_M.at[pairs][...], shared.cos_M.at[pairs][...] = sine_and_cosine(angle_S)
         self.values(loaded, None if beta is None else a * beta, gamma)
         self.scale(loaded)
-        plgpu.commit_smem()  # and all have read what is overwritten from here on
+        plgpu.commit_smem()  # every warp has also read what is overwritten from here on
         k_RN = self.rotate(loaded)
         plgpu.commit_smem()
         if dt is not None:
@@ -154,7 +154,7 @@ class StepProgram:
             self.shared.scale_RP[...] = scale_RP
 
     def rotate(self, loaded: Loaded):
-        """Stores queries and keys, biased and rotated, those keys of the token before too, and returns the keys."""
+        """Stores biased and rotated queries and keys, with the keys of the token before; returns this token's keys."""
         shared = self.shared
         if loaded.before_k_RN is not None:
             shared.k_JN.at[pl.ds(0, self.rank)][...] = self.unless_start(loaded.before_k_RN)
@@ -190,7 +190,7 @@ class StepProgram:
     def updated(self, a):
         """Returns the state after the token."""
 
-        # A loop, not one rank after another: all vectors at once would fill the registers, and fewer programs fit.
+        # This is a loop since all vectors at once would fill the registers, and fewer programs would fit.
         def add(j, h_PN):
             x_P, k_N = (
                 load(self.shared.x_JP.at[j], ROW, self.interpret),

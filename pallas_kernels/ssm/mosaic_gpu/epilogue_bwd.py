@@ -3,8 +3,8 @@
     o_t = sum over ranks of out_rank n(y_t) act(gate gate_rank),   n(y) = norm y / rms(y),   act(g) = g sigmoid(g)
 
 Of one rank without a norm that is elementwise, and plain XLA; else one kernel over tiles of 64 rows, a row one rank of
-one token as in `scan`. A program has a part of the length of one head, and adds up the gradients of that head's weights
-in registers.
+one token as in `scan_fwd`. A program has a part of the length of one head, and adds up the gradients of that head's
+weights in registers.
 """
 
 from typing import NamedTuple
@@ -40,14 +40,12 @@ class Epilogue(NamedTuple):
     """What y goes through last, or the gradients of that; None: absent."""
 
     gate_BLHP: jax.Array | None
-    gate_rank_HRP: jax.Array | None
-    out_rank_HRP: jax.Array | None
-    norm_HP: jax.Array | None
+    weights: Weights  # gate_rank, out_rank and norm
 
 
 def epilogue_bwd(epilogue: Epilogue, y_BLHRP, do_BLHP, tile: Tile):
     """Returns dy_BLHRP, like y, and the gradients of `epilogue`."""
-    if tile.rank > 1 or epilogue.norm_HP is not None:
+    if tile.rank > 1 or epilogue.weights.norm_HP is not None:
         return _by_kernel(epilogue, y_BLHRP, do_BLHP, tile)
     return _of_one_rank(epilogue, y_BLHRP, do_BLHP)
 
@@ -59,10 +57,10 @@ def _of_one_rank(epilogue: Epilogue, y_BLHRP, do_BLHP):
         o_BLHP = y_BLHP.astype(jnp.float32)
         if epilogue.gate_BLHP is not None:
             gate_BLHP = epilogue.gate_BLHP.astype(jnp.float32)
-            if epilogue.gate_rank_HRP is not None:
-                gate_BLHP *= epilogue.gate_rank_HRP[:, 0]
+            if epilogue.weights.gate_rank_HRP is not None:
+                gate_BLHP *= epilogue.weights.gate_rank_HRP[:, 0]
             o_BLHP *= jax.nn.silu(gate_BLHP)
-        return o_BLHP if epilogue.out_rank_HRP is None else o_BLHP * epilogue.out_rank_HRP[:, 0]
+        return o_BLHP if epilogue.weights.out_rank_HRP is None else o_BLHP * epilogue.weights.out_rank_HRP[:, 0]
 
     dy_BLHP, gradients = jax.vjp(apply, y_BLHRP[:, :, :, 0], epilogue)[1](do_BLHP.astype(jnp.float32))
     return dy_BLHP[:, :, :, None], gradients
@@ -108,11 +106,8 @@ def _by_kernel(epilogue: Epilogue, y_BLHRP, do_BLHP, tile: Tile):
     """Runs the kernel, and adds up the gradients of the weights."""
     batch, length, n_heads, rank, _ = y_BLHRP.shape
     flat = lambda x: None if x is None else x.reshape(batch, length, -1)  # noqa: E731
-    weights = Weights(
-        gate_rank_HRP=epilogue.gate_rank_HRP,
-        out_rank_HRP=epilogue.out_rank_HRP,
-        norm_HP=None if epilogue.norm_HP is None else epilogue.norm_HP[:, None],
-    )
+    weights, norm_HP = epilogue.weights, epilogue.weights.norm_HP
+    weights = weights._replace(norm_HP=None if norm_HP is None else norm_HP[:, None])
     refs = EpilogueRefs(y_BLX=flat(y_BLHRP), do_BLX=flat(do_BLHP), gate_BLX=flat(epilogue.gate_BLHP), weights=weights)
     n_chunks = length // tile.tokens
     splits = 1
@@ -125,9 +120,9 @@ def _by_kernel(epilogue: Epilogue, y_BLHRP, do_BLHP, tile: Tile):
         dy_BLX=like(refs.y_BLX),
         dgate_BLX=like(refs.gate_BLX) if gated else None,
         of_weights=WeightGradients(
-            dgate_rank_BHZTP=None if epilogue.gate_rank_HRP is None else sums,
-            dout_rank_BHZTP=None if epilogue.out_rank_HRP is None else sums,
-            dnorm_BHZTP=None if epilogue.norm_HP is None else sums,
+            dgate_rank_BHZTP=None if weights.gate_rank_HRP is None else sums,
+            dout_rank_BHZTP=None if weights.out_rank_HRP is None else sums,
+            dnorm_BHZTP=None if norm_HP is None else sums,
         ),
     )
     shared = EpilogueShared(
@@ -163,9 +158,11 @@ def _by_kernel(epilogue: Epilogue, y_BLHRP, do_BLHP, tile: Tile):
 
     gradients = Epilogue(
         gate_BLHP=out.dgate_BLX.reshape(epilogue.gate_BLHP.shape) if gated else None,
-        gate_rank_HRP=by_rank(out.of_weights.dgate_rank_BHZTP),
-        out_rank_HRP=by_rank(out.of_weights.dout_rank_BHZTP),
-        norm_HP=None if epilogue.norm_HP is None else jnp.sum(out.of_weights.dnorm_BHZTP, axis=(0, 2, 3)),
+        weights=Weights(
+            gate_rank_HRP=by_rank(out.of_weights.dgate_rank_BHZTP),
+            out_rank_HRP=by_rank(out.of_weights.dout_rank_BHZTP),
+            norm_HP=None if norm_HP is None else jnp.sum(out.of_weights.dnorm_BHZTP, axis=(0, 2, 3)),
+        ),
     )
     return out.dy_BLX.reshape(y_BLHRP.shape), gradients
 
@@ -231,7 +228,7 @@ class EpilogueProgram:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the copies of the last chunk's gradients are done
         unit_TP, inverse_T = self.normalized(load(shared.y_2TP.at[slot], TILE, interpret).astype(jnp.float32))
         do_TP = of_tokens(shared.do_2QP.at[slot], interpret).astype(jnp.float32)
-        dn_TP = do_TP  # of n(y)
+        dn_TP = do_TP  # the gradient of n(y), here and below
         if shared.gate_2QP is not None:
             gate_TP = of_tokens(shared.gate_2QP.at[slot], interpret).astype(jnp.float32)
             scaled_TP = self.weight(weights.gate_rank_RP, gate_TP)
@@ -253,7 +250,7 @@ class EpilogueProgram:
             mean_T = jnp.sum(dn_TP * unit_TP, axis=1) * (1 / self.tile.width)
             dn_TP = (dn_TP - unit_TP * down(mean_T, WIDTH)) * down(inverse_T, WIDTH)
         shared.dy_TP[...] = dn_TP.astype(jnp.bfloat16)
-        plgpu.commit_smem()  # and all have read the slot
+        plgpu.commit_smem()  # every warp has also read the slot
         pl.when(index + SLOTS < self.chunks)(lambda: self.fetch(index + SLOTS, slot))
         self.store(index)
         return sums

@@ -1,11 +1,11 @@
-"""The cumulative angle of every token and head, for `scan`: phi_t = phi_{t-1} + angle_t dt_t, in 2^-16 turns.
+"""The cumulative angle of every token and head, for `scan_fwd`: phi_t = phi_{t-1} + angle_t dt_t, in 2^-16 turns.
 
 Two kernels: `sums` adds up the increments of every chunk to 2^-47 of themselves, `phase` the tokens of a chunk to 2^-24
 from where plain XLA says that the chunk starts. Sums are of 32-bit fractions of a turn, exact in any order, and are
 rounded at the end: to 5e-5 rad, where bfloat16 queries and keys have 2e-3 of themselves.
 
-A thread has all tokens of a rotary pair of one head, so sums over tokens stay in its registers, see
-`layout_of`. A program has a chunk of a block of heads, as many at a time as there are warps for.
+A thread has all tokens of a rotary pair of one head, so sums over tokens stay in its registers, see `layout_of`. A
+program has a chunk of a block of heads, as many at a time as there are warps for.
 """
 
 import math
@@ -22,7 +22,7 @@ from pallas_kernels.ssm.angle import INVERSE_TURN, before_chunks, head, to_fract
 from pallas_kernels.ssm.decay import documents_in_chunks
 from pallas_kernels.ssm.mosaic_gpu.tiles import LANES, WARPS, call, fragments, load
 
-CHUNK = 32  # tokens, at most: of which the multiples of `COARSE` still add up exactly
+CHUNK = 32  # tokens at most, whose multiples of `COARSE` still add up exactly
 COARSE = 2.0**-18  # of which 96 numbers below 1/2 add up exactly in float32
 BLOCK = 32  # heads of a program, at most
 COPIED = 128  # bytes of which the copy engine takes multiples
@@ -110,7 +110,7 @@ class AngleProgram:
         return x if self.interpret else plgpu.layout_cast(x, self.grid.layout)
 
 
-def phase(angle_BLHS, dt_BHL, first_BHS, document_BL, interpret):
+def phase(*, angle_BLHS, dt_BHL, first_BHS, document_BL, interpret):
     """Returns phase_BHLS, int16, and the last angle in radians, in [0, 2 pi).
 
     Args:
@@ -199,14 +199,14 @@ def _sum_of_group(pieces: Pieces, dt_HT, program: AngleProgram, index, *, in_las
     more_HS = _rounded(small_HS, COARSE, interpret)
     coarse_HS, small_HS = coarse_HS + more_HS, small_HS - more_HS
     coarse_HS -= _rounded(coarse_HS, 1.0, interpret)
-    # Rounded, not cut off: the same error at every chunk would add up.
+    # It is rounded, not cut off: the same error at every chunk would add up.
     small_HS = _rounded(small_HS * 2.0**32, 1.0, interpret).astype(jnp.int32)
     return (coarse_HS * (1 / COARSE)).astype(jnp.int32) * round(2.0**32 * COARSE) + small_HS
 
 
 def _rounded(x, step: float, interpret: bool):
     """Rounds to a multiple of a power of two, |x| < 2^22 steps, by two sums: Mosaic has no floor."""
-    if interpret:  # XLA takes one sum out of two
+    if interpret:  # XLA would make one sum of the two
         return jnp.round(x / step) * step
     shift = 1.5 * 2.0**23 * step
     return (x + shift) - shift

@@ -104,7 +104,7 @@ def _kernel(
         dq_sum = (sizes.d_state, (dy_TP, shared.h_PN), (mixed_TT, k_TN))
         h_sum = (h_PN * decay.chunk_decay(), (Transposed(shared.weighted_TP), k_TN))
         dq_TN, dphi_TS, h_PN = products([dq_sum, h_sum], interpret, rotated_back)
-        plgpu.commit_smem()  # all products are done, all of q is read
+        plgpu.commit_smem()  # all products are done, and every warp has read q
         pl.when(index + 1 < chunks)(lambda: program.load_values(index + 1))
         pl.when(index + 1 < chunks)(lambda: program.load_q(index + 1))
         pl.when(index + 2 < chunks)(lambda: program.load_chunk(index + 2, slot))

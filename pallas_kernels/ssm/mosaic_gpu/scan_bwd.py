@@ -1,4 +1,4 @@
-"""The gradients of `scan`, from its residuals: the backward kernels, one after another, and plain XLA between them.
+"""The gradients of `scan_fwd`, from its residuals: the backward kernels, one after another, and plain XLA between them.
 
     epilogue_bwd   do, y               -> dy, gradients of gate, norm and the ranks' weights
     query_bwd      dy, k, v, h         -> dq by head, dphi of queries, h at checkpoints
@@ -30,12 +30,10 @@ def gradients(operands: Operands, document_BL, residuals: Residuals, cotangents,
     """Returns the gradients of the operands, from those of the output and of the state after the row."""
     weights = operands.weights
     do_BLHP, (dangle_BHS, dlast_BHPN) = cotangents
-    epilogue = Epilogue(
-        gate_BLHP=operands.gate_BLHP,
-        gate_rank_HRP=weights.gate_rank_HRP,
-        out_rank_HRP=weights.out_rank_HRP,
-        norm_HP=weights.norm_HP,
+    of_epilogue = Weights(
+        gate_rank_HRP=weights.gate_rank_HRP, out_rank_HRP=weights.out_rank_HRP, norm_HP=weights.norm_HP
     )
+    epilogue = Epilogue(gate_BLHP=operands.gate_BLHP, weights=of_epilogue)
     dy_BLHRP, depilogue = epilogue_bwd(epilogue, residuals.y_BLHRP, do_BLHP, tile)
     refs = GradientRefs(
         q_BLRGN=operands.q_BLRGN,
@@ -89,14 +87,11 @@ def gradients(operands: Operands, document_BL, residuals: Residuals, cotangents,
         gamma_BHL=sums.dgamma_BHL,
         kappa_BHL=sums.dkappa_BHL,
         before=Carry(angle_BHS=dfirst_BHS, h_BHPN=key.dh_BHZPN[:, :, 0]),
-        weights=Weights(
+        weights=depilogue.weights._replace(
             q_bias_HRN=dq_bias_HRN,
             k_bias_HRN=dk_bias_HRN,
             skip_H=None if weights.skip_H is None else jnp.sum(sums.dskip_BHL, axis=(0, 2)),
             v_rank_HRP=dv_rank_HRP,
-            gate_rank_HRP=depilogue.gate_rank_HRP,
-            out_rank_HRP=depilogue.out_rank_HRP,
-            norm_HP=depilogue.norm_HP,
         ),
     )
 
@@ -158,7 +153,7 @@ def _state_products(query: QueryGradients, key: KeyGradients, residuals: Residua
     pairs = 0 if residuals.phase_BHLS is None else residuals.phase_BHLS.shape[-1]
 
     def sums(h_PN, dh_PN):
-        # As the keys before it read dh: what its rounding changes there would stay in every sum over earlier tokens.
+        # dh is rounded as the keys before it read it: any difference would stay in every sum over earlier tokens.
         dh_PN = dh_PN if exact else dh_PN.astype(jnp.bfloat16)
         (u_PS, w_PS), (du_PS, dw_PS) = (jnp.split(x.astype(jnp.float32), 2, axis=-1) for x in (h_PN, dh_PN))
         return crossing_sums(u_PS, w_PS, du_PS, dw_PS, planes=pairs)
@@ -168,7 +163,7 @@ def _state_products(query: QueryGradients, key: KeyGradients, residuals: Residua
         starts.append(sums(query.h_BHZAPN[:, :, :, 1:], key.dh_BHZAPN))
     starts = [jnp.concatenate(parts, axis=3) for parts in zip(*starts, strict=True)]
     ends = sums(residuals.last_BHPN, dlast_BHPN)
-    # Or XLA for GPU computes these sums again for each of their users.
+    # Without the barrier, XLA for GPU computes these sums again for each of their users.
     (start_BHZA, start_BHZAS), (end_BH, end_BHS) = lax.optimization_barrier((starts, ends))
     of_angle = Crossing(starts_BHZAS=start_BHZAS, end_BHS=end_BHS, interval=bwd.CHECKPOINT_INTERVAL)
     return StateProducts(start_BHZA=start_BHZA, end_BH=end_BH, of_angle=of_angle)

@@ -189,7 +189,7 @@ def mamba3(operands: Operands, document_BL, tile: Tile):
 
 
 def _fwd(operands: Operands, document_BL, tile: Tile):
-    """Names the residuals, for policies of rematerialisation: as the Triton op's, the rest its states."""
+    """Returns results and residuals, named as the Triton op's for policies of rematerialisation."""
     (o_BLHP, after), residuals = _forward(operands, document_BL, dataclasses.replace(tile, residuals=True))
     names = {"phase_BHLS": "ssm_rotated", "y_BLHRP": "ssm_y"}
     residuals = Residuals(
@@ -269,7 +269,7 @@ def _forward(operands: Operands, document_BL, tile: Tile):
 
 
 def _with_starts(refs: ScanRefs, tile: Tile):
-    """Puts in the state before every split, from the one before the row, and returns what each split leaves of it."""
+    """Returns `refs` with the state before every split for the one before the row, and what each split leaves of it."""
     if tile.splits == 1:
         return refs, None
     batch, n_heads, _, width, d_state = refs.h_BHZPN.shape
@@ -282,7 +282,7 @@ def _with_starts(refs: ScanRefs, tile: Tile):
     added_BHZPN = run(only_state, dataclasses.replace(tile, residuals=False)).h_BHZPN
     last_BHZCX = refs.scalars_BHCXT[..., -1].reshape(batch, n_heads, tile.splits, -1, refs.scalars_BHCXT.shape[3])
     split_decay_BHZ = jnp.exp2(jnp.sum(last_BHZCX[..., SCALARS.index("decay")], axis=-1))
-    if last_BHZCX.shape[-1] > len(SCALARS):  # the document follows them
+    if last_BHZCX.shape[-1] > len(SCALARS):  # the row is packed: the document follows
         goes_on_BHZ = jnp.all(last_BHZCX[..., len(SCALARS)] == 0, axis=-1)
         split_decay_BHZ = jnp.where(goes_on_BHZ, split_decay_BHZ, 0.0)
     h_BHZPN, _ = combine_splits(refs.h_BHZPN[:, :, 0], split_decay_BHZ, added_BHZPN)
@@ -348,7 +348,7 @@ def run(refs: ScanRefs, tile: Tile) -> ScanOut:
         scratch=(shared, barriers),
         grid={"program": batch * n_heads * tile.splits},
         interpret=tile.interpret,
-        sums=False,  # those of a norm are within warps too, but what is compiled stays as it was measured
+        sums=False,  # a norm's are within warps too, but what is compiled stays as it was measured
     )
     return ScanOut(
         o_BLHP=None if out.o_BLHP is None else out.o_BLHP.reshape(like.shape),

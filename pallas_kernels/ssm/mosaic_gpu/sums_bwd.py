@@ -62,7 +62,7 @@ def heads_bwd(dx_BHLRN, *, groups: int, interpret, bias: bool):
             slot = lax.rem(index, jnp.int32(slots))
             plgpu.barrier_wait(arrived.at[slot])
             dx_TX = load(shared_CTX.at[slot], layout, interpreted, optimized=False).astype(jnp.float32)
-            plgpu.commit_smem()  # all have read it
+            plgpu.commit_smem()  # every warp has read it
             pl.when(index + slots < heads)(lambda: fetch(index + slots, slot))
             if bias:
                 out.dbias_BCHX.at[b, c, block * heads + index, across][...] = jnp.sum(dx_TX, axis=0)
@@ -189,7 +189,7 @@ def _angles_kernel(refs: AngleRefs, out, shared: AngleShared, program: AngleProg
             for ref in (shared.dphi_q_HTS, shared.dphi_k_HTS)
         )
         dphi_HTS = dphi_q_HTS + dphi_k_HTS
-        plgpu.commit_smem()  # all have read them
+        plgpu.commit_smem()  # every warp has read them
         pl.when(index + 1 < grid.groups)(lambda: fetch(index + 1))
         goes_on_HTS = None if refs.goes_on_BL is None else program.over_heads(refs.goes_on_BL.at[b, tokens])
         later_HTS = running_sum(dphi_HTS, None, goes_on_HTS, reverse=True, layout=layout, interpret=interpret)
@@ -208,7 +208,7 @@ def _angles_kernel(refs: AngleRefs, out, shared: AngleShared, program: AngleProg
         return
     zeros_HTS = jnp.zeros(program.shape, jnp.float32)
     zeros_HTS = zeros_HTS if interpret else plgpu.layout_cast(zeros_HTS, layout)
-    # Heads are in different warps: their sums meet in shared memory.
+    # Heads are in different warps, so their sums meet in shared memory.
     shared.sum_HTS[...] = lax.fori_loop(0, grid.groups, group, zeros_HTS)
     plgpu.commit_smem()
     sum_TS = sum(shared.sum_HTS[head] for head in range(grid.at_once))

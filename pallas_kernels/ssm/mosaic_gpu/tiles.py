@@ -41,7 +41,7 @@ class Tile:
 
     rank: int = 1
     width: int = WIDTH  # entries of P that are not padding
-    splits: int = 1  # parts of the length side by side, of equally many chunks
+    splits: int = 1  # parts of the length side by side, all of the same number of chunks
     residuals: bool = False  # store y too, which the backward pass reads
     interpret: object = None  # plgpu's InterpretParams: on the CPU, for tests
 
@@ -87,6 +87,8 @@ class Residuals(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizes:
+    """The sizes that a program of a scan needs."""
+
     heads: int
     groups: int
     chunks: int  # of a split
@@ -95,7 +97,7 @@ class Sizes:
 
     @classmethod
     def of(cls, q_BLRGN, phase_BHLS, heads: int, tile: Tile) -> "Sizes":
-        """Returns the sizes that a program needs, from queries or keys and the angles, if there are any."""
+        """Returns the sizes of queries or keys and of the angles, if there are any."""
         _, length, _, groups, d_state = q_BLRGN.shape
         pairs = 0 if phase_BHLS is None else phase_BHLS.shape[-1]
         return cls(
@@ -111,7 +113,7 @@ def interpreter():
 
 
 def stack_scalars(operands: Operands, document_BL, names: tuple[str, ...], tile: Tile):
-    """Stacks the named scalars of every row of a chunk, ranks one after another; for packed rows, the document too."""
+    """Stacks the named scalars of every row of a chunk, rank by rank; of packed rows, the document too."""
     decay_BHL = operands.log_decay_BHL * math.log2(math.e)
     scalars_BHL = {
         "decay": decay_BHL,
@@ -177,7 +179,7 @@ def token(row, tile: Tile):
 
 
 def join_columns(parts, interpret: bool):
-    """Puts columns side by side: lax.concatenate, which jax 0.10 does not lower here."""
+    """Puts columns side by side, as lax.concatenate would, which jax 0.10 does not lower here."""
     if interpret:
         return jnp.concatenate(parts, axis=1)
     shape = (ROWS, sum(part.shape[1] for part in parts))
@@ -237,7 +239,7 @@ def of_tokens(ref_QN, interpret: bool):
         return jnp.tile(ref_QN[...], (ROWS // tokens, 1))
     if tokens == ROWS:
         return plgpu.load(ref_QN, (), layout=TILE)
-    # wgmma's layout, less some of its warps, which hold copies instead.
+    # This is wgmma's layout without some of its warps, which hold copies.
     tiles, warps = {16: ((), ()), 32: (((32, 8),), (-7,))}[tokens]
     layout = plgpu.Layout.TILED(
         plgpu.Tiling((*tiles, (16, 8), (8, 8), (2,))),
