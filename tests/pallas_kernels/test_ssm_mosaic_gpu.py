@@ -20,7 +20,7 @@ from mamba3_jax.ops.ssm import ssm
 from pallas_kernels.ssm.contract import Carry, Weights
 from pallas_kernels.ssm.mosaic_gpu import bwd, phase, scan_fwd
 from pallas_kernels.ssm.mosaic_gpu.scan_fwd import ScanRefs
-from pallas_kernels.ssm.mosaic_gpu.tiles import Operands, Tile, interpreter
+from pallas_kernels.ssm.mosaic_gpu.tiles import Operands, Tile, TokenArrays, interpreter
 from tests.helpers import rel_rms
 from tests.ops import cases
 from tests.ops.cases import MIMO, SISO, bfloat16, draw
@@ -167,10 +167,12 @@ def scan_refs(length=64, rank=1, d_state=64, width=64, planes=16, heads=2, group
     x_BLRGN = shape(1, length, rank, groups, d_state, dtype=jnp.bfloat16)
     bias_HRN = shape(heads, rank, d_state)
     return ScanRefs(
-        q_BLRGN=x_BLRGN,
-        k_BLRGN=x_BLRGN,
-        v_BLHP=shape(1, length, heads, width, dtype=jnp.bfloat16),
-        gate_BLHP=None,
+        tokens=TokenArrays(
+            q_BLRGN=x_BLRGN,
+            k_BLRGN=x_BLRGN,
+            v_BLHP=shape(1, length, heads, width, dtype=jnp.bfloat16),
+            gate_BLHP=None,
+        ),
         phase_BHLS=shape(1, heads, length, planes, dtype=jnp.int16),
         scalars_BHCXT=shape(1, heads, length * rank // 64, 3, 64),
         h_BHZPN=shape(1, heads, 1, width, d_state),
@@ -236,10 +238,12 @@ def op_inputs(rank: int) -> Operands:
         return jnp.asarray(random.uniform(0.1, 1, sizes), jnp.float32)
 
     return Operands(
-        q_BLRGN=normal(batch, length, rank, groups, d_state, dtype=jnp.bfloat16),
-        k_BLRGN=normal(batch, length, rank, groups, d_state, dtype=jnp.bfloat16),
-        v_BLHP=normal(batch, length, heads, width, dtype=jnp.bfloat16),
-        gate_BLHP=None,
+        tokens=TokenArrays(
+            q_BLRGN=normal(batch, length, rank, groups, d_state, dtype=jnp.bfloat16),
+            k_BLRGN=normal(batch, length, rank, groups, d_state, dtype=jnp.bfloat16),
+            v_BLHP=normal(batch, length, heads, width, dtype=jnp.bfloat16),
+            gate_BLHP=None,
+        ),
         angle_BLHS=jnp.zeros((batch, length, 1, planes)),
         dt_BHL=positive(batch, heads, length),
         log_decay_BHL=-jnp.cumsum(positive(batch, heads, length // (64 // rank), 64 // rank), axis=3).reshape(

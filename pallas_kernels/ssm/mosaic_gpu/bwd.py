@@ -42,6 +42,7 @@ from pallas_kernels.ssm.mosaic_gpu.tiles import (
     Rotation,
     Sizes,
     Tile,
+    TokenArrays,
     of_ranks,
     of_tokens,
     ones_of_tokens,
@@ -55,9 +56,7 @@ CHECKPOINT_INTERVAL = 1024  # tokens between two states that are stored, where s
 class GradientRefs(NamedTuple):
     """What the kernels read."""
 
-    q_BLRGN: jax.Array
-    k_BLRGN: jax.Array | None
-    v_BLHP: jax.Array | None
+    tokens: TokenArrays  # q, k and v; for `state_bwd`, q
     dy_BLHRP: jax.Array
     phase_BHLS: jax.Array | None
     scalars_BHCXT: jax.Array  # `SCALARS_BWD`
@@ -87,7 +86,7 @@ class GradientShared(NamedTuple):
     @classmethod
     def memory(cls, refs: GradientRefs, sizes: Sizes, tile: Tile, *, query: bool, rows: int) -> "GradientShared":
         """Returns what a program of `query_bwd`, or of `key_bwd`, needs; `rows` are the numbers it stores of a row."""
-        d_state, pairs, ranked, only_state = sizes.d_state, sizes.pairs, tile.rank > 1, refs.k_BLRGN is None
+        d_state, pairs, ranked, only_state = sizes.d_state, sizes.pairs, tile.rank > 1, refs.tokens.k_BLRGN is None
         both, keys = not only_state, not (query or only_state)
         return cls(
             q_TN=tiled(ROWS, d_state),
@@ -129,18 +128,18 @@ class GradientProgram(Program):
 
     def load_q(self, index):
         """Starts the copies of a chunk's queries."""
-        self.load_ranks(self.refs.q_BLRGN, self.shared.q_TN, self.tokens(index), self.barriers.q)
+        self.load_ranks(self.refs.tokens.q_BLRGN, self.shared.q_TN, self.tokens(index), self.barriers.q)
 
     def load_k(self, index):
         """Starts the copies of a chunk's keys, where they are read."""
-        if self.refs.k_BLRGN is not None:
-            self.load_ranks(self.refs.k_BLRGN, self.shared.k_TN, self.tokens(index), self.barriers.k)
+        if self.refs.tokens.k_BLRGN is not None:
+            self.load_ranks(self.refs.tokens.k_BLRGN, self.shared.k_TN, self.tokens(index), self.barriers.k)
 
     def load_values(self, index):
         """Starts the copies of v, where it is read, and of dy."""
         tokens, barrier = self.tokens(index), self.barriers.values
-        if self.refs.v_BLHP is not None:
-            plgpu.copy_gmem_to_smem(self.refs.v_BLHP.at[self.of_head(tokens)], self.shared.v_QP, barrier)
+        if self.refs.tokens.v_BLHP is not None:
+            plgpu.copy_gmem_to_smem(self.refs.tokens.v_BLHP.at[self.of_head(tokens)], self.shared.v_QP, barrier)
         for rank in range(self.tile.rank):
             dy_QP = self.refs.dy_BLHRP.at[self.of_head(tokens, rank, self.tile.rank)]
             plgpu.copy_gmem_to_smem(dy_QP, self.shared.dy_TP.at[self.rows(rank)], barrier)
@@ -213,10 +212,10 @@ def call(kernel, *, name: str, refs: GradientRefs, out, tile: Tile, query: bool,
     """Runs `query_bwd`'s kernel, or one of `key_bwd`'s, one program a head and split."""
     batch, length, n_heads = refs.dy_BLHRP.shape[:3]
     sizes = sizes_of(refs, tile)
-    flat = lambda array: None if array is None else array.reshape(batch, length, -1)  # noqa: E731
     scalars_BHCXT, phase_BHLS = refs.scalars_BHCXT, refs.phase_BHLS
     refs = refs._replace(
-        **{name: flat(getattr(refs, name)) for name in ("q_BLRGN", "k_BLRGN", "v_BLHP", "dy_BLHRP")},
+        tokens=jax.tree.map(lambda array: array.reshape(batch, length, -1), refs.tokens),
+        dy_BLHRP=refs.dy_BLHRP.reshape(batch, length, -1),
         phase_BHLS=None if phase_BHLS is None else phase_BHLS.reshape(-1, *phase_BHLS.shape[2:]),
         scalars_BHCXT=scalars_BHCXT.reshape(-1, *scalars_BHCXT.shape[3:]),
     )
@@ -224,7 +223,7 @@ def call(kernel, *, name: str, refs: GradientRefs, out, tile: Tile, query: bool,
     barriers = GradientBarriers(
         q=plgpu.Barrier(num_arrivals=tile.rank),
         k=plgpu.Barrier(num_arrivals=tile.rank),
-        values=plgpu.Barrier(num_arrivals=tile.rank + (refs.v_BLHP is not None)),
+        values=plgpu.Barrier(num_arrivals=tile.rank + (refs.tokens.v_BLHP is not None)),
         chunk=plgpu.Barrier(num_arrivals=1 + (phase_BHLS is not None), num_barriers=1 + query),
         head=shared.weights.barrier(),
     )
@@ -250,7 +249,7 @@ def dphi_dtype(tile: Tile):
 
 def sizes_of(refs: GradientRefs, tile: Tile) -> Sizes:
     """Returns the sizes that a program needs."""
-    return Sizes.of(refs.q_BLRGN, refs.phase_BHLS, refs.dy_BLHRP.shape[2], tile)
+    return Sizes.of(refs.tokens.q_BLRGN, refs.phase_BHLS, refs.dy_BLHRP.shape[2], tile)
 
 
 def checkpoints(sizes: Sizes, tile: Tile) -> int:

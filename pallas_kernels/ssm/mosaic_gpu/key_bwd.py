@@ -61,7 +61,7 @@ def key_bwd(refs: GradientRefs, tile: Tile, *, exact: bool) -> KeyGradients:
     Args:
         exact: of keys, take in what rounding dh to bfloat16 leaves out.
     """
-    batch, length, rank, _, d_state = refs.q_BLRGN.shape
+    batch, length, rank, _, d_state = refs.tokens.q_BLRGN.shape
     sizes = sizes_of(refs, tile)
     shape, rows = jax.ShapeDtypeStruct, batch * sizes.heads
     heads = (batch, sizes.heads, tile.splits)
@@ -82,7 +82,8 @@ def key_bwd(refs: GradientRefs, tile: Tile, *, exact: bool) -> KeyGradients:
 
 def state_bwd(refs: GradientRefs, tile: Tile):
     """Returns what every split adds to the gradient of the state before it, dh_BHZPN; h of `refs` is zeros."""
-    refs = refs._replace(k_BLRGN=None, v_BLHP=None, weights=Weights(q_bias_HRN=refs.weights.q_bias_HRN))
+    tokens = refs.tokens._replace(k_BLRGN=None, v_BLHP=None)
+    refs = refs._replace(tokens=tokens, weights=Weights(q_bias_HRN=refs.weights.q_bias_HRN))
     out = KeyGradients(dh_BHZPN=jax.ShapeDtypeStruct(refs.h_BHZPN.shape, jnp.float32))
     return call(_kernel, name="mamba3_mosaic_splits_bwd", refs=refs, out=out, tile=tile, query=False).dh_BHZPN
 
@@ -99,7 +100,7 @@ def _kernel(
 ):
     program = GradientProgram(refs, shared, barriers, sizes=sizes, tile=tile)
     chunks, weights, interpret = sizes.chunks, shared.weights, program.interpret
-    only_state = refs.k_BLRGN is None
+    only_state = refs.tokens.k_BLRGN is None
     head_arrived = weights.load(refs.weights, program.head, barriers.head)
     program.load_k(chunks - 1)
     program.load_q(chunks - 1)

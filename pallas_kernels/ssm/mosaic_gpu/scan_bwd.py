@@ -23,7 +23,7 @@ from pallas_kernels.ssm.mosaic_gpu.epilogue_bwd import Epilogue, epilogue_bwd
 from pallas_kernels.ssm.mosaic_gpu.key_bwd import ROWS_BWD, KeyGradients, key_bwd, state_bwd
 from pallas_kernels.ssm.mosaic_gpu.query_bwd import QueryGradients, query_bwd
 from pallas_kernels.ssm.mosaic_gpu.sums_bwd import angles_bwd, heads_bwd
-from pallas_kernels.ssm.mosaic_gpu.tiles import SCALARS_BWD, Operands, Residuals, Tile, stack_scalars
+from pallas_kernels.ssm.mosaic_gpu.tiles import SCALARS_BWD, Operands, Residuals, Tile, TokenArrays, stack_scalars
 
 
 def gradients(operands: Operands, document_BL, residuals: Residuals, cotangents, *, tile: Tile) -> Operands:
@@ -33,12 +33,10 @@ def gradients(operands: Operands, document_BL, residuals: Residuals, cotangents,
     of_epilogue = Weights(
         gate_rank_HRP=weights.gate_rank_HRP, out_rank_HRP=weights.out_rank_HRP, norm_HP=weights.norm_HP
     )
-    epilogue = Epilogue(gate_BLHP=operands.gate_BLHP, weights=of_epilogue)
+    epilogue = Epilogue(gate_BLHP=operands.tokens.gate_BLHP, weights=of_epilogue)
     dy_BLHRP, depilogue = epilogue_bwd(epilogue, residuals.y_BLHRP, do_BLHP, tile)
     refs = GradientRefs(
-        q_BLRGN=operands.q_BLRGN,
-        k_BLRGN=operands.k_BLRGN,
-        v_BLHP=operands.v_BLHP,
+        tokens=operands.tokens._replace(gate_BLHP=None),
         dy_BLHRP=dy_BLHRP,
         phase_BHLS=residuals.phase_BHLS,
         scalars_BHCXT=stack_scalars(operands, document_BL, SCALARS_BWD, tile),
@@ -77,10 +75,12 @@ def gradients(operands: Operands, document_BL, residuals: Residuals, cotangents,
             interpret=tile.interpret,
         )
     return Operands(
-        q_BLRGN=dq_BLRGN,
-        k_BLRGN=dk_BLRGN,
-        v_BLHP=key.dv_BLHP.reshape(operands.v_BLHP.shape),
-        gate_BLHP=depilogue.gate_BLHP,
+        tokens=TokenArrays(
+            q_BLRGN=dq_BLRGN,
+            k_BLRGN=dk_BLRGN,
+            v_BLHP=key.dv_BLHP.reshape(operands.tokens.v_BLHP.shape),
+            gate_BLHP=depilogue.gate_BLHP,
+        ),
         angle_BLHS=dangle_BLHS,
         dt_BHL=ddt_BHL,
         log_decay_BHL=dlog_decay_BHL,
@@ -135,8 +135,8 @@ class RowSums(NamedTuple):
 
 def _sum_heads(dx_BHLRN, bias_HRN, operands: Operands, tile: Tile):
     """Returns the gradient of queries or keys, by group, and of their bias."""
-    batch, length, rank, groups, d_state = operands.q_BLRGN.shape
-    dx_BHLRN = dx_BHLRN.reshape(batch, operands.v_BLHP.shape[2], length, rank, d_state)
+    batch, length, rank, groups, d_state = operands.tokens.q_BLRGN.shape
+    dx_BHLRN = dx_BHLRN.reshape(batch, operands.tokens.v_BLHP.shape[2], length, rank, d_state)
     return heads_bwd(dx_BHLRN, groups=groups, interpret=tile.interpret, bias=bias_HRN is not None)
 
 

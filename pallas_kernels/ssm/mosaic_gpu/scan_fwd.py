@@ -56,6 +56,7 @@ from pallas_kernels.ssm.mosaic_gpu.tiles import (
     Rotation,
     Sizes,
     Tile,
+    TokenArrays,
     Transposed,
     add_products,
     call,
@@ -154,14 +155,11 @@ def scan(
     if size["R"] == 1 and row.weights.v_rank_HRP is not None:  # the kernels have weights of several ranks only
         v_BLHP = row.v_BLHP.astype(jnp.float32) * row.weights.v_rank_HRP[:, 0]
         row = row._replace(v_BLHP=v_BLHP, weights=row.weights._replace(v_rank_HRP=None))
-    tokens = ("q_BLRGN", "k_BLRGN", "v_BLHP", "gate_BLHP")
-    row = row._replace(
-        **{name: cast(getattr(row, name), jnp.bfloat16) for name in tokens},
-        weights=jax.tree.map(lambda array: array.astype(jnp.float32), row.weights),
-    )
+    tokens = {name: cast(getattr(row, name), jnp.bfloat16) for name in TokenArrays._fields}
+    row = row._replace(**tokens, weights=jax.tree.map(lambda array: array.astype(jnp.float32), row.weights))
     row = ordered(pad(row, L=-(-size["L"] // unit) * unit, P=WIDTH, S=order.room), order.to)
     operands = Operands(
-        **{name: getattr(row, name) for name in tokens},
+        tokens=TokenArrays(**{name: getattr(row, name) for name in TokenArrays._fields}),
         angle_BLHS=row.angle_BLHS,
         dt_BHL=heads_first(row.dt_BLH),
         log_decay_BHL=sum(log_decay(heads_first(row.log_a_BLH), row.start_BL, tile.tokens)),
@@ -212,10 +210,7 @@ mamba3.defvjp(_fwd, _bwd)
 class ScanRefs(NamedTuple):
     """What the kernel reads: L = C Q, and a head's row at (B H)."""
 
-    q_BLRGN: jax.Array | None  # None: no output, only the state that a split adds
-    k_BLRGN: jax.Array
-    v_BLHP: jax.Array
-    gate_BLHP: jax.Array | None
+    tokens: TokenArrays  # no q: no output, only the state that a split adds
     phase_BHLS: jax.Array | None  # int16, fractions of a turn; None: nothing rotates
     scalars_BHCXT: jax.Array  # float32: `SCALARS`
     h_BHZPN: jax.Array  # float32, the state before every split
@@ -246,10 +241,7 @@ def _forward(operands: Operands, document_BL, tile: Tile):
             interpret=tile.interpret,
         )
     refs = ScanRefs(
-        q_BLRGN=operands.q_BLRGN,
-        k_BLRGN=operands.k_BLRGN,
-        v_BLHP=operands.v_BLHP,
-        gate_BLHP=operands.gate_BLHP,
+        tokens=operands.tokens,
         phase_BHLS=phase_BHLS,
         scalars_BHCXT=stack_scalars(operands, document_BL, SCALARS, tile),
         h_BHZPN=operands.before.h_BHPN[:, :, None],
@@ -274,8 +266,7 @@ def _with_starts(refs: ScanRefs, tile: Tile):
         return refs, None
     batch, n_heads, _, width, d_state = refs.h_BHZPN.shape
     only_state = refs._replace(
-        q_BLRGN=None,
-        gate_BLHP=None,
+        tokens=refs.tokens._replace(q_BLRGN=None, gate_BLHP=None),
         h_BHZPN=jnp.zeros((batch, n_heads, tile.splits, width, d_state), jnp.float32),
         weights=Weights(k_bias_HRN=refs.weights.k_bias_HRN, v_rank_HRP=refs.weights.v_rank_HRP),
     )
@@ -291,8 +282,8 @@ def _with_starts(refs: ScanRefs, tile: Tile):
 
 def check(refs: ScanRefs, tile: Tile) -> None:
     """Raises ValueError, naming it, for a size that the kernel cannot run."""
-    length, rank, groups, d_state = refs.k_BLRGN.shape[1:]
-    n_heads, width = refs.v_BLHP.shape[2:]
+    length, rank, groups, d_state = refs.tokens.k_BLRGN.shape[1:]
+    n_heads, width = refs.tokens.v_BLHP.shape[2:]
     pairs = None if refs.phase_BHLS is None else refs.phase_BHLS.shape[-1]
     if tile.rank not in (1, 2, 4) or rank != tile.rank:
         raise ValueError(f"{tile.rank=} is not 1, 2 or 4, or k has another {rank=}")
@@ -315,21 +306,22 @@ def run(refs: ScanRefs, tile: Tile) -> ScanOut:
         ValueError: see `check`.
     """
     check(refs, tile)
-    batch, length, rank, _, d_state = refs.k_BLRGN.shape
-    like = refs.v_BLHP
+    batch, length, rank, _, d_state = refs.tokens.k_BLRGN.shape
+    like = refs.tokens.v_BLHP
     n_heads = like.shape[2]
-    sizes = Sizes.of(refs.k_BLRGN, refs.phase_BHLS, n_heads, tile)
+    sizes = Sizes.of(refs.tokens.k_BLRGN, refs.phase_BHLS, n_heads, tile)
     # The copy engine sees at most five axes, those of a tile twice.
-    flat = lambda array: None if array is None else array.reshape(batch, length, -1)  # noqa: E731
     norm_HP = refs.weights.norm_HP
     refs = refs._replace(
-        **{name: flat(getattr(refs, name)) for name in ("q_BLRGN", "k_BLRGN", "v_BLHP", "gate_BLHP")},
+        tokens=jax.tree.map(lambda array: array.reshape(batch, length, -1), refs.tokens),
         phase_BHLS=refs.phase_BHLS if not sizes.pairs else refs.phase_BHLS.reshape(batch * n_heads, length, -1),
         scalars_BHCXT=refs.scalars_BHCXT.reshape(batch * n_heads * length // tile.tokens, -1, ROWS),
         weights=refs.weights._replace(norm_HP=None if norm_HP is None else norm_HP[:, None]),
     )
     out = ScanOut(
-        o_BLHP=None if refs.q_BLRGN is None else jax.ShapeDtypeStruct((batch, length, n_heads * WIDTH), like.dtype),
+        o_BLHP=None
+        if refs.tokens.q_BLRGN is None
+        else jax.ShapeDtypeStruct((batch, length, n_heads * WIDTH), like.dtype),
         h_BHZPN=jax.ShapeDtypeStruct((batch, n_heads, tile.splits, WIDTH, d_state), jnp.float32),
         y_BLHRP=jax.ShapeDtypeStruct((batch, length, n_heads * rank * WIDTH), like.dtype) if tile.residuals else None,
     )
@@ -376,7 +368,7 @@ class ScanShared(NamedTuple):
     def memory(cls, refs: ScanRefs, sizes: Sizes, tile: Tile) -> "ScanShared":
         """Returns what a program needs."""
         return cls(
-            q_TN=None if refs.q_BLRGN is None else tiled(ROWS, sizes.d_state),
+            q_TN=None if refs.tokens.q_BLRGN is None else tiled(ROWS, sizes.d_state),
             k_2TN=tiled(2, ROWS, sizes.d_state),
             v_2QP=tiled(2, tile.tokens, WIDTH),
             x_TP=None if tile.rank == 1 else tiled(ROWS, WIDTH),
@@ -401,7 +393,7 @@ class ScanBarriers(NamedTuple):
 
 def _early_copies(refs: ScanRefs, tile: Tile) -> int:
     """Returns how many copies bring a chunk's queries and angles."""
-    return (tile.rank if refs.q_BLRGN is not None else 0) + (refs.phase_BHLS is not None)
+    return (tile.rank if refs.tokens.q_BLRGN is not None else 0) + (refs.phase_BHLS is not None)
 
 
 class ScanProgram(Program):
@@ -416,22 +408,22 @@ class ScanProgram(Program):
     def load_early(self, index):
         """Starts the copies of q and the angles of a chunk."""
         tokens, barrier = self.tokens(index), self.barriers.early
-        if self.refs.q_BLRGN is not None:
-            self.load_ranks(self.refs.q_BLRGN, self.shared.q_TN, tokens, barrier)
+        if self.refs.tokens.q_BLRGN is not None:
+            self.load_ranks(self.refs.tokens.q_BLRGN, self.shared.q_TN, tokens, barrier)
         if self.refs.phase_BHLS is not None:
             plgpu.copy_gmem_to_smem(self.refs.phase_BHLS.at[self.row, tokens], self.shared.phase_QS, barrier)
 
     def load_chunk(self, index, slot):
         """Starts the copies of k, v and scalars of a chunk."""
         refs, shared, tokens, barrier = self.refs, self.shared, self.tokens(index), self.barriers.chunk.at[slot]
-        self.load_ranks(refs.k_BLRGN, shared.k_2TN.at[slot], tokens, barrier)
-        plgpu.copy_gmem_to_smem(refs.v_BLHP.at[self.of_head(tokens)], shared.v_2QP.at[slot], barrier)
+        self.load_ranks(refs.tokens.k_BLRGN, shared.k_2TN.at[slot], tokens, barrier)
+        plgpu.copy_gmem_to_smem(refs.tokens.v_BLHP.at[self.of_head(tokens)], shared.v_2QP.at[slot], barrier)
         scalars_XT = refs.scalars_BHCXT.at[self.chunk_of_row(index)]
         plgpu.copy_gmem_to_smem(scalars_XT, shared.scalars_2XT.at[slot], barrier)
 
     def load_gate(self, index):
         """Starts the copy of a chunk's gate."""
-        gate_QP = self.refs.gate_BLHP.at[self.of_head(self.tokens(index))]
+        gate_QP = self.refs.tokens.gate_BLHP.at[self.of_head(self.tokens(index))]
         plgpu.copy_gmem_to_smem(gate_QP, self.shared.gate_QP, self.barriers.gate)
 
     def store(self, from_TP, index):
@@ -447,8 +439,8 @@ class ScanProgram(Program):
 
 def _kernel(refs: ScanRefs, out: ScanOut, shared: ScanShared, barriers: ScanBarriers, *, sizes: Sizes, tile: Tile):
     program = ScanProgram(refs, out, shared, barriers, sizes=sizes, tile=tile)
-    chunks, gated, interpret = sizes.chunks, refs.gate_BLHP is not None, tile.interpreted
-    only_state, weights = refs.q_BLRGN is None, shared.weights
+    chunks, gated, interpret = sizes.chunks, refs.tokens.gate_BLHP is not None, tile.interpreted
+    only_state, weights = refs.tokens.q_BLRGN is None, shared.weights
     skip = None if refs.weights.skip_H is None else refs.weights.skip_H[program.head]
     head_arrived = weights.load(refs.weights, program.head, barriers.head)
     program.load_early(0)
@@ -522,7 +514,7 @@ def _epilogue(y_TP, program: ScanProgram, index):
     if weights.norm_1P is not None:
         mean_T = jnp.sum(jnp.square(y_TP), axis=1) * (1 / tile.width)
         y_TP *= down(lax.rsqrt(mean_T + NORM_EPS), WIDTH) * of_ranks(weights.norm_1P, interpret)
-    if refs.gate_BLHP is not None:
+    if refs.tokens.gate_BLHP is not None:
         plgpu.barrier_wait(program.barriers.gate)
         gate_TP = of_tokens(shared.gate_QP, interpret).astype(jnp.float32)
         if weights.gate_rank_RP is not None:

@@ -56,16 +56,19 @@ class Tile:
         return self.interpret is not None
 
 
-class Operands(NamedTuple):
-    """A row as the kernels want it: whole chunks, P, N and S padded, one number a token and head with heads first.
+class TokenArrays(NamedTuple):
+    """What the kernels read of every token as it comes, bfloat16; None: absent, or not read by this kernel."""
 
-    q, k, v and gate are bfloat16, all else float32.
-    """
-
-    q_BLRGN: jax.Array
-    k_BLRGN: jax.Array
-    v_BLHP: jax.Array
+    q_BLRGN: jax.Array | None
+    k_BLRGN: jax.Array | None
+    v_BLHP: jax.Array | None
     gate_BLHP: jax.Array | None
+
+
+class Operands(NamedTuple):
+    """A row as the kernels want it: whole chunks, P, N and S padded, one number a token and head with heads first."""
+
+    tokens: TokenArrays  # all else is float32
     angle_BLHS: jax.Array | None
     dt_BHL: jax.Array | None
     log_decay_BHL: jax.Array  # since the first token of the chunk, or of its document in the chunk
