@@ -25,7 +25,8 @@ def combine_splits_bwd(dlast_BHPN, decay_BHZ, demanded_BHZPN):
         demanded_BHZPN: what the outputs of a split add to the gradient of the state before it.
     """
     demanded_BHZPN, decay_BHZ = jnp.flip(demanded_BHZPN, axis=2), jnp.flip(decay_BHZ, axis=2)
-    return jnp.flip(combine_splits(dlast_BHPN, decay_BHZ, demanded_BHZPN)[0], axis=2)
+    ends_BHZPN, _ = combine_splits(dlast_BHPN, decay_BHZ, demanded_BHZPN)
+    return jnp.flip(ends_BHZPN, axis=2)
 
 
 class Crossing(NamedTuple):

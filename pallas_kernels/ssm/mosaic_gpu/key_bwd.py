@@ -130,9 +130,10 @@ def _kernel(
         plgpu.commit_smem()
         if not only_state:
             program.store_checkpoint(out.dh_BHZAPN, index + 1)
-            dk_pairs, dv_ref = _values_bwd(program, decay)
+            weighted_TP, mixed_TT, dv_ref = _values_bwd(program, decay)
+            dk_pairs = [(weighted_TP, shared.h_PN), (mixed_TT, q_TN)]
             if exact:
-                dk_pairs.append((dk_pairs[0][0], shared.low_PN))
+                dk_pairs.append((weighted_TP, shared.low_PN))
         dy_TP = load(shared.dy_TP, TILE, interpret).astype(jnp.float32) * down(decay.decay_from_start_T(), WIDTH)
         shared.dy_TP[...] = dy_TP.astype(jnp.bfloat16)
         plgpu.commit_smem()
@@ -184,9 +185,10 @@ def _kernel(
 
 
 def _values_bwd(program: GradientProgram, decay: Decay):
-    """Stores the gradients of a chunk's values and scalars in shared memory; returns what the keys' gradient sums.
+    """Stores the gradients of a chunk's values and scalars in shared memory, and returns where those of values are.
 
-    What can be loaded or computed again is: registers are few. All products with dy are done at the end.
+    Returns before it what multiplies dh and the queries in the keys' gradient. It loads and computes again what it can,
+    as registers are few. All products with dy are done at its end.
     """
     shared, interpret, ranked = program.shared, program.interpret, program.tile.rank > 1
     q_TN, k_TN = shared.q_TN, shared.k_TN
@@ -236,4 +238,4 @@ def _values_bwd(program: GradientProgram, decay: Decay):
     else:
         plgpu.commit_smem()
     dv_ref[...] = dx_TP.astype(jnp.bfloat16)
-    return [(weighted_TP, shared.h_PN), (mixed_TT, q_TN)], dv_ref
+    return weighted_TP, mixed_TT, dv_ref

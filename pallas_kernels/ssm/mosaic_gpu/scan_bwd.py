@@ -100,8 +100,8 @@ def _splits_bwd(refs: GradientRefs, split_decay_BHZ, dlast_BHPN, tile: Tile):
     """Returns the gradient of the state after every split."""
     if tile.splits == 1:
         return dlast_BHPN[:, :, None]
-    demanded_BHZPN = state_bwd(refs._replace(h_BHZPN=jnp.zeros_like(refs.h_BHZPN)), tile)
-    return combine_splits_bwd(dlast_BHPN, split_decay_BHZ, demanded_BHZPN)
+    added_BHZPN = state_bwd(refs._replace(h_BHZPN=jnp.zeros_like(refs.h_BHZPN)), tile)
+    return combine_splits_bwd(dlast_BHPN, split_decay_BHZ, added_BHZPN)
 
 
 def _sum_ranks(rows_BHCT, operands: Operands, tile: Tile):

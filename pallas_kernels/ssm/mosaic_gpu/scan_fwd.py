@@ -208,7 +208,7 @@ mamba3.defvjp(_fwd, _bwd)
 
 
 class ScanRefs(NamedTuple):
-    """What the kernel reads: L = C Q, and a head's row at (B H)."""
+    """What the kernel reads, which `run` gives it with all that a token has side by side."""
 
     tokens: TokenArrays  # no q: no output, only the state that a split adds
     phase_BHLS: jax.Array | None  # int16, fractions of a turn; None: nothing rotates
