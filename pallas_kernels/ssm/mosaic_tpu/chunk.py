@@ -156,8 +156,8 @@ class Rotation(NamedTuple):
     @classmethod
     def of_heads(cls, sin_XQ, cos_XQ, grid: Grid) -> list:
         """Returns one for each head of a block, from the sines of all, one head after another."""
-        rows = [slice(head * grid.pairs, (head + 1) * grid.pairs) for head in range(grid.heads)]
-        return [cls(*(ranks(x_XQ[of_head], grid.rank, 1) for x_XQ in (sin_XQ, cos_XQ))) for of_head in rows]
+        by_head = lambda x_XQ: [ranks(x_SQ, grid.rank, 1) for x_SQ in jnp.split(x_XQ, grid.heads, axis=0)]  # noqa: E731
+        return [cls(sin_ST=sin, cos_ST=cos) for sin, cos in zip(by_head(sin_XQ), by_head(cos_XQ), strict=True)]
 
     def apply(self, x_NT):
         return self._by(x_NT, self.sin_ST)

@@ -109,7 +109,7 @@ class Grid:
     width: int
     pairs: int  # S; 0: nothing rotates
     shared_angle: bool
-    kappa: bool  # whether later tokens see a weight of its own
+    kappa: bool  # whether a token has a weight of its own in later outputs
     dtype: jnp.dtype  # of the products
     given_length: int  # without padding, as the next
     given_width: int
@@ -167,12 +167,12 @@ class Grid:
 
     @property
     def last(self) -> int:
-        """The index of the last chunk."""
+        """Returns the index of the last chunk."""
         return self.chunks - 1
 
     @property
     def blocks(self) -> int:
-        """Blocks of heads."""
+        """Returns the number of blocks of heads."""
         return self.n_heads // self.heads
 
     @property
@@ -181,25 +181,25 @@ class Grid:
 
     @property
     def scalars(self) -> list[str]:
-        """What is one number a token and head, see `chunk.load_numbers`."""
+        """Returns the names of what is one number a token and head, in the order of `chunk.load` in VMEM."""
         there = {"dt": self.pairs > 0, "c": True, "gamma": True, "kappa": self.kappa}
         there["rest"] = self.dtype == jnp.float32
         return [name for name, present in there.items() if present]
 
     @property
     def pack(self) -> int:
-        """Heads of a pack: as many of a block as fill 128 lanes."""
+        """Returns the heads of a pack: as many of a block as fill 128 lanes."""
         sizes = range(self.heads, 0, -1)
         return next(n for n in sizes if self.heads % n == 0 and (n == 1 or n * self.width <= LANES))
 
     @property
     def packs(self) -> int:
-        """Packs of a block."""
+        """Returns the packs of a block."""
         return self.heads // self.pack
 
     @property
     def lanes(self) -> int:
-        """Lanes of a pack."""
+        """Returns the lanes of a pack."""
         return self.pack * self.width
 
     @property
@@ -208,7 +208,7 @@ class Grid:
 
     @property
     def blocks_a_group(self) -> int:
-        """Grid steps that see the same group."""
+        """Returns the grid steps that see the same group."""
         return max(1, self.heads_a_group // self.heads)
 
     @property
