@@ -155,11 +155,11 @@ def test_how_the_length_is_cut_does_not_matter(shape, starts):
     want = cases.reference(inputs, start_BL, cotangent, shape.rotation)
 
     @functools.partial(quick_jit, static_argnums=(0, 1, 2))
-    def run(splits, interval, heads, inputs):
+    def run(splits, interval, bwd_heads, inputs):
         def op(inputs):
             tokens, heads, state = inputs
             tokens = tokens._replace(start_BL=start_BL)
-            how = {"splits": splits, "checkpoint_interval": interval, "rotate_bwd_heads": heads}
+            how = {"splits": splits, "checkpoint_interval": interval, "rotate_bwd_heads": bwd_heads}
             return triton(tokens, heads, state, rotation=shape.rotation, chunk=16, interpret=True, **how)
 
         results, pull = jax.vjp(op, inputs)
@@ -216,7 +216,7 @@ def test_what_the_scan_cannot_run(sizes, tile, message):
     ("d_state", "planes", "length", "message"),
     [
         (48, 12, 64, "d_state=48 is not a power of two"),
-        (64, 8, 64, "d_state=64 is not a power of two with a quarter or half of it planes=8"),
+        (64, 8, 64, "d_state=64 is not a power of two with a quarter or half of it pairs=8"),
         (64, 16, 60, "length=60 and rank=1 do not fit"),
     ],
 )
@@ -253,13 +253,13 @@ def test_a_named_implementation_runs_or_raises(monkeypatch):
             ssm(tokens, heads, state, implementation="triton")
     for shape, message in (
         (SISO._replace(d_state=258), "d_state up to 256 .* not d_state=258"),
-        (SISO._replace(d_state=250, planes=40), "d_state up to 256 .* not d_state=250 with planes=40"),
-        (SISO._replace(width=129), "P up to 128, not d_state=8 with planes=2, P=129"),
+        (SISO._replace(d_state=250, planes=40), "d_state up to 256 .* not d_state=250 with pairs=40"),
+        (SISO._replace(width=129), "P up to 128, not d_state=8 with pairs=2, P=129"),
         (MIMO._replace(rank=3), "a power of two up to 16, not rank=3"),
     ):
         with pytest.raises(ValueError, match=message):
             run(draw(shape), shape)
-    with pytest.raises(ValueError, match="no room for float32 with P d_state over 128 x 128, not d_state=256, P=128"):
+    with pytest.raises(ValueError, match="wants P d_state up to 128 x 128 in float32, not d_state=256, P=128"):
         run(draw(SISO._replace(d_state=256, width=128, planes=64)))
     with pytest.raises(ValueError, match="computes in float32, log_a is float64"):
         run(draw(SISO, dtype=np.float64))

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -49,12 +50,19 @@ class Operands(NamedTuple):
         return self.q_BLRGN.shape[-1] // 4 if angle_BHS is None else angle_BHS.shape[-1]
 
 
-def call(kernel, inputs, out, *, name: str, grid, tile: Tile, launch: Launch):
-    """Runs `kernel(refs, out_refs, tile=tile)` over a grid; both are trees, as `inputs` and `out` are.
+class Grid(NamedTuple):
+    """The programs of a kernel."""
+
+    programs: tuple[int, ...]  # along each axis
+    spec: Callable  # (axes, array) -> BlockSpec, what a program sees of an array whose axes are named
+
+
+def call(kernel, inputs, out, *, name: str, grid: Grid, tile, launch: Launch, in_place: dict | None = None):
+    """Runs `kernel(refs, out_refs, tile=tile)` over a grid; refs are trees like `inputs` and `out`.
 
     Args:
         out: like the outputs; None: not wanted.
-        grid: has the number of `programs` along each axis, and `spec(axes, array)`, what one of them sees of an array.
+        in_place: which outputs take the buffer of which input.
     """
 
     def specs(tree):
@@ -70,6 +78,7 @@ def call(kernel, inputs, out, *, name: str, grid, tile: Tile, launch: Launch):
         in_specs=(specs(inputs),),
         out_specs=[specs(out)],
         out_shape=[out],
+        input_output_aliases=in_place or {},
         name=name,
         **({"interpret": True} if tile.interpret else how),
     )(inputs)
@@ -79,7 +88,7 @@ def call(kernel, inputs, out, *, name: str, grid, tile: Tile, launch: Launch):
 def product(a, b, dimensions, *, dtype, tile: Tile):
     """Multiplies matrices with float32 sums; rounds both to `dtype` first: bfloat16, or float32 for true float32."""
     a, b = a.astype(dtype), b.astype(dtype)
-    if tile.interpret:  # the CPU has no such product of bfloat16, nor the split one of float32
+    if tile.interpret:  # the CPU has neither product of bfloat16 with float32 sums nor that of TF32 parts
         a, b, precision = a.astype(jnp.float32), b.astype(jnp.float32), lax.Precision.HIGHEST
     else:
         precision = lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if dtype == jnp.float32 else None

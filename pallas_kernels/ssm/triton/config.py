@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels.ssm.contract import Row, product_dtype, require, sizes_of
 from pallas_kernels.ssm.order import Order
 
-PROGRAMS = 256  # that fill an H200: two on each of its 132 multiprocessors, and no remainder in powers of two
+PROGRAMS = 256  # fill an H200: two on each of its 132 multiprocessors, and powers of two divide them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,30 +61,30 @@ def available() -> str | None:
 def unsupported(row: Row) -> str | None:
     """Returns what the kernels want of these shapes and dtypes, and what they got; None: nothing."""
     size, dtype = sizes_of(row), product_dtype(row)
-    rank, d_state, width, planes = size["R"], size["N"], size["P"], size["S"]
+    rank, d_state, width, pairs = size["R"], size["N"], size["P"], size["S"]
     if row.log_a_BLH.dtype != jnp.float32:
         return f"computes in float32, log_a is {row.log_a_BLH.dtype}"
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"wants q, k and v in float32 or bfloat16, not {dtype}"
     if rank & (rank - 1) or rank > 16:
         return f"wants a rank that is a power of two up to 16, not {rank=}"
-    padded = order_of("half", d_state, planes).size
+    padded = order_of("half", d_state, pairs).size
     if width > 128 or padded > 256:
-        wish = "d_state up to 256 (with room for the planes) and P up to 128"
-        return f"wants {wish}, not {d_state=} with {planes=}, P={width}"
+        wish = "d_state up to 256 (with the pairs padded) and P up to 128"
+        return f"wants {wish}, not {d_state=} with {pairs=}, P={width}"
     if dtype == jnp.float32 and tile_size(width) * padded > 128 * 128:
-        return f"has no room for float32 with P d_state over 128 x 128, not {d_state=}, P={width}"
+        return f"wants P d_state up to 128 x 128 in float32, not {d_state=}, P={width}"
     return None
 
 
-def order_of(rotation: str, d_state: int, planes: int) -> Order:
+def order_of(rotation: str, d_state: int, pairs: int) -> Order:
     """Returns the kernels' order of N: pairs, then what does not rotate, both padded: N is 2 S or 4 S."""
-    if not planes:
+    if not pairs:
         return Order(rotation, d_state, 0, size=tile_size(d_state), halves=False)
-    rest, padded = d_state - 2 * planes, max(4, 1 << (planes - 1).bit_length())
+    rest, padded = d_state - 2 * pairs, max(4, 1 << (pairs - 1).bit_length())
     while rest > 2 * padded or (padded < 8 and not rest):
         padded *= 2
-    return Order(rotation, d_state, planes, size=4 * padded if rest else 2 * padded, room=padded, halves=False)
+    return Order(rotation, d_state, pairs, size=4 * padded if rest else 2 * padded, room=padded, halves=False)
 
 
 def tile_of(row: Row, d_state: int, config: dict, interpret: bool) -> Tile:
@@ -104,8 +104,8 @@ def tile_of(row: Row, d_state: int, config: dict, interpret: bool) -> Tile:
     programs = config.pop("programs", PROGRAMS)
     by_hand = {"splits": max(1, min(programs // (size["B"] * size["H"]), n_chunks // 4))}
     if rank > 1:
-        by_hand["checkpoint_interval"] = 256  # 512, as for one rank: 0.11 ms of 1.45 slower (H100, R4 B16 L2048 H32)
-    if large:  # a state that fills the registers of four warps, and tiles that fill shared memory
+        by_hand["checkpoint_interval"] = 256  # 512 is 0.11 ms of 1.45 slower (H100, R4 B16 L2048 H32)
+    if large:  # the state fills the registers of four warps, and the tiles fill shared memory
         by_hand |= dict.fromkeys(("forward", "split_sums", "query", "key", "value"), Launch(8, 1))
     elif rank > 1:
         by_hand["value"] = Launch(4, 1)

@@ -26,9 +26,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.ssm.contract import NORM_EPS, Stepped, Token, in_place, map_axes, stepped_like
-from pallas_kernels.ssm.triton.common import iota, sigmoid
-from pallas_kernels.ssm.triton.config import tile_size
+from pallas_kernels.ssm.contract import NORM_EPS, Stepped, Token, in_place, stepped_like
+from pallas_kernels.ssm.triton.common import Grid, call, iota, sigmoid
+from pallas_kernels.ssm.triton.config import Launch, tile_size
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def decode_fused(token: Token, rotation: str, tile: FusedTile) -> Stepped:
     if tile.columns & (tile.columns - 1) or tile.columns < 1:
         raise ValueError(f"{tile.columns=} is not a power of two")
     heads_a_group = n_heads // token.q_BRGN.shape[2]
-    grid, order = ((batch, n_heads), "BH") if tile.batch_first else ((n_heads, batch), "HB")
+    programs, order = ((batch, n_heads), "BH") if tile.batch_first else ((n_heads, batch), "HB")
 
     def spec(axes: str, array) -> pl.BlockSpec:
         """Returns all of one head of one row."""
@@ -62,18 +62,16 @@ def decode_fused(token: Token, rotation: str, tile: FusedTile) -> Stepped:
         )
 
     out = stepped_like(token)
-    how = {"compiler_params": plt.CompilerParams(num_warps=tile.warps, num_stages=1)}
-    (outputs,) = pl.pallas_call(
-        functools.partial(_kernel, rotation=rotation, tile=tile),
-        grid=grid,
-        in_specs=(map_axes(spec, token),),
-        out_specs=[map_axes(spec, out)],
-        out_shape=[out],
-        input_output_aliases=in_place(token.last, out.last),
+    return call(
+        functools.partial(_kernel, rotation=rotation),
+        token,
+        out,
         name="mamba3_decode",
-        **({"interpret": True} if tile.interpret else how),
-    )(token)
-    return outputs
+        grid=Grid(programs, spec),
+        tile=tile,
+        launch=Launch(tile.warps, 1),
+        in_place=in_place(token.last, out.last),
+    )
 
 
 def _kernel(refs: Token, out: Stepped, *, rotation: str, tile: FusedTile):
@@ -107,7 +105,7 @@ def _kernel(refs: Token, out: Stepped, *, rotation: str, tile: FusedTile):
             last_k_AC = _load(refs.last.k_BRHN, r, n_AC, mask=_both(inside_AC, goes_on))
         return last_k_AC, rotated.load(refs.k_BRGN, refs.weights.k_bias_HRN, r), row(refs.weights.v_rank_HRP, r)
 
-    def update(r, loaded, h_PAC):  # a sum over a stacked axis would cross threads
+    def update(r, loaded, h_PAC):  # rank after rank, since a sum over a stacked axis would cross threads
         last_k_AC, k, v_rank_P = loaded
         if last_k_AC is not None:
             h_PAC += _times(last_v_P, v_rank_P)[:, None][:, None] * last_k_AC[None]
@@ -173,14 +171,14 @@ class _Rotated:
         self.n_AC, self.inside_AC, self.partner_AC = n_AC, inside_AC, None
         if refs.last.angle_BHS is None:
             return
-        (planes,), half = refs.last.angle_BHS.shape, refs.last.h_BHPN.shape[1] // 2
+        (pairs,), half = refs.last.angle_BHS.shape, refs.last.h_BHPN.shape[1] // 2
         if rotation == "adjacent":
-            plane_AC, is_second_AC, self.partner_AC = n_AC >> 1, n_AC & 1 == 1, n_AC ^ 1
+            pair_AC, is_second_AC, self.partner_AC = n_AC >> 1, n_AC & 1 == 1, n_AC ^ 1
         else:
             is_second_AC = n_AC >= half
-            plane_AC = jnp.where(is_second_AC, n_AC - half, n_AC)
+            pair_AC = jnp.where(is_second_AC, n_AC - half, n_AC)
             self.partner_AC = jnp.where(is_second_AC, n_AC - half, n_AC + half)
-        angle_AC = _advanced(refs, plane_AC, plane_AC < planes, goes_on)  # what has no pair rotates by 0
+        angle_AC = _advanced(refs, pair_AC, pair_AC < pairs, goes_on)  # what has no pair rotates by 0
         sin_AC, self.cos_AC = jnp.sin(angle_AC), jnp.cos(angle_AC)
         self.sin_AC = jnp.where(is_second_AC, sin_AC, -sin_AC)
 

@@ -25,10 +25,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.ssm.contract import NORM_EPS, Last, Stepped, Token, Weights, cut, map_axes, pad
+from pallas_kernels.ssm.contract import NORM_EPS, Last, Stepped, Token, Weights, cut, pad
 from pallas_kernels.ssm.order import Order
-from pallas_kernels.ssm.triton.common import NN, NT, iota, product, sigmoid
-from pallas_kernels.ssm.triton.config import tile_size
+from pallas_kernels.ssm.triton.common import NN, NT, Grid, call, iota, product, sigmoid
+from pallas_kernels.ssm.triton.config import Launch, tile_size
 
 
 @dataclass(frozen=True)
@@ -63,20 +63,13 @@ class RotatedToken(NamedTuple):
     weights: Weights  # without biases
 
 
-class Outputs(NamedTuple):
-    """What the kernel computes."""
-
-    h_BHPN: jax.Array  # in the buffer of the one before, where that is donated
-    o_BHP: jax.Array  # like v
-
-
 def decode_rotated(token: Token, rotation: str, tile: RotatedTile) -> Stepped:
     """Biases and rotates in plain XLA, then calls the kernel."""
     width, d_state = token.last.h_BHPN.shape[2:]
     angle_BHS, q_BHRN, k_BHRN = _rotated(token, rotation)
     a_BH = jnp.exp(token.log_a_BH)
     if token.start_B is not None:
-        a_BH = jnp.where(token.start_B[:, None] != 0, 0, a_BH)  # a start has no decayed past: exactly zero
+        a_BH = jnp.where(token.start_B[:, None] != 0, 0, a_BH)  # a start forgets exactly
     rotated = RotatedToken(
         last=token.last._replace(angle_BHS=None),
         q_BHRN=q_BHRN,
@@ -91,11 +84,10 @@ def decode_rotated(token: Token, rotation: str, tile: RotatedTile) -> Stepped:
     )
     rotated = pad(rotated, P=tile_size(width), N=tile_size(d_state))
     out = cut(_decode(rotated, _fitting(tile, rotated, width)), P=width, N=d_state)
-    last_k_BRHN = last_v_BHP = None
+    last = out.last._replace(angle_BHS=angle_BHS)
     if token.beta_BH is not None:
-        last_k_BRHN, last_v_BHP = jnp.swapaxes(k_BHRN, 1, 2).astype(token.k_BRGN.dtype), token.v_BHP
-    last = Last(h_BHPN=out.h_BHPN, angle_BHS=angle_BHS, k_BRHN=last_k_BRHN, v_BHP=last_v_BHP)
-    return Stepped(last=last, o_BHP=out.o_BHP)
+        last = last._replace(k_BRHN=jnp.swapaxes(k_BHRN, 1, 2).astype(token.k_BRGN.dtype), v_BHP=token.v_BHP)
+    return out._replace(last=last)
 
 
 def _rotated(token: Token, rotation: str):
@@ -134,12 +126,12 @@ def _fitting(tile: RotatedTile, token: RotatedToken, width: int) -> RotatedTile:
     while n_heads % heads:
         heads //= 2
     rows = min(tile.rows, padded_width) if token.weights.norm_HP is None else padded_width
-    warps = min(8, tile.warps * max(1, rows // tile.rows))  # as many registers a thread
+    warps = min(8, tile.warps * max(1, rows // tile.rows))  # so a thread has as many registers
     return replace(tile, heads=heads, rows=rows, columns=min(tile.columns, d_state), warps=warps, width=width)
 
 
-def _decode(token: RotatedToken, tile: RotatedTile) -> Outputs:
-    """Returns the state after the token, and its output.
+def _decode(token: RotatedToken, tile: RotatedTile) -> Stepped:
+    """Returns the state after the token, h alone, and the output.
 
     Raises:
         ValueError: N or P not a power of two of at least 16, R not one up to 16, or a tile that does not fit.
@@ -164,22 +156,20 @@ def _decode(token: RotatedToken, tile: RotatedTile) -> Outputs:
         index = lambda *at: tuple(dict(zip("PHB", at, strict=True)).get(axis, 0) for axis in axes)  # noqa: E731
         return pl.BlockSpec(tuple(sizes[axis] for axis in axes), index)
 
-    out = Outputs(
-        h_BHPN=jax.ShapeDtypeStruct(token.last.h_BHPN.shape, jnp.float32),
-        o_BHP=jax.ShapeDtypeStruct(token.v_BHP.shape, token.v_BHP.dtype),
-    )
-    how = {"compiler_params": plt.CompilerParams(num_warps=tile.warps, num_stages=1)}
-    (outputs,) = pl.pallas_call(
-        functools.partial(_kernel, tile=tile),
-        grid=(width // tile.rows, n_heads // tile.heads, batch),
-        in_specs=(map_axes(spec, token),),
-        out_specs=[map_axes(spec, out)],
-        out_shape=[out],
-        input_output_aliases={0: 0},
+    h_BHPN = jax.ShapeDtypeStruct(token.last.h_BHPN.shape, jnp.float32)
+    return call(
+        _kernel,
+        token,
+        Stepped(
+            last=Last(h_BHPN=h_BHPN, angle_BHS=None, k_BRHN=None, v_BHP=None),
+            o_BHP=jax.ShapeDtypeStruct(token.v_BHP.shape, token.v_BHP.dtype),
+        ),
         name="mamba3_decode",
-        **({"interpret": True} if tile.interpret else how),
-    )(token)
-    return outputs
+        grid=Grid((width // tile.rows, n_heads // tile.heads, batch), spec),
+        tile=tile,
+        launch=Launch(tile.warps, 1),
+        in_place={0: 0},  # h
+    )
 
 
 class Vectors(NamedTuple):
@@ -191,7 +181,7 @@ class Vectors(NamedTuple):
     weighted_x_P: list  # times gamma
 
 
-def _kernel(refs: RotatedToken, out: Outputs, *, tile: RotatedTile):
+def _kernel(refs: RotatedToken, out: Stepped, *, tile: RotatedTile):
     blocks = [pl.ds(start, tile.columns) for start in range(0, refs.last.h_BHPN.shape[-1], tile.columns)]
     goes_on = None if refs.start_B is None else refs.start_B[...] == 0
 
@@ -201,7 +191,7 @@ def _kernel(refs: RotatedToken, out: Outputs, *, tile: RotatedTile):
     ahead = load(0)
     for head in range(tile.heads):
         h_PC = ahead
-        if head + 1 < tile.heads:  # before this head's stores, which loads are not moved across
+        if head + 1 < tile.heads:  # here, since Triton does not move loads across this head's stores
             ahead = load(head + 1)
         vectors = _vectors(refs, head, goes_on)
         readout = (_ReadoutDot if tile.readout == "dot" else _ReadoutFma)(refs, head, tile)
@@ -212,7 +202,7 @@ def _kernel(refs: RotatedToken, out: Outputs, *, tile: RotatedTile):
                 new_PC = vectors.a * old_PC + product(x_PK, k_KC, NN, dtype=jnp.float32, tile=tile)
             else:
                 new_PC = _updated(refs, head, columns, old_PC, vectors=vectors, goes_on=goes_on)
-            out.h_BHPN[head, :, columns] = new_PC
+            out.last.h_BHPN[head, :, columns] = new_PC
             readout.add(new_PC, columns)
         ranks = zip(readout.ranks(), vectors.x_P, strict=True)
         o_P = [
@@ -227,7 +217,7 @@ def _past(ref, at, goes_on):
     if goes_on is None:
         return ref[at].astype(jnp.float32)
     mask = jnp.broadcast_to(goes_on, _shape(ref, at))
-    at = tuple(jnp.int32(index) if type(index) is int else index for index in at)  # or the interpreter fails
+    at = tuple(jnp.int32(index) if type(index) is int else index for index in at)  # the interpreter wants arrays
     return plt.load(ref.at[at], mask=mask, other=0).astype(jnp.float32)
 
 
@@ -288,7 +278,7 @@ def _gathered(ref, *at, mask):
 
 def _sources(rank: int):
     """Returns which rank a row of the 2 R stacked ones is, whether of the token before, and whether of this one."""
-    s_K = iota(max(16, 2 * rank))  # fewer are silently wrong
+    s_K = iota(max(16, 2 * rank))  # products over fewer are silently wrong
     return s_K & (rank - 1), s_K < rank, (s_K >= rank) & (s_K < 2 * rank)
 
 

@@ -60,7 +60,7 @@ def scan(row: Row, rotation: str, *, interpret=None, chunk: int | None = None, *
     sizes = {"L": -(-size["L"] // unit) * unit, "P": tile_size(size["P"]), "S": order.room}
     row = ordered(pad(row, **sizes), order.to)
     exact_BHL, rest_BHL = log_decay(heads_first(row.log_a_BLH), row.start_BL, tile.tokens)
-    if dtype != jnp.float32:  # whose products have fewer digits than the sum's parts
+    if dtype != jnp.float32:  # its products have fewer digits than the two parts
         exact_BHL, rest_BHL = exact_BHL + rest_BHL, None
     operands = Operands(
         q_BLRGN=row.q_BLRGN,
@@ -218,19 +218,19 @@ def _weight_gradients(weights: Weights, d: scan_bwd.ScanGradients, drotated: rot
 def _state_products(d: scan_bwd.ScanGradients, last_BHPN, dafter: Carry, tile: Tile):
     """Returns the inner products of states and their gradients, for the decay's gradient: at the checkpoints and of the
     last state; and for the angle's (None where nothing rotates)."""
-    planes = 0 if dafter.angle_BHS is None else dafter.angle_BHS.shape[-1]
+    pairs = 0 if dafter.angle_BHS is None else dafter.angle_BHS.shape[-1]
 
     def products(h_PN, dh_PN):
         h_PN, dh_PN = h_PN.astype(jnp.float32), dh_PN.astype(jnp.float32)
-        if not planes:
+        if not pairs:
             return jnp.sum(h_PN * dh_PN, axis=(-2, -1)), None
         u_PS, w_PS, du_PS, dw_PS = h_PN[..., ::2], h_PN[..., 1::2], dh_PN[..., ::2], dh_PN[..., 1::2]
-        return crossing_sums(u_PS=u_PS, w_PS=w_PS, du_PS=du_PS, dw_PS=dw_PS, planes=planes)
+        return crossing_sums(u_PS=u_PS, w_PS=w_PS, du_PS=du_PS, dw_PS=dw_PS, planes=pairs)
 
     found = products(d.query.h_BHZAPN, d.key.dh_BHZAPN), products(last_BHPN, dafter.h_BHPN)
-    # Or XLA for GPU computes these sums again for each of their users.
+    # Without the barrier XLA for GPU computes these sums again for each of their users.
     (start_BHZA, start_BHZAS), (end_BH, end_BHS) = lax.optimization_barrier(found)
-    return start_BHZA, end_BH, Crossing(start_BHZAS, end_BHS, tile.checkpoint_interval) if planes else None
+    return start_BHZA, end_BH, Crossing(start_BHZAS, end_BHS, tile.checkpoint_interval) if pairs else None
 
 
 mamba3.defvjp(_forward, _backward)

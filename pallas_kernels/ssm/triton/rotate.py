@@ -22,7 +22,7 @@ from pallas_kernels.ssm.decay import documents_in_chunks
 from pallas_kernels.ssm.triton.common import NN, Operands, approximate, call, iota, product
 from pallas_kernels.ssm.triton.config import Tile
 
-COARSE = 2.0**-18  # of which 48 numbers below 1/2 add up exactly in float32
+COARSE = 2.0**-18  # float32 adds up 48 multiples of it below 1/2 exactly
 
 
 class Angles(NamedTuple):
@@ -50,9 +50,9 @@ def rotate(operands: Operands, tile: Tile) -> Rotated:
         ValueError: sizes that the kernels cannot run.
     """
     batch, length, rank, groups, d_state = operands.q_BLRGN.shape
-    planes, n_heads = operands.pairs, operands.n_heads
-    if d_state & (d_state - 1) or planes not in (d_state // 2, d_state // 4) or planes < 4:
-        raise ValueError(f"{d_state=} is not a power of two with a quarter or half of it {planes=}, at least 4")
+    pairs, n_heads = operands.pairs, operands.n_heads
+    if d_state & (d_state - 1) or pairs not in (d_state // 2, d_state // 4) or pairs < 4:
+        raise ValueError(f"{d_state=} is not a power of two with a quarter or half of it {pairs=}, at least 4")
     if length % tile.rotate_tokens or rank != tile.rank:
         raise ValueError(f"{length=} and {rank=} do not fit {tile}")
     start_BHCS = last_BHS = None
@@ -89,7 +89,7 @@ def angles_of(operands: Operands, start_BHCS, tile: Tile) -> Angles | None:
 
 
 class Blocks:
-    """The grid of a rotation: blocks of heads (times ranks, where `ranks` is given), chunks, batch.
+    """The `Grid` of a rotation: blocks of heads (times ranks, where `ranks` is given), chunks, batch.
 
     Args:
         tokens: that a program sees, of `chunks` chunks; None: of one.
@@ -163,14 +163,14 @@ class ChunkAngles(NamedTuple):
 
 def _chunk_angles(operands: Operands, tile: Tile):
     """Returns the angle before every chunk, 32-bit, and after the row, in radians."""
-    batch, length, angle_heads, planes = operands.angle_BLHS.shape
+    batch, length, angle_heads, pairs = operands.angle_BLHS.shape
     chunks, document_BL = length // tile.rotate_tokens, documents_in_chunks(operands.document_BL, tile.rotate_tokens)
     # The interpreter takes a while for each program, whatever its size.
     together = math.gcd(chunks, 4096) if tile.interpret and angle_heads == 1 else 1
     of_chunks = call(
         _angles_kernel,
         AngleRefs(AnglePieces(*turns_in_pieces(operands.angle_BLHS)), operands.dt_BHL, document_BL),
-        ChunkAngles(jax.ShapeDtypeStruct((batch, operands.n_heads, chunks, planes), jnp.int32)),
+        ChunkAngles(jax.ShapeDtypeStruct((batch, operands.n_heads, chunks, pairs), jnp.int32)),
         name="mamba3_angles",
         grid=Blocks(
             operands,
@@ -212,14 +212,14 @@ def _angles_kernel(refs: AngleRefs, out: ChunkAngles, *, tile: Tile):
     more_HCS = _rounded(small_HCS, COARSE, tile)
     coarse_HCS, small_HCS = coarse_HCS + more_HCS, small_HCS - more_HCS
     coarse_HCS -= _rounded(coarse_HCS, 1.0, tile)
-    # Rounded, not cut off: the same error at every chunk would add up.
+    # This rounds instead of cutting off, since the same error at every chunk would add up.
     small_HCS = jnp.floor(small_HCS * 2.0**32 + 0.5).astype(jnp.int32)
     out.sum_BHCS[...] = (coarse_HCS / COARSE).astype(jnp.int32) * round(2.0**32 * COARSE) + small_HCS
 
 
 def _rounded(x, step: float, tile: Tile):
     """Rounds to a multiple of a power of two, |x| < 2^22 steps: by two sums, for the GPU's own is an eighth as fast."""
-    if tile.interpret:  # XLA takes one sum out of two
+    if tile.interpret:  # XLA would simplify the two sums
         return jnp.round(x / step) * step
     shift = 1.5 * 2.0**23 * step
     return (x + shift) - shift
@@ -289,7 +289,7 @@ def phi(angle_TS, dt_T, start_S, *, document_T, tile: Tile):
     more_TS = _increments(angle_TS, dt_T)
     if document_T is None:
         return start_S[None, :] + jnp.cumsum(more_TS, axis=0)
-    # A sum over the document alone, exact: products of bytes with zeros and ones.
+    # Products of bytes with zeros and ones sum exactly over the document alone.
     mask_TT = same_document(document_T).astype(jnp.bfloat16)
     phi_TS = jnp.where(document_T[:, None] == 0, start_S[None, :], 0)
     for shift in range(0, 32, 8):

@@ -86,13 +86,13 @@ class RotateGradients(NamedTuple):
 def rotate_bwd(operands: Operands, angles: Angles | None, dq_BHTN: Float24, dk_BHTN: Float24, *, tile: Tile):
     """Returns the `RotateGradients` from the gradients of rotated queries and keys."""
     batch, length, rank, groups, d_state = operands.q_BLRGN.shape
-    n_heads, planes = operands.n_heads, operands.pairs
+    n_heads, pairs = operands.n_heads, operands.pairs
     by_rank = lambda x: x.reshape(batch, n_heads, length, rank, d_state)  # noqa: E731
     dq_BHLRN, dk_BHLRN = jax.tree.map(by_rank, (dq_BHTN, dk_BHTN))
     q = Side(operands.q_BLRGN, operands.weights.q_bias_HRN, dq_BHLRN)
     k = Side(operands.k_BLRGN, operands.weights.k_bias_HRN, dk_BHLRN)
     parts = [_sums(operands, RotateBwdRefs(q, k, angles), 0, tile)]
-    if d_state > 2 * planes:
+    if d_state > 2 * pairs:
         parts.append(_sums(operands, RotateBwdRefs(q, k, None), 1, tile))
 
     def over_heads(side: Side, sums: list[SideSums]):
@@ -128,29 +128,29 @@ def rotate_bwd(operands: Operands, angles: Angles | None, dq_BHTN: Float24, dk_B
 def _sums(operands: Operands, refs: RotateBwdRefs, part: int, tile: Tile) -> RotateBwdSums:
     """Runs the kernel of the entries that rotate (`part` 0), the first 2 S of N, or of the others, as many."""
     batch, length, rank = operands.q_BLRGN.shape[:3]
-    n_heads, planes, chunks = operands.n_heads, operands.pairs, length // tile.rotate_tokens
+    n_heads, pairs, chunks = operands.n_heads, operands.pairs, length // tile.rotate_tokens
     heads = heads_of_program(operands, tile.rotate_bwd_heads, tile)
     j = n_heads // heads
     array = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
 
     def side_sums(side: Side):
-        dbias_BCHRX = None if side.bias_HRN is None else array(batch, chunks, n_heads, rank, 2 * planes)
-        return SideSums(array(j, batch, length, rank, 2 * planes), dbias_BCHRX)
+        dbias_BCHRX = None if side.bias_HRN is None else array(batch, chunks, n_heads, rank, 2 * pairs)
+        return SideSums(array(j, batch, length, rank, 2 * pairs), dbias_BCHRX)
 
     angles = None
     if refs.angles is not None:
         blocks, angle_heads = (j, 1) if refs.angles.angle_BLHS.shape[2] == 1 else (1, n_heads)
         angles = PartialAngleSums(
-            dangle_JRBLHS=array(blocks, rank, batch, length, angle_heads, planes),
+            dangle_JRBLHS=array(blocks, rank, batch, length, angle_heads, pairs),
             ddt_RBHL=array(rank, batch, n_heads, length),
-            dphi_RBHCS=array(rank, batch, n_heads, chunks, planes),
+            dphi_RBHCS=array(rank, batch, n_heads, chunks, pairs),
         )
     return call(
         _kernel,
         refs,
         RotateBwdSums(side_sums(refs.q), side_sums(refs.k), array(rank, batch, n_heads, length), angles),
         name="mamba3_still_back" if angles is None else "mamba3_rotate_back",
-        # Neighbours share queries or keys.
+        # Neighbouring programs share queries or keys.
         grid=Blocks(operands, tokens=tile.rotate_tokens, heads=heads, ranks=rank, part=part),
         tile=tile,
         launch=tile.rotate_bwd,

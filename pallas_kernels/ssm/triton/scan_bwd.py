@@ -37,9 +37,9 @@ from pallas_kernels.ssm.triton.common import NN, NT, TN, Float24, call, product
 from pallas_kernels.ssm.triton.config import Tile
 from pallas_kernels.ssm.triton.scan_fwd import (
     Decay,
-    Grid,
     RowWeights,
     Scales,
+    ScanGrid,
     ScanOperands,
     SplitSums,
     epilogue,
@@ -103,7 +103,7 @@ class EpilogueGradients(NamedTuple):
 
 
 class ScanGradients(NamedTuple):
-    """All of them."""
+    """The gradients of all passes."""
 
     query: QueryGradients
     key: KeyGradients
@@ -124,7 +124,7 @@ def backward(operands: ScanOperands, *, decay_BHZ, y_BLHRP, do_BLHP, dlast_BHPN,
     scan = operands._replace(gate_BLHP=None, weights=Weights(skip_H=weights.skip_H, v_rank_HRP=weights.v_rank_HRP))
     without_skip = scan._replace(weights=Weights(v_rank_HRP=weights.v_rank_HRP))
     dh_BHZPN = _after_splits(without_skip, decay_BHZ, epilogue.dy_BLHRP, dlast_BHPN[:, :, None], tile=tile)
-    grid = Grid(operands, tile)
+    grid = ScanGrid(operands, tile)
     run = functools.partial(call, grid=grid, tile=tile)
     by_row = Float24(grid.array("BHTN", dtype), grid.array("BHTN", jnp.int8) if dtype == jnp.bfloat16 else None)
     checkpoints = grid.array("BHZAPN", dtype)
@@ -167,7 +167,7 @@ def _after_splits(scan: ScanOperands, decay_BHZ, dy_BLHRP, dlast_BHZPN, *, tile:
     if tile.splits == 1:
         return dlast_BHZPN
     needed = scan._replace(k_BHTN=None, gamma_BHT=None, kappa_BHT=None, h_BHZPN=None)
-    grid = Grid(scan, tile)
+    grid = ScanGrid(scan, tile)
     sums = call(
         _split_sums_kernel,
         BwdOperands(needed, dy_BLHRP, None),
@@ -193,7 +193,7 @@ def _store_checkpoint(ref, h_PN, index, tile: Tile):
     """Stores a state before every `checkpoint_interval` tokens."""
     h_PN, chunks = h_PN.astype(ref.dtype), jnp.int32(tile.checkpoint_chunks)
     place, between = lax.div(index, chunks), lax.rem(index, chunks)
-    if tile.interpret:  # whose masked stores write NaN to what was not written yet
+    if tile.interpret:  # its masked stores write NaN to what nobody has written
         pl.when(between == 0)(lambda: ref.__setitem__(place, h_PN))
         return
     plt.store(ref.at[place], h_PN, mask=jnp.full(h_PN.shape, between == 0))  # a branch holds up the loop's loads
@@ -340,9 +340,9 @@ def _value_kernel(refs: BwdOperands, out: ValueGradients, *, tile: Tile):
 
 def epilogue_bwd(operands: ScanOperands, y_BLHRP, do_BLHP, tile: Tile) -> EpilogueGradients:
     """Returns dy, and the gradients of what `epilogue` alone reads."""
-    tile = replace(tile, rows=max(16, tile.rows // 2))  # fewer registers a program, more programs
+    tile = replace(tile, rows=max(16, tile.rows // 2))  # programs are more and take fewer registers
     chunks = operands.q_BHTN.shape[2] // tile.rows
-    grid, weights = Grid(operands, replace(tile, splits=chunks // math.gcd(chunks, 8))), operands.weights
+    grid, weights = ScanGrid(operands, replace(tile, splits=chunks // math.gcd(chunks, 8))), operands.weights
     like = lambda array, axes, dtype=jnp.float32: None if array is None else grid.array(axes, dtype)  # noqa: E731
     return call(
         _epilogue_kernel,

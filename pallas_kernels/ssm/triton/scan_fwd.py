@@ -72,7 +72,7 @@ def forward(operands: ScanOperands, tile: Tile, *, residuals: bool):
         ValueError: see `check`.
     """
     check(operands, tile)
-    grid, decay_BHZ = Grid(operands, tile), None
+    grid, decay_BHZ = ScanGrid(operands, tile), None
     if tile.splits > 1:
         sums = call(
             _split_sums_kernel,
@@ -130,8 +130,8 @@ def check(operands: ScanOperands, tile: Tile) -> None:
         raise ValueError(f"q has shape {operands.q_BHTN.shape}: nothing to scan")
 
 
-class Grid:
-    """The grid of a scan: batch, heads, splits."""
+class ScanGrid:
+    """The `Grid` of a scan: batch, heads, splits."""
 
     def __init__(self, operands: ScanOperands, tile: Tile):
         batch, length, n_heads, width = operands.v_BLHP.shape
@@ -144,12 +144,12 @@ class Grid:
             "Z": tile.splits,
             "R": tile.rank,
             "P": width,
-            "N": (operands.k_BHTN if operands.q_BHTN is None else operands.q_BHTN).shape[-1],
+            "N": operands.q_BHTN.shape[-1],
             "T": rows,
             "L": length,
             "A": -(-(split_rows // tile.rows) // tile.checkpoint_chunks),
         }
-        # Of these axes a program sees one entry, or the part of its split; of others all.
+        # A program sees one entry, or its split's part, of these axes and all of the others.
         self.blocks = self.sizes | {"B": None, "H": None, "Z": None, "T": split_rows, "L": split_rows // tile.rank}
 
     def array(self, axes: str, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
