@@ -52,14 +52,12 @@ def available() -> str | None:
 
 
 def limits(row: Row) -> str | None:
-    """Returns what the kernels want of these shapes and dtypes, VMEM aside, and what they got; None: nothing."""
+    """Returns what the scan wants of these shapes and dtypes, VMEM aside, and what it got; None: nothing."""
     size, dtype = sizes_of(row), product_dtype(row)
     if row.log_a_BLH.dtype != jnp.float32:
         return f"computes in float32, log_a is {row.log_a_BLH.dtype}"
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"wants q, k and v in float32 or bfloat16, not {dtype}"
-    if size["L"] <= STEPS:  # a decoding step has no other limits
-        return None
     rank, d_state, width = size["R"], size["N"], size["P"]
     if rank not in RANKS:
         return f"wants a rank of {', '.join(map(str, RANKS))}, not {rank=}"

@@ -14,7 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.ssm.contract import Carry, Row, Scanned, cast, cut, ordered, pad, product_dtype, require, sizes_of
 from pallas_kernels.ssm.decay import documents
-from pallas_kernels.ssm.mosaic_tpu import scan_bwd, scan_fwd
+from pallas_kernels.ssm.mosaic_tpu import decode, scan_bwd, scan_fwd
 from pallas_kernels.ssm.mosaic_tpu.angle import angle_before_chunks
 from pallas_kernels.ssm.mosaic_tpu.config import STEPS, Tiles, limits, order_matrix, order_of, padded_width, tiles_of
 from pallas_kernels.ssm.mosaic_tpu.grid import BlockCarry, Constants, Grid, Operands
@@ -81,19 +81,24 @@ def scan(row: Row, rotation: str, *, interpret=None, chunk: int | None = None, t
 def unsupported(row: Row) -> str | None:
     """Returns what the kernels want of these shapes and dtypes, VMEM included, and what they got; None: nothing.
 
-    Traces both passes: how much VMEM they take depends on all of the shapes.
+    Traces what would run, of a scan both passes: how much VMEM they take depends on all of the shapes.
     """
-    if (wish := limits(row)) is not None or sizes_of(row)["L"] <= STEPS:
-        return wish
 
-    def both(row):
+    def run_step(row):
+        return decode.step(decode.first_token(row), "adjacent")
+
+    def run_scan(row):
         floats, start_BL = row._replace(start_BL=None), row.start_BL
         run = lambda floats: scan(floats._replace(start_BL=start_BL), "adjacent")  # noqa: E731
         results, pull = jax.vjp(run, floats)
         return pull(results)
 
+    steps = sizes_of(row)["L"] <= STEPS
+    wish = decode.limits(jax.eval_shape(decode.first_token, row)) if steps else limits(row)
+    if wish is not None:
+        return wish
     try:
-        jax.eval_shape(both, row)
+        jax.eval_shape(run_step if steps else run_scan, row)
     except ValueError as error:
         return str(error)
     return None
