@@ -115,13 +115,13 @@ class Target:
 
 
 def joined(tree):
-    """What has one entry a token as (B, L, X), weights and states as they are."""
+    """Reshapes what has one entry a token to (B, L, X); weights and states stay as they are."""
     whole = lambda x: isinstance(x, (Heads, State))  # noqa: E731
     return jax.tree.map(lambda x: x if whole(x) else x.reshape(*x.shape[:2], -1), tree, is_leaf=whole)
 
 
 def in_a_model(task: ssm.Task):
-    """The task's function between `joined` arguments and results."""
+    """Returns the task's function between `joined` arguments and results."""
     shapes = jax.eval_shape(task.arguments)
 
     def function(*arguments):
@@ -131,7 +131,7 @@ def in_a_model(task: ssm.Task):
 
 
 def tasks_of(name: str, case: ssm.Case, implementations: list[str]) -> list[ssm.Task]:
-    """`chunked` of one token is `recurrent`."""
+    """Returns the tasks of a case; `chunked` of one token is `recurrent`."""
     if case.length == 1:
         steps = dict.fromkeys("recurrent" if each == "chunked" else each for each in implementations)
         return [ssm.Task(name, case, each, None, "decode") for each in steps]
@@ -140,7 +140,7 @@ def tasks_of(name: str, case: ssm.Case, implementations: list[str]) -> list[ssm.
 
 
 def row_of(task: ssm.Task, target: Target) -> dict:
-    """Compile one task for one chip."""
+    """Compiles one task for one chip and returns its row."""
     row = {"chip": target.name, "case": task.name, "implementation": task.implementation, "what": task.what}
     row |= floors(task, target.chip)
     begin = time.perf_counter()
@@ -162,7 +162,7 @@ def row_of(task: ssm.Task, target: Target) -> dict:
 
 
 def floors(task: ssm.Task, chip: Chip) -> dict:
-    """Operations, bytes and the time that they need at least."""
+    """Returns operations, bytes and the time that they need at least."""
     operations, moved, again = counted(task.case, task.what)
     matmul_ms = operations * PASSES[task.case.dtype] / chip.tera_flops / 1e9
     bytes_ms = moved / chip.gb_s / 1e6
@@ -177,7 +177,7 @@ def floors(task: ssm.Task, chip: Chip) -> dict:
 
 @functools.cache
 def counted(case: ssm.Case, what: str) -> tuple[float, int, int]:
-    """Operations, bytes of what goes in and out, and those that the second of two passes reads again: of any chip."""
+    """Returns operations, bytes of what goes in and out, and those that the second of two passes reads again."""
     task = ssm.Task("counted", case, "recurrent" if what == "decode" else "chunked", None, what)
     abstract = jax.eval_shape(task.arguments)
     operations = flops.count(task.function(), *abstract).matmul
@@ -188,7 +188,7 @@ def counted(case: ssm.Case, what: str) -> tuple[float, int, int]:
 
 
 def estimates(row: dict) -> dict:
-    """What follows from a program's bytes and cycles."""
+    """Returns what follows from a program's bytes and cycles."""
     if "failed" in row:
         return {}
     chip, cycles = CHIPS[row["chip"]], row.get("mega_cycles")
@@ -200,7 +200,7 @@ def estimates(row: dict) -> dict:
 
 
 def derived(rows: list[dict]) -> list[dict]:
-    """The rows with what follows from them; those of other implementations with their share of plain XLA's figures."""
+    """Adds to rows what follows from them, and to those of the kernels their share of plain XLA's figures."""
     key = lambda row: (row["chip"], row["case"], row["what"])  # noqa: E731
     rows = [row | estimates(row) for row in rows]
     plain = {key(row): row for row in rows if row["implementation"] in ("chunked", "recurrent")}
@@ -213,7 +213,7 @@ def derived(rows: list[dict]) -> list[dict]:
 
 
 def kernel_cycles(task: ssm.Task, chip: str, kernels: set[str]) -> float:
-    """Cycles of the task's kernels: the compiler simulates every step of their grids, so of two small calls, drawn out.
+    """Draws out two small calls to all of the task's kernels: the compiler simulates every step of a grid.
 
     Raises:
         RuntimeError: the compiler simulates nothing (for v4) or fails to.
@@ -236,7 +236,7 @@ def kernel_cycles(task: ssm.Task, chip: str, kernels: set[str]) -> float:
 
 
 def drawn_out(task: ssm.Task, chip: str, kernels: set[str], smaller: list[dict]) -> float:
-    """Cycles of two smaller calls, and as many again for all further work as the second takes for its own."""
+    """Adds to the cycles of two smaller calls as many for all further work as the second takes for its own."""
     cases = [dataclasses.replace(task.case, **fields) for fields in smaller]
     one, two = (simulated(dataclasses.replace(task, case=case), chip, kernels) for case in cases)
     first, second, all_ = (case.batch * case.length * case.heads for case in (*cases, task.case))
@@ -244,7 +244,7 @@ def drawn_out(task: ssm.Task, chip: str, kernels: set[str], smaller: list[dict])
 
 
 def simulated(task: ssm.Task, chip: str, kernels: set[str]) -> int:
-    """Cycles of the task's kernels, in a process of its own: libtpu reads the wish once, before it compiles.
+    """Simulates the task's kernels in a process of its own, since libtpu reads the wish once: returns cycles.
 
     It may stop when it takes a simulated program apart ("type check", in a destructor): what it has written by then is
     whole, and enough where every kernel is in it.
@@ -271,14 +271,14 @@ def simulated(task: ssm.Task, chip: str, kernels: set[str]) -> int:
 
 
 def profiled(text: str) -> tuple[str, int]:
-    """The name of an operation, a kernel's or XLA's own, without its number, and its cycles."""
+    """Returns the name of an operation, a kernel's or XLA's own, without its number, and its cycles."""
     name = re.search(r'hlo_op_name:\s*"([^"]*?)(?:\.\d+)?"', text).group(1)
     times = re.search(r"num_equivalent_hlos:\s*(\d+)", text)
     return name, int(re.search(r"estimated_cycles:\s*(\d+)", text).group(1)) * int(times.group(1) if times else 1)
 
 
 def only(sizes: str, implementation: str, what: str, chip: str) -> None:
-    """Compile one call, for what the compiler leaves in the folder that its flags name."""
+    """Compiles one call, for what the compiler leaves in the folder that its flags name."""
     given = dict(part.split("=") for part in sizes.split(","))
     case = ssm.Case(**{name: value if name == "dtype" else int(value) for name, value in given.items()})
     Target(chip).compile(ssm.Task("only", case, implementation, None, what))
@@ -288,18 +288,18 @@ def kernels_for(chip: str):
     """Returns `mosaic_tpu` as it runs on that chip, whatever this process has: of up to STEPS tokens, as steps."""
 
     def implementation(tokens, heads, state, *, rotation: str, chunk: int | None):
-        from pallas_kernels.ssm.mosaic_tpu import STEPS, tiles
+        from pallas_kernels.ssm.mosaic_tpu import config
 
         how = {"rotation": rotation, "chunk": chunk}
-        if tokens.log_a_BLH.shape[1] > STEPS:
-            how["tiles"] = tiles.default(chip, tokens.q_BLRGN.shape[2], dtype=tokens.q_BLRGN.dtype)
+        if tokens.log_a_BLH.shape[1] > config.STEPS:
+            how["tiles"] = config.default(chip, tokens.q_BLRGN.shape[2], dtype=tokens.q_BLRGN.dtype)
         return run_kernels(tokens, heads, state, backend="mosaic_tpu", anywhere=True, **how)
 
     return implementation
 
 
 def libtpu_version() -> str:
-    """Return the version of libtpu, installed or in LIBTPU, or exit with one line that says how to get it."""
+    """Returns the version of libtpu, installed or in LIBTPU, or exits with one line that says how to get it."""
     if str(LIBTPU) not in sys.path:
         sys.path.append(str(LIBTPU))
     try:
@@ -334,7 +334,7 @@ COLUMNS = {
 
 
 def kept(before: dict | None, tasks: list[tuple[str, ssm.Task]], origin: dict) -> list[dict]:
-    """Rows of an earlier run by the same compiler, of the same arguments, that this one does not take again.
+    """Returns rows of an earlier run by the same compiler, of the same arguments, that this one does not take again.
 
     What follows by arithmetic, and may have got more since, is worked out anew.
     """

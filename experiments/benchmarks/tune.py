@@ -38,14 +38,14 @@ STEP = {"triton": {"columns": (16, 32, 64, 128), "warps": (1, 2, 4, 8)}}  # of o
 WARPS_AND_STAGES = ([4, 1], [4, 2], [4, 3], [8, 1], [8, 2])
 LAUNCHES = {
     "triton": {
-        "turned": (16, 32),
-        "heads_turned": (4, 8, 16),
+        "rotate_tokens": (16, 32),
+        "rotate_heads": (4, 8, 16),
         "rotate": ([1, 1], [2, 1], [4, 1]),
-        "heads_back": (8, 16, 32),
-        "rotate_back": ([1, 1], [2, 1], [4, 1]),
-        "anchor": (128, 256, 512),
-        "finish": ([2, 1], [4, 1], [8, 1]),
-        **dict.fromkeys(("forward", "added", "query", "key", "value"), WARPS_AND_STAGES),
+        "rotate_bwd_heads": (8, 16, 32),
+        "rotate_bwd": ([1, 1], [2, 1], [4, 1]),
+        "checkpoint_interval": (128, 256, 512),
+        "epilogue_bwd": ([2, 1], [4, 1], [8, 1]),
+        **dict.fromkeys(("forward", "split_sums", "query", "key", "value"), WARPS_AND_STAGES),
     }
 }
 # Gradients that add up over a long row, of random sign, differ by this much between two right orders of bfloat16.

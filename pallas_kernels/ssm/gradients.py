@@ -12,26 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-
-def documents_in_chunks(document_BL, tokens: int):
-    """Returns the document starts in its chunk of `tokens` up to each token, from those in its row; None stays None."""
-    if document_BL is None:
-        return None
-    document_BCQ = document_BL.reshape(document_BL.shape[0], -1, tokens)
-    before_BC = jnp.pad(document_BCQ[:, :-1, -1], ((0, 0), (1, 0)))
-    return (document_BCQ - before_BC[..., None]).reshape(document_BL.shape)
-
-
-def combine_splits(first_BHPN, decay_BHZ, added_BHZPN):
-    """Solves h_z = decay_z h_{z-1} + added_z: returns the states before every split, and the one after the last."""
-    decay_BHZ = jnp.pad(decay_BHZ, ((0, 0), (0, 0), (1, 0)), constant_values=1.0)
-    states_BHZPN = jnp.concatenate([first_BHPN[:, :, None], added_BHZPN], axis=2)
-
-    def compose(first, second):
-        return first[0] * second[0], second[0][..., None, None] * first[1] + second[1]
-
-    _, states_BHZPN = lax.associative_scan(compose, (decay_BHZ, states_BHZPN), axis=2)
-    return states_BHZPN[:, :, :-1], states_BHZPN[:, :, -1]
+from pallas_kernels.ssm.decay import combine_splits, documents_in_chunks
 
 
 def combine_splits_bwd(dlast_BHPN, decay_BHZ, demanded_BHZPN):
@@ -44,16 +25,17 @@ def combine_splits_bwd(dlast_BHPN, decay_BHZ, demanded_BHZPN):
         demanded_BHZPN: what the outputs of a split add to the gradient of the state before it.
     """
     demanded_BHZPN, decay_BHZ = jnp.flip(demanded_BHZPN, axis=2), jnp.flip(decay_BHZ, axis=2)
-    return jnp.flip(combine_splits(dlast_BHPN, decay_BHZ, demanded_BHZPN)[0], axis=2)
+    ends_BHZPN, _ = combine_splits(dlast_BHPN, decay_BHZ, demanded_BHZPN)
+    return jnp.flip(ends_BHZPN, axis=2)
 
 
 class Crossing(NamedTuple):
-    """What the states at the checkpoints know of the angle's gradient, so that its sums begin again there.
+    """Inner products of the states at the checkpoints with their gradients, where the angle's sums begin again.
 
-    A turn of all tokens from t on only turns them against the state h before t, and the last state against what is
-    asked of it: with dh the gradient of h, the sum over s >= t of a plane's dphi_s is X_t - X_end, where
+    Rotating all tokens from t on only rotates them against the state h before t, and the last state against its
+    gradient: with dh the gradient of h, the sum over s >= t of a rotary pair's dphi_s is X_t - X_end, where
 
-        X = sum_p (h_pw dh_pu - h_pu dh_pw)   of the plane (u, w)
+        X = sum_p (h_pw dh_pu - h_pu dh_pw)   of the pair (u, w)
     """
 
     starts_BHZAS: jax.Array  # X before every `interval` tokens of every split
@@ -62,8 +44,8 @@ class Crossing(NamedTuple):
 
 
 def crossing_sums(u_PS, w_PS, du_PS, dw_PS, planes: int):
-    """Returns <h, dh>, which the decay's gradient wants, and X of every plane, of a state (u, w) and its gradient."""
-    # Both in one pass over the states, which XLA would not fuse.
+    """Returns <h, dh>, which the decay's gradient wants, and X of every pair, of a state (u, w) and its gradient."""
+    # One reduction computes both in one pass over the states, which XLA would not fuse.
     both, zeros = (u_PS * du_PS + w_PS * dw_PS, w_PS * du_PS - u_PS * dw_PS), (jnp.float32(0),) * 2
     add = lambda a, b: (a[0] + b[0], a[1] + b[1])  # noqa: E731
     alike_S, across_S = lax.reduce(both, zeros, add, (both[0].ndim - 2,))
@@ -71,7 +53,7 @@ def crossing_sums(u_PS, w_PS, du_PS, dw_PS, planes: int):
 
 
 class AngleSums(NamedTuple):
-    """Gradients of the angle, float32, from the tokens of a chunk alone."""
+    """Gradients of angle and dt, float32, from the tokens of a chunk alone."""
 
     dangle_BLHS: jax.Array
     ddt_BHL: jax.Array
@@ -87,7 +69,7 @@ def add_later(angle_BLHS, dt_BHL, document_BL, sums: AngleSums, dlast_BHS, cross
     """
     batch, n_heads, length = dt_BHL.shape
     chunks, planes = sums.dphi_BHCS.shape[2:]
-    later_BHCS, dfirst_BHS, within_BCQ = _later(document_BL, length, sums.dphi_BHCS, dlast_BHS, crossing)
+    later_BHCS, dfirst_BHS, within_BCQ = _later(document_BL, sums.dphi_BHCS, dlast_BHS, crossing, length=length)
     dt_BHCQ = dt_BHL.reshape(batch, n_heads, chunks, -1)
     angle_BCQHS = angle_BLHS.reshape(batch, chunks, length // chunks, -1, planes)
     if within_BCQ is not None:
@@ -104,7 +86,7 @@ def add_later(angle_BLHS, dt_BHL, document_BL, sums: AngleSums, dlast_BHS, cross
     return dangle_BLHS, sums.ddt_BHL + more_BHCQ.reshape(sums.ddt_BHL.shape), dfirst_BHS
 
 
-def _later(document_BL, length: int, dphi_BHCS, dlast_BHS, crossing: Crossing):
+def _later(document_BL, dphi_BHCS, dlast_BHS, crossing: Crossing, *, length: int):
     """Returns the gradient that reaches the end of every chunk from later tokens, that of the angle before the row, and
     which tokens of a chunk (B, C, Q) its end reaches (None: all)."""
     batch, n_heads, chunks, planes = dphi_BHCS.shape
@@ -158,15 +140,18 @@ def _compose(later, sooner):
 def decay_bwd(document_BL, received_BHL, crossing_BHZA, end_BH, tokens: int, interval: int):
     """Returns the gradient of c, the log decay since the first token of a chunk (or of its document in the chunk).
 
-    It is what every token receives less what it gives, r; the last token of a chunk adds what crosses the chunk's end,
+    With r_t the incoming less the outgoing gradient of token t, over all pairs of tokens that it is part of,
 
-        over_c = sum of r over the later chunks that c reaches, up to the next checkpoint  +  <dh, h> there
+        dc_t = r_t,   dc_T = r_T + over   of the last token of a chunk,   over = sum r  +  <dh, h>
+
+    where the sum is over tokens after the chunk which the state at its end reaches, up to the next checkpoint, and h is
+    the state there.
 
     Args:
         document_BL: document starts in the chunk up to each token; None: one document.
         received_BHL: r.
         crossing_BHZA: <dh, h> before every `interval` tokens of every split.
-        end_BH: of the last state.
+        end_BH: <dh, h> of the last state.
         tokens: of a chunk.
     """
     batch, n_heads, length = received_BHL.shape

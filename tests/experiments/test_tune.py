@@ -12,7 +12,7 @@ import pytest
 from experiments.benchmarks import common, ssm, tune
 from mamba3_jax.ops import kernels, tuned
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS
-from pallas_kernels.ssm.triton.common import Tile
+from pallas_kernels.ssm.triton.config import Tile
 from pallas_kernels.ssm.triton.step import default_tile
 
 TINY = ssm.Case(batch=2, length=24, heads=2, width=8, d_state=8)

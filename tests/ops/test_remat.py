@@ -1,4 +1,4 @@
-"""What the kernels' backward pass keeps, by name, for `jax.checkpoint`'s policies and config.remat."""
+"""The residuals of the kernels' backward pass, by name, for `jax.checkpoint`'s policies and config.remat."""
 
 import functools
 
@@ -11,7 +11,7 @@ from tests.ops import cases
 from tests.ops.cases import MIMO, SISO, bfloat16, draw
 from tests.ops.quick import quick_jit
 
-SHAPES = {  # that the kernels take as they are, of a chunk and a segment
+SHAPES = {  # that the kernels take as they are, of a chunk and a split
     "siso": SISO._replace(length=64, groups=1, d_state=32, width=16, planes=8),
     "mimo": MIMO._replace(length=16, d_state=32, width=16, planes=8, shared_angle=True),
 }
@@ -35,7 +35,7 @@ def nbytes(tree) -> int:
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_what_is_kept(shape):
+def test_residuals(shape):
     tokens, heads, state = draw(shape)
     inputs = (bfloat16(tokens), heads, state)
     kept = {}
@@ -43,7 +43,7 @@ def test_what_is_kept(shape):
         kept[how] = nbytes(jax.eval_shape(lambda *a, how=how: jax.vjp(with_remat(how, shape), *a)[1], *inputs))
     rows = shape.batch * shape.heads * shape.length * shape.rank
     y, rotated = rows * shape.width * 2, 2 * rows * shape.d_state * 2
-    states = 2 * nbytes(state.ssm_BHPN)  # before the one segment, and after
+    states = 2 * nbytes(state.ssm_BHPN)  # before the one split, and after
     assert kept["op"] <= nbytes(inputs)
     assert kept["rotation"] == kept["op"] + y + states
     assert kept[None] >= kept["rotation"] + rotated

@@ -13,8 +13,7 @@ import pytest
 from mamba3_jax.ops import kernels, ssm, tuned
 from mamba3_jax.ops.tuned import Choice, choose
 from mamba3_jax.ops.types import Heads
-from pallas_kernels.ssm.triton.common import Launch, Tile
-from pallas_kernels.ssm.triton.config import order_of, tile_of
+from pallas_kernels.ssm.triton.config import Launch, Tile, order_of, tile_of
 from tests.ops.cases import SISO, bfloat16, draw
 
 SHAPE = SISO._replace(batch=2, length=48, heads=32, groups=1, d_state=128, width=64, planes=32)
@@ -177,13 +176,13 @@ def tile(tokens, config) -> Tile:
 
 
 def test_the_launch_is_the_tables(table, on_h200):
-    told = {"chunk": 32, "programs": 512, "forward": [8, 3], "heads_turned": 2}
+    told = {"chunk": 32, "programs": 512, "forward": [8, 3], "rotate_heads": 2}
     table(dataclasses.replace(ENTRY, launch={"triton": told}))
     tokens = tokens_of(SHAPE._replace(length=1024))
     by_hand = tile(tokens, {})
-    assert by_hand == Tile(rows=64, width=64, segments=4)
+    assert by_hand == Tile(rows=64, width=64, splits=4)
     assert tile(tokens, tuned.config("triton", tokens)) == dataclasses.replace(
-        by_hand, rows=32, segments=8, forward=Launch(8, 3), heads_turned=2
+        by_hand, rows=32, splits=8, forward=Launch(8, 3), rotate_heads=2
     )
     assert tuned.config("mosaic_gpu", tokens) == {}
     for launch in ({"chunks": 1}, {"forwards": [4, 2]}):

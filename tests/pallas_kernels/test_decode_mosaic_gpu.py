@@ -11,7 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 from mamba3_jax.ops.kernels import kernels
 from mamba3_jax.ops.recurrent import recurrent
-from pallas_kernels.ssm.mosaic_gpu.angle import sine_and_cosine, within_a_turn
+from pallas_kernels.ssm.mosaic_gpu.decode_kernel import sine_and_cosine, within_a_turn
 from tests.helpers import rel_rms
 from tests.ops import cases
 from tests.ops.cases import LEFT_OUT, MIMO, SISO, bfloat16, draw

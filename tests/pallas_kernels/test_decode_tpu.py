@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from experiments.benchmarks import hlo, ssm, tpu_aot
-from mamba3_jax.ops.kernels import kernels
+from mamba3_jax.ops.kernels import kernels, refused
 from mamba3_jax.ops.recurrent import recurrent
 from pallas_kernels.ssm.mosaic_tpu import STEPS
 from pallas_kernels.ssm.mosaic_tpu.decode import Tile
@@ -178,6 +179,18 @@ def test_what_it_cannot_run():
     large = SISO._replace(heads=64, width=64, d_state=128, batch=1)
     with pytest.raises(ValueError, match=r"tile\.heads=64 takes .* MiB of VMEM, over tile\.vmem=4"):
         jax.eval_shape(step(large, tile=Tile(heads=64, vmem=4)), *drawn(large))
+
+
+def test_what_it_refuses(monkeypatch):
+    """Asked before it runs, of steps too: dtypes, and heads that do not divide and take more VMEM than there is."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    shape = SISO._replace(batch=1, heads=96, width=64, d_state=128, looks_back=True)
+    for heads, wish in ((96, None), (100, r"tile\.heads=100 takes .* MiB of VMEM, over tile\.vmem=14")):
+        tokens = drawn(shape._replace(heads=heads, groups=1), start=True)[0]
+        found = refused("mosaic_tpu", tokens)
+        assert found is None if wish is None else re.search(wish, found)
+    half = tokens._replace(q_BLRGN=tokens.q_BLRGN.astype(np.float16))
+    assert refused("mosaic_tpu", half) == "wants float32 or bfloat16, not ['float16', 'float32']"
 
 
 def lower(shape, *, start: bool, narrow: bool):

@@ -10,8 +10,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 from mamba3_jax.ops.kernels import kernels
 from mamba3_jax.ops.recurrent import recurrent
-from pallas_kernels.ssm.triton.decode import Tile
-from pallas_kernels.ssm.triton.decode_fused import Tile as FusedTile
+from pallas_kernels.ssm.triton.decode_fused import FusedTile
+from pallas_kernels.ssm.triton.decode_rotated import RotatedTile
 from tests.helpers import rel_rms
 from tests.ops import cases
 from tests.ops.cases import LEFT_OUT, MIMO, SISO, bfloat16, draw
@@ -35,12 +35,12 @@ SHAPES = {
     **{name: shape._replace(length=1) for name, shape in LEFT_OUT.items()},
 }
 TILES = {
-    "fma": Tile(),
-    "fma_rows": Tile(rows=16, columns=16, heads=2),
-    "dot": Tile(columns=128, update="dot", readout="dot"),
-    "dot_columns": Tile(columns=16, heads=2, update="dot", readout="dot"),
-    "mixed": Tile(rows=16, update="dot"),
-    "readout_dot": Tile(readout="dot"),
+    "fma": RotatedTile(),
+    "fma_rows": RotatedTile(rows=16, columns=16, heads=2),
+    "dot": RotatedTile(columns=128, update="dot", readout="dot"),
+    "dot_columns": RotatedTile(columns=16, heads=2, update="dot", readout="dot"),
+    "mixed": RotatedTile(rows=16, update="dot"),
+    "readout_dot": RotatedTile(readout="dot"),
     "fused": FusedTile(),
     "fused_16": FusedTile(columns=16, warps=2, batch_first=False),
 }
@@ -152,7 +152,7 @@ def test_what_it_cannot_run():
     with pytest.raises(ValueError, match="a power of two up to 16, not rank=3"):
         step(MIMO)(*draw(MIMO._replace(rank=3)))
     with pytest.raises(ValueError, match="names an unknown way"):
-        step(SISO, Tile(update="sum"))(*drawn(SISO))
+        step(SISO, RotatedTile(update="sum"))(*drawn(SISO))
 
 
 @pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-from mamba3_jax.ops.kernels import _row, kernels
+from mamba3_jax.ops.kernels import kernels, refused
 from mamba3_jax.ops.ssm import ssm
 from pallas_kernels.ssm.contract import Carry, Weights
-from pallas_kernels.ssm.mosaic_gpu import bwd, config, contract, op, phase, scan_fwd
-from pallas_kernels.ssm.mosaic_gpu.config import Tile, interpreter
+from pallas_kernels.ssm.mosaic_gpu import bwd, phase, scan_fwd
+from pallas_kernels.ssm.mosaic_gpu.scan_fwd import ScanRefs
+from pallas_kernels.ssm.mosaic_gpu.tiles import Operands, Tile, TokenArrays, interpreter
 from tests.helpers import rel_rms
 from tests.ops import cases
 from tests.ops.cases import MIMO, SISO, bfloat16, draw
@@ -78,7 +79,7 @@ def wanted(shape, starts):
 
 
 def start(shape, starts):
-    """The first row has documents; None: no row has."""
+    """Returns starts in the first row; None: in no row."""
     if not starts:
         return None
     return np.isin(np.arange(shape.length), starts)[None] & (np.arange(shape.batch) == 0)[:, None]
@@ -157,25 +158,25 @@ def test_gradients_agree_with_the_definition(shape, starts, splits, interval, mo
     cases.check_gradients(run(inputs), wanted(shape, starts)[1], 2e-2)
 
 
-def scan_inputs(length=64, rank=1, d_state=64, width=64, planes=16, heads=2, groups=1) -> contract.Inputs:
-    """Shapes alone."""
+def scan_refs(length=64, rank=1, d_state=64, width=64, planes=16, heads=2, groups=1) -> ScanRefs:
+    """Returns shapes alone."""
 
     def shape(*sizes, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(sizes, dtype)
 
     x_BLRGN = shape(1, length, rank, groups, d_state, dtype=jnp.bfloat16)
-    return contract.Inputs(
-        **dict.fromkeys(contract.Inputs._fields)
-        | {
-            "q_BLRGN": x_BLRGN,
-            "k_BLRGN": x_BLRGN,
-            "v_BLHP": shape(1, length, heads, width, dtype=jnp.bfloat16),
-            "phase_BHLS": shape(1, heads, length, planes, dtype=jnp.int16),
-            "scalars_BHCXT": shape(1, heads, length * rank // 64, 3, 64),
-            "h_BHZPN": shape(1, heads, 1, width, d_state),
-            "q_bias_HRN": shape(heads, rank, d_state),
-            "k_bias_HRN": shape(heads, rank, d_state),
-        }
+    bias_HRN = shape(heads, rank, d_state)
+    return ScanRefs(
+        tokens=TokenArrays(
+            q_BLRGN=x_BLRGN,
+            k_BLRGN=x_BLRGN,
+            v_BLHP=shape(1, length, heads, width, dtype=jnp.bfloat16),
+            gate_BLHP=None,
+        ),
+        phase_BHLS=shape(1, heads, length, planes, dtype=jnp.int16),
+        scalars_BHCXT=shape(1, heads, length * rank // 64, 3, 64),
+        h_BHZPN=shape(1, heads, 1, width, d_state),
+        weights=Weights(q_bias_HRN=bias_HRN, k_bias_HRN=bias_HRN),
     )
 
 
@@ -184,8 +185,8 @@ def scan_inputs(length=64, rank=1, d_state=64, width=64, planes=16, heads=2, gro
     [
         ({"d_state": 256}, Tile(), "d_state=256 is not 64 or 128"),
         ({"width": 128}, Tile(), "width=128 not 64"),
-        ({"planes": 8}, Tile(), "planes=8 is not 16, 32 or 64"),
-        ({"planes": 64}, Tile(), "planes=64 is not 16, 32 or 64, or more than d_state=64 holds"),
+        ({"planes": 8}, Tile(), "pairs=8 is not 16, 32 or 64"),
+        ({"planes": 64}, Tile(), "pairs=64 is not 16, 32 or 64, or more than d_state=64 holds"),
         ({"rank": 8}, Tile(rank=8), "tile.rank=8 is not 1, 2 or 4"),
         ({"rank": 2}, Tile(), "k has another rank=2"),
         ({"length": 96}, Tile(), "length=96 is not a multiple of tile.splits=1 chunks of 64 tokens"),
@@ -195,7 +196,7 @@ def scan_inputs(length=64, rank=1, d_state=64, width=64, planes=16, heads=2, gro
 )
 def test_what_the_scan_cannot_run(sizes, tile, message):
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(functools.partial(scan_fwd.scan, tile=tile), scan_inputs(**sizes))
+        jax.eval_shape(functools.partial(scan_fwd.run, tile=tile), scan_refs(**sizes))
 
 
 def test_a_named_implementation_runs_or_raises(monkeypatch):
@@ -204,29 +205,25 @@ def test_a_named_implementation_runs_or_raises(monkeypatch):
         with pytest.raises(ValueError, match=r"implementation='mosaic_gpu' needs a Hopper GPU .* not cpu"):
             ssm(bfloat16(tokens), heads, state, implementation="mosaic_gpu")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for capability, wish in (("9.0", None), ("8.0", "needs a Hopper GPU .* not a GPU of compute capability 8.0")):
+    for capability, wish in (("8.0", "needs a Hopper GPU .* not a GPU of compute capability 8.0"), ("9.0", None)):
         monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=capability)])  # noqa: B023
-        assert re.fullmatch(wish, config.available()) if wish else config.available() is None
-
-    def unsupported(tokens, heads, state):
-        return config.unsupported(_row(tokens, heads, state))
-
-    assert unsupported(bfloat16(tokens), heads, state) is None
-    assert "wants q, k and v in bfloat16, not float32" in unsupported(tokens, heads, state)
+        found = refused("mosaic_gpu", bfloat16(tokens))
+        assert re.search(wish, found) if wish else found is None
+    assert "wants q, k and v in bfloat16, not float32" in refused("mosaic_gpu", tokens)
     for shape, message in (
         (SISO_LARGE._replace(d_state=130), "d_state up to 128 .* not d_state=130"),
-        (SISO_LARGE._replace(d_state=128, planes=33), "d_state up to 128 .* not d_state=128 with planes=33"),
-        (SISO_LARGE._replace(width=65), "P up to 64, not d_state=64 with planes=16, P=65"),
+        (SISO_LARGE._replace(d_state=128, planes=33), "d_state up to 128 .* not d_state=128 with pairs=33"),
+        (SISO_LARGE._replace(width=65), "P up to 64, not d_state=64 with pairs=16, P=65"),
         (MIMO_LARGE._replace(rank=8), "a rank of 1, 2 or 4, not rank=8"),
     ):
         tokens, heads, state = draw(shape)
-        assert re.search(message, unsupported(bfloat16(tokens), heads, state))
+        assert re.search(message, refused("mosaic_gpu", bfloat16(tokens)))
         with pytest.raises(ValueError, match=rf"implementation='mosaic_gpu' wants .*{message}"):
             mosaic_gpu(bfloat16(tokens), heads, state, rotation=shape.rotation, anywhere=True)
 
 
-def op_inputs(rank: int) -> op.Operands:
-    """Of one head, one chunk and a bit; angles and biases of zeros, which are as good as none."""
+def op_inputs(rank: int) -> Operands:
+    """Returns operands of one head and two chunks, with angles and biases of zeros, which are as good as none."""
     random = np.random.default_rng(0)
     batch, length, heads, groups, d_state, width, planes = 1, 128 // rank, 1, 1, 64, 64, 16
 
@@ -236,11 +233,13 @@ def op_inputs(rank: int) -> op.Operands:
     def positive(*sizes):
         return jnp.asarray(random.uniform(0.1, 1, sizes), jnp.float32)
 
-    return op.Operands(
-        q_BLRGN=normal(batch, length, rank, groups, d_state, dtype=jnp.bfloat16),
-        k_BLRGN=normal(batch, length, rank, groups, d_state, dtype=jnp.bfloat16),
-        v_BLHP=normal(batch, length, heads, width, dtype=jnp.bfloat16),
-        gate_BLHP=None,
+    return Operands(
+        tokens=TokenArrays(
+            q_BLRGN=normal(batch, length, rank, groups, d_state, dtype=jnp.bfloat16),
+            k_BLRGN=normal(batch, length, rank, groups, d_state, dtype=jnp.bfloat16),
+            v_BLHP=normal(batch, length, heads, width, dtype=jnp.bfloat16),
+            gate_BLHP=None,
+        ),
         angle_BLHS=jnp.zeros((batch, length, 1, planes)),
         dt_BHL=positive(batch, heads, length),
         log_decay_BHL=-jnp.cumsum(positive(batch, heads, length // (64 // rank), 64 // rank), axis=3).reshape(
@@ -257,7 +256,7 @@ def op_inputs(rank: int) -> op.Operands:
     )
 
 
-def without_angles_and_biases(operands: op.Operands) -> op.Operands:
+def without_angles_and_biases(operands: Operands) -> Operands:
     return operands._replace(
         angle_BLHS=None,
         dt_BHL=None,
@@ -272,7 +271,7 @@ def test_no_angle_and_no_bias_are_zeros(rank):
     operands, tile = op_inputs(rank), Tile(rank=rank, interpret=interpreter() if INTERPRET else None)
 
     def run(operands):
-        (o_BLHP, after), pull = jax.vjp(lambda operands: op.mamba3(operands, None, tile), operands)
+        (o_BLHP, after), pull = jax.vjp(lambda operands: scan_fwd.mamba3(operands, None, tile), operands)
         (gradients,) = pull((o_BLHP, jax.tree.map(jnp.zeros_like, after)._replace(h_BHPN=after.h_BHPN)))
         return o_BLHP, after, without_angles_and_biases(gradients)
 
@@ -310,5 +309,5 @@ def test_chunks_of_angles_add_up_exactly(shared):
 
 def test_stands_without_triton():
     """Pallas Triton is deprecated upstream: its kernels are a leaf."""
-    for path in Path(op.__file__).parent.glob("*.py"):
+    for path in Path(scan_fwd.__file__).parent.glob("*.py"):
         assert "ssm.triton" not in path.read_text(), path

@@ -17,10 +17,9 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from experiments.benchmarks import tpu_aot
 from mamba3_jax.ops.kernels import kernels
 from mamba3_jax.ops.ssm import ssm
-from pallas_kernels.ssm.mosaic_tpu import parts, scan_fwd
-from pallas_kernels.ssm.mosaic_tpu.contract import Tiles
-from pallas_kernels.ssm.mosaic_tpu.tiles import default
-from pallas_kernels.ssm.mosaic_tpu.turns import starts
+from pallas_kernels.ssm.mosaic_tpu import chunk, grid
+from pallas_kernels.ssm.mosaic_tpu.angle import angle_before_chunks
+from pallas_kernels.ssm.mosaic_tpu.config import Tiles, default
 from tests.ops import cases
 from tests.ops.cases import MIMO, SISO, SSD, bfloat16, draw
 from tests.ops.quick import quick_jit
@@ -54,7 +53,7 @@ def wanted(shape, starts, narrow):
 def pulled(shape, starts, narrow, interpret):
     """Results and gradients of the kernels, in chunks of 16; a long row in chunks of 128, which fill lanes."""
     tokens, heads, state = draw(shape)
-    chunk = 16 if shape.length < 256 else 128
+    tokens_a_chunk = 16 if shape.length < 256 else 128
     tokens = bfloat16(tokens) if narrow else tokens
 
     @quick_jit
@@ -62,7 +61,8 @@ def pulled(shape, starts, narrow, interpret):
         def op(inputs):
             tokens, heads, state = inputs
             tokens = tokens._replace(start_BL=start(shape, starts))
-            return mosaic_tpu(tokens, heads, state, rotation=shape.rotation, chunk=chunk, interpret=interpret)
+            how = {"rotation": shape.rotation, "chunk": tokens_a_chunk, "interpret": interpret}
+            return mosaic_tpu(tokens, heads, state, **how)
 
         results, pull = jax.vjp(op, inputs)
         cotangent = jax.tree.map(lambda x, like: x.astype(like.dtype), cases.cotangents(shape), results)
@@ -128,13 +128,13 @@ def test_agrees_with_the_definition(shape, starts, narrow):
 
 def test_a_thousandth_is_caught(monkeypatch):
     """The comparisons above are not vacuous: each of two planted errors fails them."""
-    whole = parts.Decay.whole
+    chunk_decay = chunk.Decay.chunk_decay
     with monkeypatch.context() as patch:
-        patch.setattr(parts.Decay, "whole", lambda decay: 1.001 * whole(decay))
+        patch.setattr(chunk.Decay, "chunk_decay", lambda decay: 1.001 * chunk_decay(decay))
         with pytest.raises(AssertionError, match="is not below"):
             check_all(SMALL, (), False, True)
-    back = parts.Turn.back
-    monkeypatch.setattr(parts.Turn, "back", lambda turn, dx: 1.001 * back(turn, dx))
+    inverse = chunk.Rotation.inverse
+    monkeypatch.setattr(chunk.Rotation, "inverse", lambda rotation, dx: 1.001 * inverse(rotation, dx))
     with pytest.raises(AssertionError, match=r"gradient of .*q_BLRGN.* is not below"):
         check_all(SMALL, (), False, True)
 
@@ -149,7 +149,7 @@ def test_a_state_that_is_not_carried_is_caught(monkeypatch):
         CompilerParams = staticmethod(parallel)
         VMEM = pltpu.VMEM
 
-    monkeypatch.setattr(scan_fwd, "pltpu", Wrong)
+    monkeypatch.setattr(grid, "pltpu", Wrong)
     tokens, heads, state = draw(SMALL._replace(length=96))
     run = functools.partial(mosaic_tpu, rotation="adjacent", chunk=16, interpret=INTERPRETER)
     y_BLHP, _ = jax.jit(run)(tokens, heads, state)
@@ -192,10 +192,9 @@ def test_documents_do_not_see_each_other():
 def test_the_angle_after_a_million_tokens():
     """1,048,576 times the same increment: within 1e-4 rad, chunks' starts and the last angle."""
     length, angle, dt = 2**20, np.float32(2.1), np.float32(0.37)
-    shape = (1, length, 1)
     tiles = Tiles(tokens=256, interpret=True)
-    start_BCHS, last_BHS = jax.jit(functools.partial(starts, document_BL=None, tiles=tiles))(
-        jnp.full((*shape, 1), angle), jnp.full(shape, dt), jnp.zeros((1, 1, 1))
+    start_BCHS, last_BHS = jax.jit(functools.partial(angle_before_chunks, document_BCQ=None, tiles=tiles))(
+        jnp.full((1, 1, 1, length), angle), jnp.full((1, 1, length), dt), jnp.zeros((1, 1, 1))
     )
     increment = float(angle) * float(dt)
     for got, tokens in ((last_BHS[0, 0, 0], length), (start_BCHS[0, -1, 0, 0] * 2 * np.pi, length - 256)):

@@ -18,8 +18,10 @@ from mamba3_jax.config import ModelConfig
 from mamba3_jax.model import LanguageModel
 from mamba3_jax.ops.kernels import kernels
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
+from pallas_kernels.ssm.contract import Carry, Weights
 from pallas_kernels.ssm.triton import rotate, scan_fwd
-from pallas_kernels.ssm.triton.common import Tile
+from pallas_kernels.ssm.triton.common import Operands
+from pallas_kernels.ssm.triton.config import Tile
 from tests.ops import cases
 from tests.ops.cases import MIMO, SISO, bfloat16, draw
 from tests.ops.quick import quick_jit
@@ -46,7 +48,7 @@ triton = functools.partial(kernels, backend="triton")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("packed", [False, True], ids=["one_document", "packed"])
 @pytest.mark.parametrize(
-    ("shape", "segments"),
+    ("shape", "splits"),
     [
         (SISO_LARGE, 1),
         (SISO_LARGE._replace(planes=64, groups=2, norm=True), 2),
@@ -60,7 +62,7 @@ triton = functools.partial(kernels, backend="triton")
     ],
     ids=lambda value: f"{value}" if isinstance(value, int) else f"R{value.rank}N{value.d_state}P{value.width}",
 )
-def test_lowers_for_cuda(shape, segments, packed, dtype):
+def test_lowers_for_cuda(shape, splits, packed, dtype):
     tokens, heads, state = draw(shape)
     if dtype == jnp.bfloat16:
         tokens = bfloat16(tokens)
@@ -69,7 +71,7 @@ def test_lowers_for_cuda(shape, segments, packed, dtype):
     def run(tokens, heads, state):
         def op(tokens, heads, state):
             tokens = tokens._replace(start_BL=start_BL)
-            return triton(tokens, heads, state, rotation=shape.rotation, segments=segments, anywhere=True)
+            return triton(tokens, heads, state, rotation=shape.rotation, splits=splits, anywhere=True)
 
         results, pull = jax.vjp(op, tokens, heads, state)
         return results, pull(results)
@@ -77,7 +79,7 @@ def test_lowers_for_cuda(shape, segments, packed, dtype):
     with use_abstract_mesh(GPU):
         text = jax.jit(run).trace(tokens, heads, state).lower(lowering_platforms=("cuda",)).as_text()
     assert all(f"mamba3_{name}" in text for name in KERNELS)
-    assert all((f"mamba3_{name}" in text) == (segments > 1) for name in ("segments", "segments_back"))
+    assert all((f"mamba3_{name}" in text) == (splits > 1) for name in ("segments", "segments_back"))
 
 
 @pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
@@ -97,7 +99,7 @@ def test_what_is_left_out_is_in_no_kernel(shape, kernels):
     tokens, heads, state = draw(shape)
 
     def run(tokens, heads, state):
-        op = functools.partial(triton, rotation=shape.rotation, segments=2, anywhere=True)
+        op = functools.partial(triton, rotation=shape.rotation, splits=2, anywhere=True)
         results, pull = jax.vjp(op, tokens, heads, state)
         return results, pull(results)
 
@@ -146,18 +148,18 @@ def test_a_model_lowers_for_cuda(how, monkeypatch):
 @pytest.mark.parametrize("shape", [SISO, MIMO], ids=["siso", "mimo"])
 @pytest.mark.parametrize("starts", [(), (0, 16, 39, 40, 60)], ids=["one_document", "packed"])
 def test_how_the_length_is_cut_does_not_matter(shape, starts):
-    """Values and all gradients: a ragged last segment, segments of one chunk, one or several chunks between states."""
+    """Values and all gradients: a ragged last split, splits of one chunk, one or several chunks between checkpoints."""
     shape = shape._replace(length=67)
     inputs, cotangent = draw(shape), cases.cotangents(shape)
     start_BL = np.isin(np.arange(67), starts)[None] & np.array([[True], [False]])
     want = cases.reference(inputs, start_BL, cotangent, shape.rotation)
 
     @functools.partial(quick_jit, static_argnums=(0, 1, 2))
-    def run(segments, anchor, heads_back, inputs):
+    def run(splits, interval, bwd_heads, inputs):
         def op(inputs):
             tokens, heads, state = inputs
             tokens = tokens._replace(start_BL=start_BL)
-            how = {"segments": segments, "anchor": anchor, "heads_back": heads_back}
+            how = {"splits": splits, "checkpoint_interval": interval, "rotate_bwd_heads": bwd_heads}
             return triton(tokens, heads, state, rotation=shape.rotation, chunk=16, interpret=True, **how)
 
         results, pull = jax.vjp(op, inputs)
@@ -169,7 +171,7 @@ def test_how_the_length_is_cut_does_not_matter(shape, starts):
         cases.check_gradients(gradients, want[1], 1e-4)
 
 
-def scan_inputs(rows=64, d_state=32, width=16, dtype=jnp.float32, rank=1) -> scan_fwd.Inputs:
+def scan_operands(rows=64, d_state=32, width=16, dtype=jnp.float32, rank=1) -> scan_fwd.ScanOperands:
     """Shapes alone."""
 
     def shape(*sizes, dtype=jnp.float32):
@@ -177,9 +179,18 @@ def scan_inputs(rows=64, d_state=32, width=16, dtype=jnp.float32, rank=1) -> sca
 
     rotated, scalars = shape(1, 2, rows, d_state, dtype=dtype), shape(1, 2, rows)
     v_BLHP = shape(1, rows // rank, 2, width, dtype=dtype)
-    h_BHSPN = shape(1, 2, 1, width, d_state)
-    return scan_fwd.Inputs(
-        rotated, rotated, v_BLHP, None, scalars, None, scalars, scalars, None, h_BHSPN, None, None, None, None, None
+    return scan_fwd.ScanOperands(
+        q_BHTN=rotated,
+        k_BHTN=rotated,
+        v_BLHP=v_BLHP,
+        gate_BLHP=None,
+        log_decay_BHT=scalars,
+        decay_rest_BHT=None,
+        gamma_BHT=scalars,
+        kappa_BHT=scalars,
+        document_BT=None,
+        h_BHZPN=shape(1, 2, 1, width, d_state),
+        weights=Weights(),
     )
 
 
@@ -190,30 +201,45 @@ def scan_inputs(rows=64, d_state=32, width=16, dtype=jnp.float32, rank=1) -> sca
         ({"d_state": 8}, Tile(), "d_state=8 is not a power of two from 16 to 256"),
         ({"width": 256}, Tile(), "width=256 is not a power of two from 16 to 128"),
         ({}, Tile(rows=8), "tile.rows=8 is not a power of two from 16 to 128"),
-        ({"rows": 96}, Tile(), "rows=96 and tile.rank=1 do not fit tile.segments=1 of chunks of tile.rows=64"),
+        ({"rows": 96}, Tile(), "rows=96 and tile.rank=1 do not fit tile.splits=1 of chunks of tile.rows=64"),
         ({}, Tile(rank=3), "tile.rank=3 is not a power of two from 1 to 16"),
-        ({}, Tile(segments=2), "rows=64 and tile.rank=1 do not fit tile.segments=2 of chunks of tile.rows=64"),
+        ({}, Tile(splits=2), "rows=64 and tile.rank=1 do not fit tile.splits=2 of chunks of tile.rows=64"),
         ({"dtype": jnp.float16}, Tile(), "q is float16, wanted float32 or bfloat16"),
     ],
 )
 def test_what_the_scan_cannot_run(sizes, tile, message):
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(functools.partial(scan_fwd.forward, tile=tile, keep=False), scan_inputs(**sizes))
+        jax.eval_shape(functools.partial(scan_fwd.forward, tile=tile, residuals=False), scan_operands(**sizes))
 
 
 @pytest.mark.parametrize(
     ("d_state", "planes", "length", "message"),
     [
         (48, 12, 64, "d_state=48 is not a power of two"),
-        (64, 8, 64, "d_state=64 is not a power of two with a quarter or half of it planes=8"),
+        (64, 8, 64, "d_state=64 is not a power of two with a quarter or half of it pairs=8"),
         (64, 16, 60, "length=60 and rank=1 do not fit"),
     ],
 )
 def test_what_the_rotation_cannot_run(d_state, planes, length, message):
-    x, bias = jnp.zeros((1, length, 1, 1, d_state)), jnp.zeros((2, 1, d_state))
-    angle, dt, first = jnp.zeros((1, length, 1, planes)), jnp.zeros((1, 2, length)), jnp.zeros((1, 2, planes))
+    x_BLRGN, scalars_BHL = jnp.zeros((1, length, 1, 1, d_state)), jnp.zeros((1, 2, length))
+    bias_HRN = jnp.zeros((2, 1, d_state))
+    operands = Operands(
+        q_BLRGN=x_BLRGN,
+        k_BLRGN=x_BLRGN,
+        v_BLHP=jnp.zeros((1, length, 2, 16)),
+        gate_BLHP=None,
+        angle_BLHS=jnp.zeros((1, length, 1, planes)),
+        dt_BHL=scalars_BHL,
+        log_decay_BHL=scalars_BHL,
+        decay_rest_BHL=None,
+        gamma_BHL=scalars_BHL,
+        kappa_BHL=None,
+        document_BL=None,
+        before=Carry(angle_BHS=jnp.zeros((1, 2, planes)), h_BHPN=jnp.zeros((1, 2, 16, d_state))),
+        weights=Weights(q_bias_HRN=bias_HRN, k_bias_HRN=bias_HRN),
+    )
     with pytest.raises(ValueError, match=message):
-        rotate.rotate(rotate.Inputs(x, x, bias, bias, angle, dt, first, None), Tile())
+        rotate.rotate(operands, Tile())
 
 
 def test_a_named_implementation_runs_or_raises(monkeypatch):
@@ -227,13 +253,13 @@ def test_a_named_implementation_runs_or_raises(monkeypatch):
             ssm(tokens, heads, state, implementation="triton")
     for shape, message in (
         (SISO._replace(d_state=258), "d_state up to 256 .* not d_state=258"),
-        (SISO._replace(d_state=250, planes=40), "d_state up to 256 .* not d_state=250 with planes=40"),
-        (SISO._replace(width=129), "P up to 128, not d_state=8 with planes=2, P=129"),
+        (SISO._replace(d_state=250, planes=40), "d_state up to 256 .* not d_state=250 with pairs=40"),
+        (SISO._replace(width=129), "P up to 128, not d_state=8 with pairs=2, P=129"),
         (MIMO._replace(rank=3), "a power of two up to 16, not rank=3"),
     ):
         with pytest.raises(ValueError, match=message):
             run(draw(shape), shape)
-    with pytest.raises(ValueError, match="no room for float32 with P d_state over 128 x 128, not d_state=256, P=128"):
+    with pytest.raises(ValueError, match="wants P d_state up to 128 x 128 in float32, not d_state=256, P=128"):
         run(draw(SISO._replace(d_state=256, width=128, planes=64)))
     with pytest.raises(ValueError, match="computes in float32, log_a is float64"):
         run(draw(SISO, dtype=np.float64))

@@ -21,7 +21,7 @@ from mamba3_jax.ops.kernels import kernels
 from mamba3_jax.ops.sharded import sharded
 from mamba3_jax.ops.ssm import Heads, State, Tokens
 from mamba3_jax.ops.ssm import ssm as op
-from pallas_kernels.ssm.mosaic_tpu.tiles import default
+from pallas_kernels.ssm.mosaic_tpu.config import default
 
 # Beside the decoding steps of test_decode_tpu.py; float32 with ranks, the longest to compile, for two chips.
 QUICK = {("siso_h24_bfloat16", "forward+backward", chip) for chip in tpu_aot.CHIPS}

@@ -1,11 +1,11 @@
-"""One token of the op in one Pallas Mosaic GPU kernel, bias and turn included: the state is read and written once.
+"""One token of the op in one Pallas Mosaic GPU kernel, bias and rotation included: the state is read and written once.
 
     h' = a h + sum_s w_s X_s k_s^T,   y_r = h' q_r
     o = sum_r out_rank_r norm(y_r + D X_r) silu(gate gate_rank_r)
 
 s runs over the R ranks of the token before (w = a beta), then over those of this one (w = gamma); X_s = v_rank v. This
-token's queries and keys are biased here, and turned by the angle phi' = phi + dt turn (mod 2 pi); the key of the token
-before comes as it was left. What is None is left out.
+token's queries and keys are biased here, and rotated by phi' = phi + dt angle (mod 2 pi); the key of the token before
+comes as it was left. What is None is left out.
 
 A program has one head of one row. The copy engine brings the state into shared memory, so that what is on its way holds
 no registers, and several programs share a multiprocessor: one computes while others wait. The state's bytes are the
@@ -13,7 +13,7 @@ floor. While they come, everything else is computed, every number by one thread,
 go into the state, the queries, and what the output is made of beside them.
 
 Letters: B batch, R rank, J = 2 R, the two tokens' ranks, G groups of q/k, H heads, N state per head, M = N / 2, P head
-width, S planes.
+width, S rotary pairs.
 """
 
 import jax
@@ -23,9 +23,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssm.contract import Last, Stepped, Token, cut, ordered, pad
-from pallas_kernels.ssm.mosaic_gpu.config import WIDTH, interpreter
-from pallas_kernels.ssm.mosaic_gpu.decode_kernel import Program, Shared
-from pallas_kernels.ssm.mosaic_gpu.tiles import tiled
+from pallas_kernels.ssm.mosaic_gpu.decode_kernel import StepProgram, StepShared
+from pallas_kernels.ssm.mosaic_gpu.tiles import WIDTH, interpreter, tiled
 from pallas_kernels.ssm.order import Order
 
 RANKS = (1, 2, 4)
@@ -35,8 +34,8 @@ def step(token: Token, rotation: str, *, interpret=None, programs: int | None = 
     """Computes a decoding step, see `contract`; in place where P is 64 and N 64 or 128, which others are padded to.
 
     Args:
-        rotation: "adjacent", plane i is (2 i, 2 i + 1), or "half", (i, i + M).
-        programs: of a scan; has no meaning here.
+        rotation: "adjacent", pair i is (2 i, 2 i + 1), or "half", (i, i + M).
+        programs: ignored: it is a scan's.
 
     Raises:
         ValueError: P over 64, N over 128, or R not 1, 2 or 4.
@@ -48,48 +47,50 @@ def step(token: Token, rotation: str, *, interpret=None, programs: int | None = 
         raise ValueError(
             f"implementation='mosaic_gpu' decodes {width=} up to {WIDTH}, {d_state=} to 128, {rank=} of {RANKS}"
         )
-    planes = 0 if token.angle_BHS is None else token.angle_BHS.shape[-1]
+    pairs = 0 if token.angle_BHS is None else token.angle_BHS.shape[-1]
     size = 64 if d_state <= 64 else 128
-    order = Order(rotation, d_state, planes, size=size, halves=rotation == "half")
-    stepped = _decode(ordered(pad(token, P=WIDTH), order.to), rotation, width, interpreter() if interpret else None)
+    order = Order(rotation, d_state, pairs, size=size, halves=rotation == "half")
+    token = ordered(pad(token, P=WIDTH), order.to)
+    stepped = _decode(token, rotation=rotation, width=width, interpret=interpreter() if interpret else None)
     return cut(ordered(stepped, order.back), P=width)
 
 
-def _decode(inputs: Token, rotation: str, own_width: int, interpret) -> Stepped:
-    batch, n_heads, width, d_state = inputs.last.h_BHPN.shape
-    rank = inputs.q_BRGN.shape[1]
-    refs = jax.tree.map(jax.new_ref, inputs)
+def _decode(token: Token, *, rotation: str, width: int, interpret) -> Stepped:
+    """Runs the kernel; `width` is P without its padding."""
+    batch, n_heads, _, d_state = token.last.h_BHPN.shape
+    rank = token.q_BRGN.shape[1]
+    refs = jax.tree.map(jax.new_ref, token)
 
     def new(ref, like):
-        """In the place of `ref`, or elsewhere if it has another dtype."""
+        """Returns the ref to overwrite, or a new one if that has another dtype."""
         return ref if ref is None or ref.dtype == like.dtype else jax.new_ref(lax.empty(ref.shape, like.dtype))
 
     out = Stepped(
         last=Last(
             h_BHPN=refs.last.h_BHPN,
             angle_BHS=refs.last.angle_BHS,
-            k_BRHN=new(refs.last.k_BRHN, inputs.k_BRGN),
-            v_BHP=new(refs.last.v_BHP, inputs.v_BHP),
+            k_BRHN=new(refs.last.k_BRHN, token.k_BRGN),
+            v_BHP=new(refs.last.v_BHP, token.v_BHP),
         ),
-        o_BHP=jax.new_ref(lax.empty(inputs.v_BHP.shape, inputs.v_BHP.dtype)),
+        o_BHP=jax.new_ref(lax.empty(token.v_BHP.shape, token.v_BHP.dtype)),
     )
 
     def vectors(*shape, present=True):
         return plgpu.SMEM(shape, jnp.float32) if present else None
 
-    sources = rank if inputs.beta_BH is None else 2 * rank
-    rotates, weights = inputs.last.angle_BHS is not None, inputs.weights
-    scaled = any(x is not None for x in (inputs.gate_BHP, weights.out_rank_HRP, weights.norm_HP))
-    shared = Shared(
-        h_PN=tiled(width, d_state, dtype=jnp.float32),
+    sources = rank if token.beta_BH is None else 2 * rank
+    rotates, weights = token.last.angle_BHS is not None, token.weights
+    scaled = any(x is not None for x in (token.gate_BHP, weights.out_rank_HRP, weights.norm_HP))
+    shared = StepShared(
+        h_PN=tiled(WIDTH, d_state, dtype=jnp.float32),
         sin_M=vectors(d_state // 2, present=rotates),
         cos_M=vectors(d_state // 2, present=rotates),
         k_JN=vectors(sources, d_state),
-        x_JP=vectors(sources, width),
+        x_JP=vectors(sources, WIDTH),
         q_RN=vectors(rank, d_state),
-        y_RP=vectors(rank, width),
-        skip_RP=vectors(rank, width, present=weights.skip_H is not None),
-        scale_RP=vectors(rank, width, present=scaled),
+        y_RP=vectors(rank, WIDTH),
+        skip_RP=vectors(rank, WIDTH, present=weights.skip_H is not None),
+        scale_RP=vectors(rank, WIDTH, present=scaled),
     )
 
     @pl.core_map(
@@ -102,8 +103,8 @@ def _decode(inputs: Token, rotation: str, own_width: int, interpret) -> Stepped:
     )
     def _():
         pl.run_scoped(
-            lambda shared, arrived: Program(
-                refs, out, shared, arrived, rotation=rotation, width=own_width, interpret=interpret is not None
+            lambda shared, arrived: StepProgram(
+                refs, out, shared, arrived, rotation=rotation, width=width, interpret=interpret is not None
             ).run(),
             shared,
             plgpu.Barrier(num_arrivals=1),

@@ -1,30 +1,19 @@
-"""The kernel of `decode`: one head of one row."""
+"""The kernel of `decode`, whose program computes one head of one row, its sines, and its layouts: a rank a warp."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssm.contract import NORM_EPS, Stepped, Token
-from pallas_kernels.ssm.mosaic_gpu.angle import sine_and_cosine, within_a_turn
-from pallas_kernels.ssm.mosaic_gpu.config import WIDTH
-from pallas_kernels.ssm.mosaic_gpu.registers import (
-    COLUMN,
-    ROW,
-    TILE,
-    joined_pairs,
-    pairs,
-    pairs_of,
-    ranks_of_warps,
-    spread,
-)
-from pallas_kernels.ssm.mosaic_gpu.tiles import across, down, load
+from pallas_kernels.ssm.mosaic_gpu.tiles import COLUMN, LANES, ROW, TILE, WARPS, WIDTH, across, down, fragments, load
 
 
-class Shared(NamedTuple):
+class StepShared(NamedTuple):
     """Shared memory; float32."""
 
     h_PN: jax.Array
@@ -41,9 +30,9 @@ class Shared(NamedTuple):
 class Loaded(NamedTuple):
     """Registers, a rank a warp; float32."""
 
-    angle_S: jax.Array | None  # of the token before; these two are the same in all warps
-    turn_S: jax.Array | None
-    q_RN: jax.Array  # these five as `pairs` wants them
+    angle_S: jax.Array | None  # before the token; these two are the same in all warps
+    rate_S: jax.Array | None  # this token's angle per unit dt
+    q_RN: jax.Array  # these five as `split_pairs` wants them
     k_RN: jax.Array
     q_bias_RN: jax.Array | None
     k_bias_RN: jax.Array | None
@@ -57,21 +46,22 @@ class Loaded(NamedTuple):
     out_rank_RP: jax.Array | None
 
 
-class Program:
+class StepProgram:
     """One head of one row."""
 
     def __init__(
-        self, refs: Token, out: Stepped, shared: Shared, arrived, *, rotation: str, width: int, interpret: bool
+        self, refs: Token, out: Stepped, shared: StepShared, arrived, *, rotation: str, width: int, interpret: bool
     ):
         self.refs, self.out, self.shared, self.arrived, self.rotation = refs, out, shared, arrived, rotation
         self.width, self.interpret = width, interpret  # P without its padding
         self.rank, self.d_state = shared.q_RN.shape
         self.b, self.h = lax.axis_index("row"), lax.axis_index("head")
-        self.keep = None if refs.start_B is None else refs.start_B[self.b] == 0
+        self.goes_on = None if refs.start_B is None else refs.start_B[self.b] == 0
         self.by_rank = ranks_of_warps(self.rank)
         self.ranks = slice(None) if self.rank > 1 else 0  # jax 0.10 has no (1, N) with strides
 
     def run(self):
+        """Computes the token. Barriers stand wherever a warp reads what another stored."""
         refs, out, shared, at = self.refs, self.out, self.shared, (self.b, self.h)
         plgpu.copy_gmem_to_smem(refs.last.h_BHPN.at[*at], shared.h_PN, self.arrived)
         numbers = (refs.log_a_BH, refs.gamma_BH, refs.beta_BH, refs.dt_BH)
@@ -79,13 +69,13 @@ class Program:
         a = jnp.exp(log_a)
         loaded = self.loaded()
         if dt is not None:
-            angle_S = within_a_turn(self.kept(loaded.angle_S) + dt * loaded.turn_S)
-            planes = pl.ds(0, angle_S.shape[0])
-            shared.sin_M.at[planes][...], shared.cos_M.at[planes][...] = sine_and_cosine(angle_S)
+            angle_S = within_a_turn(self.unless_start(loaded.angle_S) + dt * loaded.rate_S)
+            pairs = pl.ds(0, angle_S.shape[0])
+            shared.sin_M.at[pairs][...], shared.cos_M.at[pairs][...] = sine_and_cosine(angle_S)
         self.values(loaded, None if beta is None else a * beta, gamma)
         self.scale(loaded)
-        plgpu.commit_smem()  # and all have read what is overwritten from here on
-        k_RN = self.turn(loaded)
+        plgpu.commit_smem()  # every warp has also read what is overwritten from here on
+        k_RN = self.rotate(loaded)
         plgpu.commit_smem()
         if dt is not None:
             out.last.angle_BHS.at[*at][...] = angle_S
@@ -100,102 +90,106 @@ class Program:
         self.read_out(h_PN)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(shared.h_PN, out.last.h_BHPN.at[*at])
-        self.finish()
+        self.epilogue()
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def loaded(self) -> Loaded:
-        """All at once, before anything is stored: one wait for all."""
+        """Loads everything but the state at once, before anything is stored: there is one wait for all."""
         refs, b, h = self.refs, self.b, self.h
-        in_pairs, by_rank = pairs_of(self.rank, self.rotation), self.by_rank
+        in_pairs, by_rank = layout_of_pairs(self.rank, self.rotation), self.by_rank
         group = lax.div(h, jnp.int32(refs.last.h_BHPN.shape[1] // refs.q_BRGN.shape[2]))
 
-        def load_as(layout, ref, *at):
+        def load_as(layout, ref, at):
             if ref is None:
                 return None
-            return load(ref.at[*at], layout, self.interpret, optimized=False).astype(jnp.float32)
+            return load(ref.at[at], layout, self.interpret, optimized=False).astype(jnp.float32)
 
-        def load_ranks(layout, ref, *at):
+        def load_ranks(layout, ref, at):
             if self.rank > 1:
-                return load_as(layout, ref, *at)
-            row = load_as(layout.reduce(0), ref, *at)
+                return load_as(layout, ref, at)
+            row = load_as(layout.reduce(0), ref, at)
             return None if row is None else self.laid(across(row, 1), layout)
 
-        angle_S = turn_S = None
+        angle_S = rate_S = None
         if refs.angle_BHS is not None:
-            turned_by, of_planes = 0 if refs.angle_BHS.shape[1] == 1 else h, spread(refs.last.angle_BHS.shape[-1])
-            angle_S = load_as(of_planes, refs.last.angle_BHS, b, h)
-            turn_S = load_as(of_planes, refs.angle_BHS, b, turned_by)
+            angle_head, of_pairs = 0 if refs.angle_BHS.shape[1] == 1 else h, spread(refs.last.angle_BHS.shape[-1])
+            angle_S = load_as(of_pairs, refs.last.angle_BHS, (b, h))
+            rate_S = load_as(of_pairs, refs.angle_BHS, (b, angle_head))
         weights = refs.weights
         return Loaded(
             angle_S=angle_S,
-            turn_S=turn_S,
-            q_RN=load_ranks(in_pairs, refs.q_BRGN, b, self.ranks, group),
-            k_RN=load_ranks(in_pairs, refs.k_BRGN, b, self.ranks, group),
-            q_bias_RN=load_ranks(in_pairs, weights.q_bias_HRN, h, self.ranks),
-            k_bias_RN=load_ranks(in_pairs, weights.k_bias_HRN, h, self.ranks),
-            before_k_RN=load_ranks(in_pairs, refs.last.k_BRHN, b, self.ranks, h),
-            v_P=load_as(by_rank.reduce(0), refs.v_BHP, b, h),
-            before_v_P=load_as(by_rank.reduce(0), refs.last.v_BHP, b, h),
-            gate_P=load_as(by_rank.reduce(0), refs.gate_BHP, b, h),
-            norm_P=load_as(by_rank.reduce(0), weights.norm_HP, h),
-            v_rank_RP=load_ranks(by_rank, weights.v_rank_HRP, h, self.ranks),
-            gate_rank_RP=load_ranks(by_rank, weights.gate_rank_HRP, h, self.ranks),
-            out_rank_RP=load_ranks(by_rank, weights.out_rank_HRP, h, self.ranks),
+            rate_S=rate_S,
+            q_RN=load_ranks(in_pairs, refs.q_BRGN, (b, self.ranks, group)),
+            k_RN=load_ranks(in_pairs, refs.k_BRGN, (b, self.ranks, group)),
+            q_bias_RN=load_ranks(in_pairs, weights.q_bias_HRN, (h, self.ranks)),
+            k_bias_RN=load_ranks(in_pairs, weights.k_bias_HRN, (h, self.ranks)),
+            before_k_RN=load_ranks(in_pairs, refs.last.k_BRHN, (b, self.ranks, h)),
+            v_P=load_as(by_rank.reduce(0), refs.v_BHP, (b, h)),
+            before_v_P=load_as(by_rank.reduce(0), refs.last.v_BHP, (b, h)),
+            gate_P=load_as(by_rank.reduce(0), refs.gate_BHP, (b, h)),
+            norm_P=load_as(by_rank.reduce(0), weights.norm_HP, (h,)),
+            v_rank_RP=load_ranks(by_rank, weights.v_rank_HRP, (h, self.ranks)),
+            gate_rank_RP=load_ranks(by_rank, weights.gate_rank_HRP, (h, self.ranks)),
+            out_rank_RP=load_ranks(by_rank, weights.out_rank_HRP, (h, self.ranks)),
         )
 
     def values(self, loaded: Loaded, beta, gamma):
-        """What goes into the state, and past it."""
+        """Stores what goes into the state, w X of every source, and what goes past it, D X."""
         shared, skip_H = self.shared, self.refs.weights.skip_H
         x_RP = times(self.all_ranks(loaded.v_P), loaded.v_rank_RP)
         if beta is not None:
-            before_x_RP = times(self.all_ranks(self.kept(loaded.before_v_P)), loaded.v_rank_RP)
+            before_x_RP = times(self.all_ranks(self.unless_start(loaded.before_v_P)), loaded.v_rank_RP)
             shared.x_JP.at[pl.ds(0, self.rank)][...] = beta * before_x_RP
-        shared.x_JP.at[self.own()][...] = gamma * x_RP
+        shared.x_JP.at[self.this_token()][...] = gamma * x_RP
         if skip_H is not None:
             shared.skip_RP[...] = skip_H[self.h].astype(jnp.float32) * x_RP
 
     def scale(self, loaded: Loaded):
+        """Stores what y is multiplied by: gate, norm's weight and rank's weight."""
         gate_RP = times(self.all_ranks(loaded.gate_P), loaded.gate_rank_RP)
         scale_RP = None if gate_RP is None else gate_RP / (1 + jnp.exp(-gate_RP))
         scale_RP = times(times(scale_RP, self.all_ranks(loaded.norm_P)), loaded.out_rank_RP)
         if scale_RP is not None:
             self.shared.scale_RP[...] = scale_RP
 
-    def turn(self, loaded: Loaded):
-        """Bias and turn queries and keys; also k."""
+    def rotate(self, loaded: Loaded):
+        """Stores biased and rotated queries and keys, with the keys of the token before; returns this token's keys."""
         shared = self.shared
         if loaded.before_k_RN is not None:
-            shared.k_JN.at[pl.ds(0, self.rank)][...] = self.kept(loaded.before_k_RN)
+            shared.k_JN.at[pl.ds(0, self.rank)][...] = self.unless_start(loaded.before_k_RN)
         if shared.sin_M is not None:
             sin_RM, cos_RM = (self.all_ranks(x_M) for x_M in self.sine_and_cosine_M())
 
-        def turned(x_RN, bias_RN):
+        def rotated(x_RN, bias_RN):
             x_RN = x_RN if bias_RN is None else x_RN + bias_RN
             if shared.sin_M is None:
                 return x_RN
-            u_RM, w_RM = pairs(x_RN, self.rotation, self.interpret)
+            u_RM, w_RM = split_pairs(x_RN, self.rotation, self.interpret)
             firsts_RM, seconds_RM = u_RM * cos_RM - w_RM * sin_RM, u_RM * sin_RM + w_RM * cos_RM
-            return joined_pairs(firsts_RM, seconds_RM, self.rotation, self.interpret)
+            return join_pairs(firsts_RM, seconds_RM, self.rotation, self.interpret)
 
-        shared.q_RN[...] = turned(loaded.q_RN, loaded.q_bias_RN)
-        k_RN = turned(loaded.k_RN, loaded.k_bias_RN)
-        shared.k_JN.at[self.own()][...] = k_RN
+        shared.q_RN[...] = rotated(loaded.q_RN, loaded.q_bias_RN)
+        k_RN = rotated(loaded.k_RN, loaded.k_bias_RN)
+        shared.k_JN.at[self.this_token()][...] = k_RN
         return k_RN
 
-    def own(self):
-        """Where this token's ranks are among all that go into the state: behind those of the token before, if any."""
+    def this_token(self):
+        """Returns the place of this token's ranks among all sources: behind those of the token before, if any."""
         return pl.ds(self.shared.k_JN.shape[0] - self.rank, self.rank)
 
     def sine_and_cosine_M(self):
-        layout, half, planes = self.by_rank.reduce(0), self.d_state // 2, self.refs.last.angle_BHS.shape[-1]
+        """Loads sine and cosine of all N / 2 pairs: what does not rotate has 0 and 1."""
+        layout, half, n_pairs = self.by_rank.reduce(0), self.d_state // 2, self.refs.last.angle_BHS.shape[-1]
         sin_M, cos_M = (load(ref, layout, self.interpret) for ref in (self.shared.sin_M, self.shared.cos_M))
-        if planes == half:
+        if n_pairs == half:
             return sin_M, cos_M
-        turns_M = self.laid(lax.broadcasted_iota(jnp.int32, (half,), 0), layout) < planes
-        return jnp.where(turns_M, sin_M, 0.0), jnp.where(turns_M, cos_M, 1.0)
+        rotates_M = self.laid(lax.broadcasted_iota(jnp.int32, (half,), 0), layout) < n_pairs
+        return jnp.where(rotates_M, sin_M, 0.0), jnp.where(rotates_M, cos_M, 1.0)
 
     def updated(self, a):
-        # A loop, not one rank after another: all vectors at once would fill the registers, and fewer programs fit.
+        """Returns the state after the token."""
+
+        # This is a loop since all vectors at once would fill the registers, and fewer programs would fit.
         def add(j, h_PN):
             x_P, k_N = (
                 load(self.shared.x_JP.at[j], ROW, self.interpret),
@@ -203,18 +197,20 @@ class Program:
             )
             return h_PN + down(x_P, self.d_state) * across(k_N, WIDTH)
 
-        h_PN = self.kept(load(self.shared.h_PN, TILE, self.interpret))
+        h_PN = self.unless_start(load(self.shared.h_PN, TILE, self.interpret))
         return lax.fori_loop(0, self.shared.k_JN.shape[0], add, a * h_PN)
 
     def read_out(self, h_PN):
+        """Stores y, the state times the queries of every rank."""
+
         def one(r, _):
             q_N = load(self.shared.q_RN.at[r], COLUMN, self.interpret)
             self.shared.y_RP.at[r][...] = jnp.sum(h_PN * across(q_N, WIDTH), axis=1)
 
         lax.fori_loop(0, self.rank, one, None)
 
-    def finish(self):
-        """SPEC section 7."""
+    def epilogue(self):
+        """Stores the output: y with skip, norm and scale, summed over ranks."""
         y_RP, skip_RP, scale_RP = (
             None if ref is None else load(ref, self.by_rank, self.interpret)
             for ref in (self.shared.y_RP, self.shared.skip_RP, self.shared.scale_RP)
@@ -229,15 +225,115 @@ class Program:
         self.out.o_BHP.at[self.b, self.h][...] = jnp.sum(y_RP, axis=0).astype(self.out.o_BHP.dtype)
 
     def all_ranks(self, x_P):
+        """Broadcasts what all ranks share."""
         return None if x_P is None else self.laid(across(x_P, self.rank), self.by_rank)
 
     def laid(self, x, layout):
+        """Puts registers in a layout, which the interpreter has none of."""
         return x if self.interpret else plgpu.layout_cast(x, layout)
 
-    def kept(self, x):
-        return x if self.keep is None else jnp.where(self.keep, x, 0.0)
+    def unless_start(self, x):
+        """Returns what was before the token; zeros where it starts a document."""
+        return x if self.goes_on is None else jnp.where(self.goes_on, x, 0.0)
 
 
 def times(x, y):
-    """None is one."""
+    """Returns the product; None is one."""
     return y if x is None else x if y is None else x * y
+
+
+def ranks_of_warps(rank: int, vector: int = 1):
+    """Returns the layout of few rows (R, N): a warp has one (R 2, 1: others the same), a lane every 32nd column.
+
+    Of `vector` columns side by side, every 32nd such group.
+    """
+    warps = () if rank == WARPS else (plgpu.Replicated(WARPS // rank),)
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(((rank, 32 * vector), (vector,))),
+        warp_dims=(*(() if rank == 1 else (-3,)), *warps),
+        lane_dims=(-2,),
+        vector_dim=-1,
+    )
+
+
+def spread(size: int):
+    """Returns the layout of (S,): over as many lanes as divide S, the others and all warps with the same."""
+    lanes = min(LANES, size & -size)
+    same = () if lanes == LANES else (plgpu.Replicated(LANES // lanes),)
+    tiles, divided = (((1,),), ()) if lanes == 1 else (((lanes,), (1,)), (-2,))
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(tiles), warp_dims=(plgpu.Replicated(WARPS),), lane_dims=(*same, *divided), vector_dim=-1
+    )
+
+
+def layout_of_pairs(rank: int, rotation: str):
+    """Returns the layout of (R, N) for `split_pairs`, which gives (R, N / 2) in that of `ranks_of_warps`."""
+    return ranks_of_warps(rank, 2 if rotation == "adjacent" else 1)
+
+
+def split_pairs(x_RN, rotation: str, interpret: bool):
+    """Returns the first and the second entries of the pairs: (2 i, 2 i + 1), "adjacent", or (i, i + N / 2), "half"."""
+    rank, size = x_RN.shape
+    if rotation == "half":
+        return x_RN[:, : size // 2], x_RN[:, size // 2 :]
+    if interpret:
+        return x_RN[:, ::2], x_RN[:, 1::2]
+    half = plgpu.ShapeDtypeStruct((rank, size // 2), x_RN.dtype, layout=ranks_of_warps(rank))
+
+    @plgpu.inline_mgpu(arg_types=(layout_of_pairs(rank, rotation),), return_type=(half, half))
+    def split(_, x):
+        from jax.experimental.mosaic.gpu import utils
+
+        one = lambda i: np.vectorize(lambda x: utils.vector_slice(x, slice(i, i + 1)), otypes=[object])  # noqa: E731
+        return tuple(fragments(one(i)(x.registers), ranks_of_warps(rank), x) for i in range(2))
+
+    return split(x_RN)
+
+
+def join_pairs(u_RM, w_RM, rotation: str, interpret: bool):
+    """Undoes `split_pairs`."""
+    rank, size = u_RM.shape
+    if interpret:
+        axis = 2 if rotation == "adjacent" else 1
+        return jnp.stack([u_RM, w_RM], axis=axis).reshape(rank, 2 * size)
+    half, whole = ranks_of_warps(rank), layout_of_pairs(rank, rotation)
+
+    @plgpu.inline_mgpu(
+        arg_types=(half, half), return_type=plgpu.ShapeDtypeStruct((rank, 2 * size), u_RM.dtype, layout=whole)
+    )
+    def join(_, u, w):
+        from jax.experimental.mosaic.gpu import utils
+
+        if rotation == "half":
+            return fragments(np.concatenate([u.registers, w.registers], axis=1), whole, u)
+        both = np.vectorize(lambda *pair: utils.vector_concat(pair), otypes=[object])
+        return fragments(both(u.registers, w.registers), whole, u)
+
+    return join(u_RM, w_RM)
+
+
+def within_a_turn(angle):
+    """Returns the angle modulo 2 pi, in [0, 2 pi)."""
+    for _ in range(2):  # a tiny negative angle rounds up to a whole turn, which is zero
+        turns = angle * (1 / (2 * jnp.pi))
+        whole = turns.astype(jnp.int32).astype(jnp.float32)  # this rounds towards zero: Mosaic has no floor
+        angle = angle - 2 * jnp.pi * jnp.where(whole > turns, whole - 1, whole)
+    return angle
+
+
+def sine_and_cosine(angle):
+    """Returns sine and cosine of angles in [0, 2 pi), to 1e-7.
+
+    The hardware's sine is off by 5e-7, which sums of products that cancel show.
+    """
+    quarter = (angle * (2 / jnp.pi) + 0.5).astype(jnp.int32)
+    x = angle
+    for part in (1.5703125, 4.837512969970703125e-4, 7.54978995489188216e-8):  # pi / 2; the first two times 4 are exact
+        x -= quarter.astype(jnp.float32) * part
+    # These are Cephes' sinf and cosf, from -pi / 4 to pi / 4.
+    z = x * x
+    sin = x + x * z * ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1)
+    cos = 1 - 0.5 * z + z * z * ((2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2)
+    odd = (quarter & 1) == 1
+    sin, cos = jnp.where(odd, cos, sin), jnp.where(odd, sin, cos)
+    return jnp.where((quarter & 2) == 0, sin, -sin), jnp.where(((quarter + 1) & 2) == 0, cos, -cos)

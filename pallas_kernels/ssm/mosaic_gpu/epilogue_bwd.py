@@ -3,8 +3,8 @@
     o_t = sum over ranks of out_rank n(y_t) act(gate gate_rank),   n(y) = norm y / rms(y),   act(g) = g sigmoid(g)
 
 Of one rank without a norm that is elementwise, and plain XLA; else one kernel over tiles of 64 rows, a row one rank of
-one token as in `scan`. A program has a part of the length of one head, and adds up the gradients of that head's weights
-in registers.
+one token as in `scan_fwd`. A program has a part of the length of one head, and adds up the gradients of that head's
+weights in registers.
 """
 
 from typing import NamedTuple
@@ -15,29 +15,37 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssm.contract import NORM_EPS
-from pallas_kernels.ssm.mosaic_gpu.chunk import token
-from pallas_kernels.ssm.mosaic_gpu.config import WIDTH, Tile
-from pallas_kernels.ssm.mosaic_gpu.launch import call
-from pallas_kernels.ssm.mosaic_gpu.registers import ROWS, TILE, of_ranks, of_tokens
-from pallas_kernels.ssm.mosaic_gpu.tiles import down, iota, load, product, tiled
+from pallas_kernels.ssm.contract import NORM_EPS, Weights
+from pallas_kernels.ssm.mosaic_gpu.tiles import (
+    ROWS,
+    TILE,
+    WIDTH,
+    HeadWeights,
+    Tile,
+    call,
+    down,
+    load,
+    of_ranks,
+    of_tokens,
+    ones_of_tokens,
+    product,
+    tiled,
+)
 
 PROGRAMS = 1024  # that are enough to take more chunks each
 SLOTS = 2  # chunks on their way
 
 
 class Epilogue(NamedTuple):
-    """What y goes through last; None: absent. Or the gradients of these."""
+    """What y goes through last, or the gradients of that; None: absent."""
 
     gate_BLHP: jax.Array | None
-    gate_rank_HRP: jax.Array | None
-    out_rank_HRP: jax.Array | None
-    norm_HP: jax.Array | None
+    weights: Weights  # gate_rank, out_rank and norm
 
 
 def epilogue_bwd(epilogue: Epilogue, y_BLHRP, do_BLHP, tile: Tile):
     """Returns dy_BLHRP, like y, and the gradients of `epilogue`."""
-    if tile.rank > 1 or epilogue.norm_HP is not None:
+    if tile.rank > 1 or epilogue.weights.norm_HP is not None:
         return _by_kernel(epilogue, y_BLHRP, do_BLHP, tile)
     return _of_one_rank(epilogue, y_BLHRP, do_BLHP)
 
@@ -49,61 +57,58 @@ def _of_one_rank(epilogue: Epilogue, y_BLHRP, do_BLHP):
         o_BLHP = y_BLHP.astype(jnp.float32)
         if epilogue.gate_BLHP is not None:
             gate_BLHP = epilogue.gate_BLHP.astype(jnp.float32)
-            if epilogue.gate_rank_HRP is not None:
-                gate_BLHP *= epilogue.gate_rank_HRP[:, 0]
+            if epilogue.weights.gate_rank_HRP is not None:
+                gate_BLHP *= epilogue.weights.gate_rank_HRP[:, 0]
             o_BLHP *= jax.nn.silu(gate_BLHP)
-        return o_BLHP if epilogue.out_rank_HRP is None else o_BLHP * epilogue.out_rank_HRP[:, 0]
+        return o_BLHP if epilogue.weights.out_rank_HRP is None else o_BLHP * epilogue.weights.out_rank_HRP[:, 0]
 
     dy_BLHP, gradients = jax.vjp(apply, y_BLHRP[:, :, :, 0], epilogue)[1](do_BLHP.astype(jnp.float32))
     return dy_BLHP[:, :, :, None], gradients
 
 
-class Inputs(NamedTuple):
-    """Rows of all heads side by side."""
+class EpilogueRefs(NamedTuple):
+    """What the kernel reads: rows of all heads side by side."""
 
     y_BLX: jax.Array
     do_BLX: jax.Array
     gate_BLX: jax.Array | None
-    gate_rank_HRP: jax.Array | None
-    out_rank_HRP: jax.Array | None
-    norm_H1P: jax.Array | None
+    weights: Weights  # gate_rank, out_rank, and the norm as (H, 1, P)
 
 
-class Outputs(NamedTuple):
-    """Gradients; those of the weights by split of the length and row of a tile, to be added up."""
+class WeightGradients(NamedTuple):
+    """Gradients of the weights by split of the length and row of a tile, to be added up."""
 
-    dy_BLX: jax.Array
-    dgate_BLX: jax.Array | None
     dgate_rank_BHZTP: jax.Array | None
     dout_rank_BHZTP: jax.Array | None
     dnorm_BHZTP: jax.Array | None
 
 
-class Shared(NamedTuple):
+class EpilogueOut(NamedTuple):
+    """What the kernel writes."""
+
+    dy_BLX: jax.Array
+    dgate_BLX: jax.Array | None
+    of_weights: WeightGradients
+
+
+class EpilogueShared(NamedTuple):
+    """Shared memory."""
+
     y_2TP: jax.Array
     do_2QP: jax.Array
     gate_2QP: jax.Array | None
     dy_TP: jax.Array
     dgate_TP: jax.Array | None
-    gate_rank_RP: jax.Array | None
-    out_rank_RP: jax.Array | None
-    norm_1P: jax.Array | None
-
-
-WEIGHTS = {"gate_rank_HRP": "gate_rank_RP", "out_rank_HRP": "out_rank_RP", "norm_H1P": "norm_1P"}
+    weights: HeadWeights
 
 
 def _by_kernel(epilogue: Epilogue, y_BLHRP, do_BLHP, tile: Tile):
+    """Runs the kernel, and adds up the gradients of the weights."""
     batch, length, n_heads, rank, _ = y_BLHRP.shape
     flat = lambda x: None if x is None else x.reshape(batch, length, -1)  # noqa: E731
-    inputs = Inputs(
-        y_BLX=flat(y_BLHRP),
-        do_BLX=flat(do_BLHP),
-        gate_BLX=flat(epilogue.gate_BLHP),
-        gate_rank_HRP=epilogue.gate_rank_HRP,
-        out_rank_HRP=epilogue.out_rank_HRP,
-        norm_H1P=None if epilogue.norm_HP is None else epilogue.norm_HP[:, None],
-    )
+    weights, norm_HP = epilogue.weights, epilogue.weights.norm_HP
+    weights = weights._replace(norm_HP=None if norm_HP is None else norm_HP[:, None])
+    refs = EpilogueRefs(y_BLX=flat(y_BLHRP), do_BLX=flat(do_BLHP), gate_BLX=flat(epilogue.gate_BLHP), weights=weights)
     n_chunks = length // tile.tokens
     splits = 1
     while n_chunks % (2 * splits) == 0 and batch * n_heads * splits < PROGRAMS:
@@ -111,40 +116,39 @@ def _by_kernel(epilogue: Epilogue, y_BLHRP, do_BLHP, tile: Tile):
     gated = epilogue.gate_BLHP is not None
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
     sums = jax.ShapeDtypeStruct((batch, n_heads, splits, ROWS, WIDTH), jnp.float32)
-    out = Outputs(
-        dy_BLX=like(inputs.y_BLX),
-        dgate_BLX=like(inputs.gate_BLX) if gated else None,
-        dgate_rank_BHZTP=None if epilogue.gate_rank_HRP is None else sums,
-        dout_rank_BHZTP=None if epilogue.out_rank_HRP is None else sums,
-        dnorm_BHZTP=None if epilogue.norm_HP is None else sums,
+    out = EpilogueOut(
+        dy_BLX=like(refs.y_BLX),
+        dgate_BLX=like(refs.gate_BLX) if gated else None,
+        of_weights=WeightGradients(
+            dgate_rank_BHZTP=None if weights.gate_rank_HRP is None else sums,
+            dout_rank_BHZTP=None if weights.out_rank_HRP is None else sums,
+            dnorm_BHZTP=None if norm_HP is None else sums,
+        ),
     )
-    weights = {
-        name: None if getattr(inputs, ref) is None else plgpu.SMEM((getattr(inputs, ref).shape[1], WIDTH), jnp.float32)
-        for ref, name in WEIGHTS.items()
-    }
-    shared = Shared(
+    shared = EpilogueShared(
         y_2TP=tiled(SLOTS, ROWS, WIDTH),
         do_2QP=tiled(SLOTS, tile.tokens, WIDTH),
         gate_2QP=tiled(SLOTS, tile.tokens, WIDTH) if gated else None,
         dy_TP=tiled(ROWS, WIDTH),
         dgate_TP=tiled(ROWS, WIDTH) if gated else None,
-        **weights,
+        weights=HeadWeights.memory(weights),
     )
-    n_weights = sum(x is not None for x in weights.values())
-    barriers = (
-        plgpu.Barrier(num_arrivals=rank + 1 + gated, num_barriers=SLOTS),
-        plgpu.Barrier(num_arrivals=max(1, n_weights)),
-    )
+    arrived = plgpu.Barrier(num_arrivals=rank + 1 + gated, num_barriers=SLOTS)
 
-    def kernel(refs: Inputs, out: Outputs, shared: Shared, arrived, weights_arrived):
-        how = {"arrived": arrived, "chunks": n_chunks // splits, "tile": tile}
-        program = _Program(refs=refs, out=out, shared=shared, **how)
-        if n_weights:
-            program.load_weights(weights_arrived)
+    def kernel(refs: EpilogueRefs, out: EpilogueOut, shared: EpilogueShared, arrived, weights_arrived):
+        program = EpilogueProgram(refs, out, shared, arrived, chunks=n_chunks // splits, tile=tile)
+        shared.weights.load(refs.weights, program.head, weights_arrived)()
         program.run()
 
-    grid = {"batch": batch, "split": splits, "head": n_heads}
-    out = call(kernel, "mamba3_mosaic_epilogue_bwd", inputs, out, (shared, *barriers), grid, tile.interpret)
+    out = call(
+        kernel,
+        name="mamba3_mosaic_epilogue_bwd",
+        operands=refs,
+        out=out,
+        scratch=(shared, arrived, shared.weights.barrier()),
+        grid={"batch": batch, "split": splits, "head": n_heads},
+        interpret=tile.interpret,
+    )
 
     def by_rank(sums_BHZTP):
         if sums_BHZTP is None:
@@ -154,54 +158,55 @@ def _by_kernel(epilogue: Epilogue, y_BLHRP, do_BLHP, tile: Tile):
 
     gradients = Epilogue(
         gate_BLHP=out.dgate_BLX.reshape(epilogue.gate_BLHP.shape) if gated else None,
-        gate_rank_HRP=by_rank(out.dgate_rank_BHZTP),
-        out_rank_HRP=by_rank(out.dout_rank_BHZTP),
-        norm_HP=None if out.dnorm_BHZTP is None else jnp.sum(out.dnorm_BHZTP, axis=(0, 2, 3)),
+        weights=Weights(
+            gate_rank_HRP=by_rank(out.of_weights.dgate_rank_BHZTP),
+            out_rank_HRP=by_rank(out.of_weights.dout_rank_BHZTP),
+            norm_HP=None if norm_HP is None else jnp.sum(out.of_weights.dnorm_BHZTP, axis=(0, 2, 3)),
+        ),
     )
     return out.dy_BLX.reshape(y_BLHRP.shape), gradients
 
 
-class _Program:
+class EpilogueProgram:
     """A part of the length of one head."""
 
-    def __init__(self, refs: Inputs, out: Outputs, shared: Shared, arrived, chunks: int, tile: Tile):
+    def __init__(self, refs: EpilogueRefs, out: EpilogueOut, shared: EpilogueShared, arrived, *, chunks, tile: Tile):
         self.refs, self.out, self.shared, self.arrived = refs, out, shared, arrived
-        self.chunks, self.tile, self.interpret = chunks, tile, tile.interpret is not None
+        self.chunks, self.tile, self.interpret = chunks, tile, tile.interpreted
         self.b, self.split, self.head = (lax.axis_index(name) for name in ("batch", "split", "head"))
 
     def tokens(self, index):
+        """Returns the tokens of a chunk."""
         return pl.ds((self.split * self.chunks + index) * self.tile.tokens, self.tile.tokens)
 
     def rows(self, rank: int):
+        """Returns the rows of a rank in a tile."""
         return pl.ds(rank * self.tile.tokens, self.tile.tokens)
 
-    def of_head(self, rank: int = 0, ranks: int = 1):
-        return pl.ds((self.head * ranks + rank) * WIDTH, WIDTH)
-
-    def load_weights(self, arrived):
-        for ref, name in WEIGHTS.items():
-            if getattr(self.refs, ref) is not None:
-                plgpu.copy_gmem_to_smem(getattr(self.refs, ref).at[self.head], getattr(self.shared, name), arrived)
-        plgpu.barrier_wait(arrived)
+    def of_head(self, tokens, rank: int = 0, ranks: int = 1):
+        """Returns where the entries of the head (of a rank of it) are for these tokens."""
+        return self.b, tokens, pl.ds((self.head * ranks + rank) * WIDTH, WIDTH)
 
     def fetch(self, index, slot):
-        refs, shared, arrived, at = self.refs, self.shared, self.arrived.at[slot], (self.b, self.tokens(index))
+        """Starts the copies of a chunk's y, do and gate."""
+        refs, shared, tokens, arrived = self.refs, self.shared, self.tokens(index), self.arrived.at[slot]
         for rank in range(self.tile.rank):
-            y_QP = refs.y_BLX.at[(*at, self.of_head(rank, self.tile.rank))]
+            y_QP = refs.y_BLX.at[self.of_head(tokens, rank, self.tile.rank)]
             plgpu.copy_gmem_to_smem(y_QP, shared.y_2TP.at[slot].at[self.rows(rank)], arrived)
-        plgpu.copy_gmem_to_smem(refs.do_BLX.at[(*at, self.of_head())], shared.do_2QP.at[slot], arrived)
+        plgpu.copy_gmem_to_smem(refs.do_BLX.at[self.of_head(tokens)], shared.do_2QP.at[slot], arrived)
         if refs.gate_BLX is not None:
-            plgpu.copy_gmem_to_smem(refs.gate_BLX.at[(*at, self.of_head())], shared.gate_2QP.at[slot], arrived)
+            plgpu.copy_gmem_to_smem(refs.gate_BLX.at[self.of_head(tokens)], shared.gate_2QP.at[slot], arrived)
 
     def run(self):
+        """Stores all gradients, those of the weights at the end."""
         for index in range(min(SLOTS, self.chunks)):
             self.fetch(index, index)
-        names = [name for name in Outputs._fields[2:] if getattr(self.out, name) is not None]
         zeros_TP = jnp.zeros((ROWS, WIDTH), jnp.float32)
         zeros_TP = zeros_TP if self.interpret else plgpu.layout_cast(zeros_TP, TILE)
-        sums = lax.fori_loop(0, self.chunks, self.chunk, dict.fromkeys(names, zeros_TP))
-        for name, sum_TP in sums.items():
-            getattr(self.out, name).at[self.b, self.head, self.split][...] = sum_TP
+        sums = jax.tree.map(lambda _: zeros_TP, self.out.of_weights)
+        sums = lax.fori_loop(0, self.chunks, self.chunk, sums)
+        for ref, sum_TP in zip(jax.tree.leaves(self.out.of_weights), jax.tree.leaves(sums), strict=True):
+            ref.at[self.b, self.head, self.split][...] = sum_TP
         plgpu.wait_smem_to_gmem(0)
 
     def weight(self, ref_RP, x_TP):
@@ -210,58 +215,57 @@ class _Program:
 
     def normalized(self, y_TP):
         """Returns y / rms(y), and 1 / rms(y) of every row; without a norm y, and None."""
-        if self.shared.norm_1P is None:
+        if self.shared.weights.norm_1P is None:
             return y_TP, None
         inverse_T = lax.rsqrt(jnp.sum(jnp.square(y_TP), axis=1) * (1 / self.tile.width) + NORM_EPS)
         return y_TP * down(inverse_T, WIDTH), inverse_T
 
-    def chunk(self, index, sums):
+    def chunk(self, index, sums: WeightGradients) -> WeightGradients:
         """Stores the gradients of a chunk, and returns the sums with its part."""
-        shared, interpret, sums = self.shared, self.interpret, dict(sums)
+        shared, weights, interpret = self.shared, self.shared.weights, self.interpret
         slot = lax.rem(index, jnp.int32(SLOTS))
         plgpu.barrier_wait(self.arrived.at[slot])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the copies of the last chunk's gradients are done
         unit_TP, inverse_T = self.normalized(load(shared.y_2TP.at[slot], TILE, interpret).astype(jnp.float32))
         do_TP = of_tokens(shared.do_2QP.at[slot], interpret).astype(jnp.float32)
-        dn_TP = do_TP  # of n(y)
+        dn_TP = do_TP  # the gradient of n(y), here and below
         if shared.gate_2QP is not None:
             gate_TP = of_tokens(shared.gate_2QP.at[slot], interpret).astype(jnp.float32)
-            scaled_TP = self.weight(shared.gate_rank_RP, gate_TP)
+            scaled_TP = self.weight(weights.gate_rank_RP, gate_TP)
             sigmoid_TP = 0.5 + 0.5 * jnp.tanh(0.5 * scaled_TP)
             act_TP = scaled_TP * sigmoid_TP
             dn_TP = do_TP * act_TP
-            of_act_TP = do_TP * self.weight(shared.norm_1P, unit_TP)
-            dscaled_TP = self.weight(shared.out_rank_RP, of_act_TP) * (sigmoid_TP + act_TP * (1 - sigmoid_TP))
-            shared.dgate_TP[...] = self.weight(shared.gate_rank_RP, dscaled_TP).astype(jnp.bfloat16)
-            if "dgate_rank_BHZTP" in sums:
-                sums["dgate_rank_BHZTP"] += dscaled_TP * gate_TP
-        if "dout_rank_BHZTP" in sums:
-            sums["dout_rank_BHZTP"] += dn_TP * self.weight(shared.norm_1P, unit_TP)
-        dn_TP = self.weight(shared.out_rank_RP, dn_TP)
+            of_act_TP = do_TP * self.weight(weights.norm_1P, unit_TP)
+            dscaled_TP = self.weight(weights.out_rank_RP, of_act_TP) * (sigmoid_TP + act_TP * (1 - sigmoid_TP))
+            shared.dgate_TP[...] = self.weight(weights.gate_rank_RP, dscaled_TP).astype(jnp.bfloat16)
+            if weights.gate_rank_RP is not None:
+                sums = sums._replace(dgate_rank_BHZTP=sums.dgate_rank_BHZTP + dscaled_TP * gate_TP)
+        if weights.out_rank_RP is not None:
+            dout_rank_TP = dn_TP * self.weight(weights.norm_1P, unit_TP)
+            sums = sums._replace(dout_rank_BHZTP=sums.dout_rank_BHZTP + dout_rank_TP)
+        dn_TP = self.weight(weights.out_rank_RP, dn_TP)
         if inverse_T is not None:
-            sums["dnorm_BHZTP"] += dn_TP * unit_TP
-            dn_TP = self.weight(shared.norm_1P, dn_TP)
+            sums = sums._replace(dnorm_BHZTP=sums.dnorm_BHZTP + dn_TP * unit_TP)
+            dn_TP = self.weight(weights.norm_1P, dn_TP)
             mean_T = jnp.sum(dn_TP * unit_TP, axis=1) * (1 / self.tile.width)
             dn_TP = (dn_TP - unit_TP * down(mean_T, WIDTH)) * down(inverse_T, WIDTH)
         shared.dy_TP[...] = dn_TP.astype(jnp.bfloat16)
-        plgpu.commit_smem()  # and all have read the slot
+        plgpu.commit_smem()  # every warp has also read the slot
         pl.when(index + SLOTS < self.chunks)(lambda: self.fetch(index + SLOTS, slot))
         self.store(index)
         return sums
 
     def store(self, index):
-        shared, out, at = self.shared, self.out, (self.b, self.tokens(index))
+        """Starts the copies of a chunk's gradients out of shared memory."""
+        shared, out, tokens = self.shared, self.out, self.tokens(index)
         for rank in range(self.tile.rank):
-            to_QP = out.dy_BLX.at[(*at, self.of_head(rank, self.tile.rank))]
+            to_QP = out.dy_BLX.at[self.of_head(tokens, rank, self.tile.rank)]
             plgpu.copy_smem_to_gmem(shared.dy_TP.at[self.rows(rank)], to_QP)
         if shared.dgate_TP is None:
             return
         if self.tile.rank > 1:
-            # Ranks are in different warps: a product with ones adds them up.
-            token_TT = [token(iota(axis, self.interpret), self.tile) for axis in (0, 1)]
-            ones_TT = jnp.where(token_TT[0] == token_TT[1], 1.0, 0.0).astype(jnp.bfloat16)
-            sum_TP = product(ones_TT, shared.dgate_TP, WIDTH, self.interpret)
+            sum_TP = product(ones_of_tokens(self.tile), shared.dgate_TP, WIDTH, self.interpret)
             plgpu.commit_smem()
             shared.dgate_TP[...] = sum_TP.astype(jnp.bfloat16)
             plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(shared.dgate_TP.at[self.rows(0)], out.dgate_BLX.at[(*at, self.of_head())])
+        plgpu.copy_smem_to_gmem(shared.dgate_TP.at[self.rows(0)], out.dgate_BLX.at[self.of_head(tokens)])

@@ -9,73 +9,99 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.ssm.contract import Weights
 from pallas_kernels.ssm.mosaic_gpu.bwd import (
-    Barriers,
-    Inputs,
-    Program,
-    Shared,
+    GradientBarriers,
+    GradientProgram,
+    GradientRefs,
+    GradientShared,
     call,
     checkpoints,
     dphi_dtype,
     sizes_of,
     values,
 )
-from pallas_kernels.ssm.mosaic_gpu.chunk import GAMMA, KAPPA, SHIFTED, Decay
-from pallas_kernels.ssm.mosaic_gpu.config import WIDTH, Tile
-from pallas_kernels.ssm.mosaic_gpu.contract import Sizes
-from pallas_kernels.ssm.mosaic_gpu.registers import ROWS, TILE, of_ranks, of_tokens
-from pallas_kernels.ssm.mosaic_gpu.tiles import Transposed, down, load, product, product_into, products
+from pallas_kernels.ssm.mosaic_gpu.tiles import (
+    ROWS,
+    TILE,
+    WIDTH,
+    Decay,
+    Sizes,
+    Tile,
+    Transposed,
+    down,
+    load,
+    of_ranks,
+    of_tokens,
+    product,
+    product_into,
+    products,
+    same_token,
+)
+
+# What is stored of every row: three gradients, and k . dk, which is outgoing to earlier tokens.
+ROWS_BWD = ("dkappa", "dgamma", "dskip", "outgoing")
 
 
-class Key(NamedTuple):
-    """Gradients of keys and values. All None but the state's: what a split demands of the state before."""
+class KeyGradients(NamedTuple):
+    """What the kernel writes; for `state_bwd`, the state's gradient alone."""
 
-    dk_BHLRN: jax.Array | None
-    dphi_BHLS: jax.Array | None
-    dv_BLHP: jax.Array | None
-    drows_BHCXT: jax.Array | None  # of a row: dkappa, dgamma, the skip's, and k . dk, which it gives
-    dv_rank_BHZTP: jax.Array | None
-    dh_BHZAPN: jax.Array | None  # bfloat16, as `Query`, but for the first
-    dh_BHZPN: jax.Array  # float32, of the state before every split
+    dk_BHLRN: jax.Array | None = None
+    dphi_BHLS: jax.Array | None = None
+    dv_BLHP: jax.Array | None = None
+    rows_BHCXT: jax.Array | None = None  # `ROWS_BWD`
+    dv_rank_BHZTP: jax.Array | None = None
+    dh_BHZAPN: jax.Array | None = None  # bfloat16, at every checkpoint but the first
+    dh_BHZPN: jax.Array | None = None  # float32, of the state before every split
 
 
-def key(inputs: Inputs, tile: Tile, *, only_state: bool = False, exact: bool = False) -> Key:
-    """Returns the gradients of keys, values and states.
+def key_bwd(refs: GradientRefs, tile: Tile, *, exact: bool) -> KeyGradients:
+    """Returns the gradients of keys, values and states; h of `refs` is the gradient of the state after every split.
 
     Args:
-        inputs: h is the gradient of the state after every split.
-        only_state: leave out all gradients but the state's.
         exact: of keys, take in what rounding dh to bfloat16 leaves out.
     """
-    batch, length, rank, _, d_state = inputs.q_BLRGN.shape
-    sizes = sizes_of(inputs, tile)
+    batch, length, rank, _, d_state = refs.tokens.q_BLRGN.shape
+    sizes = sizes_of(refs, tile)
     shape, rows = jax.ShapeDtypeStruct, batch * sizes.heads
     heads = (batch, sizes.heads, tile.splits)
-    if only_state:
-        inputs = inputs._replace(k_BLRGN=None, v_BLHP=None, k_bias_HRN=None, v_rank_HRP=None, skip_H=None)
-        out = Key(**dict.fromkeys(Key._fields) | {"dh_BHZPN": shape((*heads, WIDTH, d_state), jnp.float32)})
-        return call(_kernel, "mamba3_mosaic_splits_bwd", inputs, out, sizes, tile, query=False)
     stored = max(1, checkpoints(sizes, tile) - 1)
-    out = Key(
+    out = KeyGradients(
         dk_BHLRN=shape((rows, length, rank * d_state), jnp.bfloat16),
-        dphi_BHLS=shape((rows, length, sizes.planes), dphi_dtype(tile)) if sizes.planes else None,
+        dphi_BHLS=shape((rows, length, sizes.pairs), dphi_dtype(tile)) if sizes.pairs else None,
         dv_BLHP=shape((batch, length, sizes.heads * WIDTH), jnp.bfloat16),
-        drows_BHCXT=shape((rows * length // tile.tokens, 4, ROWS), jnp.float32),
+        rows_BHCXT=shape((rows * length // tile.tokens, len(ROWS_BWD), ROWS), jnp.float32),
         dv_rank_BHZTP=shape((*heads, ROWS, WIDTH), jnp.float32) if rank > 1 else None,
         dh_BHZAPN=shape((*heads, stored, WIDTH, d_state), jnp.bfloat16),
         dh_BHZPN=shape((*heads, WIDTH, d_state), jnp.float32),
     )
     kernel = functools.partial(_kernel, exact=exact)
-    return call(kernel, "mamba3_mosaic_key_gradient", inputs, out, sizes, tile, query=False)
+    how = {"tile": tile, "query": False, "rows": len(ROWS_BWD)}
+    return call(kernel, name="mamba3_mosaic_key_gradient", refs=refs, out=out, **how)
+
+
+def state_bwd(refs: GradientRefs, tile: Tile):
+    """Returns what every split adds to the gradient of the state before it, dh_BHZPN; h of `refs` is zeros."""
+    tokens = refs.tokens._replace(k_BLRGN=None, v_BLHP=None)
+    refs = refs._replace(tokens=tokens, weights=Weights(q_bias_HRN=refs.weights.q_bias_HRN))
+    out = KeyGradients(dh_BHZPN=jax.ShapeDtypeStruct(refs.h_BHZPN.shape, jnp.float32))
+    return call(_kernel, name="mamba3_mosaic_splits_bwd", refs=refs, out=out, tile=tile, query=False).dh_BHZPN
 
 
 def _kernel(
-    refs: Inputs, out: Key, shared: Shared, barriers: Barriers, *, sizes: Sizes, tile: Tile, exact: bool = False
+    refs: GradientRefs,
+    out: KeyGradients,
+    shared: GradientShared,
+    barriers: GradientBarriers,
+    *,
+    sizes: Sizes,
+    tile: Tile,
+    exact: bool = False,
 ):
-    program = Program(refs=refs, shared=shared, barriers=barriers, sizes=sizes, tile=tile)
-    chunks, interpret = sizes.chunks, program.interpret
-    only_state = refs.k_BLRGN is None
-    head_arrived = program.load_head()
+    program = GradientProgram(refs, shared, barriers, sizes=sizes, tile=tile)
+    chunks, weights, interpret = sizes.chunks, shared.weights, program.interpret
+    only_state = refs.tokens.k_BLRGN is None
+    head_arrived = weights.load(refs.weights, program.head, barriers.head)
     program.load_k(chunks - 1)
     program.load_q(chunks - 1)
     program.load_values(chunks - 1)
@@ -90,11 +116,11 @@ def _kernel(
         rotation = program.rotation(0)
         if not only_state:
             plgpu.barrier_wait(barriers.k)
-            if rotation.changes(shared.k_bias_RN):
-                k_TN[...] = rotation.apply(k_TN, shared.k_bias_RN)
+            if rotation.changes(weights.k_bias_RN):
+                k_TN[...] = rotation.apply(k_TN, weights.k_bias_RN)
         plgpu.barrier_wait(barriers.q)
-        if rotation.changes(shared.q_bias_RN):
-            q_TN[...] = rotation.apply(q_TN, shared.q_bias_RN)
+        if rotation.changes(weights.q_bias_RN):
+            q_TN[...] = rotation.apply(q_TN, weights.q_bias_RN)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last chunk's copies out of shared memory are done
         if not only_state:
             # dh waits in two halves, good to 2^-17, until all else is done: registers are few.
@@ -104,19 +130,20 @@ def _kernel(
         plgpu.commit_smem()
         if not only_state:
             program.store_checkpoint(out.dh_BHZAPN, index + 1)
-            dk_pairs, dv_ref = _values_bwd(program, decay)
+            weighted_TP, mixed_TT, dv_ref = _values_bwd(program, decay)
+            dk_pairs = [(weighted_TP, shared.h_PN), (mixed_TT, q_TN)]
             if exact:
-                dk_pairs.append((dk_pairs[0][0], shared.low_PN))
+                dk_pairs.append((weighted_TP, shared.low_PN))
         dy_TP = load(shared.dy_TP, TILE, interpret).astype(jnp.float32) * down(decay.decay_from_start_T(), WIDTH)
         shared.dy_TP[...] = dy_TP.astype(jnp.bfloat16)
         plgpu.commit_smem()
         if not only_state:
-            to_QP = out.dv_BLHP.at[program.batch, program.tokens(index), pl.ds(program.head * WIDTH, WIDTH)]
-            plgpu.copy_smem_to_gmem(dv_ref.at[program.rows(0)], to_QP)
+            plgpu.copy_smem_to_gmem(dv_ref.at[program.rows(0)], out.dv_BLHP.at[program.of_head(program.tokens(index))])
 
             def rotated_back(dk):
                 dk_TN, rotated_TN = dk(), load(k_TN, TILE, interpret)
-                shared.rows_XT.at[3][...] = jnp.sum(rotated_TN.astype(jnp.float32) * dk_TN, axis=1)
+                outgoing_T = jnp.sum(rotated_TN.astype(jnp.float32) * dk_TN, axis=1)
+                shared.rows_XT.at[ROWS_BWD.index("outgoing")][...] = outgoing_T
                 return program.rotation(0).inverse(dk_TN, rotated_TN)
 
             dk_TN, dphi_TS = products([(sizes.d_state, *dk_pairs)], interpret, rotated_back)
@@ -138,7 +165,7 @@ def _kernel(
             program.load_q(index - 1)
 
         if not only_state:
-            plgpu.copy_smem_to_gmem(shared.rows_XT, out.drows_BHCXT.at[program.chunk_of_row(index)])
+            plgpu.copy_smem_to_gmem(shared.rows_XT, out.rows_BHCXT.at[program.chunk_of_row(index)])
             program.store_rows(shared.h_PN, out.dk_BHLRN, index)
             if tile.rank == 1:
                 plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # dv's copy is done, the others may still run
@@ -157,47 +184,48 @@ def _kernel(
     plgpu.wait_smem_to_gmem(0)
 
 
-def _values_bwd(program: Program, decay: Decay):
-    """Stores the gradients of a chunk's values and scalars in shared memory; returns what the keys' gradient sums.
+def _values_bwd(program: GradientProgram, decay: Decay):
+    """Stores the gradients of a chunk's values and scalars in shared memory, and returns where those of values are.
 
-    What can be loaded or computed again is: registers are few. All products with dy are done at the end.
+    Returns before it what multiplies dh and the queries in the keys' gradient. It loads and computes again what it can,
+    as registers are few. All products with dy are done at its end.
     """
     shared, interpret, ranked = program.shared, program.interpret, program.tile.rank > 1
     q_TN, k_TN = shared.q_TN, shared.k_TN
 
     def weighted(score, mixed):
-        """Returns weights of outputs for values and of values for keys inside the chunk, and a token's own score."""
-        later_TT, own_TT = decay.later_TT(), decay.own_TT()
+        """Returns weights of outputs for values and of values for keys inside the chunk, and the diagonal's scores."""
+        later_TT, diagonal_TT = decay.later_TT(), same_token(program.tile)
         score_TT = score()
-        own_score_TT = jnp.where(own_TT, score_TT, 0.0)
-        own = own_score_TT.astype(jnp.bfloat16) if ranked else jnp.sum(own_score_TT, axis=1)
+        diagonal_score_TT = jnp.where(diagonal_TT, score_TT, 0.0)
+        diagonal = diagonal_score_TT.astype(jnp.bfloat16) if ranked else jnp.sum(diagonal_score_TT, axis=1)
         score_TT = (score_TT * later_TT).astype(jnp.bfloat16)
-        weight_TT = jnp.where(own_TT, down(decay.rows(GAMMA), ROWS), later_TT * down(decay.rows(KAPPA), ROWS))
-        return score_TT, (mixed() * weight_TT).astype(jnp.bfloat16), own
+        weight_TT = jnp.where(diagonal_TT, down(decay.rows("gamma"), ROWS), later_TT * down(decay.rows("kappa"), ROWS))
+        return score_TT, (mixed() * weight_TT).astype(jnp.bfloat16), diagonal
 
     sums = [(ROWS, (k_TN, Transposed(q_TN))), (ROWS, (values(program).astype(jnp.bfloat16), Transposed(shared.dy_TP)))]
-    score_TT, mixed_TT, own = products(sums, interpret, weighted)
+    score_TT, mixed_TT, diagonal = products(sums, interpret, weighted)
 
     dlater_TP = product(k_TN, Transposed(shared.h_PN), WIDTH, interpret) * down(decay.decay_to_end_T(), WIDTH)
-    sums = [(dlater_TP, (score_TT, shared.dy_TP))] + [(WIDTH, (own, shared.dy_TP))] * ranked
+    sums = [(dlater_TP, (score_TT, shared.dy_TP))] + [(WIDTH, (diagonal, shared.dy_TP))] * ranked
 
-    def summed(dlater, down_=None):
+    def summed(dlater, diagonal_product=None):
         dy_TP, x_TP = load(shared.dy_TP, TILE, interpret).astype(jnp.float32), values(program)
         dskip_T = jnp.sum(x_TP * dy_TP, axis=1)
         dx_TP = dlater()
         dkappa_T = jnp.sum(x_TP * dx_TP, axis=1)
-        dx_TP *= down(decay.rows(KAPPA), WIDTH)
+        dx_TP *= down(decay.rows("kappa"), WIDTH)
         if ranked:
-            own_TP = down_()
-            dgamma_T = jnp.sum(x_TP * own_TP, axis=1)
+            diagonal_TP = diagonal_product()
+            dgamma_T = jnp.sum(x_TP * diagonal_TP, axis=1)
         else:
-            own_TP, dgamma_T = down(own, WIDTH) * dy_TP, own * dskip_T
-        dx_TP += down(decay.rows(GAMMA), WIDTH) * own_TP
-        if program.refs.skip_H is not None:
-            dx_TP += program.refs.skip_H[program.head] * dy_TP
-        for place, row_T in enumerate((dkappa_T, dgamma_T, dskip_T)):
-            shared.rows_XT.at[place][...] = row_T
-        return dx_TP, (x_TP * down(decay.decay_to_end_T(SHIFTED), WIDTH)).astype(jnp.bfloat16)
+            diagonal_TP, dgamma_T = down(diagonal, WIDTH) * dy_TP, diagonal * dskip_T
+        dx_TP += down(decay.rows("gamma"), WIDTH) * diagonal_TP
+        if program.refs.weights.skip_H is not None:
+            dx_TP += program.refs.weights.skip_H[program.head] * dy_TP
+        for name, row_T in (("dkappa", dkappa_T), ("dgamma", dgamma_T), ("dskip", dskip_T)):
+            shared.rows_XT.at[ROWS_BWD.index(name)][...] = row_T
+        return dx_TP, (x_TP * down(decay.decay_to_end_T("shifted"), WIDTH)).astype(jnp.bfloat16)
 
     dx_TP, weighted_TP = products(sums, interpret, summed)
     dv_ref = shared.v_QP
@@ -205,9 +233,9 @@ def _values_bwd(program: Program, decay: Decay):
         dv_rank_TP = dx_TP * of_tokens(shared.v_QP, interpret).astype(jnp.float32)
         shared.dv_rank_TP[...] = load(shared.dv_rank_TP, TILE, interpret) + dv_rank_TP
         dv_ref = shared.x_TP
-        dv_ref[...] = (dx_TP * of_ranks(shared.v_rank_RP, interpret)).astype(jnp.bfloat16)
+        dv_ref[...] = (dx_TP * of_ranks(shared.weights.v_rank_RP, interpret)).astype(jnp.bfloat16)
         dx_TP = program.over_ranks(dv_ref)
     else:
         plgpu.commit_smem()
     dv_ref[...] = dx_TP.astype(jnp.bfloat16)
-    return [(weighted_TP, shared.h_PN), (mixed_TT, q_TN)], dv_ref
+    return weighted_TP, mixed_TT, dv_ref

@@ -1,11 +1,11 @@
-"""The cumulative angle of every token and head, for `scan`: phi_t = phi_{t-1} + angle_t dt_t, in 2^-16 turns.
+"""The cumulative angle of every token and head, for `scan_fwd`: phi_t = phi_{t-1} + angle_t dt_t, in 2^-16 turns.
 
 Two kernels: `sums` adds up the increments of every chunk to 2^-47 of themselves, `phase` the tokens of a chunk to 2^-24
 from where plain XLA says that the chunk starts. Sums are of 32-bit fractions of a turn, exact in any order, and are
 rounded at the end: to 5e-5 rad, where bfloat16 queries and keys have 2e-3 of themselves.
 
-A thread has all tokens of a plane of one head, so sums over tokens stay in its registers, see
-`registers.planes_of_heads`. A program has a chunk of a block of heads, as many at a time as there are warps for.
+A thread has all tokens of a rotary pair of one head, so sums over tokens stay in its registers, see `layout_of`. A
+program has a chunk of a block of heads, as many at a time as there are warps for.
 """
 
 import math
@@ -13,17 +13,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssm.angle import INVERSE_TURN, before_chunks, head, to_fraction, to_radians, turns_in_pieces
-from pallas_kernels.ssm.gradients import documents_in_chunks
-from pallas_kernels.ssm.mosaic_gpu.launch import call
-from pallas_kernels.ssm.mosaic_gpu.registers import laid_out, planes_of_heads, running_sum
-from pallas_kernels.ssm.mosaic_gpu.tiles import load
+from pallas_kernels.ssm.decay import documents_in_chunks
+from pallas_kernels.ssm.mosaic_gpu.tiles import LANES, WARPS, call, fragments, load
 
-CHUNK = 32  # tokens, at most: of which the multiples of `COARSE` still add up exactly
+CHUNK = 32  # tokens at most, whose multiples of `COARSE` still add up exactly
 COARSE = 2.0**-18  # of which 96 numbers below 1/2 add up exactly in float32
 BLOCK = 32  # heads of a program, at most
 COPIED = 128  # bytes of which the copy engine takes multiples
@@ -35,7 +34,7 @@ class Grid:
 
     def __init__(self, angle_BELS, dt_BHL, splits: int = 1):
         self.batch, self.heads, length = dt_BHL.shape
-        self.planes, self.shared_angle = angle_BELS.shape[-1], angle_BELS.shape[1] == 1
+        self.pairs, self.shared_angle = angle_BELS.shape[-1], angle_BELS.shape[1] == 1
         self.tokens = math.gcd(length // splits, CHUNK)  # no chunk lies in two splits
         self.chunks = length // self.tokens
         self.at_once = math.gcd(self.heads, 4)
@@ -43,15 +42,16 @@ class Grid:
         sizes = [size for size in (1, 2, 4, 8, 16, 32) if self.heads % (size * self.at_once) == 0]
         self.groups = max(size for size in sizes if size == 1 or size * self.at_once <= min(BLOCK, most))
         self.block = self.groups * self.at_once
-        self.layout = planes_of_heads(self.at_once, self.planes)
+        self.layout = layout_of(self.at_once, self.pairs)
 
     @property
     def programs(self) -> dict[str, int]:
+        """Returns the grid."""
         return {"batch": self.batch, "chunk": self.chunks, "block": self.heads // self.block}
 
     def of_angle(self):
         """Returns the shared memory of a chunk's angles."""
-        return plgpu.SMEM((1 if self.shared_angle else self.block, self.tokens, self.planes), jnp.float32)
+        return plgpu.SMEM((1 if self.shared_angle else self.block, self.tokens, self.pairs), jnp.float32)
 
     def of_dt(self):
         """Returns the shared memory of a block's dt; None where it is too small for the copy engine."""
@@ -60,7 +60,7 @@ class Grid:
         return plgpu.SMEM((self.block, self.tokens), jnp.float32)
 
 
-class Program:
+class AngleProgram:
     """Which part of the arrays one program works on."""
 
     def __init__(self, grid: Grid, interpret):
@@ -69,7 +69,7 @@ class Program:
         self.heads = pl.ds(block * grid.block, grid.block)
         self.tokens = pl.ds(self.c * grid.tokens, grid.tokens)
         self.angle_heads = pl.ds(0, 1) if grid.shared_angle else self.heads
-        self.shape = (grid.at_once, grid.tokens, grid.planes)
+        self.shape = (grid.at_once, grid.tokens, grid.pairs)
 
     def load_dt(self, from_BHL, to_HT, arrived):
         """Starts the copy of the block's dt, and returns where to read it."""
@@ -87,7 +87,7 @@ class Program:
         """Returns the heads of a group, as the arrays count them."""
         return pl.ds(self.heads.start + group * self.grid.at_once, self.grid.at_once)
 
-    def over_planes(self, ref_HT, group):
+    def over_pairs(self, ref_HT, group):
         """Loads one number a token and head."""
         x_HT = load(ref_HT.at[self.at_once(group)], self.grid.layout.reduce(2), self.interpret, optimized=False)
         return self.laid_out(x_HT, 0, 1)
@@ -105,17 +105,19 @@ class Program:
         return self.laid_out(load(ref_ETS.at[0], layout.reduce(0), self.interpret, optimized=False), 1, 2)
 
     def laid_out(self, x, *dimensions):
-        return laid_out(x, self.shape, dimensions, self.grid.layout, self.interpret)
+        """Broadcasts x, whose axes these are, over a group of heads, its tokens and its pairs."""
+        x = lax.broadcast_in_dim(x, self.shape, dimensions)
+        return x if self.interpret else plgpu.layout_cast(x, self.grid.layout)
 
 
-def phase(angle_BLHS, dt_BHL, first_BHS, document_BL, interpret):
+def phase(*, angle_BLHS, dt_BHL, first_BHS, document_BL, interpret):
     """Returns phase_BHLS, int16, and the last angle in radians, in [0, 2 pi).
 
     Args:
         angle_BLHS: radians per unit dt; the H axis may be 1.
         first_BHS: radians: the angle before the row.
         document_BL: document starts in the row up to each token; None: one document.
-        interpret: see `launch.call`.
+        interpret: see `tiles.call`.
     """
     angle_BELS = jnp.swapaxes(angle_BLHS, 1, 2)
     grid = Grid(angle_BELS, dt_BHL)
@@ -152,11 +154,11 @@ def _sums(grid: Grid, angle_BELS, dt_BHL, *, in_last_BL, interpret):
     A float32 product would be off by 2^-25 of itself, the same way at every token of a constant input: 1e-2 rad after a
     million tokens.
     """
-    inputs = Increments(angle_BELS=angle_BELS, dt_BHL=dt_BHL, in_last_BL=in_last_BL)
+    increments = Increments(angle_BELS=angle_BELS, dt_BHL=dt_BHL, in_last_BL=in_last_BL)
     pieces, of_dt = Pieces(**dict.fromkeys(Pieces._fields, grid.of_angle())), grid.of_dt()
 
     def kernel(refs: Increments, out_BHCS, pieces: Pieces, of_dt_HT, arrived):
-        program = Program(grid, interpret)
+        program = AngleProgram(grid, interpret)
         b, tokens = program.b, program.tokens
         plgpu.copy_gmem_to_smem(refs.angle_BELS.at[b, program.angle_heads, tokens], pieces.tail_ETS, arrived)
         dt_HT = program.load_dt(refs.dt_BHL, of_dt_HT, arrived)
@@ -168,20 +170,21 @@ def _sums(grid: Grid, angle_BELS, dt_BHL, *, in_last_BL, interpret):
         plgpu.commit_smem()
 
         def group(index, _):
-            sum_HS = _sum_of_group(pieces, dt_HT, in_last_T, program, index)
+            sum_HS = _sum_of_group(pieces, dt_HT, program, index, in_last_T=in_last_T)
             out_BHCS.at[b, program.of_heads(index), program.c][...] = sum_HS
 
         lax.fori_loop(0, grid.groups, group, None)
 
-    out = jax.ShapeDtypeStruct((grid.batch, grid.heads, grid.chunks, grid.planes), jnp.int32)
+    out = jax.ShapeDtypeStruct((grid.batch, grid.heads, grid.chunks, grid.pairs), jnp.int32)
     scratch = pieces, of_dt, plgpu.Barrier(num_arrivals=1 + (of_dt is not None))
-    return call(kernel, "mamba3_mosaic_angles", inputs, out, scratch, grid.programs, interpret)
+    how = {"out": out, "scratch": scratch, "grid": grid.programs, "interpret": interpret}
+    return call(kernel, name="mamba3_mosaic_angles", operands=increments, **how)
 
 
-def _sum_of_group(pieces: Pieces, dt_HT, in_last_T, program: Program, index):
+def _sum_of_group(pieces: Pieces, dt_HT, program: AngleProgram, index, *, in_last_T):
     """Returns the chunk's sum for one group of heads; products of two numbers of 12 bits are exact."""
     interpret = program.interpret
-    dt_HTS = program.over_planes(dt_HT, index)
+    dt_HTS = program.over_pairs(dt_HT, index)
     if in_last_T is not None:
         dt_HTS = jnp.where(program.over_heads(in_last_T) == 0, 0.0, dt_HTS)
     head_HTS, middle_HTS, tail_HTS = (program.angle(piece_ETS, index) for piece_ETS in pieces)
@@ -196,14 +199,14 @@ def _sum_of_group(pieces: Pieces, dt_HT, in_last_T, program: Program, index):
     more_HS = _rounded(small_HS, COARSE, interpret)
     coarse_HS, small_HS = coarse_HS + more_HS, small_HS - more_HS
     coarse_HS -= _rounded(coarse_HS, 1.0, interpret)
-    # Rounded, not cut off: the same error at every chunk would add up.
+    # It is rounded, not cut off: the same error at every chunk would add up.
     small_HS = _rounded(small_HS * 2.0**32, 1.0, interpret).astype(jnp.int32)
     return (coarse_HS * (1 / COARSE)).astype(jnp.int32) * round(2.0**32 * COARSE) + small_HS
 
 
 def _rounded(x, step: float, interpret: bool):
     """Rounds to a multiple of a power of two, |x| < 2^22 steps, by two sums: Mosaic has no floor."""
-    if interpret:  # XLA takes one sum out of two
+    if interpret:  # XLA would make one sum of the two
         return jnp.round(x / step) * step
     shift = 1.5 * 2.0**23 * step
     return (x + shift) - shift
@@ -220,12 +223,12 @@ class Angles(NamedTuple):
 
 def _phase(grid: Grid, angle_BELS, dt_BHL, start_BHCS, *, goes_on_BL, interpret):
     """Returns the angle at every token, from those before every chunk."""
-    inputs = Angles(angle_BELS=angle_BELS, dt_BHL=dt_BHL, start_BHCS=start_BHCS, goes_on_BL=goes_on_BL)
+    angles = Angles(angle_BELS=angle_BELS, dt_BHL=dt_BHL, start_BHCS=start_BHCS, goes_on_BL=goes_on_BL)
     shared = Angles(angle_BELS=grid.of_angle(), dt_BHL=grid.of_dt(), start_BHCS=None, goes_on_BL=None)
-    leaving = plgpu.SMEM((grid.at_once, grid.tokens, grid.planes), jnp.int16)
+    leaving = plgpu.SMEM((grid.at_once, grid.tokens, grid.pairs), jnp.int16)
 
     def kernel(refs: Angles, out_BHLS, shared: Angles, leaving_HTS, arrived):
-        program = Program(grid, interpret)
+        program = AngleProgram(grid, interpret)
         b, tokens, layout = program.b, program.tokens, grid.layout
         plgpu.copy_gmem_to_smem(refs.angle_BELS.at[b, program.angle_heads, tokens], shared.angle_BELS, arrived)
         dt_HT = program.load_dt(refs.dt_BHL, shared.dt_BHL, arrived)
@@ -233,7 +236,7 @@ def _phase(grid: Grid, angle_BELS, dt_BHL, start_BHCS, *, goes_on_BL, interpret)
 
         def group(index, _):
             turns_HTS = program.angle(shared.angle_BELS, index)
-            turns_HTS *= program.over_planes(dt_HT, index) * INVERSE_TURN
+            turns_HTS *= program.over_pairs(dt_HT, index) * INVERSE_TURN
             turns_HTS -= _rounded(turns_HTS, 1.0, program.interpret)
             more_HTS = (turns_HTS * 2.0**31).astype(jnp.int32) * 2
             start_HS = refs.start_BHCS.at[b, program.of_heads(index), program.c]
@@ -251,7 +254,90 @@ def _phase(grid: Grid, angle_BELS, dt_BHL, start_BHCS, *, goes_on_BL, interpret)
         plgpu.wait_smem_to_gmem(0)
 
     length = grid.chunks * grid.tokens
-    out = jax.ShapeDtypeStruct((grid.batch, grid.heads, length, grid.planes), jnp.int16)
+    out = jax.ShapeDtypeStruct((grid.batch, grid.heads, length, grid.pairs), jnp.int16)
     arrivals = plgpu.Barrier(num_arrivals=1 + (shared.dt_BHL is not None))
     scratch = shared, leaving, arrivals
-    return call(kernel, "mamba3_mosaic_phase", inputs, out, scratch, grid.programs, interpret)
+    how = {"out": out, "scratch": scratch, "grid": grid.programs, "interpret": interpret}
+    return call(kernel, name="mamba3_mosaic_phase", operands=angles, **how)
+
+
+def layout_of(heads: int, pairs: int):
+    """Returns the layout of (H, T, S), H 1, 2 or 4, in which a thread has all tokens of a pair of one head.
+
+    A warp has a head (where they are fewer than 4, others the same), a lane every 32nd pair.
+    """
+    lanes = min(LANES, pairs)
+    warps = () if heads == WARPS else (plgpu.Replicated(WARPS // heads),)
+    same = () if lanes == LANES else (plgpu.Replicated(LANES // lanes),)
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(((heads, 1, lanes), (1,))),
+        warp_dims=(*(() if heads == 1 else (-4,)), *warps),
+        lane_dims=(*same, -2),
+        vector_dim=-1,
+    )
+
+
+def running_sum(x_HTS, start_HTS, goes_on_HTS, *, reverse: bool, layout, interpret: bool):
+    """Returns sums of x over the tokens up to each (from each on: `reverse`), in registers of `layout_of`.
+
+    Args:
+        start_HTS: where the sum starts from, the same for all tokens; None: from zero.
+        goes_on_HTS: int32, 0 where the sum up to the token before (after) is forgotten; None: nowhere.
+    """
+    given = [array for array in (start_HTS, goes_on_HTS) if array is not None]
+
+    def unpacked(arrays):
+        arrays = list(arrays)
+        return None if start_HTS is None else arrays.pop(0), None if goes_on_HTS is None else arrays.pop(0)
+
+    tokens = range(x_HTS.shape[1])[:: -1 if reverse else 1]
+    if interpret:
+        start_HTS, goes_on_HTS = unpacked(given)
+        weight_HTS = jnp.ones_like(x_HTS) if goes_on_HTS is None else goes_on_HTS.astype(x_HTS.dtype)
+
+        def step(sum_HS, token):
+            x_HS, weight_HS = token
+            sum_HS = weight_HS * sum_HS + x_HS
+            return sum_HS, sum_HS
+
+        sum_HS = jnp.zeros_like(x_HTS[:, 0]) if start_HTS is None else start_HTS[:, 0]
+        in_order = (lambda x: jnp.flip(x, 0)) if reverse else (lambda x: x)  # the interpreter's scan has no reverse
+        by_token = tuple(in_order(jnp.swapaxes(x, 0, 1)) for x in (x_HTS, weight_HTS))
+        return jnp.swapaxes(in_order(lax.scan(step, sum_HS, by_token)[1]), 0, 1)
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout,) * (1 + len(given)),
+        return_type=plgpu.ShapeDtypeStruct(x_HTS.shape, x_HTS.dtype, layout=layout),
+    )
+    def walk(_, x, *given):
+        from jaxlib.mlir.dialects import arith
+
+        start, goes_on = unpacked(given)
+        registers, sum_ = x.registers.copy(), None
+        add = np.vectorize(arith.addf if x.is_signed is None else arith.addi, otypes=[object])
+
+        def unless_forgotten(flag, sum_):
+            zero = arith.constant(sum_.type, _zeros(sum_.type))
+            none = arith.constant(flag.type, _zeros(flag.type))
+            return arith.select(arith.cmpi(arith.CmpIPredicate.ne, flag, none), sum_, zero)
+
+        if start is not None:
+            sum_ = start.registers[:, tokens[0]]
+        for token in tokens:
+            if sum_ is not None:
+                if goes_on is not None:
+                    sum_ = np.vectorize(unless_forgotten, otypes=[object])(goes_on.registers[:, token], sum_)
+                registers[:, token] = add(sum_, registers[:, token])
+            sum_ = registers[:, token]
+        return fragments(registers, layout, x)
+
+    return walk(x_HTS, *given)
+
+
+def _zeros(vector_type):
+    """Returns the attribute of a vector of zeros."""
+    from jaxlib.mlir import ir
+
+    element = ir.VectorType(vector_type).element_type
+    zero = ir.FloatAttr.get(element, 0.0) if isinstance(element, ir.FloatType) else ir.IntegerAttr.get(element, 0)
+    return ir.DenseElementsAttr.get_splat(vector_type, zero)

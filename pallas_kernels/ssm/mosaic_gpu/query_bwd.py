@@ -9,50 +9,56 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssm.mosaic_gpu.bwd import (
-    Barriers,
-    Inputs,
-    Program,
-    Shared,
+    GradientBarriers,
+    GradientProgram,
+    GradientRefs,
+    GradientShared,
     call,
     checkpoints,
     dphi_dtype,
     sizes_of,
     values,
 )
-from pallas_kernels.ssm.mosaic_gpu.chunk import SHIFTED
-from pallas_kernels.ssm.mosaic_gpu.config import WIDTH, Tile
-from pallas_kernels.ssm.mosaic_gpu.contract import Sizes
-from pallas_kernels.ssm.mosaic_gpu.registers import ROWS, TILE
-from pallas_kernels.ssm.mosaic_gpu.tiles import Transposed, down, load, products
+from pallas_kernels.ssm.mosaic_gpu.tiles import ROWS, TILE, WIDTH, Sizes, Tile, Transposed, down, load, products
 
 
-class Query(NamedTuple):
+class QueryGradients(NamedTuple):
+    """What the kernel writes."""
+
     dq_BHLRN: jax.Array  # in the frame of the inputs
     dphi_BHLS: jax.Array | None  # of the angle at each token, see `bwd.dphi_dtype`
-    received_BHCT: jax.Array  # q . dq of every row
+    incoming_BHCT: jax.Array  # q . dq of every row
     h_BHZAPN: jax.Array  # bfloat16, the state at every checkpoint
 
 
-def query(inputs: Inputs, tile: Tile) -> Query:
-    """Returns the gradients of queries and angles; h of `inputs` is the state before every split."""
-    batch, length, rank, _, d_state = inputs.q_BLRGN.shape
-    sizes = sizes_of(inputs, tile)
+def query_bwd(refs: GradientRefs, tile: Tile) -> QueryGradients:
+    """Returns the gradients of queries and angles; h of `refs` is the state before every split."""
+    batch, length, rank, _, d_state = refs.tokens.q_BLRGN.shape
+    sizes = sizes_of(refs, tile)
     shape, rows = jax.ShapeDtypeStruct, batch * sizes.heads
     states = (batch, sizes.heads, tile.splits, checkpoints(sizes, tile), WIDTH, d_state)
-    out = Query(
+    out = QueryGradients(
         dq_BHLRN=shape((rows, length, rank * d_state), jnp.bfloat16),
-        dphi_BHLS=shape((rows, length, sizes.planes), dphi_dtype(tile)) if sizes.planes else None,
-        received_BHCT=shape((rows * length // tile.tokens, ROWS), jnp.float32),
+        dphi_BHLS=shape((rows, length, sizes.pairs), dphi_dtype(tile)) if sizes.pairs else None,
+        incoming_BHCT=shape((rows * length // tile.tokens, ROWS), jnp.float32),
         h_BHZAPN=shape(states, jnp.bfloat16),
     )
-    inputs = inputs._replace(skip_H=None)
-    return call(_kernel, "mamba3_mosaic_query_gradient", inputs, out, sizes, tile, query=True)
+    refs = refs._replace(weights=refs.weights._replace(skip_H=None))
+    return call(_kernel, name="mamba3_mosaic_query_gradient", refs=refs, out=out, tile=tile, query=True, rows=1)
 
 
-def _kernel(refs: Inputs, out: Query, shared: Shared, barriers: Barriers, *, sizes: Sizes, tile: Tile):
-    program = Program(refs=refs, shared=shared, barriers=barriers, sizes=sizes, tile=tile)
-    chunks, interpret = sizes.chunks, program.interpret
-    head_arrived = program.load_head()
+def _kernel(
+    refs: GradientRefs,
+    out: QueryGradients,
+    shared: GradientShared,
+    barriers: GradientBarriers,
+    *,
+    sizes: Sizes,
+    tile: Tile,
+):
+    program = GradientProgram(refs, shared, barriers, sizes=sizes, tile=tile)
+    chunks, weights, interpret = sizes.chunks, shared.weights, program.interpret
+    head_arrived = weights.load(refs.weights, program.head, barriers.head)
     program.load_k(0)
     program.load_values(0)
     program.load_q(0)
@@ -65,7 +71,7 @@ def _kernel(refs: Inputs, out: Query, shared: Shared, barriers: Barriers, *, siz
         decay = program.decay(slot)
         plgpu.barrier_wait(barriers.chunk.at[slot])
         plgpu.barrier_wait(barriers.k)
-        rotated_k_TN = program.rotation(slot).apply(shared.k_TN, shared.k_bias_RN)
+        rotated_k_TN = program.rotation(slot).apply(shared.k_TN, weights.k_bias_RN)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last chunk's copies out of shared memory are done
         shared.h_PN[...] = h_PN.astype(jnp.bfloat16)
         k_TN = shared.rotated_k_TN
@@ -75,7 +81,7 @@ def _kernel(refs: Inputs, out: Query, shared: Shared, barriers: Barriers, *, siz
         if tile.rank > 1:
             x_ref = shared.x_TP
             x_ref[...] = x_TP.astype(jnp.bfloat16)
-        shared.weighted_TP[...] = (x_TP * down(decay.decay_to_end_T(SHIFTED), WIDTH)).astype(jnp.bfloat16)
+        shared.weighted_TP[...] = (x_TP * down(decay.decay_to_end_T("shifted"), WIDTH)).astype(jnp.bfloat16)
         plgpu.commit_smem()
         pl.when(index + 1 < chunks)(lambda: program.load_k(index + 1))
         program.store_checkpoint(out.h_BHZAPN, index)
@@ -91,14 +97,14 @@ def _kernel(refs: Inputs, out: Query, shared: Shared, barriers: Barriers, *, siz
             plgpu.barrier_wait(barriers.q)
             dq_TN = dq()
             rotation = program.rotation(slot)
-            q_TN = rotation.apply(shared.q_TN, shared.q_bias_RN)
+            q_TN = rotation.apply(shared.q_TN, weights.q_bias_RN)
             shared.rows_XT.at[0][...] = jnp.sum(q_TN.astype(jnp.float32) * dq_TN, axis=1)
             return *rotation.inverse(dq_TN, q_TN), h()
 
         dq_sum = (sizes.d_state, (dy_TP, shared.h_PN), (mixed_TT, k_TN))
         h_sum = (h_PN * decay.chunk_decay(), (Transposed(shared.weighted_TP), k_TN))
         dq_TN, dphi_TS, h_PN = products([dq_sum, h_sum], interpret, rotated_back)
-        plgpu.commit_smem()  # all products are done, all of q is read
+        plgpu.commit_smem()  # all products are done, and every warp has read q
         pl.when(index + 1 < chunks)(lambda: program.load_values(index + 1))
         pl.when(index + 1 < chunks)(lambda: program.load_q(index + 1))
         pl.when(index + 2 < chunks)(lambda: program.load_chunk(index + 2, slot))
@@ -106,7 +112,7 @@ def _kernel(refs: Inputs, out: Query, shared: Shared, barriers: Barriers, *, siz
         program.store_dphi(dphi_TS, out.dphi_BHLS, index)
         plgpu.commit_smem()
         program.store_rows(shared.rotated_k_TN, out.dq_BHLRN, index)
-        plgpu.copy_smem_to_gmem(shared.rows_XT.at[0], out.received_BHCT.at[program.chunk_of_row(index)])
+        plgpu.copy_smem_to_gmem(shared.rows_XT.at[0], out.incoming_BHCT.at[program.chunk_of_row(index)])
         return h_PN
 
     lax.fori_loop(0, chunks, chunk, load(refs.h_BHZPN.at[program.state], TILE, interpret, optimized=False))

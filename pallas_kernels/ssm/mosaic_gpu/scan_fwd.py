@@ -1,108 +1,538 @@
-"""Bias, rotation and the chunked scan in one Pallas Mosaic GPU kernel, forward.
+"""The op in Pallas Mosaic GPU: a row by one kernel, and a custom derivative around it whose gradients are `scan_bwd`'s.
 
     y_t = sum_{s < t} e^(c_t - c_s) kappa_s (q_t . k_s) x_s  +  gamma_t (q_t . k_t) x_t  +  e^(c_t) h_0 q_t  +  D x_t
     h_T = sum_s e^(c_T - c_s) kappa_s x_s k_s^T  +  e^(c_T) h_0
     o_t = sum over ranks of out_rank norm(y_t) silu(gate gate_rank)
 
-within a chunk of 64 rows, c the log2 of the decay since its first token; q and k are biased and rotated, by the angles
-of `phase`, as they are read. A row is one rank of one token, **tokens fastest**: of the four warps that share a tile,
-each then holds rows of one rank, see `registers`.
+within a chunk of 64 rows: c is the log of the decay since its first token, x = v_rank v, h_0 the state before it; q and
+k are biased and rotated, by the angles of `phase`, as they are read. Both sums over s are matrix products.
 
-One program, one warpgroup, computes a head of a batch entry, or a split of it, see `scan_kernel`; two programs share
-a multiprocessor, and one computes while the other waits.
+A program, one warpgroup, computes a head of a batch entry, or a split of it, chunk after chunk. The state stays in
+registers. Of what a chunk reads, q, the angles and the gate have one place in shared memory, filled again as soon as
+they are in registers; what wgmma reads until the chunk's end (k, rotated in place, and v) has two. Two programs share a
+multiprocessor, and one computes while the other waits.
 """
 
+import dataclasses
 import functools
-from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssm.gradients import combine_splits
-from pallas_kernels.ssm.mosaic_gpu import scan_kernel
-from pallas_kernels.ssm.mosaic_gpu.config import WIDTH, Tile
-from pallas_kernels.ssm.mosaic_gpu.contract import Inputs, Outputs, Sizes, check, n_planes
-from pallas_kernels.ssm.mosaic_gpu.launch import call
-from pallas_kernels.ssm.mosaic_gpu.registers import ROWS
+from pallas_kernels.ssm.contract import (
+    NORM_EPS,
+    Carry,
+    Row,
+    Scanned,
+    Weights,
+    cast,
+    cut,
+    empty_carry,
+    heads_first,
+    ordered,
+    pad,
+    product_dtype,
+    require,
+    sizes_of,
+)
+from pallas_kernels.ssm.decay import combine_splits, documents, log_decay
+from pallas_kernels.ssm.mosaic_gpu import scan_bwd
+from pallas_kernels.ssm.mosaic_gpu.phase import phase
+from pallas_kernels.ssm.mosaic_gpu.tiles import (
+    ROWS,
+    SCALARS,
+    TILE,
+    WIDTH,
+    Decay,
+    HeadWeights,
+    Operands,
+    Program,
+    Residuals,
+    Rotation,
+    Sizes,
+    Tile,
+    TokenArrays,
+    Transposed,
+    add_products,
+    call,
+    down,
+    interpreter,
+    iota,
+    load,
+    of_ranks,
+    of_tokens,
+    ones_of_tokens,
+    product_tiles,
+    stack_scalars,
+    tiled,
+)
+from pallas_kernels.ssm.order import Order
+
+PROGRAMS = 264  # that fill an H200: two on each of its 132 multiprocessors
 
 
-def forward(inputs: Inputs, tile: Tile) -> Outputs:
-    """Runs the kernel; h of `inputs` is what comes before every split.
+def available() -> str | None:
+    """Returns what the kernels want of this process's devices, and what they got; None: nothing."""
+    found = jax.default_backend()
+    if found == "gpu":
+        capability = getattr(jax.local_devices()[0], "compute_capability", "unknown")
+        if capability == "9.0":
+            return None
+        found = f"a GPU of compute capability {capability}"
+    return f"needs a Hopper GPU (compute capability 9.0), not {found}"
+
+
+def unsupported(row: Row) -> str | None:
+    """Returns what the kernels want of these shapes and dtypes, and what they got; None: nothing."""
+    size, dtype = sizes_of(row), product_dtype(row)
+    rank, d_state, width, pairs = size["R"], size["N"], size["P"], size["S"]
+    if row.log_a_BLH.dtype != jnp.float32:
+        return f"computes in float32, log_a is {row.log_a_BLH.dtype}"
+    if dtype != jnp.bfloat16:
+        return f"wants q, k and v in bfloat16, not {dtype}: Hopper's wgmma has no products of true float32"
+    if rank not in (1, 2, 4):
+        return f"wants a rank of 1, 2 or 4, not {rank=}"
+    if width > WIDTH or order_of("half", d_state, pairs).size > 128:
+        limits = f"d_state up to 128 (with the rotary pairs padded to 16, 32 or 64) and P up to {WIDTH}"
+        return f"wants {limits}, not {d_state=} with {pairs=}, P={width}"
+    return None
+
+
+def order_of(rotation: str, d_state: int, pairs: int) -> Order:
+    """Returns the kernels' order of N: pair i at (i, i + N/2), as MIMO weights have it, what does not rotate between.
+
+    S is 16, 32 or 64 there, and N 64 or 128.
+    """
+    padded = max(16, 1 << (pairs - 1).bit_length()) if pairs else 0
+    size = max(64, 1 << (2 * padded + d_state - 2 * pairs - 1).bit_length())
+    return Order(rotation, d_state, pairs, size=size, room=padded, halves=True)
+
+
+def splits_of(row: Row, programs: int) -> int:
+    """Returns how many parts of the length fill the device, of four chunks or more."""
+    size = sizes_of(row)
+    chunks = -(-size["L"] // (ROWS // size["R"]))
+    return max(1, min(programs // (size["B"] * size["H"]), chunks // 4))
+
+
+def scan(
+    row: Row,
+    rotation: str,
+    *,
+    interpret=None,
+    chunk: int | None = None,
+    splits: int | None = None,
+    programs: int | None = None,
+) -> Scanned:
+    """Computes a row in one kernel, and its angles in two before it. See `contract`.
+
+    Queries and keys are rotated inside the scans: they are read as they come, once a head, and never stored rotated.
+
+    Args:
+        chunk: ignored: it is always 64 rows, ranks times tokens.
+        splits: how many parts of the length run side by side; None: as many as there are `programs` for.
+        programs: how many fill the device; None: two on each of an H200's multiprocessors.
+
+    Raises:
+        ValueError: q, k and v not bfloat16, a rank other than 1, 2 or 4, P over 64, or d_state over 128 with the pairs
+            padded to 16, 32 or 64.
+    """
+    del chunk
+    require("mosaic_gpu", unsupported(row))
+    size = sizes_of(row)
+    order = order_of(rotation, size["N"], size["S"])
+    splits = splits or splits_of(row, programs or PROGRAMS)
+    tile = Tile(rank=size["R"], width=size["P"], splits=splits, interpret=interpreter() if interpret else None)
+    unit = tile.tokens * tile.splits
+    last = {"k_BRGN": row.k_BLRGN[:, -1], "v_BHP": row.v_BLHP[:, -1]}
+
+    row = row._replace(before=row.before or empty_carry(row))
+    if size["R"] == 1 and row.weights.v_rank_HRP is not None:  # the kernels have weights of several ranks only
+        v_BLHP = row.v_BLHP.astype(jnp.float32) * row.weights.v_rank_HRP[:, 0]
+        row = row._replace(v_BLHP=v_BLHP, weights=row.weights._replace(v_rank_HRP=None))
+    tokens = {name: cast(getattr(row, name), jnp.bfloat16) for name in TokenArrays._fields}
+    row = row._replace(**tokens, weights=jax.tree.map(lambda array: array.astype(jnp.float32), row.weights))
+    row = ordered(pad(row, L=-(-size["L"] // unit) * unit, P=WIDTH, S=order.room), order.to)
+    operands = Operands(
+        tokens=TokenArrays(**{name: getattr(row, name) for name in TokenArrays._fields}),
+        angle_BLHS=row.angle_BLHS,
+        dt_BHL=heads_first(row.dt_BLH),
+        log_decay_BHL=sum(log_decay(heads_first(row.log_a_BLH), row.start_BL, tile.tokens)),
+        gamma_BHL=heads_first(row.gamma_BLH),
+        kappa_BHL=heads_first(row.gamma_BLH if row.kappa_BLH is None else row.kappa_BLH),
+        before=row.before,
+        weights=row.weights,
+    )
+    o_BLHP, after = mamba3(operands, documents(row.start_BL), tile)
+    o_BLHP = o_BLHP[:, : size["L"], :, : size["P"]].astype(last["v_BHP"].dtype)
+    return Scanned(o_BLHP, cut(ordered(after, order.back), P=size["P"], S=size["S"]), **last)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def mamba3(operands: Operands, document_BL, tile: Tile):
+    """Returns o_BLHP, and the state after the row.
+
+    Args:
+        document_BL: int32, document starts in the row up to each token; None: one document.
 
     Raises:
         ValueError: see `check`.
     """
-    check(inputs, tile)
-    batch, length, rank, groups, d_state = inputs.k_BLRGN.shape
-    n_heads, dtype = inputs.v_BLHP.shape[2], inputs.v_BLHP.dtype
-    n_chunks = length // tile.tokens
-    rows = lambda array: None if array is None else array.reshape(batch, length, -1)  # noqa: E731
-    phase_BHLS = None if inputs.phase_BHLS is None else inputs.phase_BHLS.reshape(batch * n_heads, length, -1)
-    flat = inputs._replace(  # the copy engine sees at most five axes, those of a tile twice
-        **{name: rows(getattr(inputs, name)) for name in ("q_BLRGN", "k_BLRGN", "v_BLHP", "gate_BLHP")},
-        phase_BHLS=phase_BHLS,
-        scalars_BHCXT=inputs.scalars_BHCXT.reshape(batch * n_heads * n_chunks, -1, ROWS),
-        norm_HP=None if inputs.norm_HP is None else inputs.norm_HP[:, None],
-    )
-    sizes = Sizes(
-        heads=n_heads,
-        heads_a_group=n_heads // groups,
-        groups=groups,
-        chunks=n_chunks // tile.splits,
-        d_state=d_state,
-        planes=n_planes(inputs.phase_BHLS),
-    )
-    out = Outputs(
-        o_BLHP=None if inputs.q_BLRGN is None else jax.ShapeDtypeStruct((batch, length, n_heads * WIDTH), dtype),
-        h_BHZPN=jax.ShapeDtypeStruct((batch, n_heads, tile.splits, WIDTH, d_state), jnp.float32),
-        y_BLHRP=jax.ShapeDtypeStruct((batch, length, n_heads * rank * WIDTH), dtype) if tile.residuals else None,
-    )
-    shared = scan_kernel.shared(flat, inputs.scalars_BHCXT.shape[3], sizes, tile)
-    barriers = scan_kernel.Barriers(
-        early=plgpu.Barrier(num_arrivals=max(1, scan_kernel.early_copies(inputs, tile))),
-        chunk=plgpu.Barrier(num_arrivals=rank + 2, num_barriers=2),
-        gate=plgpu.Barrier(),
-        head=plgpu.Barrier(num_arrivals=max(1, sum(x is not None for x in scan_kernel.vectors(shared)))),
-    )
-    kernel = functools.partial(scan_kernel.kernel, sizes=sizes, tile=tile)
-    grid = {"program": batch * n_heads * tile.splits}
-    # The sums of a norm are within warps too, but what is compiled stays as it was measured.
-    out = call(kernel, "mamba3_mosaic_scan", flat, out, (shared, barriers), grid, tile.interpret, sums=False)
-    o_BLHP = None if out.o_BLHP is None else out.o_BLHP.reshape(inputs.v_BLHP.shape)
-    y_BLHRP = None if out.y_BLHRP is None else out.y_BLHRP.reshape(batch, length, n_heads, rank, WIDTH)
-    return Outputs(o_BLHP=o_BLHP, h_BHZPN=out.h_BHZPN, y_BLHRP=y_BLHRP)
+    return _forward(operands, document_BL, tile)[0]
 
 
-def scan(inputs: Inputs, tile: Tile):
-    """Returns outputs, the state before every split, and what every split leaves of it (None for one split).
+def _fwd(operands: Operands, document_BL, tile: Tile):
+    """Returns results and residuals, named as the Triton op's for policies of rematerialisation."""
+    (o_BLHP, after), residuals = _forward(operands, document_BL, dataclasses.replace(tile, residuals=True))
+    names = {"phase_BHLS": "ssm_rotated", "y_BLHRP": "ssm_y"}
+    residuals = Residuals(
+        **{
+            name: None if array is None else checkpoint_name(array, names.get(name, "ssm_states"))
+            for name, array in residuals._asdict().items()
+        }
+    )
+    return (o_BLHP, after._replace(h_BHPN=residuals.last_BHPN)), (operands, document_BL, residuals)
+
+
+def _bwd(tile: Tile, saved, cotangents):
+    operands, document_BL, residuals = saved
+    return scan_bwd.gradients(operands, document_BL, residuals, cotangents, tile=tile), None
+
+
+mamba3.defvjp(_fwd, _bwd)
+
+
+class ScanRefs(NamedTuple):
+    """What the kernel reads, which `run` gives it with all that a token has side by side."""
+
+    tokens: TokenArrays  # no q: no output, only the state that a split adds
+    phase_BHLS: jax.Array | None  # int16, fractions of a turn; None: nothing rotates
+    scalars_BHCXT: jax.Array  # float32: `SCALARS`
+    h_BHZPN: jax.Array  # float32, the state before every split
+    weights: Weights
+
+
+class ScanOut(NamedTuple):
+    """What the kernel writes."""
+
+    o_BLHP: jax.Array | None  # like v
+    h_BHZPN: jax.Array  # float32, the state after every split
+    y_BLHRP: jax.Array | None  # before norm and gate
+
+
+def _forward(operands: Operands, document_BL, tile: Tile):
+    """Returns output and state, and the residuals (y only where the tile says so).
 
     Where heads and batch entries are too few to fill the device, a first pass leaves what every split adds to the
     state; `combine_splits` gives the state before each, and the kernel then runs all splits at once.
+    """
+    phase_BHLS, angle_BHS = None, None
+    if operands.angle_BLHS is not None:
+        phase_BHLS, angle_BHS = phase(
+            angle_BLHS=operands.angle_BLHS,
+            dt_BHL=operands.dt_BHL,
+            first_BHS=operands.before.angle_BHS,
+            document_BL=document_BL,
+            interpret=tile.interpret,
+        )
+    refs = ScanRefs(
+        tokens=operands.tokens,
+        phase_BHLS=phase_BHLS,
+        scalars_BHCXT=stack_scalars(operands, document_BL, SCALARS, tile),
+        h_BHZPN=operands.before.h_BHPN[:, :, None],
+        weights=operands.weights,
+    )
+    refs, split_decay_BHZ = _with_starts(refs, tile)
+    out = run(refs, tile)
+    last_BHPN = out.h_BHZPN[:, :, -1]
+    residuals = Residuals(
+        phase_BHLS=phase_BHLS,
+        y_BLHRP=out.y_BLHRP,
+        starts_BHZPN=refs.h_BHZPN,
+        split_decay_BHZ=split_decay_BHZ,
+        last_BHPN=last_BHPN,
+    )
+    return (out.o_BLHP, Carry(angle_BHS=angle_BHS, h_BHPN=last_BHPN)), residuals
 
-    Args:
-        inputs: h of shape (B, H, 1, P, N), the state before the row.
+
+def _with_starts(refs: ScanRefs, tile: Tile):
+    """Returns `refs` with the state before every split for the one before the row, and what each split leaves of it."""
+    if tile.splits == 1:
+        return refs, None
+    batch, n_heads, _, width, d_state = refs.h_BHZPN.shape
+    only_state = refs._replace(
+        tokens=refs.tokens._replace(q_BLRGN=None, gate_BLHP=None),
+        h_BHZPN=jnp.zeros((batch, n_heads, tile.splits, width, d_state), jnp.float32),
+        weights=Weights(k_bias_HRN=refs.weights.k_bias_HRN, v_rank_HRP=refs.weights.v_rank_HRP),
+    )
+    added_BHZPN = run(only_state, dataclasses.replace(tile, residuals=False)).h_BHZPN
+    last_BHZCX = refs.scalars_BHCXT[..., -1].reshape(batch, n_heads, tile.splits, -1, refs.scalars_BHCXT.shape[3])
+    split_decay_BHZ = jnp.exp2(jnp.sum(last_BHZCX[..., SCALARS.index("decay")], axis=-1))
+    if last_BHZCX.shape[-1] > len(SCALARS):  # the row is packed: the document follows
+        goes_on_BHZ = jnp.all(last_BHZCX[..., len(SCALARS)] == 0, axis=-1)
+        split_decay_BHZ = jnp.where(goes_on_BHZ, split_decay_BHZ, 0.0)
+    h_BHZPN, _ = combine_splits(refs.h_BHZPN[:, :, 0], split_decay_BHZ, added_BHZPN)
+    return refs._replace(h_BHZPN=h_BHZPN), split_decay_BHZ
+
+
+def check(refs: ScanRefs, tile: Tile) -> None:
+    """Raises ValueError, naming it, for a size that the kernel cannot run."""
+    length, rank, groups, d_state = refs.tokens.k_BLRGN.shape[1:]
+    n_heads, width = refs.tokens.v_BLHP.shape[2:]
+    pairs = None if refs.phase_BHLS is None else refs.phase_BHLS.shape[-1]
+    if tile.rank not in (1, 2, 4) or rank != tile.rank:
+        raise ValueError(f"{tile.rank=} is not 1, 2 or 4, or k has another {rank=}")
+    if d_state not in (64, 128) or width != WIDTH:
+        raise ValueError(f"{d_state=} is not 64 or 128, or {width=} not {WIDTH}")
+    if pairs is not None and (pairs not in (16, 32, 64) or 2 * pairs > d_state):
+        raise ValueError(f"{pairs=} is not 16, 32 or 64, or more than {d_state=} holds")
+    if length % (tile.tokens * tile.splits) or length == 0:
+        raise ValueError(f"{length=} is not a multiple of {tile.splits=} chunks of {tile.tokens} tokens")
+    if n_heads % groups:
+        raise ValueError(f"{n_heads=} is not a multiple of {groups=}")
+    if tile.rank == 1 and refs.weights.v_rank_HRP is not None:
+        raise ValueError("v_rank of one rank is part of v")
+
+
+def run(refs: ScanRefs, tile: Tile) -> ScanOut:
+    """Runs the kernel, all splits at once.
 
     Raises:
         ValueError: see `check`.
     """
-    if tile.splits == 1:
-        return forward(inputs, tile), inputs.h_BHZPN, None
-    nothing = dict.fromkeys(("q_BLRGN", "gate_BLHP", "skip_H", "gate_rank_HRP", "out_rank_HRP", "norm_HP"))
-    batch, n_heads, _, width, d_state = inputs.h_BHZPN.shape
-    zeros_BHZPN = jnp.zeros((batch, n_heads, tile.splits, width, d_state), jnp.float32)
-    needed = inputs._replace(**nothing, q_bias_HRN=None, h_BHZPN=zeros_BHZPN)
-    added_BHZPN = forward(needed, replace(tile, residuals=False)).h_BHZPN
-    split_decay_BHZ = _split_decay(inputs.scalars_BHCXT, tile.splits)
-    h_BHZPN, _ = combine_splits(inputs.h_BHZPN[:, :, 0], split_decay_BHZ, added_BHZPN)
-    return forward(inputs._replace(h_BHZPN=h_BHZPN), tile), h_BHZPN, split_decay_BHZ
+    check(refs, tile)
+    batch, length, rank, _, d_state = refs.tokens.k_BLRGN.shape
+    like = refs.tokens.v_BLHP
+    n_heads = like.shape[2]
+    sizes = Sizes.of(refs.tokens.k_BLRGN, refs.phase_BHLS, n_heads, tile)
+    # The copy engine sees at most five axes, those of a tile twice.
+    norm_HP = refs.weights.norm_HP
+    refs = refs._replace(
+        tokens=jax.tree.map(lambda array: array.reshape(batch, length, -1), refs.tokens),
+        phase_BHLS=refs.phase_BHLS if not sizes.pairs else refs.phase_BHLS.reshape(batch * n_heads, length, -1),
+        scalars_BHCXT=refs.scalars_BHCXT.reshape(batch * n_heads * length // tile.tokens, -1, ROWS),
+        weights=refs.weights._replace(norm_HP=None if norm_HP is None else norm_HP[:, None]),
+    )
+    out = ScanOut(
+        o_BLHP=None
+        if refs.tokens.q_BLRGN is None
+        else jax.ShapeDtypeStruct((batch, length, n_heads * WIDTH), like.dtype),
+        h_BHZPN=jax.ShapeDtypeStruct((batch, n_heads, tile.splits, WIDTH, d_state), jnp.float32),
+        y_BLHRP=jax.ShapeDtypeStruct((batch, length, n_heads * rank * WIDTH), like.dtype) if tile.residuals else None,
+    )
+    shared = ScanShared.memory(refs, sizes, tile)
+    barriers = ScanBarriers(
+        early=plgpu.Barrier(num_arrivals=max(1, _early_copies(refs, tile))),
+        chunk=plgpu.Barrier(num_arrivals=rank + 2, num_barriers=2),
+        gate=plgpu.Barrier(),
+        head=shared.weights.barrier(),
+    )
+    out = call(
+        functools.partial(_kernel, sizes=sizes, tile=tile),
+        name="mamba3_mosaic_scan",
+        operands=refs,
+        out=out,
+        scratch=(shared, barriers),
+        grid={"program": batch * n_heads * tile.splits},
+        interpret=tile.interpret,
+        sums=False,  # a norm's are within warps too, but what is compiled stays as it was measured
+    )
+    return ScanOut(
+        o_BLHP=None if out.o_BLHP is None else out.o_BLHP.reshape(like.shape),
+        h_BHZPN=out.h_BHZPN,
+        y_BLHRP=None if out.y_BLHRP is None else out.y_BLHRP.reshape(batch, length, n_heads, rank, WIDTH),
+    )
 
 
-def _split_decay(scalars_BHCXT, splits: int):
-    """Returns what every split leaves of the state before it."""
-    batch, n_heads = scalars_BHCXT.shape[:2]
-    last_BHZCX = scalars_BHCXT[..., -1].reshape(batch, n_heads, splits, -1, scalars_BHCXT.shape[3])
-    split_decay_BHZ = jnp.exp2(jnp.sum(last_BHZCX[..., 0], axis=-1))
-    if last_BHZCX.shape[-1] == 4:
-        split_decay_BHZ = jnp.where(jnp.all(last_BHZCX[..., 3] == 0, axis=-1), split_decay_BHZ, 0.0)
-    return split_decay_BHZ
+class ScanShared(NamedTuple):
+    """Shared memory."""
+
+    q_TN: jax.Array | None
+    k_2TN: jax.Array  # rotated in place
+    v_2QP: jax.Array
+    x_TP: jax.Array | None  # v of every rank; None for one rank
+    weighted_TP: jax.Array  # x, weighted for the state; later, what is stored
+    gate_QP: jax.Array  # for one rank, the output in place
+    y_TP: jax.Array | None  # the output of every rank; None for one
+    phase_QS: jax.Array | None
+    scalars_2XT: jax.Array
+    h_PN: jax.Array
+    weights: HeadWeights
+
+    @classmethod
+    def memory(cls, refs: ScanRefs, sizes: Sizes, tile: Tile) -> "ScanShared":
+        """Returns what a program needs."""
+        return cls(
+            q_TN=None if refs.tokens.q_BLRGN is None else tiled(ROWS, sizes.d_state),
+            k_2TN=tiled(2, ROWS, sizes.d_state),
+            v_2QP=tiled(2, tile.tokens, WIDTH),
+            x_TP=None if tile.rank == 1 else tiled(ROWS, WIDTH),
+            weighted_TP=tiled(ROWS, WIDTH),
+            gate_QP=tiled(tile.tokens, WIDTH),
+            y_TP=None if tile.rank == 1 else tiled(ROWS, WIDTH),
+            phase_QS=tiled(tile.tokens, sizes.pairs, dtype=jnp.int16) if sizes.pairs else None,
+            scalars_2XT=plgpu.SMEM((2, *refs.scalars_BHCXT.shape[1:]), jnp.float32),
+            h_PN=tiled(WIDTH, sizes.d_state),
+            weights=HeadWeights.memory(refs.weights),
+        )
+
+
+class ScanBarriers(NamedTuple):
+    """Barriers, raised when what was copied has arrived."""
+
+    early: jax.Array  # q and phase
+    chunk: jax.Array  # two: k, v, scalars
+    gate: jax.Array
+    head: jax.Array  # what does not depend on the chunk
+
+
+def _early_copies(refs: ScanRefs, tile: Tile) -> int:
+    """Returns how many copies bring a chunk's queries and angles."""
+    return (tile.rank if refs.tokens.q_BLRGN is not None else 0) + (refs.phase_BHLS is not None)
+
+
+class ScanProgram(Program):
+    """The part of the arrays one program works on, and its copies."""
+
+    def __init__(
+        self, refs: ScanRefs, out: ScanOut, shared: ScanShared, barriers: ScanBarriers, *, sizes: Sizes, tile: Tile
+    ):
+        super().__init__(sizes, tile)
+        self.refs, self.out, self.shared, self.barriers = refs, out, shared, barriers
+
+    def load_early(self, index):
+        """Starts the copies of q and the angles of a chunk."""
+        tokens, barrier = self.tokens(index), self.barriers.early
+        if self.refs.tokens.q_BLRGN is not None:
+            self.load_ranks(self.refs.tokens.q_BLRGN, self.shared.q_TN, tokens, barrier)
+        if self.refs.phase_BHLS is not None:
+            plgpu.copy_gmem_to_smem(self.refs.phase_BHLS.at[self.row, tokens], self.shared.phase_QS, barrier)
+
+    def load_chunk(self, index, slot):
+        """Starts the copies of k, v and scalars of a chunk."""
+        refs, shared, tokens, barrier = self.refs, self.shared, self.tokens(index), self.barriers.chunk.at[slot]
+        self.load_ranks(refs.tokens.k_BLRGN, shared.k_2TN.at[slot], tokens, barrier)
+        plgpu.copy_gmem_to_smem(refs.tokens.v_BLHP.at[self.of_head(tokens)], shared.v_2QP.at[slot], barrier)
+        scalars_XT = refs.scalars_BHCXT.at[self.chunk_of_row(index)]
+        plgpu.copy_gmem_to_smem(scalars_XT, shared.scalars_2XT.at[slot], barrier)
+
+    def load_gate(self, index):
+        """Starts the copy of a chunk's gate."""
+        gate_QP = self.refs.tokens.gate_BLHP.at[self.of_head(self.tokens(index))]
+        plgpu.copy_gmem_to_smem(gate_QP, self.shared.gate_QP, self.barriers.gate)
+
+    def store(self, from_TP, index):
+        """Stores the output of a chunk, its first rows."""
+        plgpu.copy_smem_to_gmem(from_TP.at[self.rows(0)], self.out.o_BLHP.at[self.of_head(self.tokens(index))])
+
+    def store_y(self, from_TP, index):
+        """Stores the output of every rank."""
+        for rank in range(self.tile.rank):
+            to_QP = self.out.y_BLHRP.at[self.of_head(self.tokens(index), rank, self.tile.rank)]
+            plgpu.copy_smem_to_gmem(from_TP.at[self.rows(rank)], to_QP)
+
+
+def _kernel(refs: ScanRefs, out: ScanOut, shared: ScanShared, barriers: ScanBarriers, *, sizes: Sizes, tile: Tile):
+    program = ScanProgram(refs, out, shared, barriers, sizes=sizes, tile=tile)
+    chunks, gated, interpret = sizes.chunks, refs.tokens.gate_BLHP is not None, tile.interpreted
+    only_state, weights = refs.tokens.q_BLRGN is None, shared.weights
+    skip = None if refs.weights.skip_H is None else refs.weights.skip_H[program.head]
+    head_arrived = weights.load(refs.weights, program.head, barriers.head)
+    program.load_early(0)
+    for index in range(min(2, chunks)):
+        program.load_chunk(index, index)
+    if gated:
+        program.load_gate(0)
+    head_arrived()
+
+    def chunk(index, h_PN):
+        slot = lax.rem(index, jnp.int32(2))
+        k_TN, v_QP = shared.k_2TN.at[slot], shared.v_2QP.at[slot]
+        if _early_copies(refs, tile):
+            plgpu.barrier_wait(barriers.early)
+        plgpu.barrier_wait(barriers.chunk.at[slot])
+        decay = Decay(shared.scalars_2XT.at[slot], SCALARS, tile)
+
+        rotation = Rotation(shared.phase_QS, interpret)
+        if rotation.changes(weights.k_bias_RN):
+            k_TN[...] = rotation.apply(k_TN, weights.k_bias_RN)
+        if not only_state:
+            q_TN = rotation.apply(shared.q_TN, weights.q_bias_RN)
+            shared.h_PN[...] = h_PN.astype(jnp.bfloat16)
+        # The last chunk's copies out of shared memory are done.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if gated:
+            pl.when(index > 0)(lambda: program.load_gate(index))
+        x_ref, x_TP = v_QP, of_tokens(v_QP, interpret).astype(jnp.float32)
+        if tile.rank > 1:
+            if weights.v_rank_RP is not None:
+                x_TP *= of_ranks(weights.v_rank_RP, interpret)
+            x_ref = shared.x_TP
+            x_ref[...] = x_TP.astype(jnp.bfloat16)
+        shared.weighted_TP[...] = (x_TP * down(decay.decay_to_end_T("shifted"), WIDTH)).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        pl.when(index + 1 < chunks)(lambda: program.load_early(index + 1))
+
+        h_sum = (h_PN * decay.chunk_decay(), Transposed(shared.weighted_TP), k_TN)
+        if only_state:
+            (h_PN,) = add_products([h_sum], interpret)
+            plgpu.commit_smem()
+        else:
+            score_TT, y_TP = product_tiles(
+                [(q_TN, Transposed(k_TN), ROWS), (q_TN, Transposed(shared.h_PN), WIDTH)], interpret
+            )
+            score_TT *= decay.shifted_weight_TT()
+            if skip is not None:
+                row_TT, column_TT = (iota(axis, interpret) for axis in (0, 1))
+                score_TT = jnp.where(row_TT == column_TT, score_TT + skip, score_TT)
+            y_TP *= down(decay.decay_from_start_T(), WIDTH)
+            y_TP, h_PN = add_products([(y_TP, score_TT.astype(jnp.bfloat16), x_ref), h_sum], interpret)
+            _epilogue(y_TP, program, index)
+        pl.when(index + 2 < chunks)(lambda: program.load_chunk(index + 2, slot))
+        return h_PN
+
+    h_PN = load(refs.h_BHZPN.at[program.state], TILE, interpret, optimized=False)
+    h_PN = lax.fori_loop(0, chunks, chunk, h_PN)
+    out.h_BHZPN.at[program.state][...] = h_PN
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _epilogue(y_TP, program: ScanProgram, index):
+    """Applies norm, gate and the sum over ranks, and stores. Ends with a barrier: all have read what was copied in."""
+    refs, shared, weights = program.refs, program.shared, program.shared.weights
+    tile, interpret = program.tile, program.interpret
+    if tile.residuals:
+        plgpu.commit_smem()  # all products with `weighted` are done
+        shared.weighted_TP[...] = y_TP.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        program.store_y(shared.weighted_TP, index)
+    if weights.norm_1P is not None:
+        mean_T = jnp.sum(jnp.square(y_TP), axis=1) * (1 / tile.width)
+        y_TP *= down(lax.rsqrt(mean_T + NORM_EPS), WIDTH) * of_ranks(weights.norm_1P, interpret)
+    if refs.tokens.gate_BLHP is not None:
+        plgpu.barrier_wait(program.barriers.gate)
+        gate_TP = of_tokens(shared.gate_QP, interpret).astype(jnp.float32)
+        if weights.gate_rank_RP is not None:
+            gate_TP *= of_ranks(weights.gate_rank_RP, interpret)
+        y_TP *= gate_TP * (0.5 + 0.5 * jnp.tanh(0.5 * gate_TP))
+    if weights.out_rank_RP is not None:
+        y_TP *= of_ranks(weights.out_rank_RP, interpret)
+    if tile.rank == 1:
+        shared.gate_QP[...] = y_TP.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        program.store(shared.gate_QP, index)
+        return
+    # Ranks are in different warps: a product with ones adds them up, for each of the warps alike.
+    shared.y_TP[...] = y_TP.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    (o_TP,) = product_tiles([(ones_of_tokens(tile), shared.y_TP, WIDTH)], interpret)
+    if tile.residuals:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    shared.weighted_TP[...] = o_TP.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    program.store(shared.weighted_TP, index)

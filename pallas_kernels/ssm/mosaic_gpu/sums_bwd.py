@@ -10,10 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssm.gradients import AngleSums, Crossing, add_later
-from pallas_kernels.ssm.mosaic_gpu.launch import call
-from pallas_kernels.ssm.mosaic_gpu.phase import Grid, Program
-from pallas_kernels.ssm.mosaic_gpu.registers import columns, running_sum
-from pallas_kernels.ssm.mosaic_gpu.tiles import load
+from pallas_kernels.ssm.mosaic_gpu.phase import AngleProgram, Grid, running_sum
+from pallas_kernels.ssm.mosaic_gpu.tiles import call, load
 
 TOKENS = 64  # of a tile of `heads_bwd`, at most
 COLUMNS = 128  # one a thread
@@ -28,7 +26,7 @@ class HeadSums(NamedTuple):
     dbias_BCHX: jax.Array  # over a chunk of tokens, float32
 
 
-def heads_bwd(dx_BHLRN, groups: int, interpret, *, bias: bool = True):
+def heads_bwd(dx_BHLRN, *, groups: int, interpret, bias: bool):
     """Returns the gradient of the queries or keys that a group's heads share, dx_BLRGN, and of each head's bias.
 
     A thread has a column of N, a program a chunk of tokens of one rank, and takes a block of heads after another.
@@ -64,7 +62,7 @@ def heads_bwd(dx_BHLRN, groups: int, interpret, *, bias: bool = True):
             slot = lax.rem(index, jnp.int32(slots))
             plgpu.barrier_wait(arrived.at[slot])
             dx_TX = load(shared_CTX.at[slot], layout, interpreted, optimized=False).astype(jnp.float32)
-            plgpu.commit_smem()  # all have read it
+            plgpu.commit_smem()  # every warp has read it
             pl.when(index + slots < heads)(lambda: fetch(index + slots, slot))
             if bias:
                 out.dbias_BCHX.at[b, c, block * heads + index, across][...] = jnp.sum(dx_TX, axis=0)
@@ -82,7 +80,8 @@ def heads_bwd(dx_BHLRN, groups: int, interpret, *, bias: bool = True):
     )
     grid = {"batch": batch, "chunk": chunks, "part": width // COLUMNS, "block": blocks}
     scratch = plgpu.SMEM((slots, tokens, COLUMNS), dx_BHLRN.dtype), plgpu.Barrier(num_barriers=slots)
-    out = call(kernel, "mamba3_mosaic_heads_bwd", dx_BHLX, out, scratch, grid, interpret)
+    how = {"scratch": scratch, "grid": grid, "interpret": interpret}
+    out = call(kernel, name="mamba3_mosaic_heads_bwd", operands=dx_BHLX, out=out, **how)
     dx_GBLRN = out.dx_JBLX.reshape(groups, -1, batch, length, rank, d_state)
     dx_GBLRN = dx_GBLRN[:, 0] if blocks == groups else jnp.sum(dx_GBLRN, axis=1)
     dx_BLRGN = jnp.moveaxis(dx_GBLRN, 0, 3).astype(dx_BHLRN.dtype)
@@ -92,31 +91,31 @@ def heads_bwd(dx_BHLRN, groups: int, interpret, *, bias: bool = True):
     return dx_BLRGN, jnp.sum(dbias_HX, axis=1).reshape(n_heads, rank, d_state)
 
 
-class AnglesInputs(NamedTuple):
-    """What `angles_bwd` reads."""
+class AngleRefs(NamedTuple):
+    """What the kernel of `angles_bwd` reads."""
 
     angle_BELS: jax.Array
     dt_BHL: jax.Array
-    of_q_BHLS: jax.Array  # the gradient of the angle at each token, its two parts
-    of_k_BHLS: jax.Array
+    dphi_q_BHLS: jax.Array  # the gradient of the angle at each token, its two parts
+    dphi_k_BHLS: jax.Array
     goes_on_BL: jax.Array | None  # int32, 0 where the next token starts a document
     in_first_BL: jax.Array | None  # int32, 0 where a document starts in the chunk up to there
 
 
-class AnglesShared(NamedTuple):
+class AngleShared(NamedTuple):
     angle_ETS: jax.Array
     dt_HT: jax.Array | None
-    of_q_HTS: jax.Array
-    of_k_HTS: jax.Array
+    dphi_q_HTS: jax.Array
+    dphi_k_HTS: jax.Array
     sum_HTS: jax.Array | None
 
 
-def angles_bwd(angle_BLHS, dt_BHL, document_BL, of_q_BHLS, of_k_BHLS, dlast_BHS, crossing: Crossing, interpret):
+def angles_bwd(*, angle_BLHS, dt_BHL, document_BL, dphi_q_BHLS, dphi_k_BHLS, dlast_BHS, crossing: Crossing, interpret):
     """Returns gradients of angle_BLHS, dt_BHL and first_BHS from those of the angle at every token and after the last.
 
     Args:
         document_BL: document starts in the row up to each token; None: one document.
-        of_q_BHLS, of_k_BHLS: the gradient of the angle at each token, its two parts.
+        dphi_q_BHLS, dphi_k_BHLS: the gradient of the angle at each token, its two parts.
         dlast_BHS: of the angle after the row.
     """
     angle_BELS = jnp.swapaxes(angle_BLHS, 1, 2)
@@ -127,46 +126,54 @@ def angles_bwd(angle_BLHS, dt_BHL, document_BL, of_q_BHLS, of_k_BHLS, dlast_BHS,
         goes_on_BL = jnp.pad(started_BL[:, 1:] == 0, ((0, 0), (0, 1))).astype(jnp.int32)
         started_BCQ = jnp.cumsum(started_BL.reshape(grid.batch, grid.chunks, -1), axis=2)
         in_first_BL = (started_BCQ == 0).astype(jnp.int32).reshape(document_BL.shape)
-    inputs = AnglesInputs(
+    operands = AngleRefs(
         angle_BELS=angle_BELS,
         dt_BHL=dt_BHL,
-        of_q_BHLS=of_q_BHLS,
-        of_k_BHLS=of_k_BHLS,
+        dphi_q_BHLS=dphi_q_BHLS,
+        dphi_k_BHLS=dphi_k_BHLS,
         goes_on_BL=goes_on_BL,
         in_first_BL=in_first_BL,
     )
-    length, shape = grid.chunks * grid.tokens, (grid.at_once, grid.tokens, grid.planes)
+    length, shape = grid.chunks * grid.tokens, (grid.at_once, grid.tokens, grid.pairs)
     out = {
         "dangle_JBELS": (grid.heads // grid.block if grid.shared_angle else 1, *angle_BELS.shape),
         "ddt_BHL": (grid.batch, grid.heads, length),
-        "dphi_BHCS": (grid.batch, grid.heads, grid.chunks, grid.planes),
+        "dphi_BHCS": (grid.batch, grid.heads, grid.chunks, grid.pairs),
     }
     out = {name: jax.ShapeDtypeStruct(sizes, jnp.float32) for name, sizes in out.items()}
-    shared = AnglesShared(
+    shared = AngleShared(
         angle_ETS=grid.of_angle(),
         dt_HT=grid.of_dt(),
-        of_q_HTS=plgpu.SMEM(shape, of_q_BHLS.dtype),
-        of_k_HTS=plgpu.SMEM(shape, of_k_BHLS.dtype),
+        dphi_q_HTS=plgpu.SMEM(shape, dphi_q_BHLS.dtype),
+        dphi_k_HTS=plgpu.SMEM(shape, dphi_k_BHLS.dtype),
         sum_HTS=plgpu.SMEM(shape, jnp.float32) if grid.shared_angle else None,
     )
     barriers = plgpu.Barrier(num_arrivals=1 + (shared.dt_HT is not None)), plgpu.Barrier(num_arrivals=2)
 
-    def kernel(refs: AnglesInputs, out, shared: AnglesShared, arrived, gradients_arrived):
-        _angles_kernel(refs, out, shared, arrived, gradients_arrived, Program(grid, interpret))
+    def kernel(refs: AngleRefs, out, shared: AngleShared, arrived, gradients_arrived):
+        barriers = {"arrived": arrived, "gradients_arrived": gradients_arrived}
+        _angles_kernel(refs, out, shared, AngleProgram(grid, interpret), **barriers)
 
-    scratch = shared, *barriers
-    out = call(kernel, "mamba3_mosaic_angles_bwd", inputs, out, scratch, grid.programs, interpret)
+    how = {"scratch": (shared, *barriers), "grid": grid.programs, "interpret": interpret}
+    out = call(kernel, name="mamba3_mosaic_angles_bwd", operands=operands, out=out, **how)
     dangle_BLHS = jnp.swapaxes(jnp.sum(out["dangle_JBELS"], axis=0), 1, 2)
     sums = AngleSums(dangle_BLHS=dangle_BLHS, ddt_BHL=out["ddt_BHL"], dphi_BHCS=out["dphi_BHCS"])
-    return add_later(angle_BLHS, dt_BHL, document_BL, sums, dlast_BHS, crossing)
+    return add_later(
+        angle_BLHS=angle_BLHS,
+        dt_BHL=dt_BHL,
+        document_BL=document_BL,
+        sums=sums,
+        dlast_BHS=dlast_BHS,
+        crossing=crossing,
+    )
 
 
-def _angles_kernel(refs: AnglesInputs, out, shared: AnglesShared, arrived, gradients_arrived, program: Program):
+def _angles_kernel(refs: AngleRefs, out, shared: AngleShared, program: AngleProgram, *, arrived, gradients_arrived):
     grid, interpret, b, tokens = program.grid, program.interpret, program.b, program.tokens
     layout = grid.layout
 
     def fetch(index):
-        for ref, to_HTS in ((refs.of_q_BHLS, shared.of_q_HTS), (refs.of_k_BHLS, shared.of_k_HTS)):
+        for ref, to_HTS in ((refs.dphi_q_BHLS, shared.dphi_q_HTS), (refs.dphi_k_BHLS, shared.dphi_k_HTS)):
             plgpu.copy_gmem_to_smem(ref.at[b, program.of_heads(index), tokens], to_HTS, gradients_arrived)
 
     fetch(0)
@@ -177,12 +184,12 @@ def _angles_kernel(refs: AnglesInputs, out, shared: AnglesShared, arrived, gradi
     def group(index, sum_HTS):
         heads = program.of_heads(index)
         plgpu.barrier_wait(gradients_arrived)
-        of_q_HTS, of_k_HTS = (
+        dphi_q_HTS, dphi_k_HTS = (
             load(ref, layout, interpret, optimized=False).astype(jnp.float32)
-            for ref in (shared.of_q_HTS, shared.of_k_HTS)
+            for ref in (shared.dphi_q_HTS, shared.dphi_k_HTS)
         )
-        dphi_HTS = of_q_HTS + of_k_HTS
-        plgpu.commit_smem()  # all have read them
+        dphi_HTS = dphi_q_HTS + dphi_k_HTS
+        plgpu.commit_smem()  # every warp has read them
         pl.when(index + 1 < grid.groups)(lambda: fetch(index + 1))
         goes_on_HTS = None if refs.goes_on_BL is None else program.over_heads(refs.goes_on_BL.at[b, tokens])
         later_HTS = running_sum(dphi_HTS, None, goes_on_HTS, reverse=True, layout=layout, interpret=interpret)
@@ -190,7 +197,7 @@ def _angles_kernel(refs: AnglesInputs, out, shared: AnglesShared, arrived, gradi
             dphi_HTS = jnp.where(program.over_heads(refs.in_first_BL.at[b, tokens]) == 0, 0.0, dphi_HTS)
         out["dphi_BHCS"].at[b, heads, program.c][...] = jnp.sum(dphi_HTS, axis=1)
         out["ddt_BHL"].at[b, heads, tokens][...] = jnp.sum(program.angle(shared.angle_ETS, index) * later_HTS, axis=2)
-        dangle_HTS = program.over_planes(dt_HT, index) * later_HTS
+        dangle_HTS = program.over_pairs(dt_HT, index) * later_HTS
         if grid.shared_angle:
             return sum_HTS + dangle_HTS
         out["dangle_JBELS"].at[0, b, heads, tokens][...] = dangle_HTS
@@ -201,8 +208,13 @@ def _angles_kernel(refs: AnglesInputs, out, shared: AnglesShared, arrived, gradi
         return
     zeros_HTS = jnp.zeros(program.shape, jnp.float32)
     zeros_HTS = zeros_HTS if interpret else plgpu.layout_cast(zeros_HTS, layout)
-    # Heads are in different warps: their sums meet in shared memory.
+    # Heads are in different warps, so their sums meet in shared memory.
     shared.sum_HTS[...] = lax.fori_loop(0, grid.groups, group, zeros_HTS)
     plgpu.commit_smem()
     sum_TS = sum(shared.sum_HTS[head] for head in range(grid.at_once))
     out["dangle_JBELS"].at[lax.axis_index("block"), b, 0, tokens][...] = sum_TS
+
+
+def columns():
+    """Returns the layout of (T, N), N a multiple of 128, in which a thread has whole columns."""
+    return plgpu.Layout.TILED(plgpu.Tiling(((1, 128), (32,), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)

@@ -1,15 +1,136 @@
-"""Products and vectors of a tile of 64 rows, also in Pallas's interpreter, which has neither wgmma nor layouts."""
+"""What the Hopper kernels share: tiles of 64 rows in wgmma's layout, their products, decay and rotation, and copies.
+
+A row is one rank of one token, **tokens fastest**. Rows 16 w to 16 w + 15 of the 64 are in warp w, so a warp holds rows
+of one rank: what is the same for all tokens is one vector a warp, what is the same for all ranks one block of tokens
+that every rank's warps hold alike.
+
+Pallas's interpreter, for tests, has neither wgmma nor layouts: what needs them has a branch for it.
+
+Letters: T = R Q rows of a chunk, Q its tokens, C chunks, Z splits of the length, S rotary pairs, pair i at entries
+(i, i + N / 2) of N, X the scalars of a row.
+"""
 
 import functools
+import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
+import jax.experimental.mosaic.gpu as mgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssm.mosaic_gpu.registers import ROWS, TILE
+from pallas_kernels.ssm.contract import Carry, Weights
+from pallas_kernels.ssm.decay import documents_in_chunks
+
+ROWS = 64  # of a tile: what wgmma computes at least
+WIDTH = 64  # P, padded
+WARPS, LANES = 4, 32
+TILE, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+# The scalars of every row, in this order; of packed rows, the document follows them.
+SCALARS = ("decay", "shifted", "gamma")  # log2 of the decay since the chunk's start; that less log2 kappa; gamma
+SCALARS_BWD = (*SCALARS, "kappa")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the kernels are cut. Performance only, but for `rank` and `width`, the shape's."""
+
+    rank: int = 1
+    width: int = WIDTH  # entries of P that are not padding
+    splits: int = 1  # parts of the length side by side, all of the same number of chunks
+    residuals: bool = False  # store y too, which the backward pass reads
+    interpret: object = None  # plgpu's InterpretParams: on the CPU, for tests
+
+    @property
+    def tokens(self) -> int:
+        """Returns how many a chunk has."""
+        return ROWS // self.rank
+
+    @property
+    def interpreted(self) -> bool:
+        """Returns whether the kernels run in Pallas's interpreter."""
+        return self.interpret is not None
+
+
+class TokenArrays(NamedTuple):
+    """What the kernels read of every token as it comes, bfloat16; None: absent, or not read by this kernel."""
+
+    q_BLRGN: jax.Array | None
+    k_BLRGN: jax.Array | None
+    v_BLHP: jax.Array | None
+    gate_BLHP: jax.Array | None
+
+
+class Operands(NamedTuple):
+    """A row as the kernels want it: whole chunks, P, N and S padded, one number a token and head with heads first."""
+
+    tokens: TokenArrays  # all else is float32
+    angle_BLHS: jax.Array | None
+    dt_BHL: jax.Array | None
+    log_decay_BHL: jax.Array  # since the first token of the chunk, or of its document in the chunk
+    gamma_BHL: jax.Array
+    kappa_BHL: jax.Array
+    before: Carry
+    weights: Weights
+
+
+class Residuals(NamedTuple):
+    """What the backward pass reads beside the operands."""
+
+    phase_BHLS: jax.Array | None
+    y_BLHRP: jax.Array
+    starts_BHZPN: jax.Array
+    split_decay_BHZ: jax.Array | None
+    last_BHPN: jax.Array
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that a program of a scan needs."""
+
+    heads: int
+    groups: int
+    chunks: int  # of a split
+    d_state: int
+    pairs: int
+
+    @classmethod
+    def of(cls, q_BLRGN, phase_BHLS, heads: int, tile: Tile) -> "Sizes":
+        """Returns the sizes of queries or keys and of the angles, if there are any."""
+        _, length, _, groups, d_state = q_BLRGN.shape
+        pairs = 0 if phase_BHLS is None else phase_BHLS.shape[-1]
+        return cls(
+            heads=heads, groups=groups, chunks=length // tile.tokens // tile.splits, d_state=d_state, pairs=pairs
+        )
+
+
+def interpreter():
+    """Returns what runs the kernels on the CPU."""
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax 0.10 has no public name
+
+    return InterpretGPUParams()
+
+
+def stack_scalars(operands: Operands, document_BL, names: tuple[str, ...], tile: Tile):
+    """Stacks the named scalars of every row of a chunk, rank by rank; of packed rows, the document too."""
+    decay_BHL = operands.log_decay_BHL * math.log2(math.e)
+    scalars_BHL = {
+        "decay": decay_BHL,
+        "shifted": decay_BHL - jnp.log2(operands.kappa_BHL),  # a product with kappa is part of the exponent
+        "gamma": operands.gamma_BHL,
+        "kappa": operands.kappa_BHL,
+    }
+    arrays_BHL = [scalars_BHL[name] for name in names]
+    if document_BL is not None:
+        document_BHL = documents_in_chunks(document_BL, tile.tokens)[:, None].astype(jnp.float32)
+        arrays_BHL.append(jnp.broadcast_to(document_BHL, decay_BHL.shape))
+    batch, n_heads, _ = decay_BHL.shape
+    stacked_BHCXQ = jnp.stack([x.reshape(batch, n_heads, -1, tile.tokens) for x in arrays_BHL], axis=3)
+    return jnp.tile(stacked_BHCXQ, tile.rank)
 
 
 def tiled(*shape, dtype=jnp.bfloat16):
@@ -39,6 +160,113 @@ def down(x_T, columns: int):
 def across(x_P, rows: int):
     """Broadcasts one number a column to `rows` rows."""
     return lax.broadcast_in_dim(x_P, (rows, x_P.shape[0]), (1,))
+
+
+def same_token(tile: Tile):
+    """Returns where row and column of a (T, T) tile are of one token."""
+    down_TT, across_TT = (token(iota(axis, tile.interpreted), tile) for axis in (0, 1))
+    return down_TT == across_TT
+
+
+def ones_of_tokens(tile: Tile):
+    """Returns ones where row and column are of one token.
+
+    Ranks are in different warps: a product with these adds them up, for each of the warps alike.
+    """
+    return jnp.where(same_token(tile), 1.0, 0.0).astype(jnp.bfloat16)
+
+
+def token(row, tile: Tile):
+    """Returns the token of a row."""
+    return row if tile.rank == 1 else row & (tile.tokens - 1)
+
+
+def join_columns(parts, interpret: bool):
+    """Puts columns side by side, as lax.concatenate would, which jax 0.10 does not lower here."""
+    if interpret:
+        return jnp.concatenate(parts, axis=1)
+    shape = (ROWS, sum(part.shape[1] for part in parts))
+
+    @plgpu.inline_mgpu(
+        arg_types=(TILE,) * len(parts), return_type=plgpu.ShapeDtypeStruct(shape, parts[0].dtype, layout=TILE)
+    )
+    def join(_, *parts):
+        return tile_fragments(np.concatenate([part.registers for part in parts], axis=1), parts[0])
+
+    return join(*parts)
+
+
+def split_pairs(x_TN, pairs: int):
+    """Returns the first entries of the rotary pairs, what lies between, the second entries, and the rest."""
+    half = x_TN.shape[1] // 2
+    u_TS, w_TS = x_TN[:, :pairs], x_TN[:, half : half + pairs]
+    if pairs == half:
+        return u_TS, None, w_TS, None
+    return u_TS, x_TN[:, pairs:half], w_TS, x_TN[:, half + pairs :]
+
+
+def join_pairs(parts, interpret: bool):
+    """Undoes `split_pairs`, in bfloat16."""
+    return join_columns([part.astype(jnp.bfloat16) for part in parts if part is not None], interpret)
+
+
+def of_ranks(ref_RN, interpret: bool):
+    """Returns (T, N), every row that of its rank in a ref (R, N), float32."""
+    rank, size = ref_RN.shape
+    if interpret:
+        return jnp.repeat(ref_RN[...], ROWS // rank, axis=0)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((ROWS, size), jnp.float32, layout=TILE)
+    )
+    def load(_, ref):
+        from jax.experimental.mosaic.gpu import utils
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith
+
+        i32 = ir.IntegerType.get_signless(32)
+        warp = arith.remui(utils.warp_idx(sync=False), utils.c(WARPS, i32))
+        row = arith.index_cast(ir.IndexType.get(), arith.divui(warp, utils.c(WARPS // rank, i32)))
+        vector = mgpu.FragmentedArray.load_untiled(
+            utils.memref_slice(ref, row), layout=COLUMN.to_mgpu(), optimized=False
+        )
+        return vector.broadcast_in_dim((ROWS, size), (1,), TILE.to_mgpu())
+
+    return load(ref_RN)
+
+
+def of_tokens(ref_QN, interpret: bool):
+    """Returns (T, N), the rows of a tiled ref (Q, N), once for every rank."""
+    tokens, size = ref_QN.shape
+    if interpret:
+        return jnp.tile(ref_QN[...], (ROWS // tokens, 1))
+    if tokens == ROWS:
+        return plgpu.load(ref_QN, (), layout=TILE)
+    # This is wgmma's layout without some of its warps, which hold copies.
+    tiles, warps = {16: ((), ()), 32: (((32, 8),), (-7,))}[tokens]
+    layout = plgpu.Layout.TILED(
+        plgpu.Tiling((*tiles, (16, 8), (8, 8), (2,))),
+        warp_dims=(plgpu.Replicated(ROWS // tokens), *warps),
+        lane_dims=(-3, -2),
+        vector_dim=-1,
+    )
+    dtype = ref_QN.dtype
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct((ROWS, size), dtype, layout=TILE))
+    def repeat(_, x):
+        return tile_fragments(x.registers.reshape(TILE.to_mgpu().registers_shape((ROWS, size))), x)
+
+    return repeat(plgpu.load(ref_QN, (), layout=layout))
+
+
+def tile_fragments(registers, like):
+    """Returns registers as a tile."""
+    return fragments(registers, TILE, like)
+
+
+def fragments(registers, layout, like):
+    """Returns registers as an array in a layout, of the signedness of another."""
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=like.is_signed)
 
 
 class Transposed(NamedTuple):
@@ -109,11 +337,13 @@ def add_products(sums, interpret: bool):
 
 
 def _waiting(refs, lengths):
+    """Returns what waits for a sum's products and those before it, and loads the sum, of every sum."""
     later = [sum(lengths[i + 1 :]) for i in range(len(refs))]
     return [functools.partial(plgpu.wgmma_accumulator_load, ref, wait_n=n) for ref, n in zip(refs, later, strict=True)]
 
 
 def _operand(x):
+    """Returns an operand as wgmma takes it."""
     return plgpu.transpose_ref(x.ref, (1, 0)) if isinstance(x, Transposed) else x
 
 
@@ -121,3 +351,229 @@ def _value(x):
     """Returns an operand as the interpreter takes it, which has no wgmma on registers."""
     value = x.ref[...].T if isinstance(x, Transposed) else x[...]
     return value.astype(jnp.float32)
+
+
+class Decay:
+    """What the scalars of a chunk weigh. Vectors are loaded where they are used: they would fill the registers."""
+
+    def __init__(self, scalars_XT, names: tuple[str, ...], tile: Tile):
+        """`names` are those of the scalars; of packed rows, the document follows them."""
+        self.scalars_XT, self.tile, self.interpret = scalars_XT, tile, tile.interpreted
+        self.places = {name: place for place, name in enumerate((*names, "document"))}
+        self.packed = scalars_XT.shape[0] > len(names)
+
+    def rows(self, name: str):
+        """Loads a scalar of every row, for the rows of a tile."""
+        return load(self.scalars_XT.at[self.places[name]], ROW, self.interpret)
+
+    def columns(self, name: str):
+        """Loads a scalar of every row, for the columns of a tile."""
+        return load(self.scalars_XT.at[self.places[name]], COLUMN, self.interpret)
+
+    def last(self, name: str):
+        """Loads a scalar of the last row."""
+        return self.scalars_XT[self.places[name], ROWS - 1]
+
+    def tokens(self):
+        """Returns the token of every row of a (T, T) tile, and of every column."""
+        return (token(iota(axis, self.interpret), self.tile) for axis in (0, 1))
+
+    def _together(self, before_TT):
+        """Restricts pairs of rows and columns to those of one document."""
+        if not self.packed:
+            return before_TT
+        return before_TT & (down(self.rows("document"), ROWS) == across(self.columns("document"), ROWS))
+
+    def weight_TT(self):
+        """Returns e^(c_t - c_s) kappa_s for targets t (down) after sources s, in a document; gamma_t where t = s."""
+        target_TT, source_TT = self.tokens()
+        gap_TT = down(self.rows("decay"), ROWS) - across(self.columns("decay"), ROWS)
+        later_TT = jnp.exp2(gap_TT) * across(self.columns("kappa"), ROWS)  # to the bit as the gradient of keys has it
+        diagonal_TT = jnp.where(target_TT == source_TT, across(self.columns("gamma"), ROWS), 0.0)
+        return jnp.where(self._together(target_TT > source_TT), later_TT, diagonal_TT)
+
+    def shifted_weight_TT(self):
+        """Returns `weight_TT` with kappa as part of the exponent."""
+        target_TT, source_TT = self.tokens()
+        before_TT = self._together(target_TT > source_TT)
+        gap_TT = down(self.rows("decay"), ROWS) - across(self.columns("shifted"), ROWS)
+        diagonal_TT = jnp.where(target_TT == source_TT, across(self.columns("gamma"), ROWS), 0.0)
+        return jnp.where(before_TT, jnp.exp2(gap_TT), diagonal_TT)  # what lies after a token may be infinite
+
+    def later_TT(self):
+        """Returns e^(c_t - c_s) for targets t (across) after sources s (down), in a document; 0 elsewhere."""
+        source_TT, target_TT = self.tokens()
+        gap_TT = across(self.columns("decay"), ROWS) - down(self.rows("decay"), ROWS)
+        return jnp.where(self._together(target_TT > source_TT), jnp.exp2(gap_TT), 0.0)
+
+    def decay_from_start_T(self):
+        """Returns what is left at each row of the state before the chunk."""
+        decay_T = jnp.exp2(self.rows("decay"))
+        return jnp.where(self.rows("document") == 0.0, decay_T, 0.0) if self.packed else decay_T
+
+    def decay_to_end_T(self, name: str = "decay"):
+        """Returns what is left of each row at the end of the chunk; of "shifted": times kappa."""
+        decay_T = jnp.exp2(self.last("decay") - self.rows(name))
+        if not self.packed:
+            return decay_T
+        return jnp.where(self.rows("document") == self.last("document"), decay_T, 0.0)
+
+    def chunk_decay(self):
+        """Returns what is left at the end of the chunk of the state before it."""
+        decay = jnp.exp2(self.last("decay"))
+        return jnp.where(self.last("document") == 0.0, decay, 0.0) if self.packed else decay
+
+
+class Rotation:
+    """Bias and rotation by the angles of a chunk. Computed where it is used, as registers are few."""
+
+    def __init__(self, phase_QS, interpret: bool):
+        self.interpret, self.sin_TS, self.cos_TS = interpret, None, None
+        if phase_QS is not None:
+            radians_TS = of_tokens(phase_QS, interpret).astype(jnp.float32) * (2 * jnp.pi / 2.0**16)
+            self.sin_TS, self.cos_TS = jnp.sin(radians_TS), jnp.cos(radians_TS)
+
+    def changes(self, bias_RN) -> bool:
+        """Returns whether anything is done to queries or keys with this bias (None: no bias)."""
+        return bias_RN is not None or self.sin_TS is not None
+
+    def apply(self, x_ref, bias_RN):
+        """Returns queries or keys, biased and rotated, in registers, bfloat16."""
+        x_TN = load(x_ref, TILE, self.interpret)
+        if not self.changes(bias_RN):
+            return x_TN
+        x_TN = x_TN.astype(jnp.float32)
+        if bias_RN is not None:
+            x_TN += of_ranks(bias_RN, self.interpret)
+        if self.sin_TS is None:
+            return x_TN.astype(jnp.bfloat16)
+        u_TS, rest, w_TS, more = split_pairs(x_TN, self.sin_TS.shape[1])
+        sin_TS, cos_TS = self.sin_TS, self.cos_TS
+        rotated = (u_TS * cos_TS - w_TS * sin_TS, rest, u_TS * sin_TS + w_TS * cos_TS, more)
+        return join_pairs(rotated, self.interpret)
+
+    def inverse(self, dx_TN, x_TN):
+        """Returns the gradient of what was rotated into x, bfloat16, and of the angle (None without angles)."""
+        if self.sin_TS is None:
+            return dx_TN.astype(jnp.bfloat16), None
+        pairs, sin_TS, cos_TS = self.sin_TS.shape[1], self.sin_TS, self.cos_TS
+        du_TS, rest, dw_TS, more = split_pairs(dx_TN, pairs)
+        u_TS, _, w_TS, _ = split_pairs(x_TN, pairs)
+        dphi_TS = dw_TS * u_TS.astype(jnp.float32) - du_TS * w_TS.astype(jnp.float32)
+        parts = (du_TS * cos_TS + dw_TS * sin_TS, rest, dw_TS * cos_TS - du_TS * sin_TS, more)
+        return join_pairs(parts, self.interpret), dphi_TS
+
+
+class HeadWeights(NamedTuple):
+    """The weights of a program's head in shared memory; None: absent, or not read by this kernel."""
+
+    q_bias_RN: jax.Array | None
+    k_bias_RN: jax.Array | None
+    v_rank_RP: jax.Array | None
+    gate_rank_RP: jax.Array | None
+    out_rank_RP: jax.Array | None
+    norm_1P: jax.Array | None
+
+    @classmethod
+    def memory(cls, weights: Weights) -> "HeadWeights":
+        """Returns the shared memory of one head's weights; `weights` with the norm as (H, 1, P)."""
+        refs = {name: getattr(weights, source) for name, source in WEIGHTS.items()}
+        return cls(**{name: None if x is None else plgpu.SMEM(x.shape[1:], jnp.float32) for name, x in refs.items()})
+
+    def barrier(self):
+        """Returns the barrier of `load`."""
+        return plgpu.Barrier(num_arrivals=max(1, sum(x is not None for x in self)))
+
+    def load(self, weights: Weights, head, barrier):
+        """Starts the copies of a head's weights, and returns what waits for them."""
+        found = [name for name in WEIGHTS if getattr(self, name) is not None]
+        for name in found:
+            plgpu.copy_gmem_to_smem(getattr(weights, WEIGHTS[name]).at[head], getattr(self, name), barrier)
+        return lambda: plgpu.barrier_wait(barrier) if found else None
+
+
+WEIGHTS = {  # the fields of `HeadWeights`, and of `Weights` where each comes from
+    "q_bias_RN": "q_bias_HRN",
+    "k_bias_RN": "k_bias_HRN",
+    "v_rank_RP": "v_rank_HRP",
+    "gate_rank_RP": "gate_rank_HRP",
+    "out_rank_RP": "out_rank_HRP",
+    "norm_1P": "norm_HP",
+}
+
+
+class Program:
+    """Which part of the arrays a program of a scan works on: a head of a batch entry, or a split of it."""
+
+    def __init__(self, sizes: Sizes, tile: Tile):
+        self.sizes, self.tile, self.interpret = sizes, tile, tile.interpreted
+        program = lax.axis_index("program")
+        # Heads run fastest: neighbours read the same queries and keys.
+        self.head = lax.rem(program, jnp.int32(sizes.heads))
+        rest = lax.div(program, jnp.int32(sizes.heads))
+        self.split, self.batch = lax.rem(rest, jnp.int32(tile.splits)), lax.div(rest, jnp.int32(tile.splits))
+        self.group = lax.div(self.head, jnp.int32(sizes.heads // sizes.groups))
+        self.row = self.batch * sizes.heads + self.head
+        self.state = (self.batch, self.head, self.split)
+
+    def chunk(self, index):
+        """Returns the place of a chunk of the split in its row."""
+        return self.split * self.sizes.chunks + index
+
+    def chunk_of_row(self, index):
+        """Returns its place among the chunks of all rows."""
+        return self.row * self.tile.splits * self.sizes.chunks + self.chunk(index)
+
+    def tokens(self, index):
+        """Returns the tokens of a chunk."""
+        return pl.ds(self.chunk(index) * self.tile.tokens, self.tile.tokens)
+
+    def rows(self, rank: int):
+        """Returns the rows of a rank in a tile."""
+        return pl.ds(rank * self.tile.tokens, self.tile.tokens)
+
+    def of_head(self, tokens, rank: int = 0, ranks: int = 1):
+        """Returns where the entries of the head (of a rank of it) are for these tokens, in (B, L, H R P)."""
+        return self.batch, tokens, pl.ds((self.head * ranks + rank) * WIDTH, WIDTH)
+
+    def load_ranks(self, from_BLX, to_TN, tokens, barrier):
+        """Starts the copies of these tokens' queries or keys."""
+        d_state = self.sizes.d_state
+        for rank in range(self.tile.rank):
+            columns = pl.ds((rank * self.sizes.groups + self.group) * d_state, d_state)
+            from_QN = from_BLX.at[self.batch, tokens, columns]
+            plgpu.copy_gmem_to_smem(from_QN, to_TN.at[self.rows(rank)], barrier)
+
+
+def call(kernel, *, name: str, operands, out, scratch, grid: dict[str, int], interpret, sums: bool = True):
+    """Runs `kernel(operands, out, *scratch)`, trees of refs, for every point of the grid, whose last axis runs fastest.
+
+    Args:
+        out: a tree of shapes and dtypes, returned as arrays.
+        scratch: trees of what a program has in shared memory, and its barriers.
+        grid: sizes by name; programs ask for their place by `lax.axis_index(name)`.
+        interpret: plgpu's InterpretParams: on the CPU, for tests; None: on the GPU.
+        sums: whether the kernel adds up within warps, and nowhere else.
+    """
+    arrays, tree = jax.tree.flatten(operands)
+    out_types, out_tree = jax.tree.flatten(out)
+
+    def body(*refs):
+        operands = jax.tree.unflatten(tree, refs[: len(arrays)])
+        pl.run_scoped(functools.partial(kernel, operands, jax.tree.unflatten(out_tree, refs[len(arrays) :])), *scratch)
+
+    outputs = plgpu.kernel(
+        body,
+        out_type=out_types,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,  # commit_smem stands wherever warps exchange something
+            **({"reduction_scratch_bytes": 512} if sums else {}),
+        ),
+        kernel_name=name,
+        **({} if interpret is None else {"interpret": interpret}),
+    )(*arrays)
+    return jax.tree.unflatten(out_tree, outputs)

@@ -1,9 +1,11 @@
-"""The op in Pallas Mosaic for TPUs, forward and backward: `mamba3`, one custom derivative around both kernels.
+"""The scan in Pallas Mosaic for TPUs: padding and the order of N, and one custom derivative around the kernels.
 
-The backward pass keeps the inputs, the state and the angle before every chunk.
+The backward pass reads the operands again, and the state and the angle before every chunk.
 """
 
+import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +14,26 @@ from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.ssm.contract import Carry, Row, Scanned, cast, cut, ordered, pad, product_dtype, require, sizes_of
 from pallas_kernels.ssm.decay import documents
-from pallas_kernels.ssm.mosaic_tpu import scan_bwd, scan_fwd
-from pallas_kernels.ssm.mosaic_tpu.config import STEPS, limits, order_matrix, order_of, padded_width, tiles_of
-from pallas_kernels.ssm.mosaic_tpu.contract import Inputs, Rest, Tiles
-from pallas_kernels.ssm.mosaic_tpu.turns import starts
+from pallas_kernels.ssm.mosaic_tpu import decode, scan_bwd, scan_fwd
+from pallas_kernels.ssm.mosaic_tpu.angle import angle_before_chunks
+from pallas_kernels.ssm.mosaic_tpu.config import STEPS, Tiles, limits, order_matrix, order_of, padded_width, tiles_of
+from pallas_kernels.ssm.mosaic_tpu.grid import BlockCarry, Constants, Grid, Operands
+
+
+class Results(NamedTuple):
+    """What the kernels give and leave."""
+
+    o_BLX: jax.Array
+    after: BlockCarry  # its angle in [0, 2 pi)
+    k_BX: jax.Array  # of the last token that is not padding
+    v_BX: jax.Array
 
 
 def scan(row: Row, rotation: str, *, interpret=None, chunk: int | None = None, tiles: Tiles | None = None) -> Scanned:
     """Computes a row in one fused kernel, and its angles in one before it. See `contract`.
 
     Queries and keys are biased and rotated inside the kernel: they are read once a chunk for all heads of a group, and
-    nothing of size L H N is ever stored. The backward pass keeps the inputs and the state before every chunk.
+    nothing of size L H N is ever stored. Residuals are the operands and the state before every chunk.
 
     Args:
         interpret: pltpu.InterpretParams, or True.
@@ -47,37 +58,22 @@ def scan(row: Row, rotation: str, *, interpret=None, chunk: int | None = None, t
         "S": max(-(-size["S"] // 8), 1) * 8,
         "N": order.size,
     }
-    row, order_NM = pad(row, **padded), None
-    weights = row.weights
+    row, order_MN = pad(row, **padded), None
     if not order.same_order:
         order_NM = order_matrix(order)
         reordered = lambda bias_HRN: jnp.matmul(bias_HRN, order_NM, precision="highest")  # noqa: E731
-        weights, order_NM = ordered(weights, reordered), order_NM.T.astype(dtype)
-    skip_HP = None
-    if weights.skip_H is not None:
-        skip_HP = jnp.broadcast_to(weights.skip_H[:, None], (size["H"], padded["P"]))
-    inputs = Inputs(
-        q_BLGRN=jnp.swapaxes(row.q_BLRGN, 2, 3),
-        k_BLGRN=jnp.swapaxes(row.k_BLRGN, 2, 3),
-        v_BLHP=row.v_BLHP,
-        gate_BLHP=row.gate_BLHP,
-        angle_BLHS=row.angle_BLHS,
-        dt_BLH=row.dt_BLH,
-        log_a_BLH=row.log_a_BLH,
-        gamma_BLH=row.gamma_BLH,
-        kappa_BLH=row.kappa_BLH,
-        first_BHS=None if row.before is None else row.before.angle_BHS,
-        h_BHPN=None if row.before is None else row.before.h_BHPN,
-        skip_HP=skip_HP,
-        **{name: array for name, array in weights._asdict().items() if name != "skip_H"},
-    )
-    document_BL = documents(row.start_BL, tiles.tokens)
-    o_BLHP, h_BHPN, angle_BHS, k_BGRN, v_BHP = mamba3(inputs, document_BL, order_NM, size["L"] - 1, tiles)
+        row, order_MN = row._replace(weights=ordered(row.weights, reordered)), order_NM.T.astype(dtype)
+    document_BCQ = documents(row.start_BL, tiles.tokens)
+    if document_BCQ is not None:
+        document_BCQ = document_BCQ.astype(jnp.float32).reshape(size["B"], -1, 1, tiles.tokens)
+    grid = Grid.of(row, size, tiles)
+    results = mamba3(grid.operands(row), document_BCQ, order_MN, grid)
+    k_BGRN = results.k_BX.reshape(size["B"], size["G"], size["R"], -1)
     scanned = Scanned(
-        o_BLHP=o_BLHP.astype(v_dtype),
-        after=Carry(angle_BHS=angle_BHS, h_BHPN=h_BHPN),
+        o_BLHP=results.o_BLX.reshape(row.v_BLHP.shape).astype(v_dtype),
+        after=Carry(angle_BHS=grid.of_heads_again(results.after.angle_BKX), h_BHPN=results.after.h_BHPN),
         k_BRGN=jnp.swapaxes(k_BGRN, 1, 2).astype(k_dtype),
-        v_BHP=v_BHP.astype(v_dtype),
+        v_BHP=results.v_BX.reshape(size["B"], size["H"], -1).astype(v_dtype),
     )
     return cut(scanned, **{axis: size[axis] for axis in padded})
 
@@ -85,78 +81,74 @@ def scan(row: Row, rotation: str, *, interpret=None, chunk: int | None = None, t
 def unsupported(row: Row) -> str | None:
     """Returns what the kernels want of these shapes and dtypes, VMEM included, and what they got; None: nothing.
 
-    Traces both passes: how much VMEM they take depends on all of the shapes.
+    Traces what would run, of a scan both passes: how much VMEM they take depends on all of the shapes.
     """
-    if (wish := limits(row)) is not None or sizes_of(row)["L"] <= STEPS:
-        return wish
 
-    def both(row):
-        floats, others = row._replace(start_BL=None), row.start_BL
-        run = lambda floats: scan(floats._replace(start_BL=others), "adjacent")  # noqa: E731
+    def run_step(row):
+        return decode.step(decode.first_token(row), "adjacent")
+
+    def run_scan(row):
+        floats, start_BL = row._replace(start_BL=None), row.start_BL
+        run = lambda floats: scan(floats._replace(start_BL=start_BL), "adjacent")  # noqa: E731
         results, pull = jax.vjp(run, floats)
         return pull(results)
 
+    steps = sizes_of(row)["L"] <= STEPS
+    wish = decode.limits(jax.eval_shape(decode.first_token, row)) if steps else limits(row)
+    if wish is not None:
+        return wish
     try:
-        jax.eval_shape(both, row)
+        jax.eval_shape(run_step if steps else run_scan, row)
     except ValueError as error:
         return str(error)
     return None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def mamba3(inputs: Inputs, document_BL, order_MN, last: int, tiles: Tiles):
-    """o_BLHP, and what the row leaves: h_BHPN, angle_BHS in radians, in [0, 2 pi), k_BGRN and v_BHP of its last token.
-
-    Where nothing turns the angle is None.
-
-    Args:
-        document_BL: int32, document starts in the chunk up to each token; None: one document.
-        order_MN: a one where an entry of N, of queries, keys and states, goes in the kernels, in the dtype of the
-            products; None: where it is.
-        last: index of the last token that is not padding.
-
-    Raises:
-        ValueError: see `contract.Grid`.
-    """
-    return _forward(inputs, document_BL, order_MN, last, tiles, keep=False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def mamba3(operands: Operands, document_BCQ, order_MN, grid: Grid) -> Results:
+    """Runs the kernels; the last two arrays are as in `Constants`."""
+    return _forward(operands, document_BCQ, order_MN, grid, residuals=False)[0]
 
 
-def _forward(inputs: Inputs, document_BL, order_MN, last: int, tiles: Tiles, *, keep: bool):
+def _forward(operands: Operands, document_BCQ, order_MN, grid: Grid, *, residuals: bool):
     start_BCHS = angle_BHS = None
-    if inputs.angle_BLHS is not None:
-        start_BCHS, angle_BHS = starts(inputs.angle_BLHS, inputs.dt_BLH, inputs.first_BHS, document_BL, tiles)
-    rest = Rest(start_BCHS, document_BL, order_MN)
-    o_BLHP, h_BHPN, h_BCWNX = scan_fwd.forward(inputs, rest, tiles, keep=keep)
+    if grid.pairs:
+        before_BKX = None if operands.before is None else operands.before.angle_BKX
+        start_BCHS, angle_BHS = angle_before_chunks(
+            operands.angle_BHSL,
+            operands.dt_BHL,
+            grid.of_heads_again(before_BKX),
+            document_BCQ=document_BCQ,
+            tiles=grid.tiles,
+        )
+    constants = Constants(start_BCKX=grid.of_blocks(start_BCHS), document_BCQ=document_BCQ, order_MN=order_MN)
+    out = scan_fwd.forward(operands, constants, grid, residuals=residuals)
     # Of the arrays as they lie in memory: or XLA for TPU copies all of them into another order.
-    k_BGRN, v_BHP = (
-        x.reshape(*x.shape[:2], -1)[:, last].reshape(-1, *x.shape[2:]) for x in (inputs.k_BLGRN, inputs.v_BLHP)
-    )
-    return (o_BLHP, h_BHPN, angle_BHS, k_BGRN, v_BHP), (rest, h_BCWNX)
+    k_BX, v_BX = (x_BLX[:, grid.given_length - 1] for x_BLX in (operands.k_BLX, operands.v_BLX))
+    after = BlockCarry(angle_BKX=grid.of_blocks(angle_BHS), h_BHPN=out.after.h_BHPN)
+    return Results(o_BLX=out.o_BLX, after=after, k_BX=k_BX, v_BX=v_BX), (constants, out.h_BCWNX)
 
 
-def _fwd(inputs: Inputs, document_BL, order_MN, last: int, tiles: Tiles):
-    inputs, document_BL, order_MN = jax.tree.map(lambda primal: primal.value, (inputs, document_BL, order_MN))
-    results, (rest, h_BCWNX) = _forward(inputs, document_BL, order_MN, last, tiles, keep=True)
-    return results, (inputs, rest, checkpoint_name(h_BCWNX, "ssm_states"))
+def _fwd(operands: Operands, document_BCQ, order_MN, grid: Grid):
+    operands, document_BCQ, order_MN = jax.tree.map(lambda primal: primal.value, (operands, document_BCQ, order_MN))
+    results, (constants, h_BCWNX) = _forward(operands, document_BCQ, order_MN, grid, residuals=True)
+    return results, (operands, constants, checkpoint_name(h_BCWNX, "ssm_states"))
 
 
-def _bwd(last: int, tiles: Tiles, residuals, cotangents):
-    inputs, rest, h_BCWNX = residuals
+def _bwd(grid: Grid, residuals, cotangents: Results):
+    operands, constants, h_BCWNX = residuals
     # None where nobody uses a result: most often the state after the row, whose zeros would be large.
-    cotangents = [None if isinstance(d, SymbolicZero) else d for d in cotangents]
-    do_BLHP, dh_BHPN, dangle_BHS, dk_BGRN, dv_BHP = cotangents
-    do_BLHP = jnp.zeros_like(inputs.v_BLHP) if do_BLHP is None else do_BLHP
-    d = scan_bwd.backward(inputs, rest, h_BCWNX, (do_BLHP, dh_BHPN, dangle_BHS), tiles)
-    dk_BLGRN, dv_BLHP = _with(d.k_BLGRN, last, dk_BGRN), _with(d.v_BLHP, last, dv_BHP)
-    return d._replace(k_BLGRN=dk_BLGRN, v_BLHP=dv_BLHP), None, None
+    cotangents = jax.tree.map(lambda d: None if isinstance(d, SymbolicZero) else d, cotangents)
+    do_BLX = jnp.zeros_like(operands.v_BLX) if cotangents.o_BLX is None else cotangents.o_BLX
+    grid = dataclasses.replace(grid, backwards=True)
+    d = scan_bwd.backward(operands, constants, h_BCWNX, grid, do_BLX=do_BLX, dafter=cotangents.after)
 
+    def with_last(dx_BLX, more_BX):
+        """Adds the last token's in place: the sum with zeros for all others would be one more pass over them."""
+        return dx_BLX if more_BX is None else dx_BLX.at[:, grid.given_length - 1].add(more_BX)
 
-def _with(dx_BL, last: int, more_B):
-    """In place: the sum with zeros for all other tokens would be one more pass over them."""
-    if more_B is None:
-        return dx_BL
-    flat_BLX = dx_BL.reshape(*dx_BL.shape[:2], -1)
-    return flat_BLX.at[:, last].add(more_B.reshape(more_B.shape[0], -1)).reshape(dx_BL.shape)
+    dk_BLX, dv_BLX = with_last(d.k_BLX, cotangents.k_BX), with_last(d.v_BLX, cotangents.v_BX)
+    return d._replace(k_BLX=dk_BLX, v_BLX=dv_BLX), None, None
 
 
 mamba3.defvjp(_fwd, _bwd, symbolic_zeros=True)

@@ -1,112 +1,355 @@
-"""The gradients of the chunked scan with its rotation and its end, in one Pallas Mosaic kernel for TPUs.
+"""The gradients of the chunked scan with its rotation and its epilogue, in one Pallas Mosaic kernel for TPUs.
 
-From the last chunk to the first, with the state before every chunk read and all else recomputed: `scan_bwd_kernel`.
+From the last chunk to the first, with the gradient dh of the state after the chunk carried in VMEM and the state h
+before it read: the rest is recomputed. With P_ts the decay e^(c_t - c_s), S = q k^T, M = dy x^T, x' = kappa x and
+weight_ts = P_ts kappa_s, or gamma_t where s = t:
+
+    dq_t = sum_s weight_ts M_ts k_s  +  e^(c_t) h^T dy_t
+    dk_s = sum_t weight_ts M_ts q_t  +  e^(c_T - c_s) dh^T x'_s
+    dx_s = sum_t weight_ts S_ts dy_t +  e^(c_T - c_s) kappa_s dh k_s  +  D dy_s
+    dgamma_s = M_ss S_ss,   dkappa_s = sum_{t > s} P_ts M_ts S_ts  +  e^(c_T - c_s) x_s . dh k_s
+    dc_t = sum_{s < t} weight_ts M_ts S_ts  +  e^(c_t) dy_t . h q_t  -  kappa_t dkappa_t
+    dh before the chunk = e^(c_T) dh  +  sum_t e^(c_t) dy_t q_t^T
+
+and dc_T has what crosses the end of the chunk as well: e^(c_T) <dh, h> + sum_s e^(c_T - c_s) x'_s . dh k_s.
+
+The inverse rotation gives the gradients of queries and keys; the angle of a rotary pair (u, w) gets dphi = dw u - du w,
+and what a token adds to the angle the sum of dphi from it on.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ssm.mosaic_tpu.contract import (
-    OF_HEADS,
-    OF_PACKS,
-    Grid,
-    Inputs,
-    Refs,
-    Rest,
-    Tiles,
-    refs_of,
-    tokens_second,
+from pallas_kernels.ssm.decay import STEEPEST
+from pallas_kernels.ssm.mosaic_tpu import chunk as chunks
+from pallas_kernels.ssm.mosaic_tpu.chunk import (
+    NN,
+    NT,
+    TN,
+    Chunk,
+    EpilogueWeights,
+    Masks,
+    alone,
+    of_ranks,
+    over_ranks,
+    product,
+    ranks,
+    side_by_side,
 )
-from pallas_kernels.ssm.mosaic_tpu.scan_bwd_kernel import Back, Gradients, Scratch, kernel
-from pallas_kernels.ssm.mosaic_tpu.scan_fwd import call, specs_of
+from pallas_kernels.ssm.mosaic_tpu.grid import BlockCarry, Constants, Grid, Operands, PackedWeights
 
 
-def backward(inputs: Inputs, rest: Rest, h_BCWNX, cotangents, tiles: Tiles) -> Inputs:
-    """The gradients of `Inputs`.
+class BwdRefs(NamedTuple):
+    """What the kernel reads."""
+
+    operands: Operands  # without `before`
+    constants: Constants
+    h_BCWNX: jax.Array  # the state before every chunk
+    do_BLX: jax.Array
+    dafter: BlockCarry  # None in it: 0
+
+
+class BwdScratch(NamedTuple):
+    """What is carried: dh, dphi and weights over chunks, the rest over the blocks of heads of one."""
+
+    dh_WNX: jax.Array
+    dphi_KX1: jax.Array | None  # None: nothing rotates
+    q_GNT: jax.Array
+    k_GNT: jax.Array
+    dq_GNT: jax.Array
+    dk_GNT: jax.Array
+    dangle_XQ: jax.Array | None  # the angle's gradient, whose sum is over the blocks of heads that share it
+    scalars_HXQ: jax.Array
+    dc_HQ: jax.Array  # the gradient of the decay of all heads in a chunk
+    dweights: PackedWeights
+
+
+class Head(NamedTuple):
+    """The gradients of a head in a chunk that wait for those of the others; dc and dkappa are the sum of both parts."""
+
+    dphi_SQ: jax.Array | None
+    dc_Q1: jax.Array
+    dkappa_Q1: jax.Array
+    dc_1Q: jax.Array
+    dgamma_1Q: jax.Array
+    dkappa_1Q: jax.Array
+
+
+def backward(operands: Operands, constants: Constants, h_BCWNX, grid: Grid, *, do_BLX, dafter: BlockCarry) -> Operands:
+    """Runs the kernel and returns the gradients of the operands.
 
     Args:
-        rest: as for `scan_fwd.forward`.
-        h_BCWNX: the state before every chunk, as that gives it.
-        cotangents: do_BLHP, dh_BHPN and dangle_BHS of what comes after the row; the last two None: 0.
-        tiles: as for the forward pass.
+        h_BCWNX: the state before every chunk, as `scan_fwd.forward` gives it.
+        do_BLX: the gradient of the output.
+        dafter: that of what comes after the row; None in it: 0.
     """
-    grid = Grid(inputs, tiles, backwards=True)
-    do_BLHP, dh_BHPN, dangle_BHS = cotangents
-    batch, length, n_heads, width, d_state = grid.batch, grid.length, grid.n_heads, grid.width, grid.d_state
-    angles = grid.heads * grid.planes  # 0: nothing turns
-    read = refs_of(inputs, rest, grid, h_BCWNX)
-    dphi_BKX = None if dangle_BHS is None else grid.of_blocks(dangle_BHS)
-    refs = Back(read, do_BLHP.reshape(batch, length, -1), dh_BHPN, dphi_BKX)
-    specs = Back(
-        specs_of(read, grid, grid.of_states()),
-        grid.of_heads(),
-        None if dh_BHPN is None else grid.before(grid.heads, width, d_state),
-        None if dphi_BKX is None else grid.before(None, 1, angles),
+    refs = BwdRefs(
+        operands=operands._replace(before=None),
+        constants=constants,
+        h_BCWNX=h_BCWNX,
+        do_BLX=do_BLX,
+        dafter=dafter,
     )
-    weights = read.weights()
-    like = lambda array: None if array is None else jax.ShapeDtypeStruct(array.shape, array.dtype)  # noqa: E731
-    float32 = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
-    of_tokens = [name for name in Gradients._fields if name in Refs._fields]
-    out = Gradients(
-        **{name: like(getattr(read, name)) for name in of_tokens},
-        dh_BHPN=None if inputs.h_BHPN is None else float32(batch, n_heads, width, d_state),
-        dphi_BKX=None if inputs.first_BHS is None else float32(batch, grid.blocks, 1, angles),
-        weights={name: float32(batch, *array.shape) for name, array in weights.items()},
+    specs = BwdRefs(
+        operands=grid.blocks_of(operands),
+        constants=grid.constant_blocks(constants),
+        h_BCWNX=grid.of_states(),
+        do_BLX=grid.of_heads(),
+        dafter=grid.before(dafter),
     )
-    after = lambda array: grid.after(array.shape[0] // grid.blocks, *array.shape[1:])  # noqa: E731
-    out_specs = Gradients(
-        **{name: getattr(specs.inputs, name) for name in of_tokens},
-        dh_BHPN=None if out.dh_BHPN is None else grid.after(grid.heads, width, d_state),
-        dphi_BKX=None if out.dphi_BKX is None else grid.after(None, 1, angles),
-        weights={name: after(array) for name, array in weights.items()},
+    out = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), operands)
+    of_rows = lambda array: jax.ShapeDtypeStruct((grid.batch, *array.shape), jnp.float32)  # noqa: E731
+    out = out._replace(weights=jax.tree.map(of_rows, operands.weights))
+    out_specs = specs.operands._replace(
+        before=None if out.before is None else grid.after(out.before),
+        weights=jax.tree.map(grid.sums, out.weights),
     )
     vmem = lambda *sizes: pltpu.VMEM(sizes, jnp.float32) if all(sizes) else None  # noqa: E731
-    scratch = Scratch(
-        vmem(n_heads // grid.pack, d_state, grid.lanes),
-        vmem(grid.blocks, angles, 1),
-        *[grid.columns()] * 4,
-        vmem(angles, grid.tokens),
-        grid.numbers(),
-        vmem(n_heads, grid.tokens),
-        {name: vmem(*array.shape) for name, array in weights.items()},
+    of_angles = grid.heads * grid.pairs  # 0: nothing rotates
+    scratch = BwdScratch(
+        dh_WNX=grid.states(),
+        dphi_KX1=vmem(grid.blocks, of_angles, 1),
+        q_GNT=grid.columns(),
+        k_GNT=grid.columns(),
+        dq_GNT=grid.columns(),
+        dk_GNT=grid.columns(),
+        dangle_XQ=vmem(of_angles, grid.tokens),
+        scalars_HXQ=grid.numbers(),
+        dc_HQ=vmem(grid.n_heads, grid.tokens),
+        dweights=jax.tree.map(lambda array: vmem(*array.shape), operands.weights),
     )
-    of_grid = functools.partial(kernel, grid=grid)
-    d = call(of_grid, "mamba3_tpu_scan_back", grid, refs, specs, out, out_specs, [scratch])
-    return _gradients(inputs, d, grid)
+    kernel, name = functools.partial(_kernel, grid=grid), "mamba3_tpu_scan_back"
+    d = grid.call(kernel, name, refs, specs=specs, out=out, out_specs=out_specs, scratch=scratch)
+    return d._replace(weights=jax.tree.map(lambda dweight: jnp.sum(dweight, axis=0), d.weights))
 
 
-def _gradients(inputs: Inputs, d: Gradients, grid: Grid) -> Inputs:
-    """As `Inputs` has them."""
-    weights = {}
-    for name, dweight in d.weights.items():
-        of_row = jnp.sum(dweight, axis=0)
-        if name in OF_PACKS:
-            weights[OF_PACKS[name]] = grid.unpacked(of_row).reshape(getattr(inputs, OF_PACKS[name]).shape)
+def _kernel(refs: BwdRefs, out: Operands, scratch: BwdScratch, *, grid: Grid):
+    step, block = pl.program_id(1), pl.program_id(2)
+    operands, constants = refs.operands, refs.constants
+    of_block = lambda ref: pl.ds(block * ref.shape[0], ref.shape[0])  # noqa: E731  # of heads, or of packs
+
+    @pl.when(step == 0)
+    def _():
+        chunks.load_states(scratch.dh_WNX, refs.dafter.h_BHPN, constants.order_MN, block=block, grid=grid)
+        if grid.pairs:
+            dphi_ref, zeros_X1 = refs.dafter.angle_BKX, jnp.zeros(scratch.dphi_KX1.shape[1:], jnp.float32)
+            scratch.dphi_KX1[block] = zeros_X1 if dphi_ref is None else dphi_ref[...].T
+
+        def clear(ref, sum_ref):
+            sum_ref[of_block(ref)] = jnp.zeros(ref.shape, jnp.float32)
+
+        jax.tree.map(clear, out.weights, scratch.dweights)
+
+    of_group = grid.of_group(block)
+
+    @pl.when(of_group == 0)
+    def _():
+        for sum_ref in (scratch.dq_GNT, scratch.dk_GNT):
+            sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
+
+    chunk, found = chunks.load(refs, scratch, block, grid), []
+    for pack in range(grid.packs):
+        found += _pack(pack, chunk, refs=refs, out=out, scratch=scratch)
+    if grid.pairs:
+        dphi_XQ = jnp.concatenate([one.dphi_SQ for one in found], axis=0)
+        for head, ddt_1Q in enumerate(_angles(dphi_XQ, chunk, refs=refs, out=out, scratch=scratch)):
+            out.dt_BHL[pl.ds(block * grid.heads + head, 1)] = ddt_1Q
+    for head, one in enumerate(found):
+        columns_XQ = jnp.concatenate([one.dc_Q1, one.dkappa_Q1], axis=1).T
+        row, dkappa_1Q = pl.ds(block * grid.heads + head, 1), columns_XQ[1:] + one.dkappa_1Q
+        if out.kappa_BHL is None:
+            out.gamma_BHL[row] = one.dgamma_1Q + dkappa_1Q
         else:
-            weights[OF_HEADS[name]] = of_row
-    dfirst_BHS = None
-    if d.dphi_BKX is not None:
-        dfirst_BHS = d.dphi_BKX.reshape(grid.batch, grid.n_heads, grid.planes)
-    like = lambda dx, x: None if dx is None else dx.reshape(x.shape)  # noqa: E731
-    second = lambda dx: tokens_second(dx, grid.tokens)  # noqa: E731
-    return Inputs(
-        **dict.fromkeys(OF_HEADS.values())
-        | dict.fromkeys(OF_PACKS.values())
-        | weights
-        | {
-            "q_BLGRN": like(d.q_BLX, inputs.q_BLGRN),
-            "k_BLGRN": like(d.k_BLX, inputs.k_BLGRN),
-            "v_BLHP": like(d.v_BLX, inputs.v_BLHP),
-            "gate_BLHP": like(d.gate_BLX, inputs.gate_BLHP),
-            "angle_BLHS": second(d.angle_BHSL),
-            "dt_BLH": second(d.dt_BHL),
-            "log_a_BLH": second(d.log_a_BHL),
-            "gamma_BLH": second(d.gamma_BHL),
-            "kappa_BLH": second(d.kappa_BHL),
-            "first_BHS": dfirst_BHS,
-            "h_BHPN": d.dh_BHPN,
-        }
+            out.gamma_BHL[row], out.kappa_BHL[row] = one.dgamma_1Q, dkappa_1Q
+        scratch.dc_HQ[row] = columns_XQ[:1] + one.dc_1Q
+
+    @pl.when(block == grid.blocks - 1)
+    def _():
+        within_QQ = Masks.load(constants.document_BCQ, grid).within_QQ.astype(jnp.float32)
+        dlog_a_HQ = product(scratch.dc_HQ[...], within_QQ, NN, grid, dtype=jnp.float32)
+        out.log_a_BHL[...] = jnp.where(operands.log_a_BHL[...] > STEEPEST, dlog_a_HQ, 0.0)
+
+    @pl.when(of_group == grid.blocks_a_group - 1)
+    def _():
+        for ref, sum_ref in ((out.q_BLX, scratch.dq_GNT), (out.k_BLX, scratch.dk_GNT)):
+            for group in range(grid.groups_a_block):
+                for r, dx_NQ in enumerate(of_ranks(sum_ref[group], grid.rank, 1)):
+                    dx_QN = chunks.outwards(dx_NQ.astype(ref.dtype), constants.order_MN, grid)
+                    ref[:, grid.lanes_of(group, r)] = dx_QN.astype(ref.dtype)
+
+    @pl.when(step == grid.last)
+    def _():
+        if out.before is not None:
+            chunks.store_states(out.before.h_BHPN, scratch.dh_WNX, constants.order_MN, block=block, grid=grid)
+            if out.before.angle_BKX is not None:
+                out.before.angle_BKX[...] = scratch.dphi_KX1[block].T
+
+        def store(ref, sum_ref):
+            ref[...] = sum_ref[of_block(ref)]
+
+        jax.tree.map(store, out.weights, scratch.dweights)
+
+
+def _pack(pack: int, chunk: Chunk, *, refs: BwdRefs, out: Operands, scratch: BwdScratch) -> list[Head]:
+    """Computes the gradients of a pack of heads, all but those of the angles."""
+    operands, grid, block, masks = refs.operands, chunk.grid, chunk.block, chunk.masks
+    rank, weights = grid.rank, operands.weights
+    heads, of_pack, index = grid.heads_of(pack), grid.lanes_of_pack(pack), block * grid.packs + pack
+    decays, rotations = ([of_heads[head] for head in heads] for of_heads in (chunk.decays, chunk.rotations))
+    by_head = lambda values: side_by_side(values, grid.width)  # noqa: E731
+    # What a token weighs in the state after the chunk.
+    at_end = [decay.to_end_Q1 * decay.later_Q1 for decay in decays]
+    from_start_TX = by_head([ranks(decay.from_start_Q1, rank) for decay in decays])
+    at_end_TX = by_head([ranks(at_end_Q1, rank) for at_end_Q1 in at_end])
+    v_QX = operands.v_BLX[:, of_pack].astype(jnp.float32)
+    x_TX = v_QX if weights.v_rank_WRX is None else chunks.per_rank(v_QX, weights.v_rank_WRX[pack])
+    gate_QX = None if operands.gate_BLX is None else operands.gate_BLX[:, of_pack].astype(jnp.float32)
+    h_NX, dh_NX = refs.h_BCWNX[pack].astype(jnp.float32), scratch.dh_WNX[index]
+
+    rotated, scores, weight_of_pairs, reads, within = [], [], [], [], []
+    for head, decay in zip(heads, decays, strict=True):
+        # In the dtype of products, so that what pairs of a chunk give to the angle cancels in its sum over the row.
+        q_NT, k_NT = chunks.queries_and_keys(refs, scratch, chunk, head)
+        q_TN = q_NT.T
+        rotated.append((q_NT, k_NT))
+        scores.append(product(q_TN, k_NT, NN, grid))
+        weight_of_pairs.append(ranks(ranks(decay.weight_QQ(masks), rank, 0), rank, 1))
+        reads.append(product(q_TN, h_NX, NN, grid))
+        within.append(product(scores[-1] * weight_of_pairs[-1], x_TX, NN, grid))
+    read_TX = by_head(reads)
+    y_TX = by_head(within) + from_start_TX * read_TX
+    of_epilogue = functools.partial(chunks.epilogue, grid=grid)
+    _, pull = jax.vjp(of_epilogue, y_TX, x_TX, gate_QX, EpilogueWeights.load(weights, pack))
+    dy_TX, dx_TX, dgate_QX, depilogue = pull(refs.do_BLX[:, of_pack].astype(jnp.float32))
+    if dgate_QX is not None:
+        out.gate_BLX[:, of_pack] = dgate_QX.astype(out.gate_BLX.dtype)
+
+    of_start_dy_TX, at_end_x_TX = from_start_TX * dy_TX, at_end_TX * x_TX
+    of_pairs, dqs, dks, dxs, laters, dhs = [], [], [], [], [], []
+    for place, (q_NT, k_NT) in enumerate(rotated):
+        decay, score_TT, weight_TT = decays[place], scores[place], weight_of_pairs[place]
+        dmixed_TT = product(alone(dy_TX, place, grid), x_TX, NT, grid)
+        dscore_TT = dmixed_TT * weight_TT
+        dqs.append(product(k_NT, dscore_TT, NT, grid) + product(alone(h_NX, place, grid), of_start_dy_TX, NT, grid))
+        dks.append(product(q_NT, dscore_TT, NN, grid) + product(alone(dh_NX, place, grid), at_end_x_TX, NT, grid))
+        dxs.append(product(score_TT * weight_TT, dy_TX, TN, grid))
+        laters.append(product(k_NT.T, dh_NX, NN, grid))
+        dhs.append(product(q_NT, of_start_dy_TX, NN, grid))
+
+        both_QQ = over_ranks(over_ranks(dmixed_TT * score_TT, rank), rank, 1)
+        pairs_QQ = jnp.where(masks.diagonal_QQ, 0.0, both_QQ) * decay.within_QQ
+        dgamma_1Q = jnp.sum(jnp.where(masks.diagonal_QQ, both_QQ, 0.0), axis=0, keepdims=True)
+        dkappa_1Q = jnp.sum(pairs_QQ, axis=0, keepdims=True)
+        dc_Q1 = jnp.sum(pairs_QQ * decay.later_1Q, axis=1, keepdims=True)
+        of_pairs.append((dgamma_1Q, dkappa_1Q, dc_Q1))
+    later_TX, chunk_decay_1X = by_head(laters), by_head([decay.chunk_decay() for decay in decays])
+    dx_TX += by_head(dxs) + at_end_TX * later_TX
+    scratch.dh_WNX[index] = chunk_decay_1X * dh_NX + by_head(dhs)
+
+    dv_QX, dv_rank_RX = dx_TX, None
+    if weights.v_rank_WRX is not None:
+        v_rank_RX, by_rank = weights.v_rank_WRX[pack], of_ranks(dx_TX, rank)
+        dv_QX = sum(dx_QX * v_rank_RX[r : r + 1] for r, dx_QX in enumerate(by_rank))
+        dv_rank_RX = jnp.concatenate([jnp.sum(dx_QX * v_QX, axis=0, keepdims=True) for dx_QX in by_rank], axis=0)
+    out.v_BLX[:, of_pack] = dv_QX.astype(out.v_BLX.dtype)
+    of_pack_weights = (
+        (scratch.dweights.skip_WRX, depilogue.skip_1X),
+        (scratch.dweights.v_rank_WRX, dv_rank_RX),
+        (scratch.dweights.gate_rank_WRX, depilogue.gate_rank_RX),
+        (scratch.dweights.out_rank_WRX, depilogue.out_rank_RX),
+        (scratch.dweights.norm_WRX, depilogue.norm_1X),
     )
+    for sum_ref, more in of_pack_weights:
+        if more is not None:
+            sum_ref[index] += more
+
+    outgoing_TX, incoming_TX = over_ranks(x_TX * later_TX, rank), over_ranks(of_start_dy_TX * read_TX, rank)
+    inner_1X = jnp.sum(dh_NX * h_NX, axis=0, keepdims=True) * chunk_decay_1X  # e^(c_T) <dh, h>
+    found = []
+    for place, head in enumerate(heads):
+        decay, (dgamma_1Q, dkappa_1Q, dc_Q1) = decays[place], of_pairs[place]
+        outgoing_Q1, incoming_Q1, end_11 = (
+            jnp.sum(alone(x, place, grid), axis=1, keepdims=True) for x in (outgoing_TX, incoming_TX, inner_1X)
+        )
+        dc_Q1 += incoming_Q1 - at_end[place] * outgoing_Q1
+        end_11 += jnp.sum(at_end[place] * outgoing_Q1, axis=0, keepdims=True)
+        token_1Q = lax.broadcasted_iota(jnp.int32, dkappa_1Q.shape, 1)
+        dc_1Q = jnp.where(token_1Q == grid.tokens - 1, end_11, 0.0) - decay.later_1Q * dkappa_1Q
+        gradients = (dqs[place], dks[place])
+        dphi_SQ = None
+        if grid.pairs:
+            dphi_SQ = _dphi(rotations[place], gradients, rotated[place], rank)
+        _add_queries_and_keys(gradients, head, chunk, scratch)
+        found.append(
+            Head(
+                dphi_SQ=dphi_SQ,
+                dc_Q1=dc_Q1,
+                dkappa_Q1=decay.to_end_Q1 * outgoing_Q1,
+                dc_1Q=dc_1Q,
+                dgamma_1Q=dgamma_1Q,
+                dkappa_1Q=dkappa_1Q,
+            )
+        )
+    return found
+
+
+def _dphi(rotation: chunks.Rotation, gradients, rotated, rank: int):
+    """Returns the gradient of a head's angles from those of its rotated queries and keys."""
+    dphi_ST = 0.0
+    for dx_NT, x_NT in zip(gradients, rotated, strict=True):
+        (du_ST, dw_ST), (u_ST, w_ST) = rotation.pair(dx_NT), rotation.pair(x_NT.astype(jnp.float32))
+        dphi_ST += dw_ST * u_ST - du_ST * w_ST
+    return over_ranks(dphi_ST, rank, 1)
+
+
+def _add_queries_and_keys(gradients, head: int, chunk: Chunk, scratch: BwdScratch) -> None:
+    """Adds a head's gradients of rotated queries and keys to the sums of its group, and to those of its biases."""
+    grid, rotation, biases = chunk.grid, chunk.rotations[head], []
+    sums = ((scratch.dq_GNT, scratch.dweights.q_bias_HRN), (scratch.dk_GNT, scratch.dweights.k_bias_HRN))
+    for dx_NT, (sum_ref, bias_ref) in zip(gradients, sums, strict=True):
+        dx_NT = dx_NT if rotation is None else rotation.inverse(dx_NT)
+        sum_ref[grid.group_of(head)] += dx_NT
+        if bias_ref is not None:
+            by_rank = [jnp.sum(dx_NQ, axis=1, keepdims=True) for dx_NQ in of_ranks(dx_NT, grid.rank, 1)]
+            biases.append((bias_ref, by_rank))
+    if biases:  # one transpose for both
+        both_RN = jnp.concatenate([x_N1 for _, by_rank in biases for x_N1 in by_rank], axis=1).T
+        for (bias_ref, _), more_RN in zip(biases, of_ranks(both_RN, len(biases)), strict=True):
+            bias_ref[chunk.block * grid.heads + head] += more_RN
+
+
+def _angles(dphi_XQ, chunk: Chunk, *, refs: BwdRefs, out: Operands, scratch: BwdScratch) -> list:
+    """Stores the angle's gradient; returns dt's, of every head (1, Q)."""
+    grid, block, masks = chunk.grid, chunk.block, chunk.masks
+    within_QQ = masks.within_QQ.astype(jnp.float32)
+    if grid.dtype == jnp.float32:
+        suffix_XQ = product(dphi_XQ, within_QQ, NN, grid)
+    else:  # two roundings, not one
+        high_XQ = dphi_XQ.astype(jnp.bfloat16).astype(jnp.float32)
+        suffix_XQ = product(jnp.concatenate([high_XQ, dphi_XQ - high_XQ], axis=0), within_QQ, NN, grid)
+        suffix_XQ = sum(jnp.split(suffix_XQ, 2, axis=0))
+    carried_X1 = scratch.dphi_KX1[block]
+    if masks.reaches_1Q is None:
+        suffix_XQ += carried_X1
+        scratch.dphi_KX1[block] = suffix_XQ[:, :1]
+    else:
+        suffix_XQ += jnp.where(masks.reaches_1Q, carried_X1, 0.0)
+        scratch.dphi_KX1[block] = jnp.where(masks.continues_1Q[:, :1], suffix_XQ[:, :1], 0.0)
+    dangle_XQ = suffix_XQ * chunks.dt_of_pairs(chunk.decays, grid)
+    first, last = (block == 0, block == grid.blocks - 1) if grid.shared_angle else (True, True)
+    scratch.dangle_XQ[...] = dangle_XQ + jnp.where(first, 0.0, scratch.dangle_XQ[...])
+
+    @pl.when(last)
+    def _():
+        dangle_HSQ = jnp.split(scratch.dangle_XQ[...], grid.heads, axis=0)
+        for head, dangle_SQ in enumerate([sum(dangle_HSQ)] if grid.shared_angle else dangle_HSQ):
+            out.angle_BHSL[head] = dangle_SQ
+
+    ddt_XQ = suffix_XQ * chunks.angles(refs, grid)
+    return [jnp.sum(ddt_SQ, axis=0, keepdims=True) for ddt_SQ in jnp.split(ddt_XQ, grid.heads, axis=0)]

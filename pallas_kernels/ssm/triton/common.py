@@ -1,8 +1,8 @@
-"""What the kernels share: how they are cut and launched, matrix products, and indices."""
+"""What the kernels share: their operands, how they are called, matrix products, and functions in PTX."""
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -11,76 +11,84 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.ssm.contract import Carry, Weights, axes_of
+from pallas_kernels.ssm.triton.config import Launch, Tile
+
 NN, NT, TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How one kernel runs: warps a program, and how many steps ahead its loop loads."""
+class Operands(NamedTuple):
+    """A row as the kernels want it: whole chunks, P, N and S padded, one number a token and head with heads first.
 
-    warps: int
-    stages: int
+    q, k, v and gate are float32 (true float32 products) or bfloat16 (float32 sums), the rest float32. N is 2 S or 4 S,
+    all powers of two.
+    """
 
-
-@dataclass(frozen=True)
-class Tile:
-    """How the kernels are cut and launched. Performance only, but for `rank` and `width`, the shape's."""
-
-    rows: int = 64  # of a chunk, ranks times tokens: a power of two, at least 16, a multiple of the rank
-    rank: int = 1
-    width: int | None = None  # entries of P that are not padding; None: all
-    segments: int = 1  # parts of the length side by side, of equally many chunks
-    turned: int = 16  # tokens that a program of the rotation turns
-    heads_turned: int = 8  # at most, that a program of the rotation takes one after another
-    heads_back: int = 16  # likewise, of its backward pass, which adds up their gradients
-    anchor: int = 512  # tokens between two states that the backward pass keeps to start its sums from again
-    rotate: Launch = Launch(2, 1)
-    rotate_back: Launch = Launch(1, 1)
-    forward: Launch = Launch(4, 2)
-    added: Launch = Launch(4, 3)
-    query: Launch = Launch(4, 2)
-    key: Launch = Launch(4, 2)
-    value: Launch = Launch(4, 2)
-    finish: Launch = Launch(4, 1)
-    interpret: bool = False  # on the CPU, for tests
+    q_BLRGN: jax.Array
+    k_BLRGN: jax.Array
+    v_BLHP: jax.Array
+    gate_BLHP: jax.Array | None
+    angle_BLHS: jax.Array | None  # radians per unit dt, H may be 1; None, as dt and the angle before: nothing rotates
+    dt_BHL: jax.Array | None
+    log_decay_BHL: jax.Array  # from the first token of the chunk, or of its document in the chunk
+    decay_rest_BHL: jax.Array | None  # see `scan_fwd.ScanOperands`
+    gamma_BHL: jax.Array
+    kappa_BHL: jax.Array | None
+    document_BL: jax.Array | None  # int32, document starts in the row up to each token; None: one document
+    before: Carry
+    weights: Weights
 
     @property
-    def tokens(self) -> int:
-        """Of a chunk."""
-        return self.rows // self.rank
+    def n_heads(self) -> int:
+        """Returns H."""
+        return self.v_BLHP.shape[2]
 
     @property
-    def anchor_chunks(self) -> int:
-        return self.anchor // self.tokens
+    def pairs(self) -> int:
+        """Returns S; where nothing rotates a quarter of N, which cuts it in two halves for the backward pass."""
+        angle_BHS = self.before.angle_BHS
+        return self.q_BLRGN.shape[-1] // 4 if angle_BHS is None else angle_BHS.shape[-1]
 
 
-def call(kernel, name: str, tile: Tile, launch: Launch, grid, inputs, in_specs, out):
-    """pallas_call of `kernel(inputs, outputs, tile=)`, both trees as they are here.
+class Grid(NamedTuple):
+    """The programs of a kernel."""
+
+    programs: tuple[int, ...]  # along each axis
+    spec: Callable  # (axes, array) -> BlockSpec, what a program sees of an array whose axes are named
+
+
+def call(kernel, inputs, out, *, name: str, grid: Grid, tile, launch: Launch, in_place: dict | None = None):
+    """Runs `kernel(refs, out_refs, tile=tile)` over a grid; refs are trees like `inputs` and `out`.
 
     Args:
-        in_specs: like `inputs`.
-        out: a NamedTuple of (shape, dtype, spec); None: not wanted.
+        out: like the outputs; None: not wanted.
+        in_place: which outputs take the buffer of which input.
     """
-    is_leaf = lambda x: type(x) is tuple  # noqa: E731
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(*x[:2]), out, is_leaf=is_leaf)
-    out_specs = jax.tree.map(lambda x: x[2], out, is_leaf=is_leaf)
+
+    def specs(tree):
+        def spec(path, x):
+            return jax.tree.map(lambda array: grid.spec(axes_of(path), array), x)
+
+        return jax.tree_util.tree_map_with_path(spec, tree, is_leaf=lambda x: isinstance(x, Float24))
+
     how = {"compiler_params": plt.CompilerParams(num_warps=launch.warps, num_stages=launch.stages)}
     (outputs,) = pl.pallas_call(
         functools.partial(kernel, tile=tile),
-        grid=grid,
-        in_specs=(in_specs,),
-        out_specs=[out_specs],
-        out_shape=[shapes],
+        grid=grid.programs,
+        in_specs=(specs(inputs),),
+        out_specs=[specs(out)],
+        out_shape=[out],
+        input_output_aliases=in_place or {},
         name=name,
         **({"interpret": True} if tile.interpret else how),
     )(inputs)
     return outputs
 
 
-def product(a, b, dimensions, dtype, tile: Tile):
-    """a . b with float32 sums; operands are rounded to `dtype` first: bfloat16, or float32 for true float32."""
+def product(a, b, dimensions, *, dtype, tile: Tile):
+    """Multiplies matrices with float32 sums; rounds both to `dtype` first: bfloat16, or float32 for true float32."""
     a, b = a.astype(dtype), b.astype(dtype)
-    if tile.interpret:  # the CPU has no such product of bfloat16, nor the split one of float32
+    if tile.interpret:  # the CPU has neither product of bfloat16 with float32 sums nor that of TF32 parts
         a, b, precision = a.astype(jnp.float32), b.astype(jnp.float32), lax.Precision.HIGHEST
     else:
         precision = lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if dtype == jnp.float32 else None
@@ -88,7 +96,7 @@ def product(a, b, dimensions, dtype, tile: Tile):
 
 
 def rounded(x, y, dtype, tile: Tile):
-    """Two float32 as a `dtype` has them. bfloat16 is asked for in pairs: one at a time is an eighth as fast."""
+    """Rounds two float32 to `dtype`, and returns them as float32: one at a time would be an eighth as fast."""
     if tile.interpret or dtype == jnp.float32:
         return x.astype(dtype).astype(jnp.float32), y.astype(dtype).astype(jnp.float32)
     both = assembly("cvt.rn.bf16x2.f32 $0, $2, $1;", [x, y], jnp.int32)
@@ -96,14 +104,14 @@ def rounded(x, y, dtype, tile: Tile):
 
 
 def exp(x, tile: Tile):
-    """To 2^-22 of itself; what is below 1e-38 is zero, which saves most of the instructions of jnp.exp."""
+    """Returns e^x to 2^-22 of itself; what is below 1e-38 is zero, which saves most of the instructions of jnp.exp."""
     if tile.interpret or x.ndim == 0:
         return jnp.exp(x)
     return approximate("ex2.approx.ftz.f32", x * math.log2(math.e))
 
 
 def sigmoid(x, dtype, tile: Tile):
-    """Where the result is rounded to bfloat16, by a tanh that is good to 7e-6."""
+    """Returns the sigmoid; where `dtype` is bfloat16, by a tanh that is good to 7e-6."""
     if tile.interpret or dtype == jnp.float32:
         return 1 / (1 + exp(-x, tile))
     return 0.5 + 0.5 * approximate("tanh.approx.f32", 0.5 * x)
@@ -111,7 +119,7 @@ def sigmoid(x, dtype, tile: Tile):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def silu(x, dtype, tile: Tile):
-    """x sigmoid(x)."""
+    """Returns x sigmoid(x)."""
     return x * sigmoid(x, dtype, tile)
 
 
@@ -123,13 +131,13 @@ def _silu_jvp(dtype, tile, primals, tangents):
 
 
 def approximate(instruction: str, x):
-    """One PTX instruction of a float32 on every element. Not in interpret mode."""
+    """Runs one PTX instruction of a float32 on every element. Interpret mode has none."""
     return assembly(f"{instruction} $0, $1;", [x], jnp.float32)
 
 
 def assembly(instructions: str, arrays, dtype, together: int = 1):
-    """PTX on the elements of arrays of one shape, `together` of them at a time: what is less than 32 bits wide shares a
-    register. Not in interpret mode."""
+    """Runs PTX on the elements of arrays of one shape, `together` of them at a time: those of less than 32 bits share a
+    register. Interpret mode has none."""
 
     def registers(dtype):
         size = jnp.dtype(dtype).itemsize
@@ -146,14 +154,14 @@ def assembly(instructions: str, arrays, dtype, together: int = 1):
     return result
 
 
-class Split(NamedTuple):
+class Float24(NamedTuple):
     """float32 in three bytes, good to 2^-16 of itself: its upper half as bfloat16, and its third byte. Or as it is."""
 
     upper: jax.Array
-    lower: jax.Array | None
+    lower: jax.Array | None  # None: `upper` is float32
 
     def store(self, at, x, tile: Tile):
-        """Of refs."""
+        """Writes `x` to refs."""
         if self.lower is None:
             self.upper[at] = x
             return
@@ -162,7 +170,7 @@ class Split(NamedTuple):
             self.upper[at] = lax.bitcast_convert_type(bits & ~0xFFFF, jnp.float32).astype(jnp.bfloat16)
             self.lower[at] = (bits >> 8).astype(jnp.int8)
             return
-        # Bytes are picked out of two registers: a conversion would take several instructions for each number.
+        # This picks bytes out of two registers: a conversion would take several instructions for each number.
         self.upper[at] = assembly("prmt.b32 $0, $1, $2, 0x7632;", [bits], jnp.bfloat16, 2)
         bytes_ = (
             "{ .reg .b32 a, b; prmt.b32 a, $1, $2, 0x0051; prmt.b32 b, $3, $4, 0x0051; prmt.b32 $0, a, b, 0x5410; }"
@@ -170,6 +178,7 @@ class Split(NamedTuple):
         self.lower[at] = assembly(bytes_, [bits], jnp.int8, 4)
 
     def load(self, at, tile: Tile):
+        """Reads float32 from refs."""
         upper = self.upper[at]
         if self.lower is None:
             return upper.astype(jnp.float32)
@@ -177,7 +186,7 @@ class Split(NamedTuple):
         if tile.interpret:
             bits = lax.bitcast_convert_type(upper.astype(jnp.float32), jnp.int32)
             bits |= (lower.astype(jnp.int32) & 0xFF) << 8
-        else:  # the last byte does not matter: the third once more
+        else:  # the last byte does not matter, so it is the third once more
             picks = enumerate(zip((4, 4, 5, 5), ("1044", "3255", "1066", "3277"), strict=True))
             bytes_ = " ".join(f"prmt.b32 ${i}, ${reg}, $6, 0x{which};" for i, (reg, which) in picks)
             bits = assembly(bytes_, [upper, lower], jnp.int32, 4)
@@ -185,9 +194,5 @@ class Split(NamedTuple):
 
 
 def iota(size: int):
+    """Returns 0, 1, 2, ..., int32."""
     return lax.broadcasted_iota(jnp.int32, (size,), 0)
-
-
-def index_map(grid_axes: str, array_axes: str):
-    """Block indices of an array whose axes are named as the grid's, "." for an axis that is whole: ("bhs", "bh..")."""
-    return lambda *indices: tuple(indices[grid_axes.index(axis)] if axis != "." else 0 for axis in array_axes)

@@ -1,4 +1,4 @@
-"""What the Triton kernels can run, and how they are cut for a row where nothing else is asked for."""
+"""What the Triton kernels can run, and how they are cut and launched."""
 
 import dataclasses
 
@@ -7,9 +7,49 @@ import jax.numpy as jnp
 
 from pallas_kernels.ssm.contract import Row, product_dtype, require, sizes_of
 from pallas_kernels.ssm.order import Order
-from pallas_kernels.ssm.triton.common import Launch, Tile
 
-PROGRAMS = 256  # that fill an H200: two on each of its 132 multiprocessors, and no remainder in powers of two
+PROGRAMS = 256  # fill an H200: two on each of its 132 multiprocessors, and powers of two divide them
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """How one kernel runs: warps a program, and how many steps ahead its loop loads."""
+
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """How the kernels of a row are cut and launched. Performance only, but for `rank` and `width`, the shape's."""
+
+    rows: int = 64  # of a chunk, ranks times tokens: a power of two, at least 16, a multiple of the rank
+    rank: int = 1
+    width: int | None = None  # entries of P that are not padding; None: all
+    splits: int = 1  # parts of the length that run side by side, of equally many chunks
+    rotate_tokens: int = 16  # tokens that a program of the rotation takes
+    rotate_heads: int = 8  # heads, at most, that it takes one after another
+    rotate_bwd_heads: int = 16  # likewise in its backward pass, which adds up their gradients
+    checkpoint_interval: int = 512  # tokens between two states from which the backward pass begins its sums again
+    rotate: Launch = Launch(2, 1)
+    rotate_bwd: Launch = Launch(1, 1)
+    forward: Launch = Launch(4, 2)
+    split_sums: Launch = Launch(4, 3)
+    query: Launch = Launch(4, 2)
+    key: Launch = Launch(4, 2)
+    value: Launch = Launch(4, 2)
+    epilogue_bwd: Launch = Launch(4, 1)
+    interpret: bool = False  # on the CPU, for tests
+
+    @property
+    def tokens(self) -> int:
+        """Returns the tokens of a chunk."""
+        return self.rows // self.rank
+
+    @property
+    def checkpoint_chunks(self) -> int:
+        """Returns the chunks between two checkpoints."""
+        return self.checkpoint_interval // self.tokens
 
 
 def available() -> str | None:
@@ -21,51 +61,52 @@ def available() -> str | None:
 def unsupported(row: Row) -> str | None:
     """Returns what the kernels want of these shapes and dtypes, and what they got; None: nothing."""
     size, dtype = sizes_of(row), product_dtype(row)
-    rank, d_state, width, planes = size["R"], size["N"], size["P"], size["S"]
+    rank, d_state, width, pairs = size["R"], size["N"], size["P"], size["S"]
     if row.log_a_BLH.dtype != jnp.float32:
         return f"computes in float32, log_a is {row.log_a_BLH.dtype}"
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"wants q, k and v in float32 or bfloat16, not {dtype}"
     if rank & (rank - 1) or rank > 16:
         return f"wants a rank that is a power of two up to 16, not {rank=}"
-    padded = order_of("half", d_state, planes).size
+    padded = order_of("half", d_state, pairs).size
     if width > 128 or padded > 256:
-        room = "d_state up to 256 (with room for the planes) and P up to 128"
-        return f"wants {room}, not {d_state=} with {planes=}, P={width}"
+        wish = "d_state up to 256 (with the pairs padded) and P up to 128"
+        return f"wants {wish}, not {d_state=} with {pairs=}, P={width}"
     if dtype == jnp.float32 and tile_size(width) * padded > 128 * 128:
-        return f"has no room for float32 with P d_state over 128 x 128, not {d_state=}, P={width}"
+        return f"wants P d_state up to 128 x 128 in float32, not {d_state=}, P={width}"
     return None
 
 
-def order_of(rotation: str, d_state: int, planes: int) -> Order:
-    """Returns the kernels' order of N: pairs, then what does not rotate.
-
-    N and S are powers of two there, and N = 2 S or 4 S.
-    """
-    if not planes:
+def order_of(rotation: str, d_state: int, pairs: int) -> Order:
+    """Returns the kernels' order of N: pairs, then what does not rotate, both padded: N is 2 S or 4 S."""
+    if not pairs:
         return Order(rotation, d_state, 0, size=tile_size(d_state), halves=False)
-    rest, room = d_state - 2 * planes, max(4, 1 << (planes - 1).bit_length())
-    while rest > 2 * room or (room < 8 and not rest):
-        room *= 2
-    return Order(rotation, d_state, planes, size=4 * room if rest else 2 * room, room=room, halves=False)
+    rest, padded = d_state - 2 * pairs, max(4, 1 << (pairs - 1).bit_length())
+    while rest > 2 * padded or (padded < 8 and not rest):
+        padded *= 2
+    return Order(rotation, d_state, pairs, size=4 * padded if rest else 2 * padded, room=padded, halves=False)
 
 
 def tile_of(row: Row, d_state: int, config: dict, interpret: bool) -> Tile:
-    """Returns the kernels' `Tile`: what `config` says, the rest chosen by hand. `d_state` is the kernels'."""
+    """Returns the `Tile` of a row: what `config` says, and where it is silent what was found by hand.
+
+    Args:
+        d_state: N as the kernels have it, see `order_of`.
+    """
     size = sizes_of(row)
     config = known(config, Tile, "chunk", "programs")
-    # Of a kernel, as JSON has it: [warps, stages].
+    # JSON has a kernel's launch as [warps, stages].
     config = {name: Launch(*value) if isinstance(value, list | tuple) else value for name, value in config.items()}
     rank, large = size["R"], tile_size(size["P"]) * d_state > 64 * 128
     rows = (config.pop("chunk", None) or 0) * rank or 64 >> (large and product_dtype(row) == jnp.float32)
     rows = _power_of_two(max(16, rank, min(64, rows)))
     n_chunks = -(-size["L"] // (rows // rank))
-    segments = max(1, min(config.pop("programs", PROGRAMS) // (size["B"] * size["H"]), n_chunks // 4))
-    by_hand = {"segments": segments}
+    programs = config.pop("programs", PROGRAMS)
+    by_hand = {"splits": max(1, min(programs // (size["B"] * size["H"]), n_chunks // 4))}
     if rank > 1:
-        by_hand["anchor"] = 256  # 512, as for one rank: 0.11 ms of 1.45 slower (H100, R4 B16 L2048 H32)
-    if large:  # a state that fills the registers of four warps, and tiles that fill shared memory
-        by_hand |= dict.fromkeys(("forward", "added", "query", "key", "value"), Launch(8, 1))
+        by_hand["checkpoint_interval"] = 256  # 512 is 0.11 ms of 1.45 slower (H100, R4 B16 L2048 H32)
+    if large:  # the state fills the registers of four warps, and the tiles fill shared memory
+        by_hand |= dict.fromkeys(("forward", "split_sums", "query", "key", "value"), Launch(8, 1))
     elif rank > 1:
         by_hand["value"] = Launch(4, 1)
     config = {name: value for name, value in config.items() if value is not None}
@@ -73,7 +114,7 @@ def tile_of(row: Row, d_state: int, config: dict, interpret: bool) -> Tile:
 
 
 def known(config: dict, tile, *more: str) -> dict:
-    """Returns `config`.
+    """Returns `config`, checked.
 
     Raises:
         ValueError: an entry that is neither a field of `tile` nor one of `more`.
@@ -90,5 +131,5 @@ def tile_size(size: int) -> int:
 
 
 def _power_of_two(size: int) -> int:
-    """Returns the largest one that is not above."""
+    """Returns the largest power of two that is not above `size`."""
     return 1 << (size.bit_length() - 1)

@@ -1,37 +1,38 @@
-"""One token of the op in one Pallas Triton kernel, bias and turn included; the fastest for one rank, see NOTES.
+"""The decoding step in one kernel, bias and rotation included; the fastest for one rank, see NOTES.md.
 
     h' = a h + sum_s w_s X_s k_s^T,   y_r = h' q_r
     o = sum_r out_rank_r norm(y_r + D X_r) silu(gate gate_rank_r)
 
 s runs over the R ranks of the token before (w = a beta), then over those of this one (w = gamma); X_s = v_rank v. This
-token's queries and keys are biased here, and turned by the angle phi' = phi + dt turn (mod 2 pi); the key of the token
-before comes as it was left. What is None is left out.
+token's queries and keys are biased here, and rotated by phi' = phi + dt angle (mod 2 pi); the key of the token before
+is so already. What is None is left out.
 
 A program has one head of one row: 64 x 128 numbers of state are 64 registers of each of 128 threads. The state's bytes
 are the floor, so everything else has to hide behind them. Two things do not by themselves: sums over N that cross
 threads, R of them for each row of P, and what every thread does again for the keys of its columns. So N is cut in
 blocks of few columns, and a thread has the same few columns of every block: little is left to exchange after it has
-summed its own. And keys and queries are turned in tiles of one number a thread, which Triton then hands around.
+summed its own. And keys and queries are rotated in tiles of one number a thread, which Triton then hands around.
 
-Letters: B batch, R rank, G groups of q/k, H heads, N state per head, P head width, S planes; N = A blocks of C columns.
+Letters: B batch, R rank, G groups of q/k, H heads, N state per head, P head width, S rotary pairs; N is A blocks
+of C columns.
 """
 
 import functools
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.ssm.contract import NORM_EPS, Stepped, Token, axes_of, in_place, stepped_like
-from pallas_kernels.ssm.triton.common import iota, sigmoid
+from pallas_kernels.ssm.contract import NORM_EPS, Stepped, Token, in_place, stepped_like
+from pallas_kernels.ssm.triton.common import Grid, call, iota, sigmoid
+from pallas_kernels.ssm.triton.config import Launch, tile_size
 
 
 @dataclass(frozen=True)
-class Tile:
+class FusedTile:
     """How the kernel is cut. Performance only."""
 
     columns: int = 32  # of N a block, at most: a power of two
@@ -40,16 +41,16 @@ class Tile:
     interpret: bool = False  # on the CPU, for tests
 
 
-def decode(inputs: Token, rotation: str, tile: Tile) -> Stepped:
-    """`rotation`: "adjacent", plane i is (2 i, 2 i + 1), or "half", (i, i + N / 2)."""
-    batch, n_heads = inputs.last.h_BHPN.shape[:2]
+def decode_fused(token: Token, rotation: str, tile: FusedTile) -> Stepped:
+    """Computes a step; pair i is (2 i, 2 i + 1) where `rotation` is "adjacent", (i, i + N / 2) where it is "half"."""
+    batch, n_heads = token.last.h_BHPN.shape[:2]
     if tile.columns & (tile.columns - 1) or tile.columns < 1:
         raise ValueError(f"{tile.columns=} is not a power of two")
-    heads_a_group = n_heads // inputs.q_BRGN.shape[2]
-    grid, order = ((batch, n_heads), "BH") if tile.batch_first else ((n_heads, batch), "HB")
+    heads_a_group = n_heads // token.q_BRGN.shape[2]
+    programs, order = ((batch, n_heads), "BH") if tile.batch_first else ((n_heads, batch), "HB")
 
-    def spec(array, axes: str) -> pl.BlockSpec:
-        """One head of one row, whole."""
+    def spec(axes: str, array) -> pl.BlockSpec:
+        """Returns all of one head of one row."""
 
         def index(*program):
             at = dict(zip(order, program, strict=True))
@@ -60,85 +61,80 @@ def decode(inputs: Token, rotation: str, tile: Tile) -> Stepped:
             tuple(None if axis in "BHG" else size for axis, size in zip(axes, array.shape, strict=True)), index
         )
 
-    def specs(tree):
-        return jax.tree_util.tree_map_with_path(lambda path, array: spec(array, axes_of(path)), tree)
-
-    out = stepped_like(inputs)
-    how = {"compiler_params": plt.CompilerParams(num_warps=tile.warps, num_stages=1)}
-    (outputs,) = pl.pallas_call(
-        functools.partial(_kernel, rotation=rotation, tile=tile),
-        grid=grid,
-        in_specs=(specs(inputs),),
-        out_specs=[specs(out)],
-        out_shape=[out],
-        input_output_aliases=in_place(inputs.last, out.last),
+    out = stepped_like(token)
+    return call(
+        functools.partial(_kernel, rotation=rotation),
+        token,
+        out,
         name="mamba3_decode",
-        **({"interpret": True} if tile.interpret else how),
-    )(inputs)
-    return outputs
+        grid=Grid(programs, spec),
+        tile=tile,
+        launch=Launch(tile.warps, 1),
+        in_place=in_place(token.last, out.last),
+    )
 
 
-def _kernel(refs: Token, out: Stepped, *, rotation: str, tile: Tile):
-    """A ref has the axes of its name but for B, H and G."""
+def _kernel(refs: Token, out: Stepped, *, rotation: str, tile: FusedTile):
+    """Computes one head of one row; a ref has the axes of its name but for B, H and G."""
     width, d_state = refs.last.h_BHPN.shape
-    columns = min(tile.columns, _tile_size(d_state))
-    p_P = iota(_tile_size(width))
-    n_AC = _iota2(_tile_size(d_state) // columns, columns)
-    keep = None if refs.start_B is None else refs.start_B[...] == 0
-    here_P, here_AC = _inside(p_P, width), _inside(n_AC, d_state)
-    here_PAC = _both(None if here_P is None else here_P[:, None, None], _in_rows(here_AC))
+    columns = min(tile.columns, tile_size(d_state))
+    p_P = iota(tile_size(width))
+    n_AC = _iota2(tile_size(d_state) // columns, columns)
+    goes_on = None if refs.start_B is None else refs.start_B[...] == 0
+    inside_P, inside_AC = _inside(p_P, width), _inside(n_AC, d_state)
+    inside_PAC = _both(None if inside_P is None else inside_P[:, None, None], _in_rows(inside_AC))
 
     at_PAC = p_P[:, None, None], n_AC[None]
-    h_PAC = _load(refs.last.h_BHPN, *at_PAC, mask=_both(here_PAC, keep))
+    h_PAC = _load(refs.last.h_BHPN, *at_PAC, mask=_both(inside_PAC, goes_on))
 
     a, gamma = jnp.exp(refs.log_a_BH[...]), refs.gamma_BH[...]
-    turned = _Turned(refs, n_AC, here_AC, keep, rotation)
+    rotated = _Rotated(refs, n_AC, inside_AC, goes_on=goes_on, rotation=rotation)
     rank = refs.q_BRGN.shape[0]
-    v_P = _load(refs.v_BHP, p_P, mask=here_P)
-    before_v_P = None
+    v_P = _load(refs.v_BHP, p_P, mask=inside_P)
+    last_v_P = None
     if refs.beta_BH is not None:
-        before_v_P = a * refs.beta_BH[...] * _load(refs.last.v_BHP, p_P, mask=_both(here_P, keep))
-    angle_S, s_S = (None, None) if refs.last.angle_BHS is None else _advanced_angle(refs, keep)
+        last_v_P = a * refs.beta_BH[...] * _load(refs.last.v_BHP, p_P, mask=_both(inside_P, goes_on))
+    angle_S, s_S = (None, None) if refs.last.angle_BHS is None else _advanced_angle(refs, goes_on)
 
     def row(ref, r):
-        return None if ref is None else _load(ref, r, p_P, mask=here_P)
+        return None if ref is None else _load(ref, r, p_P, mask=inside_P)
 
     def load_keys(r):
-        before_k_AC = None
-        if before_v_P is not None:
-            before_k_AC = _load(refs.last.k_BRHN, r, n_AC, mask=_both(here_AC, keep))
-        return before_k_AC, turned.load(refs.k_BRGN, refs.weights.k_bias_HRN, r), row(refs.weights.v_rank_HRP, r)
+        last_k_AC = None
+        if last_v_P is not None:
+            last_k_AC = _load(refs.last.k_BRHN, r, n_AC, mask=_both(inside_AC, goes_on))
+        return last_k_AC, rotated.load(refs.k_BRGN, refs.weights.k_bias_HRN, r), row(refs.weights.v_rank_HRP, r)
 
-    def update(r, loaded, h_PAC):  # not one sum over a stacked axis: that crosses threads
-        before_k_AC, k, v_rank_P = loaded
-        if before_k_AC is not None:
-            h_PAC += _times(before_v_P, v_rank_P)[:, None][:, None] * before_k_AC[None]
-        k_AC = turned(k)
+    def update(r, loaded, h_PAC):  # rank after rank, since a sum over a stacked axis would cross threads
+        last_k_AC, k, v_rank_P = loaded
+        if last_k_AC is not None:
+            h_PAC += _times(last_v_P, v_rank_P)[:, None][:, None] * last_k_AC[None]
+        k_AC = rotated(k)
         h_PAC += _times(gamma * v_P, v_rank_P)[:, None][:, None] * k_AC[None]
         if out.last.k_BRHN is not None:
             _barrier(tile)
-            _store(out.last.k_BRHN, k_AC, r, n_AC, mask=here_AC)
+            _store(out.last.k_BRHN, k_AC, r, n_AC, mask=inside_AC)
         return h_PAC
 
     h_PAC = _for_ranks(rank, load_keys, update, a * h_PAC)
-    _store(out.last.h_BHPN, h_PAC, *at_PAC, mask=here_PAC)
+    _store(out.last.h_BHPN, h_PAC, *at_PAC, mask=inside_PAC)
     if angle_S is not None:
         _store(out.last.angle_BHS, angle_S, s_S, mask=_inside(s_S, refs.last.angle_BHS.shape[0]))
     if out.last.v_BHP is not None:
-        _store(out.last.v_BHP, v_P, p_P, mask=here_P)
+        _store(out.last.v_BHP, v_P, p_P, mask=inside_P)
 
     skip = 0.0 if refs.weights.skip_H is None else refs.weights.skip_H[...].astype(jnp.float32)
-    gate_P = None if refs.gate_BHP is None else _load(refs.gate_BHP, p_P, mask=here_P)
-    norm_P = None if refs.weights.norm_HP is None else _load(refs.weights.norm_HP, p_P, mask=here_P)
+    gate_P = None if refs.gate_BHP is None else _load(refs.gate_BHP, p_P, mask=inside_P)
+    norm_P = None if refs.weights.norm_HP is None else _load(refs.weights.norm_HP, p_P, mask=inside_P)
 
     def load_queries(r):
-        q = turned.load(refs.q_BRGN, refs.weights.q_bias_HRN, r)
+        q = rotated.load(refs.q_BRGN, refs.weights.q_bias_HRN, r)
         return q, row(refs.weights.v_rank_HRP, r), row(refs.weights.gate_rank_HRP, r), row(refs.weights.out_rank_HRP, r)
 
     def readout(r, loaded, o_P):
-        """SPEC section 7."""
+        """Adds rank r to the output: SPEC section 7."""
         q, v_rank_P, gate_rank_P, out_rank_P = loaded
-        y_P = jnp.sum(jnp.sum(h_PAC * turned(q)[None], axis=1), axis=1)
+        y_P = jnp.sum(jnp.sum(h_PAC * rotated(q)[None], axis=1), axis=1)
         y_P += skip * _times(v_P, v_rank_P)
         if norm_P is not None:
             y_P *= lax.rsqrt(jnp.sum(y_P * y_P) / width + NORM_EPS) * norm_P
@@ -148,11 +144,11 @@ def _kernel(refs: Token, out: Stepped, *, rotation: str, tile: Tile):
         return o_P + _times(y_P, out_rank_P)
 
     o_P = _for_ranks(rank, load_queries, readout, jnp.zeros(p_P.shape, jnp.float32))
-    _store(out.o_BHP, o_P, p_P, mask=here_P)
+    _store(out.o_BHP, o_P, p_P, mask=inside_P)
 
 
 def _for_ranks(rank: int, load, step, carry):
-    """step(r, load(r), carry) for every r; what the next one needs is on its way."""
+    """Calls step(r, load(r), carry) for every r, and load(r + 1) before it."""
 
     def ahead(r, carry):
         loaded, carry = carry
@@ -162,57 +158,57 @@ def _for_ranks(rank: int, load, step, carry):
     return step(rank - 1, loaded, carry)
 
 
-def _barrier(tile: Tile):
-    """Between what one thread reads and what another writes in its place."""
+def _barrier(tile: FusedTile):
+    """Keeps threads from writing over what others have yet to read."""
     if not tile.interpret:
         plt.debug_barrier()
 
 
-class _Turned:
-    """Queries or keys of this token, biased and turned: an entry and the other one of its plane, times cos and sin."""
+class _Rotated:
+    """Queries or keys of this token, biased and rotated: an entry and the other one of its pair, times cos and sin."""
 
-    def __init__(self, refs: Token, n_AC, here_AC, keep, rotation: str):
-        self.n_AC, self.here_AC, self.partner_AC = n_AC, here_AC, None
+    def __init__(self, refs: Token, n_AC, inside_AC, *, goes_on, rotation: str):
+        self.n_AC, self.inside_AC, self.partner_AC = n_AC, inside_AC, None
         if refs.last.angle_BHS is None:
             return
-        (planes,), half = refs.last.angle_BHS.shape, refs.last.h_BHPN.shape[1] // 2
+        (pairs,), half = refs.last.angle_BHS.shape, refs.last.h_BHPN.shape[1] // 2
         if rotation == "adjacent":
-            plane_AC, is_second_AC, self.partner_AC = n_AC >> 1, n_AC & 1 == 1, n_AC ^ 1
+            pair_AC, is_second_AC, self.partner_AC = n_AC >> 1, n_AC & 1 == 1, n_AC ^ 1
         else:
             is_second_AC = n_AC >= half
-            plane_AC = jnp.where(is_second_AC, n_AC - half, n_AC)
+            pair_AC = jnp.where(is_second_AC, n_AC - half, n_AC)
             self.partner_AC = jnp.where(is_second_AC, n_AC - half, n_AC + half)
-        angle_AC = _advanced(refs, plane_AC, plane_AC < planes, keep)  # none turns by 0
+        angle_AC = _advanced(refs, pair_AC, pair_AC < pairs, goes_on)  # what has no pair rotates by 0
         sin_AC, self.cos_AC = jnp.sin(angle_AC), jnp.cos(angle_AC)
         self.sin_AC = jnp.where(is_second_AC, sin_AC, -sin_AC)
 
     def load(self, x_ref, bias_ref, r):
-        """An entry and its bias, then those of its partner: None for no bias, and where nothing turns."""
+        """Returns an entry and its bias, and those of its partner; None: no bias, and nothing rotates."""
 
         def biased(at_AC):
-            bias_AC = None if bias_ref is None else _load(bias_ref, r, at_AC, mask=self.here_AC)
-            return _load(x_ref, r, at_AC, mask=self.here_AC), bias_AC
+            bias_AC = None if bias_ref is None else _load(bias_ref, r, at_AC, mask=self.inside_AC)
+            return _load(x_ref, r, at_AC, mask=self.inside_AC), bias_AC
 
         return biased(self.n_AC), None if self.partner_AC is None else biased(self.partner_AC)
 
     def __call__(self, loaded):
-        own, other = loaded
-        if other is None:
-            return _plus(*own)
-        return _plus(*own) * self.cos_AC + _plus(*other) * self.sin_AC
+        entry, partner = loaded
+        if partner is None:
+            return _plus(*entry)
+        return _plus(*entry) * self.cos_AC + _plus(*partner) * self.sin_AC
 
 
-def _advanced_angle(refs: Token, keep):
-    s_S = iota(_tile_size(refs.last.angle_BHS.shape[0]))
-    return _advanced(refs, s_S, _inside(s_S, refs.last.angle_BHS.shape[0]), keep), s_S
+def _advanced_angle(refs: Token, goes_on):
+    s_S = iota(tile_size(refs.last.angle_BHS.shape[0]))
+    return _advanced(refs, s_S, _inside(s_S, refs.last.angle_BHS.shape[0]), goes_on), s_S
 
 
-def _advanced(refs: Token, at, mask, keep):
-    """This token's angle of the planes `at`, in [0, 2 pi); 0 where `mask` is false."""
-    angle = _load(refs.last.angle_BHS, at, mask=_both(mask, keep)) + refs.dt_BH[...] * _load(
+def _advanced(refs: Token, at, mask, goes_on):
+    """Returns this token's angle of the pairs `at`, in [0, 2 pi); 0 where `mask` is false."""
+    angle = _load(refs.last.angle_BHS, at, mask=_both(mask, goes_on)) + refs.dt_BH[...] * _load(
         refs.angle_BHS, at, mask=mask
     )
-    for _ in range(2):  # a tiny negative angle rounds up to a whole turn, which is zero
+    for _ in range(2):  # a tiny negative angle rounds up to 2 pi, which is zero
         angle = angle - 2 * np.pi * jnp.floor(angle * (1 / (2 * np.pi)))
     return angle
 
@@ -226,18 +222,13 @@ def _times(x_P, rank_P):
 
 
 def _iota2(rows: int, columns: int):
-    """0, 1, 2, ... row by row."""
+    """Returns 0, 1, 2, ... row by row."""
     one = functools.partial(lax.broadcasted_iota, jnp.int32, (rows, columns))
     return columns * one(0) + one(1)
 
 
-def _tile_size(size: int) -> int:
-    """The smallest power of two from 16 that is not below: other sizes no array here may have."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
 def _inside(index, size: int):
-    """Which of these are not padding; None: all."""
+    """Says which of these are not padding; None: all."""
     return None if index.size == size else index < size
 
 
@@ -246,12 +237,12 @@ def _in_rows(mask_AC):
 
 
 def _both(mask, other):
-    """None: all."""
+    """Returns where both masks are true; None: everywhere."""
     return other if mask is None else mask if other is None else mask & other
 
 
 def _load(ref, *at, mask=None):
-    """ref[at] in float32; zeros, nothing read, where the mask is false."""
+    """Returns ref[at] in float32; where the mask is false, zeros without reading."""
     at = _indices(at)
     mask = None if mask is None else jnp.broadcast_to(mask, at[0].shape)
     other = None if mask is None else 0
@@ -265,6 +256,6 @@ def _store(ref, value, *at, mask=None):
 
 
 def _indices(at):
-    """Numbers and arrays, as arrays of one shape."""
+    """Returns numbers and arrays as arrays of one shape."""
     shape = jnp.broadcast_shapes(*(jnp.shape(index) for index in at))
     return tuple(jnp.broadcast_to(jnp.asarray(index, jnp.int32), shape) for index in at)

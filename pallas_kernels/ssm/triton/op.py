@@ -1,7 +1,7 @@
 """The op in Pallas Triton, forward and backward: `mamba3`, one custom derivative around rotation and scan.
 
-The backward pass keeps the inputs, rotated queries and keys, the outputs before norm and gate, and the state before
-every segment.
+The residuals of the backward pass are the operands, rotated queries and keys, the outputs before norm and gate, and the
+state before every split.
 """
 
 import functools
@@ -27,40 +27,20 @@ from pallas_kernels.ssm.contract import (
     require,
     sizes_of,
 )
-from pallas_kernels.ssm.decay import documents, log_decay
-from pallas_kernels.ssm.gradients import AngleSums, Crossing, add_later, crossing_sums, decay_bwd, documents_in_chunks
+from pallas_kernels.ssm.decay import documents, documents_in_chunks, log_decay
+from pallas_kernels.ssm.gradients import Crossing, add_later, crossing_sums, decay_bwd
 from pallas_kernels.ssm.triton import rotate, rotate_bwd, scan_bwd, scan_fwd
-from pallas_kernels.ssm.triton.common import Tile
-from pallas_kernels.ssm.triton.config import order_of, tile_of, tile_size, unsupported
-
-
-class Operands(NamedTuple):
-    """A row as the kernels want it: whole chunks, P, N and S padded, one number a token and head with heads first.
-
-    q, k, v and gate are float32 (true float32 products) or bfloat16 (float32 sums), the rest float32.
-    """
-
-    q_BLRGN: jax.Array
-    k_BLRGN: jax.Array
-    v_BLHP: jax.Array
-    gate_BLHP: jax.Array | None
-    angle_BLHS: jax.Array | None
-    dt_BHL: jax.Array | None
-    log_decay_BHL: jax.Array  # since the first token of the chunk, or of its document in the chunk
-    decay_rest_BHL: jax.Array | None  # see `scan_fwd.Inputs`
-    gamma_BHL: jax.Array
-    kappa_BHL: jax.Array | None
-    before: Carry
-    weights: Weights
+from pallas_kernels.ssm.triton.common import Operands
+from pallas_kernels.ssm.triton.config import Tile, order_of, tile_of, tile_size, unsupported
 
 
 def scan(row: Row, rotation: str, *, interpret=None, chunk: int | None = None, **config) -> Scanned:
-    """Computes a row in two kernels: rotate, scan. See `contract`; for the rest the backward pass, see above.
+    """Computes a row in two kernels, rotate and scan, see `contract`.
 
     Args:
         chunk: tokens a chunk; the kernel takes the power of two at or below it that its tiles allow.
-        config: fields of `Tile` (`segments`: parts of the length side by side), and `programs`, how many fill the
-            device.
+        config: fields of `Tile` (`splits`: parts of the length that run side by side), and `programs`, how many fill
+            the device.
 
     Raises:
         ValueError: a rank that is not a power of two up to 16, d_state over 256, P over 128, float32 with P d_state
@@ -70,8 +50,8 @@ def scan(row: Row, rotation: str, *, interpret=None, chunk: int | None = None, *
     size, dtype = sizes_of(row), product_dtype(row)
     order = order_of(rotation, size["N"], size["S"])
     tile = tile_of(row, order.size, config | {"chunk": chunk}, bool(interpret))
-    unit = max(tile.tokens, tile.turned) * tile.segments
-    last = {"k_BRGN": row.k_BLRGN[:, -1], "v_BHP": row.v_BLHP[:, -1]}
+    unit = max(tile.tokens, tile.rotate_tokens) * tile.splits
+    last_k_BRGN, last_v_BHP = row.k_BLRGN[:, -1], row.v_BLHP[:, -1]
 
     row = row._replace(before=row.before or empty_carry(row))
     row = row._replace(
@@ -80,7 +60,7 @@ def scan(row: Row, rotation: str, *, interpret=None, chunk: int | None = None, *
     sizes = {"L": -(-size["L"] // unit) * unit, "P": tile_size(size["P"]), "S": order.room}
     row = ordered(pad(row, **sizes), order.to)
     exact_BHL, rest_BHL = log_decay(heads_first(row.log_a_BLH), row.start_BL, tile.tokens)
-    if dtype != jnp.float32:  # whose products have fewer digits than the sum's parts
+    if dtype != jnp.float32:  # its products have fewer digits than the two parts
         exact_BHL, rest_BHL = exact_BHL + rest_BHL, None
     operands = Operands(
         q_BLRGN=row.q_BLRGN,
@@ -93,149 +73,164 @@ def scan(row: Row, rotation: str, *, interpret=None, chunk: int | None = None, *
         decay_rest_BHL=rest_BHL,
         gamma_BHL=heads_first(row.gamma_BLH),
         kappa_BHL=heads_first(row.kappa_BLH),
+        document_BL=documents(row.start_BL),
         before=row.before,
         weights=row.weights,
     )
-    o_BLHP, after = mamba3(operands, documents(row.start_BL), tile)
-    o_BLHP = o_BLHP[:, : size["L"], :, : size["P"]].astype(last["v_BHP"].dtype)
+    o_BLHP, after = mamba3(operands, tile)
+    o_BLHP = o_BLHP[:, : size["L"], :, : size["P"]].astype(last_v_BHP.dtype)
     after = cut(ordered(after, order.back), P=size["P"], S=size["S"])
-    return Scanned(o_BLHP, after, **last)
+    return Scanned(o_BLHP=o_BLHP, after=after, k_BRGN=last_k_BRGN, v_BHP=last_v_BHP)
 
 
-class Kept(NamedTuple):
-    """What the backward pass reads beside the inputs."""
+class Residuals(NamedTuple):
+    """What the backward pass reads."""
 
+    operands: Operands
     q_BHTN: jax.Array
     k_BHTN: jax.Array
     start_BHCS: jax.Array | None
     y_BLHRP: jax.Array
-    starts_BHSPN: jax.Array
-    left_BHS: jax.Array | None
+    h_BHZPN: jax.Array  # before every split
+    decay_BHZ: jax.Array | None  # None: there is one split
     last_BHPN: jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def mamba3(inputs: Operands, document_BL, tile: Tile):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def mamba3(operands: Operands, tile: Tile):
     """Returns o_BLHP, and the state after the row.
-
-    Args:
-        document_BL: int32, document starts in the row up to each token; None: one document.
 
     Raises:
         ValueError: sizes that the kernels cannot run.
     """
-    return _forward(inputs, document_BL, tile, keep=False)[0]
+    results, _ = _forward(operands, tile, residuals=False)
+    return results
 
 
-def _fwd(inputs: Operands, document_BL, tile: Tile):
-    results, kept = _forward(inputs, document_BL, tile, keep=True)
-    return results, (inputs, document_BL, kept)
-
-
-def _forward(inputs: Operands, document_BL, tile: Tile, *, keep: bool):
-    turned = rotate.rotate(_rotated(inputs, document_BL), tile)
-    q_BHTN, k_BHTN = checkpoint_name((turned.q_BHTN, turned.k_BHTN), "ssm_rotated")
-    scanned = _scanned(inputs, q_BHTN, k_BHTN, inputs.before.h_BHPN[:, :, None], document_BL, tile)
-    out, starts_BHSPN, left_BHS = scan_fwd.forward(scanned, tile, keep=keep)
-    states = starts_BHSPN, left_BHS, out.h_BHSPN[:, :, -1]
-    kept = None
-    if keep:
-        states = checkpoint_name(states, "ssm_states")
-        kept = Kept(q_BHTN, k_BHTN, turned.start_BHCS, checkpoint_name(out.y_BLHRP, "ssm_y"), *states)
-    return (out.o_BLHP, Carry(angle_BHS=turned.last_BHS, h_BHPN=states[-1])), kept
-
-
-def _rotated(inputs: Operands, document_BL) -> rotate.Inputs:
-    return rotate.Inputs(
-        q_BLRGN=inputs.q_BLRGN,
-        k_BLRGN=inputs.k_BLRGN,
-        q_bias_HRN=inputs.weights.q_bias_HRN,
-        k_bias_HRN=inputs.weights.k_bias_HRN,
-        angle_BLHS=inputs.angle_BLHS,
-        dt_BHL=inputs.dt_BHL,
-        first_BHS=inputs.before.angle_BHS,
-        document_BL=document_BL,
-        heads=inputs.v_BLHP.shape[2],
-    )
-
-
-def _scanned(inputs: Operands, q_BHTN, k_BHTN, h_BHSPN, document_BL, tile: Tile) -> scan_fwd.Inputs:
-    by_row = lambda array_L: None if array_L is None else jnp.repeat(array_L, tile.rank, axis=-1)  # noqa: E731
-    names = ("skip_H", "v_rank_HRP", "gate_rank_HRP", "out_rank_HRP", "norm_HP")
-    return scan_fwd.Inputs(
+def _forward(operands: Operands, tile: Tile, *, residuals: bool = True):
+    """Returns the results of `mamba3`, and the residuals where wanted."""
+    rotated = rotate.rotate(operands, tile)
+    q_BHTN, k_BHTN = checkpoint_name((rotated.q_BHTN, rotated.k_BHTN), "ssm_rotated")
+    scan_operands = _scan_operands(operands, q_BHTN, k_BHTN, operands.before.h_BHPN[:, :, None], tile=tile)
+    out, h_BHZPN, decay_BHZ = scan_fwd.forward(scan_operands, tile, residuals=residuals)
+    last_BHPN = out.h_BHZPN[:, :, -1]
+    if not residuals:
+        return (out.o_BLHP, Carry(rotated.last_BHS, last_BHPN)), None
+    h_BHZPN, decay_BHZ, last_BHPN = checkpoint_name((h_BHZPN, decay_BHZ, last_BHPN), "ssm_states")
+    return (out.o_BLHP, Carry(rotated.last_BHS, last_BHPN)), Residuals(
+        operands=operands,
         q_BHTN=q_BHTN,
         k_BHTN=k_BHTN,
-        v_BLHP=inputs.v_BLHP,
-        gate_BLHP=inputs.gate_BLHP,
-        log_decay_BHT=by_row(inputs.log_decay_BHL),
-        decay_rest_BHT=by_row(inputs.decay_rest_BHL),
-        gamma_BHT=by_row(inputs.gamma_BHL),
-        kappa_BHT=by_row(inputs.kappa_BHL),
-        document_BT=by_row(documents_in_chunks(document_BL, tile.tokens)),
-        h_BHSPN=h_BHSPN,
-        **{name: getattr(inputs.weights, name) for name in names},
+        start_BHCS=rotated.start_BHCS,
+        y_BLHRP=checkpoint_name(out.y_BLHRP, "ssm_y"),
+        h_BHZPN=h_BHZPN,
+        decay_BHZ=decay_BHZ,
+        last_BHPN=last_BHPN,
     )
 
 
-def _bwd(tile: Tile, residuals, cotangents):
-    inputs, document_BL, kept = residuals
-    do_BLHP, (dangle_BHS, dlast_BHPN) = cotangents
-    scanned = _scanned(inputs, kept.q_BHTN, kept.k_BHTN, kept.starts_BHSPN, document_BL, tile)
-    query, key, value, d = scan_bwd.backward(scanned, kept.left_BHS, kept.y_BLHRP, do_BLHP, dlast_BHPN, tile)
+def _scan_operands(operands: Operands, q_BHTN, k_BHTN, h_BHZPN, *, tile: Tile) -> scan_fwd.ScanOperands:
+    by_row = lambda array_L: None if array_L is None else jnp.repeat(array_L, tile.rank, axis=-1)  # noqa: E731
+    return scan_fwd.ScanOperands(
+        q_BHTN=q_BHTN,
+        k_BHTN=k_BHTN,
+        v_BLHP=operands.v_BLHP,
+        gate_BLHP=operands.gate_BLHP,
+        log_decay_BHT=by_row(operands.log_decay_BHL),
+        decay_rest_BHT=by_row(operands.decay_rest_BHL),
+        gamma_BHT=by_row(operands.gamma_BHL),
+        kappa_BHT=by_row(operands.kappa_BHL),
+        document_BT=by_row(documents_in_chunks(operands.document_BL, tile.tokens)),
+        h_BHZPN=h_BHZPN,
+        weights=operands.weights._replace(q_bias_HRN=None, k_bias_HRN=None),
+    )
 
-    rotated = _rotated(inputs, document_BL)
-    back = rotate_bwd.rotate_back(rotated, kept.start_BHCS, query.dq_BHTN, key.dk_BHTN, tile)
-    crossing_BHSA, end_BH, turned = _crossing(query, key, kept.last_BHPN, dlast_BHPN, dangle_BHS, tile)
+
+def _backward(tile: Tile, residuals: Residuals, cotangents):
+    operands = residuals.operands
+    do_BLHP, dafter = cotangents
+    scan_operands = _scan_operands(operands, residuals.q_BHTN, residuals.k_BHTN, residuals.h_BHZPN, tile=tile)
+    d = scan_bwd.backward(
+        scan_operands,
+        decay_BHZ=residuals.decay_BHZ,
+        y_BLHRP=residuals.y_BLHRP,
+        do_BLHP=do_BLHP,
+        dlast_BHPN=dafter.h_BHPN,
+        tile=tile,
+    )
+    angles = rotate.angles_of(operands, residuals.start_BHCS, tile)
+    drotated = rotate_bwd.rotate_bwd(operands, angles, d.query.dq_BHTN, d.key.dk_BHTN, tile=tile)
+    products_BHZA, end_BH, crossing = _state_products(d, residuals.last_BHPN, dafter, tile)
     dangle_BLHS = ddt_BHL = dfirst_BHS = None
-    if turned is not None:
-        sums = AngleSums(dangle_BLHS=back.dangle_BLHS, ddt_BHL=back.ddt_BHL, dphi_BHCS=back.dphi_BHCS)
+    if crossing is not None:
         dangle_BLHS, ddt_BHL, dfirst_BHS = add_later(
-            inputs.angle_BLHS, inputs.dt_BHL, document_BL, sums, dangle_BHS, turned
+            angle_BLHS=operands.angle_BLHS,
+            dt_BHL=operands.dt_BHL,
+            document_BL=operands.document_BL,
+            sums=drotated.angles,
+            dlast_BHS=dafter.angle_BHS,
+            crossing=crossing,
         )
-    document_BL = documents_in_chunks(document_BL, tile.tokens)
-    dlog_decay_BHL = decay_bwd(document_BL, back.received_BHL, crossing_BHSA, end_BH, tile.tokens, tile.anchor)
-
-    over_ranks = lambda array_BHT: jnp.sum(array_BHT.reshape(*inputs.gamma_BHL.shape, tile.rank), axis=-1)  # noqa: E731
-    weights = {"q_bias_HRN": back.dq_bias_HRN, "k_bias_HRN": back.dk_bias_HRN}
-    if inputs.weights.skip_H is not None:
-        weights["skip_H"] = jnp.sum(value.dskip_BHT, axis=(0, 2)).astype(inputs.weights.skip_H.dtype)
-    if inputs.weights.v_rank_HRP is not None:
-        dv_rank_HRP = jnp.sum(value.dv_rank_BHSRP, axis=(0, 2))
-        weights["v_rank_HRP"] = dv_rank_HRP.astype(inputs.weights.v_rank_HRP.dtype)
-    dgate_BLHP = d.pop("gate_BLHP")
+    dlog_decay_BHL = decay_bwd(
+        document_BL=documents_in_chunks(operands.document_BL, tile.tokens),
+        received_BHL=drotated.r_BHL,
+        crossing_BHZA=products_BHZA,
+        end_BH=end_BH,
+        tokens=tile.tokens,
+        interval=tile.checkpoint_interval,
+    )
+    over_ranks = lambda array_BHT: jnp.sum(array_BHT.reshape(*operands.gamma_BHL.shape, tile.rank), axis=-1)  # noqa: E731
     gradients = Operands(
-        q_BLRGN=back.dq_BLRGN,
-        k_BLRGN=back.dk_BLRGN,
-        v_BLHP=value.dv_BLHP,
-        gate_BLHP=dgate_BLHP,
+        q_BLRGN=drotated.dq_BLRGN,
+        k_BLRGN=drotated.dk_BLRGN,
+        v_BLHP=d.value.dv_BLHP,
+        gate_BLHP=d.epilogue.dgate_BLHP,
         angle_BLHS=dangle_BLHS,
         dt_BHL=ddt_BHL,
         log_decay_BHL=dlog_decay_BHL,
-        decay_rest_BHL=None if inputs.decay_rest_BHL is None else dlog_decay_BHL,
-        gamma_BHL=over_ranks(value.dgamma_BHT),
-        kappa_BHL=None if inputs.kappa_BHL is None else over_ranks(value.dkappa_BHT),
-        before=Carry(angle_BHS=dfirst_BHS, h_BHPN=key.dh_BHSPN[:, :, 0]),
-        weights=Weights(**weights, **d),
+        decay_rest_BHL=None if operands.decay_rest_BHL is None else dlog_decay_BHL,
+        gamma_BHL=over_ranks(d.value.dgamma_BHT),
+        kappa_BHL=None if operands.kappa_BHL is None else over_ranks(d.value.dkappa_BHT),
+        document_BL=None,
+        before=Carry(angle_BHS=dfirst_BHS, h_BHPN=d.key.dh_BHZPN[:, :, 0]),
+        weights=_weight_gradients(operands.weights, d, drotated),
     )
-    return gradients, None
+    return (gradients,)
 
 
-def _crossing(query: scan_bwd.Query, key: scan_bwd.Key, last_BHPN, dlast_BHPN, dangle_BHS, tile: Tile):
-    """What earlier tokens mean to later ones, by the states kept: of the decay's gradient, and of the angle's (None
-    where nothing turns)."""
-    planes = 0 if dangle_BHS is None else dangle_BHS.shape[-1]
+def _weight_gradients(weights: Weights, d: scan_bwd.ScanGradients, drotated: rotate_bwd.RotateGradients) -> Weights:
+    """Adds up the partial gradients over batch and splits."""
 
-    def sums(h_PN, dh_PN):
+    def summed(weight, partial):
+        return None if weight is None else jnp.sum(partial, axis=(0, 2)).astype(weight.dtype)
+
+    return Weights(
+        q_bias_HRN=drotated.dq_bias_HRN,
+        k_bias_HRN=drotated.dk_bias_HRN,
+        skip_H=summed(weights.skip_H, d.value.dskip_BHT),
+        v_rank_HRP=summed(weights.v_rank_HRP, d.value.dv_rank_BHZRP),
+        gate_rank_HRP=summed(weights.gate_rank_HRP, d.epilogue.dgate_rank_BHZRP),
+        out_rank_HRP=summed(weights.out_rank_HRP, d.epilogue.dout_rank_BHZRP),
+        norm_HP=summed(weights.norm_HP, d.epilogue.dnorm_BHZP),
+    )
+
+
+def _state_products(d: scan_bwd.ScanGradients, last_BHPN, dafter: Carry, tile: Tile):
+    """Returns the inner products of states and their gradients, for the decay's gradient: at the checkpoints and of the
+    last state; and for the angle's (None where nothing rotates)."""
+    pairs = 0 if dafter.angle_BHS is None else dafter.angle_BHS.shape[-1]
+
+    def products(h_PN, dh_PN):
         h_PN, dh_PN = h_PN.astype(jnp.float32), dh_PN.astype(jnp.float32)
-        if not planes:
+        if not pairs:
             return jnp.sum(h_PN * dh_PN, axis=(-2, -1)), None
         u_PS, w_PS, du_PS, dw_PS = h_PN[..., ::2], h_PN[..., 1::2], dh_PN[..., ::2], dh_PN[..., 1::2]
-        return crossing_sums(u_PS, w_PS, du_PS, dw_PS, planes)
+        return crossing_sums(u_PS=u_PS, w_PS=w_PS, du_PS=du_PS, dw_PS=dw_PS, planes=pairs)
 
-    found = sums(query.h_BHSAPN, key.dh_BHSAPN), sums(last_BHPN, dlast_BHPN)
-    # Or XLA for GPU computes these sums again for each of their users.
-    (start_BHSA, turned_BHSAS), (end_BH, end_BHS) = lax.optimization_barrier(found)
-    return start_BHSA, end_BH, Crossing(turned_BHSAS, end_BHS, tile.anchor) if planes else None
+    found = products(d.query.h_BHZAPN, d.key.dh_BHZAPN), products(last_BHPN, dafter.h_BHPN)
+    # Without the barrier XLA for GPU computes these sums again for each of their users.
+    (start_BHZA, start_BHZAS), (end_BH, end_BHS) = lax.optimization_barrier(found)
+    return start_BHZA, end_BH, Crossing(start_BHZAS, end_BHS, tile.checkpoint_interval) if pairs else None
 
 
-mamba3.defvjp(_fwd, _bwd)
+mamba3.defvjp(_forward, _backward)

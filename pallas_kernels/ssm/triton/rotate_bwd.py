@@ -1,192 +1,225 @@
 """The gradients of `rotate`: of queries and keys, their bias, the angle and dt.
 
-With g the gradient of a turned plane (u, w), the angle at a token gets dphi = g_w u - g_u w, summed over queries and
-keys, and angle_t dt_t the sum of that over the tokens from t on. u and w are those that the scan read, rounded as they
-were: then what a pair of one chunk adds to these sums cancels. So do its parts of q . dq - k . dk, which the gradient
-of the decay takes from here.
+    dphi_t = sum over queries and keys of (g_w u - g_u w),   d(angle_t dt_t) = sum_{s >= t} dphi_s
+    r_t = q_t . dq_t - k_t . dk_t
 
-Entries that turn and those that do not are in two kernels: more programs of fewer registers.
+with g the gradient of a rotated pair (u, w); r is what the decay's gradient comes from (`gradients.decay_bwd`). u and w
+are those that the scan read, rounded as they were: then what a pair of tokens of one chunk adds to these sums cancels.
+
+Entries that rotate and those that do not are in two kernels: more programs of fewer registers.
 """
 
+import operator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.ssm.gradients import documents_in_chunks
-from pallas_kernels.ssm.triton.angle_back import suffix
-from pallas_kernels.ssm.triton.common import Split, Tile, call, rounded
-from pallas_kernels.ssm.triton.rotate import Blocks, Inputs, _heads, _joined, _of_head, _pairs, _phi, _sincos
+from pallas_kernels.ssm.gradients import AngleSums
+from pallas_kernels.ssm.triton.common import NN, Float24, Operands, call, product, rounded
+from pallas_kernels.ssm.triton.config import Tile
+from pallas_kernels.ssm.triton.rotate import (
+    Angles,
+    Blocks,
+    by_head,
+    heads_of_program,
+    joined,
+    pairs_of,
+    phi,
+    same_document,
+    sincos,
+)
 
 
 class Side(NamedTuple):
-    """Queries or keys, and the gradient of what they were turned to."""
+    """Queries or keys, and the gradient of what they were rotated to."""
 
     x_BLRGN: jax.Array
     bias_HRN: jax.Array | None
-    dx_BHLRN: Split
+    dx_BHLRN: Float24
 
 
-class Back(NamedTuple):
-    """What one program sees: one rank of a chunk of a block of heads, as `rotate.Turn`."""
+class RotateBwdRefs(NamedTuple):
+    """What one program sees: one rank of a chunk of a block of heads."""
 
     q: Side
     k: Side
-    dt_BHL: jax.Array | None  # these None: of the entries that do not turn
-    angle_BLHS: jax.Array | None
-    start_BHCS: jax.Array | None
-    document_BL: jax.Array | None
+    angles: Angles | None  # None: of the entries that do not rotate
 
 
-class SideOutputs(NamedTuple):
+class SideSums(NamedTuple):
     """Partial sums, float32: over one block of heads (J), or one chunk (C)."""
 
-    dx_JBLRN: jax.Array
-    dbias_BCHRN: jax.Array | None
+    dx_JBLRX: jax.Array
+    dbias_BCHRX: jax.Array | None
 
 
-class Angles(NamedTuple):
-    """Partial sums, float32: of one rank (R), of one block of heads (J)."""
+class PartialAngleSums(NamedTuple):
+    """`AngleSums` of one rank (R) and of one block of heads (J)."""
 
-    dangle_JRBLHS: jax.Array  # from the tokens of the chunk alone
-    ddt_RBHL: jax.Array  # likewise
-    dphi_RBHCS: jax.Array  # the chunk's sum, for the tokens before it
-
-
-class BackOutputs(NamedTuple):
-    q: SideOutputs
-    k: SideOutputs
-    received_RBHL: jax.Array  # q . dq - k . dk
-    angles: Angles | None
+    dangle_JRBLHS: jax.Array
+    ddt_RBHL: jax.Array
+    dphi_RBHCS: jax.Array
 
 
-class Gradients(NamedTuple):
-    """Sums over ranks and blocks of heads; those of the angle as in `Angles`. None: of what is absent."""
+class RotateBwdSums(NamedTuple):
+    """What one program adds up."""
+
+    q: SideSums
+    k: SideSums
+    r_RBHL: jax.Array
+    angles: PartialAngleSums | None
+
+
+class RotateGradients(NamedTuple):
+    """Sums over ranks and blocks of heads. None: of what is absent."""
 
     dq_BLRGN: jax.Array
     dk_BLRGN: jax.Array
     dq_bias_HRN: jax.Array | None
     dk_bias_HRN: jax.Array | None
-    received_BHL: jax.Array
-    dangle_BLHS: jax.Array | None
-    ddt_BHL: jax.Array | None
-    dphi_BHCS: jax.Array | None
+    r_BHL: jax.Array
+    angles: AngleSums | None
 
 
-def _kernel(refs: Back, out: BackOutputs, *, tile: Tile):
-    turning = refs.angle_BLHS is not None
-    if turning:
-        document_T = None if refs.document_BL is None else refs.document_BL[...]
-        angle, shared = _of_head(refs.angle_BLHS), len(refs.angle_BLHS.shape) == 2
+def rotate_bwd(operands: Operands, angles: Angles | None, dq_BHTN: Float24, dk_BHTN: Float24, *, tile: Tile):
+    """Returns the `RotateGradients` from the gradients of rotated queries and keys."""
+    batch, length, rank, groups, d_state = operands.q_BLRGN.shape
+    n_heads, pairs = operands.n_heads, operands.pairs
+    by_rank = lambda x: x.reshape(batch, n_heads, length, rank, d_state)  # noqa: E731
+    dq_BHLRN, dk_BHLRN = jax.tree.map(by_rank, (dq_BHTN, dk_BHTN))
+    q = Side(operands.q_BLRGN, operands.weights.q_bias_HRN, dq_BHLRN)
+    k = Side(operands.k_BLRGN, operands.weights.k_bias_HRN, dk_BHLRN)
+    parts = [_sums(operands, RotateBwdRefs(q, k, angles), 0, tile)]
+    if d_state > 2 * pairs:
+        parts.append(_sums(operands, RotateBwdRefs(q, k, None), 1, tile))
+
+    def over_heads(side: Side, sums: list[SideSums]):
+        dx_JBLRN = jnp.concatenate([each.dx_JBLRX for each in sums], axis=-1)
+        dx_GBLRN = jnp.sum(dx_JBLRN.reshape(groups, -1, batch, length, rank, d_state), axis=1)
+        dx_BLRGN = jnp.moveaxis(dx_GBLRN, 0, 3).astype(side.x_BLRGN.dtype)
+        if side.bias_HRN is None:
+            return dx_BLRGN, None
+        dbias_BCHRN = jnp.concatenate([each.dbias_BCHRX for each in sums], axis=-1)
+        return dx_BLRGN, jnp.sum(dbias_BCHRN, axis=(0, 1)).astype(side.bias_HRN.dtype)
+
+    dq_BLRGN, dq_bias_HRN = over_heads(q, [part.q for part in parts])
+    dk_BLRGN, dk_bias_HRN = over_heads(k, [part.k for part in parts])
+    r_BHL = sum(jnp.sum(part.r_RBHL, axis=0) for part in parts)
+    of_angles = None
+    if angles is not None:
+        sums = parts[0].angles
+        of_angles = AngleSums(
+            dangle_BLHS=jnp.sum(sums.dangle_JRBLHS, axis=(0, 1)),
+            ddt_BHL=jnp.sum(sums.ddt_RBHL, axis=0),
+            dphi_BHCS=jnp.sum(sums.dphi_RBHCS, axis=0),
+        )
+    return RotateGradients(
+        dq_BLRGN=dq_BLRGN,
+        dk_BLRGN=dk_BLRGN,
+        dq_bias_HRN=dq_bias_HRN,
+        dk_bias_HRN=dk_bias_HRN,
+        r_BHL=r_BHL,
+        angles=of_angles,
+    )
+
+
+def _sums(operands: Operands, refs: RotateBwdRefs, part: int, tile: Tile) -> RotateBwdSums:
+    """Runs the kernel of the entries that rotate (`part` 0), the first 2 S of N, or of the others, as many."""
+    batch, length, rank = operands.q_BLRGN.shape[:3]
+    n_heads, pairs, chunks = operands.n_heads, operands.pairs, length // tile.rotate_tokens
+    heads = heads_of_program(operands, tile.rotate_bwd_heads, tile)
+    j = n_heads // heads
+    array = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
+
+    def side_sums(side: Side):
+        dbias_BCHRX = None if side.bias_HRN is None else array(batch, chunks, n_heads, rank, 2 * pairs)
+        return SideSums(array(j, batch, length, rank, 2 * pairs), dbias_BCHRX)
+
+    angles = None
+    if refs.angles is not None:
+        blocks, angle_heads = (j, 1) if refs.angles.angle_BLHS.shape[2] == 1 else (1, n_heads)
+        angles = PartialAngleSums(
+            dangle_JRBLHS=array(blocks, rank, batch, length, angle_heads, pairs),
+            ddt_RBHL=array(rank, batch, n_heads, length),
+            dphi_RBHCS=array(rank, batch, n_heads, chunks, pairs),
+        )
+    return call(
+        _kernel,
+        refs,
+        RotateBwdSums(side_sums(refs.q), side_sums(refs.k), array(rank, batch, n_heads, length), angles),
+        name="mamba3_still_back" if angles is None else "mamba3_rotate_back",
+        # Neighbouring programs share queries or keys.
+        grid=Blocks(operands, tokens=tile.rotate_tokens, heads=heads, ranks=rank, part=part),
+        tile=tile,
+        launch=tile.rotate_bwd,
+    )
+
+
+class HeadSums(NamedTuple):
+    """What a program adds up over its heads: gradients of the pairs (u, w), and of an angle that heads share."""
+
+    dq_TS: tuple
+    dk_TS: tuple
+    dangle_TS: jax.Array | None
+
+
+def _kernel(refs: RotateBwdRefs, out: RotateBwdSums, *, tile: Tile):
+    angles, shared = refs.angles, False
+    if angles is not None:
+        document_T = None if angles.document_BL is None else angles.document_BL[...]
+        angle, shared = by_head(angles.angle_BLHS), len(angles.angle_BLHS.shape) == 2
     tokens, width = refs.q.x_BLRGN.shape
 
-    def one(head, sums):
-        if turning:
-            dt_T = refs.dt_BHL[head, :]
-            sin_TS, cos_TS = _sincos(_phi(angle(head), dt_T, refs.start_BHCS[head, :], document_T, tile), tile)
-        received_TS, dphi_TS, more = 0.0, 0.0, []
+    def one(head, sums: HeadSums):
+        if angles is not None:
+            dt_T = angles.dt_BHL[head, :]
+            phi_TS = phi(angle(head), dt_T, angles.start_BHCS[head, :], document_T=document_T, tile=tile)
+            sin_TS, cos_TS = sincos(phi_TS, tile)
+        r_TS, dphi_TS, d = 0.0, 0.0, []
         for side, to, sign in ((refs.q, out.q, 1), (refs.k, out.k, -1)):
             x_TN = side.x_BLRGN[...].astype(jnp.float32)
             if side.bias_HRN is not None:
                 x_TN += side.bias_HRN[head, :].astype(jnp.float32)[None]
-            (u_TS, w_TS), (gu_TS, gw_TS) = (
-                _pairs(x_TN),
-                _pairs(side.dx_BHLRN.load((head, slice(None), slice(None)), tile)),
-            )
-            if turning:
+            u_TS, w_TS = pairs_of(x_TN)
+            gu_TS, gw_TS = pairs_of(side.dx_BHLRN.load((head, slice(None), slice(None)), tile))
+            if angles is not None:
                 u_TS, w_TS = u_TS * cos_TS - w_TS * sin_TS, u_TS * sin_TS + w_TS * cos_TS
             u_TS, w_TS = rounded(u_TS, w_TS, side.x_BLRGN.dtype, tile)
-            received_TS += sign * (gu_TS * u_TS + gw_TS * w_TS)
-            if turning:
+            r_TS += sign * (gu_TS * u_TS + gw_TS * w_TS)
+            if angles is not None:
                 dphi_TS += gw_TS * u_TS - gu_TS * w_TS
                 gu_TS, gw_TS = gu_TS * cos_TS + gw_TS * sin_TS, gw_TS * cos_TS - gu_TS * sin_TS
             if side.bias_HRN is not None:
-                to.dbias_BCHRN[head, :] = _joined(jnp.sum(gu_TS, axis=0), jnp.sum(gw_TS, axis=0))
-            more += [gu_TS, gw_TS]
-        out.received_RBHL[head, :] = jnp.sum(received_TS, axis=1)
+                to.dbias_BCHRX[head, :] = joined(jnp.sum(gu_TS, axis=0), jnp.sum(gw_TS, axis=0))
+            d.append((gu_TS, gw_TS))
+        out.r_RBHL[head, :] = jnp.sum(r_TS, axis=1)
 
-        if turning:
-            suffix_TS = suffix(dphi_TS, document_T, tile)
-            out.angles.ddt_RBHL[head, :] = jnp.sum(angle(head) * suffix_TS, axis=1)
+        dangle_TS = None
+        if angles is not None:
+            later_TS = _later(dphi_TS, document_T, tile)
+            out.angles.ddt_RBHL[head, :] = jnp.sum(angle(head) * later_TS, axis=1)
             if document_T is not None:
                 dphi_TS = jnp.where(document_T[:, None] == 0, dphi_TS, 0.0)
             out.angles.dphi_RBHCS[head, :] = jnp.sum(dphi_TS, axis=0)
-            dangle_TS = dt_T[:, None] * suffix_TS
-            if shared:
-                more.append(dangle_TS)
-            else:
-                out.angles.dangle_JRBLHS[:, head, :] = dangle_TS
-        return tuple(sum_ + x for sum_, x in zip(sums, more, strict=True))
+            dangle_TS = dt_T[:, None] * later_TS
+            if not shared:
+                out.angles.dangle_JRBLHS[:, head, :], dangle_TS = dangle_TS, None
+        dq_TS, dk_TS = d
+        return jax.tree.map(operator.add, sums, HeadSums(dq_TS, dk_TS, dangle_TS))
 
-    zeros = (jnp.zeros((tokens, width // 2), jnp.float32),) * (4 + (turning and shared))
-    sums = lax.fori_loop(0, out.received_RBHL.shape[0], one, zeros)
-    out.q.dx_JBLRN[...], out.k.dx_JBLRN[...] = _joined(*sums[:2]), _joined(*sums[2:4])
-    if turning and shared:
-        out.angles.dangle_JRBLHS[...] = sums[4]
-
-
-TURNING = ("dt_BHL", "angle_BLHS", "start_BHCS", "document_BL")
+    zeros_TS = jnp.zeros((tokens, width // 2), jnp.float32)
+    zeros = HeadSums((zeros_TS, zeros_TS), (zeros_TS, zeros_TS), zeros_TS if shared else None)
+    sums = lax.fori_loop(0, out.r_RBHL.shape[0], one, zeros)
+    out.q.dx_JBLRX[...], out.k.dx_JBLRX[...] = joined(*sums.dq_TS), joined(*sums.dk_TS)
+    if shared:
+        out.angles.dangle_JRBLHS[...] = sums.dangle_TS
 
 
-def rotate_back(inputs: Inputs, start_BHCS, dq_BHTN: Split, dk_BHTN: Split, tile: Tile) -> Gradients:
-    batch, length, rank, groups, d_state = inputs.q_BLRGN.shape
-    n_heads, planes = inputs.n_heads, inputs.planes
-    per_rank = lambda x: x.reshape(batch, n_heads, length, rank, d_state)  # noqa: E731
-    dq_BHLRN, dk_BHLRN = jax.tree.map(per_rank, (dq_BHTN, dk_BHTN))
-    refs = Back(
-        Side(inputs.q_BLRGN, inputs.q_bias_HRN, dq_BHLRN),
-        Side(inputs.k_BLRGN, inputs.k_bias_HRN, dk_BHLRN),
-        inputs.dt_BHL,
-        inputs.angle_BLHS,
-        start_BHCS,
-        None if inputs.angle_BLHS is None else documents_in_chunks(inputs.document_BL, tile.turned),
-    )
-    parts = [_call(inputs, refs, 0, tile)]
-    if d_state > 2 * planes:
-        parts.append(_call(inputs, refs._replace(**dict.fromkeys(TURNING)), 1, tile))
-
-    def of_heads(name: str):
-        dx_JBLRN = jnp.concatenate([getattr(part, name).dx_JBLRN for part in parts], axis=-1)
-        dx_GBLRN = jnp.sum(dx_JBLRN.reshape(groups, -1, batch, length, rank, d_state), axis=1)
-        side, dx_BLRGN = getattr(refs, name), jnp.moveaxis(dx_GBLRN, 0, 3)
-        if side.bias_HRN is None:
-            return dx_BLRGN.astype(side.x_BLRGN.dtype), None
-        dbias_BCHRN = jnp.concatenate([getattr(part, name).dbias_BCHRN for part in parts], axis=-1)
-        dbias_HRN = jnp.sum(dbias_BCHRN, axis=(0, 1))
-        return dx_BLRGN.astype(side.x_BLRGN.dtype), dbias_HRN.astype(side.bias_HRN.dtype)
-
-    (dq_BLRGN, dq_bias_HRN), (dk_BLRGN, dk_bias_HRN) = of_heads("q"), of_heads("k")
-    received_BHL = sum(jnp.sum(part.received_RBHL, axis=0) for part in parts)
-    angles, of_angles = parts[0].angles, [None] * 3
-    if angles is not None:
-        sums = ((angles.dangle_JRBLHS, (0, 1)), (angles.ddt_RBHL, 0), (angles.dphi_RBHCS, 0))
-        of_angles = [jnp.sum(x, axis=axis) for x, axis in sums]
-    return Gradients(dq_BLRGN, dk_BLRGN, dq_bias_HRN, dk_bias_HRN, received_BHL, *of_angles)
-
-
-def _call(inputs: Inputs, refs: Back, part: int, tile: Tile) -> BackOutputs:
-    """Of the entries that turn (`part` 0), the first 2 S of N, or of the others, as many."""
-    batch, length, rank = inputs.q_BLRGN.shape[:3]
-    n_heads, planes, chunks = inputs.n_heads, inputs.planes, length // tile.turned
-    heads = _heads(inputs, tile.heads_back, tile)
-    blocks, j = Blocks(inputs, tile.turned, heads, ranks=rank, part=part), n_heads // heads
-    gradient = jax.tree.map(lambda _: blocks.spec("BHLRN"), refs.q.dx_BHLRN)
-    biased = [None if side.bias_HRN is None else blocks.spec("HRN") for side in (refs.q, refs.k)]
-    sides = [Side(blocks.spec("BLRGN"), bias, gradient) for bias in biased]
-    specs = Back(*sides, blocks.spec("BHL"), blocks.angle, blocks.spec("BHCS"), blocks.spec("BL"))
-    specs = Back(*(None if x is None else spec for x, spec in zip(refs, specs, strict=True)))
-    of_tokens = (j, batch, length, rank, 2 * planes), jnp.float32, blocks.spec("JBLRX")
-    of_bias = (batch, chunks, n_heads, rank, 2 * planes), jnp.float32, blocks.spec("BCHRX")
-    sides_out = [SideOutputs(of_tokens, None if bias is None else of_bias) for bias in biased]
-    rows = (rank, batch, n_heads, length), jnp.float32, blocks.spec("RBHL")
-    angles = None
-    if refs.angle_BLHS is not None:
-        dangle = (j, rank, batch, length, 1, planes), jnp.float32, blocks.spec("JRBL1S")
-        if refs.angle_BLHS.shape[2] > 1:
-            dangle = (1, rank, batch, length, n_heads, planes), jnp.float32, blocks.spec("1RBLHS")
-        angles = Angles(dangle, rows, ((rank, batch, n_heads, chunks, planes), jnp.float32, blocks.spec("RBHCS")))
-    out = BackOutputs(*sides_out, rows, angles)
-    grid = (j * rank, chunks, batch)  # neighbours share queries or keys
-    name = "mamba3_still_back" if angles is None else "mamba3_rotate_back"
-    return call(_kernel, name, tile, tile.rotate_back, grid, refs, specs, out)
+def _later(dphi_TS, document_T, tile: Tile):
+    """Returns the sum over the tokens s >= t of the chunk and the document."""
+    if document_T is None:
+        return jnp.sum(dphi_TS, axis=0)[None, :] - jnp.cumsum(dphi_TS, axis=0) + dphi_TS
+    mask_TT = same_document(document_T, transposed=True).astype(jnp.float32)
+    return product(mask_TT, dphi_TS, NN, dtype=jnp.float32, tile=tile)

@@ -1,0 +1,169 @@
+"""The gradients of `scan_fwd`, from its residuals: the backward kernels, one after another, and plain XLA between them.
+
+    epilogue_bwd   do, y               -> dy, gradients of gate, norm and the ranks' weights
+    query_bwd      dy, k, v, h         -> dq by head, dphi of queries, h at checkpoints
+    key_bwd        dy, q, k, v, dh     -> dk by head, dv, dkappa, dgamma, dphi of keys, dh at checkpoints
+    sums_bwd       dq, dk, dphi        -> dq, dk by group, bias gradients, dangle, ddt
+
+What adds up over later tokens begins again at every checkpoint from an inner product of h and dh: see `gradients`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.ssm.contract import Carry, Weights
+from pallas_kernels.ssm.decay import documents_in_chunks
+from pallas_kernels.ssm.gradients import Crossing, combine_splits_bwd, crossing_sums, decay_bwd
+from pallas_kernels.ssm.mosaic_gpu import bwd
+from pallas_kernels.ssm.mosaic_gpu.bwd import GradientRefs
+from pallas_kernels.ssm.mosaic_gpu.epilogue_bwd import Epilogue, epilogue_bwd
+from pallas_kernels.ssm.mosaic_gpu.key_bwd import ROWS_BWD, KeyGradients, key_bwd, state_bwd
+from pallas_kernels.ssm.mosaic_gpu.query_bwd import QueryGradients, query_bwd
+from pallas_kernels.ssm.mosaic_gpu.sums_bwd import angles_bwd, heads_bwd
+from pallas_kernels.ssm.mosaic_gpu.tiles import SCALARS_BWD, Operands, Residuals, Tile, TokenArrays, stack_scalars
+
+
+def gradients(operands: Operands, document_BL, residuals: Residuals, cotangents, *, tile: Tile) -> Operands:
+    """Returns the gradients of the operands, from those of the output and of the state after the row."""
+    weights = operands.weights
+    do_BLHP, (dangle_BHS, dlast_BHPN) = cotangents
+    of_epilogue = Weights(
+        gate_rank_HRP=weights.gate_rank_HRP, out_rank_HRP=weights.out_rank_HRP, norm_HP=weights.norm_HP
+    )
+    epilogue = Epilogue(gate_BLHP=operands.tokens.gate_BLHP, weights=of_epilogue)
+    dy_BLHRP, depilogue = epilogue_bwd(epilogue, residuals.y_BLHRP, do_BLHP, tile)
+    refs = GradientRefs(
+        tokens=operands.tokens._replace(gate_BLHP=None),
+        dy_BLHRP=dy_BLHRP,
+        phase_BHLS=residuals.phase_BHLS,
+        scalars_BHCXT=stack_scalars(operands, document_BL, SCALARS_BWD, tile),
+        h_BHZPN=residuals.starts_BHZPN,
+        weights=weights._replace(gate_rank_HRP=None, out_rank_HRP=None, norm_HP=None),
+    )
+    query = query_bwd(refs, tile)
+    # A norm makes the outputs' gradients small against the last state's, and what dh loses by rounding is the same for
+    # many tokens: it would add up in the decay's gradient.
+    exact, dh_BHZPN = weights.norm_HP is not None, _splits_bwd(refs, residuals.split_decay_BHZ, dlast_BHPN, tile)
+    key = key_bwd(refs._replace(h_BHZPN=dh_BHZPN), tile, exact=exact)
+    products = _state_products(query, key, residuals, dlast_BHPN, exact=exact)
+
+    sums, dv_rank_HRP = _sum_rows(key, operands, tile)
+    dlog_decay_BHL = decay_bwd(
+        document_BL=documents_in_chunks(document_BL, tile.tokens),
+        received_BHL=_sum_ranks(query.incoming_BHCT, operands, tile) - sums.outgoing_BHL,
+        crossing_BHZA=products.start_BHZA,
+        end_BH=products.end_BH,
+        tokens=tile.tokens,
+        interval=bwd.CHECKPOINT_INTERVAL,
+    )
+    dq_BLRGN, dq_bias_HRN = _sum_heads(query.dq_BHLRN, weights.q_bias_HRN, operands, tile)
+    dk_BLRGN, dk_bias_HRN = _sum_heads(key.dk_BHLRN, weights.k_bias_HRN, operands, tile)
+    dangle_BLHS, ddt_BHL, dfirst_BHS = None, None, None
+    if operands.angle_BLHS is not None:
+        by_head = lambda dphi_BHLS: dphi_BHLS.reshape(*operands.dt_BHL.shape, -1)  # noqa: E731
+        dangle_BLHS, ddt_BHL, dfirst_BHS = angles_bwd(
+            angle_BLHS=operands.angle_BLHS,
+            dt_BHL=operands.dt_BHL,
+            document_BL=document_BL,
+            dphi_q_BHLS=by_head(query.dphi_BHLS),
+            dphi_k_BHLS=by_head(key.dphi_BHLS),
+            dlast_BHS=dangle_BHS,
+            crossing=products.of_angle,
+            interpret=tile.interpret,
+        )
+    return Operands(
+        tokens=TokenArrays(
+            q_BLRGN=dq_BLRGN,
+            k_BLRGN=dk_BLRGN,
+            v_BLHP=key.dv_BLHP.reshape(operands.tokens.v_BLHP.shape),
+            gate_BLHP=depilogue.gate_BLHP,
+        ),
+        angle_BLHS=dangle_BLHS,
+        dt_BHL=ddt_BHL,
+        log_decay_BHL=dlog_decay_BHL,
+        gamma_BHL=sums.dgamma_BHL,
+        kappa_BHL=sums.dkappa_BHL,
+        before=Carry(angle_BHS=dfirst_BHS, h_BHPN=key.dh_BHZPN[:, :, 0]),
+        weights=depilogue.weights._replace(
+            q_bias_HRN=dq_bias_HRN,
+            k_bias_HRN=dk_bias_HRN,
+            skip_H=None if weights.skip_H is None else jnp.sum(sums.dskip_BHL, axis=(0, 2)),
+            v_rank_HRP=dv_rank_HRP,
+        ),
+    )
+
+
+def _splits_bwd(refs: GradientRefs, split_decay_BHZ, dlast_BHPN, tile: Tile):
+    """Returns the gradient of the state after every split."""
+    if tile.splits == 1:
+        return dlast_BHPN[:, :, None]
+    added_BHZPN = state_bwd(refs._replace(h_BHZPN=jnp.zeros_like(refs.h_BHZPN)), tile)
+    return combine_splits_bwd(dlast_BHPN, split_decay_BHZ, added_BHZPN)
+
+
+def _sum_ranks(rows_BHCT, operands: Operands, tile: Tile):
+    """Adds up numbers of rows, (B H C, T), over the ranks of every token."""
+    batch, n_heads, length = operands.gamma_BHL.shape
+    rows_BHCRQ = rows_BHCT.reshape(batch, n_heads, -1, tile.rank, tile.tokens)
+    return jnp.sum(rows_BHCRQ, axis=3).reshape(batch, n_heads, length)
+
+
+def _sum_rows(key: KeyGradients, operands: Operands, tile: Tile):
+    """Adds up what `key_bwd` leaves by row: over ranks, and the gradient of v_rank over tokens."""
+    batch, n_heads, length = operands.gamma_BHL.shape
+    rows_BHCXRQ = key.rows_BHCXT.reshape(batch, n_heads, -1, len(ROWS_BWD), tile.rank, tile.tokens)
+    rows_XBHCQ = jnp.moveaxis(jnp.sum(rows_BHCXRQ, axis=4), 3, 0)
+    sums = {f"{name}_BHL": x.reshape(batch, n_heads, length) for name, x in zip(ROWS_BWD, rows_XBHCQ, strict=True)}
+    dv_rank_HRP = None
+    if operands.weights.v_rank_HRP is not None:
+        dv_rank_BHZRQP = key.dv_rank_BHZTP.reshape(*key.dv_rank_BHZTP.shape[:3], tile.rank, tile.tokens, -1)
+        dv_rank_HRP = jnp.sum(dv_rank_BHZRQP, axis=(0, 2, 4))
+    return RowSums(**sums), dv_rank_HRP
+
+
+class RowSums(NamedTuple):
+    """What `ROWS_BWD` names, of every token."""
+
+    dkappa_BHL: jax.Array
+    dgamma_BHL: jax.Array
+    dskip_BHL: jax.Array
+    outgoing_BHL: jax.Array  # k . dk: the gradient of c that a token passes on to those before it
+
+
+def _sum_heads(dx_BHLRN, bias_HRN, operands: Operands, tile: Tile):
+    """Returns the gradient of queries or keys, by group, and of their bias."""
+    batch, length, rank, groups, d_state = operands.tokens.q_BLRGN.shape
+    dx_BHLRN = dx_BHLRN.reshape(batch, operands.tokens.v_BLHP.shape[2], length, rank, d_state)
+    return heads_bwd(dx_BHLRN, groups=groups, interpret=tile.interpret, bias=bias_HRN is not None)
+
+
+class StateProducts(NamedTuple):
+    """Inner products of the states with their gradients, where sums over later tokens begin again: see `gradients`."""
+
+    start_BHZA: jax.Array  # <h, dh> at every checkpoint, of the decay's gradient
+    end_BH: jax.Array  # after the row
+    of_angle: Crossing
+
+
+def _state_products(query: QueryGradients, key: KeyGradients, residuals: Residuals, dlast_BHPN, *, exact: bool):
+    """Returns the inner products at every checkpoint and after the row."""
+    pairs = 0 if residuals.phase_BHLS is None else residuals.phase_BHLS.shape[-1]
+
+    def sums(h_PN, dh_PN):
+        # dh is rounded as the keys before it read it: any difference would stay in every sum over earlier tokens.
+        dh_PN = dh_PN if exact else dh_PN.astype(jnp.bfloat16)
+        (u_PS, w_PS), (du_PS, dw_PS) = (jnp.split(x.astype(jnp.float32), 2, axis=-1) for x in (h_PN, dh_PN))
+        return crossing_sums(u_PS, w_PS, du_PS, dw_PS, planes=pairs)
+
+    starts = [sums(query.h_BHZAPN[:, :, :, :1], key.dh_BHZPN[:, :, :, None])]
+    if query.h_BHZAPN.shape[3] > 1:
+        starts.append(sums(query.h_BHZAPN[:, :, :, 1:], key.dh_BHZAPN))
+    starts = [jnp.concatenate(parts, axis=3) for parts in zip(*starts, strict=True)]
+    ends = sums(residuals.last_BHPN, dlast_BHPN)
+    # Without the barrier, XLA for GPU computes these sums again for each of their users.
+    (start_BHZA, start_BHZAS), (end_BH, end_BHS) = lax.optimization_barrier((starts, ends))
+    of_angle = Crossing(starts_BHZAS=start_BHZAS, end_BHS=end_BHS, interval=bwd.CHECKPOINT_INTERVAL)
+    return StateProducts(start_BHZA=start_BHZA, end_BH=end_BH, of_angle=of_angle)

@@ -1,0 +1,445 @@
+"""What both scan kernels read, how it is cut into blocks, and how a kernel is called.
+
+A grid step is one chunk of a block of J heads; heads run fastest, so that what they share (queries, keys, angles) is
+fetched once a chunk, and the state of all heads waits in VMEM. A chunk has Q tokens and T = R Q rows: **ranks outer,
+tokens inner**, so that a rank is a slice of rows and what is one number a token is repeated by concatenation.
+Queries and keys are rotated as columns of N, (N, T); the values of a **pack** of heads lie side by side in X of the 128
+lanes, and so do their states, (N, X).
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.ssm.contract import Row, Weights, sizes_of
+from pallas_kernels.ssm.mosaic_tpu.config import LANES, Tiles, vmem_limit
+
+
+class PackedWeights(NamedTuple):
+    """`Weights` as the kernels see them: biases in their order of N, the rest in W packs of heads, each (R, X)."""
+
+    q_bias_HRN: jax.Array | None
+    k_bias_HRN: jax.Array | None
+    skip_WRX: jax.Array | None
+    v_rank_WRX: jax.Array | None
+    gate_rank_WRX: jax.Array | None
+    out_rank_WRX: jax.Array | None
+    norm_WRX: jax.Array | None
+
+
+class BlockCarry(NamedTuple):
+    """`Carry` as the kernels see it. The state may have another order of N than the kernels, see `Constants`."""
+
+    angle_BKX: jax.Array | None  # radians; K blocks of heads, (.., 1, J S)
+    h_BHPN: jax.Array | None
+
+
+class Operands(NamedTuple):
+    """A row in whole chunks, L = C Q, as the kernels see it, and likewise its gradients. N is a multiple of 128.
+
+    Trailing axes are joined, or tokens are last, see `tokens_last`. q, k, v and gate have the dtype of the products,
+    all else is float32.
+    """
+
+    q_BLX: jax.Array  # (.., G R N)
+    k_BLX: jax.Array
+    v_BLX: jax.Array  # (.., H P)
+    gate_BLX: jax.Array | None
+    angle_BHSL: jax.Array | None  # radians per unit dt; S a multiple of 8; the H axis is 1 where heads share it
+    dt_BHL: jax.Array | None
+    log_a_BHL: jax.Array
+    gamma_BHL: jax.Array
+    kappa_BHL: jax.Array | None
+    before: BlockCarry | None
+    weights: PackedWeights
+
+
+class Constants(NamedTuple):
+    """What both kernels read beside `Operands`, and has no gradient."""
+
+    start_BCKX: jax.Array | None  # turns: the angle before every chunk; None: nothing rotates
+    document_BCQ: jax.Array | None  # float32, document starts in the chunk up to each token; (.., 1, Q)
+    order_MN: jax.Array | None  # a one where in the kernels an entry of N goes; None: where it is
+
+
+def tokens_last(x_BL, tokens: int):
+    """Returns (B, .., L), no copy of what XLA for TPU keeps so; where Q is no multiple of 128 lanes, (B, C, .., Q)."""
+    if x_BL is None:
+        return None
+    last = jnp.moveaxis(x_BL, 1, -1)
+    if tokens % LANES == 0:
+        return last
+    return jnp.moveaxis(last.reshape(*last.shape[:-1], -1, tokens), -2, 1)
+
+
+def chunk_of(sizes: tuple[int, ...], tokens: int, index):
+    """Returns the block of a chunk of `tokens_last`; `index` gives (b, c, those of `sizes`) from the grid's."""
+
+    def moved(*steps):
+        b, c, others = index(*steps)
+        return (b, *others, c) if tokens % LANES == 0 else (b, c, *others, 0)
+
+    return pl.BlockSpec((None, *sizes, tokens) if tokens % LANES == 0 else (None, None, *sizes, tokens), moved)
+
+
+def present(blocks: NamedTuple, arrays: NamedTuple):
+    """Returns the blocks of those arrays that are not None."""
+    return blocks._replace(**{name: None for name, array in arrays._asdict().items() if array is None})
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Sizes, and the block of every array that one grid step sees.
+
+    Raises:
+        ValueError: sizes that the kernels cannot run.
+    """
+
+    batch: int
+    length: int
+    rank: int
+    groups: int
+    n_heads: int
+    d_state: int
+    width: int
+    pairs: int  # S; 0: nothing rotates
+    shared_angle: bool
+    kappa: bool  # whether a token has a weight of its own in later outputs
+    dtype: jnp.dtype  # of the products
+    given_length: int  # without padding, as the next
+    given_width: int
+    tiles: Tiles
+    backwards: bool = False
+
+    @classmethod
+    def of(cls, row: Row, given: dict[str, int], tiles: Tiles):
+        """Returns that of a padded row; `given` are its sizes without padding."""
+        size = sizes_of(row)
+        return cls(
+            batch=size["B"],
+            length=size["L"],
+            rank=size["R"],
+            groups=size["G"],
+            n_heads=size["H"],
+            d_state=size["N"],
+            width=size["P"],
+            pairs=size["S"],
+            shared_angle=row.angle_BLHS is not None and row.angle_BLHS.shape[2] == 1,
+            kappa=row.kappa_BLH is not None,
+            dtype=row.q_BLRGN.dtype,
+            given_length=given["L"],
+            given_width=given["P"],
+            tiles=tiles,
+        )
+
+    def __post_init__(self):
+        tokens, heads, n_heads = self.tokens, self.heads, self.n_heads
+        width, a_group = self.width, self.heads_a_group
+        if self.length % tokens or self.length == 0 or tokens % 16:
+            raise ValueError(f"{self.length=} is not a multiple of tiles.tokens={tokens}, a multiple of 16")
+        if n_heads % self.groups or n_heads % heads:
+            raise ValueError(f"{n_heads=} is not a multiple of {self.groups=} and tiles.heads={heads}")
+        if a_group % heads and heads % a_group:
+            raise ValueError(f"tiles.heads={heads} and the {a_group} heads of a group do not divide one another")
+        if heads != n_heads and heads * width % LANES:
+            raise ValueError(f"tiles.heads={heads} heads of P={width} are not a multiple of {LANES} lanes")
+
+    @property
+    def tokens(self) -> int:
+        return self.tiles.tokens
+
+    @property
+    def heads(self) -> int:
+        return self.tiles.heads
+
+    @property
+    def rows(self) -> int:
+        return self.rank * self.tokens
+
+    @property
+    def chunks(self) -> int:
+        return self.length // self.tokens
+
+    @property
+    def last(self) -> int:
+        """Returns the index of the last chunk."""
+        return self.chunks - 1
+
+    @property
+    def blocks(self) -> int:
+        """Returns the number of blocks of heads."""
+        return self.n_heads // self.heads
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.batch, self.chunks, self.blocks
+
+    @property
+    def scalars(self) -> list[str]:
+        """Returns the names of what is one number a token and head, in the order of `chunk.load` in VMEM."""
+        there = {"dt": self.pairs > 0, "c": True, "gamma": True, "kappa": self.kappa}
+        there["rest"] = self.dtype == jnp.float32
+        return [name for name, present in there.items() if present]
+
+    @property
+    def pack(self) -> int:
+        """Returns the heads of a pack: as many of a block as fill 128 lanes."""
+        sizes = range(self.heads, 0, -1)
+        return next(n for n in sizes if self.heads % n == 0 and (n == 1 or n * self.width <= LANES))
+
+    @property
+    def packs(self) -> int:
+        """Returns the packs of a block."""
+        return self.heads // self.pack
+
+    @property
+    def lanes(self) -> int:
+        """Returns the lanes of a pack."""
+        return self.pack * self.width
+
+    @property
+    def heads_a_group(self) -> int:
+        return self.n_heads // self.groups
+
+    @property
+    def blocks_a_group(self) -> int:
+        """Returns the grid steps that see the same group."""
+        return max(1, self.heads_a_group // self.heads)
+
+    @property
+    def groups_a_block(self) -> int:
+        return max(1, self.heads // self.heads_a_group)
+
+    def blocks_of(self, operands: Operands) -> Operands:
+        """Returns the block of every operand; those of `before` are left to the kernel."""
+        of_groups, of_heads, of_numbers = self.of_groups(), self.of_heads(), self._of_numbers()
+        blocks = Operands(
+            q_BLX=of_groups,
+            k_BLX=of_groups,
+            v_BLX=of_heads,
+            gate_BLX=of_heads,
+            angle_BHSL=self._of_angles(),
+            dt_BHL=of_numbers,
+            log_a_BHL=of_numbers,
+            gamma_BHL=of_numbers,
+            kappa_BHL=of_numbers,
+            before=None,
+            weights=jax.tree.map(self._of_weights, operands.weights),
+        )
+        return present(blocks, operands)
+
+    def constant_blocks(self, constants: Constants) -> Constants:
+        """Returns the block of every constant."""
+        of_start = (None, None, None, 1, self.heads * self.pairs)
+        blocks = Constants(
+            start_BCKX=self._spec(of_start, lambda b, c, j: (b, c, j, 0, 0)),
+            document_BCQ=self._spec((None, None, 1, self.tokens), lambda b, c, j: (b, c, 0, 0)),
+            order_MN=pl.BlockSpec((self.d_state, self.d_state), lambda b, c, j: (0, 0)),
+        )
+        return present(blocks, constants)
+
+    def of_groups(self):
+        """Returns the block of q and k: (B, L, G R N)."""
+        lanes = self.groups_a_block * self.rank * self.d_state
+        return self._spec((None, self.tokens, lanes), lambda b, c, j: (b, c, lax.div(j, self.blocks_a_group)))
+
+    def of_heads(self):
+        """Returns the block of v, gate and the output: (B, L, H P)."""
+        return self._spec((None, self.tokens, self.heads * self.width), lambda b, c, j: (b, c, j))
+
+    def of_states(self):
+        """Returns the block of the states before every chunk: (B, C, W, N, X)."""
+        return self._spec((None, None, self.packs, self.d_state, self.lanes), lambda b, c, j: (b, c, j, 0, 0))
+
+    def _spec(self, block, index):
+        if self.backwards:
+            return pl.BlockSpec(block, lambda b, step, j: index(b, self.last - step, j))
+        return pl.BlockSpec(block, index)
+
+    def _tokens_last(self, *sizes: int, index):
+        return chunk_of(sizes, self.tokens, lambda b, c, j: (b, self.last - c if self.backwards else c, index(j)))
+
+    def _of_angles(self):
+        shared = self.shared_angle
+        return self._tokens_last(1 if shared else self.heads, self.pairs, index=lambda j: (0 if shared else j, 0))
+
+    def _of_numbers(self):
+        """Returns the block of dt and others: those of all heads, fetched once a chunk."""
+        return self._tokens_last(self.n_heads, index=lambda j: (0,))
+
+    def _of_weights(self, array_XRX):
+        count, *sizes = array_XRX.shape  # of heads, or of packs
+        return pl.BlockSpec((count // self.blocks, *sizes), lambda b, c, j: (j, 0, 0))
+
+    def before(self, carry: BlockCarry) -> BlockCarry:
+        """Returns blocks that are read in the first steps of a row; later steps stay at the last one, at no cost."""
+        last = self.blocks - 1
+        return self._of_carry(carry, lambda step, j: jnp.where(step == 0, j, last))
+
+    def after(self, carry: BlockCarry) -> BlockCarry:
+        """Returns blocks that are written in the last steps of a row; earlier steps stay at the first one."""
+        return self._of_carry(carry, self._at_the_end)
+
+    def sums(self, array_BXRX):
+        """Returns the block of the sum over a row for weights, (B, ..), written as `after`."""
+        _, count, *sizes = array_BXRX.shape
+        index = lambda b, step, j: (b, self._at_the_end(step, j), 0, 0)  # noqa: E731
+        return pl.BlockSpec((None, count // self.blocks, *sizes), index)
+
+    def _at_the_end(self, step, j):
+        return jnp.where(step == self.last, j, 0)
+
+    def _of_carry(self, carry: BlockCarry, block) -> BlockCarry:
+        index = lambda b, step, j: (b, block(step, j), 0, 0)  # noqa: E731
+        blocks = BlockCarry(
+            angle_BKX=pl.BlockSpec((None, None, 1, self.heads * self.pairs), index),
+            h_BHPN=pl.BlockSpec((None, self.heads, self.width, self.d_state), index),
+        )
+        return present(blocks, carry)
+
+    def state_shape(self) -> jax.ShapeDtypeStruct:
+        """Returns that of the state after the row: (B, H, P, N)."""
+        return jax.ShapeDtypeStruct((self.batch, self.n_heads, self.width, self.d_state), jnp.float32)
+
+    def numbers(self):
+        """Returns VMEM for what is one number a token and head: `scalars`."""
+        return pltpu.VMEM((self.n_heads, len(self.scalars), self.tokens), jnp.float32)
+
+    def columns(self):
+        """Returns VMEM for queries or keys of a block's groups, or for their gradients."""
+        return pltpu.VMEM((self.groups_a_block, self.d_state, self.rows), jnp.float32)
+
+    def states(self):
+        """Returns VMEM for the state of all heads, or for its gradient."""
+        return pltpu.VMEM((self.n_heads // self.pack, self.d_state, self.lanes), jnp.float32)
+
+    def of_blocks(self, angle_HS):
+        """Reshapes (.., H, S) to (.., K, 1, J S)."""
+        if angle_HS is None:
+            return None
+        return angle_HS.reshape(*angle_HS.shape[:-2], self.blocks, 1, self.heads * self.pairs)
+
+    def of_heads_again(self, angle_BKX):
+        """Takes back `of_blocks`."""
+        return None if angle_BKX is None else angle_BKX.reshape(self.batch, self.n_heads, self.pairs)
+
+    def packed(self, array_HRP):
+        """Lays the heads of a pack side by side: (H, R, P) as (W, R, X)."""
+        if array_HRP is None:
+            return None
+        array_WHRP = array_HRP.reshape(-1, self.pack, *array_HRP.shape[1:])
+        return jnp.swapaxes(array_WHRP, 1, 2).reshape(array_WHRP.shape[0], -1, self.lanes)
+
+    def pack_weights(self, weights: Weights) -> PackedWeights:
+        """Returns what the kernels see of weights whose biases have the kernels' order of N."""
+        skip_HRP, norm_HRP = weights.skip_H, weights.norm_HP
+        if skip_HRP is not None:  # the same for all of P
+            skip_HRP = jnp.broadcast_to(skip_HRP[:, None, None], (self.n_heads, 1, self.width))
+        if norm_HRP is not None:
+            norm_HRP = norm_HRP[:, None]
+        return PackedWeights(
+            q_bias_HRN=weights.q_bias_HRN,
+            k_bias_HRN=weights.k_bias_HRN,
+            skip_WRX=self.packed(skip_HRP),
+            v_rank_WRX=self.packed(weights.v_rank_HRP),
+            gate_rank_WRX=self.packed(weights.gate_rank_HRP),
+            out_rank_WRX=self.packed(weights.out_rank_HRP),
+            norm_WRX=self.packed(norm_HRP),
+        )
+
+    def operands(self, row: Row) -> Operands:
+        """Returns what the kernels see of a padded row whose biases have the kernels' order of N."""
+        flat = lambda x: None if x is None else x.reshape(self.batch, self.length, -1)  # noqa: E731
+        last = lambda x: tokens_last(x, self.tokens)  # noqa: E731
+        before = row.before
+        if before is not None:
+            before = BlockCarry(angle_BKX=self.of_blocks(before.angle_BHS), h_BHPN=before.h_BHPN)
+        return Operands(
+            q_BLX=flat(jnp.swapaxes(row.q_BLRGN, 2, 3)),
+            k_BLX=flat(jnp.swapaxes(row.k_BLRGN, 2, 3)),
+            v_BLX=flat(row.v_BLHP),
+            gate_BLX=flat(row.gate_BLHP),
+            angle_BHSL=last(row.angle_BLHS),
+            dt_BHL=last(row.dt_BLH),
+            log_a_BHL=last(row.log_a_BLH),
+            gamma_BHL=last(row.gamma_BLH),
+            kappa_BHL=last(row.kappa_BLH),
+            before=before,
+            weights=self.pack_weights(row.weights),
+        )
+
+    def of_group(self, block):
+        """Returns which of the blocks that see its group a block is."""
+        return block if self.blocks_a_group == self.blocks else lax.rem(block, self.blocks_a_group)
+
+    def group_of(self, head: int) -> int:
+        """Returns which of the block's groups its head (of J) reads."""
+        return head // self.heads_a_group
+
+    def heads_of(self, pack: int) -> range:
+        """Returns the block's heads of a pack."""
+        return range(pack * self.pack, (pack + 1) * self.pack)
+
+    def lanes_of_pack(self, pack: int) -> slice:
+        """Returns where in the block's lanes a pack's values are."""
+        return slice(pack * self.lanes, (pack + 1) * self.lanes)
+
+    def lanes_of(self, group: int, rank: int) -> slice:
+        """Returns where in the block's lanes the queries of a group are."""
+        begin = (group * self.rank + rank) * self.d_state
+        return slice(begin, begin + self.d_state)
+
+    def intermediates(self) -> int:
+        """Returns the bytes that the compiler holds of a chunk: Q x Q a head of a block, T x T and T x N of a pack's.
+
+        A rough figure: a quarter more, for what v4's takes; half, where products take three pieces of each operand.
+        """
+        if self.backwards:
+            of_tokens, of_rows, columns = 2 + self.heads, 2 + self.pack, 8 + 4 * self.pack
+        else:
+            of_tokens, of_rows, columns = self.heads, 2, 4 + 2 * self.pack
+        held = of_tokens * self.tokens**2 + of_rows * self.rows**2 + columns * self.rows * self.d_state
+        return held * (6 if self.dtype == jnp.float32 else 5)
+
+    def call(self, kernel, name: str, refs, *, specs, out, out_specs, scratch):
+        """Runs `kernel(refs, out, scratch)`, all of them trees, over the grid; `out` are the shapes of the results.
+
+        Raises:
+            ValueError: more VMEM than there is.
+        """
+        held = {"arrays": (refs, out), "specs": (specs, out_specs), "scratch": scratch}
+        limit = vmem_limit(name, self.tiles, self.intermediates(), **held)
+        (result,) = pl.pallas_call(
+            kernel,
+            grid=self.shape,
+            in_specs=(specs,),
+            out_specs=[out_specs],
+            out_shape=[out],
+            scratch_shapes=[scratch],
+            name=name,
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=limit
+            ),
+            cost_estimate=self._cost(jax.tree.leaves((refs, out))),
+            **({} if self.tiles.interpret is None else {"interpret": self.tiles.interpret}),
+        )(refs)
+        return result
+
+    def _cost(self, arrays) -> pl.CostEstimate:
+        """Counts every array once, the products of a kernel, and the triangle of the angles."""
+        rows, d_state, width = self.rows, self.d_state, self.width
+        states = 5 if self.backwards else 2  # products of T rows with a state
+        of_rows = 3 * d_state + 3 * width if self.backwards else d_state + width
+        of_angles = 5 if self.backwards else 3  # pieces
+        products = rows * rows * of_rows + states * rows * d_state * width + of_angles * self.tokens**2 * self.pairs
+        steps = self.batch * self.chunks * self.n_heads
+        return pl.CostEstimate(
+            flops=2 * steps * products,
+            transcendentals=steps * (self.tokens**2 + rows * width),
+            bytes_accessed=sum(array.size * array.dtype.itemsize for array in arrays),
+        )
