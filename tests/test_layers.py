@@ -143,22 +143,23 @@ OURS = ("mamba3_jax", "pallas_kernels", "launch", "experiments")
 MOST = 4  # positional fields: of more, two of one shape and dtype can change places, and nobody sees it
 
 
-def tuples_of(sources: list[str]) -> set[str]:
-    """Names of the NamedTuples and dataclasses that modules define."""
-    found = set()
+def tuples_of(sources: list[str]) -> dict[str, int]:
+    """Names of the NamedTuples and dataclasses that modules define, and how many fields each has (of the largest)."""
+    found = {}
     for node in (node for source in sources for node in ast.walk(ast.parse(source))):
         if isinstance(node, ast.ClassDef):
             above = [ast.unparse(base) for base in (*node.bases, *node.decorator_list)]
             if any("NamedTuple" in name or "dataclass" in name for name in above):
-                found.add(node.name)
+                fields = sum(isinstance(line, ast.AnnAssign) for line in node.body)
+                found[node.name] = max(fields, found.get(node.name, 0))
     return found
 
 
-def by_position(source: str, tuples: set[str]) -> list[str]:
-    """Lines that construct one of `tuples` by position, with more than `MOST` arguments or as many as there are."""
+def by_position(source: str, tuples: dict[str, int]) -> list[str]:
+    """Lines that construct one of `tuples` by position, with more than `MOST` arguments, or as many as come."""
     found = []
     for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Call) or ast.unparse(node.func).split(".")[-1] not in tuples:
+        if not isinstance(node, ast.Call) or tuples.get(ast.unparse(node.func).split(".")[-1], 0) <= MOST:
             continue
         starred = any(isinstance(argument, ast.Starred) for argument in node.args)
         if len(node.args) > MOST or starred:
@@ -166,7 +167,7 @@ def by_position(source: str, tuples: set[str]) -> list[str]:
     return found
 
 
-def by_number(source: str, tuples: set[str]) -> list[str]:
+def by_number(source: str, tuples: dict[str, int]) -> list[str]:
     """Lines that take a field of a tuple of ours by its number, or slice it: of parameters annotated with one."""
     found = []
     for function in ast.walk(ast.parse(source)):
@@ -200,11 +201,11 @@ def test_fields_are_named(rule):
 def test_a_field_by_position_or_number_is_caught():
     source = """
 class Refs(NamedTuple):
-    a: int
+    a: int; b: int; c: int; d: int; e: int
 def f(refs: Refs, other):
     Refs(1, 2, 3, 4, 5)
     Refs(*other)
-    Refs(1, 2, 3, b=4)
+    Refs(1, 2, 3, d=4, e=5)
     refs[-3:], refs[0], other[1]
 """
     tuples = tuples_of([source])
@@ -220,7 +221,7 @@ def test_no_import_circle():
             module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
             found[module] = names
     arrows = {
-        module: {other for name in names for other in (name, name.rpartition(".")[0]) if other in found} - {module}
+        module: {name if name in found else name.rpartition(".")[0] for name in names} & {*found} - {module}
         for module, names in found.items()
     }
     assert circle(arrows) == []

@@ -97,7 +97,7 @@ def main(argv):
     jax.default_backend = lambda: "gpu"  # nothing runs: what is traced is for a GPU
     what = "decode" if ssm.CASES["gpu"][name].length == 1 else "forward+backward"
     rows = []
-    for kernel, config in kernels(ssm.Task(name, ssm.CASES["gpu"][name], "triton", None, what)).items():
+    for kernel, config in kernels(ssm.Task(name, ssm.CASES["gpu"][name], "triton", what)).items():
         row, sass = measured(kernel, config)
         rows.append(row)
         if FLAGS.sass:

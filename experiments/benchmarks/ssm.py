@@ -259,8 +259,8 @@ class Task:
     name: str
     case: Case
     implementation: str | None
-    chunk: int | None
     what: str
+    chunk: int | None = None
 
     def function(self, implementation: str | None = None):
         function = {"forward": forward, "forward+backward": backward, "decode": decode}[self.what]
@@ -293,10 +293,10 @@ def tasks_of(name: str, case: Case, implementations: list[str], chunks: list[int
     tasks = []
     for implementation, chunk in itertools.product(implementations, chunks):
         if case.length > 1:
-            tasks += [Task(name, case, implementation, chunk, what) for what in ("forward", "forward+backward")]
+            tasks += [Task(name, case, implementation, what, chunk=chunk) for what in ("forward", "forward+backward")]
         elif not tasks:  # a step has no chunks: plain XLA, and the kernels asked for
             kernels = [each for each in implementations if each not in ("recurrent", "associative", "chunked")]
-            tasks = [Task(name, case, each, None, "decode") for each in ("recurrent", *kernels)]
+            tasks = [Task(name, case, each, "decode") for each in ("recurrent", *kernels)]
     return tasks
 
 

@@ -134,9 +134,9 @@ def tasks_of(name: str, case: ssm.Case, implementations: list[str]) -> list[ssm.
     """Returns the tasks of a case; `chunked` of one token is `recurrent`."""
     if case.length == 1:
         steps = dict.fromkeys("recurrent" if each == "chunked" else each for each in implementations)
-        return [ssm.Task(name, case, each, None, "decode") for each in steps]
+        return [ssm.Task(name, case, each, "decode") for each in steps]
     whats = ("forward", "forward+backward")
-    return [ssm.Task(name, case, each, None, what) for what in whats for each in implementations]
+    return [ssm.Task(name, case, each, what) for what in whats for each in implementations]
 
 
 def row_of(task: ssm.Task, target: Target) -> dict:
@@ -178,7 +178,7 @@ def floors(task: ssm.Task, chip: Chip) -> dict:
 @functools.cache
 def counted(case: ssm.Case, what: str) -> tuple[float, int, int]:
     """Returns operations, bytes of what goes in and out, and those that the second of two passes reads again."""
-    task = ssm.Task("counted", case, "recurrent" if what == "decode" else "chunked", None, what)
+    task = ssm.Task("counted", case, "recurrent" if what == "decode" else "chunked", what)
     abstract = jax.eval_shape(task.arguments)
     operations = flops.count(task.function(), *abstract).matmul
     moved = ssm.nbytes(abstract) + ssm.nbytes(jax.eval_shape(task.function("chunked"), *abstract))
@@ -281,7 +281,7 @@ def only(sizes: str, implementation: str, what: str, chip: str) -> None:
     """Compiles one call, for what the compiler leaves in the folder that its flags name."""
     given = dict(part.split("=") for part in sizes.split(","))
     case = ssm.Case(**{name: value if name == "dtype" else int(value) for name, value in given.items()})
-    Target(chip).compile(ssm.Task("only", case, implementation, None, what))
+    Target(chip).compile(ssm.Task("only", case, implementation, what))
 
 
 def kernels_for(chip: str):
@@ -343,7 +343,7 @@ def kept(before: dict | None, tasks: list[tuple[str, ssm.Task]], origin: dict) -
     again = {(chip, task.name, task.implementation, task.what) for chip, task in tasks}
     rows = [r for r in before["rows"] if (r["chip"], r["case"], r["implementation"], r["what"]) not in again]
     taken, cases = {"commit": before["commit"], "date": before["date"]}, CASES | FULL
-    task = lambda row: ssm.Task(row["case"], cases[row["case"]], "chunked", None, row["what"])  # noqa: E731
+    task = lambda row: ssm.Task(row["case"], cases[row["case"]], "chunked", row["what"])  # noqa: E731
     return [taken | row | floors(task(row), CHIPS[row["chip"]]) for row in rows]
 
 

@@ -114,7 +114,7 @@ class Clock:
         with ThreadPoolExecutor(at_once) as pool:
             for begin in range(0, len(todo), at_once):
                 part = todo[begin : begin + at_once]
-                trials = [Trial(self.name, self.case, self.implementation, None, self.what, each) for each in part]
+                trials = [Trial(self.name, self.case, self.implementation, self.what, launch=each) for each in part]
                 for trial, compiled in zip(trials, list(pool.map(Trial.compile, trials)), strict=True):
                     self.progress.take(self._key(trial.launch), self._time(trial, compiled))
         return [self.progress.taken[self._key(launch)]["ms"] or math.inf for launch in launches]

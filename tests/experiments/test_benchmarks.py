@@ -61,7 +61,7 @@ def test_operations_a_token_do_not_grow(implementation):
 
 
 def test_threads_trace_one_after_another(crowd):
-    tasks = [ssm.Task("tiny", TINY, "crowd", None, what) for what in ("forward", "forward+backward")]
+    tasks = [ssm.Task("tiny", TINY, "crowd", what) for what in ("forward", "forward+backward")]
     with ThreadPoolExecutor() as pool:
         checks = [pool.submit(task.check) for task in tasks]
         assert not any(isinstance(each, Exception) for each in pool.map(ssm.Task.compile, tasks))

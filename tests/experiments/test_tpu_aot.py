@@ -96,7 +96,7 @@ def test_a_kernel_is_seen():
 def test_floors_are_arithmetic():
     """A step in float32: the state twice and little else; one product with the state, as six of bfloat16."""
     case = ssm.Case(batch=2, length=1, heads=4, width=64, d_state=128)
-    task = ssm.Task("step", case, "recurrent", None, "decode")
+    task = ssm.Task("step", case, "recurrent", "decode")
     found = tpu_aot.floors(task, tpu_aot.CHIPS["v5e"])
     assert found["matmul_gflop"] == pytest.approx(2 * 2 * 4 * 64 * 128 / 1e9)
     assert found["matmul_ms"] == pytest.approx(6 * found["matmul_gflop"] / 197)
@@ -112,7 +112,7 @@ def test_floors_are_arithmetic():
 def test_both_passes_read_what_goes_in():
     case = ssm.Case(batch=2, length=16, heads=4, width=64, d_state=128)
     one, both = (
-        tpu_aot.floors(ssm.Task("row", case, "chunked", None, what), tpu_aot.CHIPS["v5e"])
+        tpu_aot.floors(ssm.Task("row", case, "chunked", what), tpu_aot.CHIPS["v5e"])
         for what in ("forward", "forward+backward")
     )
     inputs = ssm.nbytes(jax.eval_shape(lambda: ssm.inputs(case, 0))) / 1e6
@@ -124,7 +124,7 @@ def test_both_passes_read_what_goes_in():
 def test_arguments_are_those_of_a_model():
     """Values, gates, outputs and their gradients are (B, L, H P), weights and states as they are; the same numbers."""
     case = ssm.Case(batch=2, length=3, heads=4, width=8, d_state=16, groups=2)
-    task = ssm.Task("small", case, "recurrent", None, "forward+backward")
+    task = ssm.Task("small", case, "recurrent", "forward+backward")
     arguments = task.arguments()
     tokens, heads, dy = tpu_aot.joined(arguments)
     assert tokens.v_BLHP.shape == tokens.gate_BLHP.shape == dy.shape == (2, 3, 32)
@@ -171,9 +171,9 @@ def test_kernel_cycles_are_drawn_out(monkeypatch):
         return 100 + 10 * task.case.batch * task.case.length * task.case.heads
 
     monkeypatch.setattr(tpu_aot, "simulated", simulated)
-    step = ssm.Task("step", tpu_aot.STEP, "mosaic_tpu", None, "decode")
+    step = ssm.Task("step", tpu_aot.STEP, "mosaic_tpu", "decode")
     assert tpu_aot.kernel_cycles(step, "v5e", {"k"}) == 100 + 10 * 128 * 32
-    row = ssm.Task("siso", tpu_aot.LARGE, "mosaic_tpu", None, "forward")
+    row = ssm.Task("siso", tpu_aot.LARGE, "mosaic_tpu", "forward")
     assert tpu_aot.kernel_cycles(row, "v5e", {"k"}) == 16 * (100 + 10 * 2048 * 32)
     with pytest.raises(RuntimeError, match="v4"):
         tpu_aot.kernel_cycles(step, "v4", {"k"})
@@ -182,7 +182,7 @@ def test_kernel_cycles_are_drawn_out(monkeypatch):
 
 
 def test_earlier_rows_are_kept_where_versions_agree():
-    task = ssm.Task("siso", tpu_aot.LARGE, "chunked", None, "forward")
+    task = ssm.Task("siso", tpu_aot.LARGE, "chunked", "forward")
     row = {"chip": "v4", "case": "siso", "implementation": "chunked", "what": "forward"}
     other = row | {"chip": "v5e"}
     same = {"jax": "1", "libtpu": "2", "arguments": "joined"}

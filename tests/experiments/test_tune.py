@@ -54,7 +54,7 @@ def test_search_takes_the_best_alone_where_both_together_are_worse():
 @pytest.mark.parametrize("what", ["forward+backward", "decode"])
 def test_threads_trace_one_after_another(what, crowd):
     case = dataclasses.replace(TINY, length=1) if what == "decode" else TINY
-    trials = [tune.Trial("tiny", case, "crowd", None, what, {}) for _ in range(2)]
+    trials = [tune.Trial("tiny", case, "crowd", what, launch={}) for _ in range(2)]
     with ThreadPoolExecutor() as pool:
         assert not any(isinstance(each, Exception) for each in pool.map(tune.Trial.compile, trials))
     assert set(crowd) == {1}

@@ -218,12 +218,12 @@ def test_compiles_and_moves_the_least(chip):
     target = tpu_aot.Target(chip)
     for rank, dtype in ((1, "bfloat16"), (4, "float32")):
         case = dataclasses.replace(tpu_aot.STEP, rank=rank, dtype=dtype)
-        task = ssm.Task("step", case, "mosaic_tpu", None, "decode")
+        task = ssm.Task("step", case, "mosaic_tpu", "decode")
         compiled = target.compile(task)
         program = hlo.Program(compiled.as_text())
         assert len(program.kernels()) == 1
         state = jax.eval_shape(task.arguments)[0]
         assert compiled.memory_analysis().alias_size_in_bytes >= 0.99 * ssm.nbytes(state)
-        least = tpu_aot.floors(ssm.Task("step", case, "recurrent", None, "decode"), target.chip)["least_mb"]
+        least = tpu_aot.floors(ssm.Task("step", case, "recurrent", "decode"), target.chip)["least_mb"]
         # Some chips get copies of what is small, of the angles, values and gates: P = 64 fills half of a tile's lanes.
         assert program.cost().hbm_bytes / 1e6 < 1.15 * least
