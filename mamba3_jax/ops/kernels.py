@@ -63,7 +63,7 @@ def kernels(
 
 def refused(backend: str, tokens: Tokens) -> str | None:
     """Return what keeps these inputs from a backend on this process's devices; None: nothing."""
-    return _module(backend).available() or _unsupported(backend, _shapes(tokens))
+    return _module(backend).available() or _unsupported(backend, _shapes(tokens), jax.devices()[0].device_kind)
 
 
 def _module(backend: str):
@@ -150,7 +150,9 @@ def _shapes(tokens: Tokens):
 
 
 @functools.lru_cache
-def _unsupported(backend: str, shapes) -> str | None:
+def _unsupported(backend: str, shapes, device: str) -> str | None:
+    """Ask the backend, once for these shapes on this device: it may trace its kernels to know."""
+    del device
     tokens = Tokens._make(None if x is None else jax.ShapeDtypeStruct(*x) for x in shapes)
     (rank, _, d_state), (n_heads, width) = tokens.k_BLRGN.shape[2:], tokens.v_BLHP.shape[2:]
     weights = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
