@@ -121,7 +121,7 @@ def joined(tree):
 
 
 def in_a_model(task: ssm.Task):
-    """Returns the task's function between `joined` arguments and results."""
+    """Return the task's function between `joined` arguments and results."""
     shapes = jax.eval_shape(task.arguments)
 
     def function(*arguments):
@@ -131,7 +131,7 @@ def in_a_model(task: ssm.Task):
 
 
 def tasks_of(name: str, case: ssm.Case, implementations: list[str]) -> list[ssm.Task]:
-    """Returns the tasks of a case; `chunked` of one token is `recurrent`."""
+    """Return the tasks of a case; `chunked` of one token is `recurrent`."""
     if case.length == 1:
         steps = dict.fromkeys("recurrent" if each == "chunked" else each for each in implementations)
         return [ssm.Task(name, case, each, "decode") for each in steps]
@@ -162,7 +162,7 @@ def row_of(task: ssm.Task, target: Target) -> dict:
 
 
 def floors(task: ssm.Task, chip: Chip) -> dict:
-    """Returns operations, bytes and the time that they need at least."""
+    """Return operations, bytes and the time that they need at least."""
     operations, moved, again = counted(task.case, task.what)
     matmul_ms = operations * PASSES[task.case.dtype] / chip.tera_flops / 1e9
     bytes_ms = moved / chip.gb_s / 1e6
@@ -177,7 +177,7 @@ def floors(task: ssm.Task, chip: Chip) -> dict:
 
 @functools.cache
 def counted(case: ssm.Case, what: str) -> tuple[float, int, int]:
-    """Returns operations, bytes of what goes in and out, and those that the second of two passes reads again."""
+    """Return operations, bytes of what goes in and out, and those that the second of two passes reads again."""
     task = ssm.Task("counted", case, "recurrent" if what == "decode" else "chunked", what)
     abstract = jax.eval_shape(task.arguments)
     operations = flops.count(task.function(), *abstract).matmul
@@ -188,7 +188,7 @@ def counted(case: ssm.Case, what: str) -> tuple[float, int, int]:
 
 
 def estimates(row: dict) -> dict:
-    """Returns what follows from a program's bytes and cycles."""
+    """Return what follows from a program's bytes and cycles."""
     if "failed" in row:
         return {}
     chip, cycles = CHIPS[row["chip"]], row.get("mega_cycles")
@@ -200,7 +200,7 @@ def estimates(row: dict) -> dict:
 
 
 def derived(rows: list[dict]) -> list[dict]:
-    """Adds to rows what follows from them, and to those of the kernels their share of plain XLA's figures."""
+    """Add to rows what follows from them, and to those of the kernels their share of plain XLA's figures."""
     key = lambda row: (row["chip"], row["case"], row["what"])  # noqa: E731
     rows = [row | estimates(row) for row in rows]
     plain = {key(row): row for row in rows if row["implementation"] in ("chunked", "recurrent")}
@@ -236,7 +236,7 @@ def kernel_cycles(task: ssm.Task, chip: str, kernels: set[str]) -> float:
 
 
 def drawn_out(task: ssm.Task, chip: str, kernels: set[str], smaller: list[dict]) -> float:
-    """Adds to the cycles of two smaller calls as many for all further work as the second takes for its own."""
+    """Add to the cycles of two smaller calls as many for all further work as the second takes for its own."""
     cases = [dataclasses.replace(task.case, **fields) for fields in smaller]
     one, two = (simulated(dataclasses.replace(task, case=case), chip, kernels) for case in cases)
     first, second, all_ = (case.batch * case.length * case.heads for case in (*cases, task.case))
@@ -244,7 +244,7 @@ def drawn_out(task: ssm.Task, chip: str, kernels: set[str], smaller: list[dict])
 
 
 def simulated(task: ssm.Task, chip: str, kernels: set[str]) -> int:
-    """Simulates the task's kernels in a process of its own, since libtpu reads the wish once: returns cycles.
+    """Simulate the task's kernels in a process of its own, since libtpu reads the wish once: returns cycles.
 
     It may stop when it takes a simulated program apart ("type check", in a destructor): what it has written by then is
     whole, and enough where every kernel is in it.
@@ -271,7 +271,7 @@ def simulated(task: ssm.Task, chip: str, kernels: set[str]) -> int:
 
 
 def profiled(text: str) -> tuple[str, int]:
-    """Returns the name of an operation, a kernel's or XLA's own, without its number, and its cycles."""
+    """Return the name of an operation, a kernel's or XLA's own, without its number, and its cycles."""
     name = re.search(r'hlo_op_name:\s*"([^"]*?)(?:\.\d+)?"', text).group(1)
     times = re.search(r"num_equivalent_hlos:\s*(\d+)", text)
     return name, int(re.search(r"estimated_cycles:\s*(\d+)", text).group(1)) * int(times.group(1) if times else 1)
@@ -285,7 +285,7 @@ def only(sizes: str, implementation: str, what: str, chip: str) -> None:
 
 
 def kernels_for(chip: str):
-    """Returns `mosaic_tpu` as it runs on that chip, whatever this process has: of up to STEPS tokens, as steps."""
+    """Return `mosaic_tpu` as it runs on that chip, whatever this process has: of up to STEPS tokens, as steps."""
 
     def implementation(tokens, heads, state, *, rotation: str, chunk: int | None):
         from pallas_kernels.ssm.mosaic_tpu import config
@@ -299,7 +299,7 @@ def kernels_for(chip: str):
 
 
 def libtpu_version() -> str:
-    """Returns the version of libtpu, installed or in LIBTPU, or exits with one line that says how to get it."""
+    """Return the version of libtpu, installed or in LIBTPU, or exits with one line that says how to get it."""
     if str(LIBTPU) not in sys.path:
         sys.path.append(str(LIBTPU))
     try:
@@ -334,7 +334,7 @@ COLUMNS = {
 
 
 def kept(before: dict | None, tasks: list[tuple[str, ssm.Task]], origin: dict) -> list[dict]:
-    """Returns rows of an earlier run by the same compiler, of the same arguments, that this one does not take again.
+    """Return rows of an earlier run by the same compiler, of the same arguments, that this one does not take again.
 
     What follows by arithmetic, and may have got more since, is worked out anew.
     """

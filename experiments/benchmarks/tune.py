@@ -170,7 +170,7 @@ class Progress:
 
 
 def search(structure: dict, launches: dict, times: Callable[[list[dict]], list[float]]) -> tuple[dict, float]:
-    """The fastest launch, and its time; see the module."""
+    """Return the fastest launch, and its time; see the module."""
 
     def better(best, ms, options):
         for option, taken in zip(options, times(options), strict=True):
@@ -195,7 +195,7 @@ def search(structure: dict, launches: dict, times: Callable[[list[dict]], list[f
 
 
 def options(case: ssm.Case, implementation: str) -> tuple[dict, dict]:
-    """The STRUCTURE and LAUNCHES there are for a case, in the implementation's own words."""
+    """Return the STRUCTURE and LAUNCHES there are for a case, in the implementation's own words."""
     if case.length == 1:
         return STEP.get(implementation, {}), {}
     structure = dict(STRUCTURE.get(implementation, {}))
@@ -205,7 +205,7 @@ def options(case: ssm.Case, implementation: str) -> tuple[dict, dict]:
 
 
 def recorded_configs(result: dict) -> list[Choice]:
-    """The fastest of every case of a run of `experiments.benchmarks.ssm`, each implementation as it comes."""
+    """Return the fastest of every case of a run of `experiments.benchmarks.ssm`, each implementation as it comes."""
     entries = []
     for name, sizes in result["cases"].items():
         case = ssm.Case(**sizes)
@@ -216,7 +216,7 @@ def recorded_configs(result: dict) -> list[Choice]:
 
 
 def entry_of(case: ssm.Case, ms: dict[str, float], launch: dict, origin: dict) -> Choice:
-    """The table's entry for a case, of the times of its implementations."""
+    """Return the table's entry for a case, of the times of its implementations."""
     return Choice(
         device=origin["device"],
         rank=case.rank,
@@ -233,7 +233,7 @@ def entry_of(case: ssm.Case, ms: dict[str, float], launch: dict, origin: dict) -
 
 
 def choice_of(name: str, case: ssm.Case, progress: Progress, origin: dict) -> Choice:
-    """The table's entry for a case: the fastest implementation, and how each is launched."""
+    """Return the table's entry for a case: the fastest implementation, and how each is launched."""
     abstract = jax.eval_shape(lambda: ssm.inputs(case)[0])
     run_here = [name for name in kernels.BACKENDS if kernels.refused(name, abstract) is None]
     implementations = (*run_here, "recurrent" if case.length == 1 else "chunked")

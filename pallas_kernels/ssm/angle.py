@@ -14,12 +14,12 @@ INVERSE_TURN = 1 / (2 * math.pi)
 
 
 def head(x):
-    """Returns the leading 12 bits of a float32's significand; x - head(x) is exact and has the other 12."""
+    """Return the leading 12 bits of a float32's significand; x - head(x) is exact and has the other 12."""
     return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & ~0xFFF, jnp.float32)
 
 
 def _pieces(value: float) -> tuple[float, float, float]:
-    """Splits value = a + b + c, the first two of 12 bits each."""
+    """Split value = a + b + c, the first two of 12 bits each."""
     scale = 2.0 ** (12 - math.frexp(value)[1])
     first = math.floor(value * scale) / scale
     second = math.floor((value - first) * scale * 4096) / (scale * 4096)
@@ -30,7 +30,7 @@ INVERSE_TURN_PIECES = _pieces(INVERSE_TURN)
 
 
 def turns_in_pieces(angle):
-    """Returns angle / (2 pi) as its leading 12 bits, the next 12, and the rest, together good to 2^-47 of it."""
+    """Return angle / (2 pi) as its leading 12 bits, the next 12, and the rest, together good to 2^-47 of it."""
     first, second, third = INVERSE_TURN_PIECES
     angle_head = head(angle)
     angle_tail = angle - angle_head
@@ -46,18 +46,18 @@ def turns_in_pieces(angle):
 
 
 def to_fraction(angle):
-    """Returns an angle in radians as a 32-bit fraction of a turn, to the 2^-24 that float32 has."""
+    """Return an angle in radians as a 32-bit fraction of a turn, to the 2^-24 that float32 has."""
     turns = angle * INVERSE_TURN
     return ((turns - jnp.floor(turns + 0.5)) * 2.0**31).astype(jnp.int32) * 2
 
 
 def to_radians(fraction):
-    """Returns a 32-bit fraction of a turn as radians in [0, 2 pi), of the 24 bits that float32 has."""
+    """Return a 32-bit fraction of a turn as radians in [0, 2 pi), of the 24 bits that float32 has."""
     return lax.shift_right_logical(fraction, jnp.int32(8)).astype(jnp.float32) * (2 * math.pi / 2.0**24)
 
 
 def before_chunks(sum_BHCS, first_BHS, document_BL):
-    """Returns the angle before every chunk and the one after the row, 32-bit, from the sums of the chunks.
+    """Return the angle before every chunk and the one after the row, 32-bit, from the sums of the chunks.
 
     Args:
         sum_BHCS: the 32-bit sum of a chunk's increments; where documents start in it, from its last start on.

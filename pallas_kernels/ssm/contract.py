@@ -106,7 +106,7 @@ class Stepped(NamedTuple):
 
 
 def stepped_like(token: Token) -> Stepped:
-    """Returns the shapes and dtypes of a step's outputs: those parts of the state that came in."""
+    """Return the shapes and dtypes of a step's outputs: those parts of the state that came in."""
 
     def like(array, dtype):
         return None if array is None else jax.ShapeDtypeStruct(array.shape, dtype)
@@ -130,17 +130,17 @@ def in_place(before: Last, after: Last) -> dict[int, int]:
 
 
 def axes_of(path) -> str:
-    """Returns the shape letters of a field: "BLHP" of `v_BLHP`."""
+    """Return the shape letters of a field: "BLHP" of `v_BLHP`."""
     return path[-1].name.rsplit("_", 1)[-1]
 
 
 def map_axes(function: Callable, tree):
-    """Calls `function(axes, array)` for every array of a tree of the tuples here, with the letters of its field."""
+    """Call `function(axes, array)` for every array of a tree of the tuples here, with the letters of its field."""
     return jax.tree_util.tree_map_with_path(lambda path, array: function(axes_of(path), array), tree)
 
 
 def pad(tree, **sizes: int):
-    """Pads with zeros every axis whose letter is given up to that size: `pad(row, L=192, P=64)`.
+    """Pad with zeros every axis whose letter is given up to that size: `pad(row, L=192, P=64)`.
 
     A padded token has gamma = 0 and log_a = 0 and leaves the state as it is.
     """
@@ -153,7 +153,7 @@ def pad(tree, **sizes: int):
 
 
 def cut(tree, **sizes: int):
-    """Takes back what `pad` added: the first entries of every axis whose letter is given."""
+    """Take back what `pad` added: the first entries of every axis whose letter is given."""
 
     def first(axes: str, array):
         kept = [sizes.get(axis, size) for axis, size in zip(axes, array.shape, strict=True)]
@@ -163,22 +163,22 @@ def cut(tree, **sizes: int):
 
 
 def ordered(tree, function: Callable):
-    """Calls `function` on every array whose last axis is N."""
+    """Call `function` on every array whose last axis is N."""
     return map_axes(lambda axes, array: function(array) if axes.endswith("N") else array, tree)
 
 
 def cast(array, dtype):
-    """Returns the array in a dtype; None stays None."""
+    """Return the array in a dtype; None stays None."""
     return None if array is None else array.astype(dtype)
 
 
 def heads_first(array_BLH):
-    """Puts what is one number a token and head in the order (B, H, L); None stays None."""
+    """Put what is one number a token and head in the order (B, H, L); None stays None."""
     return None if array_BLH is None else jnp.swapaxes(array_BLH, 1, 2)
 
 
 def sizes_of(row: Row) -> dict[str, int]:
-    """Returns every size of a row by its letter, S = 0 where nothing rotates."""
+    """Return every size of a row by its letter, S = 0 where nothing rotates."""
     batch, length, rank, groups, d_state = row.k_BLRGN.shape
     heads, width = row.v_BLHP.shape[2:]
     planes = 0 if row.angle_BLHS is None else row.angle_BLHS.shape[-1]
@@ -186,18 +186,18 @@ def sizes_of(row: Row) -> dict[str, int]:
 
 
 def empty_carry(row: Row) -> Carry:
-    """Returns the state before any token: zeros."""
+    """Return the state before any token: zeros."""
     size = sizes_of(row)
     angle_BHS = None if row.angle_BLHS is None else jnp.zeros((size["B"], size["H"], size["S"]), jnp.float32)
     return Carry(angle_BHS, jnp.zeros((size["B"], size["H"], size["P"], size["N"]), jnp.float32))
 
 
 def product_dtype(row: Row) -> jnp.dtype:
-    """Returns what the operands of matrix products are rounded to: the dtype of queries, keys and values."""
+    """Return what the operands of matrix products are rounded to: the dtype of queries, keys and values."""
     return jnp.result_type(row.q_BLRGN, row.k_BLRGN, row.v_BLHP)
 
 
 def require(backend: str, wish: str | None) -> None:
-    """Raises ValueError where a backend's `available` or `unsupported` has a wish."""
+    """Raise ValueError where a backend's `available` or `unsupported` has a wish."""
     if wish is not None:
         raise ValueError(f"implementation={backend!r} {wish}")

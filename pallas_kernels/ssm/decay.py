@@ -9,7 +9,7 @@ STEEPEST = -104.0  # exp of it is 0 in float32, so a steeper one decays no more
 
 
 def documents(start_BL, tokens: int | None = None):
-    """Returns the document starts up to each token, int32: in the row, or in its chunk of `tokens`; None stays None."""
+    """Return the document starts up to each token, int32: in the row, or in its chunk of `tokens`; None stays None."""
     if start_BL is None:
         return None
     starts_BCQ = start_BL.astype(jnp.int32).reshape(start_BL.shape[0], -1, tokens or start_BL.shape[1])
@@ -17,7 +17,7 @@ def documents(start_BL, tokens: int | None = None):
 
 
 def documents_in_chunks(document_BL, tokens: int):
-    """Returns the document starts in its chunk of `tokens` up to each token, from those in its row; None stays None."""
+    """Return the document starts in its chunk of `tokens` up to each token, from those in its row; None stays None."""
     if document_BL is None:
         return None
     document_BCQ = document_BL.reshape(document_BL.shape[0], -1, tokens)
@@ -26,7 +26,7 @@ def documents_in_chunks(document_BL, tokens: int):
 
 
 def log_decay(log_a_BHL, start_BL, tokens: int):
-    """Returns c_t = sum_{s <= t} log_a_s from the first token of a chunk, or of its document in it, as exact + rest.
+    """Return c_t = sum_{s <= t} log_a_s from the first token of a chunk, or of its document in it, as exact + rest.
 
     Differences of plain float32 sums would lose the digits of a gentle decay after steep ones: what lies on a grid adds
     up exactly. A sum that started earlier would let the gradient of one document reach another's log_a.

@@ -16,7 +16,7 @@ from pallas_kernels.ssm.decay import combine_splits, documents_in_chunks
 
 
 def combine_splits_bwd(dlast_BHPN, decay_BHZ, demanded_BHZPN):
-    """Runs the scan over splits from the end: returns the gradient of the state after every split.
+    """Run the scan over splits from the end: returns the gradient of the state after every split.
 
     dh_end[z] = dh_start[z + 1],   dh_start[z] = decay[z] dh_end[z] + demanded[z]
 
@@ -44,7 +44,7 @@ class Crossing(NamedTuple):
 
 
 def crossing_sums(u_PS, w_PS, du_PS, dw_PS, planes: int):
-    """Returns <h, dh>, which the decay's gradient wants, and X of every pair, of a state (u, w) and its gradient."""
+    """Return <h, dh>, which the decay's gradient wants, and X of every pair, of a state (u, w) and its gradient."""
     # One reduction computes both in one pass over the states, which XLA would not fuse.
     both, zeros = (u_PS * du_PS + w_PS * dw_PS, w_PS * du_PS - u_PS * dw_PS), (jnp.float32(0),) * 2
     add = lambda a, b: (a[0] + b[0], a[1] + b[1])  # noqa: E731
@@ -61,7 +61,7 @@ class AngleSums(NamedTuple):
 
 
 def add_later(angle_BLHS, dt_BHL, document_BL, sums: AngleSums, dlast_BHS, crossing: Crossing):
-    """Returns the gradients of angle, dt and the first angle: `sums`, and what comes from the chunks after a token's.
+    """Return the gradients of angle, dt and the first angle: `sums`, and what comes from the chunks after a token's.
 
     Args:
         document_BL: document starts in the row up to each token; None: one document.
@@ -87,7 +87,7 @@ def add_later(angle_BLHS, dt_BHL, document_BL, sums: AngleSums, dlast_BHS, cross
 
 
 def _later(document_BL, dphi_BHCS, dlast_BHS, crossing: Crossing, *, length: int):
-    """Returns the gradient that reaches the end of every chunk from later tokens, that of the angle before the row, and
+    """Return the gradient that reaches the end of every chunk from later tokens, that of the angle before the row, and
     which tokens of a chunk (B, C, Q) its end reaches (None: all)."""
     batch, n_heads, chunks, planes = dphi_BHCS.shape
     splits, checkpoints = crossing.starts_BHZAS.shape[2:4]
@@ -96,7 +96,7 @@ def _later(document_BL, dphi_BHCS, dlast_BHS, crossing: Crossing, *, length: int
     padding = checkpoints * in_interval - in_split
 
     def by_checkpoint(array_BHCS, **how):
-        """Returns (B, H, A, chunks between two checkpoints, S), A of all splits."""
+        """Return (B, H, A, chunks between two checkpoints, S), A of all splits."""
         array_BHZCS = array_BHCS.reshape(*array_BHCS.shape[:2], splits, in_split, -1)
         array_BHZCS = jnp.pad(array_BHZCS, [(0, 0)] * 3 + [(0, padding), (0, 0)], **how)
         return array_BHZCS.reshape(*array_BHCS.shape[:2], splits * checkpoints, in_interval, -1)
@@ -126,7 +126,7 @@ def _later(document_BL, dphi_BHCS, dlast_BHS, crossing: Crossing, *, length: int
 
 
 def _reached(document_BL, tokens: int):
-    """Returns whether no document begins in a chunk (B, C), and which tokens (B, C, Q) are of its last document."""
+    """Return whether no document begins in a chunk (B, C), and which tokens (B, C, Q) are of its last document."""
     document_BCQ = documents_in_chunks(document_BL, tokens).reshape(document_BL.shape[0], -1, tokens)
     return document_BCQ[:, :, -1] == 0, document_BCQ == document_BCQ[:, :, -1:]
 
@@ -138,7 +138,7 @@ def _compose(later, sooner):
 
 
 def decay_bwd(document_BL, received_BHL, crossing_BHZA, end_BH, tokens: int, interval: int):
-    """Returns the gradient of c, the log decay since the first token of a chunk (or of its document in the chunk).
+    """Return the gradient of c, the log decay since the first token of a chunk (or of its document in the chunk).
 
     With r_t the incoming less the outgoing gradient of token t, over all pairs of tokens that it is part of,
 
@@ -159,7 +159,7 @@ def decay_bwd(document_BL, received_BHL, crossing_BHZA, end_BH, tokens: int, int
     chunks, between = length // tokens // splits, interval // tokens
 
     def by_checkpoint(array_BHZC):
-        """Returns (B, H, Z, A, chunks between two checkpoints); zeros after the last chunk of a split."""
+        """Return (B, H, Z, A, chunks between two checkpoints); zeros after the last chunk of a split."""
         padding = checkpoints * between - chunks
         array_BHZC = jnp.pad(array_BHZC, [(0, 0)] * 3 + [(0, padding)])
         return array_BHZC.reshape(*array_BHZC.shape[:3], checkpoints, between)

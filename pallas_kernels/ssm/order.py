@@ -30,7 +30,7 @@ class Order:
         )
 
     def to(self, array_N):
-        """Puts entries in the kernel's order."""
+        """Put entries in the kernel's order."""
         if self.same_order:
             return _padded(array_N, self.size)
         first, second, rest = self.split(array_N)
@@ -43,7 +43,7 @@ class Order:
         return jnp.concatenate([x for pair in zip((first, second), rests, strict=True) for x in pair], axis=-1)
 
     def back(self, array_N):
-        """Puts a kernel's entries in the op's order, without those that it has more."""
+        """Put a kernel's entries in the op's order, without those that it has more."""
         if self.same_order:
             return array_N[..., : self.d_state]
         rest_size = self.d_state - 2 * self.planes
@@ -57,7 +57,7 @@ class Order:
         return self.joined(first, second, rest[..., :rest_size])
 
     def split(self, array_N):
-        """Returns the first and the second of every pair of the op's order, and the rest."""
+        """Return the first and the second of every pair of the op's order, and the rest."""
         if not self.half_given:
             pairs = array_N[..., : 2 * self.planes]
             return pairs[..., ::2], pairs[..., 1::2], array_N[..., 2 * self.planes :]
@@ -66,7 +66,7 @@ class Order:
         return low[..., : self.planes], high[..., : self.planes], rest
 
     def joined(self, first, second, rest):
-        """Takes back `split`."""
+        """Take back `split`."""
         if not self.half_given:
             pairs = jnp.stack([first, second], axis=-1).reshape(*first.shape[:-1], -1)
             return jnp.concatenate([pairs, rest], axis=-1)

@@ -85,7 +85,7 @@ class GradientShared(NamedTuple):
 
     @classmethod
     def memory(cls, refs: GradientRefs, sizes: Sizes, tile: Tile, *, query: bool, rows: int) -> "GradientShared":
-        """Returns what a program of `query_bwd`, or of `key_bwd`, needs; `rows` are the numbers it stores of a row."""
+        """Return what a program of `query_bwd`, or of `key_bwd`, needs; `rows` are the numbers it stores of a row."""
         d_state, pairs, ranked, only_state = sizes.d_state, sizes.pairs, tile.rank > 1, refs.tokens.k_BLRGN is None
         both, keys = not only_state, not (query or only_state)
         return cls(
@@ -127,16 +127,16 @@ class GradientProgram(Program):
         self.refs, self.shared, self.barriers = refs, shared, barriers
 
     def load_q(self, index):
-        """Starts the copies of a chunk's queries."""
+        """Start the copies of a chunk's queries."""
         self.load_ranks(self.refs.tokens.q_BLRGN, self.shared.q_TN, self.tokens(index), self.barriers.q)
 
     def load_k(self, index):
-        """Starts the copies of a chunk's keys, where they are read."""
+        """Start the copies of a chunk's keys, where they are read."""
         if self.refs.tokens.k_BLRGN is not None:
             self.load_ranks(self.refs.tokens.k_BLRGN, self.shared.k_TN, self.tokens(index), self.barriers.k)
 
     def load_values(self, index):
-        """Starts the copies of v, where it is read, and of dy."""
+        """Start the copies of v, where it is read, and of dy."""
         tokens, barrier = self.tokens(index), self.barriers.values
         if self.refs.tokens.v_BLHP is not None:
             plgpu.copy_gmem_to_smem(self.refs.tokens.v_BLHP.at[self.of_head(tokens)], self.shared.v_QP, barrier)
@@ -145,16 +145,16 @@ class GradientProgram(Program):
             plgpu.copy_gmem_to_smem(dy_QP, self.shared.dy_TP.at[self.rows(rank)], barrier)
 
     def rotation(self, slot) -> Rotation:
-        """Returns the rotation of the chunk in a slot."""
+        """Return the rotation of the chunk in a slot."""
         phase_CQS = self.shared.phase_CQS
         return Rotation(None if phase_CQS is None else phase_CQS.at[slot], self.interpret)
 
     def decay(self, slot) -> Decay:
-        """Returns what the scalars of the chunk in a slot weigh."""
+        """Return what the scalars of the chunk in a slot weigh."""
         return Decay(self.shared.scalars_CXT.at[slot], SCALARS_BWD, self.tile)
 
     def load_chunk(self, index, slot):
-        """Starts the copies of a chunk's angles and scalars."""
+        """Start the copies of a chunk's angles and scalars."""
         barrier = self.barriers.chunk.at[slot]
         if self.refs.phase_BHLS is not None:
             phase_QS = self.refs.phase_BHLS.at[self.row, self.tokens(index)]
@@ -163,7 +163,7 @@ class GradientProgram(Program):
         plgpu.copy_gmem_to_smem(scalars_XT, self.shared.scalars_CXT.at[slot], barrier)
 
     def store_checkpoint(self, to_BHZAPN, index):
-        """Stores what h holds if the chunk begins a checkpoint interval; `to` has all of them, or all but the first."""
+        """Store what h holds if the chunk begins a checkpoint interval; `to` has all of them, or all but the first."""
         interval = CHECKPOINT_INTERVAL // self.tile.tokens
         left_out = checkpoints(self.sizes, self.tile) - to_BHZAPN.shape[3]
         place = lax.div(index, jnp.int32(interval)) - left_out
@@ -173,14 +173,14 @@ class GradientProgram(Program):
             plgpu.copy_smem_to_gmem(self.shared.h_PN, to_BHZAPN.at[(*self.state, place)])
 
     def store_rows(self, from_TN, to_BHLX, index):
-        """Stores the gradient of q or k."""
+        """Store the gradient of q or k."""
         for rank in range(self.tile.rank):
             columns = pl.ds(rank * self.sizes.d_state, self.sizes.d_state)
             to_QN = to_BHLX.at[self.row, self.tokens(index), columns]
             plgpu.copy_smem_to_gmem(from_TN.at[self.rows(rank)], to_QN)
 
     def store_dphi(self, dphi_TS, to_BHLS, index):
-        """Stores the angle's gradient, summed over ranks; None: there is no angle."""
+        """Store the angle's gradient, summed over ranks; None: there is no angle."""
         if dphi_TS is None:
             return
         to_QS = to_BHLS.at[self.row, self.tokens(index)]
@@ -194,7 +194,7 @@ class GradientProgram(Program):
         plgpu.copy_smem_to_gmem(self.shared.dphi_TS.at[self.rows(0)], to_QS)
 
     def over_ranks(self, ref_TP):
-        """Returns in every row the sum of its token's: ranks are in different warps, so a product with ones adds up."""
+        """Return in every row the sum of its token's: ranks are in different warps, so a product with ones adds up."""
         plgpu.commit_smem()
         sum_TP = product(ones_of_tokens(self.tile), ref_TP, ref_TP.shape[1], self.interpret)
         plgpu.commit_smem()
@@ -202,14 +202,14 @@ class GradientProgram(Program):
 
 
 def values(program: GradientProgram):
-    """Returns values times their rank's weight, float32."""
+    """Return values times their rank's weight, float32."""
     x_TP = of_tokens(program.shared.v_QP, program.interpret).astype(jnp.float32)
     v_rank_RP = program.shared.weights.v_rank_RP
     return x_TP if v_rank_RP is None else x_TP * of_ranks(v_rank_RP, program.interpret)
 
 
 def call(kernel, *, name: str, refs: GradientRefs, out, tile: Tile, query: bool, rows: int = 0):
-    """Runs `query_bwd`'s kernel, or one of `key_bwd`'s, one program a head and split."""
+    """Run `query_bwd`'s kernel, or one of `key_bwd`'s, one program a head and split."""
     batch, length, n_heads = refs.dy_BLHRP.shape[:3]
     sizes = sizes_of(refs, tile)
     scalars_BHCXT, phase_BHLS = refs.scalars_BHCXT, refs.phase_BHLS
@@ -239,7 +239,7 @@ def call(kernel, *, name: str, refs: GradientRefs, out, tile: Tile, query: bool,
 
 
 def dphi_dtype(tile: Tile):
-    """Returns the dtype in which dphi is stored: float32 for rank 1.
+    """Return the dtype in which dphi is stored: float32 for rank 1.
 
     The query's and the key's share of a pair inside a chunk then cancel exactly in the sum over the row. It costs
     134 MB at B16 L2048.
@@ -248,10 +248,10 @@ def dphi_dtype(tile: Tile):
 
 
 def sizes_of(refs: GradientRefs, tile: Tile) -> Sizes:
-    """Returns the sizes that a program needs."""
+    """Return the sizes that a program needs."""
     return Sizes.of(refs.tokens.q_BLRGN, refs.phase_BHLS, refs.dy_BLHRP.shape[2], tile)
 
 
 def checkpoints(sizes: Sizes, tile: Tile) -> int:
-    """Returns how many states of a split are stored."""
+    """Return how many states of a split are stored."""
     return -(-sizes.chunks // (CHECKPOINT_INTERVAL // tile.tokens))

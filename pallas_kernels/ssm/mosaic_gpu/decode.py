@@ -31,7 +31,7 @@ RANKS = (1, 2, 4)
 
 
 def step(token: Token, rotation: str, *, interpret=None, programs: int | None = None) -> Stepped:
-    """Computes a decoding step, see `contract`; in place where P is 64 and N 64 or 128, which others are padded to.
+    """Compute a decoding step, see `contract`; in place where P is 64 and N 64 or 128, which others are padded to.
 
     Args:
         rotation: "adjacent", pair i is (2 i, 2 i + 1), or "half", (i, i + M).
@@ -56,13 +56,13 @@ def step(token: Token, rotation: str, *, interpret=None, programs: int | None = 
 
 
 def _decode(token: Token, *, rotation: str, width: int, interpret) -> Stepped:
-    """Runs the kernel; `width` is P without its padding."""
+    """Run the kernel; `width` is P without its padding."""
     batch, n_heads, _, d_state = token.last.h_BHPN.shape
     rank = token.q_BRGN.shape[1]
     refs = jax.tree.map(jax.new_ref, token)
 
     def new(ref, like):
-        """Returns the ref to overwrite, or a new one if that has another dtype."""
+        """Return the ref to overwrite, or a new one if that has another dtype."""
         return ref if ref is None or ref.dtype == like.dtype else jax.new_ref(lax.empty(ref.shape, like.dtype))
 
     out = Stepped(

@@ -61,7 +61,7 @@ class StepProgram:
         self.ranks = slice(None) if self.rank > 1 else 0  # jax 0.10 has no (1, N) with strides
 
     def run(self):
-        """Computes the token. Barriers stand wherever a warp reads what another stored."""
+        """Compute the token. Barriers stand wherever a warp reads what another stored."""
         refs, out, shared, at = self.refs, self.out, self.shared, (self.b, self.h)
         plgpu.copy_gmem_to_smem(refs.last.h_BHPN.at[*at], shared.h_PN, self.arrived)
         numbers = (refs.log_a_BH, refs.gamma_BH, refs.beta_BH, refs.dt_BH)
@@ -94,7 +94,7 @@ class StepProgram:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def loaded(self) -> Loaded:
-        """Loads everything but the state at once, before anything is stored: there is one wait for all."""
+        """Load everything but the state at once, before anything is stored: there is one wait for all."""
         refs, b, h = self.refs, self.b, self.h
         in_pairs, by_rank = layout_of_pairs(self.rank, self.rotation), self.by_rank
         group = lax.div(h, jnp.int32(refs.last.h_BHPN.shape[1] // refs.q_BRGN.shape[2]))
@@ -134,7 +134,7 @@ class StepProgram:
         )
 
     def values(self, loaded: Loaded, beta, gamma):
-        """Stores what goes into the state, w X of every source, and what goes past it, D X."""
+        """Store what goes into the state, w X of every source, and what goes past it, D X."""
         shared, skip_H = self.shared, self.refs.weights.skip_H
         x_RP = times(self.all_ranks(loaded.v_P), loaded.v_rank_RP)
         if beta is not None:
@@ -145,7 +145,7 @@ class StepProgram:
             shared.skip_RP[...] = skip_H[self.h].astype(jnp.float32) * x_RP
 
     def scale(self, loaded: Loaded):
-        """Stores what y is multiplied by: gate, norm's weight and rank's weight."""
+        """Store what y is multiplied by: gate, norm's weight and rank's weight."""
         gate_RP = times(self.all_ranks(loaded.gate_P), loaded.gate_rank_RP)
         scale_RP = None if gate_RP is None else gate_RP / (1 + jnp.exp(-gate_RP))
         scale_RP = times(times(scale_RP, self.all_ranks(loaded.norm_P)), loaded.out_rank_RP)
@@ -153,7 +153,7 @@ class StepProgram:
             self.shared.scale_RP[...] = scale_RP
 
     def rotate(self, loaded: Loaded):
-        """Stores biased and rotated queries and keys, with the keys of the token before; returns this token's keys."""
+        """Store biased and rotated queries and keys, with the keys of the token before; return this token's keys."""
         shared = self.shared
         if loaded.before_k_RN is not None:
             shared.k_JN.at[pl.ds(0, self.rank)][...] = self.unless_start(loaded.before_k_RN)
@@ -174,11 +174,11 @@ class StepProgram:
         return k_RN
 
     def this_token(self):
-        """Returns the place of this token's ranks among all sources: behind those of the token before, if any."""
+        """Return the place of this token's ranks among all sources: behind those of the token before, if any."""
         return pl.ds(self.shared.k_JN.shape[0] - self.rank, self.rank)
 
     def sine_and_cosine_M(self):
-        """Loads sine and cosine of all N / 2 pairs: what does not rotate has 0 and 1."""
+        """Load sine and cosine of all N / 2 pairs: what does not rotate has 0 and 1."""
         layout, half, n_pairs = self.by_rank.reduce(0), self.d_state // 2, self.refs.last.angle_BHS.shape[-1]
         sin_M, cos_M = (load(ref, layout, self.interpret) for ref in (self.shared.sin_M, self.shared.cos_M))
         if n_pairs == half:
@@ -187,7 +187,7 @@ class StepProgram:
         return jnp.where(rotates_M, sin_M, 0.0), jnp.where(rotates_M, cos_M, 1.0)
 
     def updated(self, a):
-        """Returns the state after the token."""
+        """Return the state after the token."""
 
         # This is a loop since all vectors at once would fill the registers, and fewer programs would fit.
         def add(j, h_PN):
@@ -201,7 +201,7 @@ class StepProgram:
         return lax.fori_loop(0, self.shared.k_JN.shape[0], add, a * h_PN)
 
     def read_out(self, h_PN):
-        """Stores y, the state times the queries of every rank."""
+        """Store y, the state times the queries of every rank."""
 
         def one(r, _):
             q_N = load(self.shared.q_RN.at[r], COLUMN, self.interpret)
@@ -210,7 +210,7 @@ class StepProgram:
         lax.fori_loop(0, self.rank, one, None)
 
     def epilogue(self):
-        """Stores the output: y with skip, norm and scale, summed over ranks."""
+        """Store the output: y with skip, norm and scale, summed over ranks."""
         y_RP, skip_RP, scale_RP = (
             None if ref is None else load(ref, self.by_rank, self.interpret)
             for ref in (self.shared.y_RP, self.shared.skip_RP, self.shared.scale_RP)
@@ -229,21 +229,21 @@ class StepProgram:
         return None if x_P is None else self.laid(across(x_P, self.rank), self.by_rank)
 
     def laid(self, x, layout):
-        """Puts registers in a layout, which the interpreter has none of."""
+        """Put registers in a layout, which the interpreter has none of."""
         return x if self.interpret else plgpu.layout_cast(x, layout)
 
     def unless_start(self, x):
-        """Returns what was before the token; zeros where it starts a document."""
+        """Return what was before the token; zeros where it starts a document."""
         return x if self.goes_on is None else jnp.where(self.goes_on, x, 0.0)
 
 
 def times(x, y):
-    """Returns the product; None is one."""
+    """Return the product; None is one."""
     return y if x is None else x if y is None else x * y
 
 
 def ranks_of_warps(rank: int, vector: int = 1):
-    """Returns the layout of few rows (R, N): a warp has one (R 2, 1: others the same), a lane every 32nd column.
+    """Return the layout of few rows (R, N): a warp has one (R 2, 1: others the same), a lane every 32nd column.
 
     Of `vector` columns side by side, every 32nd such group.
     """
@@ -257,7 +257,7 @@ def ranks_of_warps(rank: int, vector: int = 1):
 
 
 def spread(size: int):
-    """Returns the layout of (S,): over as many lanes as divide S, the others and all warps with the same."""
+    """Return the layout of (S,): over as many lanes as divide S, the others and all warps with the same."""
     lanes = min(LANES, size & -size)
     same = () if lanes == LANES else (plgpu.Replicated(LANES // lanes),)
     tiles, divided = (((1,),), ()) if lanes == 1 else (((lanes,), (1,)), (-2,))
@@ -267,12 +267,12 @@ def spread(size: int):
 
 
 def layout_of_pairs(rank: int, rotation: str):
-    """Returns the layout of (R, N) for `split_pairs`, which gives (R, N / 2) in that of `ranks_of_warps`."""
+    """Return the layout of (R, N) for `split_pairs`, which gives (R, N / 2) in that of `ranks_of_warps`."""
     return ranks_of_warps(rank, 2 if rotation == "adjacent" else 1)
 
 
 def split_pairs(x_RN, rotation: str, interpret: bool):
-    """Returns the first and the second entries of the pairs: (2 i, 2 i + 1), "adjacent", or (i, i + N / 2), "half"."""
+    """Return the first and the second entries of the pairs: (2 i, 2 i + 1), "adjacent", or (i, i + N / 2), "half"."""
     rank, size = x_RN.shape
     if rotation == "half":
         return x_RN[:, : size // 2], x_RN[:, size // 2 :]
@@ -313,7 +313,7 @@ def join_pairs(u_RM, w_RM, rotation: str, interpret: bool):
 
 
 def within_a_turn(angle):
-    """Returns the angle modulo 2 pi, in [0, 2 pi)."""
+    """Return the angle modulo 2 pi, in [0, 2 pi)."""
     for _ in range(2):  # a tiny negative angle rounds up to a whole turn, which is zero
         turns = angle * (1 / (2 * jnp.pi))
         whole = turns.astype(jnp.int32).astype(jnp.float32)  # this rounds towards zero: Mosaic has no floor
@@ -322,7 +322,7 @@ def within_a_turn(angle):
 
 
 def sine_and_cosine(angle):
-    """Returns sine and cosine of angles in [0, 2 pi), to 1e-7.
+    """Return sine and cosine of angles in [0, 2 pi), to 1e-7.
 
     The hardware's sine is off by 5e-7, which sums of products that cancel show.
     """

@@ -44,7 +44,7 @@ class Epilogue(NamedTuple):
 
 
 def epilogue_bwd(epilogue: Epilogue, y_BLHRP, do_BLHP, tile: Tile):
-    """Returns dy_BLHRP, like y, and the gradients of `epilogue`."""
+    """Return dy_BLHRP, like y, and the gradients of `epilogue`."""
     if tile.rank > 1 or epilogue.weights.norm_HP is not None:
         return _by_kernel(epilogue, y_BLHRP, do_BLHP, tile)
     return _of_one_rank(epilogue, y_BLHRP, do_BLHP)
@@ -103,7 +103,7 @@ class EpilogueShared(NamedTuple):
 
 
 def _by_kernel(epilogue: Epilogue, y_BLHRP, do_BLHP, tile: Tile):
-    """Runs the kernel, and adds up the gradients of the weights."""
+    """Run the kernel, and add up the gradients of the weights."""
     batch, length, n_heads, rank, _ = y_BLHRP.shape
     flat = lambda x: None if x is None else x.reshape(batch, length, -1)  # noqa: E731
     weights, norm_HP = epilogue.weights, epilogue.weights.norm_HP
@@ -176,19 +176,19 @@ class EpilogueProgram:
         self.b, self.split, self.head = (lax.axis_index(name) for name in ("batch", "split", "head"))
 
     def tokens(self, index):
-        """Returns the tokens of a chunk."""
+        """Return the tokens of a chunk."""
         return pl.ds((self.split * self.chunks + index) * self.tile.tokens, self.tile.tokens)
 
     def rows(self, rank: int):
-        """Returns the rows of a rank in a tile."""
+        """Return the rows of a rank in a tile."""
         return pl.ds(rank * self.tile.tokens, self.tile.tokens)
 
     def of_head(self, tokens, rank: int = 0, ranks: int = 1):
-        """Returns where the entries of the head (of a rank of it) are for these tokens."""
+        """Return where the entries of the head (of a rank of it) are for these tokens."""
         return self.b, tokens, pl.ds((self.head * ranks + rank) * WIDTH, WIDTH)
 
     def fetch(self, index, slot):
-        """Starts the copies of a chunk's y, do and gate."""
+        """Start the copies of a chunk's y, do and gate."""
         refs, shared, tokens, arrived = self.refs, self.shared, self.tokens(index), self.arrived.at[slot]
         for rank in range(self.tile.rank):
             y_QP = refs.y_BLX.at[self.of_head(tokens, rank, self.tile.rank)]
@@ -198,7 +198,7 @@ class EpilogueProgram:
             plgpu.copy_gmem_to_smem(refs.gate_BLX.at[self.of_head(tokens)], shared.gate_2QP.at[slot], arrived)
 
     def run(self):
-        """Stores all gradients, those of the weights at the end."""
+        """Store all gradients, those of the weights at the end."""
         for index in range(min(SLOTS, self.chunks)):
             self.fetch(index, index)
         zeros_TP = jnp.zeros((ROWS, WIDTH), jnp.float32)
@@ -214,14 +214,14 @@ class EpilogueProgram:
         return x_TP if ref_RP is None else x_TP * of_ranks(ref_RP, self.interpret)
 
     def normalized(self, y_TP):
-        """Returns y / rms(y), and 1 / rms(y) of every row; without a norm y, and None."""
+        """Return y / rms(y), and 1 / rms(y) of every row; without a norm y, and None."""
         if self.shared.weights.norm_1P is None:
             return y_TP, None
         inverse_T = lax.rsqrt(jnp.sum(jnp.square(y_TP), axis=1) * (1 / self.tile.width) + NORM_EPS)
         return y_TP * down(inverse_T, WIDTH), inverse_T
 
     def chunk(self, index, sums: WeightGradients) -> WeightGradients:
-        """Stores the gradients of a chunk, and returns the sums with its part."""
+        """Store the gradients of a chunk, and return the sums with its part."""
         shared, weights, interpret = self.shared, self.shared.weights, self.interpret
         slot = lax.rem(index, jnp.int32(SLOTS))
         plgpu.barrier_wait(self.arrived.at[slot])
@@ -256,7 +256,7 @@ class EpilogueProgram:
         return sums
 
     def store(self, index):
-        """Starts the copies of a chunk's gradients out of shared memory."""
+        """Start the copies of a chunk's gradients out of shared memory."""
         shared, out, tokens = self.shared, self.out, self.tokens(index)
         for rank in range(self.tile.rank):
             to_QP = out.dy_BLX.at[self.of_head(tokens, rank, self.tile.rank)]

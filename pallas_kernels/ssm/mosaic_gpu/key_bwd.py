@@ -56,7 +56,7 @@ class KeyGradients(NamedTuple):
 
 
 def key_bwd(refs: GradientRefs, tile: Tile, *, exact: bool) -> KeyGradients:
-    """Returns the gradients of keys, values and states; h of `refs` is the gradient of the state after every split.
+    """Return the gradients of keys, values and states; h of `refs` is the gradient of the state after every split.
 
     Args:
         exact: of keys, take in what rounding dh to bfloat16 leaves out.
@@ -81,7 +81,7 @@ def key_bwd(refs: GradientRefs, tile: Tile, *, exact: bool) -> KeyGradients:
 
 
 def state_bwd(refs: GradientRefs, tile: Tile):
-    """Returns what every split adds to the gradient of the state before it, dh_BHZPN; h of `refs` is zeros."""
+    """Return what every split adds to the gradient of the state before it, dh_BHZPN; h of `refs` is zeros."""
     tokens = refs.tokens._replace(k_BLRGN=None, v_BLHP=None)
     refs = refs._replace(tokens=tokens, weights=Weights(q_bias_HRN=refs.weights.q_bias_HRN))
     out = KeyGradients(dh_BHZPN=jax.ShapeDtypeStruct(refs.h_BHZPN.shape, jnp.float32))
@@ -185,7 +185,7 @@ def _kernel(
 
 
 def _values_bwd(program: GradientProgram, decay: Decay):
-    """Stores the gradients of a chunk's values and scalars in shared memory, and returns where those of values are.
+    """Store the gradients of a chunk's values and scalars in shared memory, and return where those of values are.
 
     Returns before it what multiplies dh and the queries in the keys' gradient. It loads and computes again what it can,
     as registers are few. All products with dy are done at its end.
@@ -194,7 +194,7 @@ def _values_bwd(program: GradientProgram, decay: Decay):
     q_TN, k_TN = shared.q_TN, shared.k_TN
 
     def weighted(score, mixed):
-        """Returns weights of outputs for values and of values for keys inside the chunk, and the diagonal's scores."""
+        """Return weights of outputs for values and of values for keys inside the chunk, and the diagonal's scores."""
         later_TT, diagonal_TT = decay.later_TT(), same_token(program.tile)
         score_TT = score()
         diagonal_score_TT = jnp.where(diagonal_TT, score_TT, 0.0)

@@ -46,15 +46,15 @@ class Grid:
 
     @property
     def programs(self) -> dict[str, int]:
-        """Returns the grid."""
+        """Return the grid."""
         return {"batch": self.batch, "chunk": self.chunks, "block": self.heads // self.block}
 
     def of_angle(self):
-        """Returns the shared memory of a chunk's angles."""
+        """Return the shared memory of a chunk's angles."""
         return plgpu.SMEM((1 if self.shared_angle else self.block, self.tokens, self.pairs), jnp.float32)
 
     def of_dt(self):
-        """Returns the shared memory of a block's dt; None where it is too small for the copy engine."""
+        """Return the shared memory of a block's dt; None where it is too small for the copy engine."""
         if self.block * self.tokens * 4 % COPIED:
             return None
         return plgpu.SMEM((self.block, self.tokens), jnp.float32)
@@ -72,7 +72,7 @@ class AngleProgram:
         self.shape = (grid.at_once, grid.tokens, grid.pairs)
 
     def load_dt(self, from_BHL, to_HT, arrived):
-        """Starts the copy of the block's dt, and returns where to read it."""
+        """Start the copy of the block's dt, and return where to read it."""
         from_HT = from_BHL.at[self.b, self.heads, self.tokens]
         if to_HT is None:
             return from_HT
@@ -80,25 +80,25 @@ class AngleProgram:
         return to_HT
 
     def at_once(self, group):
-        """Returns the heads of a group, as the block counts them."""
+        """Return the heads of a group, as the block counts them."""
         return pl.ds(group * self.grid.at_once, self.grid.at_once)
 
     def of_heads(self, group):
-        """Returns the heads of a group, as the arrays count them."""
+        """Return the heads of a group, as the arrays count them."""
         return pl.ds(self.heads.start + group * self.grid.at_once, self.grid.at_once)
 
     def over_pairs(self, ref_HT, group):
-        """Loads one number a token and head."""
+        """Load one number a token and head."""
         x_HT = load(ref_HT.at[self.at_once(group)], self.grid.layout.reduce(2), self.interpret, optimized=False)
         return self.laid_out(x_HT, 0, 1)
 
     def over_heads(self, ref_T):
-        """Loads one number a token."""
+        """Load one number a token."""
         layout = self.grid.layout.reduce((0, 2))
         return self.laid_out(load(ref_T, layout, self.interpret, optimized=False), 1)
 
     def angle(self, ref_ETS, group):
-        """Loads the angles of a group of heads, which may share them."""
+        """Load the angles of a group of heads, which may share them."""
         layout = self.grid.layout
         if not self.grid.shared_angle:
             return load(ref_ETS.at[self.at_once(group)], layout, self.interpret, optimized=False)
@@ -111,7 +111,7 @@ class AngleProgram:
 
 
 def phase(*, angle_BLHS, dt_BHL, first_BHS, document_BL, interpret):
-    """Returns phase_BHLS, int16, and the last angle in radians, in [0, 2 pi).
+    """Return phase_BHLS, int16, and the last angle in radians, in [0, 2 pi).
 
     Args:
         angle_BLHS: radians per unit dt; the H axis may be 1.
@@ -149,7 +149,7 @@ class Pieces(NamedTuple):
 
 
 def _sums(grid: Grid, angle_BELS, dt_BHL, *, in_last_BL, interpret):
-    """Returns the sum of angle dt over every chunk (over its last document's tokens), to 2^-47 of itself, 32-bit.
+    """Return the sum of angle dt over every chunk (over its last document's tokens), to 2^-47 of itself, 32-bit.
 
     A float32 product would be off by 2^-25 of itself, the same way at every token of a constant input: 1e-2 rad after a
     million tokens.
@@ -182,7 +182,7 @@ def _sums(grid: Grid, angle_BELS, dt_BHL, *, in_last_BL, interpret):
 
 
 def _sum_of_group(pieces: Pieces, dt_HT, program: AngleProgram, index, *, in_last_T):
-    """Returns the chunk's sum for one group of heads; products of two numbers of 12 bits are exact."""
+    """Return the chunk's sum for one group of heads; products of two numbers of 12 bits are exact."""
     interpret = program.interpret
     dt_HTS = program.over_pairs(dt_HT, index)
     if in_last_T is not None:
@@ -205,7 +205,7 @@ def _sum_of_group(pieces: Pieces, dt_HT, program: AngleProgram, index, *, in_las
 
 
 def _rounded(x, step: float, interpret: bool):
-    """Rounds to a multiple of a power of two, |x| < 2^22 steps, by two sums: Mosaic has no floor."""
+    """Round to a multiple of a power of two, |x| < 2^22 steps, by two sums: Mosaic has no floor."""
     if interpret:  # XLA would make one sum of the two
         return jnp.round(x / step) * step
     shift = 1.5 * 2.0**23 * step
@@ -222,7 +222,7 @@ class Angles(NamedTuple):
 
 
 def _phase(grid: Grid, angle_BELS, dt_BHL, start_BHCS, *, goes_on_BL, interpret):
-    """Returns the angle at every token, from those before every chunk."""
+    """Return the angle at every token, from those before every chunk."""
     angles = Angles(angle_BELS=angle_BELS, dt_BHL=dt_BHL, start_BHCS=start_BHCS, goes_on_BL=goes_on_BL)
     shared = Angles(angle_BELS=grid.of_angle(), dt_BHL=grid.of_dt(), start_BHCS=None, goes_on_BL=None)
     leaving = plgpu.SMEM((grid.at_once, grid.tokens, grid.pairs), jnp.int16)
@@ -262,7 +262,7 @@ def _phase(grid: Grid, angle_BELS, dt_BHL, start_BHCS, *, goes_on_BL, interpret)
 
 
 def layout_of(heads: int, pairs: int):
-    """Returns the layout of (H, T, S), H 1, 2 or 4, in which a thread has all tokens of a pair of one head.
+    """Return the layout of (H, T, S), H 1, 2 or 4, in which a thread has all tokens of a pair of one head.
 
     A warp has a head (where they are fewer than 4, others the same), a lane every 32nd pair.
     """
@@ -278,7 +278,7 @@ def layout_of(heads: int, pairs: int):
 
 
 def running_sum(x_HTS, start_HTS, goes_on_HTS, *, reverse: bool, layout, interpret: bool):
-    """Returns sums of x over the tokens up to each (from each on: `reverse`), in registers of `layout_of`.
+    """Return sums of x over the tokens up to each (from each on: `reverse`), in registers of `layout_of`.
 
     Args:
         start_HTS: where the sum starts from, the same for all tokens; None: from zero.
@@ -335,7 +335,7 @@ def running_sum(x_HTS, start_HTS, goes_on_HTS, *, reverse: bool, layout, interpr
 
 
 def _zeros(vector_type):
-    """Returns the attribute of a vector of zeros."""
+    """Return the attribute of a vector of zeros."""
     from jaxlib.mlir import ir
 
     element = ir.VectorType(vector_type).element_type

@@ -32,7 +32,7 @@ class QueryGradients(NamedTuple):
 
 
 def query_bwd(refs: GradientRefs, tile: Tile) -> QueryGradients:
-    """Returns the gradients of queries and angles; h of `refs` is the state before every split."""
+    """Return the gradients of queries and angles; h of `refs` is the state before every split."""
     batch, length, rank, _, d_state = refs.tokens.q_BLRGN.shape
     sizes = sizes_of(refs, tile)
     shape, rows = jax.ShapeDtypeStruct, batch * sizes.heads

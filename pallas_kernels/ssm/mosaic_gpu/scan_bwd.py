@@ -27,7 +27,7 @@ from pallas_kernels.ssm.mosaic_gpu.tiles import SCALARS_BWD, Operands, Residuals
 
 
 def gradients(operands: Operands, document_BL, residuals: Residuals, cotangents, *, tile: Tile) -> Operands:
-    """Returns the gradients of the operands, from those of the output and of the state after the row."""
+    """Return the gradients of the operands, from those of the output and of the state after the row."""
     weights = operands.weights
     do_BLHP, (dangle_BHS, dlast_BHPN) = cotangents
     of_epilogue = Weights(
@@ -97,7 +97,7 @@ def gradients(operands: Operands, document_BL, residuals: Residuals, cotangents,
 
 
 def _splits_bwd(refs: GradientRefs, split_decay_BHZ, dlast_BHPN, tile: Tile):
-    """Returns the gradient of the state after every split."""
+    """Return the gradient of the state after every split."""
     if tile.splits == 1:
         return dlast_BHPN[:, :, None]
     added_BHZPN = state_bwd(refs._replace(h_BHZPN=jnp.zeros_like(refs.h_BHZPN)), tile)
@@ -105,14 +105,14 @@ def _splits_bwd(refs: GradientRefs, split_decay_BHZ, dlast_BHPN, tile: Tile):
 
 
 def _sum_ranks(rows_BHCT, operands: Operands, tile: Tile):
-    """Adds up numbers of rows, (B H C, T), over the ranks of every token."""
+    """Add up numbers of rows, (B H C, T), over the ranks of every token."""
     batch, n_heads, length = operands.gamma_BHL.shape
     rows_BHCRQ = rows_BHCT.reshape(batch, n_heads, -1, tile.rank, tile.tokens)
     return jnp.sum(rows_BHCRQ, axis=3).reshape(batch, n_heads, length)
 
 
 def _sum_rows(key: KeyGradients, operands: Operands, tile: Tile):
-    """Adds up what `key_bwd` leaves by row: over ranks, and the gradient of v_rank over tokens."""
+    """Add up what `key_bwd` leaves by row: over ranks, and the gradient of v_rank over tokens."""
     batch, n_heads, length = operands.gamma_BHL.shape
     rows_BHCXRQ = key.rows_BHCXT.reshape(batch, n_heads, -1, len(ROWS_BWD), tile.rank, tile.tokens)
     rows_XBHCQ = jnp.moveaxis(jnp.sum(rows_BHCXRQ, axis=4), 3, 0)
@@ -134,7 +134,7 @@ class RowSums(NamedTuple):
 
 
 def _sum_heads(dx_BHLRN, bias_HRN, operands: Operands, tile: Tile):
-    """Returns the gradient of queries or keys, by group, and of their bias."""
+    """Return the gradient of queries or keys, by group, and of their bias."""
     batch, length, rank, groups, d_state = operands.tokens.q_BLRGN.shape
     dx_BHLRN = dx_BHLRN.reshape(batch, operands.tokens.v_BLHP.shape[2], length, rank, d_state)
     return heads_bwd(dx_BHLRN, groups=groups, interpret=tile.interpret, bias=bias_HRN is not None)
@@ -149,7 +149,7 @@ class StateProducts(NamedTuple):
 
 
 def _state_products(query: QueryGradients, key: KeyGradients, residuals: Residuals, dlast_BHPN, *, exact: bool):
-    """Returns the inner products at every checkpoint and after the row."""
+    """Return the inner products at every checkpoint and after the row."""
     pairs = 0 if residuals.phase_BHLS is None else residuals.phase_BHLS.shape[-1]
 
     def sums(h_PN, dh_PN):

@@ -77,7 +77,7 @@ PROGRAMS = 264  # that fill an H200: two on each of its 132 multiprocessors
 
 
 def available() -> str | None:
-    """Returns what the kernels want of this process's devices, and what they got; None: nothing."""
+    """Return what the kernels want of this process's devices, and what they got; None: nothing."""
     found = jax.default_backend()
     if found == "gpu":
         capability = getattr(jax.local_devices()[0], "compute_capability", "unknown")
@@ -88,7 +88,7 @@ def available() -> str | None:
 
 
 def unsupported(row: Row) -> str | None:
-    """Returns what the kernels want of these shapes and dtypes, and what they got; None: nothing."""
+    """Return what the kernels want of these shapes and dtypes, and what they got; None: nothing."""
     size, dtype = sizes_of(row), product_dtype(row)
     rank, d_state, width, pairs = size["R"], size["N"], size["P"], size["S"]
     if row.log_a_BLH.dtype != jnp.float32:
@@ -104,7 +104,7 @@ def unsupported(row: Row) -> str | None:
 
 
 def order_of(rotation: str, d_state: int, pairs: int) -> Order:
-    """Returns the kernels' order of N: pair i at (i, i + N/2), as MIMO weights have it, what does not rotate between.
+    """Return the kernels' order of N: pair i at (i, i + N/2), as MIMO weights have it, what does not rotate between.
 
     S is 16, 32 or 64 there, and N 64 or 128.
     """
@@ -114,7 +114,7 @@ def order_of(rotation: str, d_state: int, pairs: int) -> Order:
 
 
 def splits_of(row: Row, programs: int) -> int:
-    """Returns how many parts of the length fill the device, of four chunks or more."""
+    """Return how many parts of the length fill the device, of four chunks or more."""
     size = sizes_of(row)
     chunks = -(-size["L"] // (ROWS // size["R"]))
     return max(1, min(programs // (size["B"] * size["H"]), chunks // 4))
@@ -129,7 +129,7 @@ def scan(
     splits: int | None = None,
     programs: int | None = None,
 ) -> Scanned:
-    """Computes a row in one kernel, and its angles in two before it. See `contract`.
+    """Compute a row in one kernel, and its angles in two before it. See `contract`.
 
     Queries and keys are rotated inside the scans: they are read as they come, once a head, and never stored rotated.
 
@@ -175,7 +175,7 @@ def scan(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def mamba3(operands: Operands, document_BL, tile: Tile):
-    """Returns o_BLHP, and the state after the row.
+    """Return o_BLHP, and the state after the row.
 
     Args:
         document_BL: int32, document starts in the row up to each token; None: one document.
@@ -187,7 +187,7 @@ def mamba3(operands: Operands, document_BL, tile: Tile):
 
 
 def _fwd(operands: Operands, document_BL, tile: Tile):
-    """Returns results and residuals, named as the Triton op's for policies of rematerialisation."""
+    """Return results and residuals, named as the Triton op's for policies of rematerialisation."""
     (o_BLHP, after), residuals = _forward(operands, document_BL, dataclasses.replace(tile, residuals=True))
     names = {"phase_BHLS": "ssm_rotated", "y_BLHRP": "ssm_y"}
     residuals = Residuals(
@@ -226,7 +226,7 @@ class ScanOut(NamedTuple):
 
 
 def _forward(operands: Operands, document_BL, tile: Tile):
-    """Returns output and state, and the residuals (y only where the tile says so).
+    """Return output and state, and the residuals (y only where the tile says so).
 
     Where heads and batch entries are too few to fill the device, a first pass leaves what every split adds to the
     state; `combine_splits` gives the state before each, and the kernel then runs all splits at once.
@@ -261,7 +261,7 @@ def _forward(operands: Operands, document_BL, tile: Tile):
 
 
 def _with_starts(refs: ScanRefs, tile: Tile):
-    """Returns `refs` with the state before every split for the one before the row, and what each split leaves of it."""
+    """Return `refs` with the state before every split for the one before the row, and what each split leaves of it."""
     if tile.splits == 1:
         return refs, None
     batch, n_heads, _, width, d_state = refs.h_BHZPN.shape
@@ -281,7 +281,7 @@ def _with_starts(refs: ScanRefs, tile: Tile):
 
 
 def check(refs: ScanRefs, tile: Tile) -> None:
-    """Raises ValueError, naming it, for a size that the kernel cannot run."""
+    """Raise ValueError, naming it, for a size that the kernel cannot run."""
     length, rank, groups, d_state = refs.tokens.k_BLRGN.shape[1:]
     n_heads, width = refs.tokens.v_BLHP.shape[2:]
     pairs = None if refs.phase_BHLS is None else refs.phase_BHLS.shape[-1]
@@ -300,7 +300,7 @@ def check(refs: ScanRefs, tile: Tile) -> None:
 
 
 def run(refs: ScanRefs, tile: Tile) -> ScanOut:
-    """Runs the kernel, all splits at once.
+    """Run the kernel, all splits at once.
 
     Raises:
         ValueError: see `check`.
@@ -366,7 +366,7 @@ class ScanShared(NamedTuple):
 
     @classmethod
     def memory(cls, refs: ScanRefs, sizes: Sizes, tile: Tile) -> "ScanShared":
-        """Returns what a program needs."""
+        """Return what a program needs."""
         return cls(
             q_TN=None if refs.tokens.q_BLRGN is None else tiled(ROWS, sizes.d_state),
             k_2TN=tiled(2, ROWS, sizes.d_state),
@@ -392,7 +392,7 @@ class ScanBarriers(NamedTuple):
 
 
 def _early_copies(refs: ScanRefs, tile: Tile) -> int:
-    """Returns how many copies bring a chunk's queries and angles."""
+    """Return how many copies bring a chunk's queries and angles."""
     return (tile.rank if refs.tokens.q_BLRGN is not None else 0) + (refs.phase_BHLS is not None)
 
 
@@ -406,7 +406,7 @@ class ScanProgram(Program):
         self.refs, self.out, self.shared, self.barriers = refs, out, shared, barriers
 
     def load_early(self, index):
-        """Starts the copies of q and the angles of a chunk."""
+        """Start the copies of q and the angles of a chunk."""
         tokens, barrier = self.tokens(index), self.barriers.early
         if self.refs.tokens.q_BLRGN is not None:
             self.load_ranks(self.refs.tokens.q_BLRGN, self.shared.q_TN, tokens, barrier)
@@ -414,7 +414,7 @@ class ScanProgram(Program):
             plgpu.copy_gmem_to_smem(self.refs.phase_BHLS.at[self.row, tokens], self.shared.phase_QS, barrier)
 
     def load_chunk(self, index, slot):
-        """Starts the copies of k, v and scalars of a chunk."""
+        """Start the copies of k, v and scalars of a chunk."""
         refs, shared, tokens, barrier = self.refs, self.shared, self.tokens(index), self.barriers.chunk.at[slot]
         self.load_ranks(refs.tokens.k_BLRGN, shared.k_2TN.at[slot], tokens, barrier)
         plgpu.copy_gmem_to_smem(refs.tokens.v_BLHP.at[self.of_head(tokens)], shared.v_2QP.at[slot], barrier)
@@ -422,16 +422,16 @@ class ScanProgram(Program):
         plgpu.copy_gmem_to_smem(scalars_XT, shared.scalars_2XT.at[slot], barrier)
 
     def load_gate(self, index):
-        """Starts the copy of a chunk's gate."""
+        """Start the copy of a chunk's gate."""
         gate_QP = self.refs.tokens.gate_BLHP.at[self.of_head(self.tokens(index))]
         plgpu.copy_gmem_to_smem(gate_QP, self.shared.gate_QP, self.barriers.gate)
 
     def store(self, from_TP, index):
-        """Stores the output of a chunk, its first rows."""
+        """Store the output of a chunk, its first rows."""
         plgpu.copy_smem_to_gmem(from_TP.at[self.rows(0)], self.out.o_BLHP.at[self.of_head(self.tokens(index))])
 
     def store_y(self, from_TP, index):
-        """Stores the output of every rank."""
+        """Store the output of every rank."""
         for rank in range(self.tile.rank):
             to_QP = self.out.y_BLHRP.at[self.of_head(self.tokens(index), rank, self.tile.rank)]
             plgpu.copy_smem_to_gmem(from_TP.at[self.rows(rank)], to_QP)
@@ -503,7 +503,7 @@ def _kernel(refs: ScanRefs, out: ScanOut, shared: ScanShared, barriers: ScanBarr
 
 
 def _epilogue(y_TP, program: ScanProgram, index):
-    """Applies norm, gate and the sum over ranks, and stores. Ends with a barrier: all have read what was copied in."""
+    """Apply norm, gate and the sum over ranks, and store. Ends with a barrier: all have read what was copied in."""
     refs, shared, weights = program.refs, program.shared, program.shared.weights
     tile, interpret = program.tile, program.interpret
     if tile.residuals:

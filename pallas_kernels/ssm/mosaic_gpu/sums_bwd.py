@@ -27,7 +27,7 @@ class HeadSums(NamedTuple):
 
 
 def heads_bwd(dx_BHLRN, *, groups: int, interpret, bias: bool):
-    """Returns the gradient of the queries or keys that a group's heads share, dx_BLRGN, and of each head's bias.
+    """Return the gradient of the queries or keys that a group's heads share, dx_BLRGN, and of each head's bias.
 
     A thread has a column of N, a program a chunk of tokens of one rank, and takes a block of heads after another.
 
@@ -111,7 +111,7 @@ class AngleShared(NamedTuple):
 
 
 def angles_bwd(*, angle_BLHS, dt_BHL, document_BL, dphi_q_BHLS, dphi_k_BHLS, dlast_BHS, crossing: Crossing, interpret):
-    """Returns gradients of angle_BLHS, dt_BHL and first_BHS from those of the angle at every token and after the last.
+    """Return gradients of angle_BLHS, dt_BHL and first_BHS from those of the angle at every token and after the last.
 
     Args:
         document_BL: document starts in the row up to each token; None: one document.
@@ -216,5 +216,5 @@ def _angles_kernel(refs: AngleRefs, out, shared: AngleShared, program: AngleProg
 
 
 def columns():
-    """Returns the layout of (T, N), N a multiple of 128, in which a thread has whole columns."""
+    """Return the layout of (T, N), N a multiple of 128, in which a thread has whole columns."""
     return plgpu.Layout.TILED(plgpu.Tiling(((1, 128), (32,), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)

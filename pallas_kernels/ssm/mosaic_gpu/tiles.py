@@ -47,12 +47,12 @@ class Tile:
 
     @property
     def tokens(self) -> int:
-        """Returns how many a chunk has."""
+        """Return how many a chunk has."""
         return ROWS // self.rank
 
     @property
     def interpreted(self) -> bool:
-        """Returns whether the kernels run in Pallas's interpreter."""
+        """Return whether the kernels run in Pallas's interpreter."""
         return self.interpret is not None
 
 
@@ -100,7 +100,7 @@ class Sizes:
 
     @classmethod
     def of(cls, q_BLRGN, phase_BHLS, heads: int, tile: Tile) -> "Sizes":
-        """Returns the sizes of queries or keys and of the angles, if there are any."""
+        """Return the sizes of queries or keys and of the angles, if there are any."""
         _, length, _, groups, d_state = q_BLRGN.shape
         pairs = 0 if phase_BHLS is None else phase_BHLS.shape[-1]
         return cls(
@@ -109,7 +109,7 @@ class Sizes:
 
 
 def interpreter():
-    """Returns what runs the kernels on the CPU."""
+    """Return what runs the kernels on the CPU."""
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax 0.10 has no public name
 
     return InterpretGPUParams()
@@ -134,19 +134,19 @@ def stack_scalars(operands: Operands, document_BL, names: tuple[str, ...], tile:
 
 
 def tiled(*shape, dtype=jnp.bfloat16):
-    """Returns shared memory as wgmma and the copy engine want a matrix."""
+    """Return shared memory as wgmma and the copy engine want a matrix."""
     swizzle = min(128, shape[-1] * jnp.dtype(dtype).itemsize)
     tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
 def load(ref, layout, interpret: bool, optimized: bool = True):
-    """Loads a ref into registers of a layout, which the interpreter has none of."""
+    """Load a ref into registers of a layout, which the interpreter has none of."""
     return ref[...] if interpret else plgpu.load(ref, (), layout=layout, optimized=optimized)
 
 
 def iota(axis: int, interpret: bool):
-    """Returns the row (axis 0) or column of every entry of a (T, T) tile."""
+    """Return the row (axis 0) or column of every entry of a (T, T) tile."""
     if interpret:
         return lax.broadcasted_iota(jnp.int32, (ROWS, ROWS), axis)
     return plgpu.broadcasted_iota(jnp.int32, (ROWS, ROWS), axis, layout=TILE)
@@ -163,13 +163,13 @@ def across(x_P, rows: int):
 
 
 def same_token(tile: Tile):
-    """Returns where row and column of a (T, T) tile are of one token."""
+    """Return where row and column of a (T, T) tile are of one token."""
     down_TT, across_TT = (token(iota(axis, tile.interpreted), tile) for axis in (0, 1))
     return down_TT == across_TT
 
 
 def ones_of_tokens(tile: Tile):
-    """Returns ones where row and column are of one token.
+    """Return ones where row and column are of one token.
 
     Ranks are in different warps: a product with these adds them up, for each of the warps alike.
     """
@@ -177,12 +177,12 @@ def ones_of_tokens(tile: Tile):
 
 
 def token(row, tile: Tile):
-    """Returns the token of a row."""
+    """Return the token of a row."""
     return row if tile.rank == 1 else row & (tile.tokens - 1)
 
 
 def join_columns(parts, interpret: bool):
-    """Puts columns side by side, as lax.concatenate would, which jax 0.10 does not lower here."""
+    """Put columns side by side, as lax.concatenate would, which jax 0.10 does not lower here."""
     if interpret:
         return jnp.concatenate(parts, axis=1)
     shape = (ROWS, sum(part.shape[1] for part in parts))
@@ -197,7 +197,7 @@ def join_columns(parts, interpret: bool):
 
 
 def split_pairs(x_TN, pairs: int):
-    """Returns the first entries of the rotary pairs, what lies between, the second entries, and the rest."""
+    """Return the first entries of the rotary pairs, what lies between, the second entries, and the rest."""
     half = x_TN.shape[1] // 2
     u_TS, w_TS = x_TN[:, :pairs], x_TN[:, half : half + pairs]
     if pairs == half:
@@ -211,7 +211,7 @@ def join_pairs(parts, interpret: bool):
 
 
 def of_ranks(ref_RN, interpret: bool):
-    """Returns (T, N), every row that of its rank in a ref (R, N), float32."""
+    """Return (T, N), every row that of its rank in a ref (R, N), float32."""
     rank, size = ref_RN.shape
     if interpret:
         return jnp.repeat(ref_RN[...], ROWS // rank, axis=0)
@@ -236,7 +236,7 @@ def of_ranks(ref_RN, interpret: bool):
 
 
 def of_tokens(ref_QN, interpret: bool):
-    """Returns (T, N), the rows of a tiled ref (Q, N), once for every rank."""
+    """Return (T, N), the rows of a tiled ref (Q, N), once for every rank."""
     tokens, size = ref_QN.shape
     if interpret:
         return jnp.tile(ref_QN[...], (ROWS // tokens, 1))
@@ -260,12 +260,12 @@ def of_tokens(ref_QN, interpret: bool):
 
 
 def tile_fragments(registers, like):
-    """Returns registers as a tile."""
+    """Return registers as a tile."""
     return fragments(registers, TILE, like)
 
 
 def fragments(registers, layout, like):
-    """Returns registers as an array in a layout, of the signedness of another."""
+    """Return registers as an array in a layout, of the signedness of another."""
     return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=like.is_signed)
 
 
@@ -276,7 +276,7 @@ class Transposed(NamedTuple):
 
 
 def products(sums, interpret: bool, then):
-    """Returns `then` of functions that wait for c + a . b + a' . b' + ... of every (c, (a, b), ...), and return it.
+    """Return `then` of functions that wait for c + a . b + a' . b' + ... of every (c, (a, b), ...), and return it.
 
     They end in the order in which they stand. c is an array, or the number of columns of a sum from zero. Of a product,
     b is a ref or `Transposed`, and a one of these or an array.
@@ -302,17 +302,17 @@ def products(sums, interpret: bool, then):
 
 
 def product(a, b, columns: int, interpret: bool):
-    """Returns a . b, of as many columns."""
+    """Return a . b, of as many columns."""
     return products([(columns, (a, b))], interpret, lambda x: x())
 
 
 def product_into(c, a, b, interpret: bool):
-    """Returns c + a . b."""
+    """Return c + a . b."""
     return products([(c, (a, b))], interpret, lambda x: x())
 
 
 def product_tiles(pairs, interpret: bool):
-    """Returns a . b of every (a, b, columns of b), computed side by side."""
+    """Return a . b of every (a, b, columns of b), computed side by side."""
     if interpret:
         return [jnp.dot(_value(a), _value(b), precision="highest") for a, b, _ in pairs]
 
@@ -325,7 +325,7 @@ def product_tiles(pairs, interpret: bool):
 
 
 def add_products(sums, interpret: bool):
-    """Returns c + a . b of every (c, a, b), computed side by side in the registers of c."""
+    """Return c + a . b of every (c, a, b), computed side by side in the registers of c."""
     if interpret:
         return [c + jnp.dot(_value(a), _value(b), precision="highest") for c, a, b in sums]
 
@@ -337,18 +337,18 @@ def add_products(sums, interpret: bool):
 
 
 def _waiting(refs, lengths):
-    """Returns what waits for a sum's products and those before it, and loads the sum, of every sum."""
+    """Return what waits for a sum's products and those before it, and loads the sum, of every sum."""
     later = [sum(lengths[i + 1 :]) for i in range(len(refs))]
     return [functools.partial(plgpu.wgmma_accumulator_load, ref, wait_n=n) for ref, n in zip(refs, later, strict=True)]
 
 
 def _operand(x):
-    """Returns an operand as wgmma takes it."""
+    """Return an operand as wgmma takes it."""
     return plgpu.transpose_ref(x.ref, (1, 0)) if isinstance(x, Transposed) else x
 
 
 def _value(x):
-    """Returns an operand as the interpreter takes it, which has no wgmma on registers."""
+    """Return an operand as the interpreter takes it, which has no wgmma on registers."""
     value = x.ref[...].T if isinstance(x, Transposed) else x[...]
     return value.astype(jnp.float32)
 
@@ -363,19 +363,19 @@ class Decay:
         self.packed = scalars_XT.shape[0] > len(names)
 
     def rows(self, name: str):
-        """Loads a scalar of every row, for the rows of a tile."""
+        """Load a scalar of every row, for the rows of a tile."""
         return load(self.scalars_XT.at[self.places[name]], ROW, self.interpret)
 
     def columns(self, name: str):
-        """Loads a scalar of every row, for the columns of a tile."""
+        """Load a scalar of every row, for the columns of a tile."""
         return load(self.scalars_XT.at[self.places[name]], COLUMN, self.interpret)
 
     def last(self, name: str):
-        """Loads a scalar of the last row."""
+        """Load a scalar of the last row."""
         return self.scalars_XT[self.places[name], ROWS - 1]
 
     def tokens(self):
-        """Returns the token of every row of a (T, T) tile, and of every column."""
+        """Return the token of every row of a (T, T) tile, and of every column."""
         return (token(iota(axis, self.interpret), self.tile) for axis in (0, 1))
 
     def _together(self, before_TT):
@@ -385,7 +385,7 @@ class Decay:
         return before_TT & (down(self.rows("document"), ROWS) == across(self.columns("document"), ROWS))
 
     def weight_TT(self):
-        """Returns e^(c_t - c_s) kappa_s for targets t (down) after sources s, in a document; gamma_t where t = s."""
+        """Return e^(c_t - c_s) kappa_s for targets t (down) after sources s, in a document; gamma_t where t = s."""
         target_TT, source_TT = self.tokens()
         gap_TT = down(self.rows("decay"), ROWS) - across(self.columns("decay"), ROWS)
         later_TT = jnp.exp2(gap_TT) * across(self.columns("kappa"), ROWS)  # to the bit as the gradient of keys has it
@@ -393,7 +393,7 @@ class Decay:
         return jnp.where(self._together(target_TT > source_TT), later_TT, diagonal_TT)
 
     def shifted_weight_TT(self):
-        """Returns `weight_TT` with kappa as part of the exponent."""
+        """Return `weight_TT` with kappa as part of the exponent."""
         target_TT, source_TT = self.tokens()
         before_TT = self._together(target_TT > source_TT)
         gap_TT = down(self.rows("decay"), ROWS) - across(self.columns("shifted"), ROWS)
@@ -401,25 +401,25 @@ class Decay:
         return jnp.where(before_TT, jnp.exp2(gap_TT), diagonal_TT)  # what lies after a token may be infinite
 
     def later_TT(self):
-        """Returns e^(c_t - c_s) for targets t (across) after sources s (down), in a document; 0 elsewhere."""
+        """Return e^(c_t - c_s) for targets t (across) after sources s (down), in a document; 0 elsewhere."""
         source_TT, target_TT = self.tokens()
         gap_TT = across(self.columns("decay"), ROWS) - down(self.rows("decay"), ROWS)
         return jnp.where(self._together(target_TT > source_TT), jnp.exp2(gap_TT), 0.0)
 
     def decay_from_start_T(self):
-        """Returns what is left at each row of the state before the chunk."""
+        """Return what is left at each row of the state before the chunk."""
         decay_T = jnp.exp2(self.rows("decay"))
         return jnp.where(self.rows("document") == 0.0, decay_T, 0.0) if self.packed else decay_T
 
     def decay_to_end_T(self, name: str = "decay"):
-        """Returns what is left of each row at the end of the chunk; of "shifted": times kappa."""
+        """Return what is left of each row at the end of the chunk; of "shifted": times kappa."""
         decay_T = jnp.exp2(self.last("decay") - self.rows(name))
         if not self.packed:
             return decay_T
         return jnp.where(self.rows("document") == self.last("document"), decay_T, 0.0)
 
     def chunk_decay(self):
-        """Returns what is left at the end of the chunk of the state before it."""
+        """Return what is left at the end of the chunk of the state before it."""
         decay = jnp.exp2(self.last("decay"))
         return jnp.where(self.last("document") == 0.0, decay, 0.0) if self.packed else decay
 
@@ -434,11 +434,11 @@ class Rotation:
             self.sin_TS, self.cos_TS = jnp.sin(radians_TS), jnp.cos(radians_TS)
 
     def changes(self, bias_RN) -> bool:
-        """Returns whether anything is done to queries or keys with this bias (None: no bias)."""
+        """Return whether anything is done to queries or keys with this bias (None: no bias)."""
         return bias_RN is not None or self.sin_TS is not None
 
     def apply(self, x_ref, bias_RN):
-        """Returns queries or keys, biased and rotated, in registers, bfloat16."""
+        """Return queries or keys, biased and rotated, in registers, bfloat16."""
         x_TN = load(x_ref, TILE, self.interpret)
         if not self.changes(bias_RN):
             return x_TN
@@ -453,7 +453,7 @@ class Rotation:
         return join_pairs(rotated, self.interpret)
 
     def inverse(self, dx_TN, x_TN):
-        """Returns the gradient of what was rotated into x, bfloat16, and of the angle (None without angles)."""
+        """Return the gradient of what was rotated into x, bfloat16, and of the angle (None without angles)."""
         if self.sin_TS is None:
             return dx_TN.astype(jnp.bfloat16), None
         pairs, sin_TS, cos_TS = self.sin_TS.shape[1], self.sin_TS, self.cos_TS
@@ -476,16 +476,16 @@ class HeadWeights(NamedTuple):
 
     @classmethod
     def memory(cls, weights: Weights) -> "HeadWeights":
-        """Returns the shared memory of one head's weights; `weights` with the norm as (H, 1, P)."""
+        """Return the shared memory of one head's weights; `weights` with the norm as (H, 1, P)."""
         refs = {name: getattr(weights, source) for name, source in WEIGHTS.items()}
         return cls(**{name: None if x is None else plgpu.SMEM(x.shape[1:], jnp.float32) for name, x in refs.items()})
 
     def barrier(self):
-        """Returns the barrier of `load`."""
+        """Return the barrier of `load`."""
         return plgpu.Barrier(num_arrivals=max(1, sum(x is not None for x in self)))
 
     def load(self, weights: Weights, head, barrier):
-        """Starts the copies of a head's weights, and returns what waits for them."""
+        """Start the copies of a head's weights, and return what waits for them."""
         found = [name for name in WEIGHTS if getattr(self, name) is not None]
         for name in found:
             plgpu.copy_gmem_to_smem(getattr(weights, WEIGHTS[name]).at[head], getattr(self, name), barrier)
@@ -517,27 +517,27 @@ class Program:
         self.state = (self.batch, self.head, self.split)
 
     def chunk(self, index):
-        """Returns the place of a chunk of the split in its row."""
+        """Return the place of a chunk of the split in its row."""
         return self.split * self.sizes.chunks + index
 
     def chunk_of_row(self, index):
-        """Returns its place among the chunks of all rows."""
+        """Return its place among the chunks of all rows."""
         return self.row * self.tile.splits * self.sizes.chunks + self.chunk(index)
 
     def tokens(self, index):
-        """Returns the tokens of a chunk."""
+        """Return the tokens of a chunk."""
         return pl.ds(self.chunk(index) * self.tile.tokens, self.tile.tokens)
 
     def rows(self, rank: int):
-        """Returns the rows of a rank in a tile."""
+        """Return the rows of a rank in a tile."""
         return pl.ds(rank * self.tile.tokens, self.tile.tokens)
 
     def of_head(self, tokens, rank: int = 0, ranks: int = 1):
-        """Returns where the entries of the head (of a rank of it) are for these tokens, in (B, L, H R P)."""
+        """Return where the entries of the head (of a rank of it) are for these tokens, in (B, L, H R P)."""
         return self.batch, tokens, pl.ds((self.head * ranks + rank) * WIDTH, WIDTH)
 
     def load_ranks(self, from_BLX, to_TN, tokens, barrier):
-        """Starts the copies of these tokens' queries or keys."""
+        """Start the copies of these tokens' queries or keys."""
         d_state = self.sizes.d_state
         for rank in range(self.tile.rank):
             columns = pl.ds((rank * self.sizes.groups + self.group) * d_state, d_state)
@@ -546,7 +546,7 @@ class Program:
 
 
 def call(kernel, *, name: str, operands, out, scratch, grid: dict[str, int], interpret, sums: bool = True):
-    """Runs `kernel(operands, out, *scratch)`, trees of refs, for every point of the grid, whose last axis runs fastest.
+    """Run `kernel(operands, out, *scratch)`, trees of refs, for every point of the grid, whose last axis runs fastest.
 
     Args:
         out: a tree of shapes and dtypes, returned as arrays.

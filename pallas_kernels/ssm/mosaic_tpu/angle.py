@@ -33,7 +33,7 @@ class AngleRefs(NamedTuple):
 
 
 def angle_before_chunks(angle_BHSL, dt_BHL, first_BHS, *, document_BCQ, tiles: Tiles):
-    """Returns start_BCHS in turns, in [0, 1), and the last angle_BHS in radians, in [0, 2 pi).
+    """Return start_BCHS in turns, in [0, 1), and the last angle_BHS in radians, in [0, 2 pi).
 
     Args:
         angle_BHSL: radians per unit dt; the H axis may be 1. Its tokens, and those of dt, as `tokens_last` has them.
@@ -127,7 +127,7 @@ def _angle_kernel(refs: AngleRefs, start_SH, last_SH, turns_2SH, *, tokens: int)
 
 
 def _advance(before, more, continues, step: float):
-    """Returns (exact, rest) of an angle in turns, moved on by `more`; from 0 where it does not continue."""
+    """Return (exact, rest) of an angle in turns, moved on by `more`; from 0 where it does not continue."""
     exact, rest = (jnp.where(continues, x, 0.0) + added for x, added in zip(before, more, strict=True))
     moved = jnp.floor(rest / step + 0.5) * step
     exact += moved
@@ -135,7 +135,7 @@ def _advance(before, more, continues, step: float):
 
 
 def _fraction(exact, rest):
-    """Returns their sum in [0, 1)."""
+    """Return their sum in [0, 1)."""
     turns = exact + rest
     for _ in range(2):  # a tiny negative rest rounds up to a whole turn, which is zero
         turns -= jnp.floor(turns)
@@ -143,12 +143,12 @@ def _fraction(exact, rest):
 
 
 def _exact_step(tokens: int) -> float:
-    """Returns the power of two whose multiples add up exactly over a chunk."""
+    """Return the power of two whose multiples add up exactly over a chunk."""
     return 2.0 ** (math.ceil(math.log2(tokens / 2 + 2)) - 24)
 
 
 def sincos_of(turns, rest):
-    """Returns sine and cosine of turns + rest: an eighth of a turn around each quarter is a short polynomial."""
+    """Return sine and cosine of turns + rest: an eighth of a turn around each quarter is a short polynomial."""
     quarter = jnp.floor(4 * turns + 0.5)
     offset = (turns - quarter / 4) + rest
     square = offset * offset
@@ -172,7 +172,7 @@ def _polynomial(coefficients, x):
 
 
 def increments(angle, dt, step: float):
-    """Returns angle dt / (2 pi), modulo 1, as a multiple of `step` and a rest below it, together good to about 2^-40.
+    """Return angle dt / (2 pi), modulo 1, as a multiple of `step` and a rest below it, together good to about 2^-40.
 
     A float32 product alone would be off by 2^-25 of itself, the same way at every token of a constant input. Products
     of two 12-bit pieces are exact, whether a compiler fuses them with a sum or not.

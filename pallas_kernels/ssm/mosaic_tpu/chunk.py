@@ -18,7 +18,7 @@ NN, NT, TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), 
 
 
 def product(a, b, dimensions, grid: Grid, *, dtype=None):
-    """Returns a . b with float32 sums; operands are rounded to the dtype of the products first."""
+    """Return a . b with float32 sums; operands are rounded to the dtype of the products first."""
     dtype = dtype or grid.dtype
     a, b = a.astype(dtype), b.astype(dtype)
     if grid.tiles.interpret is not None:  # not every CPU has this product of bfloat16
@@ -33,18 +33,18 @@ def ranks(x, rank: int, axis: int = 0):
 
 
 def of_ranks(x, rank: int, axis: int = 0) -> list:
-    """Returns every rank's tokens of rows, or of columns (`axis` 1)."""
+    """Return every rank's tokens of rows, or of columns (`axis` 1)."""
     tokens = x.shape[axis] // rank
     return [lax.slice_in_dim(x, r * tokens, (r + 1) * tokens, axis=axis) for r in range(rank)]
 
 
 def over_ranks(x, rank: int, axis: int = 0):
-    """Returns the sum over the ranks of every token."""
+    """Return the sum over the ranks of every token."""
     return sum(of_ranks(x, rank, axis))
 
 
 def side_by_side(values: list, width: int):
-    """Puts each head's value in the head's `width` lanes of a pack: each is as wide as the pack, or a column."""
+    """Put each head's value in the head's `width` lanes of a pack: each is as wide as the pack, or a column."""
     picked = values[0]
     for head, value in enumerate(values[1:], 1):
         lane_1X = lax.broadcasted_iota(jnp.int32, (1, len(values) * width), 1)
@@ -53,7 +53,7 @@ def side_by_side(values: list, width: int):
 
 
 def alone(x_YX, head: int, grid: Grid):
-    """Sets the lanes of the pack's other heads to 0 by a product: simulation stops at products of `where`."""
+    """Set the lanes of the pack's other heads to 0 by a product: simulation stops at products of `where`."""
     if grid.pack == 1:
         return x_YX
     head_1X = lax.div(lax.broadcasted_iota(jnp.int32, (1, grid.lanes), 1), grid.width)
@@ -61,7 +61,7 @@ def alone(x_YX, head: int, grid: Grid):
 
 
 def per_rank(x_QX, weight_RX):
-    """Returns every token times every rank's weight, (R Q, X)."""
+    """Return every token times every rank's weight, (R Q, X)."""
     return jnp.concatenate([x_QX * weight_RX[r : r + 1] for r in range(weight_RX.shape[0])], axis=0)
 
 
@@ -77,7 +77,7 @@ class Masks(NamedTuple):
 
     @classmethod
     def load(cls, document_BCQ, grid: Grid):
-        """Computes them from the document starts in the chunk up to each token."""
+        """Compute them from the document starts in the chunk up to each token."""
         shape = (grid.tokens, grid.tokens)
         t_QQ, s_QQ = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
         masks = cls(**dict.fromkeys(cls._fields))._replace(within_QQ=t_QQ >= s_QQ, diagonal_QQ=t_QQ == s_QQ)
@@ -107,7 +107,7 @@ class Decay(NamedTuple):
 
     @classmethod
     def load(cls, scalars_XQ, masks: Masks, grid: Grid):
-        """Computes it from the numbers of `load_numbers`."""
+        """Compute it from the numbers of `load_numbers`."""
         columns_QX, places = scalars_XQ.T, {name: slice(x, x + 1) for x, name in enumerate(grid.scalars)}
         row = lambda name: scalars_XQ[places[name]]  # noqa: E731
         column = lambda name: columns_QX[:, places[name]]  # noqa: E731
@@ -135,11 +135,11 @@ class Decay(NamedTuple):
         )
 
     def chunk_decay(self):
-        """Returns what the chunk leaves of the state before it, (1, 1)."""
+        """Return what the chunk leaves of the state before it, (1, 1)."""
         return self.from_start_Q1[self.from_start_Q1.shape[0] - 1 :]
 
     def weight_QQ(self, masks: Masks):
-        """Returns what token s (across) weighs in the output of t."""
+        """Return what token s (across) weighs in the output of t."""
         if self.gamma_1Q is None:
             return self.within_QQ * self.later_1Q
         return self.within_QQ * jnp.where(masks.diagonal_QQ, self.gamma_1Q, self.later_1Q)
@@ -155,7 +155,7 @@ class Rotation(NamedTuple):
 
     @classmethod
     def of_heads(cls, sin_XQ, cos_XQ, grid: Grid) -> list:
-        """Returns one for each head of a block, from the sines of all, one head after another."""
+        """Return one for each head of a block, from the sines of all, one head after another."""
         by_head = lambda x_XQ: [ranks(x_SQ, grid.rank, 1) for x_SQ in jnp.split(x_XQ, grid.heads, axis=0)]  # noqa: E731
         return [cls(sin_ST=sin, cos_ST=cos) for sin, cos in zip(by_head(sin_XQ), by_head(cos_XQ), strict=True)]
 
@@ -174,7 +174,7 @@ class Rotation(NamedTuple):
         return jnp.concatenate([first, x_NT[pairs:half], second, x_NT[half + pairs :]], axis=0)
 
     def pair(self, x_NT):
-        """Returns u and w."""
+        """Return u and w."""
         pairs, half = self.sin_ST.shape[0], x_NT.shape[0] // 2
         return x_NT[:pairs], x_NT[half : half + pairs]
 
@@ -190,7 +190,7 @@ class Chunk(NamedTuple):
 
 
 def load(refs, scratch, block, grid: Grid) -> Chunk:
-    """Loads what heads share into `scratch` where the block is the first to need it, and computes a block's own."""
+    """Load what heads share into `scratch` where the block is the first to need it, and compute a block's own."""
     _load_groups(refs, scratch, block, grid)
     _load_numbers(refs, scratch.scalars_HXQ, block, grid)
     masks = Masks.load(refs.constants.document_BCQ, grid)
@@ -203,7 +203,7 @@ def load(refs, scratch, block, grid: Grid) -> Chunk:
 
 
 def _load_groups(refs, scratch, block, grid: Grid) -> None:
-    """Loads queries and keys of every group of the block, float32: once a chunk for all blocks of a group."""
+    """Load queries and keys of every group of the block, float32: once a chunk for all blocks of a group."""
 
     @pl.when(grid.of_group(block) == 0)
     def _():
@@ -214,7 +214,7 @@ def _load_groups(refs, scratch, block, grid: Grid) -> None:
 
 
 def _load_numbers(refs, scalars_HXQ, block, grid: Grid) -> None:
-    """Loads `Grid.scalars`, dt, c, gamma, kappa and c's rest (where present), one head after another: once a chunk.
+    """Load `Grid.scalars`, dt, c, gamma, kappa and c's rest (where present), one head after another: once a chunk.
 
     c_t is the sum of log_a from the first token of the chunk, or of its document in it, to t. Differences of plain
     float32 sums would lose the digits of a gentle decay after steep ones. What lies on a grid adds up exactly, and for
@@ -239,18 +239,18 @@ def _load_numbers(refs, scalars_HXQ, block, grid: Grid) -> None:
 
 
 def angles(refs, grid: Grid):
-    """Returns the angles of the heads of a block, one head after another: (J S, Q)."""
+    """Return the angles of the heads of a block, one head after another: (J S, Q)."""
     heads = [0] * grid.heads if grid.shared_angle else range(grid.heads)
     return jnp.concatenate([refs.operands.angle_BHSL[head] for head in heads], axis=0)
 
 
 def dt_of_pairs(decays: list, grid: Grid):
-    """Returns the dt of every head, for each of its rotary pairs: (J S, Q)."""
+    """Return the dt of every head, for each of its rotary pairs: (J S, Q)."""
     return jnp.concatenate([jnp.broadcast_to(decay.dt_1Q, (grid.pairs, grid.tokens)) for decay in decays], axis=0)
 
 
 def _sincos(refs, decays: list, masks: Masks, grid: Grid):
-    """Returns sin and cos of phi_t = phi_0 + sum_{s <= t} angle_s dt_s, one head of a block after another: (J S, Q).
+    """Return sin and cos of phi_t = phi_0 + sum_{s <= t} angle_s dt_s, one head of a block after another: (J S, Q).
 
     Sums of numbers of 8 bits times zeros and ones are exact in bfloat16 products; modulo a turn nothing grows.
     """
@@ -274,7 +274,7 @@ def _sincos(refs, decays: list, masks: Masks, grid: Grid):
 
 
 def inwards(x_YN, order_MN, grid: Grid):
-    """Puts rows of N, as the op orders them, into columns of the kernels' N: (N, Y), float32.
+    """Put rows of N, as the op orders them, into columns of the kernels' N: (N, Y), float32.
 
     Exact, also as a product with ones and zeros: the matrix unit is idle, and what moves across lanes is not.
     """
@@ -284,14 +284,14 @@ def inwards(x_YN, order_MN, grid: Grid):
 
 
 def outwards(x_NY, order_MN, grid: Grid):
-    """Takes back `inwards`: (Y, N), float32."""
+    """Take back `inwards`: (Y, N), float32."""
     if order_MN is None:
         return x_NY.astype(jnp.float32).T
     return product(x_NY, order_MN[...], TN, grid, dtype=x_NY.dtype)
 
 
 def load_states(h_WNX, ref, order_MN, *, block, grid: Grid) -> None:
-    """Loads the states that a block's heads begin with; zeros without a `ref`."""
+    """Load the states that a block's heads begin with; zeros without a `ref`."""
     for pack in range(grid.packs):
         h_NX = jnp.zeros(h_WNX.shape[1:], jnp.float32)
         if ref is not None:
@@ -301,7 +301,7 @@ def load_states(h_WNX, ref, order_MN, *, block, grid: Grid) -> None:
 
 
 def store_states(ref, h_WNX, order_MN, *, block, grid: Grid) -> None:
-    """Takes back `load_states`."""
+    """Take back `load_states`."""
     for pack in range(grid.packs):
         h_XN = outwards(h_WNX[block * grid.packs + pack], order_MN, grid)
         for place, head in enumerate(grid.heads_of(pack)):
@@ -309,7 +309,7 @@ def store_states(ref, h_WNX, order_MN, *, block, grid: Grid) -> None:
 
 
 def queries_and_keys(refs, scratch, chunk: Chunk, head: int):
-    """Returns a head's queries and keys, biased and rotated, (N, T), in the dtype of the products."""
+    """Return a head's queries and keys, biased and rotated, (N, T), in the dtype of the products."""
     group, weights = chunk.grid.group_of(head), refs.operands.weights
     sides = ((scratch.q_GNT, weights.q_bias_HRN), (scratch.k_GNT, weights.k_bias_HRN))
     return [_rotated(x_GNT[group], bias_HRN, chunk, head) for x_GNT, bias_HRN in sides]
@@ -334,7 +334,7 @@ class EpilogueWeights(NamedTuple):
 
     @classmethod
     def load(cls, weights: PackedWeights, pack: int):
-        """Loads those of a pack of the block."""
+        """Load those of a pack of the block."""
         of_pack = lambda ref: None if ref is None else ref[pack]  # noqa: E731
         return cls(
             skip_1X=of_pack(weights.skip_WRX),
@@ -345,7 +345,7 @@ class EpilogueWeights(NamedTuple):
 
 
 def epilogue(y_TX, x_TX, gate_QX, weights: EpilogueWeights, *, grid: Grid):
-    """Returns o = sum over ranks of out_rank norm(y + D x) silu(gate gate_rank), (Q, X), of a pack of heads."""
+    """Return o = sum over ranks of out_rank norm(y + D x) silu(gate gate_rank), (Q, X), of a pack of heads."""
     if weights.skip_1X is not None:
         y_TX = y_TX + weights.skip_1X * x_TX
     if weights.norm_1X is not None:

@@ -46,13 +46,13 @@ class Tiles:
 
 
 def available() -> str | None:
-    """Returns what the kernels want of this process's devices, and what they got; None: nothing."""
+    """Return what the kernels want of this process's devices, and what they got; None: nothing."""
     backend = jax.default_backend()
     return None if backend == "tpu" else f"needs a TPU, the backend is {backend!r}"
 
 
 def limits(row: Row) -> str | None:
-    """Returns what the scan wants of these shapes and dtypes, VMEM aside, and what it got; None: nothing."""
+    """Return what the scan wants of these shapes and dtypes, VMEM aside, and what it got; None: nothing."""
     size, dtype = sizes_of(row), product_dtype(row)
     if row.log_a_BLH.dtype != jnp.float32:
         return f"computes in float32, log_a is {row.log_a_BLH.dtype}"
@@ -67,23 +67,23 @@ def limits(row: Row) -> str | None:
 
 
 def order_of(rotation: str, d_state: int, pairs: int) -> Order:
-    """Returns the kernels' order of N, a multiple of 128: pair i at (i, i + N/2), what does not rotate between."""
+    """Return the kernels' order of N, a multiple of 128: pair i at (i, i + N/2), what does not rotate between."""
     return Order(rotation, d_state, pairs, size=-(-d_state // LANES) * LANES, halves=True)
 
 
 def order_matrix(order: Order):
-    """Returns a one where an entry of N, padded, goes: TPUs move lanes slowly, but multiply matrices in no time."""
+    """Return a one where an entry of N, padded, goes: TPUs move lanes slowly, but multiply matrices in no time."""
     return jnp.pad(order.to(jnp.eye(order.d_state)), [(0, order.size - order.d_state), (0, 0)])
 
 
 def padded_width(n_heads: int, width: int, heads: int) -> int:
-    """Returns P in the kernel: a block of heads fills its lanes, or, where it has all, a state whole tiles of rows."""
+    """Return P in the kernel: a block of heads fills its lanes, or, where it has all, a state whole tiles of rows."""
     unit = 8 if heads == n_heads else LANES // heads
     return -(-width // unit) * unit
 
 
 def tiles_of(row: Row, chunk: int | None, tiles: Tiles | None, interpret) -> Tiles:
-    """Returns how the kernels are cut: the chip decides what is not given; never more tokens than there are."""
+    """Return how the kernels are cut: the chip decides what is not given; never more tokens than there are."""
     size = sizes_of(row)
     shape = (size["H"], size["G"], size["P"])
     if tiles is None:
@@ -95,7 +95,7 @@ def tiles_of(row: Row, chunk: int | None, tiles: Tiles | None, interpret) -> Til
 
 
 def default(chip: str, rank: int, *, dtype=jnp.bfloat16) -> Tiles:
-    """Returns the tiles for a chip of `CHIPS`; `dtype` is that of the products.
+    """Return the tiles for a chip of `CHIPS`; `dtype` is that of the products.
 
     Raises:
         ValueError: an unknown chip.
@@ -109,7 +109,7 @@ def default(chip: str, rank: int, *, dtype=jnp.bfloat16) -> Tiles:
 
 
 def block_of_heads(n_heads: int, groups: int, width: int) -> int:
-    """Returns the heads of a grid step: as many as fill 128 lanes with their P entries, if groups allow."""
+    """Return the heads of a grid step: as many as fill 128 lanes with their P entries, if groups allow."""
     a_group = n_heads // groups
 
     def fits(heads: int) -> bool:
@@ -122,7 +122,7 @@ def block_of_heads(n_heads: int, groups: int, width: int) -> int:
 
 
 def this_chip() -> str:
-    """Returns the name in `CHIPS` of this process's TPU.
+    """Return the name in `CHIPS` of this process's TPU.
 
     Raises:
         ValueError: another device.
@@ -134,7 +134,7 @@ def this_chip() -> str:
 
 
 def vmem_limit(name: str, tiles: Tiles, intermediates: int, *, arrays, specs, scratch) -> int:
-    """Returns the bytes of VMEM for a kernel: XLA sets all of them aside for it, so no more than it may take.
+    """Return the bytes of VMEM for a kernel: XLA sets all of them aside for it, so no more than it may take.
 
     Args:
         intermediates: bytes that the compiler holds of a grid step.
@@ -156,7 +156,7 @@ def vmem_limit(name: str, tiles: Tiles, intermediates: int, *, arrays, specs, sc
 
 
 def tiled_bytes(shape, dtype) -> int:
-    """Returns the bytes in VMEM, where a tile is 8 rows of 128 lanes of 32 bits; an axis that is None is squeezed."""
+    """Return the bytes in VMEM, where a tile is 8 rows of 128 lanes of 32 bits; an axis that is None is squeezed."""
     *outer, rows, lanes = (1, *(size or 1 for size in shape))
     bytes_ = jnp.dtype(dtype).itemsize
     up = lambda size, unit: -(-size // unit) * unit  # noqa: E731

@@ -97,7 +97,7 @@ class StepScratch(NamedTuple):
 
 
 def step(token: Token, rotation: str, *, interpret=None, tile: Tile | None = None) -> Stepped:
-    """Computes a decoding step, see `contract`; for up to `STEPS` tokens one after another.
+    """Compute a decoding step, see `contract`; for up to `STEPS` tokens one after another.
 
     Args:
         rotation: "adjacent", pair i is (2 i, 2 i + 1), or "half", (i, i + N / 2).
@@ -140,7 +140,7 @@ def step(token: Token, rotation: str, *, interpret=None, tile: Tile | None = Non
 
 
 def limits(token: Token) -> str | None:
-    """Returns what the step wants of dtypes, and what it got; None: nothing."""
+    """Return what the step wants of dtypes, and what it got; None: nothing."""
     dtypes = {array.dtype for array in (token.q_BRGN, token.k_BRGN, token.v_BHP)}
     if token.log_a_BH.dtype == jnp.float32 and dtypes <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
         return None
@@ -148,7 +148,7 @@ def limits(token: Token) -> str | None:
 
 
 def first_token(row: Row) -> Token:
-    """Returns the first token of a row, for its shapes and dtypes: the key and value before it are zeros."""
+    """Return the first token of a row, for its shapes and dtypes: the key and value before it are zeros."""
     token = jax.tree.map(lambda array: array[:, 0], row._replace(before=None, weights=None))
     before = empty_carry(row) if row.before is None else row.before
     (batch, n_heads, _, d_state), rank = before.h_BHPN.shape, token.q_BLRGN.shape[1]
@@ -184,7 +184,7 @@ def default_heads(token: Token, tile: Tile) -> int:
 
 
 def vmem_bytes(token: Token, heads: int) -> int:
-    """Returns those of a grid step: every block twice, since the next one's is on its way, and the scratch."""
+    """Return those of a grid step: every block twice, since the next one's is on its way, and the scratch."""
     operands = jax.eval_shape(functools.partial(_operands, heads=heads), token)
     total = sum(tiled_bytes(buffer.shape, buffer.dtype) for buffer in _scratch(token, heads))
     for path, array in jax.tree_util.tree_leaves_with_path((operands, stepped_like(token))):
@@ -238,7 +238,7 @@ def _scratch(token: Token, heads: int) -> StepScratch:
 
 
 def _block(axes: str, array, heads: int) -> tuple:
-    """Returns the block of one row and one block of heads, with all of the rest; None: squeezed."""
+    """Return the block of one row and one block of heads, with all of the rest; None: squeezed."""
     sizes = {"B": None, "K": None, "H": heads}
     named = zip(axes, array.shape, strict=True)
     return tuple(sizes.get(axis, size) if size > 1 or axis in "BK" else size for axis, size in named)
@@ -268,7 +268,7 @@ def _cost(token: Token, operands: StepOperands, out: Stepped) -> pl.CostEstimate
 
 
 def _kernel(refs: StepOperands, out: Stepped, scratch: StepScratch, *, rotation: str, tile: Tile):
-    """Computes a block of heads of one row; a ref has the axes of its name but for B and K."""
+    """Compute a block of heads of one row; a ref has the axes of its name but for B and K."""
     starts = None if refs.start_B is None else refs.start_B[pl.program_id(1)] != 0
     unless_start = lambda x: x if starts is None else jnp.where(starts, jnp.zeros_like(x), x)  # noqa: E731
     load = lambda ref, *at: ref[at or ...].astype(jnp.float32)  # noqa: E731
@@ -335,7 +335,7 @@ def _kernel(refs: StepOperands, out: Stepped, scratch: StepScratch, *, rotation:
 
 
 def _pass(refs: StepOperands, out: Stepped, scratch: StepScratch, *, some, unless_start, dtype):
-    """Takes the state of U heads from memory and back, and stores what their queries read of it.
+    """Take the state of U heads from memory and back, and store what their queries read of it.
 
     Both sums are matrix products, since what crosses lanes is slow, of bfloat16 parts, several in one product.
     """
@@ -361,7 +361,7 @@ def _pass(refs: StepOperands, out: Stepped, scratch: StepScratch, *, some, unles
 
 
 def _stacked(ref, order, *, some):
-    """Returns the parts of some heads' rows, in an order, (6 J U, ..), with zeros up to tiles of the matrix unit."""
+    """Return the parts of some heads' rows, in an order, (6 J U, ..), with zeros up to tiles of the matrix unit."""
     parts_JU = [_parts(ref[j, some, :], 3) for j in range(ref.shape[0])]
     stacked_X = jnp.concatenate([parts[i] for i in order for parts in parts_JU])
     padding = -stacked_X.shape[0] % 128
@@ -369,7 +369,7 @@ def _stacked(ref, order, *, some):
 
 
 def _parts(x, count: int):
-    """Returns float32 numbers of 8 bits each whose sum is x: to 16 bits for two, to all 24 for three."""
+    """Return float32 numbers of 8 bits each whose sum is x: to 16 bits for two, to all 24 for three."""
     found = []
     for _ in range(count - 1):
         # Veltkamp's rounding. Not by way of bfloat16: a compiler may leave out a cast to it and back.
@@ -380,21 +380,21 @@ def _parts(x, count: int):
 
 
 def _product(a, b, a_axis: int, b_axis: int):
-    """Returns the sum over the axes named, to float32's last bits; products of bfloat16 are exact."""
+    """Return the sum over the axes named, to float32's last bits; products of bfloat16 are exact."""
     dims = (((a_axis,), (b_axis,)), ((), ()))
     precision = None if a.dtype == jnp.bfloat16 else HIGHEST
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _within_a_turn(angle):
-    """Returns the angle in [0, 2 pi)."""
+    """Return the angle in [0, 2 pi)."""
     for _ in range(2):  # a tiny negative angle rounds up to a whole turn, which is zero
         angle = angle - 2 * np.pi * jnp.floor(angle * (1 / (2 * np.pi)))
     return angle
 
 
 def _per_head(x_GN, heads: int):
-    """Gives head h its group h // (H / G), counted over all blocks."""
+    """Give head h its group h // (H / G), counted over all blocks."""
     groups = x_GN.shape[0]
     if groups == 1:
         return x_GN

@@ -68,7 +68,7 @@ class Constants(NamedTuple):
 
 
 def tokens_last(x_BL, tokens: int):
-    """Returns (B, .., L), no copy of what XLA for TPU keeps so; where Q is no multiple of 128 lanes, (B, C, .., Q)."""
+    """Return (B, .., L), no copy of what XLA for TPU keeps so; where Q is no multiple of 128 lanes, (B, C, .., Q)."""
     if x_BL is None:
         return None
     last = jnp.moveaxis(x_BL, 1, -1)
@@ -78,7 +78,7 @@ def tokens_last(x_BL, tokens: int):
 
 
 def chunk_of(sizes: tuple[int, ...], tokens: int, index):
-    """Returns the block of a chunk of `tokens_last`; `index` gives (b, c, those of `sizes`) from the grid's."""
+    """Return the block of a chunk of `tokens_last`; `index` gives (b, c, those of `sizes`) from the grid's."""
 
     def moved(*steps):
         b, c, others = index(*steps)
@@ -88,7 +88,7 @@ def chunk_of(sizes: tuple[int, ...], tokens: int, index):
 
 
 def present(blocks: NamedTuple, arrays: NamedTuple):
-    """Returns the blocks of those arrays that are not None."""
+    """Return the blocks of those arrays that are not None."""
     return blocks._replace(**{name: None for name, array in arrays._asdict().items() if array is None})
 
 
@@ -118,7 +118,7 @@ class Grid:
 
     @classmethod
     def of(cls, row: Row, given: dict[str, int], tiles: Tiles):
-        """Returns that of a padded row; `given` are its sizes without padding."""
+        """Return that of a padded row; `given` are its sizes without padding."""
         size = sizes_of(row)
         return cls(
             batch=size["B"],
@@ -167,12 +167,12 @@ class Grid:
 
     @property
     def last(self) -> int:
-        """Returns the index of the last chunk."""
+        """Return the index of the last chunk."""
         return self.chunks - 1
 
     @property
     def blocks(self) -> int:
-        """Returns the number of blocks of heads."""
+        """Return the number of blocks of heads."""
         return self.n_heads // self.heads
 
     @property
@@ -181,25 +181,25 @@ class Grid:
 
     @property
     def scalars(self) -> list[str]:
-        """Returns the names of what is one number a token and head, in the order of `chunk.load` in VMEM."""
+        """Return the names of what is one number a token and head, in the order of `chunk.load` in VMEM."""
         there = {"dt": self.pairs > 0, "c": True, "gamma": True, "kappa": self.kappa}
         there["rest"] = self.dtype == jnp.float32
         return [name for name, present in there.items() if present]
 
     @property
     def pack(self) -> int:
-        """Returns the heads of a pack: as many of a block as fill 128 lanes."""
+        """Return the heads of a pack: as many of a block as fill 128 lanes."""
         sizes = range(self.heads, 0, -1)
         return next(n for n in sizes if self.heads % n == 0 and (n == 1 or n * self.width <= LANES))
 
     @property
     def packs(self) -> int:
-        """Returns the packs of a block."""
+        """Return the packs of a block."""
         return self.heads // self.pack
 
     @property
     def lanes(self) -> int:
-        """Returns the lanes of a pack."""
+        """Return the lanes of a pack."""
         return self.pack * self.width
 
     @property
@@ -208,7 +208,7 @@ class Grid:
 
     @property
     def blocks_a_group(self) -> int:
-        """Returns the grid steps that see the same group."""
+        """Return the grid steps that see the same group."""
         return max(1, self.heads_a_group // self.heads)
 
     @property
@@ -216,7 +216,7 @@ class Grid:
         return max(1, self.heads // self.heads_a_group)
 
     def blocks_of(self, operands: Operands) -> Operands:
-        """Returns the block of every operand; those of `before` are left to the kernel."""
+        """Return the block of every operand; those of `before` are left to the kernel."""
         of_groups, of_heads, of_numbers = self.of_groups(), self.of_heads(), self._of_numbers()
         blocks = Operands(
             q_BLX=of_groups,
@@ -234,7 +234,7 @@ class Grid:
         return present(blocks, operands)
 
     def constant_blocks(self, constants: Constants) -> Constants:
-        """Returns the block of every constant."""
+        """Return the block of every constant."""
         of_start = (None, None, None, 1, self.heads * self.pairs)
         blocks = Constants(
             start_BCKX=self._spec(of_start, lambda b, c, j: (b, c, j, 0, 0)),
@@ -244,16 +244,16 @@ class Grid:
         return present(blocks, constants)
 
     def of_groups(self):
-        """Returns the block of q and k: (B, L, G R N)."""
+        """Return the block of q and k: (B, L, G R N)."""
         lanes = self.groups_a_block * self.rank * self.d_state
         return self._spec((None, self.tokens, lanes), lambda b, c, j: (b, c, lax.div(j, self.blocks_a_group)))
 
     def of_heads(self):
-        """Returns the block of v, gate and the output: (B, L, H P)."""
+        """Return the block of v, gate and the output: (B, L, H P)."""
         return self._spec((None, self.tokens, self.heads * self.width), lambda b, c, j: (b, c, j))
 
     def of_states(self):
-        """Returns the block of the states before every chunk: (B, C, W, N, X)."""
+        """Return the block of the states before every chunk: (B, C, W, N, X)."""
         return self._spec((None, None, self.packs, self.d_state, self.lanes), lambda b, c, j: (b, c, j, 0, 0))
 
     def _spec(self, block, index):
@@ -269,7 +269,7 @@ class Grid:
         return self._tokens_last(1 if shared else self.heads, self.pairs, index=lambda j: (0 if shared else j, 0))
 
     def _of_numbers(self):
-        """Returns the block of dt and others: those of all heads, fetched once a chunk."""
+        """Return the block of dt and others: those of all heads, fetched once a chunk."""
         return self._tokens_last(self.n_heads, index=lambda j: (0,))
 
     def _of_weights(self, array_XRX):
@@ -277,16 +277,16 @@ class Grid:
         return pl.BlockSpec((count // self.blocks, *sizes), lambda b, c, j: (j, 0, 0))
 
     def before(self, carry: BlockCarry) -> BlockCarry:
-        """Returns blocks that are read in the first steps of a row; later steps stay at the last one, at no cost."""
+        """Return blocks that are read in the first steps of a row; later steps stay at the last one, at no cost."""
         last = self.blocks - 1
         return self._of_carry(carry, lambda step, j: jnp.where(step == 0, j, last))
 
     def after(self, carry: BlockCarry) -> BlockCarry:
-        """Returns blocks that are written in the last steps of a row; earlier steps stay at the first one."""
+        """Return blocks that are written in the last steps of a row; earlier steps stay at the first one."""
         return self._of_carry(carry, self._at_the_end)
 
     def sums(self, array_BXRX):
-        """Returns the block of the sum over a row for weights, (B, ..), written as `after`."""
+        """Return the block of the sum over a row for weights, (B, ..), written as `after`."""
         _, count, *sizes = array_BXRX.shape
         index = lambda b, step, j: (b, self._at_the_end(step, j), 0, 0)  # noqa: E731
         return pl.BlockSpec((None, count // self.blocks, *sizes), index)
@@ -303,19 +303,19 @@ class Grid:
         return present(blocks, carry)
 
     def state_shape(self) -> jax.ShapeDtypeStruct:
-        """Returns that of the state after the row: (B, H, P, N)."""
+        """Return that of the state after the row: (B, H, P, N)."""
         return jax.ShapeDtypeStruct((self.batch, self.n_heads, self.width, self.d_state), jnp.float32)
 
     def numbers(self):
-        """Returns VMEM for what is one number a token and head: `scalars`."""
+        """Return VMEM for what is one number a token and head: `scalars`."""
         return pltpu.VMEM((self.n_heads, len(self.scalars), self.tokens), jnp.float32)
 
     def columns(self):
-        """Returns VMEM for queries or keys of a block's groups, or for their gradients."""
+        """Return VMEM for queries or keys of a block's groups, or for their gradients."""
         return pltpu.VMEM((self.groups_a_block, self.d_state, self.rows), jnp.float32)
 
     def states(self):
-        """Returns VMEM for the state of all heads, or for its gradient."""
+        """Return VMEM for the state of all heads, or for its gradient."""
         return pltpu.VMEM((self.n_heads // self.pack, self.d_state, self.lanes), jnp.float32)
 
     def of_blocks(self, angle_HS):
@@ -325,7 +325,7 @@ class Grid:
         return angle_HS.reshape(*angle_HS.shape[:-2], self.blocks, 1, self.heads * self.pairs)
 
     def of_heads_again(self, angle_BKX):
-        """Takes back `of_blocks`."""
+        """Take back `of_blocks`."""
         return None if angle_BKX is None else angle_BKX.reshape(self.batch, self.n_heads, self.pairs)
 
     def packed(self, array_HRP):
@@ -336,7 +336,7 @@ class Grid:
         return jnp.swapaxes(array_WHRP, 1, 2).reshape(array_WHRP.shape[0], -1, self.lanes)
 
     def pack_weights(self, weights: Weights) -> PackedWeights:
-        """Returns what the kernels see of weights whose biases have the kernels' order of N."""
+        """Return what the kernels see of weights whose biases have the kernels' order of N."""
         skip_HRP, norm_HRP = weights.skip_H, weights.norm_HP
         if skip_HRP is not None:  # the same for all of P
             skip_HRP = jnp.broadcast_to(skip_HRP[:, None, None], (self.n_heads, 1, self.width))
@@ -353,7 +353,7 @@ class Grid:
         )
 
     def operands(self, row: Row) -> Operands:
-        """Returns what the kernels see of a padded row whose biases have the kernels' order of N."""
+        """Return what the kernels see of a padded row whose biases have the kernels' order of N."""
         flat = lambda x: None if x is None else x.reshape(self.batch, self.length, -1)  # noqa: E731
         last = lambda x: tokens_last(x, self.tokens)  # noqa: E731
         before = row.before
@@ -374,28 +374,28 @@ class Grid:
         )
 
     def of_group(self, block):
-        """Returns which of the blocks that see its group a block is."""
+        """Return which of the blocks that see its group a block is."""
         return block if self.blocks_a_group == self.blocks else lax.rem(block, self.blocks_a_group)
 
     def group_of(self, head: int) -> int:
-        """Returns which of the block's groups its head (of J) reads."""
+        """Return which of the block's groups its head (of J) reads."""
         return head // self.heads_a_group
 
     def heads_of(self, pack: int) -> range:
-        """Returns the block's heads of a pack."""
+        """Return the block's heads of a pack."""
         return range(pack * self.pack, (pack + 1) * self.pack)
 
     def lanes_of_pack(self, pack: int) -> slice:
-        """Returns where in the block's lanes a pack's values are."""
+        """Return where in the block's lanes a pack's values are."""
         return slice(pack * self.lanes, (pack + 1) * self.lanes)
 
     def lanes_of(self, group: int, rank: int) -> slice:
-        """Returns where in the block's lanes the queries of a group are."""
+        """Return where in the block's lanes the queries of a group are."""
         begin = (group * self.rank + rank) * self.d_state
         return slice(begin, begin + self.d_state)
 
     def intermediates(self) -> int:
-        """Returns the bytes that the compiler holds of a chunk: Q x Q a head of a block, T x T and T x N of a pack's.
+        """Return the bytes that the compiler holds of a chunk: Q x Q a head of a block, T x T and T x N of a pack's.
 
         A rough figure: a quarter more, for what v4's takes; half, where products take three pieces of each operand.
         """
@@ -407,7 +407,7 @@ class Grid:
         return held * (6 if self.dtype == jnp.float32 else 5)
 
     def call(self, kernel, name: str, refs, *, specs, out, out_specs, scratch):
-        """Runs `kernel(refs, out, scratch)`, all of them trees, over the grid; `out` are the shapes of the results.
+        """Run `kernel(refs, out, scratch)`, all of them trees, over the grid; `out` are the shapes of the results.
 
         Raises:
             ValueError: more VMEM than there is.
@@ -431,7 +431,7 @@ class Grid:
         return result
 
     def _cost(self, arrays) -> pl.CostEstimate:
-        """Counts every array once, the products of a kernel, and the triangle of the angles."""
+        """Count every array once, the products of a kernel, and the triangle of the angles."""
         rows, d_state, width = self.rows, self.d_state, self.width
         states = 5 if self.backwards else 2  # products of T rows with a state
         of_rows = 3 * d_state + 3 * width if self.backwards else d_state + width

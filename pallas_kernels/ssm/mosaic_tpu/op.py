@@ -30,7 +30,7 @@ class Results(NamedTuple):
 
 
 def scan(row: Row, rotation: str, *, interpret=None, chunk: int | None = None, tiles: Tiles | None = None) -> Scanned:
-    """Computes a row in one fused kernel, and its angles in one before it. See `contract`.
+    """Compute a row in one fused kernel, and its angles in one before it. See `contract`.
 
     Queries and keys are biased and rotated inside the kernel: they are read once a chunk for all heads of a group, and
     nothing of size L H N is ever stored. Residuals are the operands and the state before every chunk.
@@ -79,7 +79,7 @@ def scan(row: Row, rotation: str, *, interpret=None, chunk: int | None = None, t
 
 
 def unsupported(row: Row) -> str | None:
-    """Returns what the kernels want of these shapes and dtypes, VMEM included, and what they got; None: nothing.
+    """Return what the kernels want of these shapes and dtypes, VMEM included, and what they got; None: nothing.
 
     Traces what would run, of a scan both passes: how much VMEM they take depends on all of the shapes.
     """
@@ -106,7 +106,7 @@ def unsupported(row: Row) -> str | None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def mamba3(operands: Operands, document_BCQ, order_MN, grid: Grid) -> Results:
-    """Runs the kernels; the last two arrays are as in `Constants`."""
+    """Run the kernels; the last two arrays are as in `Constants`."""
     return _forward(operands, document_BCQ, order_MN, grid, residuals=False)[0]
 
 
@@ -144,7 +144,7 @@ def _bwd(grid: Grid, residuals, cotangents: Results):
     d = scan_bwd.backward(operands, constants, h_BCWNX, grid, do_BLX=do_BLX, dafter=cotangents.after)
 
     def with_last(dx_BLX, more_BX):
-        """Adds the last token's in place: the sum with zeros for all others would be one more pass over them."""
+        """Add the last token's in place: the sum with zeros for all others would be one more pass over them."""
         return dx_BLX if more_BX is None else dx_BLX.at[:, grid.given_length - 1].add(more_BX)
 
     dk_BLX, dv_BLX = with_last(d.k_BLX, cotangents.k_BX), with_last(d.v_BLX, cotangents.v_BX)

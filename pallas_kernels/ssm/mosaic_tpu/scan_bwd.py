@@ -82,7 +82,7 @@ class Head(NamedTuple):
 
 
 def backward(operands: Operands, constants: Constants, h_BCWNX, grid: Grid, *, do_BLX, dafter: BlockCarry) -> Operands:
-    """Runs the kernel and returns the gradients of the operands.
+    """Run the kernel and return the gradients of the operands.
 
     Args:
         h_BCWNX: the state before every chunk, as `scan_fwd.forward` gives it.
@@ -197,7 +197,7 @@ def _kernel(refs: BwdRefs, out: Operands, scratch: BwdScratch, *, grid: Grid):
 
 
 def _pack(pack: int, chunk: Chunk, *, refs: BwdRefs, out: Operands, scratch: BwdScratch) -> list[Head]:
-    """Computes the gradients of a pack of heads, all but those of the angles."""
+    """Compute the gradients of a pack of heads, all but those of the angles."""
     operands, grid, block, masks = refs.operands, chunk.grid, chunk.block, chunk.masks
     rank, weights = grid.rank, operands.weights
     heads, of_pack, index = grid.heads_of(pack), grid.lanes_of_pack(pack), block * grid.packs + pack
@@ -300,7 +300,7 @@ def _pack(pack: int, chunk: Chunk, *, refs: BwdRefs, out: Operands, scratch: Bwd
 
 
 def _dphi(rotation: chunks.Rotation, gradients, rotated, rank: int):
-    """Returns the gradient of a head's angles from those of its rotated queries and keys."""
+    """Return the gradient of a head's angles from those of its rotated queries and keys."""
     dphi_ST = 0.0
     for dx_NT, x_NT in zip(gradients, rotated, strict=True):
         (du_ST, dw_ST), (u_ST, w_ST) = rotation.pair(dx_NT), rotation.pair(x_NT.astype(jnp.float32))
@@ -309,7 +309,7 @@ def _dphi(rotation: chunks.Rotation, gradients, rotated, rank: int):
 
 
 def _add_queries_and_keys(gradients, head: int, chunk: Chunk, scratch: BwdScratch) -> None:
-    """Adds a head's gradients of rotated queries and keys to the sums of its group, and to those of its biases."""
+    """Add a head's gradients of rotated queries and keys to the sums of its group, and to those of its biases."""
     grid, rotation, biases = chunk.grid, chunk.rotations[head], []
     sums = ((scratch.dq_GNT, scratch.dweights.q_bias_HRN), (scratch.dk_GNT, scratch.dweights.k_bias_HRN))
     for dx_NT, (sum_ref, bias_ref) in zip(gradients, sums, strict=True):
@@ -325,7 +325,7 @@ def _add_queries_and_keys(gradients, head: int, chunk: Chunk, scratch: BwdScratc
 
 
 def _angles(dphi_XQ, chunk: Chunk, *, refs: BwdRefs, out: Operands, scratch: BwdScratch) -> list:
-    """Stores the angle's gradient; returns dt's, of every head (1, Q)."""
+    """Store the angle's gradient; return dt's, of every head (1, Q)."""
     grid, block, masks = chunk.grid, chunk.block, chunk.masks
     within_QQ = masks.within_QQ.astype(jnp.float32)
     if grid.dtype == jnp.float32:

@@ -46,7 +46,7 @@ class ScanScratch(NamedTuple):
 
 
 def forward(operands: Operands, constants: Constants, grid: Grid, *, residuals: bool) -> ScanOutputs:
-    """Runs the kernel; the states before every chunk are None unless they are wanted as `residuals`."""
+    """Run the kernel; the states before every chunk are None unless they are wanted as `residuals`."""
     before = BlockCarry(angle_BKX=None, h_BHPN=None if operands.before is None else operands.before.h_BHPN)
     refs = ScanRefs(operands=operands._replace(before=None), constants=constants, before=before)
     states = grid.states()

@@ -40,12 +40,12 @@ class Operands(NamedTuple):
 
     @property
     def n_heads(self) -> int:
-        """Returns H."""
+        """Return H."""
         return self.v_BLHP.shape[2]
 
     @property
     def pairs(self) -> int:
-        """Returns S; where nothing rotates a quarter of N, which cuts it in two halves for the backward pass."""
+        """Return S; where nothing rotates a quarter of N, which cuts it in two halves for the backward pass."""
         angle_BHS = self.before.angle_BHS
         return self.q_BLRGN.shape[-1] // 4 if angle_BHS is None else angle_BHS.shape[-1]
 
@@ -58,7 +58,7 @@ class Grid(NamedTuple):
 
 
 def call(kernel, inputs, out, *, name: str, grid: Grid, tile, launch: Launch, in_place: dict | None = None):
-    """Runs `kernel(refs, out_refs, tile=tile)` over a grid; refs are trees like `inputs` and `out`.
+    """Run `kernel(refs, out_refs, tile=tile)` over a grid; refs are trees like `inputs` and `out`.
 
     Args:
         out: like the outputs; None: not wanted.
@@ -96,7 +96,7 @@ def product(a, b, dimensions, *, dtype, tile: Tile):
 
 
 def rounded(x, y, dtype, tile: Tile):
-    """Rounds two float32 to `dtype`, and returns them as float32: one at a time would be an eighth as fast."""
+    """Round two float32 to `dtype`, and return them as float32: one at a time would be an eighth as fast."""
     if tile.interpret or dtype == jnp.float32:
         return x.astype(dtype).astype(jnp.float32), y.astype(dtype).astype(jnp.float32)
     both = assembly("cvt.rn.bf16x2.f32 $0, $2, $1;", [x, y], jnp.int32)
@@ -104,14 +104,14 @@ def rounded(x, y, dtype, tile: Tile):
 
 
 def exp(x, tile: Tile):
-    """Returns e^x to 2^-22 of itself; what is below 1e-38 is zero, which saves most of the instructions of jnp.exp."""
+    """Return e^x to 2^-22 of itself; what is below 1e-38 is zero, which saves most of the instructions of jnp.exp."""
     if tile.interpret or x.ndim == 0:
         return jnp.exp(x)
     return approximate("ex2.approx.ftz.f32", x * math.log2(math.e))
 
 
 def sigmoid(x, dtype, tile: Tile):
-    """Returns the sigmoid; where `dtype` is bfloat16, by a tanh that is good to 7e-6."""
+    """Return the sigmoid; where `dtype` is bfloat16, by a tanh that is good to 7e-6."""
     if tile.interpret or dtype == jnp.float32:
         return 1 / (1 + exp(-x, tile))
     return 0.5 + 0.5 * approximate("tanh.approx.f32", 0.5 * x)
@@ -119,7 +119,7 @@ def sigmoid(x, dtype, tile: Tile):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def silu(x, dtype, tile: Tile):
-    """Returns x sigmoid(x)."""
+    """Return x sigmoid(x)."""
     return x * sigmoid(x, dtype, tile)
 
 
@@ -131,12 +131,12 @@ def _silu_jvp(dtype, tile, primals, tangents):
 
 
 def approximate(instruction: str, x):
-    """Runs one PTX instruction of a float32 on every element. Interpret mode has none."""
+    """Run one PTX instruction of a float32 on every element. Interpret mode has none."""
     return assembly(f"{instruction} $0, $1;", [x], jnp.float32)
 
 
 def assembly(instructions: str, arrays, dtype, together: int = 1):
-    """Runs PTX on the elements of arrays of one shape, `together` of them at a time: those of less than 32 bits share a
+    """Run PTX on the elements of arrays of one shape, `together` of them at a time: those of less than 32 bits share a
     register. Interpret mode has none."""
 
     def registers(dtype):
@@ -161,7 +161,7 @@ class Float24(NamedTuple):
     lower: jax.Array | None  # None: `upper` is float32
 
     def store(self, at, x, tile: Tile):
-        """Writes `x` to refs."""
+        """Write `x` to refs."""
         if self.lower is None:
             self.upper[at] = x
             return
@@ -178,7 +178,7 @@ class Float24(NamedTuple):
         self.lower[at] = assembly(bytes_, [bits], jnp.int8, 4)
 
     def load(self, at, tile: Tile):
-        """Reads float32 from refs."""
+        """Read float32 from refs."""
         upper = self.upper[at]
         if self.lower is None:
             return upper.astype(jnp.float32)
@@ -194,5 +194,5 @@ class Float24(NamedTuple):
 
 
 def iota(size: int):
-    """Returns 0, 1, 2, ..., int32."""
+    """Return 0, 1, 2, ..., int32."""
     return lax.broadcasted_iota(jnp.int32, (size,), 0)

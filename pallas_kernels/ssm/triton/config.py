@@ -43,23 +43,23 @@ class Tile:
 
     @property
     def tokens(self) -> int:
-        """Returns the tokens of a chunk."""
+        """Return the tokens of a chunk."""
         return self.rows // self.rank
 
     @property
     def checkpoint_chunks(self) -> int:
-        """Returns the chunks between two checkpoints."""
+        """Return the chunks between two checkpoints."""
         return self.checkpoint_interval // self.tokens
 
 
 def available() -> str | None:
-    """Returns what the kernels want of this process's devices, and what they got; None: nothing."""
+    """Return what the kernels want of this process's devices, and what they got; None: nothing."""
     device = jax.devices()[0].device_kind
     return None if "NVIDIA" in device else f"needs an NVIDIA GPU, not {device!r}"
 
 
 def unsupported(row: Row) -> str | None:
-    """Returns what the kernels want of these shapes and dtypes, and what they got; None: nothing."""
+    """Return what the kernels want of these shapes and dtypes, and what they got; None: nothing."""
     size, dtype = sizes_of(row), product_dtype(row)
     rank, d_state, width, pairs = size["R"], size["N"], size["P"], size["S"]
     if row.log_a_BLH.dtype != jnp.float32:
@@ -78,7 +78,7 @@ def unsupported(row: Row) -> str | None:
 
 
 def order_of(rotation: str, d_state: int, pairs: int) -> Order:
-    """Returns the kernels' order of N: pairs, then what does not rotate, both padded: N is 2 S or 4 S."""
+    """Return the kernels' order of N: pairs, then what does not rotate, both padded: N is 2 S or 4 S."""
     if not pairs:
         return Order(rotation, d_state, 0, size=tile_size(d_state), halves=False)
     rest, padded = d_state - 2 * pairs, max(4, 1 << (pairs - 1).bit_length())
@@ -88,7 +88,7 @@ def order_of(rotation: str, d_state: int, pairs: int) -> Order:
 
 
 def tile_of(row: Row, d_state: int, config: dict, interpret: bool) -> Tile:
-    """Returns the `Tile` of a row: what `config` says, and where it is silent what was found by hand.
+    """Return the `Tile` of a row: what `config` says, and where it is silent what was found by hand.
 
     Args:
         d_state: N as the kernels have it, see `order_of`.
@@ -114,7 +114,7 @@ def tile_of(row: Row, d_state: int, config: dict, interpret: bool) -> Tile:
 
 
 def known(config: dict, tile, *more: str) -> dict:
-    """Returns `config`, checked.
+    """Return `config`, checked.
 
     Raises:
         ValueError: an entry that is neither a field of `tile` nor one of `more`.
@@ -126,10 +126,10 @@ def known(config: dict, tile, *more: str) -> dict:
 
 
 def tile_size(size: int) -> int:
-    """Returns the next power of two from 16 on: products over fewer entries are silently wrong on the GPU."""
+    """Return the next power of two from 16 on: products over fewer entries are silently wrong on the GPU."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 def _power_of_two(size: int) -> int:
-    """Returns the largest power of two that is not above `size`."""
+    """Return the largest power of two that is not above `size`."""
     return 1 << (size.bit_length() - 1)

@@ -42,7 +42,7 @@ class FusedTile:
 
 
 def decode_fused(token: Token, rotation: str, tile: FusedTile) -> Stepped:
-    """Computes a step; pair i is (2 i, 2 i + 1) where `rotation` is "adjacent", (i, i + N / 2) where it is "half"."""
+    """Compute a step; pair i is (2 i, 2 i + 1) where `rotation` is "adjacent", (i, i + N / 2) where it is "half"."""
     batch, n_heads = token.last.h_BHPN.shape[:2]
     if tile.columns & (tile.columns - 1) or tile.columns < 1:
         raise ValueError(f"{tile.columns=} is not a power of two")
@@ -50,7 +50,7 @@ def decode_fused(token: Token, rotation: str, tile: FusedTile) -> Stepped:
     programs, order = ((batch, n_heads), "BH") if tile.batch_first else ((n_heads, batch), "HB")
 
     def spec(axes: str, array) -> pl.BlockSpec:
-        """Returns all of one head of one row."""
+        """Return all of one head of one row."""
 
         def index(*program):
             at = dict(zip(order, program, strict=True))
@@ -75,7 +75,7 @@ def decode_fused(token: Token, rotation: str, tile: FusedTile) -> Stepped:
 
 
 def _kernel(refs: Token, out: Stepped, *, rotation: str, tile: FusedTile):
-    """Computes one head of one row; a ref has the axes of its name but for B, H and G."""
+    """Compute one head of one row; a ref has the axes of its name but for B, H and G."""
     width, d_state = refs.last.h_BHPN.shape
     columns = min(tile.columns, tile_size(d_state))
     p_P = iota(tile_size(width))
@@ -132,7 +132,7 @@ def _kernel(refs: Token, out: Stepped, *, rotation: str, tile: FusedTile):
         return q, row(refs.weights.v_rank_HRP, r), row(refs.weights.gate_rank_HRP, r), row(refs.weights.out_rank_HRP, r)
 
     def readout(r, loaded, o_P):
-        """Adds rank r to the output: SPEC section 7."""
+        """Add rank r to the output: SPEC section 7."""
         q, v_rank_P, gate_rank_P, out_rank_P = loaded
         y_P = jnp.sum(jnp.sum(h_PAC * rotated(q)[None], axis=1), axis=1)
         y_P += skip * _times(v_P, v_rank_P)
@@ -148,7 +148,7 @@ def _kernel(refs: Token, out: Stepped, *, rotation: str, tile: FusedTile):
 
 
 def _for_ranks(rank: int, load, step, carry):
-    """Calls step(r, load(r), carry) for every r, and load(r + 1) before it."""
+    """Call step(r, load(r), carry) for every r, and load(r + 1) before it."""
 
     def ahead(r, carry):
         loaded, carry = carry
@@ -159,7 +159,7 @@ def _for_ranks(rank: int, load, step, carry):
 
 
 def _barrier(tile: FusedTile):
-    """Keeps threads from writing over what others have yet to read."""
+    """Keep threads from writing over what others have yet to read."""
     if not tile.interpret:
         plt.debug_barrier()
 
@@ -183,7 +183,7 @@ class _Rotated:
         self.sin_AC = jnp.where(is_second_AC, sin_AC, -sin_AC)
 
     def load(self, x_ref, bias_ref, r):
-        """Returns an entry and its bias, and those of its partner; None: no bias, and nothing rotates."""
+        """Return an entry and its bias, and those of its partner; None: no bias, and nothing rotates."""
 
         def biased(at_AC):
             bias_AC = None if bias_ref is None else _load(bias_ref, r, at_AC, mask=self.inside_AC)
@@ -204,7 +204,7 @@ def _advanced_angle(refs: Token, goes_on):
 
 
 def _advanced(refs: Token, at, mask, goes_on):
-    """Returns this token's angle of the pairs `at`, in [0, 2 pi); 0 where `mask` is false."""
+    """Return this token's angle of the pairs `at`, in [0, 2 pi); 0 where `mask` is false."""
     angle = _load(refs.last.angle_BHS, at, mask=_both(mask, goes_on)) + refs.dt_BH[...] * _load(
         refs.angle_BHS, at, mask=mask
     )
@@ -222,7 +222,7 @@ def _times(x_P, rank_P):
 
 
 def _iota2(rows: int, columns: int):
-    """Returns 0, 1, 2, ... row by row."""
+    """Return 0, 1, 2, ... row by row."""
     one = functools.partial(lax.broadcasted_iota, jnp.int32, (rows, columns))
     return columns * one(0) + one(1)
 
@@ -237,12 +237,12 @@ def _in_rows(mask_AC):
 
 
 def _both(mask, other):
-    """Returns where both masks are true; None: everywhere."""
+    """Return where both masks are true; None: everywhere."""
     return other if mask is None else mask if other is None else mask & other
 
 
 def _load(ref, *at, mask=None):
-    """Returns ref[at] in float32; where the mask is false, zeros without reading."""
+    """Return ref[at] in float32; where the mask is false, zeros without reading."""
     at = _indices(at)
     mask = None if mask is None else jnp.broadcast_to(mask, at[0].shape)
     other = None if mask is None else 0
@@ -256,6 +256,6 @@ def _store(ref, value, *at, mask=None):
 
 
 def _indices(at):
-    """Returns numbers and arrays as arrays of one shape."""
+    """Return numbers and arrays as arrays of one shape."""
     shape = jnp.broadcast_shapes(*(jnp.shape(index) for index in at))
     return tuple(jnp.broadcast_to(jnp.asarray(index, jnp.int32), shape) for index in at)

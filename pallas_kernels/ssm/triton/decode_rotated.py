@@ -91,7 +91,7 @@ def decode_rotated(token: Token, rotation: str, tile: RotatedTile) -> Stepped:
 
 
 def _rotated(token: Token, rotation: str):
-    """Returns the token's angle, and its queries and keys, biased and rotated, float32."""
+    """Return the token's angle, and its queries and keys, biased and rotated, float32."""
     n_heads, d_state = token.last.h_BHPN.shape[1], token.last.h_BHPN.shape[-1]
     angle_BHS = None
     if token.angle_BHS is not None:
@@ -120,7 +120,7 @@ def _rotated(token: Token, rotation: str):
 
 
 def _fitting(tile: RotatedTile, token: RotatedToken, width: int) -> RotatedTile:
-    """Returns `tile` cut down to the sizes; a norm needs all of P, of which `width` is not padding, in one program."""
+    """Return `tile` cut down to the sizes; a norm needs all of P, of which `width` is not padding, in one program."""
     n_heads, padded_width, d_state = token.last.h_BHPN.shape[1:]
     heads = tile.heads
     while n_heads % heads:
@@ -131,7 +131,7 @@ def _fitting(tile: RotatedTile, token: RotatedToken, width: int) -> RotatedTile:
 
 
 def _decode(token: RotatedToken, tile: RotatedTile) -> Stepped:
-    """Returns the state after the token, h alone, and the output.
+    """Return the state after the token, h alone, and the output.
 
     Raises:
         ValueError: N or P not a power of two of at least 16, R not one up to 16, or a tile that does not fit.
@@ -213,7 +213,7 @@ def _kernel(refs: RotatedToken, out: Stepped, *, tile: RotatedTile):
 
 
 def _past(ref, at, goes_on):
-    """Returns ref[at]; where a document starts zeros, and the kernel does not even read."""
+    """Return ref[at]; where a document starts zeros, and the kernel does not even read."""
     if goes_on is None:
         return ref[at].astype(jnp.float32)
     mask = jnp.broadcast_to(goes_on, _shape(ref, at))
@@ -222,7 +222,7 @@ def _past(ref, at, goes_on):
 
 
 def _shape(ref, at):
-    """Returns the shape of ref[at], of numbers, whole axes and `pl.ds`."""
+    """Return the shape of ref[at], of numbers, whole axes and `pl.ds`."""
     sizes = zip(ref.shape, at, strict=True)
     return tuple(size if isinstance(index, slice) else index.size for size, index in sizes if type(index) is not int)
 
@@ -242,7 +242,7 @@ def _vectors(refs: RotatedToken, head: int, goes_on) -> Vectors:
 
 
 def _updated(refs: RotatedToken, head: int, columns, h_PC, *, vectors: Vectors, goes_on):
-    """Returns the new state of some columns; a sum over a stacked axis would cross threads."""
+    """Return the new state of some columns; a sum over a stacked axis would cross threads."""
     h_PC = vectors.a * h_PC
     for r, x_P in enumerate(vectors.weighted_x_P):
         if vectors.last_x_P:
@@ -266,24 +266,24 @@ class _ReadoutFma:
             self.sums_PC[r] = sum_PC + h_PC * q_C[None, :]
 
     def ranks(self):
-        """Returns y_r, one vector of P a rank."""
+        """Return y_r, one vector of P a rank."""
         return [jnp.sum(sum_PC, axis=1) for sum_PC in self.sums_PC]
 
 
 def _gathered(ref, *at, mask):
-    """Returns ref[at] in float32, zeros where `mask` is false. Indices are arrays or numbers, within the ref."""
+    """Return ref[at] in float32, zeros where `mask` is false. Indices are arrays or numbers, within the ref."""
     at = tuple(jnp.broadcast_to(jnp.asarray(index, jnp.int32), mask.shape) for index in at)
     return plt.load(ref.at[at], mask=mask, other=0).astype(jnp.float32)
 
 
 def _sources(rank: int):
-    """Returns which rank a row of the 2 R stacked ones is, whether of the token before, and whether of this one."""
+    """Return which rank a row of the 2 R stacked ones is, whether of the token before, and whether of this one."""
     s_K = iota(max(16, 2 * rank))  # products over fewer are silently wrong
     return s_K & (rank - 1), s_K < rank, (s_K >= rank) & (s_K < 2 * rank)
 
 
 def _stacked_k(refs: RotatedToken, head: int, columns, goes_on):
-    """Returns keys of the token before, then of this one, then zeros: (K, C)."""
+    """Return keys of the token before, then of this one, then zeros: (K, C)."""
     rank_K, last_K, now_K = _sources(refs.q_BHRN.shape[1])
     if goes_on is not None:
         last_K &= goes_on
@@ -296,7 +296,7 @@ def _stacked_k(refs: RotatedToken, head: int, columns, goes_on):
 
 
 def _stacked_x(refs: RotatedToken, head: int, goes_on, tile: RotatedTile):
-    """Returns w_s X_s, likewise: (P, K)."""
+    """Return w_s X_s, likewise: (P, K)."""
     rank_K, last_K, now_K = _sources(refs.q_BHRN.shape[1])
     v_P = refs.gamma_BH[head] * refs.v_BHP[head, :].astype(jnp.float32)
     x_PK = jnp.where(now_K[None, :], v_P[:, None], 0.0)
@@ -331,7 +331,7 @@ class _ReadoutDot:
 
 
 def _epilogue(refs: RotatedToken, head: int, r: int, *, y_P, x_P, dtype, tile: RotatedTile):
-    """Returns what rank r adds to the output: SPEC section 7."""
+    """Return what rank r adds to the output: SPEC section 7."""
     if refs.weights.skip_H is not None:
         y_P += refs.weights.skip_H[head].astype(jnp.float32) * x_P
     if refs.weights.norm_HP is not None:

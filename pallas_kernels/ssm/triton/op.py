@@ -35,7 +35,7 @@ from pallas_kernels.ssm.triton.config import Tile, order_of, tile_of, tile_size,
 
 
 def scan(row: Row, rotation: str, *, interpret=None, chunk: int | None = None, **config) -> Scanned:
-    """Computes a row in two kernels, rotate and scan, see `contract`.
+    """Compute a row in two kernels, rotate and scan, see `contract`.
 
     Args:
         chunk: tokens a chunk; the kernel takes the power of two at or below it that its tiles allow.
@@ -98,7 +98,7 @@ class Residuals(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def mamba3(operands: Operands, tile: Tile):
-    """Returns o_BLHP, and the state after the row.
+    """Return o_BLHP, and the state after the row.
 
     Raises:
         ValueError: sizes that the kernels cannot run.
@@ -108,7 +108,7 @@ def mamba3(operands: Operands, tile: Tile):
 
 
 def _forward(operands: Operands, tile: Tile, *, residuals: bool = True):
-    """Returns the results of `mamba3`, and the residuals where wanted."""
+    """Return the results of `mamba3`, and the residuals where wanted."""
     rotated = rotate.rotate(operands, tile)
     q_BHTN, k_BHTN = checkpoint_name((rotated.q_BHTN, rotated.k_BHTN), "ssm_rotated")
     scan_operands = _scan_operands(operands, q_BHTN, k_BHTN, operands.before.h_BHPN[:, :, None], tile=tile)
@@ -199,7 +199,7 @@ def _backward(tile: Tile, residuals: Residuals, cotangents):
 
 
 def _weight_gradients(weights: Weights, d: scan_bwd.ScanGradients, drotated: rotate_bwd.RotateGradients) -> Weights:
-    """Adds up the partial gradients over batch and splits."""
+    """Add up the partial gradients over batch and splits."""
 
     def summed(weight, partial):
         return None if weight is None else jnp.sum(partial, axis=(0, 2)).astype(weight.dtype)
@@ -216,7 +216,7 @@ def _weight_gradients(weights: Weights, d: scan_bwd.ScanGradients, drotated: rot
 
 
 def _state_products(d: scan_bwd.ScanGradients, last_BHPN, dafter: Carry, tile: Tile):
-    """Returns the inner products of states and their gradients, for the decay's gradient: at the checkpoints and of the
+    """Return the inner products of states and their gradients, for the decay's gradient: at the checkpoints and of the
     last state; and for the angle's (None where nothing rotates)."""
     pairs = 0 if dafter.angle_BHS is None else dafter.angle_BHS.shape[-1]
 

@@ -81,7 +81,7 @@ def rotate(operands: Operands, tile: Tile) -> Rotated:
 
 
 def angles_of(operands: Operands, start_BHCS, tile: Tile) -> Angles | None:
-    """Returns the angles of all chunks of a row, from those before each; None: nothing rotates."""
+    """Return the angles of all chunks of a row, from those before each; None: nothing rotates."""
     if operands.angle_BLHS is None:
         return None
     document_BL = documents_in_chunks(operands.document_BL, tile.rotate_tokens)
@@ -116,7 +116,7 @@ class Blocks:
         self.sizes = {"L": tokens, "C": chunks, "H": heads} | whole
 
     def spec(self, axes: str, array) -> pl.BlockSpec:
-        """Returns what a program sees of an array; one entry of an axis that has no size."""
+        """Return what a program sees of an array; one entry of an axis that has no size."""
         if axes.endswith("LHS"):  # heads may share an angle, and blocks of heads the array of its gradients
             sizes = zip(axes, array.shape, strict=True)
             axes = "".join("1" if axis in "HJ" and size == 1 else axis for axis, size in sizes)
@@ -132,7 +132,7 @@ class Blocks:
 
 
 def heads_of_program(operands: Operands, at_most: int, tile: Tile) -> int:
-    """Returns how many heads one program takes: a power of two, all of one group, few where programs are few."""
+    """Return how many heads one program takes: a power of two, all of one group, few where programs are few."""
     batch, length, _, groups, _ = operands.q_BLRGN.shape
     of_group = operands.n_heads // groups
     most = max(1, min(at_most, batch * operands.n_heads * (length // tile.rotate_tokens) // 4096))
@@ -162,7 +162,7 @@ class ChunkAngles(NamedTuple):
 
 
 def _chunk_angles(operands: Operands, tile: Tile):
-    """Returns the angle before every chunk, 32-bit, and after the row, in radians."""
+    """Return the angle before every chunk, 32-bit, and after the row, in radians."""
     batch, length, angle_heads, pairs = operands.angle_BLHS.shape
     chunks, document_BL = length // tile.rotate_tokens, documents_in_chunks(operands.document_BL, tile.rotate_tokens)
     # The interpreter takes a while for each program, whatever its size.
@@ -186,7 +186,7 @@ def _chunk_angles(operands: Operands, tile: Tile):
 
 
 def _angles_kernel(refs: AngleRefs, out: ChunkAngles, *, tile: Tile):
-    """Computes the angle of chunks to 2^-47 of itself, for a block of heads, token by token.
+    """Compute the angle of chunks to 2^-47 of itself, for a block of heads, token by token.
 
     A float32 product would be off by 2^-25 of itself, the same way at every token of a constant input: 1e-2 rad after a
     million tokens. Products of two numbers of 12 bits are exact, whether a compiler fuses them with a sum or not.
@@ -218,7 +218,7 @@ def _angles_kernel(refs: AngleRefs, out: ChunkAngles, *, tile: Tile):
 
 
 def _rounded(x, step: float, tile: Tile):
-    """Rounds to a multiple of a power of two, |x| < 2^22 steps: by two sums, for the GPU's own is an eighth as fast."""
+    """Round to a multiple of a power of two, |x| < 2^22 steps: by two sums, for the GPU's own is an eighth as fast."""
     if tile.interpret:  # XLA would simplify the two sums
         return jnp.round(x / step) * step
     shift = 1.5 * 2.0**23 * step
@@ -277,7 +277,7 @@ def _rotate_kernel(refs: RotateRefs, out: RotatedSide, *, tile: Tile):
 
 
 def by_head(ref):
-    """Returns a function that takes a head to its angles (T, S) in a chunk; heads share a ref without their axis."""
+    """Return a function that takes a head to its angles (T, S) in a chunk; heads share a ref without their axis."""
     if len(ref.shape) == 3:
         return lambda head: ref[:, head, :]
     shared_TS = ref[...]
@@ -285,7 +285,7 @@ def by_head(ref):
 
 
 def phi(angle_TS, dt_T, start_S, *, document_T, tile: Tile):
-    """Returns the angle at each token of a chunk, 32-bit."""
+    """Return the angle at each token of a chunk, 32-bit."""
     more_TS = _increments(angle_TS, dt_T)
     if document_T is None:
         return start_S[None, :] + jnp.cumsum(more_TS, axis=0)
@@ -299,7 +299,7 @@ def phi(angle_TS, dt_T, start_S, *, document_T, tile: Tile):
 
 
 def _increments(angle_TS, dt_T):
-    """Returns angle dt as a 32-bit fraction of a turn, to 2^-24 of itself: what adds up inside a chunk."""
+    """Return angle dt as a 32-bit fraction of a turn, to 2^-24 of itself: what adds up inside a chunk."""
     turns_TS = angle_TS * (dt_T * INVERSE_TURN)[:, None]
     turns_TS -= jnp.floor(turns_TS + 0.5)
     return (turns_TS * 2.0**31).astype(jnp.int32) * 2
@@ -313,7 +313,7 @@ def same_document(document_T, *, transposed: bool = False):
 
 
 def sincos(phi_TS, tile: Tile):
-    """Returns the sine and cosine of a 32-bit angle, to 4e-7: jnp's own cost more than all else together."""
+    """Return the sine and cosine of a 32-bit angle, to 4e-7: jnp's own cost more than all else together."""
     radians_TS = phi_TS.astype(jnp.float32) * (2 * math.pi / 2.0**32)  # in [-pi, pi]
     if tile.interpret:
         return jnp.sin(radians_TS), jnp.cos(radians_TS)
@@ -321,10 +321,10 @@ def sincos(phi_TS, tile: Tile):
 
 
 def pairs_of(both_TN):
-    """Returns the first and the second entries of the pairs."""
+    """Return the first and the second entries of the pairs."""
     return jnp.unstack(both_TN.reshape(*both_TN.shape[:-1], -1, 2), axis=-1)
 
 
 def joined(first_TS, second_TS):
-    """Takes back `pairs_of`."""
+    """Take back `pairs_of`."""
     return jnp.stack([first_TS, second_TS], axis=-1).reshape(*first_TS.shape[:-1], -1)

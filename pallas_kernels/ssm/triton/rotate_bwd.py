@@ -84,7 +84,7 @@ class RotateGradients(NamedTuple):
 
 
 def rotate_bwd(operands: Operands, angles: Angles | None, dq_BHTN: Float24, dk_BHTN: Float24, *, tile: Tile):
-    """Returns the `RotateGradients` from the gradients of rotated queries and keys."""
+    """Return the `RotateGradients` from the gradients of rotated queries and keys."""
     batch, length, rank, groups, d_state = operands.q_BLRGN.shape
     n_heads, pairs = operands.n_heads, operands.pairs
     by_rank = lambda x: x.reshape(batch, n_heads, length, rank, d_state)  # noqa: E731
@@ -126,7 +126,7 @@ def rotate_bwd(operands: Operands, angles: Angles | None, dq_BHTN: Float24, dk_B
 
 
 def _sums(operands: Operands, refs: RotateBwdRefs, part: int, tile: Tile) -> RotateBwdSums:
-    """Runs the kernel of the entries that rotate (`part` 0), the first 2 S of N, or of the others, as many."""
+    """Run the kernel of the entries that rotate (`part` 0), the first 2 S of N, or of the others, as many."""
     batch, length, rank = operands.q_BLRGN.shape[:3]
     n_heads, pairs, chunks = operands.n_heads, operands.pairs, length // tile.rotate_tokens
     heads = heads_of_program(operands, tile.rotate_bwd_heads, tile)
@@ -218,7 +218,7 @@ def _kernel(refs: RotateBwdRefs, out: RotateBwdSums, *, tile: Tile):
 
 
 def _later(dphi_TS, document_T, tile: Tile):
-    """Returns the sum over the tokens s >= t of the chunk and the document."""
+    """Return the sum over the tokens s >= t of the chunk and the document."""
     if document_T is None:
         return jnp.sum(dphi_TS, axis=0)[None, :] - jnp.cumsum(dphi_TS, axis=0) + dphi_TS
     mask_TT = same_document(document_T, transposed=True).astype(jnp.float32)

@@ -112,7 +112,7 @@ class ScanGradients(NamedTuple):
 
 
 def backward(operands: ScanOperands, *, decay_BHZ, y_BLHRP, do_BLHP, dlast_BHPN, tile: Tile) -> ScanGradients:
-    """Returns the gradients from those of the outputs and of the last state.
+    """Return the gradients from those of the outputs and of the last state.
 
     Args:
         operands: h the states before every split.
@@ -163,7 +163,7 @@ def backward(operands: ScanOperands, *, decay_BHZ, y_BLHRP, do_BLHP, dlast_BHPN,
 
 
 def _after_splits(scan: ScanOperands, decay_BHZ, dy_BLHRP, dlast_BHZPN, *, tile: Tile):
-    """Returns the gradient of the state after every split."""
+    """Return the gradient of the state after every split."""
     if tile.splits == 1:
         return dlast_BHZPN
     needed = scan._replace(k_BHTN=None, gamma_BHT=None, kappa_BHT=None, h_BHZPN=None)
@@ -185,12 +185,12 @@ def _dy_TP(refs: BwdOperands, index, tile: Tile):
 
 
 def _decayed_dy_TP(refs: BwdOperands, decay: Decay, index, tile: Tile):
-    """Returns e^(c_t) dy_t."""
+    """Return e^(c_t) dy_t."""
     return _dy_TP(refs, index, tile).astype(jnp.float32) * decay.from_start_T(tile)[:, None]
 
 
 def _store_checkpoint(ref, h_PN, index, tile: Tile):
-    """Stores a state before every `checkpoint_interval` tokens."""
+    """Store a state before every `checkpoint_interval` tokens."""
     h_PN, chunks = h_PN.astype(ref.dtype), jnp.int32(tile.checkpoint_chunks)
     place, between = lax.div(index, chunks), lax.rem(index, chunks)
     if tile.interpret:  # its masked stores write NaN to what nobody has written
@@ -225,7 +225,7 @@ def _query_kernel(refs: BwdOperands, out: QueryGradients, *, tile: Tile):
 
 
 def _chunk_bwd(refs: BwdOperands, decay: Decay, q_TN, dh_PN, *, index, tile: Tile):
-    """Returns the gradient of the state before a chunk from that of the state after it and from the chunk's outputs."""
+    """Return the gradient of the state before a chunk from that of the state after it and from the chunk's outputs."""
     dy_TP = _decayed_dy_TP(refs, decay, index, tile)
     return decay.of_chunk(tile) * dh_PN + product(dy_TP, q_TN, TN, dtype=q_TN.dtype, tile=tile)
 
@@ -235,7 +235,7 @@ def _last_to_first(chunks: int, chunk, dh_PN):
 
 
 def _split_sums_kernel(refs: BwdOperands, out: SplitSums, *, tile: Tile):
-    """Computes the gradient of the state before a split from the outputs of the split."""
+    """Compute the gradient of the state before a split from the outputs of the split."""
 
     def chunk(index, dh_PN):
         decay = Decay.load(refs.scan, index, tile)
@@ -247,7 +247,7 @@ def _split_sums_kernel(refs: BwdOperands, out: SplitSums, *, tile: Tile):
 
 
 def _key_kernel(refs: BwdOperands, out: KeyGradients, *, exact: bool, tile: Tile):
-    """Computes the gradients of keys and of the state.
+    """Compute the gradients of keys and of the state.
 
     Args:
         exact: whether to take in what rounding dh for its product leaves out.
@@ -339,7 +339,7 @@ def _value_kernel(refs: BwdOperands, out: ValueGradients, *, tile: Tile):
 
 
 def epilogue_bwd(operands: ScanOperands, y_BLHRP, do_BLHP, tile: Tile) -> EpilogueGradients:
-    """Returns dy, and the gradients of what `epilogue` alone reads."""
+    """Return dy, and the gradients of what `epilogue` alone reads."""
     tile = replace(tile, rows=max(16, tile.rows // 2))  # programs are more and take fewer registers
     chunks = operands.q_BHTN.shape[2] // tile.rows
     grid, weights = ScanGrid(operands, replace(tile, splits=chunks // math.gcd(chunks, 8))), operands.weights

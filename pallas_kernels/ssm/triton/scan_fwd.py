@@ -62,7 +62,7 @@ class SplitSums(NamedTuple):
 
 
 def forward(operands: ScanOperands, tile: Tile, *, residuals: bool):
-    """Returns `ScanOutputs`, the state before every split, and the decay of every split (None: there is one).
+    """Return `ScanOutputs`, the state before every split, and the decay of every split (None: there is one).
 
     Args:
         operands: h of shape (B, H, 1, P, N), the state before the row.
@@ -110,7 +110,7 @@ def forward(operands: ScanOperands, tile: Tile, *, residuals: bool):
 
 
 def check(operands: ScanOperands, tile: Tile) -> None:
-    """Raises ValueError, naming it, for a size that the kernels cannot run: some would be silently wrong on the GPU."""
+    """Raise ValueError, naming it, for a size that the kernels cannot run: some would be silently wrong on the GPU."""
     batch, _, rows, d_state = operands.q_BHTN.shape
     length, n_heads, width = operands.v_BLHP.shape[1:]
     for name, size, most in (
@@ -153,11 +153,11 @@ class ScanGrid:
         self.blocks = self.sizes | {"B": None, "H": None, "Z": None, "T": split_rows, "L": split_rows // tile.rank}
 
     def array(self, axes: str, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
-        """Returns the shape of an array whose axes are named."""
+        """Return the shape of an array whose axes are named."""
         return jax.ShapeDtypeStruct(tuple(self.sizes[axis] for axis in axes), dtype)
 
     def spec(self, axes: str, array) -> pl.BlockSpec:
-        """Returns what a program sees of an array; queries and keys may have the groups of heads for heads."""
+        """Return what a program sees of an array; queries and keys may have the groups of heads for heads."""
         shared_by = self.sizes["H"] // array.shape[1] if axes == "BHTN" else 1
 
         def index(b, h, z):
@@ -170,12 +170,12 @@ class ScanGrid:
 
 
 def tokens_of(index, tile: Tile):
-    """Returns where the tokens of a chunk are."""
+    """Return where the tokens of a chunk are."""
     return pl.ds(index * tile.tokens, tile.tokens)
 
 
 def rows_of(index, tile: Tile):
-    """Returns where the rows of a chunk are."""
+    """Return where the rows of a chunk are."""
     return pl.ds(index * tile.rows, tile.rows)
 
 
@@ -189,7 +189,7 @@ class RowWeights(NamedTuple):
 
     @classmethod
     def load(cls, weights: Weights, tile: Tile):
-        """Reads them from refs."""
+        """Read them from refs."""
 
         def rows(ref):
             if ref is None:
@@ -205,21 +205,21 @@ class RowWeights(NamedTuple):
 
 
 def gathered(ref, row_T):
-    """Returns rows of a ref (*, P)."""
+    """Return rows of a ref (*, P)."""
     column_P = iota(ref.shape[-1])
     shape = (row_T.shape[0], column_P.shape[0])
     return plt.load(ref.at[jnp.broadcast_to(row_T[:, None], shape), jnp.broadcast_to(column_P[None, :], shape)])
 
 
 def token_rows(ref, index, tile: Tile):
-    """Returns a chunk (T, P) of a ref of tokens (L, P), a token's entries once for each of its ranks."""
+    """Return a chunk (T, P) of a ref of tokens (L, P), a token's entries once for each of its ranks."""
     if tile.rank == 1:
         return ref[rows_of(index, tile), :]
     return gathered(ref, index * tile.tokens + lax.div(iota(tile.rows), jnp.int32(tile.rank)))
 
 
 def values(refs: ScanOperands, weights: RowWeights, index, tile: Tile):
-    """Returns x_TP, v for every rank."""
+    """Return x_TP, v for every rank."""
     v_TP = token_rows(refs.v_BLHP, index, tile)
     if weights.v_rank_TP is None:
         return v_TP
@@ -234,16 +234,16 @@ class Scales(NamedTuple):
 
     @classmethod
     def load(cls, refs: ScanOperands, rows):
-        """Reads them from refs."""
+        """Read them from refs."""
         return cls(*(None if ref is None else ref[rows] for ref in (refs.gamma_BHT, refs.kappa_BHT)))
 
     @property
     def later_T(self):
-        """Returns the weight in later outputs."""
+        """Return the weight in later outputs."""
         return self.gamma_T if self.kappa_T is None else self.kappa_T
 
     def weight_TT(self, diagonal_TT, *, transposed: bool = False):
-        """Returns the weights of sources (across; down if transposed); on the diagonal, of a token in its output."""
+        """Return the weights of sources (across; down if transposed); on the diagonal, of a token in its output."""
         of_source = (lambda x_T: x_T[:, None]) if transposed else (lambda x_T: x_T[None, :])
         if self.kappa_T is None:
             return of_source(self.gamma_T)
@@ -259,11 +259,11 @@ class LogDecay(NamedTuple):
 
     @property
     def from_start(self):
-        """Returns c as one number."""
+        """Return c as one number."""
         return self.exact if self.rest is None else self.exact + self.rest
 
     def gap(self, source: "LogDecay"):
-        """Returns c - c of the source."""
+        """Return c - c of the source."""
         gap = self.exact - source.exact
         return gap if self.rest is None else gap + (self.rest - source.rest)
 
@@ -276,13 +276,13 @@ class Decay(NamedTuple):
 
     @classmethod
     def load(cls, refs: ScanOperands, index, tile: Tile):
-        """Reads it from refs."""
+        """Read it from refs."""
         log_decay = LogDecay(refs.log_decay_BHT, refs.decay_rest_BHT, refs.document_BT)
         rows = jax.tree.map(lambda ref: ref[rows_of(index, tile)], log_decay)
         return cls(rows, jax.tree.map(lambda ref: ref[index * tile.rows + tile.rows - 1], log_decay))
 
     def between(self, tile: Tile, *, transposed: bool = False):
-        """Returns e^(c_t - c_s) of targets t (down; across if transposed) that are not before the source s and in its
+        """Return e^(c_t - c_s) of targets t (down; across if transposed) that are not before the source s and in its
         document, else 0; and the diagonal, where t and s are one token."""
         token_T = lax.div(iota(tile.rows), jnp.int32(tile.rank))
         down, across = (lambda x_T: x_T[:, None]), (lambda x_T: x_T[None, :])
@@ -296,18 +296,18 @@ class Decay(NamedTuple):
         return exp(jnp.where(within_TT, gap_TT, -jnp.inf), tile), target(token_T) == source(token_T)
 
     def from_start_T(self, tile: Tile):
-        """Returns e^(c_t): the decay of the state before the chunk up to each row."""
+        """Return e^(c_t): the decay of the state before the chunk up to each row."""
         decay_T = exp(self.rows.from_start, tile)
         return decay_T if self.rows.document is None else jnp.where(self.rows.document == 0, decay_T, 0.0)
 
     def to_end_T(self, tile: Tile):
-        """Returns e^(c_T - c_s): the decay of each row up to the end of the chunk."""
+        """Return e^(c_T - c_s): the decay of each row up to the end of the chunk."""
         decay_T = exp(self.last.gap(self.rows), tile)
         document_T = self.rows.document
         return decay_T if document_T is None else jnp.where(document_T == self.last.document, decay_T, 0.0)
 
     def of_chunk(self, tile: Tile):
-        """Returns e^(c_T): the decay of the state from before the chunk to its end."""
+        """Return e^(c_T): the decay of the state from before the chunk to its end."""
         decay = exp(self.last.from_start, tile)
         return decay if self.last.document is None else jnp.where(self.last.document == 0, decay, 0.0)
 
@@ -351,7 +351,7 @@ def _forward_kernel(refs: ScanOperands, out: ScanOutputs, *, tile: Tile):
 
 
 def epilogue(y_TP, gate_TP, weights: RowWeights, *, dtype, tile: Tile):
-    """Returns out_rank norm(y) silu(gate gate_rank), float32, to be rounded to `dtype`."""
+    """Return out_rank norm(y) silu(gate gate_rank), float32, to be rounded to `dtype`."""
     if weights.norm_P is not None:
         mean_square = jnp.sum(jnp.square(y_TP), axis=-1, keepdims=True) / (tile.width or y_TP.shape[-1])
         y_TP = y_TP * lax.rsqrt(mean_square + NORM_EPS) * weights.norm_P

@@ -14,7 +14,7 @@ from pallas_kernels.ssm.triton.decode_rotated import RotatedTile, decode_rotated
 
 
 def step(token: Token, rotation: str, *, interpret=None, tile=None, **config) -> Stepped:
-    """Computes a decoding step, see `contract`.
+    """Compute a decoding step, see `contract`.
 
     Args:
         tile: of one of the two kernels, and with it the kernel; None: the fastest measured.
@@ -35,7 +35,7 @@ def step(token: Token, rotation: str, *, interpret=None, tile=None, **config) ->
 
 
 def default_tile(rank: int) -> FusedTile | RotatedTile:
-    """Returns the fastest measured, on an H100 (R 1) and an H200 (R 4); from R 8 on, what fits in registers."""
+    """Return the fastest measured, on an H100 (R 1) and an H200 (R 4); from R 8 on, what fits in registers."""
     if rank == 1:
         return FusedTile()
     if rank >= 8:
