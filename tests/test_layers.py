@@ -69,6 +69,7 @@ def test_an_arrow_up_is_caught(line):
     assert imports("from ..launch import train", "mamba3_jax.train") == {"mamba3_jax.launch.train"}
 
 
+@pytest.mark.full
 def test_types_and_steps_import_without_the_pipeline():
     code = """
 import sys
@@ -82,6 +83,7 @@ print("imported")
     assert done.stdout.endswith("imported\n"), done.stderr[-3000:]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("without", "package"), [("pallas_kernels", "mamba3_jax"), ("mamba3_jax", "pallas_kernels")])
 def test_each_package_imports_without_the_other(without, package):
     """Every module of one package, in a process where the other (and all above) cannot be imported."""
@@ -98,6 +100,7 @@ print("imported")
     assert done.stdout.endswith("imported\n"), done.stderr[-3000:]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("backend", ["triton", "mosaic_gpu", "mosaic_tpu"])
 def test_a_backend_can_be_deleted(backend, tmp_path):
     """Its folder and its line of the table go: everything else imports, and the op runs by the other backends."""
@@ -191,6 +194,7 @@ def sources(folders: tuple[str, ...]) -> dict[str, str]:
     return {str(path.relative_to(ROOT)): path.read_text() for path in paths}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("rule", [by_position, by_number])
 def test_fields_are_named(rule):
     ours = sources(OURS)

@@ -96,6 +96,7 @@ def test_validation_batches_of_a_task_are_counted(tmp_path):
     assert not memory.validation(config, 1)["validation batches"]
 
 
+@pytest.mark.full
 def test_decoding_counts_the_caches(small):
     check(tiny("MA")[0], [[1]], 50, Sampling())
     with pytest.raises(ValueError, match=r"14\.7 kB needed on .* 10 kB free: state 14\.3 kB, ids 404 B, logits 64 B"):

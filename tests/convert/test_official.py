@@ -80,6 +80,7 @@ def test_logits_notice_a_thousandth_in_any_tensor(name):
         assert rel_rms(logits_BLV, io["out.logits"]) > FORWARD, key
 
 
+@pytest.mark.full
 def test_loss_and_every_gradient():
     name = "lm_siso_mlp"
     (config, params, _), (case, io) = read(name), golden(f"{name}_io")
@@ -101,6 +102,7 @@ def test_loss_and_every_gradient():
         assert rel_rms(grads[key] * 1.001, want) > GRADIENT, key
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", NAMES)
 def test_four_decode_steps(name):
     (config, params, _), (_, io) = read(name), golden(f"{name}_io")

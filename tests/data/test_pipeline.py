@@ -138,6 +138,7 @@ def test_a_state_of_other_data_is_refused(folder):
             loader(data, "train", vocab_size=256).set_state(state)
 
 
+@pytest.mark.full
 def test_a_worker_changes_nothing_and_another_process_resumes(folder, tmp_path):
     """Three batches here without workers, the rest there with one, from the saved state."""
     data = config(folder)
@@ -176,6 +177,7 @@ if __name__ == "__main__":
     assert same(here[3:], there[4:])
 
 
+@pytest.mark.full
 def test_a_worker_ends_when_the_main_process_is_killed(folder, tmp_path):
     data = config(folder)
     program = f"""

@@ -50,6 +50,7 @@ def test_unknown_trip_count_is_refused():
         flops.count(lambda x: jax.lax.while_loop(lambda y: y < 3, lambda y: y + 1, x), 0.0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("implementation", ["chunked", "associative"])
 def test_operations_a_token_do_not_grow(implementation):
     def a_token(length):
@@ -60,6 +61,7 @@ def test_operations_a_token_do_not_grow(implementation):
     assert a_token(4096) == pytest.approx(a_token(1024), rel=1e-3)
 
 
+@pytest.mark.full
 def test_threads_trace_one_after_another(crowd):
     tasks = [ssm.Task("tiny", TINY, "crowd", what) for what in ("forward", "forward+backward")]
     with ThreadPoolExecutor() as pool:
@@ -72,6 +74,7 @@ def test_threads_trace_one_after_another(crowd):
 # The check before a time
 
 
+@pytest.mark.full
 def test_wrong_result_is_rejected(monkeypatch):
     assert ssm.check(TINY, "chunked", 16)["value_error"] < 1e-5
 
@@ -84,6 +87,7 @@ def test_wrong_result_is_rejected(monkeypatch):
         ssm.check(TINY, "wrong", 16)
 
 
+@pytest.mark.full
 def test_on_a_tpu_every_path_is_taken(monkeypatch):
     """Its cases, tiny, and the kernels interpreted: checked against the host's float64, then called."""
 
@@ -114,6 +118,7 @@ def test_require_names_what_is_wrong():
         common.require({"dv": float("nan")}, 1e-5, "gradients")
 
 
+@pytest.mark.full
 def test_our_layer_gets_the_peers_weights():
     """The tensors that peer.py draws are, in official layout, those our mixer runs with."""
     small = peer.Layer(batch=1, length=8, d_model=16, d_state=8, head_dim=8, rank=2)

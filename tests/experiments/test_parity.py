@@ -33,7 +33,7 @@ def block():
 def test_the_recipe():
     config = parity.get_config()
     assert sum(np.prod(array.shape) for array in jax.tree.leaves(boxed_shapes(config.model))) == 7908
-    assert sum(config.data.task_steps) == config.train.steps == 2000
+    assert sum(config.data.task_steps) == config.train.steps == 3000
     assert config.data.length * config.data.batch == 1280
     assert all(end % config.train.log_every == 0 for end in np.cumsum(config.data.task_steps))
     assert set(NAMES) == set(parity.VARIANTS)
@@ -59,6 +59,7 @@ def test_blocks_follow_the_curriculum_and_every_seed_has_its_own_strings():
     assert len(np.unique(rows, axis=0)) == len(rows) == 50 * 2 * 5
 
 
+@pytest.mark.full
 def test_a_seed_does_not_see_another(block):
     """Bitwise: with other strings for seed 1, seed 0 ends where it did and seed 1 does not."""
     config = small()
@@ -71,6 +72,7 @@ def test_a_seed_does_not_see_another(block):
     assert any((one[1] != other[1]).any() for one, other in zip(*map(jax.tree.leaves, ends), strict=True))
 
 
+@pytest.mark.full
 def test_a_variant_learns_saves_and_is_not_run_twice(block, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(parity, "make_block", lambda config: block)
     config = parity.variant_config(small(), "mamba3")
@@ -91,6 +93,7 @@ def test_a_variant_learns_saves_and_is_not_run_twice(block, tmp_path, capsys, mo
     assert "done before" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_two_variants_at_a_time_trace_one_after_another(tmp_path, monkeypatch, crowd):
     config = small()
     config.model.implementation = "crowd"

@@ -121,6 +121,7 @@ def test_both_passes_read_what_goes_in():
     assert both["passes_mb"] == pytest.approx(one["passes_mb"] + 2 * inputs + dy)
 
 
+@pytest.mark.full
 def test_arguments_are_those_of_a_model():
     """Values, gates, outputs and their gradients are (B, L, H P), weights and states as they are; the same numbers."""
     case = ssm.Case(batch=2, length=3, heads=4, width=8, d_state=16, groups=2)

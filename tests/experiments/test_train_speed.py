@@ -25,6 +25,7 @@ def small(monkeypatch):
 MEASURE = common.measure
 
 
+@pytest.mark.full
 def test_a_layer_is_checked_before_it_is_timed(monkeypatch):
     def off(*args, **options):
         y_BLHP, state = IMPLEMENTATIONS["recurrent"](*args, **options)
@@ -43,6 +44,7 @@ def test_a_layer_is_checked_before_it_is_timed(monkeypatch):
         train.row_of(wrong, wrong.compile(), want)
 
 
+@pytest.mark.full
 def test_a_step_is_the_trainers():
     (program,) = train.programs_of("tiny", ["default"], 2, 16)
     row, got = train.row_of(program, program.compile(), None)
@@ -53,6 +55,7 @@ def test_a_step_is_the_trainers():
         train.row_of(program, program.compile(), got | {"loss": got["loss"] * 1.002})
 
 
+@pytest.mark.full
 def test_threads_trace_one_after_another(crowd):
     programs = [train.programs_of(model, ["crowd"], 2, 16)[0] for model in ("tiny", "layer tiny")]
     with ThreadPoolExecutor() as pool:
@@ -60,6 +63,7 @@ def test_threads_trace_one_after_another(crowd):
     assert set(crowd) == {1}
 
 
+@pytest.mark.full
 def test_the_check_of_what_is_kept_is_timed_beside_a_step_without_it():
     config = Config(model=TINY)
     config.data.batch, config.data.length = 2, 16

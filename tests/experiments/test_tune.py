@@ -51,6 +51,7 @@ def test_search_takes_the_best_alone_where_both_together_are_worse():
     assert tune.search({}, {"x": (1,), "y": (1,)}, times) == ({"x": 1}, 8.0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("what", ["forward+backward", "decode"])
 def test_threads_trace_one_after_another(what, crowd):
     case = dataclasses.replace(TINY, length=1) if what == "decode" else TINY
@@ -81,6 +82,7 @@ def checked(monkeypatch):
     return found
 
 
+@pytest.mark.full
 def test_what_is_wrong_is_no_choice_and_nothing_is_timed_twice(checked, tmp_path):
     path = tmp_path / "tune.json"
     clock = tune.Clock("tiny", TINY, "scaled", tune.Progress(path, ORIGIN))
@@ -113,6 +115,7 @@ def no_table(tmp_path, monkeypatch):
     tuned.PATH.write_text("[]")
 
 
+@pytest.mark.full
 def test_an_entry_is_written_in_the_place_of_the_one_before(checked, no_table, tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "BACKENDS", {"scaled": "", "other": ""})
     monkeypatch.setattr(kernels, "refused", lambda name, tokens: None if name == "scaled" else "wants a GPU")

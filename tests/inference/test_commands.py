@@ -91,6 +91,7 @@ def word_run(tmp_path_factory):
     return folder, drawn
 
 
+@pytest.mark.full
 def test_special_tokens_stop_and_are_repeated(word_run):
     folder, drawn = word_run
     first, second, _, fourth, *_ = (f"w{i}" for i in drawn)
@@ -125,6 +126,7 @@ def test_evaluate(text_run):
     assert f"{report['results'][0]['loss']:.4f}" in out
 
 
+@pytest.mark.full
 def test_evaluate_prints_before_it_writes(text_run, tmp_path):
     """Root may write into a read-only directory, but not into a file."""
     run = shutil.copytree(text_run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
@@ -148,6 +150,7 @@ def test_a_score_that_is_not_finite_is_null(tmp_path):
     assert json.loads((tmp_path / "report.json").read_text()) == {"results": [{"loss": None, "tokens": 3}]}
 
 
+@pytest.mark.full
 def test_parameters_that_are_not_finite_are_refused(text_run, tmp_path, monkeypatch):
     config, params = checkpoint.load_model(text_run)
     params["norm"]["scale"] *= float("nan")
@@ -186,6 +189,7 @@ def test_convert_there_and_back(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "official", "run"]
 
 
+@pytest.mark.full
 def test_convert_says_what_it_peeled(tmp_path):
     official, run, back = (tmp_path / name for name in ("official", "run", "back"))
     official.mkdir()
@@ -213,6 +217,7 @@ def test_convert_says_what_it_peeled(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "official", "run"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "arguments", "named"),
     [

@@ -54,6 +54,7 @@ def whole():
     return -jnp.take_along_axis(jax.nn.log_softmax(logits_BLV), batch().targets_BL[..., None], axis=-1)[..., 0]
 
 
+@pytest.mark.full
 def test_pieces_are_the_whole():
     assert rel_rms(scored().nll_BL, whole()) < 1e-5
     assert rel_rms(scored().nll_BL * 1.001, whole()) > 1e-5
@@ -73,6 +74,7 @@ def test_ids_outside_the_vocabulary_score_as_nan():
         assert np.isnan(got.nll_BL[1, 30:]).all()
 
 
+@pytest.mark.full
 def test_sums_by_position():
     total = language.Totals(LENGTH)
     total.add(scored()._replace(bytes_BL=np.full((2, LENGTH), 3)))
@@ -132,6 +134,7 @@ def test_bits_per_byte_count_the_bytes_of_the_text(tmp_path, length):
     assert total.count.sum() == sum(len(ids) for ids, _ in tokenizer(data).encode_all(TEXTS))
 
 
+@pytest.mark.full
 def test_text_past_the_trained_length(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(f"{name}bcdefghij" * 30)
@@ -176,6 +179,7 @@ class Counter:
         return jax.nn.one_hot(parity_LB.T, 2), state
 
 
+@pytest.mark.full
 def test_parity_by_length():
     data = DataConfig(source="parity", length=64, batch=32, valid_rows=256, task_lengths=(40,), task_steps=(9,))
     always = tasks.evaluate(Counter(10**6), {}, data)

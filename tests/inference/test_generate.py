@@ -35,6 +35,7 @@ def logits_of():
     return run
 
 
+@pytest.mark.full
 def test_greedy_is_the_argmax_of_the_whole_text(greedy, logits_of):
     for prompt, row in zip(PROMPTS, greedy.ids, strict=True):
         logits_LV = logits_of(prompt + row)[len(prompt) - 1 : -1]
@@ -64,6 +65,7 @@ def test_pieces_are_equal_with_little_padding(longest, piece, length):
     assert start_BL.argmax(axis=1).tolist() == [length - longest, length - 1]
 
 
+@pytest.mark.full
 def test_stop_id_ends_a_row_and_not_the_others(greedy):
     model, params = tiny()
     stop = greedy.ids[0][4]
@@ -72,6 +74,7 @@ def test_stop_id_ends_a_row_and_not_the_others(greedy):
         assert row == (whole[: whole.index(stop)] if stop in whole else whole)
 
 
+@pytest.mark.full
 def test_stop_text_ends_early_and_is_cut_at_the_first_place(greedy, monkeypatch):
     model, params = tiny()
     monkeypatch.setattr(module, "BLOCK", 3)
@@ -91,6 +94,7 @@ def test_stop_looks_at_each_beginning_of_the_last_block_only(monkeypatch):
     assert seen == [3, 6, 9, 7, 8]
 
 
+@pytest.mark.full
 def test_seeds():
     model, params = tiny("M")
     runs = [generate(model, params, [[1]], tokens=30, seed=seed).ids[0] for seed in (0, 0, 1)]
@@ -98,6 +102,7 @@ def test_seeds():
     assert len(runs[0]) == 30
 
 
+@pytest.mark.full
 def test_columns_that_pad_the_vocabulary_are_never_drawn():
     model, params = tiny("M")
     vocab, kernel_DV = model.config.vocab_size, params["head"]["kernel"]
@@ -119,6 +124,7 @@ def test_parameters_that_are_not_numbers_stop_it():
         generate(model, broken, [[1]], tokens=30)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "prompts",
     [

@@ -28,6 +28,7 @@ def workdir(tmp_path_factory):
     return path
 
 
+@pytest.mark.full
 def test_a_workdir_is_loaded_as_float32(workdir):
     model, params = mamba3_jax.load(workdir)
     official, want = mamba3_jax.load(str(OFFICIAL))
@@ -59,6 +60,7 @@ def test_what_is_not_there_says_what_is(workdir, tmp_path):
         mamba3_jax.load(OFFICIAL, step=1)
 
 
+@pytest.mark.full
 def test_parameters_that_do_not_fit_the_config_are_listed(workdir, tmp_path):
     config, params = load_run(workdir)
     params["norm"] = {"scales": params["norm"]["scale"]}
@@ -77,6 +79,7 @@ def test_an_official_directory_brings_its_tokenizer(tmp_path):
     assert load_run(tmp_path / "with")[0].data.tokenizer == str(tmp_path / "with/tokenizer.json")
 
 
+@pytest.mark.full
 def test_what_is_not_finite_is_named(workdir, tmp_path, monkeypatch):
     config, params = load_run(workdir)
     params["norm"]["scale"] = params["norm"]["scale"].at[5].set(np.nan)

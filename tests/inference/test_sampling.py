@@ -45,6 +45,7 @@ def test_small_distributions_are_exact(sampling, want):
     assert np.abs(off - want).max() > 1e-6 or max(want) == 1
 
 
+@pytest.mark.full
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**31), k=st.integers(0, 9), p=st.floats(0.05, 1), temperature=st.floats(0.1, 3))
 def test_any_distribution_is_that_of_the_definition(seed, k, p, temperature):
@@ -79,6 +80,7 @@ def test_temperature_zero_is_the_argmax():
     assert draw(jax.random.key(0), logits_BV, Sampling(0.0)).tolist() == [1, 0]
 
 
+@pytest.mark.full
 def test_a_row_draws_the_same_beside_any_others():
     logits_BV = jax.random.normal(jax.random.key(2), (8, 50))
     together = draw(jax.random.key(3), logits_BV, Sampling())

@@ -23,6 +23,7 @@ def outputs(params=None, **options):
     return params, *jax.jit(layer.apply)({"params": params}, X_BLD)
 
 
+@pytest.mark.full
 def test_discretizations_are_what_the_table_says():
     params, full_BLD, _ = outputs()
     saturated = params | {"in_dt_a_trap": params["in_dt_a_trap"].at[:, 2].set(0)}  # logit 0: lambda = 1/2
@@ -35,6 +36,7 @@ def test_discretizations_are_what_the_table_says():
         assert state.k_BRHN is state.v_BHP is None  # what its rule does not look back at is not carried
 
 
+@pytest.mark.full
 def test_fixed_angles_turn_by_a_constant_a_token_whatever_the_data():
     params, _, state = outputs(angles="rope")
     planes = state.angle_BHS.shape[-1]
@@ -51,6 +53,7 @@ def outputs_of(params, **options):
     return Mamba3(ModelConfig(**SMALL, **options)).apply({"params": params}, X_BLD)[0]
 
 
+@pytest.mark.full
 def test_no_angles_is_no_rotation():
     params, still_BLD, state = outputs(angles="none")
     assert state.angle_BHS is None
@@ -60,6 +63,7 @@ def test_no_angles_is_no_rotation():
     assert rel_rms(still_BLD, zero_BLD) < 1e-6
 
 
+@pytest.mark.full
 def test_without_bc_bias_is_a_bias_of_zero():
     params, _, _ = outputs()
     zero = params | {name: jnp.zeros_like(params[name]) for name in ("k_bias", "q_bias")}
@@ -69,6 +73,7 @@ def test_without_bc_bias_is_a_bias_of_zero():
     assert rel_rms(got_BLD, wanted_BLD) < 1e-6
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("option", [{"angles": "none"}, {"discretization": "exponential_euler"}, {"bc_bias": False}])
 def test_what_an_ablation_does_not_use_gets_a_zero_gradient_and_no_state(option):
     params, _, state = outputs(**option)
@@ -83,6 +88,7 @@ def test_what_an_ablation_does_not_use_gets_a_zero_gradient_and_no_state(option)
         assert (np.abs(gradient[parameter][place]).max() == 0) == (name in option)
 
 
+@pytest.mark.full
 def test_a_model_of_what_is_left_out_carries_a_smaller_state():
     """Pieces of a row with the state carried are the row, from `empty_state` or from none, over scanned layers."""
     config = ModelConfig(

@@ -62,6 +62,7 @@ def naive(conf, start_BL, params, x_BLD):
     return jnp.einsum("blhe,hed->bld", y_BLHE, params["out"]) + params.get("out_bias", 0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_values_and_gradients_are_the_definitions(options, monkeypatch):
     conf = config(**options)
@@ -87,6 +88,7 @@ def test_values_and_gradients_are_the_definitions(options, monkeypatch):
             assert np.abs(got_params[name] - array).max() < GRADIENT * scale, name
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("documents", [False, True])
 def test_pieces_with_a_cache_are_the_whole(documents):
     conf = config(**OPTIONS["rope"])

@@ -33,6 +33,7 @@ def program_size(pattern, scan_layers=True):
     return len(train.as_text()), len(step.as_text())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("patterns", [["M" * 2, "M" * 8, "M" * 24, "M" * 48], ["MMA" * 2, "MMA" * 8, "MMA" * 16]])
 def test_program_size_does_not_grow_with_depth(patterns):
     sizes = [program_size(pattern) for pattern in patterns]

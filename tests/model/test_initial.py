@@ -39,6 +39,7 @@ def is_uniform(array, bound, tolerance=0.03):
     return reached and spread and abs(array.mean()) < tolerance * bound
 
 
+@pytest.mark.full
 def test_projections_are_uniform_and_those_into_the_residual_are_rescaled(params):
     mamba = params["segment_0"]["block_0"]
     attention = params["segment_1"]["block_0"]

@@ -65,6 +65,7 @@ def leaky(monkeypatch):
     return config
 
 
+@pytest.mark.full
 def test_a_new_mixer_trains_resumes_evaluates_and_decodes(leaky, tmp_path):
     with Trainer(leaky, tmp_path, report=lambda line: None) as trainer:
         trainer.run()

@@ -79,6 +79,7 @@ def worst(got, want):
     return max(jax.tree.leaves(jax.tree.map(rel_rms, got, want)))
 
 
+@pytest.mark.full
 def test_logits_are_float32_and_as_wide_as_the_padded_vocabulary():
     logits_BLV, state = compiled()(params(), tokens())
     assert logits_BLV.shape == (BATCH, LENGTH, 32)
@@ -88,6 +89,7 @@ def test_logits_are_float32_and_as_wide_as_the_padded_vocabulary():
     assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), empty)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("documents", [False, True])
 def test_prefill_in_pieces_and_decoding_are_the_whole(documents):
     start_BL = starts() if documents else jnp.zeros((BATCH, LENGTH), bool)
@@ -122,6 +124,7 @@ def test_packed_documents_are_the_documents_alone():
     assert rel_rms(unpacked_BLV, packed_BLV) > 1e-3  # the boundaries do something
 
 
+@pytest.mark.full
 def test_no_gradient_crosses_a_boundary():
     """Exactly zero, through the embedding of another document's tokens and through the incoming state."""
     row_BL = jnp.tile(jnp.arange(LENGTH), (BATCH, 1))  # every token its own embedding, and the head is not tied
@@ -146,6 +149,7 @@ def test_no_gradient_crosses_a_boundary():
         assert all((np.abs(x).max() > 0) == (document == 0) for x in floats)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "change", [{"scan_layers": False}, *({"remat": how} for how in ("rotation", "op", "block"))], ids=str
 )
@@ -164,6 +168,7 @@ def test_a_planted_error_in_one_layer_is_seen():
     assert rel_rms(logits_BLV, compiled()(params(), tokens())[0]) > FORWARD
 
 
+@pytest.mark.full
 def test_bfloat16_is_close():
     want_BLV, _ = compiled()(params(), tokens())
     got_BLV, state = compiled(compute_dtype="bfloat16")(params(), tokens())
@@ -177,6 +182,7 @@ def test_bfloat16_is_close():
     assert all(g.dtype == jnp.float32 and np.isfinite(g).all() for g in jax.tree.leaves(gradient))
 
 
+@pytest.mark.full
 def test_a_bfloat16_residual_is_the_other_choice():
     want_BLV, _ = compiled(compute_dtype="bfloat16")(params(), tokens())
     got_BLV, _ = compiled(compute_dtype="bfloat16", residual_in_fp32=False)(params(), tokens())
@@ -193,6 +199,7 @@ def test_an_id_out_of_range_gives_nan_and_not_another_token(wrong):
     assert np.isfinite(logits_BLV[1]).all()
 
 
+@pytest.mark.full
 def test_ids_are_the_same_of_any_integer_dtype():
     model, row_BL = LanguageModel(SMALL), np.array([[0, 255]])
     small = init_params(SMALL, jax.random.key(0))
@@ -235,6 +242,7 @@ def test_ids_are_rows_of_integers(ids_BL, named):
         apply(HYBRID, params(), ids_BL.tolist())
 
 
+@pytest.mark.full
 def test_two_calls_with_room_for_both_are_the_whole():
     """As written down: logits, state = apply(tokens, capacity=...); apply(next, state)."""
     whole_BLV, _ = compiled()(params(), tokens())
@@ -247,6 +255,7 @@ def test_two_calls_with_room_for_both_are_the_whole():
         assert jax.tree.map(jnp.shape, state) == shapes
 
 
+@pytest.mark.full
 def test_a_full_cache_is_an_error_where_it_is_known_and_nan_where_not():
     model, variables, next_BL = LanguageModel(HYBRID), {"params": params()}, tokens()[:, :1]
     _, state = compiled()(params(), tokens()[:, :12])
@@ -258,6 +267,7 @@ def test_a_full_cache_is_an_error_where_it_is_known_and_nan_where_not():
         model.apply(variables, next_BL, state)
 
 
+@pytest.mark.full
 def test_no_attention_needs_no_room():
     model, variables = LanguageModel(SMALL), {"params": init_params(SMALL, jax.random.key(0))}
     _, state = model.apply(variables, np.array([[1, 2]]))
@@ -275,6 +285,7 @@ def test_a_capacity_that_means_nothing_is_named():
         model.apply(variables, tokens(), state, capacity=20)
 
 
+@pytest.mark.full
 def test_a_tied_head_is_the_embedding_and_layer_norm_has_biases():
     config = dataclasses.replace(HYBRID, pattern="M", d_ff=0, tie_embeddings=True, norm="layer")
     tied = init_params(config, jax.random.key(0))

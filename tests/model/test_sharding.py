@@ -11,6 +11,7 @@ from mamba3_jax.config import ModelConfig
 from mamba3_jax.sharding import make_mesh, param_shardings
 
 
+@pytest.mark.full
 def test_several_devices_compute_what_one_does():
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.model.sharded", "data:-1", "tensor:4"]

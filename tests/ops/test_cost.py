@@ -67,6 +67,7 @@ def work(jaxpr) -> int:
     return total + sum(times * work(body) for body, times in inner(jaxpr))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("implementation", PARALLEL)
 @pytest.mark.parametrize("shape", [SISO, MIMO], ids=["siso", "mimo"])
 def test_work_a_token_is_constant(shape, implementation):
@@ -88,6 +89,7 @@ def test_growing_work_is_caught():
     assert long == pytest.approx(4 * short, rel=0.01)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("implementation", PARALLEL)
 @pytest.mark.parametrize("name", ["forward", "gradients"])
 def test_memory_a_token_is_constant(name, implementation):

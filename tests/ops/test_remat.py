@@ -49,6 +49,7 @@ def test_residuals(shape):
     assert kept[None] >= kept["rotation"] + rotated
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("how", KEPT)
 def test_it_changes_no_gradient(how):
     shape = SHAPES["siso"]

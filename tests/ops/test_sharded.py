@@ -19,6 +19,7 @@ from mamba3_jax.ops.sharded import sharded
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
 
 
+@pytest.mark.full
 def test_several_devices_compute_what_one_does():
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
@@ -49,6 +50,7 @@ GPU = ("NVIDIA H200", None, "gpu", "cuda", ("mamba3_scan", "mamba3_value_gradien
 TPU = ("TPU v5 lite", 1, "tpu", "tpu", ('"mamba3_tpu_scan"', '"mamba3_tpu_scan_back"'))
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
 @pytest.mark.parametrize("axes", [{}, {"batch": "data", "heads": "tensor"}], ids=["unknown", "known"])
 @pytest.mark.parametrize(("kind", "cores", "backend", "platform", "kernels"), [GPU, TPU], ids=["gpu", "tpu"])

@@ -99,6 +99,7 @@ def on_tpu(monkeypatch):
     return become
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["TPU v4", "TPU v5 lite", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU7x"])
 def test_the_default_on_a_tpu_is_its_kernels(kind, on_tpu):
     """Of a row and of one token; of what the kernels do not support, plain XLA."""
@@ -115,6 +116,7 @@ def test_the_default_on_a_tpu_is_its_kernels(kind, on_tpu):
     assert ssm.default_implementation(half) == "recurrent"
 
 
+@pytest.mark.full
 def test_the_default_on_a_tpu_has_vmem_for_its_shapes(on_tpu):
     """Where a kernel would raise that it has not, plain XLA runs: heads that do not divide, a large state on v4."""
     on_tpu("TPU v4")
@@ -129,6 +131,7 @@ def test_the_default_on_a_tpu_has_vmem_for_its_shapes(on_tpu):
     assert ssm.default_implementation(tokens_of(large)) == "mosaic_tpu"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("d_state", "dtype"), [(128, jnp.bfloat16), (256, jnp.bfloat16), (256, jnp.float32)])
 def test_the_default_on_a_tpu_is_not_refused_later(d_state, dtype, on_tpu):
     """As heads take more and more VMEM: what is chosen is traced in both rotations, with all that there can be."""

@@ -4,6 +4,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 
 def run(code: str) -> subprocess.CompletedProcess:
     hook = """
@@ -20,6 +22,7 @@ def run(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.full
 def test_annotations_hold():
     done = run("""
         for shape in (SISO, MIMO, SSD):

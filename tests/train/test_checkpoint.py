@@ -41,6 +41,7 @@ def listing(workdir):
     return sorted((str(path), path.stat().st_size) for path in workdir.rglob("*"))
 
 
+@pytest.mark.full
 def test_newest_and_best_are_kept(saved):
     assert all_steps(saved) == [1, 3, 4]
     assert sorted(path.name for path in (saved / "checkpoints").iterdir()) == ["1", "3", "4"]

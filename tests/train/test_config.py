@@ -207,6 +207,7 @@ for command, names in paths.items():
 """
 
 
+@pytest.mark.full
 def test_no_command_takes_an_empty_path():
     done = subprocess.run([sys.executable, "-c", EMPTY_PATHS], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -65,6 +65,7 @@ def run(tmp_path_factory):
     return workdir, train(config(), workdir, bad=(8, 9).__contains__)
 
 
+@pytest.mark.full
 def test_metrics_have_every_step_once(run):
     lines = metrics.read(run[0] / "metrics.jsonl")
     train_lines = [line for line in lines if "loss" in line]
@@ -90,6 +91,7 @@ def test_what_the_run_leaves(run):
     assert lines[-1] == "2 of 20 updates were skipped: loss, gradient or result was not finite"
 
 
+@pytest.mark.full
 def test_a_finished_run_has_nothing_to_do(run):
     before = (run[0] / "metrics.jsonl").read_bytes()
     lines = train(config(), run[0])
@@ -97,6 +99,7 @@ def test_a_finished_run_has_nothing_to_do(run):
     assert not any(line.startswith("step") for line in lines)
 
 
+@pytest.mark.full
 def test_the_logged_loss_is_the_mean_over_the_steps_since_the_last_line(run, tmp_path):
     sparse = config()
     sparse.train.log_every = 5
@@ -110,6 +113,7 @@ def test_the_logged_loss_is_the_mean_over_the_steps_since_the_last_line(run, tmp
     assert sorted(got) == [5, 10, 15, 20]
 
 
+@pytest.mark.full
 def test_stops_after_too_many_bad_steps_and_keeps_the_last_good_checkpoint(run):
     workdir, longer = run[0], config(40)
     longer.optimizer.clip = 0.0  # what may change may change
@@ -244,6 +248,7 @@ def no_curve(trainer, step):
     (trainer.workdir / "curve.png").mkdir(exist_ok=True)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("then", "path", "reason", "last"),
     [
@@ -282,6 +287,7 @@ def threads_that_died(monkeypatch):
     return found
 
 
+@pytest.mark.full
 def test_a_run_begins_from_finite_numbers_only(run, tmp_path, monkeypatch):
     start = config()
     params = random_params(start)
@@ -353,6 +359,7 @@ def test_clock():
     assert [metrics.clock(x) for x in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]
 
 
+@pytest.mark.full
 def test_the_tokenizer_travels_with_the_run(tmp_path):
     path = tmp_path / "words.json"
     Tokenizer(models.WordLevel({"a": 0, "</s>": 1, "?": 2}, unk_token="?")).save(str(path))

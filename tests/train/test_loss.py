@@ -46,6 +46,7 @@ def test_sums_are_those_of_numpy():
     assert rel_rms(got, reference(logits_BLV[..., :-1], batch)) > 1e-3, "the padded vocabulary takes part"
 
 
+@pytest.mark.full
 def test_gradient_is_softmax_minus_target():
     logits_BLV, batch = case()
 
@@ -79,6 +80,7 @@ def test_a_token_without_weight_does_not_count_whatever_its_logits():
     assert rel_rms(np.array(sums(jnp.float32(logits_BLV), batch, VOCAB)), want) < 1e-6
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("target", [-1, -100, -(2**31), VOCAB, V - 1, V, 2**31 - 1])
 def test_a_target_outside_the_vocabulary_counts_as_nan_and_without_weight_not_at_all(target):
     logits_BLV, batch = case()

@@ -138,6 +138,7 @@ def test_killed_and_stopped_is_the_same_run(straight, tmp_path, compiled):
     assert len([line for line in timeless(straight) if "loss" in line]) == STEPS
 
 
+@pytest.mark.full
 def test_four_devices_are_one_and_take_over_its_checkpoint(straight, tmp_path, compiled):
     """From the single device's parameters at some step on, a data axis of 4 computes the same to float32 rounding."""
     first = all_steps(straight)[0]
@@ -156,6 +157,7 @@ def test_four_devices_are_one_and_take_over_its_checkpoint(straight, tmp_path, c
         assert rel_rms(np.asarray(got) * 1.001, want) > 5e-4
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -176,6 +178,7 @@ def test_a_mistake_is_one_line(straight, compiled, flags, message):
     assert output == ""
 
 
+@pytest.mark.full
 def test_a_checkpoint_that_cannot_be_written_is_one_line(straight, tmp_path, compiled):
     """No file may have more than 8,000 bytes, which is less than the state; `straight` has filled the cache."""
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (8_000, 8_000))
@@ -188,6 +191,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(straight, tmp_path, com
     assert all_steps(tmp_path) == []
 
 
+@pytest.mark.full
 def test_a_damaged_checkpoint_is_one_line(straight, tmp_path, compiled):
     newest = all_steps(straight)[-1]
     (tmp_path / "checkpoints").mkdir()

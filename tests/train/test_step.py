@@ -33,6 +33,7 @@ def flat(tree):
     return np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(tree)])
 
 
+@pytest.mark.full
 def test_accumulation_is_the_full_batch():
     config = get_config()
     params, batch = random_params(config), random_batch(config)
@@ -51,6 +52,7 @@ def test_accumulation_is_the_full_batch():
     assert rel_rms(np.mean([compute(1, half)[0] for half in halves], axis=0), whole) > 1e-3
 
 
+@pytest.mark.full
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
     config, step = stepper()
     batch = random_batch(config)
@@ -91,6 +93,7 @@ def test_ids_outside_the_vocabulary_skip_the_step():
             assert flat(state.params).tobytes() == flat(before.params).tobytes()
 
 
+@pytest.mark.full
 def test_parameters_stay_float32_when_compute_is_bfloat16():
     config = get_config()
     batch = random_batch(config)
@@ -132,6 +135,7 @@ GRADIENT = {"eps": 0.0}  # 0 / 0 where eps is less than float32 has
 PARTS = Sums(nll=np.float32(2), z=np.float32(1), correct=np.float32(1), weight=np.float32(1))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("field", "value"), [("weight_decay", math.nan), ("learning_rate", 1e39), ("eps", 1e-60), ("b2", math.inf)]
 )
@@ -148,6 +152,7 @@ def test_an_update_that_is_not_finite_is_not_made(field, value):
     assert (int(after.step), int(after.skipped), int(after.bad)) == (1, 1, 1)
 
 
+@pytest.mark.full
 def test_a_large_moment_is_finite_though_its_norm_is_not():
     config = get_config()
     state = fresh(config)
