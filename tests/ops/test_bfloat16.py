@@ -97,7 +97,9 @@ def runs(implementation, shape) -> bool:
 @every_kernel
 @pytest.mark.parametrize(
     ("name", "packed"),
-    itertools.product(SHAPES, (False, True)) if ON_GPU else [("siso", False), ("mimo", True), ("ssd", True)],
+    itertools.product(SHAPES, (False, True))
+    if ON_GPU
+    else [pytest.param("siso", False, marks=pytest.mark.quick), ("mimo", True), ("ssd", True)],
 )
 def test_agrees_with_the_definition(name, packed, implementation):
     """Values, and gradients of everything, the states before and after included."""

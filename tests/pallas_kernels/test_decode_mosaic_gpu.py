@@ -122,6 +122,7 @@ def test_sine_and_cosine():
     np.testing.assert_allclose(got, np.stack([np.sin(exact), np.cos(exact)]), atol=1.2e-7)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", SHAPES)
 def test_lowers_for_cuda_in_place(name):
     gpu = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
@@ -142,6 +143,7 @@ def test_lowers_for_cuda_in_place(name):
     assert {f"%arg{i}" for i in range(n_inputs - n_state, n_inputs)} < in_place  # all of the state, as it came
 
 
+@pytest.mark.quick
 def test_what_it_cannot_run():
     for shape, message in (
         (SHAPES["siso"]._replace(width=65), "decodes width=65 up to 64"),

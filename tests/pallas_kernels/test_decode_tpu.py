@@ -169,6 +169,7 @@ def planted():
     return quick_jit(step(MIMO))
 
 
+@pytest.mark.quick
 def test_what_it_cannot_run():
     with jax.enable_x64(True), pytest.raises(ValueError, match="float32 or bfloat16, not"):
         step(SISO)(*jax.tree.map(jnp.asarray, draw(SISO, dtype=np.float64)))

@@ -148,6 +148,7 @@ def test_a_planted_error_is_caught(field):
         cases.check_results(quick_jit(step(SHAPES["mimo4"]))(tokens, heads, wrong), want, 1e-6)
 
 
+@pytest.mark.quick
 def test_what_it_cannot_run():
     with pytest.raises(ValueError, match="a power of two up to 16, not rank=3"):
         step(MIMO)(*draw(MIMO._replace(rank=3)))

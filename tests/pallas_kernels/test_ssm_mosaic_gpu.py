@@ -40,6 +40,7 @@ mosaic_gpu = functools.partial(kernels, backend="mosaic_gpu")
 ROUNDED = 5e-3
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("shape", "starts", "splits"),
     [
@@ -180,6 +181,7 @@ def scan_refs(length=64, rank=1, d_state=64, width=64, planes=16, heads=2, group
     )
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("sizes", "tile", "message"),
     [
@@ -199,6 +201,7 @@ def test_what_the_scan_cannot_run(sizes, tile, message):
         jax.eval_shape(functools.partial(scan_fwd.run, tile=tile), scan_refs(**sizes))
 
 
+@pytest.mark.quick
 def test_a_named_implementation_runs_or_raises(monkeypatch):
     tokens, heads, state = draw(SISO_LARGE)
     if jax.default_backend() == "cpu":

@@ -291,6 +291,7 @@ def test_no_zeros_of_a_state(loop, given):
     assert found["mamba3_tpu_scan_back"] == {(False, given)}
 
 
+@pytest.mark.quick
 def test_a_named_implementation_runs_or_raises(monkeypatch):
     monkeypatch.setitem(ssm.__globals__["IMPLEMENTATIONS"], "mosaic_tpu", mosaic_tpu)
     tokens, heads, state = draw(SMALL)

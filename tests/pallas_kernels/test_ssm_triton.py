@@ -111,6 +111,7 @@ def test_what_is_left_out_is_in_no_kernel(shape, kernels):
     assert found == always | kernels
 
 
+@pytest.mark.quick
 @pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
 def test_the_largest_state_lowers_for_cuda():
     tokens, heads, state = draw(SISO_LARGE._replace(d_state=256, width=128, planes=64))
@@ -194,6 +195,7 @@ def scan_operands(rows=64, d_state=32, width=16, dtype=jnp.float32, rank=1) -> s
     )
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("sizes", "tile", "message"),
     [
@@ -212,6 +214,7 @@ def test_what_the_scan_cannot_run(sizes, tile, message):
         jax.eval_shape(functools.partial(scan_fwd.forward, tile=tile, residuals=False), scan_operands(**sizes))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("d_state", "planes", "length", "message"),
     [
@@ -242,6 +245,7 @@ def test_what_the_rotation_cannot_run(d_state, planes, length, message):
         rotate.rotate(operands, Tile())
 
 
+@pytest.mark.quick
 def test_a_named_implementation_runs_or_raises(monkeypatch):
     def run(inputs, shape=SISO):
         return triton(*inputs, rotation=shape.rotation, interpret=True)
