@@ -83,6 +83,7 @@ def check_all(recorded):
     return state
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_states_gradients_and_decode_steps_are_the_official_ones(name):
     recorded = Recorded(name, "")
