@@ -15,7 +15,7 @@ Other letters are local to a file.
 The paper's symbols (arXiv 2603.15569) and ours:
 
     C, B, x     q, k, v                     query, key, value of the recurrence
-    Delta, A    dt, a; log_a = dt a < 0     step and decay rate (backward_euler has another log_a)
+    Delta, A    dt, a; log_a = dt a < 0     step and decay rate (some rules have another log_a)
     lambda      sigmoid(logit), in [0, 1]   how much of a step is the current token's: inside ops.discretize only
     theta       angle = pi tanh(theta)      radians per unit dt; the running sum of dt angle rotates q and k
     D, z        skip, gate

@@ -65,7 +65,9 @@ def order(rule: str, **how) -> list[float]:
 @pytest.mark.parametrize("rule", DISCRETIZATIONS)
 def test_the_error_falls_with_the_stated_order(rule):
     """The best that its docstring states; lambda = 1/2 + O(dt), for who has one."""
-    stated = max(int(number) for number in re.findall(r"[Oo]rder (\d)", DISCRETIZATIONS[rule].__doc__))
+    orders = re.findall(r"[Oo]rder (\d)", DISCRETIZATIONS[rule].__doc__ or "")
+    assert orders, f"the docstring of {rule} does not say 'Order N'"
+    stated = max(map(int, orders))
     np.testing.assert_allclose(order(rule, logit=lambda dt: 3 * dt), stated, atol=0.1)
 
 
