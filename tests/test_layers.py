@@ -135,7 +135,8 @@ both(70), both(1)
 print("ran", *IMPLEMENTATIONS)
 """
     code = code.replace("PATH", repr(str(tmp_path)))
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout.startswith("ran "), done.stderr[-3000:]

@@ -164,6 +164,7 @@ def test_parameters_that_are_not_finite_are_refused(text_run, tmp_path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
+@pytest.mark.full
 def test_convert_there_and_back(tmp_path):
     official, run, back = tmp_path / "official", tmp_path / "run", tmp_path / "new/back"
     shutil.copytree(OFFICIAL, official)

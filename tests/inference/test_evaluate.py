@@ -63,6 +63,7 @@ def test_pieces_are_the_whole():
     assert rel_rms(lost, whole()) > 1e-3
 
 
+@pytest.mark.full
 def test_ids_outside_the_vocabulary_score_as_nan():
     """Targets at their own place; tokens from there on. 13 ids in an embedding of 16 rows."""
     for wrong in (-1, -100, 13, 15, 16):

@@ -114,6 +114,7 @@ def turned(state):
     return jax.tree_util.tree_map_with_path(turn, state)
 
 
+@pytest.mark.full
 def test_packed_documents_are_the_documents_alone():
     packed_BLV, _ = run_on(0, LENGTH, None, starts())
     nothing_BL = jnp.zeros((BATCH, LENGTH), bool)

@@ -99,7 +99,7 @@ def runs(implementation, shape) -> bool:
     ("name", "packed"),
     itertools.product(SHAPES, (False, True))
     if ON_GPU
-    else [pytest.param("siso", False, marks=pytest.mark.quick), ("mimo", True), ("ssd", True)],
+    else [("siso", False), ("mimo", True), pytest.param("ssd", True, marks=pytest.mark.quick)],
 )
 def test_agrees_with_the_definition(name, packed, implementation):
     """Values, and gradients of everything, the states before and after included."""

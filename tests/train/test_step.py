@@ -105,6 +105,7 @@ def test_parameters_stay_float32_when_compute_is_bfloat16():
     assert 1e-5 < rel_rms(*moments) < 0.1, "bfloat16 was used, and is close"
 
 
+@pytest.mark.full
 def test_loss_falls():
     config, step = stepper()
     state, batch = fresh(config), random_batch(config)
