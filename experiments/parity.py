@@ -6,10 +6,10 @@ Label y_t = x_1 + .. + x_t mod 2 of fresh random bits, at every position. One la
 variants that differ in nothing else, three seeds each, vmapped in one compiled step; all variants see the same strings.
 Documents grow from 16 to 256 tokens while the steps go by, packed into rows of one shape: a variant compiles once.
 
-Cost: 3 minutes on 2 CPU cores (10 on slow ones). Expect, in percent of the way from chance to perfect, 95 to 100
+Cost: 3 to 6 minutes on 2 CPU cores (10 on slow ones). Expect, in percent of the way from chance to perfect, 95 to 100
 of Mamba-3 at length 256 (ten seeds on one core and ten on two ended at 100), 85 to 100 of Euler, and about 0, already
 at 40, without rotation and with fixed RoPE angles: what solves it is the data-dependent rotation, not the
-trapezoid. Past the trained length even Mamba-3 fails step by step (25 to 100 at 320, 0 to 60 at 384).
+trapezoid. Past the trained length even Mamba-3 fails step by step (at 384, 56 to 81 of three seeds).
 
 With --results= (nothing recorded), a variant that is done at the same commit is not trained again in the same
 workdir. `launch.train --config=experiments/parity.py` trains the first variant, one seed.

@@ -126,7 +126,7 @@ EXPERIMENTS = (
     Experiment(
         question="Does rotation by a data-dependent angle track a state (parity), and what else does?",
         command="python -m experiments.parity --workdir=runs/parity",
-        cost="2 minutes, 2 cores",
+        cost="3 to 6 minutes, 2 cores",
         expected="at 256, percent from chance to perfect: Mamba-3 95 to 100, Euler 85 to 100, the others about 0",
         result="results/parity.json",
         got=parity_scores,
