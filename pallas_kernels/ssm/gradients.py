@@ -15,21 +15,21 @@ from jax import lax
 from pallas_kernels.ssm.decay import combine_splits, documents_in_chunks
 
 
-def combine_splits_bwd(dlast_BHPN, decay_BHZ, demanded_BHZPN):
+def combine_splits_bwd(dlast_BHPN, decay_BHZ, added_BHZPN):
     """Run the scan over splits from the end: returns the gradient of the state after every split.
 
-    dh_end[z] = dh_start[z + 1],   dh_start[z] = decay[z] dh_end[z] + demanded[z]
+    dh_end[z] = dh_start[z + 1],   dh_start[z] = decay[z] dh_end[z] + added[z]
 
     Args:
         dlast_BHPN: the gradient of the state after the row.
-        demanded_BHZPN: what the outputs of a split add to the gradient of the state before it.
+        added_BHZPN: what the outputs of a split add to the gradient of the state before it.
     """
-    demanded_BHZPN, decay_BHZ = jnp.flip(demanded_BHZPN, axis=2), jnp.flip(decay_BHZ, axis=2)
-    ends_BHZPN, _ = combine_splits(dlast_BHPN, decay_BHZ, demanded_BHZPN)
+    added_BHZPN, decay_BHZ = jnp.flip(added_BHZPN, axis=2), jnp.flip(decay_BHZ, axis=2)
+    ends_BHZPN, _ = combine_splits(dlast_BHPN, decay_BHZ, added_BHZPN)
     return jnp.flip(ends_BHZPN, axis=2)
 
 
-class Crossing(NamedTuple):
+class AngleProducts(NamedTuple):
     """Inner products of the states at the checkpoints with their gradients, where the angle's sums begin again.
 
     Rotating all tokens from t on only rotates them against the state h before t, and the last state against its
@@ -43,7 +43,7 @@ class Crossing(NamedTuple):
     interval: int
 
 
-def crossing_sums(u_PS, w_PS, du_PS, dw_PS, planes: int):
+def state_products(u_PS, w_PS, du_PS, dw_PS, planes: int):
     """Return <h, dh>, which the decay's gradient wants, and X of every pair, of a state (u, w) and its gradient."""
     # One reduction computes both in one pass over the states, which XLA would not fuse.
     both, zeros = (u_PS * du_PS + w_PS * dw_PS, w_PS * du_PS - u_PS * dw_PS), (jnp.float32(0),) * 2
@@ -60,7 +60,7 @@ class AngleSums(NamedTuple):
     dphi_BHCS: jax.Array  # a chunk's sum, for the tokens before it
 
 
-def add_later(angle_BLHS, dt_BHL, document_BL, sums: AngleSums, dlast_BHS, crossing: Crossing):
+def add_later(angle_BLHS, dt_BHL, document_BL, sums: AngleSums, dlast_BHS, products: AngleProducts):
     """Return the gradients of angle, dt and the first angle: `sums`, and what comes from the chunks after a token's.
 
     Args:
@@ -69,7 +69,7 @@ def add_later(angle_BLHS, dt_BHL, document_BL, sums: AngleSums, dlast_BHS, cross
     """
     batch, n_heads, length = dt_BHL.shape
     chunks, planes = sums.dphi_BHCS.shape[2:]
-    later_BHCS, dfirst_BHS, within_BCQ = _later(document_BL, sums.dphi_BHCS, dlast_BHS, crossing, length=length)
+    later_BHCS, dfirst_BHS, within_BCQ = _later(document_BL, sums.dphi_BHCS, dlast_BHS, products, length=length)
     dt_BHCQ = dt_BHL.reshape(batch, n_heads, chunks, -1)
     angle_BCQHS = angle_BLHS.reshape(batch, chunks, length // chunks, -1, planes)
     if within_BCQ is not None:
@@ -86,13 +86,13 @@ def add_later(angle_BLHS, dt_BHL, document_BL, sums: AngleSums, dlast_BHS, cross
     return dangle_BLHS, sums.ddt_BHL + more_BHCQ.reshape(sums.ddt_BHL.shape), dfirst_BHS
 
 
-def _later(document_BL, dphi_BHCS, dlast_BHS, crossing: Crossing, *, length: int):
+def _later(document_BL, dphi_BHCS, dlast_BHS, products: AngleProducts, *, length: int):
     """Return the gradient that reaches the end of every chunk from later tokens, that of the angle before the row, and
     which tokens of a chunk (B, C, Q) its end reaches (None: all)."""
     batch, n_heads, chunks, planes = dphi_BHCS.shape
-    splits, checkpoints = crossing.starts_BHZAS.shape[2:4]
+    splits, checkpoints = products.starts_BHZAS.shape[2:4]
     tokens = length // chunks
-    in_split, in_interval = chunks // splits, crossing.interval // tokens
+    in_split, in_interval = chunks // splits, products.interval // tokens
     padding = checkpoints * in_interval - in_split
 
     def by_checkpoint(array_BHCS, **how):
@@ -101,16 +101,16 @@ def _later(document_BL, dphi_BHCS, dlast_BHS, crossing: Crossing, *, length: int
         array_BHZCS = jnp.pad(array_BHZCS, [(0, 0)] * 3 + [(0, padding), (0, 0)], **how)
         return array_BHZCS.reshape(*array_BHCS.shape[:2], splits * checkpoints, in_interval, -1)
 
-    start_BHAS = crossing.starts_BHZAS.reshape(batch, n_heads, -1, planes)
-    end_BHAS = jnp.concatenate([start_BHAS[:, :, 1:], crossing.end_BHS[:, :, None]], axis=2)
-    first_BHS, after_BHAS = start_BHAS[:, :, 0], (dlast_BHS - crossing.end_BHS)[:, :, None]
+    start_BHAS = products.starts_BHZAS.reshape(batch, n_heads, -1, planes)
+    end_BHAS = jnp.concatenate([start_BHAS[:, :, 1:], products.end_BHS[:, :, None]], axis=2)
+    first_BHS, after_BHAS = start_BHAS[:, :, 0], (dlast_BHS - products.end_BHS)[:, :, None]
     sums_BHACS, within_BCQ = by_checkpoint(dphi_BHCS), None
     if document_BL is None:
         end_BHAS, first_BHS = end_BHAS + after_BHAS, first_BHS + after_BHAS[:, :, 0]
         up_to_BHACS = jnp.cumsum(sums_BHACS, axis=3)
         later_BHACS = up_to_BHACS[:, :, :, -1:] - up_to_BHACS + end_BHAS[:, :, :, None]
     else:
-        places = [z * in_split * tokens + a * crossing.interval for z in range(splits) for a in range(checkpoints)]
+        places = [z * in_split * tokens + a * products.interval for z in range(splits) for a in range(checkpoints)]
         before_BA = jnp.pad(document_BL, ((0, 0), (1, 0)))[:, np.array([*places, length])]
         is_last_BHAS = (before_BA == before_BA[:, -1:])[:, None, :, None]
         end_BHAS += jnp.where(is_last_BHAS[:, :, 1:], after_BHAS, 0.0)
@@ -137,7 +137,7 @@ def _compose(later, sooner):
     return more + jnp.where(more_goes_on, total, 0.0), goes_on & more_goes_on
 
 
-def decay_bwd(document_BL, received_BHL, crossing_BHZA, end_BH, tokens: int, interval: int):
+def decay_bwd(document_BL, net_BHL, products_BHZA, end_BH, tokens: int, interval: int):
     """Return the gradient of c, the log decay since the first token of a chunk (or of its document in the chunk).
 
     With r_t the incoming less the outgoing gradient of token t, over all pairs of tokens that it is part of,
@@ -149,13 +149,13 @@ def decay_bwd(document_BL, received_BHL, crossing_BHZA, end_BH, tokens: int, int
 
     Args:
         document_BL: document starts in the chunk up to each token; None: one document.
-        received_BHL: r.
-        crossing_BHZA: <dh, h> before every `interval` tokens of every split.
+        net_BHL: r.
+        products_BHZA: <dh, h> before every `interval` tokens of every split.
         end_BH: <dh, h> of the last state.
         tokens: of a chunk.
     """
-    batch, n_heads, length = received_BHL.shape
-    splits, checkpoints = crossing_BHZA.shape[2:]
+    batch, n_heads, length = net_BHL.shape
+    splits, checkpoints = products_BHZA.shape[2:]
     chunks, between = length // tokens // splits, interval // tokens
 
     def by_checkpoint(array_BHZC):
@@ -164,20 +164,20 @@ def decay_bwd(document_BL, received_BHL, crossing_BHZA, end_BH, tokens: int, int
         array_BHZC = jnp.pad(array_BHZC, [(0, 0)] * 3 + [(0, padding)])
         return array_BHZC.reshape(*array_BHZC.shape[:3], checkpoints, between)
 
-    received_BHZCQ = received_BHL.reshape(batch, n_heads, splits, chunks, tokens)
-    carried_BHZCQ, reach_BHZACC, reach_end_BHZAC = received_BHZCQ, jnp.tri(between, k=-1, dtype=bool).T, True
+    net_BHZCQ = net_BHL.reshape(batch, n_heads, splits, chunks, tokens)
+    carried_BHZCQ, reach_BHZACC, reach_end_BHZAC = net_BHZCQ, jnp.tri(between, k=-1, dtype=bool).T, True
     if document_BL is not None:
         document_BHZCQ = document_BL.reshape(batch, 1, splits, chunks, tokens)
-        carried_BHZCQ = jnp.where(document_BHZCQ == 0, received_BHZCQ, 0.0)
+        carried_BHZCQ = jnp.where(document_BHZCQ == 0, net_BHZCQ, 0.0)
         begun_BHZAC = jnp.cumsum(by_checkpoint((document_BHZCQ[..., -1] > 0).astype(jnp.int32)), axis=-1)
         begun_before_BHZAC = jnp.pad(begun_BHZAC[..., :-1], [(0, 0)] * 4 + [(1, 0)])
         reach_BHZACC = reach_BHZACC & (begun_BHZAC[..., :, None] == begun_before_BHZAC[..., None, :])
         reach_end_BHZAC = begun_BHZAC == begun_BHZAC[..., -1:]
     carried_BHZAC = by_checkpoint(jnp.sum(carried_BHZCQ, axis=-1))
-    crossing_BHA = jnp.concatenate([crossing_BHZA.reshape(batch, n_heads, -1), end_BH[..., None]], axis=-1)
-    ends_BHZA = crossing_BHA[..., 1:].reshape(crossing_BHZA.shape)
+    products_BHA = jnp.concatenate([products_BHZA.reshape(batch, n_heads, -1), end_BH[..., None]], axis=-1)
+    ends_BHZA = products_BHA[..., 1:].reshape(products_BHZA.shape)
     over_BHZAC = jnp.sum(jnp.where(reach_BHZACC, carried_BHZAC[..., None, :], 0.0), axis=-1)
     over_BHZAC += jnp.where(reach_end_BHZAC, ends_BHZA[..., None], 0.0)
     over_BHZC = lax.optimization_barrier(over_BHZAC.reshape(batch, n_heads, splits, -1)[..., :chunks])
     is_last_Q = jnp.arange(tokens) == tokens - 1
-    return (received_BHZCQ + jnp.where(is_last_Q, over_BHZC[..., None], 0.0)).reshape(received_BHL.shape)
+    return (net_BHZCQ + jnp.where(is_last_Q, over_BHZC[..., None], 0.0)).reshape(net_BHL.shape)

@@ -16,17 +16,19 @@ class Order:
         d_state: the op's N.
         planes: rotary pairs, S; 0: nothing rotates, and entries stay where they are.
         size: the kernel's N.
-        room: rotary pairs that the kernel has room for; None: S.
+        kernel_pairs: rotary pairs of the kernel, S and padding; None: S.
         halves: whether the kernel has pair i at (i, i + size/2), what does not rotate between; or at (2i, 2i + 1).
     """
 
-    def __init__(self, rotation: str, d_state: int, planes: int, *, size: int, room: int | None = None, halves: bool):
+    def __init__(
+        self, rotation: str, d_state: int, planes: int, *, size: int, kernel_pairs: int | None = None, halves: bool
+    ):
         self.half_given, self.halves = rotation == "half", halves
         self.d_state, self.planes, self.size = d_state, planes, size
-        self.room = planes if room is None else room
+        self.kernel_pairs = planes if kernel_pairs is None else kernel_pairs
         # Then all that there is to do is padding at the end.
         self.same_order = not planes or (
-            self.half_given == halves and self.room == planes and (size == d_state or not halves)
+            self.half_given == halves and self.kernel_pairs == planes and (size == d_state or not halves)
         )
 
     def to(self, array_N):
@@ -34,11 +36,11 @@ class Order:
         if self.same_order:
             return _padded(array_N, self.size)
         first, second, rest = self.split(array_N)
-        first, second = _padded(first, self.room), _padded(second, self.room)
+        first, second = _padded(first, self.kernel_pairs), _padded(second, self.kernel_pairs)
         if not self.halves:
             pairs = jnp.stack([first, second], axis=-1).reshape(*first.shape[:-1], -1)
-            return jnp.concatenate([pairs, _padded(rest, self.size - 2 * self.room)], axis=-1)
-        between = self.size // 2 - self.room
+            return jnp.concatenate([pairs, _padded(rest, self.size - 2 * self.kernel_pairs)], axis=-1)
+        between = self.size // 2 - self.kernel_pairs
         rests = (_padded(part, between) for part in jnp.split(rest, [min(between, rest.shape[-1])], axis=-1))
         return jnp.concatenate([x for pair in zip((first, second), rests, strict=True) for x in pair], axis=-1)
 
@@ -50,10 +52,10 @@ class Order:
         if self.halves:
             low, high = jnp.split(array_N, 2, axis=-1)
             first, second = low[..., : self.planes], high[..., : self.planes]
-            rest = jnp.concatenate([low[..., self.room :], high[..., self.room :]], axis=-1)
+            rest = jnp.concatenate([low[..., self.kernel_pairs :], high[..., self.kernel_pairs :]], axis=-1)
         else:
             pairs = array_N[..., : 2 * self.planes].reshape(*array_N.shape[:-1], self.planes, 2)
-            first, second, rest = pairs[..., 0], pairs[..., 1], array_N[..., 2 * self.room :]
+            first, second, rest = pairs[..., 0], pairs[..., 1], array_N[..., 2 * self.kernel_pairs :]
         return self.joined(first, second, rest[..., :rest_size])
 
     def split(self, array_N):

@@ -18,7 +18,7 @@ chunk's end is taken from the states at checkpoints, every `CHECKPOINT_INTERVAL`
 Queries and keys are rotated as they are read, their gradients rotated back as they are stored; the angle of a pair
 (u, w) gets dphi = dw u - du w, which does not depend on the frame. Sums over heads, and of dphi over later tokens, are
 left to `sums_bwd`; those too cancel for the pairs of tokens of a chunk, and begin again at every checkpoint (see
-`gradients.Crossing`).
+`gradients.AngleProducts`).
 """
 
 import functools

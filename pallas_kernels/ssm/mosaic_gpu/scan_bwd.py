@@ -16,7 +16,7 @@ from jax import lax
 
 from pallas_kernels.ssm.contract import Carry, Weights
 from pallas_kernels.ssm.decay import documents_in_chunks
-from pallas_kernels.ssm.gradients import Crossing, combine_splits_bwd, crossing_sums, decay_bwd
+from pallas_kernels.ssm.gradients import AngleProducts, combine_splits_bwd, decay_bwd, state_products
 from pallas_kernels.ssm.mosaic_gpu import bwd
 from pallas_kernels.ssm.mosaic_gpu.bwd import GradientRefs
 from pallas_kernels.ssm.mosaic_gpu.epilogue_bwd import Epilogue, epilogue_bwd
@@ -53,8 +53,8 @@ def gradients(operands: Operands, document_BL, residuals: Residuals, cotangents,
     sums, dv_rank_HRP = _sum_rows(key, operands, tile)
     dlog_decay_BHL = decay_bwd(
         document_BL=documents_in_chunks(document_BL, tile.tokens),
-        received_BHL=_sum_ranks(query.incoming_BHCT, operands, tile) - sums.outgoing_BHL,
-        crossing_BHZA=products.start_BHZA,
+        net_BHL=_sum_ranks(query.incoming_BHCT, operands, tile) - sums.outgoing_BHL,
+        products_BHZA=products.start_BHZA,
         end_BH=products.end_BH,
         tokens=tile.tokens,
         interval=bwd.CHECKPOINT_INTERVAL,
@@ -71,7 +71,7 @@ def gradients(operands: Operands, document_BL, residuals: Residuals, cotangents,
             dphi_q_BHLS=by_head(query.dphi_BHLS),
             dphi_k_BHLS=by_head(key.dphi_BHLS),
             dlast_BHS=dangle_BHS,
-            crossing=products.of_angle,
+            products=products.of_angle,
             interpret=tile.interpret,
         )
     return Operands(
@@ -145,7 +145,7 @@ class StateProducts(NamedTuple):
 
     start_BHZA: jax.Array  # <h, dh> at every checkpoint, of the decay's gradient
     end_BH: jax.Array  # after the row
-    of_angle: Crossing
+    of_angle: AngleProducts
 
 
 def _state_products(query: QueryGradients, key: KeyGradients, residuals: Residuals, dlast_BHPN, *, exact: bool):
@@ -156,7 +156,7 @@ def _state_products(query: QueryGradients, key: KeyGradients, residuals: Residua
         # dh is rounded as the keys before it read it: any difference would stay in every sum over earlier tokens.
         dh_PN = dh_PN if exact else dh_PN.astype(jnp.bfloat16)
         (u_PS, w_PS), (du_PS, dw_PS) = (jnp.split(x.astype(jnp.float32), 2, axis=-1) for x in (h_PN, dh_PN))
-        return crossing_sums(u_PS, w_PS, du_PS, dw_PS, planes=pairs)
+        return state_products(u_PS, w_PS, du_PS, dw_PS, planes=pairs)
 
     starts = [sums(query.h_BHZAPN[:, :, :, :1], key.dh_BHZPN[:, :, :, None])]
     if query.h_BHZAPN.shape[3] > 1:
@@ -165,5 +165,5 @@ def _state_products(query: QueryGradients, key: KeyGradients, residuals: Residua
     ends = sums(residuals.last_BHPN, dlast_BHPN)
     # Without the barrier, XLA for GPU computes these sums again for each of their users.
     (start_BHZA, start_BHZAS), (end_BH, end_BHS) = lax.optimization_barrier((starts, ends))
-    of_angle = Crossing(starts_BHZAS=start_BHZAS, end_BHS=end_BHS, interval=bwd.CHECKPOINT_INTERVAL)
+    of_angle = AngleProducts(starts_BHZAS=start_BHZAS, end_BHS=end_BHS, interval=bwd.CHECKPOINT_INTERVAL)
     return StateProducts(start_BHZA=start_BHZA, end_BH=end_BH, of_angle=of_angle)

@@ -110,7 +110,7 @@ def order_of(rotation: str, d_state: int, pairs: int) -> Order:
     """
     padded = max(16, 1 << (pairs - 1).bit_length()) if pairs else 0
     size = max(64, 1 << (2 * padded + d_state - 2 * pairs - 1).bit_length())
-    return Order(rotation, d_state, pairs, size=size, room=padded, halves=True)
+    return Order(rotation, d_state, pairs, size=size, kernel_pairs=padded, halves=True)
 
 
 def splits_of(row: Row, programs: int) -> int:
@@ -157,7 +157,7 @@ def scan(
         row = row._replace(v_BLHP=v_BLHP, weights=row.weights._replace(v_rank_HRP=None))
     tokens = {name: cast(getattr(row, name), jnp.bfloat16) for name in TokenArrays._fields}
     row = row._replace(**tokens, weights=jax.tree.map(lambda array: array.astype(jnp.float32), row.weights))
-    row = ordered(pad(row, L=-(-size["L"] // unit) * unit, P=WIDTH, S=order.room), order.to)
+    row = ordered(pad(row, L=-(-size["L"] // unit) * unit, P=WIDTH, S=order.kernel_pairs), order.to)
     operands = Operands(
         tokens=TokenArrays(**{name: getattr(row, name) for name in TokenArrays._fields}),
         angle_BLHS=row.angle_BLHS,

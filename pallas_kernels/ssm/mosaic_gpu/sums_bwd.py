@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssm.gradients import AngleSums, Crossing, add_later
+from pallas_kernels.ssm.gradients import AngleProducts, AngleSums, add_later
 from pallas_kernels.ssm.mosaic_gpu.phase import AngleProgram, Grid, running_sum
 from pallas_kernels.ssm.mosaic_gpu.tiles import call, load
 
@@ -110,7 +110,9 @@ class AngleShared(NamedTuple):
     sum_HTS: jax.Array | None
 
 
-def angles_bwd(*, angle_BLHS, dt_BHL, document_BL, dphi_q_BHLS, dphi_k_BHLS, dlast_BHS, crossing: Crossing, interpret):
+def angles_bwd(
+    *, angle_BLHS, dt_BHL, document_BL, dphi_q_BHLS, dphi_k_BHLS, dlast_BHS, products: AngleProducts, interpret
+):
     """Return gradients of angle_BLHS, dt_BHL and first_BHS from those of the angle at every token and after the last.
 
     Args:
@@ -119,7 +121,7 @@ def angles_bwd(*, angle_BLHS, dt_BHL, document_BL, dphi_q_BHLS, dphi_k_BHLS, dla
         dlast_BHS: of the angle after the row.
     """
     angle_BELS = jnp.swapaxes(angle_BLHS, 1, 2)
-    grid = Grid(angle_BELS, dt_BHL, splits=crossing.starts_BHZAS.shape[2])
+    grid = Grid(angle_BELS, dt_BHL, splits=products.starts_BHZAS.shape[2])
     goes_on_BL, in_first_BL = None, None
     if document_BL is not None:
         started_BL = jnp.diff(document_BL, axis=1, prepend=0)
@@ -164,7 +166,7 @@ def angles_bwd(*, angle_BLHS, dt_BHL, document_BL, dphi_q_BHLS, dphi_k_BHLS, dla
         document_BL=document_BL,
         sums=sums,
         dlast_BHS=dlast_BHS,
-        crossing=crossing,
+        products=products,
     )
 
 

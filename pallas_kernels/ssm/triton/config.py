@@ -84,7 +84,7 @@ def order_of(rotation: str, d_state: int, pairs: int) -> Order:
     rest, padded = d_state - 2 * pairs, max(4, 1 << (pairs - 1).bit_length())
     while rest > 2 * padded or (padded < 8 and not rest):
         padded *= 2
-    return Order(rotation, d_state, pairs, size=4 * padded if rest else 2 * padded, room=padded, halves=False)
+    return Order(rotation, d_state, pairs, size=4 * padded if rest else 2 * padded, kernel_pairs=padded, halves=False)
 
 
 def tile_of(row: Row, d_state: int, config: dict, interpret: bool) -> Tile:

@@ -28,7 +28,7 @@ from pallas_kernels.ssm.contract import (
     sizes_of,
 )
 from pallas_kernels.ssm.decay import documents, documents_in_chunks, log_decay
-from pallas_kernels.ssm.gradients import Crossing, add_later, crossing_sums, decay_bwd
+from pallas_kernels.ssm.gradients import AngleProducts, add_later, decay_bwd, state_products
 from pallas_kernels.ssm.triton import rotate, rotate_bwd, scan_bwd, scan_fwd
 from pallas_kernels.ssm.triton.common import Operands
 from pallas_kernels.ssm.triton.config import Tile, order_of, tile_of, tile_size, unsupported
@@ -57,7 +57,7 @@ def scan(row: Row, rotation: str, *, interpret=None, chunk: int | None = None, *
     row = row._replace(
         **{name: cast(getattr(row, name), dtype) for name in ("q_BLRGN", "k_BLRGN", "v_BLHP", "gate_BLHP")}
     )
-    sizes = {"L": -(-size["L"] // unit) * unit, "P": tile_size(size["P"]), "S": order.room}
+    sizes = {"L": -(-size["L"] // unit) * unit, "P": tile_size(size["P"]), "S": order.kernel_pairs}
     row = ordered(pad(row, **sizes), order.to)
     exact_BHL, rest_BHL = log_decay(heads_first(row.log_a_BLH), row.start_BL, tile.tokens)
     if dtype != jnp.float32:  # its products have fewer digits than the two parts
@@ -160,21 +160,21 @@ def _backward(tile: Tile, residuals: Residuals, cotangents):
     )
     angles = rotate.angles_of(operands, residuals.start_BHCS, tile)
     drotated = rotate_bwd.rotate_bwd(operands, angles, d.query.dq_BHTN, d.key.dk_BHTN, tile=tile)
-    products_BHZA, end_BH, crossing = _state_products(d, residuals.last_BHPN, dafter, tile)
+    products_BHZA, end_BH, of_angle = _state_products(d, residuals.last_BHPN, dafter, tile)
     dangle_BLHS = ddt_BHL = dfirst_BHS = None
-    if crossing is not None:
+    if of_angle is not None:
         dangle_BLHS, ddt_BHL, dfirst_BHS = add_later(
             angle_BLHS=operands.angle_BLHS,
             dt_BHL=operands.dt_BHL,
             document_BL=operands.document_BL,
             sums=drotated.angles,
             dlast_BHS=dafter.angle_BHS,
-            crossing=crossing,
+            products=of_angle,
         )
     dlog_decay_BHL = decay_bwd(
         document_BL=documents_in_chunks(operands.document_BL, tile.tokens),
-        received_BHL=drotated.r_BHL,
-        crossing_BHZA=products_BHZA,
+        net_BHL=drotated.r_BHL,
+        products_BHZA=products_BHZA,
         end_BH=end_BH,
         tokens=tile.tokens,
         interval=tile.checkpoint_interval,
@@ -225,12 +225,12 @@ def _state_products(d: scan_bwd.ScanGradients, last_BHPN, dafter: Carry, tile: T
         if not pairs:
             return jnp.sum(h_PN * dh_PN, axis=(-2, -1)), None
         u_PS, w_PS, du_PS, dw_PS = h_PN[..., ::2], h_PN[..., 1::2], dh_PN[..., ::2], dh_PN[..., 1::2]
-        return crossing_sums(u_PS=u_PS, w_PS=w_PS, du_PS=du_PS, dw_PS=dw_PS, planes=pairs)
+        return state_products(u_PS=u_PS, w_PS=w_PS, du_PS=du_PS, dw_PS=dw_PS, planes=pairs)
 
     found = products(d.query.h_BHZAPN, d.key.dh_BHZAPN), products(last_BHPN, dafter.h_BHPN)
     # Without the barrier XLA for GPU computes these sums again for each of their users.
     (start_BHZA, start_BHZAS), (end_BH, end_BHS) = lax.optimization_barrier(found)
-    return start_BHZA, end_BH, Crossing(start_BHZAS, end_BHS, tile.checkpoint_interval) if pairs else None
+    return start_BHZA, end_BH, AngleProducts(start_BHZAS, end_BHS, tile.checkpoint_interval) if pairs else None
 
 
 mamba3.defvjp(_forward, _backward)
