@@ -43,11 +43,11 @@ test: .venv/installed build/libtpu/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m experiments.benchmarks.table --check
 	$(BIN)/python -m pytest $(PYTEST) -m "not slow and not full and not libtpu"
-	$(BIN)/python -m pytest $(PYTEST) -m "not slow and not full and libtpu"
+	$(BIN)/python -m pytest $(PYTEST) tests/pallas_kernels -m "not slow and not full and libtpu"
 
 test-all: test
 	$(BIN)/python -m pytest $(PYTEST) -m "not slow and full and not libtpu"
-	$(BIN)/python -m pytest $(PYTEST) -m "not slow and full and libtpu"
+	$(BIN)/python -m pytest $(PYTEST) tests/pallas_kernels -m "not slow and full and libtpu"
 
 install: .venv/installed
 
