@@ -48,9 +48,11 @@ def kernels(
     Raises:
         ValueError: no such device, or shapes, dtypes or a config that the kernels do not have.
     """
+    from pallas_kernels.ssm.contract import require
+
     module = _module(backend)
-    if not interpret and not anywhere and (wish := module.available()):
-        raise ValueError(f"implementation={backend!r} {wish}")
+    if not interpret and not anywhere:
+        require(backend, module.available())
     config = tuned.config(backend, tokens) | config
     how = {"rotation": rotation, "interpret": interpret or None, **config}
     if tokens.log_a_BLH.shape[1] <= module.STEPS:
@@ -100,8 +102,8 @@ def _steps(tokens: Tokens, heads: Heads, state: State, backend: str, how):
     """Take one token after another, all of the state in place where it is donated."""
     outputs = []
     for place in range(tokens.log_a_BLH.shape[1]):
-        token = jax.tree.map(lambda array: array[:, place], tokens)  # noqa: B023
-        o_BHP, state = _step(token, heads, state, backend, **dict(how))
+        last, o_BHP = _module(backend).step(_token(tokens, heads, state, place), **dict(how))
+        state = State(last.angle_BHS, last.h_BHPN, last.k_BRHN, last.v_BHP)
         outputs.append(o_BHP)
     return jnp.stack(outputs, axis=1), state
 
@@ -111,7 +113,7 @@ def _steps_fwd(tokens, heads, state, backend, how):
 
 
 def _steps_bwd(backend, how, inputs, cotangents):
-    """Is the backward pass of `recurrent`, on the inputs."""
+    """Run the backward pass of `recurrent`, on the inputs."""
     _, pull = jax.vjp(functools.partial(recurrent, rotation=dict(how)["rotation"]), *inputs)
     return pull(cotangents)
 
@@ -119,29 +121,24 @@ def _steps_bwd(backend, how, inputs, cotangents):
 _steps.defvjp(_steps_fwd, _steps_bwd)
 
 
-def _step(token: Tokens, heads: Heads, state: State, backend: str, **how):
-    """Return the output and the state; of `token`, without the axis L."""
+def _token(tokens: Tokens, heads: Heads, state: State, place: int):
     from pallas_kernels.ssm.contract import Last, Token, Weights
 
-    stepped = _module(backend).step(
-        Token(
-            last=Last(h_BHPN=state.ssm_BHPN, angle_BHS=state.angle_BHS, k_BRHN=state.k_BRHN, v_BHP=state.v_BHP),
-            q_BRGN=token.q_BLRGN,
-            k_BRGN=token.k_BLRGN,
-            v_BHP=token.v_BLHP,
-            gate_BHP=token.gate_BLHP,
-            angle_BHS=token.angle_BLHS,
-            dt_BH=None if token.angle_BLHS is None else token.dt_BLH,
-            log_a_BH=token.log_a_BLH,
-            gamma_BH=token.gamma_BLH,
-            beta_BH=token.beta_BLH,
-            start_B=None if token.start_BL is None else token.start_BL.astype(jnp.int32),
-            weights=Weights(**heads._asdict()),
-        ),
-        **how,
+    token = jax.tree.map(lambda array: array[:, place], tokens)
+    return Token(
+        last=Last(h_BHPN=state.ssm_BHPN, angle_BHS=state.angle_BHS, k_BRHN=state.k_BRHN, v_BHP=state.v_BHP),
+        q_BRGN=token.q_BLRGN,
+        k_BRGN=token.k_BLRGN,
+        v_BHP=token.v_BLHP,
+        gate_BHP=token.gate_BLHP,
+        angle_BHS=token.angle_BLHS,
+        dt_BH=None if token.angle_BLHS is None else token.dt_BLH,
+        log_a_BH=token.log_a_BLH,
+        gamma_BH=token.gamma_BLH,
+        beta_BH=token.beta_BLH,
+        start_B=None if token.start_BL is None else token.start_BL.astype(jnp.int32),
+        weights=Weights(**heads._asdict()),
     )
-    last = stepped.last
-    return stepped.o_BHP, State(last.angle_BHS, last.h_BHPN, last.k_BRHN, last.v_BHP)
 
 
 def _shapes(tokens: Tokens):
@@ -163,8 +160,9 @@ def _unsupported(backend: str, shapes, device: str) -> str | None:
         skip_H=weights(n_heads),
         norm_HP=weights(n_heads, width),
     )
-    row = jax.eval_shape(lambda tokens, heads: _row(tokens, heads, empty_state(tokens)), tokens, heads)
-    return _module(backend).unsupported(row)
+    module, state = _module(backend), jax.eval_shape(empty_state, tokens)
+    inputs = functools.partial(_token, place=0) if tokens.log_a_BLH.shape[1] <= module.STEPS else _row
+    return module.unsupported(jax.eval_shape(inputs, tokens, heads, state))
 
 
 IMPLEMENTATIONS = {name: functools.partial(kernels, backend=name) for name in BACKENDS}

@@ -3,7 +3,7 @@
 A backend is a package of this folder with four functions and a number:
 
     available() -> str | None                 what it wants of this process's devices, and what it got; None: it can run
-    unsupported(row) -> str | None            likewise of shapes and dtypes; arrays may be `jax.ShapeDtypeStruct`
+    unsupported(inputs) -> str | None         likewise of a `Row` or a `Token`; arrays may be `jax.ShapeDtypeStruct`
     scan(row, rotation, *, interpret, **config) -> Scanned
     step(token, rotation, *, interpret, **config) -> Stepped
     STEPS                                     rows of up to so many tokens are steps, one after another
@@ -124,7 +124,7 @@ def stepped_like(token: Token) -> Stepped:
 
 
 def in_place(before: Last, after: Last) -> dict[int, int]:
-    """Says which outputs take the buffer of which input, where the parts of the state come first among both."""
+    """Say which outputs take the buffer of which input, where the parts of the state come first among both."""
     pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
     return {i: i for i, (old, new) in enumerate(pairs) if old.dtype == new.dtype}
 
@@ -177,12 +177,13 @@ def heads_first(array_BLH):
     return None if array_BLH is None else jnp.swapaxes(array_BLH, 1, 2)
 
 
-def sizes_of(row: Row) -> dict[str, int]:
-    """Return every size of a row by its letter, S = 0 where nothing rotates."""
-    batch, length, rank, groups, d_state = row.k_BLRGN.shape
-    heads, width = row.v_BLHP.shape[2:]
-    planes = 0 if row.angle_BLHS is None else row.angle_BLHS.shape[-1]
-    return {"B": batch, "L": length, "R": rank, "G": groups, "H": heads, "N": d_state, "P": width, "S": planes}
+def sizes_of(inputs: Row | Token) -> dict[str, int]:
+    """Return every size by its letter: S = 0 where nothing rotates, L = 1 of a token."""
+    sizes = {"S": 0, "L": 1}
+    for path, array in jax.tree_util.tree_leaves_with_path(inputs):
+        for axis, size in zip(axes_of(path), array.shape, strict=True):
+            sizes[axis] = max(size, sizes.get(axis, size))  # heads that share an angle have an axis of 1
+    return sizes
 
 
 def empty_carry(row: Row) -> Carry:
@@ -192,9 +193,23 @@ def empty_carry(row: Row) -> Carry:
     return Carry(angle_BHS, jnp.zeros((size["B"], size["H"], size["P"], size["N"]), jnp.float32))
 
 
-def product_dtype(row: Row) -> jnp.dtype:
+def product_dtype(inputs: Row | Token) -> jnp.dtype:
     """Return what the operands of matrix products are rounded to: the dtype of queries, keys and values."""
-    return jnp.result_type(row.q_BLRGN, row.k_BLRGN, row.v_BLHP)
+    return jnp.result_type(*(array for name, array in inputs._asdict().items() if name[:2] in ("q_", "k_", "v_")))
+
+
+def decay_dtype(inputs: Row | Token) -> jnp.dtype:
+    """Return the dtype of what is exact: the decay's, the state's."""
+    (dtype,) = (array.dtype for name, array in inputs._asdict().items() if name.startswith("log_a_"))
+    return dtype
+
+
+def wants_float32_or_bfloat16(token: Token) -> str | None:
+    """Return what every decoding kernel wants of dtypes, and what it got; None: nothing."""
+    dtypes = {array.dtype for array in (token.q_BRGN, token.k_BRGN, token.v_BHP)}
+    if token.log_a_BH.dtype == jnp.float32 and dtypes <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
+        return None
+    return f"wants float32 or bfloat16, not {sorted(map(str, dtypes | {token.log_a_BH.dtype}))}"
 
 
 def require(backend: str, wish: str | None) -> None:

@@ -72,7 +72,7 @@ def test_the_default_implementation(table, on_h200, monkeypatch):
     later = dataclasses.replace(ENTRY, implementation="later")
     monkeypatch.setitem(ssm.IMPLEMENTATIONS, "later", None)
     monkeypatch.setitem(kernels.BACKENDS, "later", "later")
-    backend = SimpleNamespace(available=lambda: None, unsupported=lambda row: None)
+    backend = SimpleNamespace(available=lambda: None, unsupported=lambda inputs: None, STEPS=1)
     monkeypatch.setitem(sys.modules, "later", backend)
     backend.available = lambda: "wants something else"
     assert default(later) == "triton"

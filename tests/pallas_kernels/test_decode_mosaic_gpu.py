@@ -152,3 +152,6 @@ def test_what_it_cannot_run():
     ):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(functools.partial(step(shape)), *draw(shape))
+    tokens, heads, state = draw(SHAPES["siso"])
+    with pytest.raises(ValueError, match=r"wants float32 or bfloat16, not \['float16', 'float32'\]"):
+        jax.eval_shape(step(SHAPES["siso"]), tokens._replace(q_BLRGN=tokens.q_BLRGN.astype("float16")), heads, state)

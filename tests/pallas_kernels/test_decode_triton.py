@@ -154,6 +154,12 @@ def test_what_it_cannot_run():
         step(MIMO)(*draw(MIMO._replace(rank=3)))
     with pytest.raises(ValueError, match="names an unknown way"):
         step(SISO, RotatedTile(update="sum"))(*drawn(SISO))
+    with pytest.raises(ValueError, match=r"P up to 128, not .*P=129"):
+        step(SISO)(*draw(SISO._replace(width=129)))
+    tokens, heads, state = draw(SISO)
+    half = {name: getattr(tokens, name).astype("float16") for name in ("q_BLRGN", "k_BLRGN", "v_BLHP")}
+    with pytest.raises(ValueError, match="wants q, k and v in float32 or bfloat16, not float16"):
+        step(SISO)(tokens._replace(**half), heads, state)
 
 
 @pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")

@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssm.contract import Last, Stepped, Token, cut, ordered, pad
+from pallas_kernels.ssm.contract import Last, Stepped, Token, cut, ordered, pad, require, wants_float32_or_bfloat16
 from pallas_kernels.ssm.mosaic_gpu.decode_kernel import StepProgram, StepShared
 from pallas_kernels.ssm.mosaic_gpu.tiles import WIDTH, interpreter, tiled
 from pallas_kernels.ssm.order import Order
@@ -38,11 +38,12 @@ def step(token: Token, rotation: str, *, interpret=None, programs: int | None = 
         programs: ignored: it is a scan's.
 
     Raises:
-        ValueError: P over 64, N over 128, or R not 1, 2 or 4.
+        ValueError: dtypes that are not float32 or bfloat16, P over 64, N over 128, or R not 1, 2 or 4.
     """
     del programs
     width, d_state = token.last.h_BHPN.shape[2:]
     rank = token.q_BRGN.shape[1]
+    require("mosaic_gpu", wants_float32_or_bfloat16(token))
     if width > WIDTH or d_state > 128 or rank not in RANKS:
         raise ValueError(
             f"implementation='mosaic_gpu' decodes {width=} up to {WIDTH}, {d_state=} to 128, {rank=} of {RANKS}"

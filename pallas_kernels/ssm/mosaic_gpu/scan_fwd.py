@@ -29,9 +29,11 @@ from pallas_kernels.ssm.contract import (
     Carry,
     Row,
     Scanned,
+    Token,
     Weights,
     cast,
     cut,
+    decay_dtype,
     empty_carry,
     heads_first,
     ordered,
@@ -87,12 +89,12 @@ def available() -> str | None:
     return f"needs a Hopper GPU (compute capability 9.0), not {found}"
 
 
-def unsupported(row: Row) -> str | None:
+def unsupported(inputs: Row | Token) -> str | None:
     """Return what the kernels want of these shapes and dtypes, and what they got; None: nothing."""
-    size, dtype = sizes_of(row), product_dtype(row)
+    size, dtype = sizes_of(inputs), product_dtype(inputs)
     rank, d_state, width, pairs = size["R"], size["N"], size["P"], size["S"]
-    if row.log_a_BLH.dtype != jnp.float32:
-        return f"computes in float32, log_a is {row.log_a_BLH.dtype}"
+    if decay_dtype(inputs) != jnp.float32:
+        return f"computes in float32, log_a is {decay_dtype(inputs)}"
     if dtype != jnp.bfloat16:
         return f"wants q, k and v in bfloat16, not {dtype}: Hopper's wgmma has no products of true float32"
     if rank not in (1, 2, 4):

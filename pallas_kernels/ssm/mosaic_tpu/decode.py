@@ -30,17 +30,15 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.ssm.contract import (
     NORM_EPS,
     Last,
-    Row,
     Stepped,
     Token,
     Weights,
     axes_of,
-    cast,
-    empty_carry,
     in_place,
     map_axes,
     require,
     stepped_like,
+    wants_float32_or_bfloat16,
 )
 from pallas_kernels.ssm.mosaic_tpu.config import MIB, tiled_bytes
 
@@ -108,7 +106,7 @@ def step(token: Token, rotation: str, *, interpret=None, tile: Tile | None = Non
         ValueError: dtypes that are not float32 or bfloat16, `tile.heads` that does not divide the heads, or a block
             that takes more VMEM than `tile.vmem`.
     """
-    require("mosaic_tpu", limits(token))
+    require("mosaic_tpu", wants_float32_or_bfloat16(token))
     tile = dataclasses.replace(tile or Tile(), interpret=interpret)
     batch, n_heads = token.last.h_BHPN.shape[:2]
     heads = tile.heads or default_heads(token, tile)
@@ -139,44 +137,8 @@ def step(token: Token, rotation: str, *, interpret=None, tile: Tile | None = Non
     return stepped
 
 
-def limits(token: Token) -> str | None:
-    """Return what the step wants of dtypes, and what it got; None: nothing."""
-    dtypes = {array.dtype for array in (token.q_BRGN, token.k_BRGN, token.v_BHP)}
-    if token.log_a_BH.dtype == jnp.float32 and dtypes <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
-        return None
-    return f"wants float32 or bfloat16, not {sorted(map(str, dtypes | {token.log_a_BH.dtype}))}"
-
-
-def first_token(row: Row) -> Token:
-    """Return the first token of a row, for its shapes and dtypes: the key and value before it are zeros."""
-    token = jax.tree.map(lambda array: array[:, 0], row._replace(before=None, weights=None))
-    before = empty_carry(row) if row.before is None else row.before
-    (batch, n_heads, _, d_state), rank = before.h_BHPN.shape, token.q_BLRGN.shape[1]
-    k_BRHN = jnp.zeros((batch, rank, n_heads, d_state), token.k_BLRGN.dtype)
-    looks_back = row.kappa_BLH is not None
-    return Token(
-        last=Last(
-            h_BHPN=before.h_BHPN,
-            angle_BHS=before.angle_BHS,
-            k_BRHN=k_BRHN if looks_back else None,
-            v_BHP=jnp.zeros_like(token.v_BLHP) if looks_back else None,
-        ),
-        q_BRGN=token.q_BLRGN,
-        k_BRGN=token.k_BLRGN,
-        v_BHP=token.v_BLHP,
-        gate_BHP=token.gate_BLHP,
-        angle_BHS=token.angle_BLHS,
-        dt_BH=token.dt_BLH,
-        log_a_BH=token.log_a_BLH,
-        gamma_BH=token.gamma_BLH,
-        beta_BH=token.kappa_BLH,
-        start_B=cast(token.start_BL, jnp.int32),
-        weights=row.weights,
-    )
-
-
 def default_heads(token: Token, tile: Tile) -> int:
-    """Chooses the heads of a block: as many as fit; of few rows fewer, so that moving and computing overlap."""
+    """Choose the heads of a block: as many as fit; of few rows fewer, so that moving and computing overlap."""
     batch, n_heads = token.last.h_BHPN.shape[:2]
     sizes = [heads for heads in range(n_heads, 0, -1) if n_heads % heads == 0 and (heads % 8 == 0 or heads == n_heads)]
     fitting = [heads for heads in sizes if vmem_bytes(token, heads) <= tile.vmem * MIB] or sizes[-1:]

@@ -12,11 +12,24 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from pallas_kernels.ssm.contract import Carry, Row, Scanned, cast, cut, ordered, pad, product_dtype, require, sizes_of
+from pallas_kernels.ssm.contract import (
+    Carry,
+    Row,
+    Scanned,
+    Token,
+    cast,
+    cut,
+    ordered,
+    pad,
+    product_dtype,
+    require,
+    sizes_of,
+    wants_float32_or_bfloat16,
+)
 from pallas_kernels.ssm.decay import documents
 from pallas_kernels.ssm.mosaic_tpu import decode, scan_bwd, scan_fwd
 from pallas_kernels.ssm.mosaic_tpu.angle import angle_before_chunks
-from pallas_kernels.ssm.mosaic_tpu.config import STEPS, Tiles, limits, order_matrix, order_of, padded_width, tiles_of
+from pallas_kernels.ssm.mosaic_tpu.config import Tiles, limits, order_matrix, order_of, padded_width, tiles_of
 from pallas_kernels.ssm.mosaic_tpu.grid import BlockCarry, Constants, Grid, Operands
 
 
@@ -78,14 +91,14 @@ def scan(row: Row, rotation: str, *, interpret=None, chunk: int | None = None, t
     return cut(scanned, **{axis: size[axis] for axis in padded})
 
 
-def unsupported(row: Row) -> str | None:
+def unsupported(inputs: Row | Token) -> str | None:
     """Return what the kernels want of these shapes and dtypes, VMEM included, and what they got; None: nothing.
 
     Traces what would run, of a scan both passes: how much VMEM they take depends on all of the shapes.
     """
 
-    def run_step(row):
-        return decode.step(decode.first_token(row), "adjacent")
+    def run_step(token):
+        return decode.step(token, "adjacent")
 
     def run_scan(row):
         floats, start_BL = row._replace(start_BL=None), row.start_BL
@@ -93,12 +106,12 @@ def unsupported(row: Row) -> str | None:
         results, pull = jax.vjp(run, floats)
         return pull(results)
 
-    steps = sizes_of(row)["L"] <= STEPS
-    wish = decode.limits(jax.eval_shape(decode.first_token, row)) if steps else limits(row)
+    is_token = isinstance(inputs, Token)
+    wish = wants_float32_or_bfloat16(inputs) if is_token else limits(inputs)
     if wish is not None:
         return wish
     try:
-        jax.eval_shape(run_step if steps else run_scan, row)
+        jax.eval_shape(run_step if is_token else run_scan, inputs)
     except ValueError as error:
         return str(error)
     return None

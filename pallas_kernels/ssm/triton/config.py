@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ssm.contract import Row, product_dtype, require, sizes_of
+from pallas_kernels.ssm.contract import Row, Token, decay_dtype, product_dtype, require, sizes_of
 from pallas_kernels.ssm.order import Order
 
 PROGRAMS = 256  # fill an H200: two on each of its 132 multiprocessors, and powers of two divide them
@@ -58,12 +58,12 @@ def available() -> str | None:
     return None if "NVIDIA" in device else f"needs an NVIDIA GPU, not {device!r}"
 
 
-def unsupported(row: Row) -> str | None:
+def unsupported(inputs: Row | Token) -> str | None:
     """Return what the kernels want of these shapes and dtypes, and what they got; None: nothing."""
-    size, dtype = sizes_of(row), product_dtype(row)
+    size, dtype = sizes_of(inputs), product_dtype(inputs)
     rank, d_state, width, pairs = size["R"], size["N"], size["P"], size["S"]
-    if row.log_a_BLH.dtype != jnp.float32:
-        return f"computes in float32, log_a is {row.log_a_BLH.dtype}"
+    if decay_dtype(inputs) != jnp.float32:
+        return f"computes in float32, log_a is {decay_dtype(inputs)}"
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"wants q, k and v in float32 or bfloat16, not {dtype}"
     if rank & (rank - 1) or rank > 16:

@@ -5,10 +5,8 @@ One kernel for more ranks is bound by registers (NOTES.md), so there bias and ro
 
 import dataclasses
 
-import jax.numpy as jnp
-
 from pallas_kernels.ssm.contract import Stepped, Token, require
-from pallas_kernels.ssm.triton.config import known
+from pallas_kernels.ssm.triton.config import known, unsupported
 from pallas_kernels.ssm.triton.decode_fused import FusedTile, decode_fused
 from pallas_kernels.ssm.triton.decode_rotated import RotatedTile, decode_rotated
 
@@ -21,14 +19,10 @@ def step(token: Token, rotation: str, *, interpret=None, tile=None, **config) ->
         config: fields of it.
 
     Raises:
-        ValueError: float64, a rank that is not a power of two up to 16, or a `tile` that does not fit.
+        ValueError: what `unsupported` says, or a `tile` that does not fit.
     """
-    rank = token.q_BRGN.shape[1]
-    if token.log_a_BH.dtype != jnp.float32:
-        require("triton", f"computes in float32, log_a is {token.log_a_BH.dtype}")
-    if rank & (rank - 1) or rank > 16:
-        require("triton", f"wants a rank that is a power of two up to 16, not {rank=}")
-    tile = tile or default_tile(rank)
+    require("triton", unsupported(token))
+    tile = tile or default_tile(token.q_BRGN.shape[1])
     tile = dataclasses.replace(tile, **known(config, tile), interpret=bool(interpret))
     decode = decode_fused if isinstance(tile, FusedTile) else decode_rotated
     return decode(token, rotation, tile)
