@@ -165,13 +165,18 @@ def check_results(got, want, tolerance: float):
         assert error < tolerance, f"{name}: {error:.2e} is not below {tolerance}"
 
 
-def check_gradients(got, want, tolerance: float):
-    """Every gradient. One that cancels out has no relative error: it is measured by the largest, times 1e-4."""
+def gradient_errors(got, want) -> dict[str, float]:
+    """Every gradient's error. One that cancels out has no relative error: it is measured by the largest, times 1e-4."""
     want = named(want)
     largest = max(rms(value) for value in want.values())
-    for name, value in named(got).items():
-        difference = rms(np.asarray(value, np.float64) - want[name])
-        error = difference / max(rms(want[name]), 1e-4 * largest)
+    return {
+        name: rms(np.asarray(value, np.float64) - want[name]) / max(rms(want[name]), 1e-4 * largest)
+        for name, value in named(got).items()
+    }
+
+
+def check_gradients(got, want, tolerance: float):
+    for name, error in gradient_errors(got, want).items():
         assert error < tolerance, f"gradient of {name}: {error:.2e} is not below {tolerance}"
 
 
