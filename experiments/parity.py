@@ -38,7 +38,7 @@ from mamba3_jax.data import loader
 from mamba3_jax.data.synthetic import document_length
 from mamba3_jax.finite import or_null
 from mamba3_jax.model import LanguageModel
-from mamba3_jax.train.loss import means, sums
+from mamba3_jax.train.loss import batch_loss, means
 from mamba3_jax.train.optimizer import optimizer
 
 VARIANTS = {
@@ -108,12 +108,11 @@ def initial(config: Config, seeds: int):
 
 def make_block(config: Config):
     """block(carry, batches) -> carry, means: `log_every` steps of every seed. The axes of batches: step, seed, B, L."""
-    model, transform = LanguageModel(config.model), optimizer(config.optimizer, config.train.steps)
+    transform = optimizer(config.optimizer, config.train.steps)
 
     def loss(params, batch):
-        logits_BLV, _ = model.apply({"params": params}, batch.tokens_BL, None, batch.start_BL)
-        scores = means(sums(logits_BLV, batch, model.config.vocab_size))
-        return scores["loss"], scores
+        objective, parts = batch_loss(config, params, batch)
+        return objective / parts.weight, means(parts)
 
     @tracing()
     def step(carry, batch):

@@ -10,7 +10,8 @@ from mamba3_jax.config import ModelConfig, check
 from mamba3_jax.mixers import MIXERS, letters
 from mamba3_jax.nn.initial import linear
 from mamba3_jax.nn.norm import NORMS
-from mamba3_jax.nn.precision import DTYPES, einsum
+from mamba3_jax.nn.precision import DTYPES
+from mamba3_jax.ops.einsum import einsum
 
 REMATS = ("none", "rotation", "op", "block")
 
@@ -173,8 +174,14 @@ class LanguageModel(nn.Module):
 
     config: ModelConfig
 
-    @nn.compact
     def __call__(self, tokens_BL, state=None, start_BL=None, capacity: int | None = None):
+        x_BLD, head_DV, state = self.features(tokens_BL, state, start_BL, capacity)
+        dtype = DTYPES[self.config.compute_dtype]
+        return einsum("bld,dv->blv", x_BLD, head_DV, dtype=dtype, out=jnp.float32), state
+
+    @nn.compact
+    def features(self, tokens_BL, state=None, start_BL=None, capacity: int | None = None):
+        """Return (x_BLD, head_DV, state), whose product would be the logits: a loss need not hold them."""
         config = self.config
         validate(config)
         check_tokens(tokens_BL, config.vocab_size)
@@ -205,7 +212,7 @@ class LanguageModel(nn.Module):
 
         x_BLD = NORMS[config.norm](dtype, name="norm")(residual_BLD)
         head_DV = embedding_VD.T if config.tie_embeddings else Head(embedding_VD.shape, name="head")()
-        return einsum("bld,dv->blv", x_BLD, head_DV, dtype=dtype, out=jnp.float32), new_state
+        return x_BLD, head_DV, new_state
 
     @nn.nowrap
     def empty_state(self, batch: int, capacity: int):

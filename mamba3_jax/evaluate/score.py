@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data import Batch, loader
 from mamba3_jax.model import LanguageModel
-from mamba3_jax.train.loss import target_logits
+from mamba3_jax.ops.cross_entropy import scores
 
 
 class Scored(NamedTuple):
@@ -29,11 +28,8 @@ class Scored(NamedTuple):
 def score_piece(model: LanguageModel, params, piece: Batch, state):
     """Return (nll, correct, state) of one piece of a row, over the padded vocabulary and with NaN as in training."""
     logits_BLV, state = model.apply({"params": params}, piece.tokens_BL, state, piece.start_BL)
-    target_BL = target_logits(logits_BLV, piece.targets_BL, model.config.vocab_size)
-    nll_BL = jax.nn.logsumexp(logits_BLV, axis=-1) - target_BL
-    # NaN is its own argmax: without a number there is nothing that could be right.
-    correct_BL = (jnp.argmax(logits_BLV, axis=-1) == piece.targets_BL) & ~jnp.isnan(target_BL)
-    return nll_BL, correct_BL, state
+    found = scores(logits_BLV, piece.targets_BL, model.config.vocab_size)
+    return found.nll_BL, found.correct_BL, state
 
 
 def positions(start_BL: np.ndarray) -> np.ndarray:

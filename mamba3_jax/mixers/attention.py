@@ -11,7 +11,8 @@ from mamba3_jax.config import ModelConfig
 from mamba3_jax.mixers.mixer import Mixer
 from mamba3_jax.mixers.official import Piece, Row, same, weight
 from mamba3_jax.nn.initial import linear
-from mamba3_jax.nn.precision import DTYPES, einsum
+from mamba3_jax.nn.precision import DTYPES
+from mamba3_jax.ops.einsum import einsum
 
 QUERIES = 256  # queries whose scores exist at a time
 

@@ -13,8 +13,9 @@ from mamba3_jax.mixers.mixer import Mixer
 from mamba3_jax.mixers.official import Piece, Row, same, weight
 from mamba3_jax.nn.initial import inverse_softplus_dt, linear
 from mamba3_jax.nn.norm import rms_norm
-from mamba3_jax.nn.precision import DTYPES, einsum
+from mamba3_jax.nn.precision import DTYPES
 from mamba3_jax.ops.discretize import DISCRETIZATIONS, uses_previous
+from mamba3_jax.ops.einsum import einsum
 from mamba3_jax.ops.sharded import sharded
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State, Tokens, ssm
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from mamba3_jax.nn.initial import linear
-from mamba3_jax.nn.precision import einsum
+from mamba3_jax.ops.einsum import einsum
 
 
 class SwiGLU(nn.Module):

@@ -1,5 +1,6 @@
 """One update, as a pure function of state and batch."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mamba3_jax.config import Config, DataConfig
 from mamba3_jax.data.batch import Batch
 from mamba3_jax.finite import all_finite
-from mamba3_jax.model import LanguageModel, init_params
+from mamba3_jax.model import init_params
+from mamba3_jax.ops.cross_entropy import Sums, objective
 from mamba3_jax.sharding import batch_sharding, param_shardings
-from mamba3_jax.train.loss import Sums, means, objective, sums
+from mamba3_jax.train.loss import batch_loss, means
 from mamba3_jax.train.optimizer import optimizer, schedule
 
 
@@ -62,17 +64,13 @@ def gradients(config: Config, params, batch: Batch) -> tuple[Any, Sums]:
     """
     count = config.optimizer.accumulate
 
-    def total(params, batch):
-        logits_BLV, _ = LanguageModel(config.model).apply({"params": params}, batch.tokens_BL, None, batch.start_BL)
-        parts = sums(logits_BLV, batch, config.model.vocab_size)
-        return objective(parts, config.train.z_loss), parts
+    gradient = jax.grad(partial(batch_loss, config), has_aux=True)
 
     def micro(carry, batch):
-        got = jax.grad(total, has_aux=True)(params, batch)
-        return jax.tree.map(jnp.add, carry, got), None
+        return jax.tree.map(jnp.add, carry, gradient(params, batch)), None
 
     if count == 1:
-        grads, parts = jax.grad(total, has_aux=True)(params, batch)
+        grads, parts = gradient(params, batch)
     else:
         # Micro-batch i takes rows i, i + count, ...: of every device's rows an equal part.
         split = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
@@ -125,8 +123,7 @@ def update(config: Config, state: TrainState, grads, parts: Sums) -> tuple[Train
 
 def eval_step(config: Config, params, batch: Batch) -> Sums:
     """Return the sums over one batch."""
-    logits_BLV, _ = LanguageModel(config.model).apply({"params": params}, batch.tokens_BL, None, batch.start_BL)
-    return sums(logits_BLV, batch, config.model.vocab_size)
+    return batch_loss(config, params, batch)[1]
 
 
 def batch_shapes(config: DataConfig, mesh: Mesh) -> Batch:

@@ -2,13 +2,18 @@
 
 import functools
 import math
+import re
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as Spec
 
+from mamba3_jax.ops.cross_entropy import linear_cross_entropy
 from mamba3_jax.ops.sharded import one_device, sharded
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
 from mamba3_jax.sharding import make_mesh
+from tests.helpers import rel_rms
 from tests.ops import cases
 from tests.ops.cases import MIMO, SISO, SSD, draw
 
@@ -60,7 +65,39 @@ def worst(op, shape, mesh, packed: bool):
     return got[0][0].sharding.shard_shape(got[0][0].shape)
 
 
+def check_cross_entropy():
+    """Rows over data, columns over tensor: one device's numbers, and nothing as large as a tile's logits moves."""
+    random, (batch, length, width, vocab) = np.random.default_rng(0), (4, 40, 8, 4096)
+    x_BLD = random.standard_normal((batch, length, width), np.float32)
+    head_DV = random.standard_normal((width, vocab), np.float32)
+    targets_BL = random.integers(0, vocab, (batch, length), np.int32)
+    weights_BL = random.random((batch, length), np.float32)
+    loss = functools.partial(linear_cross_entropy, vocab_size=vocab, z_loss=0.01, tiles=4)
+    run = jax.jit(jax.value_and_grad(lambda *arrays: loss(*arrays), (0, 1), has_aux=True))
+    want = run(x_BLD, head_DV, targets_BL, weights_BL)
+    with jax.set_mesh(mesh := mesh_of("data:2,tensor:4")):
+        rows, columns = NamedSharding(mesh, Spec("data")), NamedSharding(mesh, Spec(None, "tensor"))
+        arrays = [jax.device_put(x, rows) for x in (x_BLD, targets_BL, weights_BL)]
+        arrays.insert(1, jax.device_put(head_DV, columns))
+        compiled = run.lower(*arrays).compile()
+        got = compiled(*arrays)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert rel_rms(np.asarray(a), np.asarray(b)) < 1e-6
+    assert got[1][1].sharding.spec == columns.spec
+    moved = re.findall(
+        r"= f32\[([\d,]*)\]\S* (all-gather|all-reduce|all-to-all|collective-permute)\(", compiled.as_text()
+    )
+    sizes = {
+        kind: max(math.prod(map(int, dims.split(","))) for dims, k in moved if k == kind and dims) for _, kind in moved
+    }
+    # The head's gradient is summed over rows, dx over columns; a device's logits of a tile are 20 x 1,024.
+    assert set(sizes) == {"all-reduce"}, sizes
+    assert sizes["all-reduce"] <= max(width * vocab // 4, batch * length * width), sizes
+    print("cross_entropy")
+
+
 def main():
+    check_cross_entropy()
     for name in ("triton", "mosaic_tpu"):
         # Not the TPU's interpreter: of several devices side by side, that can wait for itself (jax 0.10).
         IMPLEMENTATIONS[name] = functools.partial(IMPLEMENTATIONS[name], interpret=True)

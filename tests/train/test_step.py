@@ -2,16 +2,23 @@
 
 import functools
 import math
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from mamba3_jax.config import Config, DataConfig, ModelConfig
-from mamba3_jax.train.loss import Sums
+from mamba3_jax.ops import cross_entropy
+from mamba3_jax.ops.cross_entropy import Sums
+from mamba3_jax.ops.ssm import IMPLEMENTATIONS
+from mamba3_jax.sharding import make_mesh
 from mamba3_jax.train.optimizer import optimizer
-from mamba3_jax.train.step import TrainState, gradients, train_step, update
+from mamba3_jax.train.step import TrainState, batch_shapes, gradients, init_state, train_step, update
 from tests.helpers import rel_rms
+from tests.ops.quick import quick_jit
 from tests.train.tiny import get_config, random_batch, random_params
 
 KEY = np.zeros(2, np.uint32)
@@ -163,3 +170,62 @@ def test_a_large_moment_is_finite_though_its_norm_is_not():
     after, metrics = jax.jit(functools.partial(update, config))(state, state.params, PARTS)
     assert int(metrics["skipped"]) == int(after.skipped) == 0
     assert not np.array_equal(flat(after.params), flat(state.params))
+
+
+GPU = AbstractMesh(
+    (1,),
+    ("device",),
+    axis_types=(AxisType.Auto,),
+    abstract_device=AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu"),
+)
+# Of numbers a head, not of features: sums along the row of decays and angles, whose digits are the op's.
+SUMS_OVER_THE_ROW = {"ets,ehs->eht", "bcqs,bhcs->bhcq", "bhcq,bhcs->bcqs"}
+
+
+def wide_products(rank: int) -> list[str]:
+    """The step's products of which an operand is float32, by name: as lowered for a GPU, the op by its kernels."""
+    sizes = {"vocab_size": 64, "d_model": 64, "d_ff": 64, "d_state": 64, "head_dim": 64, "attn_head_dim": 32}
+    model = ModelConfig(pattern="MA", mimo_rank=rank, compute_dtype="bfloat16", implementation="triton", **sizes)
+    config = Config(model=model, data=DataConfig(batch=2, length=64))
+    shapes = (jax.eval_shape(lambda: init_state(config)), batch_shapes(config.data, make_mesh("data:1")))
+    with use_abstract_mesh(GPU):
+        traced = jax.jit(functools.partial(train_step, config)).trace(*shapes)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text(debug_info=True)
+    names = dict(re.findall(r'^(#loc\d+) = loc\("([^"]*)"', text, re.MULTILINE))
+    found = re.findall(r"dot_general .* : \(tensor<(\S*)>, tensor<(\S*)>\) -> \S* loc\((\S*)\)", text)
+    assert len(found) > 40
+    assert all(names[place].endswith("/dot_general") for *_, place in found)
+    products = [(names[place].split("/")[-2], {a[-4:], b[-4:]}) for a, b, place in found]
+    return sorted({name for name, dtypes in products if dtypes != {"bf16"} and name not in SUMS_OVER_THE_ROW})
+
+
+@pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
+@pytest.mark.parametrize("rank", [0, 2], ids=["siso", "mimo"])
+def test_no_product_of_a_bfloat16_step_is_of_float32(rank, monkeypatch):
+    """In either pass, of head and loss, mixers and feed-forward: it would run at a fraction of the speed."""
+    monkeypatch.setitem(IMPLEMENTATIONS, "triton", functools.partial(IMPLEMENTATIONS["triton"], anywhere=True))
+    assert wide_products(rank) == []
+    if rank:
+        return
+
+    def by_autodiff(equation, a, b, *, dtype, out=None):
+        return jnp.einsum(equation, a.astype(dtype), b.astype(dtype), preferred_element_type=out or dtype)
+
+    monkeypatch.setattr("mamba3_jax.mixers.mamba3.einsum", by_autodiff)
+    assert wide_products(rank) == ["bld,dch->blch", "bld,de->ble"], "a float32 cotangent is seen"
+
+
+@pytest.mark.full
+def test_memory_of_a_step_does_not_grow_with_the_vocabulary(monkeypatch):
+    """Beside parameters and what is like them: logits of a tile, whatever the batch."""
+    monkeypatch.setattr(cross_entropy, "TILE", 2**16)
+
+    def temporaries(batch):
+        model = ModelConfig(vocab_size=2**14, d_model=8, pattern="M", d_state=4, head_dim=8, compute_dtype="bfloat16")
+        config = Config(model=model, data=DataConfig(batch=batch, length=64))
+        shapes = (jax.eval_shape(lambda: init_state(config)), batch_shapes(config.data, make_mesh("data:1")))
+        compiled = quick_jit(functools.partial(train_step, config)).lower(*shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    logits = 4 * 64 * 2**14
+    assert temporaries(8) - temporaries(4) < 4 * logits / 4, "a quarter of the logits of four more rows"

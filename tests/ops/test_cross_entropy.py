@@ -1,0 +1,230 @@
+"""The loss against float64 numpy, what it leaves out, and that it never holds all logits."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mamba3_jax.data import Batch
+from mamba3_jax.ops import cross_entropy
+from mamba3_jax.ops.cross_entropy import Sums, linear_cross_entropy, objective, scores, sums
+from tests.helpers import rel_rms
+from tests.ops.quick import quick_jit
+
+Z = 0.01
+B, L, V = 3, 7, 24
+VOCAB = V - 3  # and 3 columns that pad it
+
+
+def case(seed=0):
+    rng = np.random.default_rng(seed)
+    logits_BLV = 3 * rng.standard_normal((B, L, V))
+    targets_BL = rng.integers(0, VOCAB, (B, L))
+    weights_BL = rng.uniform(size=(B, L)) * (rng.uniform(size=(B, L)) < 0.6)
+    batch = Batch(np.zeros((B, L), np.int32), targets_BL.astype(np.int32), weights_BL.astype(np.float32), None)
+    return logits_BLV, batch
+
+
+def of(logits_BLV, batch) -> Sums:
+    return sums(jnp.asarray(logits_BLV), batch.targets_BL, batch.weights_BL, VOCAB)
+
+
+def reference(logits_BLV, batch):
+    """Sums over tokens one by one; the padding columns take part in the normaliser."""
+    nll = z = correct = 0.0
+    for b, t in np.ndindex(B, L):
+        row, weight = logits_BLV[b, t], float(batch.weights_BL[b, t])
+        log_z = math.log(sum(math.exp(x) for x in row))
+        nll += weight * (log_z - row[batch.targets_BL[b, t]])
+        z += weight * log_z**2
+        correct += weight * (np.argmax(row) == batch.targets_BL[b, t])
+    return np.array([nll, z, correct, float(batch.weights_BL.astype(np.float64).sum())])
+
+
+def logits_gradient(logits_BLV, batch, z_loss):
+    """w (p (1 + 2 z log Z) - [target])."""
+    p_BLV = np.exp(logits_BLV - np.log(np.exp(logits_BLV).sum(-1, keepdims=True)))
+    log_z_BL = np.log(np.exp(logits_BLV).sum(-1))
+    w_BL = batch.weights_BL.astype(np.float64)
+    return w_BL[..., None] * (p_BLV * (1 + 2 * z_loss * log_z_BL[..., None]) - np.eye(V)[batch.targets_BL])
+
+
+def test_sums_are_those_of_numpy():
+    logits_BLV, batch = case()
+    got = np.array(of(logits_BLV.astype(np.float32), batch))
+    assert rel_rms(got, reference(logits_BLV, batch)) < 1e-6
+    assert rel_rms(got, reference(logits_BLV * 1.001, batch)) > 1e-5
+    assert rel_rms(got, reference(logits_BLV[..., :-1], batch)) > 1e-3, "the padded vocabulary takes part"
+
+
+def test_gradient_is_softmax_minus_target():
+    logits_BLV, batch = case()
+    got = jax.grad(lambda logits_BLV: objective(of(logits_BLV, batch), Z))(jnp.float32(logits_BLV))
+    got = np.asarray(got, np.float64)
+    assert rel_rms(got, logits_gradient(logits_BLV, batch, Z)) < 1e-6
+    assert rel_rms(got, logits_gradient(logits_BLV, batch, 1.1 * Z)) > 1e-4
+
+
+def test_bfloat16_logits_are_summed_in_float32():
+    logits_BLV, batch = case()
+    rounded_BLV = jnp.bfloat16(logits_BLV)
+    got = np.array(of(rounded_BLV, batch))
+    assert got.dtype == np.float32
+    assert rel_rms(got, reference(np.asarray(rounded_BLV, np.float64), batch)) < 1e-6
+
+
+def test_of_equal_logits_the_first_is_the_likeliest():
+    """As argmax has it: a model that knows nothing is right about id 0 alone. NaN is right about nothing."""
+    targets_BL = np.arange(4)[None]
+    for logit, correct in (
+        (0.0, [True, False, False, False]),
+        (np.nan, [False] * 4),
+        (1e30, [True, False, False, False]),
+    ):
+        found = scores(jnp.full((1, 4, 5), logit), targets_BL, 5)
+        np.testing.assert_array_equal(found.correct_BL[0], correct)
+
+
+def test_a_token_without_weight_does_not_count_whatever_its_logits():
+    logits_BLV, batch = case()
+    want = reference(logits_BLV, batch)
+    logits_BLV[batch.weights_BL == 0] = np.nan
+    assert rel_rms(np.array(of(logits_BLV.astype(np.float32), batch)), want) < 1e-6
+
+
+@pytest.mark.parametrize("target", [-1, -100, -(2**31), VOCAB, V - 1, V, 2**31 - 1])
+def test_a_target_outside_the_vocabulary_counts_as_nan_and_without_weight_not_at_all(target):
+    logits_BLV, batch = case()
+    scored_BL = batch.weights_BL > 0
+    for where_BL, finite in ((~scored_BL, True), (scored_BL & (np.cumsum(scored_BL).reshape(B, L) == 1), False)):
+        wrong = batch._replace(targets_BL=np.where(where_BL, target, batch.targets_BL).astype(np.int32))
+        total = lambda logits_BLV: objective(of(logits_BLV, wrong), Z)  # noqa: B023, E731
+        loss, gradient = jax.value_and_grad(total)(jnp.float32(logits_BLV))
+        assert np.isfinite(loss) == finite
+        assert not finite or np.isfinite(gradient).all()
+    clean, same = (
+        of(logits_BLV.astype(np.float32), b)
+        for b in (batch, batch._replace(targets_BL=np.where(scored_BL, batch.targets_BL, target).astype(np.int32)))
+    )
+    assert np.array(clean).tobytes() == np.array(same).tobytes()
+
+
+def test_a_weight_that_is_not_a_number_is_not_left_out():
+    logits_BLV, batch = case()
+    batch.weights_BL[np.nonzero(batch.weights_BL)[0][0], np.nonzero(batch.weights_BL)[1][0]] = np.nan
+    assert np.isnan(objective(of(logits_BLV.astype(np.float32), batch), Z))
+
+
+D = 16
+# Of the whole; float32 sums of 16 to 24 terms, and what bfloat16 rounds: features, head, dlogits, dx.
+TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-8}
+
+
+def linear_case(dtype, seed=0):
+    """x and head as the op sees them, and the same numbers in float64 as the logits that they make."""
+    rng = np.random.default_rng(seed)
+    x_BLD = jnp.asarray(rng.standard_normal((B, L, D)), dtype)
+    head_DV = jnp.asarray(rng.standard_normal((D, V)), jnp.float32)
+    exact = [np.asarray(x, np.float64) for x in (x_BLD, head_DV.astype(dtype))]
+    return x_BLD, head_DV, exact, case(seed)[1]
+
+
+def linear_gradients(x_BLD, head_DV, batch, tiles, z_loss=Z, scale=1.0):
+    def loss(x_BLD, head_DV):
+        found, parts = linear_cross_entropy(x_BLD, head_DV, batch.targets_BL, batch.weights_BL, VOCAB, z_loss, tiles)
+        return scale * found, (found, parts)
+
+    gradients, (found, parts) = quick_jit(jax.grad(loss, (0, 1), has_aux=True))(x_BLD, head_DV)
+    return found, parts, gradients
+
+
+def check_linear(got, exact, batch, tolerance, z_loss=Z):
+    """Compare objective, sums and gradients with the equations in float64."""
+    found, parts, (dx_BLD, dhead_DV) = got
+    x_BLD, head_DV = exact
+    logits_BLV = x_BLD @ head_DV
+    want, dlogits_BLV = reference(logits_BLV, batch), logits_gradient(logits_BLV, batch, z_loss)
+    assert rel_rms(np.array(parts), want) < 1e-6, "logits are float32 in either dtype"
+    assert rel_rms(np.array(found), want[0] + z_loss * want[1]) < 1e-6
+    for x, exactly in ((dx_BLD, dlogits_BLV @ head_DV.T), (dhead_DV, np.einsum("bld,blv->dv", x_BLD, dlogits_BLV))):
+        error = rel_rms(np.asarray(x, np.float64), exactly)
+        assert error < tolerance, f"{error:.2e} is not below {tolerance}"
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_linear_cross_entropy_is_the_equations(dtype, tiles):
+    """Values and gradients, whatever the tiles: of whole lengths, of lengths filled up, of a token."""
+    x_BLD, head_DV, exact, batch = linear_case(dtype)
+    got = linear_gradients(x_BLD, head_DV, batch, tiles)
+    assert got[2][0].dtype == dtype
+    assert got[2][1].dtype == jnp.float32
+    check_linear(got, exact, batch, TOLERANCE[dtype])
+    found, parts = linear_cross_entropy(x_BLD, head_DV, batch.targets_BL, batch.weights_BL, VOCAB, Z, tiles)
+    assert rel_rms(np.array([found, *parts]), np.array([got[0], *got[1]])) < 1e-6, "without gradients the same"
+
+
+def test_errors_planted_in_the_linear_one_are_caught():
+    x_BLD, head_DV, exact, batch = linear_case("float32")
+    got = linear_gradients(x_BLD, head_DV, batch, 3)
+    for part in range(2):
+        wrong = [gradient * (1.001 if i == part else 1) for i, gradient in enumerate(got[2])]
+        with pytest.raises(AssertionError, match="is not below"):
+            check_linear((*got[:2], wrong), exact, batch, TOLERANCE["float32"])
+    with pytest.raises(AssertionError):
+        check_linear(linear_gradients(x_BLD, head_DV, batch, 3, z_loss=1.01 * Z), exact, batch, 1e-6)
+    with pytest.raises(AssertionError):
+        check_linear(got, (exact[0] * 1.0001, exact[1]), batch, 1e-6)
+
+
+def test_a_scale_of_the_objective_scales_its_gradients():
+    """A loss scale, or the mean's division."""
+    x_BLD, head_DV, _, batch = linear_case("float32")
+    once, thrice = (linear_gradients(x_BLD, head_DV, batch, 2, scale=scale)[2] for scale in (1.0, 3.0))
+    for a, b in zip(once, thrice, strict=True):
+        assert rel_rms(3 * np.asarray(a), np.asarray(b)) < 1e-6
+
+
+def test_a_population_is_vmapped():
+    x_BLD, head_DV, _, batch = linear_case("float32")
+    run = lambda x_BLD, head_DV: linear_gradients(x_BLD, head_DV, batch, 2)  # noqa: E731
+    many = jax.vmap(run)(jnp.stack([x_BLD, 2 * x_BLD]), jnp.stack([head_DV, head_DV]))
+    for member, scale in enumerate((1, 2)):
+        for got, want in zip(jax.tree.leaves(many), jax.tree.leaves(run(scale * x_BLD, head_DV)), strict=True):
+            assert rel_rms(np.asarray(got[member]), np.asarray(want)) < 1e-5
+
+
+def test_weight_zero_keeps_a_bad_target_out_of_the_gradients():
+    x_BLD, head_DV, exact, batch = linear_case("float32")
+    targets_BL = np.where(batch.weights_BL == 0, -100, batch.targets_BL).astype(np.int32)
+    check_linear(linear_gradients(x_BLD, head_DV, batch._replace(targets_BL=targets_BL), 2), exact, batch, 1e-6)
+    targets_BL = np.full_like(targets_BL, VOCAB)
+    assert np.isnan(linear_gradients(x_BLD, head_DV, batch._replace(targets_BL=targets_BL), 2)[0])
+
+
+def temporaries(length: int, batch: int = 2, vocab: int = 4096, dtype="bfloat16") -> tuple[int, str]:
+    """Bytes beside arguments and results, as compiled, and the program."""
+    shapes = (
+        jax.ShapeDtypeStruct((batch, length, D), dtype),
+        jax.ShapeDtypeStruct((D, vocab), jnp.float32),
+        jax.ShapeDtypeStruct((batch, length), jnp.int32),
+        jax.ShapeDtypeStruct((batch, length), jnp.float32),
+    )
+
+    def loss(*arrays):
+        return linear_cross_entropy(*arrays, vocab)
+
+    compiled = quick_jit(jax.grad(loss, (0, 1), has_aux=True)).lower(*shapes).compile()
+    return compiled.memory_analysis().temp_size_in_bytes, compiled.as_text()
+
+
+def test_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "TILE", 2 * 64 * 4096)
+    short, long = (temporaries(length)[0] for length in (256, 4096))
+    logits = 2 * 64 * 4096 * 4
+    assert short > logits / 2, "a tile's logits are there"
+    assert long - short < 16 * 2 * (4096 - 256) * D * 4, "features and targets alone grow"
+    monkeypatch.setattr(cross_entropy, "TILE", 2**40)
+    assert temporaries(4096)[0] > 2 * 4096 * 4096 * 4, "one tile holds all logits, and the count sees them"
