@@ -89,9 +89,10 @@ class ModelConfig(Section):
     # how it is run
     compute_dtype: str = "float32"  # float32 | bfloat16; parameters stay float32
     # What the backward pass computes again: none | rotation: the kernels' rotated queries and keys, most of what they
-    # keep; their outputs and states are kept | op: the whole op; its inputs are kept | block: the layer
-    remat: str = "none"
-    scan_layers: bool = True
+    # keep; their outputs and states are kept | op: the whole op; its inputs are kept | block: the layer. "": in
+    # training the first of none, rotation and block whose step fits into the device's memory
+    remat: str = ""
+    unroll: int = size(0, 0, LAYERS)  # repeats of a segment that one turn of the scan over layers runs; 0: by device
 
 
 @dataclass
@@ -172,8 +173,13 @@ def to_dict(config: Config) -> dict:
     return dataclasses.asdict(config)
 
 
-# What earlier versions saved and is called otherwise now: fields, and values by field.
-RENAMED_FIELDS = {"parity_lengths": "task_lengths", "parity_steps": "task_steps"}
+# What earlier versions saved and is called otherwise now: fields, with what their values are now where those changed
+# too, and values by field.
+RENAMED_FIELDS = {
+    "parity_lengths": ("task_lengths", {}),
+    "parity_steps": ("task_steps", {}),
+    "scan_layers": ("unroll", {True: 0, False: LAYERS}),
+}
 RENAMED = {"discretization": {"trapezoid": "exponential_trapezoidal", "euler": "exponential_euler"}}
 
 
@@ -184,7 +190,11 @@ def from_dict(values: dict) -> Config:
 
 def _section(kind, values: dict, path: str):
     fields = {field.name: field.type for field in dataclasses.fields(kind)}
-    values = {name if name in fields else RENAMED_FIELDS.get(name, name): value for name, value in values.items()}
+    for before, (now, changed) in RENAMED_FIELDS.items():
+        if now in fields and before in values:
+            value = values[before]
+            rest = {name: other for name, other in values.items() if name != before}
+            values = rest | {now: changed[value] if changed else value}
     if unknown := sorted(set(values) - set(fields)):
         raise ValueError(f"{path} has no field {', '.join(unknown)}; it has {', '.join(fields)}")
     parts = {

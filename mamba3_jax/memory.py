@@ -11,6 +11,7 @@ import jax
 from mamba3_jax.config import Config, ModelConfig
 from mamba3_jax.data.synthetic import TASKS
 from mamba3_jax.model import padded_vocab
+from mamba3_jax.ops.cross_entropy import TILE
 from mamba3_jax.presets import parameter_count
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -33,6 +34,19 @@ def fit_device(parts: dict[str, int]) -> None:
         count, free = jax.local_device_count(), free_on_host()
         where = "this machine" if count == 1 else f"each of this machine's {count} devices"
         fit(parts, where, free if free is None else free // count)
+
+
+def of_program(compiled) -> int:
+    """Count the bytes that a compiled program holds of a device at once: arguments, results and what is between."""
+    plan = compiled.memory_analysis()
+    held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return held + plan.temp_size_in_bytes
+
+
+def of_device() -> int | None:
+    """Return the bytes that this process may use of a device; None where it does not say."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats["bytes_limit"] if stats else None
 
 
 def readable(size: int) -> str:
@@ -98,7 +112,7 @@ def training(config: Config, state, batch) -> dict[str, int]:
         "gradients": parameters,
         "optimizer state": on_a_device(state.opt_state),
         "batch": on_a_device(batch),
-        "logits": tokens * padded_vocab(model) // tensor * 4,
+        "logits": min(tokens * padded_vocab(model) // tensor, TILE) * 4,
         "inputs of the layers": tokens * model.d_model * len(model.pattern) * width,
     }
 

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import itertools
 import math
@@ -195,12 +196,37 @@ class Trainer:
                 check_finite("the initial state", self.state._asdict())
             except ValueError as error:
                 raise Failed(error) from error
-        update = jax.jit(functools.partial(train_step, config), donate_argnums=0, out_shardings=(shardings, None))
-        self.update = update.lower(self.shapes, batch_shapes(config.data, self.mesh)).compile()
+        self.update, remat = self._fitting()
         self.evaluate = jax.jit(functools.partial(eval_step, config))
-        self.report(f"compiled in {time.perf_counter() - begin:.1f} s")
+        held = memory.readable(memory.of_program(self.update))
+        self.report(f"compiled in {time.perf_counter() - begin:.1f} s, remat={remat!r}, {held} a device")
         self.begin = time.perf_counter()
         self.since = (self.begin, self.step)
+
+    def _fitting(self):
+        """(step, remat): compiled with what config.model.remat names, or else the first that fits into the device."""
+        config, limit = self.config, memory.of_device()
+        choices = [config.model.remat] if config.model.remat else ["none", "rotation", "block"]
+        for remat in choices:
+            run = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
+            update = jax.jit(
+                functools.partial(train_step, run),
+                donate_argnums=0,
+                out_shardings=(jax.tree.map(lambda shape: shape.sharding, self.shapes), None),
+            )
+            try:
+                compiled = update.lower(self.shapes, batch_shapes(config.data, self.mesh)).compile()
+                needed = memory.of_program(compiled)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                compiled = needed = None
+            if compiled and (limit is None or needed <= limit):
+                return compiled, remat
+        found = f"{memory.readable(needed)} needed on each device" if needed else "the compiler ran out of memory"
+        free = "" if limit is None else f", {memory.readable(limit)} there"
+        step = f"the step of data.batch={config.data.batch} with model.remat={remat!r}"
+        raise Failed(f"{step} does not fit: {found}{free}")
 
     def _advance(self) -> None:
         """Hands one step to the device, and takes in the metrics of the step before the last two."""

@@ -19,7 +19,7 @@ MAY_CHANGE = {
     "model.implementation",
     "model.chunk",
     "model.remat",
-    "model.scan_layers",
+    "model.unroll",
 }
 
 

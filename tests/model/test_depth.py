@@ -14,9 +14,9 @@ TINY = ModelConfig(vocab_size=16, d_model=8, d_state=4, head_dim=8, attn_heads=1
 CONSTANT = 1.01  # "2" and "48" have not the same number of digits
 
 
-def program_size(pattern, scan_layers=True):
+def program_size(pattern, unroll=1):
     """Characters of the lowered gradient, and of the lowered decode step."""
-    config = dataclasses.replace(TINY, pattern=pattern, scan_layers=scan_layers)
+    config = dataclasses.replace(TINY, pattern=pattern, unroll=unroll)
     model = LanguageModel(config)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), boxed_shapes(config))
     state = jax.eval_shape(lambda: model.empty_state(1, 8))
@@ -43,5 +43,5 @@ def test_program_size_does_not_grow_with_depth(patterns):
 
 def test_layers_that_are_not_scanned_are_caught():
     scanned, _ = program_size("M" * 4)
-    unrolled, _ = program_size("M" * 4, scan_layers=False)
+    unrolled, _ = program_size("M" * 4, unroll=4)
     assert unrolled > CONSTANT * scanned

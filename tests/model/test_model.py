@@ -152,7 +152,7 @@ def test_no_gradient_crosses_a_boundary():
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "change", [{"scan_layers": False}, *({"remat": how} for how in ("rotation", "op", "block"))], ids=str
+    "change", [{"unroll": 2}, {"unroll": 100}, *({"remat": how} for how in ("rotation", "op", "block"))], ids=str
 )
 def test_how_it_is_run_changes_no_value_and_no_gradient(change):
     loss, gradient = gradients(**change)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mamba3_jax.checkpoint import Checkpoints, all_steps, load_config, load_model, save_model, write_config
-from mamba3_jax.config import from_dict, to_dict
+from mamba3_jax.config import LAYERS, from_dict, to_dict
 from tests.train.tiny import get_config, random_params
 
 STATE = {"step": np.array(3, np.int32), "moments": {"m": np.arange(3, dtype=np.float32)}}
@@ -171,6 +171,11 @@ def test_config_survives_json():
     assert from_dict({"model": {"d_model": 32}}).model.d_model == 32
     values["data"]["parity_lengths"] = values["data"].pop("task_lengths")  # what it was called
     assert from_dict(values) == config
+    values["model"]["scan_layers"] = True  # as was this, and with other values
+    del values["model"]["unroll"]
+    assert from_dict(values) == config
+    values["model"]["scan_layers"] = False
+    assert from_dict(values).model.unroll == LAYERS
     values["model"]["d_stat"] = 3
     with pytest.raises(ValueError, match=r"config.model has no field d_stat; it has vocab_size, "):
         from_dict(values)

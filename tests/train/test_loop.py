@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from mamba3_jax import checkpoint
+from mamba3_jax import checkpoint, memory
 from mamba3_jax.checkpoint import Checkpoints, all_steps, load_config, load_model, save_model
 from mamba3_jax.config import DataConfig
-from mamba3_jax.sharding import make_mesh
+from mamba3_jax.sharding import make_mesh, using
 from mamba3_jax.train import loop, metrics
 from mamba3_jax.train.loop import AHEAD, Diverged, Failed, Trainer
 from mamba3_jax.train.resume import check
@@ -389,3 +389,30 @@ def test_the_tokenizer_travels_with_the_run(tmp_path):
     got.model.vocab_size = 256
     with pytest.raises(ValueError, match=r"but .* was trained with"):
         Trainer(got, run)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("given", "sizes", "remat"),
+    [
+        ("", [2], "none"),
+        ("", [4, 2], "rotation"),
+        ("", [4, 3, 2], "block"),
+        ("", [4, 4, 4], None),
+        ("op", [2], "op"),
+        ("op", [4], None),
+    ],
+)
+def test_what_is_kept_for_the_backward_pass_is_as_much_as_fits(tmp_path, monkeypatch, given, sizes, remat):
+    """In the order of what it costs; where nothing fits, one line says what it would take."""
+    left = iter(sizes)
+    monkeypatch.setattr(memory, "of_program", lambda compiled: 10**9 * next(left))
+    monkeypatch.setattr(memory, "of_device", lambda: 2 * 10**9)
+    run = config()
+    run.model.remat = given
+    with Trainer(run, tmp_path, report=lambda *_: None) as trainer, using(trainer.mesh):
+        if remat:
+            assert trainer._fitting()[1] == remat
+            return
+        with pytest.raises(Failed, match=r"remat='(block|op)' does not fit: 4 GB needed on each device, 2 GB there$"):
+            trainer._fitting()
