@@ -2,6 +2,8 @@
 
     python -m experiments.benchmarks.train
     python -m experiments.benchmarks.train --models=siso-180m --implementations=default --length=8192 --batch=2
+    python -m experiments.benchmarks.train --models=siso-180m --implementations=default --batch=16,32 \\
+        --variants= --variants=model.unroll=1 --variants=model.unroll=1,model.remat=block
 
 The step is the trainer's own: loss, gradients and AdamW of one of `mamba3_jax.presets` at its real vocabulary, on rows
 of random tokens in documents of random length. The layer is one mixer, bfloat16, forward and with the gradient of its
@@ -9,9 +11,11 @@ parameters and its input. Every result is first compared with that of the first 
 gradient norm, the layer's output and gradients. MFU: model FLOPs (`mamba3_jax.train.flops`) over the device's peak.
 """
 
+import ast
 import contextlib
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -22,7 +26,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments.benchmarks import common
-from mamba3_jax.config import Config, DataConfig, ModelConfig
+from mamba3_jax.config import Config, DataConfig, ModelConfig, check
 from mamba3_jax.data.batch import Batch
 from mamba3_jax.mixers.mamba3 import Mamba3
 from mamba3_jax.presets import PRESETS
@@ -58,6 +62,7 @@ class Program:
     values: Callable  # of a result: what must agree between implementations, by name
     batch: int
     length: int
+    variant: str = ""  # what is set otherwise in the config
     donated: bool = False  # the first argument, which the first result takes the place of
     scope: Callable = contextlib.nullcontext
 
@@ -95,11 +100,29 @@ def documents(config: DataConfig, vocab_size: int) -> Batch:
     return Batch(tokens_BL, np.roll(tokens_BL, -1, axis=1), np.ones(shape, np.float32), start_BL)
 
 
-def step_program(model: str, implementation: str, batch: int, length: int) -> Program:
-    """Return the step of one of the presets."""
+def step_program(model: str, implementation: str, batch: int, length: int, variant: str = "") -> Program:
+    """Return the step of one of the presets, with what `variant` sets."""
     config = Config(model=dataclasses.replace(PRESETS[model], implementation=implementation))
     config.data = DataConfig(batch=batch, length=length)
-    return trainer_program(model, config)
+    set_fields(config, variant)
+    return dataclasses.replace(trainer_program(model, config), variant=variant)
+
+
+def set_fields(config: Config, variant: str) -> None:
+    """Set "model.unroll=1,optimizer.clip=0.5" in a config; ValueError for what is no field or no value of one."""
+    for setting in filter(None, variant.split(",")):
+        path, _, text = setting.partition("=")
+        *sections, name = path.split(".")
+        section = functools.reduce(getattr, sections, config)
+        try:
+            value = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            value = text
+        try:
+            setattr(section, name, value)
+        except AttributeError as error:
+            raise ValueError(f"{setting!r}: {error}") from error
+    check(config)
 
 
 def trainer_program(model: str, config: Config) -> Program:
@@ -176,7 +199,9 @@ def layer_programs(model: str, implementation: str, batch: int, length: int) -> 
     ]
 
 
-def programs_of(model: str, implementations: list[str], batch: int, length: int) -> list[Program]:
+def programs_of(
+    model: str, implementations: list[str], batches: list[int], length: int, variants: Sequence[str] = ("",)
+) -> list[Program]:
     """Beside each other what is compared; "default" is what a config without an implementation gets."""
     found = []
     for implementation in implementations:
@@ -184,8 +209,8 @@ def programs_of(model: str, implementations: list[str], batch: int, length: int)
         if model in LAYERS:
             found += layer_programs(model, name, LAYER_BATCH, LAYER_LENGTH)
         else:
-            found.append(step_program(model, name, batch, length))
-    return sorted(found, key=lambda program: program.what)
+            found += [step_program(model, name, batch, length, variant) for variant in variants for batch in batches]
+    return sorted(found, key=lambda program: (program.what, program.batch))
 
 
 def errors(got: dict, want: dict) -> dict[str, float]:
@@ -202,6 +227,7 @@ def row_of(program: Program, compiled, want: dict | None) -> tuple[dict, dict]:
     call = program.calls(compiled)
     got = jax.device_get(program.values(call()))
     row = {"model": program.model, "what": program.what, "batch": program.batch, "length": program.length}
+    row["variant"] = program.variant
     row["implementation"] = program.implementation or f"default: {'kernels' if program.kernels else 'plain XLA'}"
     row |= {f"{name} error": error for name, error in errors(got, want or got).items()}
     for name, tolerance in TOLERANCE.items():
@@ -227,6 +253,7 @@ COLUMNS = {
     "length": "length",
     "": "what",
     "implementation": "implementation",
+    "variant": "variant",
     "ms": "ms",
     "best": "best_ms",
     "tokens/s": "tokens_per_second",
@@ -246,17 +273,18 @@ def main(argv):
     if jax.default_backend() != "gpu":
         raise app.UsageError(f"needs a GPU: the backend is {jax.default_backend()!r}")
     origin = common.provenance(FLAGS.commit)
+    batches = [int(batch) for batch in FLAGS.batch]
     programs = [
         program
         for model in FLAGS.models
-        for program in programs_of(model, FLAGS.implementations, FLAGS.batch, FLAGS.length)
+        for program in programs_of(model, FLAGS.implementations, batches, FLAGS.length, FLAGS.variants)
     ]
     rows, want, before = [], None, None
     with ThreadPoolExecutor() as pool:
         compiled = list(pool.map(Program.compile, programs))  # all before anything is timed
     for program, binary in zip(programs, compiled, strict=True):
-        if (program.model, program.what) != before:
-            want, before = None, (program.model, program.what)
+        if (program.model, program.what, program.batch) != before:
+            want, before = None, (program.model, program.what, program.batch)
         row, got = row_of(program, binary, want)
         want = want or got
         rows.append(row)
@@ -270,7 +298,8 @@ def main(argv):
 if __name__ == "__main__":
     flags.DEFINE_multi_enum("models", list(MODELS), [*PRESETS, *LAYERS], "which models and layers")
     flags.DEFINE_list("implementations", ["chunked", "default"], "names in ops.ssm.IMPLEMENTATIONS, or default")
-    flags.DEFINE_integer("batch", 8, "rows of a training step", lower_bound=1)
+    flags.DEFINE_list("batch", ["8"], "rows of a training step, one or more numbers")
+    flags.DEFINE_multi_string("variants", [""], "a row each: a step's fields, as model.unroll=1,model.remat=block")
     flags.DEFINE_integer("length", 2048, "tokens of a row of a training step", lower_bound=1)
     flags.DEFINE_string("name", "train_gpu", "of the result file")
     flags.DEFINE_string("out", "", "directory of the result file; empty: experiments/benchmarks/results")

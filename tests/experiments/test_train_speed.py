@@ -1,5 +1,6 @@
 """The benchmark of a layer and a training step, in small on any device: what it times agrees, or it is not timed."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -32,7 +33,7 @@ def test_a_layer_is_checked_before_it_is_timed(monkeypatch):
         return y_BLHP * 1.05, state
 
     monkeypatch.setitem(IMPLEMENTATIONS, "wrong", off)
-    programs = train.programs_of("layer tiny", ["chunked", "recurrent", "wrong"], 2, 16)
+    programs = train.programs_of("layer tiny", ["chunked", "recurrent", "wrong"], [2], 16)
     assert [program.what for program in programs] == ["forward"] * 3 + ["forward+backward"] * 3
     plain, other, wrong = programs[3:]
     row, want = train.row_of(plain, plain.compile(), None)
@@ -46,7 +47,7 @@ def test_a_layer_is_checked_before_it_is_timed(monkeypatch):
 
 @pytest.mark.full
 def test_a_step_is_the_trainers():
-    (program,) = train.programs_of("tiny", ["default"], 2, 16)
+    (program,) = train.programs_of("tiny", ["default"], [2], 16)
     row, got = train.row_of(program, program.compile(), None)
     assert row["implementation"] == "default: plain XLA"
     assert 2 < row["loss"] == got["loss"] < 4  # log 16 is 2.8
@@ -56,8 +57,35 @@ def test_a_step_is_the_trainers():
 
 
 @pytest.mark.full
+def test_variants_set_fields_and_change_no_result():
+    programs = train.programs_of("tiny", ["default"], [2, 4], 16, ["", "model.unroll=1,model.remat=block"])
+    assert [(program.batch, program.variant) for program in programs] == [
+        *((2, variant) for variant in ("", "model.unroll=1,model.remat=block")),
+        *((4, variant) for variant in ("", "model.unroll=1,model.remat=block")),
+    ]
+    assert [(program.config.unroll, program.config.remat) for program in programs[:2]] == [(0, ""), (1, "block")]
+    _, want = train.row_of(programs[0], programs[0].compile(), None)
+    row, _ = train.row_of(programs[1], programs[1].compile(), want)
+    assert row["variant"] == "model.unroll=1,model.remat=block"
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        ("model.unrol=1", "no field 'unrol', did you mean unroll"),
+        ("model.unroll=x", "unroll='x' is not of type int"),
+        ("model.remat=all", "remat='all' is not one of"),
+        ("optimizer.learning_rate=nan", "learning_rate='nan' is not of type float"),
+    ],
+)
+def test_a_variant_that_is_none_is_refused(variant, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train.programs_of("tiny", ["default"], [2], 16, [variant])[0].shapes()
+
+
+@pytest.mark.full
 def test_threads_trace_one_after_another(crowd):
-    programs = [train.programs_of(model, ["crowd"], 2, 16)[0] for model in ("tiny", "layer tiny")]
+    programs = [train.programs_of(model, ["crowd"], [2], 16)[0] for model in ("tiny", "layer tiny")]
     with ThreadPoolExecutor() as pool:
         list(pool.map(train.Program.compile, programs))
     assert set(crowd) == {1}
