@@ -52,8 +52,8 @@ class ModelConfig(Section):
     vocab_size: int = size(256, most=2**24)
     pad_vocab_to: int = size(8)  # the embedding's rows are rounded up to a multiple of this
     d_model: int = size(256)
-    # One letter a layer, which each mixer has in its file: M Mamba-3, A attention. In a config file also a tuple of
-    # names; the declared type is what a flag gives.
+    # One letter a layer, which each mixer has in its file: M Mamba-3, 2 Mamba-2, A attention. In a config file also a
+    # tuple of names; the declared type is what a flag gives.
     pattern: str = field(default="MM", metadata={"or": tuple[str, ...], "layers": LAYERS})
     d_ff: int = size(0, 0, 2**20)  # width of the SwiGLU feed-forward after every mixer; 0: none
     embedding_std: float = number(0.02)  # of the embedding's initial values
@@ -61,23 +61,28 @@ class ModelConfig(Section):
     norm: str = "rms"  # rms | layer
     residual_in_fp32: bool = True
 
-    # Mamba-3
+    # Mamba-3 and Mamba-2
     d_state: int = size(128)
     expand: int = size(2, most=256)
     head_dim: int = size(64)
     n_groups: int = size(1)
+    dt_min: float = number(0.001, "(0, inf)")  # initial dt is log-uniform in [dt_min, dt_max]
+    dt_max: float = number(0.1, "(0, inf)")
+    dt_init_floor: float = number(1e-4)
+    implementation: str = ""  # of the op; "": the fastest for the backend
+    chunk: int = size(0, 0)  # tokens a chunk of the op; 0: chosen
+
+    # Mamba-3
     mimo_rank: int = size(0, 0, 256)  # 0: SISO; r >= 1: MIMO of rank r (rank 1 is still MIMO: its planes are halves)
     rope_fraction: float = number(0.5, "(0, 1]")  # 0.5 | 1.0 of the state rotates
     out_norm: bool = False  # RMSNorm of each head before the gate ("pre-gate grouped")
     a_floor: float = number(1e-4, "(0, inf)")
-    dt_min: float = number(0.001, "(0, inf)")  # initial dt is log-uniform in [dt_min, dt_max]
-    dt_max: float = number(0.1, "(0, inf)")
-    dt_init_floor: float = number(1e-4)
     discretization: str = "exponential_trapezoidal"  # a row of DISCRETIZATIONS in ops/discretize.py
     angles: str = "data"  # data | rope (fixed angles t * 10000^(-i/S), not data dependent) | none
     bc_bias: bool = True  # the biases of B and C (paper table 5a without: False)
-    implementation: str = ""  # of the op; "": the fastest for the backend
-    chunk: int = size(0, 0)  # tokens a chunk of the op; 0: chosen
+
+    # Mamba-2
+    d_conv: int = size(4, 2, 16)  # tokens that the short convolution sees
 
     # attention
     attn_heads: int = size(0, 0)  # 0: d_model // attn_head_dim

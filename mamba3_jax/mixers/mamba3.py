@@ -1,6 +1,5 @@
 """The Mamba-3 mixer, SISO and MIMO: parameters and per-token quantities around `ops.ssm` (SPEC sections 2 to 10)."""
 
-import functools
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -16,8 +15,7 @@ from mamba3_jax.nn.norm import rms_norm
 from mamba3_jax.nn.precision import DTYPES
 from mamba3_jax.ops.discretize import DISCRETIZATIONS, uses_previous
 from mamba3_jax.ops.einsum import einsum
-from mamba3_jax.ops.sharded import sharded
-from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State, Tokens, ssm
+from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State, Tokens
 
 
 def data_angle(theta_BLS, dt_BLH):
@@ -38,10 +36,6 @@ def no_angle(theta_BLS, dt_BLH):
 
 
 ANGLES = {"data": data_angle, "rope": rope_angle, "none": no_angle}
-
-# By config.remat: what the backward pass keeps of the op beside its inputs, by the names that kernels give. What has no
-# such names (plain XLA) keeps nothing.
-KEPT = {"op": (), "rotation": ("ssm_y", "ssm_states")}
 
 
 class Sizes(NamedTuple):
@@ -109,21 +103,9 @@ class Mamba3(Mixer):
             self.norm = self.named("norm", ones, heads=heads, head_dim=width)
         self.out = self.named("out", out, heads=heads, head_dim=width, embed=d_model)
 
-    def named(self, name, initializer, **axes):
-        """Return a parameter whose axes are given by logical name and size."""
-        return self.param(name, nn.with_logical_partitioning(initializer, tuple(axes)), tuple(axes.values()))
-
     def __call__(self, x_BLD, state: State | None = None, start_BL=None):
         config = self.config
-        op = functools.partial(
-            ssm,
-            rotation="half" if config.mimo_rank > 0 else "adjacent",
-            implementation=config.implementation or None,
-            chunk=config.chunk or None,
-        )
-        if config.remat in KEPT:
-            op = jax.checkpoint(op, policy=jax.checkpoint_policies.save_only_these_names(*KEPT[config.remat]))
-        op = sharded(op, *nn.logical_to_mesh_axes(("batch", "heads")))
+        op = self.op("half" if config.mimo_rank > 0 else "adjacent")
         y_BLHP, state = op(self.tokens(x_BLD, start_BL), self.heads(), state)
         return einsum("blhp,hpd->bld", y_BLHP, self.out, dtype=DTYPES[config.compute_dtype]), state
 

@@ -1,11 +1,19 @@
 """What a mixer is. All that the rest asks of one stands in its own file; `MIXERS` in `__init__.py` has it in a line."""
 
+import functools
 from typing import ClassVar
 
 import flax.linen as nn
+import jax
 
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.mixers.official import Row
+from mamba3_jax.ops.sharded import sharded
+from mamba3_jax.ops.ssm import ssm
+
+# By config.remat: what the backward pass keeps of the op beside its inputs, by the names that kernels give. What has no
+# such names (plain XLA) keeps nothing.
+KEPT = {"op": (), "rotation": ("ssm_y", "ssm_states")}
 
 
 class Mixer(nn.Module):
@@ -13,7 +21,7 @@ class Mixer(nn.Module):
 
     `state` None is the empty state; `start_BL` is true at the first token of a document, or None, and no value or
     gradient crosses it. Every array of the state begins with the batch. Axes of parameters have logical names
-    (`sharding.RULES`); parameters called skip, scale or ..bias, ..norm do not decay (`train/optimizer.py`).
+    (`sharding.RULES`); parameters called skip, scale, a_log or ..bias, ..norm do not decay (`train/optimizer.py`).
     """
 
     config: ModelConfig
@@ -22,6 +30,23 @@ class Mixer(nn.Module):
     matrices: ClassVar[tuple[str, ...]]  # parameters that every token is multiplied by: 2 FLOPs an entry
     # What fields must be for the official layer to compute the same; None: there is no official layer.
     official: ClassVar[dict | None] = None
+
+    def named(self, name: str, initializer, **axes: int):
+        """Return a parameter whose axes are given by logical name and size."""
+        return self.param(name, nn.with_logical_partitioning(initializer, tuple(axes)), tuple(axes.values()))
+
+    def op(self, rotation: str):
+        """Return `ssm` as the config has it run: by what, in which chunks, over the mesh, keeping what for backward."""
+        config = self.config
+        op = functools.partial(
+            ssm,
+            rotation=rotation,
+            implementation=config.implementation or None,
+            chunk=config.chunk or None,
+        )
+        if config.remat in KEPT:
+            op = jax.checkpoint(op, policy=jax.checkpoint_policies.save_only_these_names(*KEPT[config.remat]))
+        return sharded(op, *nn.logical_to_mesh_axes(("batch", "heads")))
 
     @staticmethod
     def check(config: ModelConfig) -> None:

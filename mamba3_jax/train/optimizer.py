@@ -50,7 +50,7 @@ def schedule(config: OptimizerConfig, steps: int):
 
 
 def decays(params):
-    """Mark the parameters that weight decay shrinks: not dt_bias, D (here: skip), norms and biases.
+    """Mark the parameters that weight decay shrinks: not dt_bias, A_log, D (here: skip), norms and biases.
 
     The biases of B and C (k_bias, q_bias) are biases, so are those of attention. Matrices, the embedding and the rank
     projections of MIMO (v_rank, gate_rank, out_rank) decay, as in the official code.
@@ -58,7 +58,7 @@ def decays(params):
 
     def decay(path, _):
         name = path[-1].key
-        return not (name in ("scale", "skip") or name.endswith(("bias", "norm")))
+        return not (name in ("scale", "skip", "a_log") or name.endswith(("bias", "norm")))
 
     return jax.tree_util.tree_map_with_path(decay, params)
 

@@ -5,7 +5,7 @@ import functools
 import jax
 import pytest
 
-from mamba3_jax.mixers.mamba3 import KEPT
+from mamba3_jax.mixers.mixer import KEPT
 from mamba3_jax.ops.kernels import kernels
 from tests.ops import cases
 from tests.ops.cases import MIMO, SISO, bfloat16, draw

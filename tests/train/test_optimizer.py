@@ -83,16 +83,16 @@ def test_updates_are_adamw(clip):
 
 
 def test_decay_mask():
-    config = Config(model=ModelConfig(pattern="MA", d_model=16, d_state=8, head_dim=8, attn_head_dim=8, d_ff=8))
+    config = Config(model=ModelConfig(pattern="M2A", d_model=16, d_state=8, head_dim=8, attn_head_dim=8, d_ff=8))
     config.model.mimo_rank, config.model.out_norm, config.model.attn_bias, config.model.norm = 2, True, True, "layer"
     config.model.tie_embeddings = False
     mask = jax.tree_util.tree_leaves_with_path(decays(random_params(config)))
     names = {flag: {path[-1].key for path, got in mask if got is flag} for flag in (True, False)}
     assert names[True] == set(
-        "embedding kernel in_zx in_dt_a_trap in_kq_angle out v_rank gate_rank out_rank q k v value gate".split()  # noqa: SIM905
+        "embedding kernel in_zx in_dt_a_trap in_kq_angle in_kq in_dt conv_x conv_kq out v_rank gate_rank out_rank q k v value gate".split()  # noqa: SIM905
     )
     assert names[False] == set(
-        "dt_bias skip k_bias q_bias v_bias out_bias k_norm q_norm norm scale bias".split()  # noqa: SIM905
+        "dt_bias skip a_log conv_x_bias conv_kq_bias k_bias q_bias v_bias out_bias k_norm q_norm norm scale bias".split()  # noqa: SIM905
     )
 
 

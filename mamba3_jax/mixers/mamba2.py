@@ -1,0 +1,173 @@
+"""The Mamba-2 mixer (arXiv:2405.21060): a short convolution, and the op without rotation, biases or a look back."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mamba3_jax.config import ModelConfig
+from mamba3_jax.mixers.mixer import Mixer
+from mamba3_jax.nn.initial import inverse_softplus_dt, linear
+from mamba3_jax.nn.norm import rms_norm
+from mamba3_jax.nn.precision import DTYPES
+from mamba3_jax.ops.discretize import exponential_euler
+from mamba3_jax.ops.einsum import einsum
+from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State, Tokens
+
+A_RANGE = (1.0, 16.0)  # -A of the heads before training, uniform
+
+
+class Carried(NamedTuple):
+    """What a sequence leaves behind: the op's state, and what the convolution of the next tokens sees."""
+
+    ssm: State
+    x_BWHP: jax.Array  # before the convolution, of the last W = d_conv - 1 tokens; 0 of what is of another document
+    kq_BWE: jax.Array
+
+
+def convolve(x, weights, bias, before, document_BL):
+    """silu(bias + sum_j weights[j] x_{t-j}) over the tokens of t's own document, and what the next tokens see.
+
+    A channel sees itself alone. Sums are float32, the result has x's dtype.
+
+    Args:
+        x: (B, L, ...).
+        weights: (..., K), the token's own weight last.
+        bias: (...).
+        before: (B, K-1, ...), the tokens before the first.
+        document_BL: a number that grows at each document's first token, 0 where the first document goes on; or None.
+    """
+    window, length = before.shape[1], x.shape[1]
+    seen = jnp.concatenate([before, x], axis=1)
+
+    def same(first, of_BL):
+        """Of `seen[:, first:]`, what is of a document, and 0 for the rest."""
+        part = seen[:, first : first + of_BL.shape[1]]
+        return jnp.where(_wide(documents_BL[:, first : first + of_BL.shape[1]] == of_BL, part), part, 0)
+
+    if document_BL is None:
+        document_BL = jnp.zeros(x.shape[:2], jnp.int32)
+    documents_BL = jnp.pad(document_BL, ((0, 0), (window, 0)))
+    total = bias
+    for tap in range(window + 1):
+        total += same(tap, document_BL).astype(jnp.float32) * weights[..., tap]
+    last_BW = jnp.broadcast_to(document_BL[:, -1:], (x.shape[0], window))
+    return jax.nn.silu(total).astype(x.dtype), same(length, last_BW)
+
+
+def _wide(mask_BL, x):
+    return mask_BL.reshape(*mask_BL.shape, *[1] * (x.ndim - 2))
+
+
+class Mamba2(Mixer):
+    """y, state = Mamba-2(x, state, start): in-projection, convolution of x, B and C, `ops.ssm`, gated norm, out.
+
+        h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,  y_t = h_t C_t + D x_t,  out = W RMSNorm(y silu(z))
+
+    A is learned, one number a head. The norm is over each group's channels, as in the official layer, with its gate
+    before it. Sizes are those of Mamba-3's fields; `d_conv` is its own. Values in the compute dtype, steps, decays and
+    sums in float32.
+    """
+
+    letter = "2"
+    matrices = ("in_zx", "in_kq", "in_dt", "out")
+
+    def setup(self):
+        config = self.config
+        d_model, heads, width, groups = config.d_model, head_count(config), config.head_dim, config.n_groups
+        columns = 2 * groups * config.d_state
+        ones, into = nn.initializers.ones, linear(d_model)
+        out = linear(heads * width, len(config.pattern) ** -0.5)
+        dt = inverse_softplus_dt(config.dt_min, config.dt_max, config.dt_init_floor)
+        taps = linear(config.d_conv)
+
+        self.in_zx = self.named("in_zx", into, embed=d_model, pair=2, heads=heads, head_dim=width)
+        self.in_kq = self.named("in_kq", into, embed=d_model, shared=columns)
+        self.in_dt = self.named("in_dt", into, embed=d_model, heads=heads)
+        self.conv_x = self.named("conv_x", taps, heads=heads, head_dim=width, taps=config.d_conv)
+        self.conv_x_bias = self.named("conv_x_bias", taps, heads=heads, head_dim=width)
+        self.conv_kq = self.named("conv_kq", taps, shared=columns, taps=config.d_conv)
+        self.conv_kq_bias = self.named("conv_kq_bias", taps, shared=columns)
+        self.dt_bias = self.named("dt_bias", dt, heads=heads)
+        self.a_log = self.named("a_log", log_uniform, heads=heads)
+        self.skip = self.named("skip", ones, heads=heads)
+        self.norm = self.named("norm", ones, heads=heads, head_dim=width)
+        self.out = self.named("out", out, heads=heads, head_dim=width, embed=d_model)
+
+    def __call__(self, x_BLD, state: Carried | None = None, start_BL=None):
+        config, dtype = self.config, DTYPES[self.config.compute_dtype]
+        batch, length, groups = *x_BLD.shape[:2], config.n_groups
+        before = self.empty_state(config, batch, 0) if state is None else state
+        document_BL = None if start_BL is None else jnp.cumsum(start_BL, axis=1, dtype=jnp.int32)
+
+        zx = einsum("bld,dchp->blchp", x_BLD, self.in_zx, dtype=dtype)
+        kq_BLE = einsum("bld,de->ble", x_BLD, self.in_kq, dtype=dtype)
+        dt_BLH = einsum("bld,dh->blh", x_BLD, self.in_dt, dtype=dtype, out=jnp.float32)
+        z_BLHP, x_BLHP = zx[:, :, 0], zx[:, :, 1]
+        x_BLHP, x_BWHP = convolve(x_BLHP, self.conv_x, self.conv_x_bias, before.x_BWHP, document_BL)
+        kq_BLE, kq_BWE = convolve(kq_BLE, self.conv_kq, self.conv_kq_bias, before.kq_BWE, document_BL)
+        kq = kq_BLE.reshape(batch, length, 2, 1, groups, config.d_state)
+
+        dt_BLH = jax.nn.softplus(dt_BLH + self.dt_bias)
+        log_a_BLH, gamma_BLH, _ = exponential_euler(dt_BLH, -jnp.exp(self.a_log), None)
+        tokens = Tokens(
+            q_BLRGN=kq[:, :, 1],
+            k_BLRGN=kq[:, :, 0],
+            v_BLHP=x_BLHP,
+            dt_BLH=None,
+            log_a_BLH=log_a_BLH,
+            gamma_BLH=gamma_BLH,
+            start_BL=start_BL,
+        )
+        y_BLHP, ssm = self.op("adjacent")(tokens, Heads(skip_H=self.skip), None if state is None else state.ssm)
+        y_BLHP = y_BLHP.astype(jnp.float32) * jax.nn.silu(z_BLHP.astype(jnp.float32))
+        by_group = rms_norm(y_BLHP.reshape(batch, length, groups, -1), self.norm.reshape(groups, -1))
+        y_BLHP = by_group.reshape(y_BLHP.shape).astype(dtype)
+        return einsum("blhp,hpd->bld", y_BLHP, self.out, dtype=dtype), Carried(ssm, x_BWHP, kq_BWE)
+
+    @staticmethod
+    def empty_state(config: ModelConfig, batch: int, capacity: int) -> Carried:
+        """Zeros; `capacity` has no meaning for a state of fixed size."""
+        heads, window, dtype = head_count(config), config.d_conv - 1, DTYPES[config.compute_dtype]
+        ssm_BHPN = jnp.zeros((batch, heads, config.head_dim, config.d_state), jnp.float32)
+        return Carried(
+            ssm=State(angle_BHS=None, ssm_BHPN=ssm_BHPN),
+            x_BWHP=jnp.zeros((batch, window, heads, config.head_dim), dtype),
+            kq_BWE=jnp.zeros((batch, window, 2 * config.n_groups * config.d_state), dtype),
+        )
+
+    @staticmethod
+    def check(config: ModelConfig) -> None:
+        """Raise ValueError for sizes or choices that no Mamba-2 layer can have."""
+        d_inner, heads = config.expand * config.d_model, head_count(config)
+        if d_inner % config.head_dim or not heads:
+            raise ValueError(f"{d_inner=} (expand * d_model) is not a positive multiple of {config.head_dim=}")
+        if heads % config.n_groups:
+            raise ValueError(f"{heads=} is not a multiple of {config.n_groups=}")
+        if config.dt_min > config.dt_max:
+            raise ValueError(f"{config.dt_min=}, {config.dt_max=}: wanted dt_min <= dt_max")
+        if config.implementation and config.implementation not in IMPLEMENTATIONS:
+            raise ValueError(f"{config.implementation=} is not '' or one of {sorted(IMPLEMENTATIONS)}")
+
+    @staticmethod
+    def state_flops(config: ModelConfig, length: int) -> float:
+        """2 H P N to write the state and as much to read it, and the convolution's 2 K a channel."""
+        inner = head_count(config) * config.head_dim
+        return 4 * inner * config.d_state + 2 * config.d_conv * (inner + 2 * config.n_groups * config.d_state)
+
+    @staticmethod
+    def fused(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """B and C."""
+        return {"in_kq": (config.n_groups * config.d_state,) * 2}
+
+
+def head_count(config: ModelConfig) -> int:
+    """H = expand D / P."""
+    return config.expand * config.d_model // config.head_dim
+
+
+def log_uniform(key, shape, dtype=jnp.float32):
+    """log u, u uniform in A_RANGE."""
+    low, high = A_RANGE
+    return jnp.log(jax.random.uniform(key, shape, dtype, low, high))
