@@ -88,12 +88,16 @@ def test_decay_mask():
     config.model.tie_embeddings = False
     mask = jax.tree_util.tree_leaves_with_path(decays(random_params(config)))
     names = {flag: {path[-1].key for path, got in mask if got is flag} for flag in (True, False)}
-    assert names[True] == set(
-        "embedding kernel in_zx in_dt_a_trap in_kq_angle in_kq in_dt conv_x conv_kq out v_rank gate_rank out_rank q k v value gate".split()  # noqa: SIM905
-    )
-    assert names[False] == set(
-        "dt_bias skip a_log conv_x_bias conv_kq_bias k_bias q_bias v_bias out_bias k_norm q_norm norm scale bias".split()  # noqa: SIM905
-    )
+    assert names[True] == {
+        *("embedding", "kernel", "value", "gate", "out", "q", "k", "v"),
+        *("in_zx", "in_dt_a_trap", "in_kq_angle", "v_rank", "gate_rank", "out_rank"),
+        *("in_kq", "in_dt", "conv_x", "conv_kq"),
+    }
+    assert names[False] == {
+        *("scale", "bias", "q_bias", "k_bias", "v_bias", "out_bias"),
+        *("dt_bias", "skip", "k_norm", "q_norm", "norm"),
+        *("a_log", "conv_x_bias", "conv_kq_bias"),
+    }
 
 
 @pytest.mark.parametrize(
