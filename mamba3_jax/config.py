@@ -9,6 +9,7 @@ import difflib
 import math
 import struct
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 WIDTH = 2**16  # of anything in a layer: four times the widest model there is
@@ -229,6 +230,13 @@ def shown(value) -> str:
     """Write the value as Python does, its middle left out where it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:50]}...{text[-20:]}"
+
+
+def listed(items: Iterable, between: str = ", ", limit: int = 10) -> str:
+    """Join the first items of what may be a long list, and say how many more there are."""
+    items = [str(item) for item in items]
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return between.join(items[:limit]) + more
 
 
 def _is(value, kind) -> bool:

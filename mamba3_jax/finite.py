@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SHOWN = 10  # tensors that an error names
+from mamba3_jax.config import listed
 
 
 def all_finite(*trees) -> jax.Array:
@@ -33,10 +33,7 @@ def check_finite(what: str, tree) -> None:
     fine = {name: _finite(leaf, np).all() for name, leaf in named.items() if not isinstance(leaf, jax.Array)}
     fine |= jax.device_get(_each_fine({name: leaf for name, leaf in named.items() if name not in fine}))
     if bad := [name for name in named if not fine[name]]:
-        more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        raise ValueError(
-            f"{what}: {len(bad)} of {len(named)} tensors hold NaN or infinity: {', '.join(bad[:SHOWN])}{more}"
-        )
+        raise ValueError(f"{what}: {len(bad)} of {len(named)} tensors hold NaN or infinity: {listed(bad)}")
 
 
 def _finite(leaf, numpy=jnp):

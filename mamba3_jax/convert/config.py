@@ -5,8 +5,7 @@ A key that changes what is computed and that we do not have is an error; one tha
 
 import math
 
-from mamba3_jax.config import LAYERS, ModelConfig
-from mamba3_jax.convert.names import listed
+from mamba3_jax.config import LAYERS, ModelConfig, listed
 from mamba3_jax.mixers import MIXERS
 from mamba3_jax.mixers.attention import Attention, head_counts
 from mamba3_jax.mixers.mamba3 import Mamba3

@@ -17,10 +17,10 @@ import safetensors
 import safetensors.numpy
 
 from mamba3_jax import memory
-from mamba3_jax.config import ModelConfig
+from mamba3_jax.config import ModelConfig, listed
 from mamba3_jax.convert import torch_zip
 from mamba3_jax.convert.config import from_official, to_official
-from mamba3_jax.convert.names import listed, official_shapes, to_params, to_state_dict
+from mamba3_jax.convert.names import official_shapes, to_params, to_state_dict
 from mamba3_jax.convert.peel import peel
 from mamba3_jax.convert.shards import contents, is_there, read_file, read_json
 from mamba3_jax.finite import check_finite

@@ -4,11 +4,11 @@ The rows of a mixer stand in its own file (`official_rows`), what a row says in 
 """
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
-from mamba3_jax.config import ModelConfig
+from mamba3_jax.config import ModelConfig, listed
 from mamba3_jax.mixers import MIXERS
 from mamba3_jax.mixers.official import Piece, Row, same, weight
 from mamba3_jax.model import mixer_names, padded_vocab, segments
@@ -66,12 +66,6 @@ def our_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         for piece in row.pieces:
             repeats[prefix + piece.path] = (piece.shape, repeat)
     return {path: shape if repeat is None else (repeat + 1, *shape) for path, (shape, repeat) in repeats.items()}
-
-
-def listed(items: Iterable, between: str = ", ", limit: int = 10) -> str:
-    """Join the first items of what may be a long list, and say how many more there are."""
-    items = [str(item) for item in items]
-    return between.join(items[:limit]) + (f"{between}and {len(items) - limit} more" if len(items) > limit else "")
 
 
 def check(what: str, given: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from mamba3_jax.convert.names import listed
+from mamba3_jax.config import listed
 
 WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
 # What may hold tensors beside a wrapped state dict: none of them is a weight of the model.

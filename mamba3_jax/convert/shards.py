@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mamba3_jax.convert.names import listed
+from mamba3_jax.config import listed
 
 LFS = b"version https://git-lfs.github.com/spec/"
 

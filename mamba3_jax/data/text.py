@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from mamba3_jax.config import DataConfig
+from mamba3_jax.config import DataConfig, listed
 from mamba3_jax.data.packing import Corpus, Rows, concatenate, rows
 from mamba3_jax.data.vocabulary import tokenizer
 
@@ -136,7 +136,7 @@ def _field(line: bytes, key: str, where: str) -> str:
     if not isinstance(example, dict):
         raise ValueError(f"{where} is not an object with the field data.key={key!r}, but {type(example).__name__}")
     if key not in example:
-        raise ValueError(f"{where} has no field data.key={key!r}; it has {_some(example)}")
+        raise ValueError(f"{where} has no field data.key={key!r}; it has {listed(example) or 'none'}")
     text = example[key]
     if not isinstance(text, str):
         raise ValueError(f"{where}: the field data.key={key!r} is not a string, but {type(text).__name__}")
@@ -157,7 +157,7 @@ def _parquet(path: Path, key: str) -> Iterator[str]:
         with pa.parquet.ParquetFile(path) as table:
             columns = {field.name: field.type for field in table.schema_arrow}
             if key not in columns:
-                raise ValueError(f"{path} has no column data.key={key!r}; it has {_some(columns)}")
+                raise ValueError(f"{path} has no column data.key={key!r}; it has {listed(columns) or 'none'}")
             if not (pa.types.is_string(columns[key]) or pa.types.is_large_string(columns[key])):
                 raise ValueError(f"{path}: the column data.key={key!r} is not of strings, but {columns[key]}")
             number = 0
@@ -169,13 +169,6 @@ def _parquet(path: Path, key: str) -> Iterator[str]:
                     yield text
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{path} is not a Parquet file that can be read: {error}") from None
-
-
-def _some(names) -> str:
-    """List up to ten of the names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return (", ".join(names[:10]) or "none") + more
 
 
 @functools.lru_cache(maxsize=4)

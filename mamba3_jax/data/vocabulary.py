@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from mamba3_jax.config import DataConfig
+from mamba3_jax.config import DataConfig, listed
 from mamba3_jax.data.synthetic import TASKS
 
 # A tokenizer.json does not say which token ends a document. These files beside it may, the first that does.
@@ -108,9 +108,8 @@ class HuggingFace:
             if (token := self._tokenizer.token_to_id(name)) is not None:
                 return token
         special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
-        more = f" and {len(special) - 10} more" if len(special) > 10 else ""
         raise ValueError(
-            f"{path} has no end of text token that is known; its special tokens are {special[:10]}{more}: "
+            f"{path} has no end of text token that is known; its special tokens are [{listed(map(repr, special))}]: "
             f"name one, or its id, by data.eos or in {next(iter(EOS_FILES))} beside it"
         )
 

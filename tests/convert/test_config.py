@@ -113,7 +113,7 @@ def pure(**ssm):
             "Hugging Face .*'Mamba2ForCausalLM'.*ssm_cfg",
         ),
         (PURE | {"model_type": "mamba3"}, "config.json is of Hugging Face transformers .*'mamba3'"),
-        (PURE | {f"key_{number}": 0 for number in range(50)}, "unknown keys .*'key_17', and 40 more"),
+        (PURE | {f"key_{number}": 0 for number in range(50)}, "unknown keys .*'key_17' and 40 more"),
         (pure(rope_fraction=0.25), "0.25"),
         (pure(expand=1.5), "expand is 1.5"),
         (pure(headdim=48), "headdim 48"),

@@ -203,7 +203,7 @@ def test_what_is_not_known_is_named_in_a_short_line(directory, wrap, named):
 
 def test_errors_list_ten_tensors_and_count_the_rest(directory):
     put(directory, {name: tensor[..., :1] for name, tensor in recorded().items()})
-    with pytest.raises(ValueError, match=r"27 tensors do not fit .*; and 17 more$") as raised:
+    with pytest.raises(ValueError, match=r"27 tensors do not fit .* and 17 more$") as raised:
         convert.read(directory)
     assert str(raised.value).count(", wanted (") == 10
 

@@ -154,7 +154,7 @@ def test_mistakes_are_named(tmp_path):
         tokenizer(DataConfig(tokenizer=path))
     path = train(tmp_path / "no_eos.json", [f"<{i}>" for i in range(25)])
     with pytest.raises(
-        ValueError, match=r"special tokens are \['<0>', .* '<9>'\] and 15 more: name one, or its id, by"
+        ValueError, match=r"special tokens are \['<0>', .* '<9>' and 15 more\]: name one, or its id, by"
     ):
         tokenizer(DataConfig(tokenizer=path))
     for eos in ("<25>", "300", "-1"):
