@@ -36,10 +36,11 @@ def einsum(equation: str, a, b, *, dtype, out=None):
     Raises:
         ValueError: another kind of equation.
     """
-    terms, dtype, out = _terms(equation), jnp.dtype(dtype), jnp.dtype(out or dtype)
+    (left, right, result), dtype, out = _terms(equation), jnp.dtype(dtype), jnp.dtype(out or dtype)
     if dtype == jnp.float32:
         return product(equation, a.astype(dtype), b.astype(dtype), out)
-    return _narrow(Plan(*terms, dtype=dtype, out=out, of_left=jnp.dtype(a.dtype)), a, b)
+    plan = Plan(left=left, right=right, result=result, dtype=dtype, out=out, of_left=jnp.dtype(a.dtype))
+    return _narrow(plan, a, b)
 
 
 def product(equation: str, a, b, out):
