@@ -99,7 +99,7 @@ def main(_argv):
         if "" in stops:
             raise ValueError("--stop= is empty: it would stop before the first token")
         options = {"tokens": TOKENS.value, "sampling": sampling, "stop_ids": stop_ids}
-        check(model, prompts, **options)
+        check(model, prompts, **options, params=params)
 
     # After anything: a decoder may drop a space where the ids begin.
     before = prompts[0][-1:]

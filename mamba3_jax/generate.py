@@ -12,30 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mamba3_jax import memory
-from mamba3_jax.config import COUNT, ModelConfig, in_float32
+from mamba3_jax import decoding, memory
+from mamba3_jax.config import COUNT, ModelConfig
 from mamba3_jax.model import LanguageModel
+from mamba3_jax.sampling import Sampling, draw
 
-PREFILL = 2048  # prompt tokens a call: longer prompts run in pieces, with the state carried
+# Tokens of a piece of the prefill where memory does not say otherwise: of each row at least so many, which always were
+# taken to fit, and of all rows together at most so many, past which a device's speed hardly grows.
+PREFILL, PREFILL_MOST = 2048, 2**17
 BLOCK = 32  # decoded tokens between two looks of the host, where it looks for a stop string
 NOTHING, NO_NUMBER = -1, -2  # in place of a token
-
-
-class Sampling(NamedTuple):
-    """How the next token is drawn: softmax(logits / temperature) over the top_k, of those the top_p."""
-
-    temperature: float = 1.0  # 0: the likeliest token
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0  # the fewest likeliest tokens that hold this much of the probability (after top_k)
-
-    def check(self) -> None:
-        """ValueError for a value that means nothing."""
-        if not in_float32(self.temperature, "[0, inf)"):
-            raise ValueError(f"temperature={self.temperature} is not a float32 number from 0 up")
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k} is negative; 0 keeps all")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} is not in (0, 1]")
 
 
 class Generated(NamedTuple):
@@ -46,7 +32,7 @@ class Generated(NamedTuple):
     prefill_seconds: float
     decode_tokens: int  # steps times prompts, also those of a prompt that has stopped while others have not
     decode_seconds: float
-    compile_seconds: float
+    compile_seconds: float  # and of preparing the parameters
 
     def __str__(self):
         prefill = self.prefill_tokens / max(self.prefill_seconds, 1e-9)
@@ -65,39 +51,14 @@ class Carry(NamedTuple):
     start_B: jax.Array  # whether it is the first one of its document
     done_B: jax.Array
     out_BT: jax.Array  # or NOTHING, or NO_NUMBER where the model gave NaN
-    state: Any
-
-
-def candidates(logits_BV, sampling: Sampling):
-    """(logits_BK, ids_BK): what may be drawn, -inf elsewhere, at temperature 1 and unnormalised."""
-    # Less the maximum, so that a temperature near 0 gives -inf and not inf - inf.
-    logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / sampling.temperature
-    vocab = logits_BV.shape[-1]
-    if not sampling.top_k and sampling.top_p == 1:
-        return logits_BV, jnp.broadcast_to(jnp.arange(vocab), logits_BV.shape)
-    logits_BK, ids_BK = jax.lax.top_k(logits_BV, min(sampling.top_k or vocab, vocab))
-    p_BK = jax.nn.softmax(logits_BK)
-    before_BK = jnp.cumsum(p_BK, axis=-1) - p_BK
-    # The likeliest stays whatever rounding makes of a tiny top_p.
-    keep_BK = (before_BK < sampling.top_p).at[:, 0].set(True)
-    return jnp.where(keep_BK, logits_BK, -jnp.inf), ids_BK
-
-
-def draw(key, logits_BV, sampling: Sampling):
-    """Return a token a row. Row b draws from its own stream, so it does not depend on the rows beside it."""
-    if not sampling.temperature:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BK, ids_BK = candidates(logits_BV, sampling)
-    keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(logits_BV.shape[0]))
-    index_B = jax.vmap(jax.random.categorical)(keys_B, logits_BK)
-    return jnp.take_along_axis(ids_BK, index_B[:, None], axis=1)[:, 0].astype(jnp.int32)
+    state: Any  # unstacked
 
 
 @functools.lru_cache(maxsize=8)
 def programs(fields: tuple[tuple, ...], sampling: Sampling, stop_ids: tuple[int, ...]):
     """(prefill, decode) of a model config, given by its fields; one object each, so that equal calls compile once."""
-    model = LanguageModel(ModelConfig(**dict(fields)))
-    run, loop = functools.partial(prefill, model), functools.partial(decode, model, sampling, stop_ids)
+    config = ModelConfig(**dict(fields))
+    run, loop = functools.partial(prefill, LanguageModel(config)), functools.partial(decode, config, sampling, stop_ids)
     return jax.jit(run, donate_argnums=3), jax.jit(loop, donate_argnums=2)
 
 
@@ -106,16 +67,17 @@ def prefill(model: LanguageModel, params, tokens_BL, start_BL, state):
     return model.apply({"params": params}, tokens_BL, state, start_BL)[1]
 
 
-def decode(model: LanguageModel, sampling: Sampling, stop_ids: tuple[int, ...], params, key, carry: Carry, until):
-    """Tokens until `until` of them are written or every row is done; a row is done when it draws a stop id."""
+def decode(config: ModelConfig, sampling: Sampling, stop_ids: tuple[int, ...], params, key, carry: Carry, until):
+    """Tokens until `until` of them are written or every row is done; a row is done when it draws a stop id.
+
+    Parameters are `decoding.prepare`d.
+    """
 
     def unfinished(carry: Carry):
         return (carry.step < until) & ~jnp.all(carry.done_B)
 
     def one(carry: Carry):
-        logits_BLV, state = model.apply({"params": params}, carry.token_B[:, None], carry.state, carry.start_B[:, None])
-        # The columns that pad the vocabulary belong to no token.
-        logits_BV = logits_BLV[:, 0, : model.config.vocab_size]
+        logits_BV, state = decoding.step(config, params, carry.token_B, carry.state, carry.start_B)
         token_B = draw(jax.random.fold_in(key, carry.step), logits_BV, sampling)
         nan_B = jnp.isnan(logits_BV).any(axis=-1)
         done_B = carry.done_B | nan_B | jnp.isin(token_B, jnp.asarray(stop_ids, jnp.int32))
@@ -143,7 +105,7 @@ def generate(
     seed: int = 0,
     stop_ids: Sequence[int] = (),
     stop: Callable[[list[int]], bool] | None = None,
-    prefill_length: int = PREFILL,
+    prefill_length: int | None = None,
 ) -> Generated:
     """Continue prompts of any lengths together.
 
@@ -160,30 +122,36 @@ def generate(
         seed: of the draws. Equal seeds draw equal tokens.
         stop_ids: a row ends when it draws one of these.
         stop: called on what a row has drawn, every `BLOCK` tokens; the row is cut after the first token where it holds.
-        prefill_length: tokens of a row that a piece of the prefill holds at most; bounds its memory.
+        prefill_length: tokens of a row that a piece of the prefill holds at most; bounds its memory. None takes what
+            fits, up to `PREFILL_MOST` tokens of all rows.
 
     Raises:
         ValueError: no prompt or an empty one, an id outside the vocabulary or what is no id, or a number that means
             nothing; before anything is compiled.
     """
     sampling = sampling or Sampling()
-    prompts, stop_ids = check(model, prompts, tokens, sampling, stop_ids, prefill_length)
-    tokens_BL, start_BL, piece = padded(prompts, prefill_length)
-    batch, length = tokens_BL.shape
-    state = model.empty_state(batch, length + tokens)
+    prompts, stop_ids = check(model, prompts, tokens, sampling, stop_ids, prefill_length, params)
+    batch, config = len(prompts), model.config
     seconds = {"prefill": 0.0, "decode": 0.0, "compile": 0.0}
-    fields = tuple((field.name, getattr(model.config, field.name)) for field in dataclasses.fields(model.config))
+    fields = tuple((field.name, getattr(config, field.name)) for field in dataclasses.fields(config))
     prefill_program, decode_program = programs(fields, sampling, tuple(stop_ids))
 
-    if length > 1:
+    if max(map(len, prompts)) > 1:
         with timed(seconds, "compile"):
-            arrays = (params, tokens_BL[:, :piece], start_BL[:, :piece], state)
-            run = prefill_program.lower(*arrays).compile()
+            compile_prefill = functools.partial(compiled_prefill, prefill_program, model, params, tokens)
+            held = memory.on_a_device(params)
+            run, tokens_BL, start_BL, piece = fitting(compile_prefill, prompts, prefill_length, held)
+        state = model.empty_state(batch, tokens_BL.shape[1] + tokens)
         with timed(seconds, "prefill"):
-            for first in range(0, length - 1, piece):
+            for first in range(0, tokens_BL.shape[1] - 1, piece):
                 part = slice(first, first + piece)
                 state = run(params, tokens_BL[:, part], start_BL[:, part], state)
             jax.block_until_ready(state)
+        with timed(seconds, "compile"):
+            state = jax.block_until_ready(jax.jit(functools.partial(decoding.unstacked, config))(state))
+    else:
+        tokens_BL, start_BL, _ = padded(prompts, 1)
+        state = LanguageModel(config, stacked=False).empty_state(batch, 1 + tokens)
 
     key = jax.random.key(seed)
     carry = Carry(
@@ -195,6 +163,7 @@ def generate(
         state=state,
     )
     with timed(seconds, "compile"):
+        params = jax.block_until_ready(decoding.prepare(config, params))
         run = decode_program.lower(params, key, carry, jnp.int32(0)).compile()
     block, rows, searched = BLOCK if stop else tokens, [], [0] * batch
     for until in range(block, tokens + block, block):
@@ -217,6 +186,29 @@ def generate(
         decode_seconds=seconds["decode"],
         compile_seconds=seconds["compile"],
     )
+
+
+def compiled_prefill(program, model: LanguageModel, params, tokens: int, tokens_BL, start_BL, piece: int):
+    """Compile the prefill of one piece, with room in the state for the whole rows and `tokens` more."""
+    batch, length = tokens_BL.shape
+    state = jax.eval_shape(lambda: model.empty_state(batch, length + tokens))
+    return program.lower(params, tokens_BL[:, :piece], start_BL[:, :piece], state).compile()
+
+
+def fitting(compile_prefill: Callable, prompts, prefill_length: int | None, held: int):
+    """Return the compiled prefill, and (tokens_BL, start_BL, piece): of given pieces, or of the longest that fit.
+
+    The compiler plans all memory of a piece; `held` bytes of it are there already. Pieces shrink until the rest fits.
+    """
+    most = prefill_length or max(PREFILL, PREFILL_MOST // len(prompts))
+    while True:
+        tokens_BL, start_BL, piece = padded(prompts, most)
+        run = compile_prefill(tokens_BL, start_BL, piece)
+        needed, free = memory.planned(run, held), memory.free_on_device()
+        if prefill_length or piece <= PREFILL or free is None or needed <= free:
+            return run, tokens_BL, start_BL, piece
+        # In proportion, and by half at least, so that it ends soon.
+        most = max(PREFILL, min(piece // 2, int(piece * free / needed)))
 
 
 @contextlib.contextmanager
@@ -255,17 +247,20 @@ def padded(prompts, prefill_length: int):
     return tokens_BL, start_BL, piece
 
 
-def check(model, prompts, tokens: int, sampling: Sampling, stop_ids=(), prefill_length: int = PREFILL):
+def check(model, prompts, tokens: int, sampling: Sampling, stop_ids=(), prefill_length: int | None = None, params=None):
     """Return prompts and stop ids as lists of ints; raises ValueError for what `generate` cannot do."""
     sampling.check()
-    if not 1 <= tokens <= COUNT or prefill_length < 1:
+    if not 1 <= tokens <= COUNT or (prefill_length is not None and prefill_length < 1):
         raise ValueError(f"{tokens=} is not in 1 .. {COUNT}, or {prefill_length=} is less than 1")
     rows = [integers(f"prompt {i}", row) for i, row in enumerate(entries("prompts", prompts))]
     if not rows or not all(rows):
         raise ValueError("a prompt is empty: a model continues at least one token, such as the end of a document")
     stop_ids = integers("stop_ids", stop_ids)
     check_ids(model.config.vocab_size, [*rows, stop_ids])
-    memory.fit_device(memory.carrying(model, len(rows), max(map(len, rows)) + tokens))
+    needed = memory.carrying(model, len(rows), max(map(len, rows)) + tokens)
+    if params is not None:
+        needed["parameters as decoding reads them"] = decoding.copied(model.config, params)
+    memory.fit_device(needed)
     return rows, stop_ids
 
 

@@ -27,13 +27,27 @@ def fit(parts: dict[str, int], where: str, free: int | None) -> None:
 
 def fit_device(parts: dict[str, int]) -> None:
     """Apply `fit` to each of this process's devices; those of a CPU share its memory."""
+    device, count = jax.local_devices()[0], jax.local_device_count()
+    where = f"each {device.device_kind}"
+    if device.platform == "cpu":
+        where = "this machine" if count == 1 else f"each of this machine's {count} devices"
+    fit(parts, where, free_on_device())
+
+
+def free_on_device() -> int | None:
+    """Return the bytes free on each of this process's devices, where those of a CPU share its memory; None: unknown."""
     device = jax.local_devices()[0]
     if stats := device.memory_stats():
-        fit(parts, f"each {device.device_kind}", stats["bytes_limit"] - stats.get("bytes_in_use", 0))
-    elif device.platform == "cpu":
-        count, free = jax.local_device_count(), free_on_host()
-        where = "this machine" if count == 1 else f"each of this machine's {count} devices"
-        fit(parts, where, free if free is None else free // count)
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    free = free_on_host() if device.platform == "cpu" else None
+    return free if free is None else free // jax.local_device_count()
+
+
+def planned(compiled, held: int = 0) -> int:
+    """Count the bytes that a compiled program takes of what is free: all but `held` of its arguments, and its own."""
+    plan = compiled.memory_analysis()
+    whole = plan.argument_size_in_bytes + plan.temp_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return whole - held
 
 
 def of_program(compiled) -> int:

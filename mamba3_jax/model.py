@@ -157,6 +157,24 @@ class Unit(nn.Module):
         return residual_BLD, new_state
 
 
+class Repeats(nn.Module):
+    """The repeats of a segment one after another, each with parameters and a state of its own."""
+
+    config: ModelConfig
+    mixers: tuple[str, ...]
+    repeats: int
+
+    @nn.compact
+    def __call__(self, residual_BLD, state, start_BL):
+        new_state = {}
+        for index in range(self.repeats):
+            name = f"repeat_{index}"
+            before = None if state is None else state[name]
+            unit = Unit(self.config, self.mixers, name=name)
+            residual_BLD, new_state[name] = unit(residual_BLD, before, start_BL)
+        return residual_BLD, new_state
+
+
 class LanguageModel(nn.Module):
     """logits, state = model(tokens, state, start): next-token logits after every token.
 
@@ -177,11 +195,15 @@ class LanguageModel(nn.Module):
         logits_BLV, float32, as wide as the padded vocabulary, and the state
         {"segment_i": {"block_j": the mixer's state, its leading axis the repeats}}.
 
+    With `stacked` False, parameters and state are {"segment_i": {"repeat_r": {"block_j": ...}}} without that axis
+    (`decoding.unstacked`): each layer's state is then an array that a loop updates in place.
+
     Raises:
         ValueError: see `validate`; tokens that are not integers; what the arguments above call an error.
     """
 
     config: ModelConfig
+    stacked: bool = True
 
     def __call__(self, tokens_BL, state=None, start_BL=None, capacity: int | None = None):
         x_BLD, head_DV, state = self.features(tokens_BL, state, start_BL, capacity)
@@ -194,7 +216,8 @@ class LanguageModel(nn.Module):
         config = self.config
         validate(config)
         check_tokens(tokens_BL, config.vocab_size)
-        check_room(config.pattern, state, tokens_BL.shape[1], capacity)
+        if self.stacked:
+            check_room(config.pattern, state, tokens_BL.shape[1], capacity)
         if capacity is not None:
             state = self.empty_state(tokens_BL.shape[0], capacity)
         dtype = DTYPES[config.compute_dtype]
@@ -215,8 +238,8 @@ class LanguageModel(nn.Module):
                 unroll=min(config.unroll or turns_at_once(repeats), repeats),
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            before = None if state is None else state[name]
-            layers = scanned(config, tuple(mixer_names(unit)), name=name)
+            before, mixers = None if state is None else state[name], tuple(mixer_names(unit))
+            layers = scanned(config, mixers, name=name) if self.stacked else Repeats(config, mixers, repeats, name=name)
             residual_BLD, new_state[name] = layers(residual_BLD, before, start_BL)
 
         x_BLD = NORMS[config.norm](dtype, name="norm")(residual_BLD)
@@ -228,12 +251,15 @@ class LanguageModel(nn.Module):
         """Return the state before any token, with room for `capacity` tokens in every attention cache."""
         validate(self.config)
 
-        def stacked(mixer, repeats):
-            state = MIXERS[mixer].empty_state(self.config, batch, capacity)
-            return jax.tree.map(lambda x: jnp.zeros((repeats, *x.shape), x.dtype), state)
+        def zeros(unit, *repeats):
+            names = enumerate(mixer_names(unit))
+            state = {f"block_{j}": MIXERS[mixer].empty_state(self.config, batch, capacity) for j, mixer in names}
+            return jax.tree.map(lambda x: jnp.zeros((*repeats, *x.shape), x.dtype), state)
 
         return {
-            f"segment_{i}": {f"block_{j}": stacked(mixer, repeats) for j, mixer in enumerate(mixer_names(unit))}
+            f"segment_{i}": zeros(unit, repeats)
+            if self.stacked
+            else {f"repeat_{r}": zeros(unit) for r in range(repeats)}
             for i, (unit, repeats) in enumerate(segments(self.config.pattern))
         }
 
