@@ -34,6 +34,7 @@ test-gpu:
 time-gpu:
 	$(PYTHON) -m experiments.benchmarks.ssm --name=ssm_hopper --implementations=mosaic_gpu,triton,chunked
 	$(PYTHON) -m experiments.benchmarks.train
+	$(PYTHON) -m experiments.benchmarks.decode --name=decode_h200
 	$(PYTHON) -m experiments.benchmarks.profile --name=profile_hopper --implementation=mosaic_gpu
 	$(PYTHON) -m experiments.benchmarks.tune
 

@@ -172,6 +172,9 @@ class Repeats(nn.Module):
             before = None if state is None else state[name]
             unit = Unit(self.config, self.mixers, name=name)
             residual_BLD, new_state[name] = unit(residual_BLD, before, start_BL)
+            if residual_BLD.dtype != jnp.float32:
+                # Rounded here, as between the steps of a scan: XLA would hand on the float32 that it has.
+                residual_BLD = jax.lax.optimization_barrier(residual_BLD)
         return residual_BLD, new_state
 
 

@@ -58,6 +58,20 @@ def train_speed(result: dict) -> str:
     return ", ".join(said) or "only one implementation was timed"
 
 
+def decode_speed(result: dict) -> str:
+    """Return the loop's time a token, how many times the floor and how many times faster than it was, by batch."""
+    rows = [row for row in result["rows"] if row["what"] == "decode"]
+    plain = {(row["model"], row["batch"], row["path"]): row for row in rows if row["sampling"] == "plain"}
+    said = []
+    for (model, batch, path), row in plain.items():
+        before = plain.get((model, batch, "former"))
+        if path == "loop":
+            faster = f", {significant(before['ms'] / row['ms'])}x as fast as before" if before else ""
+            over = significant(row["over_floor"])
+            said.append(f"{model} B{batch} {significant(row['ms'])} ms a token, {over}x the floor{faster}")
+    return "; ".join(said) or "no loop was timed"
+
+
 def growth_factors(result: dict) -> tuple[int, int, str, str]:
     """Return the shortest and the longest length of the default, and by what FLOP and memory a token grow."""
     rows = [row for row in result["rows"] if row["implementation"] == "chunked" and row["rank"] == 1]
@@ -179,6 +193,14 @@ EXPERIMENTS = (
         expected="2.7x a SISO step, 3.9x a MIMO step; a layer 4 to 8 times, SISO and MIMO",
         result="benchmarks/results/train_gpu.json",
         got=train_speed,
+    ),
+    Experiment(
+        question="How far is a generated token from moving weights and state once, and what do top-k and top-p cost?",
+        command="python -m experiments.benchmarks.decode --name=decode_h200",
+        cost="10 minutes, one GPU",
+        expected="SISO 180M 0.7 ms a token at batch 1 and 1.5 at 128; top-k and top-p at most 0.2 ms more at batch 128",
+        result="benchmarks/results/decode_h200.json",
+        got=decode_speed,
     ),
     Experiment(
         question="What would the op take on TPUs, by the TPU compiler's own estimate (no TPU)?",

@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import app, flags
 
 from experiments import parity
-from experiments.benchmarks import common, depth, layer, ssm, tpu_aot, train
+from experiments.benchmarks import common, decode, depth, layer, ssm, tpu_aot, train
 from experiments.benchmarks.experiments import EXPERIMENTS, HEADLINES
 from mamba3_jax.evaluate import language
 
@@ -100,6 +100,7 @@ TABLES = {
     "layer": table_of("layer", layer.COLUMNS),
     "ssm": table_of("ssm", ssm.COLUMNS),
     "train": table_of("train", train.COLUMNS),
+    "decode": table_of("decode", decode.COLUMNS),
     "growth": table_of("growth", ssm.GROWTH_COLUMNS),
     "depth": table_of("depth", depth.COLUMNS),
     "tpu_aot": table_of("tpu", tpu_aot.COLUMNS),
