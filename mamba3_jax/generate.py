@@ -17,8 +17,8 @@ from mamba3_jax.config import COUNT, ModelConfig
 from mamba3_jax.model import LanguageModel
 from mamba3_jax.sampling import Sampling, draw
 
-# Tokens of a piece of the prefill where memory does not say otherwise: of each row at least so many, which always were
-# taken to fit, and of all rows together at most so many, past which a device's speed hardly grows.
+# Tokens of a piece of the prefill where none are asked for. On an accelerator what fits, of a row at least PREFILL and
+# of all together at most PREFILL_MOST, past which speed hardly grows. On a CPU PREFILL: what caches hold is faster.
 PREFILL, PREFILL_MOST = 2048, 2**17
 BLOCK = 32  # decoded tokens between two looks of the host, where it looks for a stop string
 NOTHING, NO_NUMBER = -1, -2  # in place of a token
@@ -122,8 +122,8 @@ def generate(
         seed: of the draws. Equal seeds draw equal tokens.
         stop_ids: a row ends when it draws one of these.
         stop: called on what a row has drawn, every `BLOCK` tokens; the row is cut after the first token where it holds.
-        prefill_length: tokens of a row that a piece of the prefill holds at most; bounds its memory. None takes what
-            fits, up to `PREFILL_MOST` tokens of all rows.
+        prefill_length: tokens of a row that a piece of the prefill holds at most; bounds its memory. None: see
+            `PREFILL`.
 
     Raises:
         ValueError: no prompt or an empty one, an id outside the vocabulary or what is no id, or a number that means
@@ -200,7 +200,9 @@ def fitting(compile_prefill: Callable, prompts, prefill_length: int | None, held
 
     The compiler plans all memory of a piece; `held` bytes of it are there already. Pieces shrink until the rest fits.
     """
-    most = prefill_length or max(PREFILL, PREFILL_MOST // len(prompts))
+    most = prefill_length or PREFILL
+    if not prefill_length and jax.default_backend() != "cpu":
+        most = max(PREFILL, PREFILL_MOST // len(prompts))
     while True:
         tokens_BL, start_BL, piece = padded(prompts, most)
         run = compile_prefill(tokens_BL, start_BL, piece)

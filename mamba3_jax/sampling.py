@@ -52,7 +52,7 @@ def largest(logits_BV, count: int):
     A block that holds one of the largest has one of the `count` largest maxima, so only that many blocks are sorted.
     """
     batch, vocab = logits_BV.shape
-    width = max(1, math.isqrt(vocab // count))
+    width = max(1, math.isqrt(vocab // count))  # W: makes about as many blocks as it leaves tokens in `count` of them
     blocks = -(-vocab // width)
     if 4 * (blocks + count * width) > vocab:  # hardly fewer numbers to sort
         return jax.lax.top_k(logits_BV, count)
@@ -61,8 +61,8 @@ def largest(logits_BV, count: int):
     blocks_BCW = jnp.pad(logits_BV, padding, constant_values=-jnp.inf).reshape(batch, blocks, width)
     _, chosen_BK = jax.lax.top_k(jnp.max(blocks_BCW, axis=-1), count)
     chosen_BK = jnp.sort(chosen_BK, axis=-1)  # so that the first of equals is still the first
-    logits_BN = jnp.take_along_axis(blocks_BCW, chosen_BK[..., None], axis=1).reshape(batch, -1)
-    logits_BK, place_BK = jax.lax.top_k(logits_BN, count)
+    chosen_BKW = jnp.take_along_axis(blocks_BCW, chosen_BK[..., None], axis=1)
+    logits_BK, place_BK = jax.lax.top_k(chosen_BKW.reshape(batch, -1), count)
     block_BK = jnp.take_along_axis(chosen_BK, place_BK // width, axis=1)
     return logits_BK, block_BK * width + place_BK % width
 

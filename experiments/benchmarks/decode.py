@@ -57,9 +57,9 @@ class Program:
     calls: int = 1  # of the function, for those tokens
 
     def compile(self):
-        begin = time.perf_counter()
-        arguments = jax.eval_shape(self.prepare)
         with common.tracing():
+            begin = time.perf_counter()
+            arguments = jax.eval_shape(self.prepare)
             lowered = jax.jit(self.function, donate_argnums=len(arguments) - 1).lower(*arguments)
         compiled = lowered.compile()
         self.row |= {"compile_s": time.perf_counter() - begin, "temp_mib": common.temp_mib(compiled)}
@@ -267,6 +267,7 @@ COLUMNS = {
 
 def rows_of(model: str, batches: list[int], samplings: list[str], tokens: int, prompt: int, copy_gb_s: float):
     """Yield a row a program, all of them compiled before one is timed."""
+    prepared_of(model)  # kept from now on: made while something is traced, it would be no array
     decodes = [p for batch in batches for p in decode_programs(model, batch, samplings, tokens, copy_gb_s)]
     draws_ = list(draw_programs(model, max(batches), samplings, tokens))
     prefills = [p for batch in batches for p in prefill_programs(model, batch, max(prompt // batch, 1))]

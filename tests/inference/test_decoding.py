@@ -153,6 +153,7 @@ def test_the_compiled_loop_writes_each_state_once_in_its_place(name, layers):
 @pytest.mark.parametrize(("free", "tries"), [(None, 1), (10**9, 1), (2 * 10**7, 2), (0, 2)])
 def test_a_piece_of_the_prefill_shrinks_until_it_fits(free, tries, monkeypatch):
     tried = []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
     def compile_prefill(tokens_BL, start_BL, piece):
         tried.append(piece)
