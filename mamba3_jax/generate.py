@@ -206,7 +206,7 @@ def fitting(compile_prefill: Callable, prompts, prefill_length: int | None, held
     while True:
         tokens_BL, start_BL, piece = padded(prompts, most)
         run = compile_prefill(tokens_BL, start_BL, piece)
-        needed, free = memory.planned(run, held), memory.free_on_device()
+        needed, free = memory.of_program(run) - held, memory.free_on_device()
         if prefill_length or piece <= PREFILL or free is None or needed <= free:
             return run, tokens_BL, start_BL, piece
         # In proportion, and by half at least, so that it ends soon.

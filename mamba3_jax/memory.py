@@ -43,13 +43,6 @@ def free_on_device() -> int | None:
     return free if free is None else free // jax.local_device_count()
 
 
-def planned(compiled, held: int = 0) -> int:
-    """Count the bytes that a compiled program takes of what is free: all but `held` of its arguments, and its own."""
-    plan = compiled.memory_analysis()
-    whole = plan.argument_size_in_bytes + plan.temp_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
-    return whole - held
-
-
 def of_program(compiled) -> int:
     """Count the bytes that a compiled program holds of a device at once: arguments, results and what is between."""
     plan = compiled.memory_analysis()

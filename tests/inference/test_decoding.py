@@ -159,7 +159,7 @@ def test_a_piece_of_the_prefill_shrinks_until_it_fits(free, tries, monkeypatch):
         tried.append(piece)
         return piece
 
-    monkeypatch.setattr(memory, "planned", lambda piece, held: 1000 * piece - held)
+    monkeypatch.setattr(memory, "of_program", lambda piece: 1000 * piece)
     monkeypatch.setattr(memory, "free_on_device", lambda: free)
     run, tokens_BL, _, piece = generate.fitting(compile_prefill, [[1] * 100_001, [1]], None, held=0)
     assert run == piece == tried[-1]
@@ -170,6 +170,6 @@ def test_a_piece_of_the_prefill_shrinks_until_it_fits(free, tries, monkeypatch):
 
 
 def test_a_given_piece_is_obeyed(monkeypatch):
-    monkeypatch.setattr(memory, "planned", lambda *_: 10**9)
+    monkeypatch.setattr(memory, "of_program", lambda _: 10**9)
     monkeypatch.setattr(memory, "free_on_device", lambda: 0)
     assert generate.fitting(lambda *_: None, [[1] * 9], 4, held=0)[-1] == 4
