@@ -2,7 +2,8 @@
 # make parity   the state-tracking experiment: what rotation is for
 # make test     lint, and the tests of minutes: all that runs in plain XLA, a family of each kernel's in an interpreter,
 #               a compile for each TPU; gets libtpu, the compiler for TPUs (213 MB, Linux on x86-64), into build/libtpu,
-#               where only the tests that want it look: with it in .venv all JAX looks for a TPU
+#               where only the tests that want it look: with it in .venv all JAX looks for a TPU; what is compiled is kept
+#               in build/compiled for the rest of make test-all, and for pytest by hand
 # make test-all these and the rest: every property of every kernel in an interpreter, every TPU compile
 # make test-gpu the op and its kernels on this machine's GPU, with the python that has jax for it
 # make time-gpu every figure of a GPU in the tables, what matters most first: each is written as it comes
@@ -43,6 +44,7 @@ test: .venv/installed build/libtpu/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m experiments.benchmarks.table --check
+	rm -rf build/compiled
 	$(BIN)/python -m pytest $(PYTEST) -m "not slow and not full and not libtpu"
 	$(BIN)/python -m pytest $(PYTEST) tests/pallas_kernels -m "not slow and not full and libtpu"
 

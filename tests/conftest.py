@@ -1,7 +1,20 @@
-import os
+"""Where the time of the suite goes is the compiler and Python's tracing: what both do, they do once and quickly."""
 
+import gc
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+# Machine code left unoptimised computes the same programs in a third of the compile time, processes that tests start
+# included. `helpers.AS_USERS` compiles as users do.
+QUICK = {"xla_backend_optimization_level": "0"}
+if version("jax") < "0.11":  # later ones do not know it
+    QUICK["xla_cpu_use_fusion_emitters"] = "false"
+flags = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join([flags, *(f"--{name}={QUICK[name]}" for name in QUICK if name not in flags)]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Half the time of the suite is the compiler's: machine code left unoptimised computes the same programs. A test of each
-# family compiles as users do.
-if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+# Equal programs are compiled once: in another worker, in the rest of `make test-all`, in a run that goes on.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "compiled"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# Traced programs are kept, so that there are millions of objects to look through and next to none to free.
+gc.set_threshold(100_000, 50, 100)

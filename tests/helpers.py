@@ -1,11 +1,23 @@
-"""What tests share: the error metric and the recorded official cases."""
+"""What tests share: the error metric, the recorded official cases, and the compiler's options."""
 
 import json
+import os
 from pathlib import Path
 
+import jax
 import numpy as np
 
 GOLDEN = Path(__file__).parent / "golden"
+# Compiler options that undo those of conftest.py.
+AS_USERS = {"xla_backend_optimization_level": 3}
+if jax.default_backend() == "cpu" and jax.__version_info__ < (0, 11):
+    AS_USERS["xla_cpu_use_fusion_emitters"] = True
+
+
+def devices(count: int) -> dict[str, str]:
+    """The environment of a process that has so many CPU devices, and these tests' compiler options."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
 def rel_rms(got, want) -> float:

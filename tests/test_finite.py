@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mamba3_jax.finite import all_finite, check_finite, or_null
+from tests.helpers import devices
 
 ROOT = Path(__file__).parents[1]
 HUGE = np.full(4, 1e38, np.float32)  # its norm overflows float32
@@ -62,8 +63,7 @@ except ValueError as error:
 
 def test_arrays_of_a_mesh():
     command = [sys.executable, "-c", SHARDED]
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=devices(4), capture_output=True, text=True)
     assert done.stdout == "x: 1 of 3 tensors hold NaN or infinity: split\n", (done.returncode, done.stderr)
 
 

@@ -14,7 +14,6 @@ from mamba3_jax.mixers.mamba2 import Mamba2, convolve
 from mamba3_jax.model import validate
 from mamba3_jax.train.flops import flops_per_token
 from tests.helpers import rel_rms
-from tests.ops.quick import quick_jit
 
 CONFIG = ModelConfig(vocab_size=8, d_model=16, pattern="2", d_state=8, head_dim=8, n_groups=2, expand=2, chunk=4)
 BATCH, LENGTH, STARTS = 2, 13, (0, 2, 3, 9)
@@ -45,7 +44,7 @@ def start_row():
 @functools.cache
 def compiled(**changes):
     mixer = Mamba2(dataclasses.replace(CONFIG, **changes))
-    return quick_jit(lambda params, x_BLD, state, start_BL: mixer.apply({"params": params}, x_BLD, state, start_BL))
+    return jax.jit(lambda params, x_BLD, state, start_BL: mixer.apply({"params": params}, x_BLD, state, start_BL))
 
 
 def silu(x):

@@ -1,6 +1,5 @@
 """Meshes: what a specification means, and that several devices compute what one does."""
 
-import os
 import subprocess
 import sys
 
@@ -9,13 +8,13 @@ from jax.sharding import PartitionSpec
 
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.sharding import make_mesh, param_shardings
+from tests.helpers import devices
 
 
 @pytest.mark.full
 def test_several_devices_compute_what_one_does():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.model.sharded", "data:-1", "tensor:4"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, env=devices(4), capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["data:-1", "tensor:4"]
 

@@ -9,11 +9,13 @@ import numpy as np
 
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State, Tokens, ssm
 from tests.helpers import rel_rms
-from tests.ops.quick import quick_jit
 
 NAMES = sorted(IMPLEMENTATIONS)
 # Without mosaic_gpu, which is bfloat16 alone: what is float32 in these tests is bfloat16 in test_bfloat16.
 FLOAT32 = sorted({*NAMES} - {"mosaic_gpu"})
+
+
+CHUNK = 8  # tokens, where a test does not say
 
 
 class Shape(NamedTuple):
@@ -112,29 +114,31 @@ def cotangents(shape: Shape, seed: int = 1, dtype=np.float32) -> tuple[np.ndarra
 
 
 @functools.cache
-def forward(implementation: str, rotation: str, chunk: int | None = 8, jit=quick_jit):
+def forward(implementation: str, rotation: str, chunk: int | None = CHUNK):
     """(tokens, heads, state) -> y, state, compiled."""
-    return jit(functools.partial(ssm, rotation=rotation, implementation=implementation, chunk=chunk))
+    return jax.jit(functools.partial(ssm, rotation=rotation, implementation=implementation, chunk=chunk))
 
 
-@functools.cache
-def pulled(implementation: str, rotation: str, chunk: int | None = 8, jit=quick_jit):
+def with_gradients(op):
     """((tokens, heads, state), start, (y's, state's cotangents)) -> (y, state), gradients like the inputs; compiled."""
 
     def call(inputs, start_BL, cotangent):
-        def op(inputs):
-            tokens, heads, state = inputs
-            tokens = tokens._replace(start_BL=start_BL)
-            return ssm(tokens, heads, state, rotation=rotation, implementation=implementation, chunk=chunk)
+        results, pull = jax.vjp(lambda tokens, *others: op(tokens._replace(start_BL=start_BL), *others), *inputs)
+        return results, pull(jax.tree.map(lambda x, like: x.astype(like.dtype), cotangent, results))
 
-        results, pull = jax.vjp(op, inputs)
-        return results, pull(cotangent)[0]
+    return jax.jit(call)
 
-    return jit(call)
+
+@functools.cache
+def pulled(implementation: str, rotation: str, chunk: int | None = CHUNK):
+    """`with_gradients` of an implementation: one program for all tests."""
+    return with_gradients(functools.partial(ssm, rotation=rotation, implementation=implementation, chunk=chunk))
 
 
 def reference(inputs, start_BL, cotangent, rotation: str):
-    """`recurrent` in float64, on the very same numbers."""
+    """`recurrent` in float64, on the very same numbers; one program for rows with and without starts."""
+    if start_BL is None:
+        start_BL = np.zeros(inputs[0].log_a_BLH.shape[:2], bool)
     with jax.enable_x64(True):
         inputs, cotangent = jax.tree.map(lambda array: np.asarray(array, np.float64), (inputs, cotangent))
         results, gradients = pulled("recurrent", rotation)(inputs, start_BL, cotangent)

@@ -17,8 +17,11 @@ OF_ASSOCIATIVE = {"test_recorded_case", "test_a_million_tokens"}
 
 
 def pytest_collection_modifyitems(items):
-    """Leaves interpreted kernels to `make test-all`, and on a GPU those of TPUs, whose interpreter is for the CPU."""
-    kept = []
+    """Leaves interpreted kernels to `make test-all`, and on a GPU those of TPUs, whose interpreter is for the CPU.
+
+    Tests of one implementation follow one another: one process compiles what they share.
+    """
+    kept, order = [], {}
     for item in items:
         name = getattr(item, "callspec", None) and item.callspec.params.get("implementation")
         if jax.default_backend() == "gpu" and name == "mosaic_tpu":
@@ -27,7 +30,8 @@ def pytest_collection_modifyitems(items):
         if (rest or name in kernels.BACKENDS) and not item.get_closest_marker("quick"):
             item.add_marker("full")
         kept.append(item)
-    items[:] = kept
+        order[item] = order.setdefault(item.path, len(order)), name or ""
+    items[:] = sorted(kept, key=order.get)
 
 
 @pytest.fixture(autouse=True, scope="package")  # tests of kernels themselves ask for them as they are

@@ -13,6 +13,7 @@ import pytest
 
 from mamba3_jax.ops import angle as angles
 from mamba3_jax.ops.ssm import Heads, Tokens, ssm
+from tests.helpers import AS_USERS
 from tests.ops.cases import FLOAT32
 
 LENGTH = 2**20
@@ -70,7 +71,7 @@ def final_angle(implementation):
     def call(tokens, heads):
         return ssm(tokens, heads, implementation=implementation)[1].angle_BHS[0]
 
-    return jax.jit(call)
+    return jax.jit(call, compiler_options=AS_USERS)
 
 
 @pytest.mark.parametrize("implementation", PARALLEL)

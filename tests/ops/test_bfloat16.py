@@ -79,7 +79,7 @@ def start_of(shape, packed: bool):
 def pulled(implementation, shape):
     """(inputs, start, cotangents) -> (y, state), gradients."""
     chunk = None if ON_GPU else 16
-    return cases.pulled(implementation, shape.rotation, chunk, jax.jit)
+    return cases.pulled(implementation, shape.rotation, chunk)
 
 
 def runs(implementation, shape) -> bool:
@@ -166,7 +166,7 @@ def test_what_adds_up_over_a_row_is_as_good_as_over_a_few_tokens(implementation)
 def test_a_norm_before_a_gradient_of_the_last_state(implementation):
     """It makes the gradients of the outputs small against that, whose rounding then shows in the gradient of log_a."""
     shape = MIMO._replace(heads=2, d_state=128, width=64, planes=32, shared_angle=True, length=257, rank=2)
-    check_sums(cases.pulled(implementation, shape.rotation, None, jax.jit), shape, SUMS)
+    check_sums(cases.pulled(implementation, shape.rotation, None), shape, SUMS)
 
 
 def check_sums(call, shape, tolerance: float):

@@ -15,7 +15,6 @@ import pytest
 
 from mamba3_jax.ops.ssm import ssm
 from tests.ops.cases import Shape, draw
-from tests.ops.quick import quick_jit
 
 LENGTHS = (2048, 8192, 32768, 131072)
 PARALLEL = ("associative", "chunked")  # a GPU's or TPU's kernel is compiled for no CPU
@@ -94,7 +93,7 @@ def test_growing_work_is_caught():
 @pytest.mark.parametrize("name", ["forward", "gradients"])
 def test_memory_a_token_is_constant(name, implementation):
     """Temporary bytes as XLA plans them: the same for a token at every length, and a small multiple of its inputs."""
-    function = quick_jit(functions(MIMO, implementation)[name])
+    function = jax.jit(functions(MIMO, implementation)[name])
     temporary = {n: function.lower(*abstract(MIMO, n)).compile().memory_analysis().temp_size_in_bytes for n in LENGTHS}
     slope = [(temporary[b] - temporary[a]) / (b - a) for a, b in itertools.pairwise(LENGTHS)]
     assert max(slope) < 1.05 * max(min(slope), 1), f"bytes a token: {slope}"

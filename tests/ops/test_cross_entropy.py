@@ -11,7 +11,6 @@ from mamba3_jax.data import Batch
 from mamba3_jax.ops import cross_entropy
 from mamba3_jax.ops.cross_entropy import Sums, linear_cross_entropy, objective, scores, sums
 from tests.helpers import rel_rms
-from tests.ops.quick import quick_jit
 
 Z = 0.01
 B, L, V = 3, 7, 24
@@ -136,7 +135,7 @@ def linear_gradients(x_BLD, head_DV, batch, tiles, z_loss=Z, scale=1.0):
         found, parts = linear_cross_entropy(x_BLD, head_DV, batch.targets_BL, batch.weights_BL, VOCAB, z_loss, tiles)
         return scale * found, (found, parts)
 
-    gradients, (found, parts) = quick_jit(jax.grad(loss, (0, 1), has_aux=True))(x_BLD, head_DV)
+    gradients, (found, parts) = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(x_BLD, head_DV)
     return found, parts, gradients
 
 
@@ -216,7 +215,7 @@ def temporaries(length: int, batch: int = 2, vocab: int = 4096, dtype="bfloat16"
     def loss(*arrays):
         return linear_cross_entropy(*arrays, vocab)
 
-    compiled = quick_jit(jax.grad(loss, (0, 1), has_aux=True)).lower(*shapes).compile()
+    compiled = jax.jit(jax.grad(loss, (0, 1), has_aux=True)).lower(*shapes).compile()
     return compiled.memory_analysis().temp_size_in_bytes, compiled.as_text()
 
 

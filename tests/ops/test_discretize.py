@@ -13,7 +13,6 @@ import pytest
 from mamba3_jax.ops.discretize import DISCRETIZATIONS, later_weight, uses_previous
 from mamba3_jax.ops.recurrent import recurrent
 from mamba3_jax.ops.types import Heads, State, Tokens
-from tests.ops.quick import quick_jit
 
 END, STEPS = 3.0, (80, 160, 320)
 
@@ -50,7 +49,7 @@ def integrated(rule: str, steps: int, *, logit=lambda dt: 0.0, rate_at: float = 
     state = State(None, jnp.ones((1, 1, 1, 2)))
     if beta_BLH is not None:
         state = state._replace(k_BRHN=jnp.ones((1, 1, 1, 2)), v_BHP=jnp.full((1, 1, 1), drive(0.0)))
-    _, after = quick_jit(recurrent, static_argnames="rotation")(tokens, Heads(), state, rotation="adjacent")
+    _, after = jax.jit(recurrent, static_argnames="rotation")(tokens, Heads(), state, rotation="adjacent")
     return float(after.ssm_BHPN[0, 0, 0, 0])
 
 

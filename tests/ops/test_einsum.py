@@ -9,7 +9,6 @@ import pytest
 
 from mamba3_jax.ops.einsum import einsum
 from tests.helpers import rel_rms
-from tests.ops.quick import quick_jit
 
 EQUATIONS = {"bld,df->blf": ((2, 5, 8), (8, 6)), "blgke,btke->bgklt": ((2, 3, 2, 2, 8), (2, 7, 2, 8))}
 
@@ -46,7 +45,7 @@ def pulled(equation, a, b, d, **how):
 def test_three_products_of_bfloat16(equation, of_left, of_right, out):
     """Every operand is rounded once, sums are float32, and a gradient has the dtype of what it is of."""
     a, b, d = arrays(equation, of_left, of_right, out)
-    run = quick_jit(functools.partial(pulled, equation, dtype=jnp.bfloat16, out=jnp.dtype(out)))
+    run = jax.jit(functools.partial(pulled, equation, dtype=jnp.bfloat16, out=jnp.dtype(out)))
     got = run(a, b, d)
     assert [x.dtype for x in got] == [jnp.dtype(name) for name in (out, of_left, of_right)]
     want = exact(equation, *(x.astype(jnp.bfloat16) for x in (a, b, d)))
@@ -77,7 +76,7 @@ def test_a_transposed_gradient_compiles():
     """What a tied embedding asks for: XLA for CPU has died of it."""
     a, b, _ = arrays("bld,df->blf", "bfloat16", "float32", "float32")
     loss = lambda b: jnp.sum(einsum("bld,df->blf", a, b.T, dtype=jnp.bfloat16))  # noqa: E731
-    assert np.isfinite(np.asarray(quick_jit(jax.grad(loss))(b.T))).all()
+    assert np.isfinite(np.asarray(jax.jit(jax.grad(loss))(b.T))).all()
 
 
 @pytest.mark.parametrize("equation", ["ab,bc->a", "ab,bc", "...a,ab->...b"])

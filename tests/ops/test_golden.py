@@ -17,9 +17,8 @@ import pytest
 from mamba3_jax.ops.discretize import exponential_trapezoidal
 from mamba3_jax.ops.kernels import BACKENDS
 from mamba3_jax.ops.ssm import Heads, State, Tokens, ssm
-from tests.helpers import GOLDEN, golden, rel_rms
+from tests.helpers import AS_USERS, GOLDEN, golden, rel_rms
 from tests.ops.cases import FLOAT32
-from tests.ops.quick import quick_jit
 
 CASES = [case for case in json.loads((GOLDEN / "manifest.json").read_text())["cases"] if case["kind"].startswith("op_")]
 WHOLE = [case["name"] for case in CASES if not case["kind"].endswith("_step")]
@@ -100,9 +99,9 @@ def run(leaves: dict, case: dict, implementation: str) -> dict:
     mimo = "mimo" in case["kind"]
     if not case.get("reduce", True):  # recorded before the sum over ranks, which one-hot out_rank picks apart
         ranks, shape = heads.v_rank_HRP.shape[1], heads.v_rank_HRP.shape
-        one_hot = [jnp.zeros(shape, tokens.dt_BLH.dtype).at[:, rank].set(1) for rank in range(ranks)]
-        results = [call(tokens, heads._replace(out_rank_HRP=pick), state) for pick in one_hot]
-        return outputs(jnp.stack([y for y, _ in results], axis=2), results[0][1], mimo)
+        one_hot = jnp.stack([jnp.zeros(shape, tokens.dt_BLH.dtype).at[:, rank].set(1) for rank in range(ranks)])
+        y, after = jax.lax.map(lambda pick: call(tokens, heads._replace(out_rank_HRP=pick), state), one_hot)
+        return outputs(jnp.moveaxis(y, 0, 2), jax.tree.map(lambda array: array[0], after), mimo)
     if case.get("lens") is None:
         return outputs(*call(tokens, heads, state), mimo)
 
@@ -141,7 +140,7 @@ def loss_and_outputs(leaves, case, cotangents, implementation, packed=False):
 
 
 @functools.cache
-def compiled(name, implementation, jit=quick_jit):
+def compiled(name, implementation, as_users=False):
     """leaves -> outputs and gradients (empty where none were recorded) of one case."""
     case, _, arrays = recorded(name)
     cotangents = {key: arrays[f"cot.{key}"] for key in ("y", *STATE) if f"cot.{key}" in arrays}
@@ -156,7 +155,7 @@ def compiled(name, implementation, jit=quick_jit):
         (_, got), gradient = jax.value_and_grad(loss_and_outputs, has_aux=True)(leaves)
         return got, gradient
 
-    return jit(outputs_and_gradients)
+    return jax.jit(outputs_and_gradients, compiler_options=AS_USERS if as_users else None)
 
 
 def check_gradients(gradient: dict, arrays: dict, tolerance: float):
@@ -194,7 +193,7 @@ def test_recurrent_in_float64(name):
 def test_recorded_case_with_optimised_code(implementation):
     """As `test_recorded_case`, compiled as users do."""
     _, leaves, arrays = recorded("mimo_r4_norm")
-    got, gradient = compiled("mimo_r4_norm", implementation, jit=jax.jit)(leaves)
+    got, gradient = compiled("mimo_r4_norm", implementation, as_users=True)(leaves)
     check_outputs(got, arrays, FORWARD)
     check_gradients(gradient, arrays, GRADIENT)
 
@@ -213,7 +212,7 @@ def test_recorded_case_in_bfloat16(name, implementation):
         key: jnp.asarray(leaves[key], jnp.bfloat16) for key in ("B", "C", "x", "z", "init_k", "init_v") if key in leaves
     }
     leaves |= narrow
-    got, gradient = compiled(name, implementation, jit=jax.jit)(leaves)
+    got, gradient = compiled(name, implementation)(leaves)
     with jax.enable_x64(True):
         exact = {key: np.asarray(array, np.float64) for key, array in leaves.items()}
         want, want_gradient = jax.tree.map(np.asarray, compiled(name, "recurrent")(exact))
@@ -236,7 +235,7 @@ def test_state_at_the_end_of_every_recorded_document(implementation):
     tokens, heads, _ = op_inputs(leaves)
     ends = np.cumsum(case["lens"])
     tokens = tokens._replace(start_BL=starts(ends))
-    call = quick_jit(functools.partial(ssm, rotation="half", implementation=implementation, chunk=8))
+    call = jax.jit(functools.partial(ssm, rotation="half", implementation=implementation, chunk=8))
     for row, end in enumerate(ends[:-1]):
         y, state = call(jax.tree.map(lambda array: array[:, :end], tokens), heads)  # noqa: B023
         at_end = {f"final.{key}": arrays[f"final.{key}"][row : row + 1] for key in STATE}
@@ -251,7 +250,7 @@ def test_recorded_decoding(name, implementation):
     tokens, heads, _ = op_inputs(leaves)
     prefill, mimo = case["prefill_len"], "mimo" in case["kind"]
     call = functools.partial(ssm, rotation=ROTATIONS[case["rotation"]], implementation=implementation, chunk=8)
-    step = quick_jit(call)
+    step = jax.jit(call)
 
     y, state = step(jax.tree.map(lambda array: array[:, :prefill], tokens), heads)
     check_outputs(outputs(y, state, mimo), {**arrays, "out.y": arrays["out.prefill_y"]}, FORWARD, "prefill.")

@@ -9,7 +9,6 @@ from mamba3_jax.mixers.mixer import KEPT
 from mamba3_jax.ops.kernels import kernels
 from tests.ops import cases
 from tests.ops.cases import MIMO, SISO, bfloat16, draw
-from tests.ops.quick import quick_jit
 
 SHAPES = {  # that the kernels take as they are, of a chunk and a split
     "siso": SISO._replace(length=64, groups=1, d_state=32, width=16, planes=8),
@@ -54,5 +53,5 @@ def test_residuals(shape):
 def test_it_changes_no_gradient(how):
     shape = SHAPES["siso"]
     inputs = draw(shape)
-    want, got = (quick_jit(functools.partial(pulled, with_remat(each, shape)))(*inputs) for each in (None, how))
+    want, got = (jax.jit(functools.partial(pulled, with_remat(each, shape)))(*inputs) for each in (None, how))
     cases.check_gradients(got, want, 1e-5)

@@ -1,6 +1,5 @@
 """The op over several devices is the op on one: values, every gradient, packed rows and a carried state."""
 
-import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -17,14 +16,13 @@ from mamba3_jax.model import LanguageModel
 from mamba3_jax.ops.kernels import IMPLEMENTATIONS as of_kernels
 from mamba3_jax.ops.sharded import sharded
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
+from tests.helpers import devices
 
 
 @pytest.mark.full
 def test_several_devices_compute_what_one_does():
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.ops.over_devices"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, env=devices(8), capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == [
         "cross_entropy",

@@ -16,7 +16,6 @@ from mamba3_jax.ops.ssm import PLAIN, Transition, compose, ssm, transition
 from tests.helpers import rel_rms
 from tests.ops import cases
 from tests.ops.cases import MIMO, SISO, SSD, draw
-from tests.ops.quick import quick_jit
 
 EXACT = 1e-12
 LENGTH, CUT = 20, (1, 9, 16)
@@ -73,7 +72,7 @@ def everything(shape):
         }
         return transitions, states, op(tokens, heads)[1]
 
-    return quick_jit(call)
+    return jax.jit(call)
 
 
 def on_circle(tree):
@@ -123,7 +122,7 @@ def test_gradients(name):
     def by_ssm(tokens, heads, state):
         return ssm(tokens, heads, state, rotation=shape.rotation, implementation="recurrent")[1]
 
-    @quick_jit
+    @jax.jit
     def gradients(*inputs):
         def loss(inputs, function):
             state = function(inputs[0]._replace(start_BL=STARTS), *inputs[1:])
@@ -148,10 +147,10 @@ def two_pieces():
     """Two transitions, `compose` of them, compiled, and what it should be."""
     shape = SHAPES["mimo"]
     tokens, heads, _ = drawn(shape, None)
-    both = quick_jit(lambda *rows: [run(shape, piece, heads) for piece in rows])
-    join = quick_jit(functools.partial(compose, heads=heads, rotation=shape.rotation))
+    both = jax.jit(lambda *rows: [run(shape, piece, heads) for piece in rows])
+    join = jax.jit(functools.partial(compose, heads=heads, rotation=shape.rotation))
     left, right = both(cases.rows(tokens, 0, 11), cases.rows(tokens, 11, None))
-    return left, right, join, quick_jit(functools.partial(run, shape))(tokens, heads)
+    return left, right, join, jax.jit(functools.partial(run, shape))(tokens, heads)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -15,7 +15,6 @@ from pallas_kernels.ssm.mosaic_gpu.decode_kernel import sine_and_cosine, within_
 from tests.helpers import rel_rms
 from tests.ops import cases
 from tests.ops.cases import LEFT_OUT, MIMO, SISO, bfloat16, draw
-from tests.ops.quick import quick_jit
 
 ON_CPU = jax.default_backend() == "cpu"
 mosaic_gpu = functools.partial(kernels, backend="mosaic_gpu")
@@ -72,7 +71,7 @@ def check_is_recurrent(shape, start: bool):
     inputs = drawn(shape, start)
     with jax.enable_x64(True):
         exact = jax.tree.map(lambda x: np.asarray(x, x.dtype if x.dtype == bool else np.float64), inputs)
-        want = jax.tree.map(np.asarray, quick_jit(step(shape, recurrent))(*exact))
+        want = jax.tree.map(np.asarray, jax.jit(step(shape, recurrent))(*exact))
     cases.check_results(jax.jit(step(shape))(*inputs), want, 1e-6)
 
 
@@ -81,7 +80,7 @@ def test_a_planted_error_is_caught(name):
     """One part in a thousand of any input."""
     shape = SHAPES[name]._replace(batch=1)
     inputs = drawn(shape, False)
-    want = quick_jit(step(shape, recurrent))(*inputs)
+    want = jax.jit(step(shape, recurrent))(*inputs)
     run = jax.jit(step(shape))
     cases.check_results(run(*inputs), want, 1e-6)
     leaves, tree = jax.tree.flatten(inputs)
@@ -98,7 +97,7 @@ def test_bfloat16():
     tokens = bfloat16(tokens)
     state = state._replace(k_BRHN=jnp.asarray(state.k_BRHN, jnp.bfloat16), v_BHP=jnp.asarray(state.v_BHP, jnp.bfloat16))
     y, got = jax.jit(step(shape))(tokens, heads, state)
-    want_y, want = quick_jit(step(shape, recurrent))(tokens, heads, state)
+    want_y, want = jax.jit(step(shape, recurrent))(tokens, heads, state)
     assert (y.dtype, got.k_BRHN.dtype, got.v_BHP.dtype) == (jnp.bfloat16,) * 3
     assert rel_rms(got.ssm_BHPN, want.ssm_BHPN) < 1e-6
     cases.check_results((y, got), (want_y, want), 2**-9)

@@ -20,7 +20,6 @@ from pallas_kernels.ssm.mosaic_tpu.decode import Tile
 from tests.helpers import rel_rms
 from tests.ops import cases
 from tests.ops.cases import LEFT_OUT, MIMO, SISO, bfloat16, draw
-from tests.ops.quick import quick_jit
 
 mosaic_tpu = functools.partial(kernels, backend="mosaic_tpu")
 compiled = functools.partial(mosaic_tpu, anywhere=True)  # traced for a TPU that this process does not have
@@ -70,7 +69,7 @@ def double(inputs, shape):
     """`recurrent` in float64, on the very same numbers."""
     with jax.enable_x64(True):
         wide = lambda x: np.asarray(x, x.dtype if x.dtype == bool else np.float64)  # noqa: E731
-        results = quick_jit(functools.partial(recurrent, rotation=shape.rotation))(*jax.tree.map(wide, inputs))
+        results = jax.jit(functools.partial(recurrent, rotation=shape.rotation))(*jax.tree.map(wide, inputs))
         return jax.tree.map(np.asarray, results)
 
 
@@ -78,7 +77,7 @@ def double(inputs, shape):
 def test_is_recurrent(name):
     """Every other row a start: what holds for both is tested by both."""
     inputs = drawn(SHAPES[name], start=True)
-    got = quick_jit(step(SHAPES[name], **how_of(name)))(*inputs)
+    got = jax.jit(step(SHAPES[name], **how_of(name)))(*inputs)
     cases.check_results(got, double(inputs, SHAPES[name]), 1e-6)
     assert not interpret_pallas_call.races.races_found
 
@@ -87,7 +86,7 @@ def test_a_start_forgets_exactly():
     """Nothing of the state reaches the results, not even what is not a number."""
     tokens, heads, state = drawn(MIMO)
     tokens = tokens._replace(start_BL=np.ones((MIMO.batch, 1), bool))
-    run = quick_jit(step(MIMO))
+    run = jax.jit(step(MIMO))
     poisoned = jax.tree.map(lambda array: np.full_like(array, np.nan), state)
     want = run(tokens, heads, jax.tree.map(np.zeros_like, state))
     jax.tree.map(np.testing.assert_array_equal, run(tokens, heads, poisoned), want)
@@ -97,7 +96,7 @@ def test_gradients():
     """Those of `recurrent`, the state's included."""
     cotangent = cases.cotangents(MIMO)
     inputs = drawn(MIMO)
-    gradients = quick_jit(lambda *inputs: jax.vjp(step(MIMO), *inputs)[1](cotangent))(*inputs)
+    gradients = jax.jit(lambda *inputs: jax.vjp(step(MIMO), *inputs)[1](cotangent))(*inputs)
     want = cases.reference(inputs, None, cotangent, MIMO.rotation)[1]
     cases.check_gradients(gradients, want, 1e-5)
 
@@ -107,7 +106,7 @@ def test_three_steps_are_a_row(name):
     shape = SHAPES[name]._replace(length=3)
     tokens, heads, state = draw(shape)
     want = double((tokens, heads, state), shape)
-    run, outputs = quick_jit(step(shape)), []
+    run, outputs = jax.jit(step(shape)), []
     for token in range(3):
         y_BLHP, state = run(cases.rows(tokens, token, token + 1), heads, state)
         outputs.append(y_BLHP)
@@ -121,7 +120,7 @@ def test_a_few_tokens_at_once(name):
     tokens, heads, state = draw(shape)
     start_BL = np.arange(STEPS) == np.array([[STEPS - 1], [STEPS]])
 
-    @quick_jit
+    @jax.jit
     def run(inputs, cotangent):
         def op(inputs):
             return step(shape)(inputs[0]._replace(start_BL=start_BL), *inputs[1:])
@@ -146,7 +145,7 @@ def test_bfloat16(name):
     narrow = lambda array: jnp.asarray(array, jnp.bfloat16)  # noqa: E731
     state = state._replace(k_BRHN=narrow(state.k_BRHN), v_BHP=narrow(state.v_BHP))
     inputs = bfloat16(tokens), heads, state
-    y_BLHP, after = quick_jit(step(SHAPES[name]))(*inputs)
+    y_BLHP, after = jax.jit(step(SHAPES[name]))(*inputs)
     want_y_BLHP, want = double(inputs, SHAPES[name])
     assert (y_BLHP.dtype, after.k_BRHN.dtype, after.v_BHP.dtype) == (jnp.bfloat16,) * 3
     assert rel_rms(np.asarray(after.ssm_BHPN, np.float64), want.ssm_BHPN) < 1e-6
@@ -166,7 +165,7 @@ def test_a_planted_error_is_caught(field):
 
 @functools.cache
 def planted():
-    return quick_jit(step(MIMO))
+    return jax.jit(step(MIMO))
 
 
 @pytest.mark.quick

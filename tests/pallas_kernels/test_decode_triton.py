@@ -15,7 +15,6 @@ from pallas_kernels.ssm.triton.decode_rotated import RotatedTile
 from tests.helpers import rel_rms
 from tests.ops import cases
 from tests.ops.cases import LEFT_OUT, MIMO, SISO, bfloat16, draw
-from tests.ops.quick import quick_jit
 
 GPU = AbstractMesh(
     (1,),
@@ -61,7 +60,7 @@ def double(inputs, shape):
     """`recurrent` in float64, on the very same numbers."""
     with jax.enable_x64(True):
         wide = lambda x: np.asarray(x, x.dtype if x.dtype == bool else np.float64)  # noqa: E731
-        results = quick_jit(functools.partial(recurrent, rotation=shape.rotation))(*jax.tree.map(wide, inputs))
+        results = jax.jit(functools.partial(recurrent, rotation=shape.rotation))(*jax.tree.map(wide, inputs))
         return jax.tree.map(np.asarray, results)
 
 
@@ -69,7 +68,7 @@ def double(inputs, shape):
 @pytest.mark.parametrize("name", SHAPES)
 def test_is_recurrent(name, start):
     inputs = drawn(SHAPES[name], start=start)
-    got = quick_jit(step(SHAPES[name]))(*inputs)
+    got = jax.jit(step(SHAPES[name]))(*inputs)
     cases.check_results(got, double(inputs, SHAPES[name]), 1e-6)
 
 
@@ -78,7 +77,7 @@ def test_is_recurrent(name, start):
 def test_every_tile_is_recurrent(tile, rank):
     shape = (MIMO if rank > 1 else SISO)._replace(rank=rank, **SIZED)
     inputs = drawn(shape, start=True)
-    got = quick_jit(step(shape, TILES[tile]))(*inputs)
+    got = jax.jit(step(shape, TILES[tile]))(*inputs)
     cases.check_results(got, double(inputs, shape), 1e-6)
 
 
@@ -88,7 +87,7 @@ def test_a_start_forgets_exactly(tile):
     shape = MIMO._replace(**SIZED)
     tokens, heads, state = drawn(shape)
     tokens = tokens._replace(start_BL=np.ones((shape.batch, 1), bool))
-    run = quick_jit(step(shape, TILES[tile]))
+    run = jax.jit(step(shape, TILES[tile]))
     poisoned = jax.tree.map(lambda array: np.full_like(array, np.nan), state)
     want = run(tokens, heads, jax.tree.map(np.zeros_like, state))
     jax.tree.map(np.testing.assert_array_equal, run(tokens, heads, poisoned), want)
@@ -107,7 +106,7 @@ def test_gradients(name):
         def op(tokens, heads, state, start_BL=start_BL):
             return step(shape)(tokens._replace(start_BL=start_BL), heads, state)
 
-        gradients = quick_jit(lambda *inputs, op=op: jax.vjp(op, *inputs)[1](cotangent))(*inputs)
+        gradients = jax.jit(lambda *inputs, op=op: jax.vjp(op, *inputs)[1](cotangent))(*inputs)
         want = cases.reference(inputs, start_BL, cotangent, shape.rotation)[1]
         cases.check_gradients(gradients, want, 1e-5)
 
@@ -117,7 +116,7 @@ def test_three_steps_are_a_row(name):
     shape = SHAPES[name]._replace(length=3)
     tokens, heads, state = draw(shape)
     want = double((tokens, heads, state), shape)
-    run, outputs = quick_jit(step(shape)), []
+    run, outputs = jax.jit(step(shape)), []
     for token in range(3):
         y_BLHP, state = run(cases.rows(tokens, token, token + 1), heads, state)
         outputs.append(y_BLHP)
@@ -131,7 +130,7 @@ def test_bfloat16(name):
     narrow = lambda array: jnp.asarray(array, jnp.bfloat16)  # noqa: E731
     state = state._replace(k_BRHN=narrow(state.k_BRHN), v_BHP=narrow(state.v_BHP))
     inputs = bfloat16(tokens), heads, state
-    y_BLHP, after = quick_jit(step(SHAPES[name]))(*inputs)
+    y_BLHP, after = jax.jit(step(SHAPES[name]))(*inputs)
     want_y_BLHP, want = double(inputs, SHAPES[name])
     assert (y_BLHP.dtype, after.k_BRHN.dtype, after.v_BHP.dtype) == (jnp.bfloat16,) * 3
     assert rel_rms(np.asarray(after.ssm_BHPN, np.float64), want.ssm_BHPN) < 1e-6
@@ -145,7 +144,7 @@ def test_a_planted_error_is_caught(field):
     want = double((tokens, heads, state), SHAPES["mimo4"])
     wrong = state._replace(**{field: getattr(state, field) * np.float32(1.001)})
     with pytest.raises(AssertionError, match="is not below"):
-        cases.check_results(quick_jit(step(SHAPES["mimo4"]))(tokens, heads, wrong), want, 1e-6)
+        cases.check_results(jax.jit(step(SHAPES["mimo4"]))(tokens, heads, wrong), want, 1e-6)
 
 
 @pytest.mark.quick

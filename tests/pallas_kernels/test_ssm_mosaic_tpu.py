@@ -22,7 +22,6 @@ from pallas_kernels.ssm.mosaic_tpu.angle import angle_before_chunks
 from pallas_kernels.ssm.mosaic_tpu.config import Tiles, default
 from tests.ops import cases
 from tests.ops.cases import MIMO, SISO, SSD, bfloat16, draw
-from tests.ops.quick import quick_jit
 
 mosaic_tpu = functools.partial(kernels, backend="mosaic_tpu")
 compiled = functools.partial(mosaic_tpu, anywhere=True)  # traced for a TPU that this process does not have
@@ -56,7 +55,7 @@ def pulled(shape, starts, narrow, interpret):
     tokens_a_chunk = 16 if shape.length < 256 else 128
     tokens = bfloat16(tokens) if narrow else tokens
 
-    @quick_jit
+    @jax.jit
     def run(inputs):
         def op(inputs):
             tokens, heads, state = inputs
@@ -174,14 +173,14 @@ def test_documents_do_not_see_each_other():
         op = functools.partial(mosaic_tpu, rotation=shape.rotation, chunk=16, interpret=True)
         return op(tokens._replace(start_BL=start_BL), heads, state)
 
-    compiled = quick_jit(run)
+    compiled = jax.jit(run)
     y, end = compiled(tokens, state)
     other_y, other_end = compiled(jax.tree.map(mixed, tokens, others), other_state)
     np.testing.assert_array_equal(y[:, place:], other_y[:, place:])
     jax.tree.map(np.testing.assert_array_equal, end, other_end)
     assert not np.array_equal(y[:, :place], other_y[:, :place])
 
-    gradients = quick_jit(jax.grad(lambda *inputs: jnp.sum(run(*inputs)[0][:, place:] ** 2), argnums=(0, 1)))
+    gradients = jax.jit(jax.grad(lambda *inputs: jnp.sum(run(*inputs)[0][:, place:] ** 2), argnums=(0, 1)))
     of_tokens, of_state = gradients(tokens, state)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(of_state))
     for name, leaf in cases.named(of_tokens).items():
@@ -241,7 +240,7 @@ def test_results_that_are_not_used():
     tokens, heads, state = draw(shape)
     op = functools.partial(mosaic_tpu, rotation=shape.rotation, chunk=16, interpret=True)
 
-    @quick_jit
+    @jax.jit
     def run(*inputs):
         (results, pull), found = jax.vjp(op, *inputs), {}
         zeros, structure = jax.tree.flatten(jax.tree.map(jnp.zeros_like, results))

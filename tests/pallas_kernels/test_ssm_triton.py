@@ -24,7 +24,6 @@ from pallas_kernels.ssm.triton.common import Operands
 from pallas_kernels.ssm.triton.config import Tile
 from tests.ops import cases
 from tests.ops.cases import MIMO, SISO, bfloat16, draw
-from tests.ops.quick import quick_jit
 
 GPU = AbstractMesh(
     (1,),
@@ -155,7 +154,7 @@ def test_how_the_length_is_cut_does_not_matter(shape, starts):
     start_BL = np.isin(np.arange(67), starts)[None] & np.array([[True], [False]])
     want = cases.reference(inputs, start_BL, cotangent, shape.rotation)
 
-    @functools.partial(quick_jit, static_argnums=(0, 1, 2))
+    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
     def run(splits, interval, bwd_heads, inputs):
         def op(inputs):
             tokens, heads, state = inputs

@@ -18,7 +18,7 @@ from mamba3_jax.checkpoint import UNFINISHED, Checkpoints, all_steps, load_model
 from mamba3_jax.sharding import make_mesh
 from mamba3_jax.train import metrics
 from mamba3_jax.train.step import state_shapes
-from tests.helpers import rel_rms
+from tests.helpers import devices, rel_rms
 from tests.train.tiny import get_config
 
 ROOT = Path(__file__).parents[2]
@@ -145,7 +145,7 @@ def test_four_devices_are_one_and_take_over_its_checkpoint(straight, tmp_path, c
     assert first < STEPS
     (tmp_path / "checkpoints").mkdir()
     subprocess.run(["cp", "-r", straight / "checkpoints" / str(first), tmp_path / "checkpoints"], check=True)
-    output = finish(start(tmp_path, compiled, XLA_FLAGS="--xla_force_host_platform_device_count=4"))
+    output = finish(start(tmp_path, compiled, **devices(4)))
     assert "4 x cpu, mesh {'data': 4}" in output
     assert f"resuming after step {first}" in output
     for (path, got), want in zip(

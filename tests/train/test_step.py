@@ -18,7 +18,6 @@ from mamba3_jax.sharding import make_mesh
 from mamba3_jax.train.optimizer import optimizer
 from mamba3_jax.train.step import TrainState, batch_shapes, gradients, init_state, train_step, update
 from tests.helpers import rel_rms
-from tests.ops.quick import quick_jit
 from tests.train.tiny import get_config, random_batch, random_params
 
 KEY = np.zeros(2, np.uint32)
@@ -224,7 +223,7 @@ def test_memory_of_a_step_does_not_grow_with_the_vocabulary(monkeypatch):
         model = ModelConfig(vocab_size=2**14, d_model=8, pattern="M", d_state=4, head_dim=8, compute_dtype="bfloat16")
         config = Config(model=model, data=DataConfig(batch=batch, length=64))
         shapes = (jax.eval_shape(lambda: init_state(config)), batch_shapes(config.data, make_mesh("data:1")))
-        compiled = quick_jit(functools.partial(train_step, config)).lower(*shapes).compile()
+        compiled = jax.jit(functools.partial(train_step, config)).lower(*shapes).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     logits = 4 * 64 * 2**14
