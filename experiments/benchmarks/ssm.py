@@ -26,50 +26,31 @@ from absl import app, flags
 
 from experiments.benchmarks import common, flops
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State, Tokens, empty_state, ssm
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Sizes of one call; the letters are those of `mamba3_jax.ops.types`."""
-
-    batch: int
-    length: int
-    heads: int
-    width: int
-    d_state: int
-    groups: int = 1
-    rank: int = 1
-    dtype: str = "float32"
-
-    @property
-    def rotation(self) -> str:
-        return "adjacent" if self.rank == 1 else "half"
+from pallas_kernels.ssm.cases import Case, of_layer, varied
 
 
 def with_mimo(cases: dict[str, Case]) -> dict[str, Case]:
     """And each of them with four ranks."""
-    return cases | {
-        f"mimo4{name.removeprefix('siso')}": dataclasses.replace(case, rank=4) for name, case in cases.items()
-    }
+    return cases | {f"mimo4{name.removeprefix('siso')}": varied(case, rank=4) for name, case in cases.items()}
 
 
-LARGE = Case(batch=16, length=2048, heads=32, width=64, d_state=128, dtype="bfloat16")
-SMALL = Case(batch=2, length=2048, heads=8, width=64, d_state=64)
+LARGE = of_layer(batch=16, length=2048, heads=32, width=64, d_state=128, dtype="bfloat16")
+SMALL = of_layer(batch=2, length=2048, heads=8, width=64, d_state=64)
 CASES = {
     "gpu": with_mimo(
         {
             "siso": LARGE,
-            "siso_b2_l16384": dataclasses.replace(LARGE, batch=2, length=16384),
-            "siso_b1_l131072": dataclasses.replace(LARGE, batch=1, length=131072),
-            "siso_b1_l2048": dataclasses.replace(LARGE, batch=1),
-            "siso_decode": dataclasses.replace(LARGE, batch=128, length=1, heads=64),
+            "siso_b2_l16384": varied(LARGE, batch=2, length=16384),
+            "siso_b1_l131072": varied(LARGE, batch=1, length=131072),
+            "siso_b1_l2048": varied(LARGE, batch=1),
+            "siso_decode": varied(LARGE, batch=128, length=1, heads=64),
         }
     ),
     "tpu": with_mimo(
         {
             "siso": LARGE,
-            "siso_b1_l32768": dataclasses.replace(LARGE, batch=1, length=32768),
-            "siso_decode": dataclasses.replace(LARGE, batch=128, length=1),
+            "siso_b1_l32768": varied(LARGE, batch=1, length=32768),
+            "siso_decode": varied(LARGE, batch=128, length=1),
         }
     ),
     "cpu": with_mimo({"siso": SMALL}),
@@ -95,37 +76,30 @@ FLAGS = flags.FLAGS
 def inputs(case: Case, seed: int = 0) -> tuple[Tokens, Heads]:
     """Random tokens and heads with the statistics of a fresh layer: dt from 0.001 to 0.1, keys of unit RMS."""
     keys = iter(jax.random.split(jax.random.key(seed), 16))
-    shape_BLH = (case.batch, case.length, case.heads)
-    shape_BLRGN = (case.batch, case.length, case.rank, case.groups, case.d_state)
-    planes = case.d_state // 4
 
-    def normal(*shape, dtype=case.dtype):
-        return jax.random.normal(next(keys), shape, jnp.float32).astype(dtype)
+    def normal(name, dtype=case.dtype):
+        key, shape = next(keys), case.shape_of(name)
+        return None if shape is None else jax.random.normal(key, shape, jnp.float32).astype(dtype)
 
     def uniform(low, high):
-        return jax.random.uniform(next(keys), shape_BLH, jnp.float32, low, high)
+        return jax.random.uniform(next(keys), case.shape_of("dt_BLH"), jnp.float32, low, high)
 
     dt_BLH = jnp.exp(uniform(np.log(1e-3), np.log(1e-1)))
     tokens = Tokens(
-        q_BLRGN=normal(*shape_BLRGN),
-        k_BLRGN=normal(*shape_BLRGN),
-        v_BLHP=normal(*shape_BLH, case.width),
+        q_BLRGN=normal("q_BLRGN"),
+        k_BLRGN=normal("k_BLRGN"),
+        v_BLHP=normal("v_BLHP"),
         dt_BLH=dt_BLH,
         log_a_BLH=-dt_BLH * uniform(0.5, 2.0),
         gamma_BLH=(gamma_BLH := dt_BLH * uniform(0.0, 1.0)),
         beta_BLH=dt_BLH - gamma_BLH,
-        angle_BLHS=jnp.pi * jnp.tanh(normal(*shape_BLH[:2], 1, planes, dtype="float32")),
-        gate_BLHP=normal(*shape_BLH, case.width),
+        angle_BLHS=jnp.pi * jnp.tanh(normal("angle_BLHS", "float32")),
+        gate_BLHP=normal("gate_BLHP"),
     )
-    shape_HRN, shape_HRP = (case.heads, case.rank, case.d_state), (case.heads, case.rank, case.width)
-    mixed = {name: 1 / case.rank + 0.1 * normal(*shape_HRP, dtype="float32") for name in ("v_rank_HRP", "out_rank_HRP")}
-    heads = Heads(
-        q_bias_HRN=1 + 0.1 * normal(*shape_HRN, dtype="float32"),
-        k_bias_HRN=1 + 0.1 * normal(*shape_HRN, dtype="float32"),
-        skip_H=1 + 0.1 * normal(case.heads, dtype="float32"),
-        gate_rank_HRP=1 + 0.1 * normal(*shape_HRP, dtype="float32") if case.rank > 1 else None,
-        **(mixed if case.rank > 1 else {}),
-    )
+    means = dict.fromkeys(("v_rank_HRP", "out_rank_HRP"), 1 / case.rank)
+    means |= dict.fromkeys(("q_bias_HRN", "k_bias_HRN", "skip_H", "gate_rank_HRP"), 1)
+    around = {name: normal(name, "float32") for name in means}
+    heads = Heads(**{name: means[name] + 0.1 * x for name, x in around.items() if x is not None})
     return tokens, heads
 
 
@@ -176,13 +150,13 @@ def check(case: Case, implementation: str, chunk: int | None) -> dict[str, float
 
 def short(case: Case) -> Case:
     """Return the same case on a short row of few heads; of one token, a short row as well: it decodes to a state."""
-    return dataclasses.replace(case, batch=1, length=CHECKED_LENGTH, heads=2 * case.groups)
+    return varied(case, batch=1, length=CHECKED_LENGTH, heads=2 * case.groups)
 
 
 @lru_cache
 def check_decode(case: Case, implementation: str | None) -> dict[str, float]:
     """Errors of three decoding steps from a state of random numbers, against `recurrent` in float64."""
-    case = dataclasses.replace(case, batch=2, heads=2 * case.groups)
+    case = varied(case, batch=2, heads=2 * case.groups)
 
     def steps(state, tokens, heads, implementation):
         outputs = []
@@ -356,7 +330,7 @@ def growth(case: Case, implementation: str, chunk: int | None) -> list[dict]:
     """Operations a token and temporary memory of forward+backward at growing lengths. Compiles, runs nothing."""
     rows = []
     for length in GROWTH_LENGTHS:
-        longer = dataclasses.replace(case, batch=1, heads=2, length=length)
+        longer = varied(case, batch=1, heads=2, length=length)
         arguments = jax.eval_shape(lambda longer=longer: abstract(longer))
         function = partial(backward, case=longer, implementation=implementation, chunk=chunk)
         operations = flops.count(function, *arguments)
@@ -376,7 +350,7 @@ def growth(case: Case, implementation: str, chunk: int | None) -> list[dict]:
 
 def abstract(case: Case):
     """Return the arguments of `backward`, for their shapes alone."""
-    one_token = inputs(dataclasses.replace(case, length=1))
+    one_token = inputs(varied(case, length=1))
     tokens, heads = one_token
     tokens = jax.tree.map(lambda array: jnp.broadcast_to(array, (case.batch, case.length, *array.shape[2:])), tokens)
     return tokens, heads, jnp.zeros(tokens.v_BLHP.shape, case.dtype)
@@ -440,7 +414,7 @@ def main(argv):
     else:
         found = rows_of([task for name in names for task in tasks_of(name, cases[name], implementations, chunks)], best)
     kind, columns = ("growth", GROWTH_COLUMNS) if FLAGS.growth else ("ssm", COLUMNS)
-    sizes = {name: dataclasses.asdict(cases[name]) for name in names}
+    sizes = {name: cases[name].sizes() for name in names}
     for row in found:
         rows.append(row)
         print(common.table([row], columns).splitlines()[-1], flush=True)

@@ -51,6 +51,7 @@ from jax.sharding import Mesh, SingleDeviceSharding  # noqa: E402
 from experiments.benchmarks import common, flops, hlo, ssm  # noqa: E402
 from mamba3_jax.ops.kernels import kernels as run_kernels  # noqa: E402
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State  # noqa: E402
+from pallas_kernels.ssm.cases import Case, of_layer, varied  # noqa: E402
 
 FLAGS = flags.FLAGS
 # Away from the environment: wherever libtpu can be imported, every JAX program looks for a TPU.
@@ -78,12 +79,12 @@ CHIPS = {
 # A float32 product at Precision.HIGHEST is six of bfloat16.
 PASSES = {"bfloat16": 1, "float32": 6}
 
-LARGE = ssm.Case(batch=16, length=2048, heads=32, width=64, d_state=128, dtype="bfloat16")
-LONG = dataclasses.replace(LARGE, batch=1, length=32768)
-STEP = dataclasses.replace(LARGE, batch=128, length=1)
+LARGE = of_layer(batch=16, length=2048, heads=32, width=64, d_state=128, dtype="bfloat16")
+LONG = varied(LARGE, batch=1, length=32768)
+STEP = varied(LARGE, batch=128, length=1)
 CASES = ssm.with_mimo({"siso": LARGE, "siso_decode": STEP})
 FULL = {
-    f"{name}_h{heads}_{dtype}": dataclasses.replace(case, heads=heads, dtype=dtype)
+    f"{name}_h{heads}_{dtype}": varied(case, heads=heads, dtype=dtype)
     for dtype in PASSES
     for heads in (24, 32, 64)
     for name, case in ssm.with_mimo({"siso": LARGE, "siso_long": LONG, "siso_decode": STEP}).items()
@@ -130,7 +131,7 @@ def in_a_model(task: ssm.Task):
     return function
 
 
-def tasks_of(name: str, case: ssm.Case, implementations: list[str]) -> list[ssm.Task]:
+def tasks_of(name: str, case: Case, implementations: list[str]) -> list[ssm.Task]:
     """Return the tasks of a case; `chunked` of one token is `recurrent`."""
     if case.length == 1:
         steps = dict.fromkeys("recurrent" if each == "chunked" else each for each in implementations)
@@ -176,7 +177,7 @@ def floors(task: ssm.Task, chip: Chip) -> dict:
 
 
 @functools.cache
-def counted(case: ssm.Case, what: str) -> tuple[float, int, int]:
+def counted(case: Case, what: str) -> tuple[float, int, int]:
     """Return operations, bytes of what goes in and out, and those that the second of two passes reads again."""
     task = ssm.Task("counted", case, "recurrent" if what == "decode" else "chunked", what)
     abstract = jax.eval_shape(task.arguments)
@@ -222,7 +223,7 @@ def kernel_cycles(task: ssm.Task, chip: str, kernels: set[str]) -> float:
         raise RuntimeError("the compiler simulates no kernel for v4")
     if task.case.length == 1:
         return drawn_out(task, chip, kernels, [{"batch": 4}, {"batch": 8}])
-    row = dataclasses.replace(task, case=dataclasses.replace(task.case, batch=1, length=min(task.case.length, 2048)))
+    row = dataclasses.replace(task, case=varied(task.case, batch=1, length=min(task.case.length, 2048)))
     rows = task.case.batch * task.case.length / row.case.length
     # More heads: what is done once a chunk is not drawn out. Where operands lie in VMEM it may fail at several blocks
     # of heads ("No DMA issue node found"); with a single one it counts what is done once a chunk for every block.
@@ -237,7 +238,7 @@ def kernel_cycles(task: ssm.Task, chip: str, kernels: set[str]) -> float:
 
 def drawn_out(task: ssm.Task, chip: str, kernels: set[str], smaller: list[dict]) -> float:
     """Add to the cycles of two smaller calls as many for all further work as the second takes for its own."""
-    cases = [dataclasses.replace(task.case, **fields) for fields in smaller]
+    cases = [varied(task.case, **fields) for fields in smaller]
     one, two = (simulated(dataclasses.replace(task, case=case), chip, kernels) for case in cases)
     first, second, all_ = (case.batch * case.length * case.heads for case in (*cases, task.case))
     return one + (two - one) * (all_ - first) / (second - first)
@@ -250,7 +251,7 @@ def simulated(task: ssm.Task, chip: str, kernels: set[str]) -> int:
     whole, and enough where every kernel is in it.
     """
     with tempfile.TemporaryDirectory() as folder:
-        sizes = [f"{name}={value}" for name, value in dataclasses.asdict(task.case).items()]
+        sizes = [f"{name}={value}" for name, value in task.case.sizes().items()]
         command = [
             sys.executable,
             "-m",
@@ -280,7 +281,7 @@ def profiled(text: str) -> tuple[str, int]:
 def only(sizes: str, implementation: str, what: str, chip: str) -> None:
     """Compiles one call, for what the compiler leaves in the folder that its flags name."""
     given = dict(part.split("=") for part in sizes.split(","))
-    case = ssm.Case(**{name: value if name == "dtype" else int(value) for name, value in given.items()})
+    case = of_layer(**{name: value if name == "dtype" else int(value) for name, value in given.items()})
     Target(chip).compile(ssm.Task("only", case, implementation, what))
 
 
@@ -363,7 +364,7 @@ def main(argv):
     origin = common.provenance() | {"platform": "tpu", "device": f"no TPU (libtpu {version})", "libtpu": version}
     origin |= {"arguments": "joined: (B, L, H P), as a model has them"}
     rows = kept(common.read(FLAGS.name, FLAGS.out) if FLAGS.keep else None, tasks, origin)
-    sizes = {name: dataclasses.asdict(case) for name, case in (CASES | FULL).items()}
+    sizes = {name: case.sizes() for name, case in (CASES | FULL).items()}
     peaks = {name: dataclasses.asdict(chip) for name, chip in CHIPS.items()}
     for chip, task in tasks:
         rows.append(row_of(task, Target(chip)) | {"commit": origin["commit"], "date": origin["date"]})

@@ -28,6 +28,7 @@ from experiments.benchmarks import common, ssm
 from mamba3_jax.ops import kernels, tuned
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS
 from mamba3_jax.ops.tuned import Choice
+from pallas_kernels.ssm.cases import Case, of_layer
 
 # By implementation. Rows of a chunk are tokens times ranks; the names are those of its launch.
 STRUCTURE = {
@@ -102,7 +103,7 @@ def differences(got, want) -> list:
 class Clock:
     """Milliseconds of one implementation of a case by launch; infinite for what cannot run or is not right."""
 
-    def __init__(self, name: str, case: ssm.Case, implementation: str, progress: "Progress"):
+    def __init__(self, name: str, case: Case, implementation: str, progress: "Progress"):
         self.name, self.case, self.implementation, self.progress = name, case, implementation, progress
         self.what = "decode" if case.length == 1 else "forward+backward"
         self.want = None
@@ -194,7 +195,7 @@ def search(structure: dict, launches: dict, times: Callable[[list[dict]], list[f
     return better(*alone, [together]) if together != alone[0] else alone
 
 
-def options(case: ssm.Case, implementation: str) -> tuple[dict, dict]:
+def options(case: Case, implementation: str) -> tuple[dict, dict]:
     """Return the STRUCTURE and LAUNCHES there are for a case, in the implementation's own words."""
     if case.length == 1:
         return STEP.get(implementation, {}), {}
@@ -208,14 +209,14 @@ def recorded_configs(result: dict) -> list[Choice]:
     """Return the fastest of every case of a run of `experiments.benchmarks.ssm`, each implementation as it comes."""
     entries = []
     for name, sizes in result["cases"].items():
-        case = ssm.Case(**sizes)
+        case = of_layer(**sizes)
         what = "decode" if case.length == 1 else "forward+backward"
         rows = [row for row in result["rows"] if (row["case"], row["what"]) == (name, what) and "ms" in row]
         entries.append(entry_of(case, {row["implementation"]: row["ms"] for row in rows}, {}, result))
     return entries
 
 
-def entry_of(case: ssm.Case, ms: dict[str, float], launch: dict, origin: dict) -> Choice:
+def entry_of(case: Case, ms: dict[str, float], launch: dict, origin: dict) -> Choice:
     """Return the table's entry for a case, of the times of its implementations."""
     return Choice(
         device=origin["device"],
@@ -232,7 +233,7 @@ def entry_of(case: ssm.Case, ms: dict[str, float], launch: dict, origin: dict) -
     )
 
 
-def choice_of(name: str, case: ssm.Case, progress: Progress, origin: dict) -> Choice:
+def choice_of(name: str, case: Case, progress: Progress, origin: dict) -> Choice:
     """Return the table's entry for a case: the fastest implementation, and how each is launched."""
     abstract = jax.eval_shape(lambda: ssm.inputs(case)[0])
     run_here = [name for name in kernels.BACKENDS if kernels.refused(name, abstract) is None]

@@ -16,8 +16,9 @@ from experiments.figures import parity as picture_of_parity
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.mixers.mamba3 import Mamba3
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS
+from pallas_kernels.ssm.cases import of_layer, varied
 
-TINY = ssm.Case(batch=1, length=32, heads=2, width=4, d_state=8, rank=2)
+TINY = of_layer(batch=1, length=32, heads=2, width=4, d_state=8, rank=2)
 
 
 # Operations
@@ -54,7 +55,7 @@ def test_unknown_trip_count_is_refused():
 @pytest.mark.parametrize("implementation", ["chunked", "associative"])
 def test_operations_a_token_do_not_grow(implementation):
     def a_token(length):
-        longer = ssm.dataclasses.replace(TINY, length=length)
+        longer = varied(TINY, length=length)
         function = partial(ssm.backward, case=longer, implementation=implementation, chunk=16)
         return sum(flops.count(function, *ssm.abstract(longer))) / length
 
@@ -102,7 +103,7 @@ def test_on_a_tpu_every_path_is_taken(monkeypatch):
     tasks = []
     for name in ("siso", "siso_decode"):
         case = ssm.CASES["tpu"][name]
-        case = ssm.dataclasses.replace(case, batch=2, length=min(case.length, 32), heads=2, width=16, d_state=64)
+        case = varied(case, batch=2, length=min(case.length, 32), heads=2, width=16, d_state=64)
         tasks += ssm.tasks_of(name, case, ssm.IMPLEMENTATIONS_OF["tpu"], [None])
     rows = list(ssm.rows_of(tasks, {"bfloat16": {"copy_gb_s": 1.0, "matmul_gflop_s": 1.0}}))
     assert all(row["ms"] > 0 and row["value_error"] > 0 for row in rows)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import common, hlo, ssm, tpu_aot
+from pallas_kernels.ssm.cases import of_layer, varied
 
 # A loop of 16 trips over slices of an array in HBM; its body writes 128 rows of 2,048 in place, by way of VMEM.
 PROGRAM = """HloModule jit_f, is_scheduled=true, input_output_alias={}
@@ -95,22 +96,20 @@ def test_a_kernel_is_seen():
 
 def test_floors_are_arithmetic():
     """A step in float32: the state twice and little else; one product with the state, as six of bfloat16."""
-    case = ssm.Case(batch=2, length=1, heads=4, width=64, d_state=128)
+    case = of_layer(batch=2, length=1, heads=4, width=64, d_state=128)
     task = ssm.Task("step", case, "recurrent", "decode")
     found = tpu_aot.floors(task, tpu_aot.CHIPS["v5e"])
     assert found["matmul_gflop"] == pytest.approx(2 * 2 * 4 * 64 * 128 / 1e9)
     assert found["matmul_ms"] == pytest.approx(6 * found["matmul_gflop"] / 197)
     assert 2 * 4 * (2 * 4 * 64 * 128) < found["least_mb"] * 1e6 < 1.2 * 2 * 4 * (2 * 4 * 64 * 128)
     assert found["roofline_ms"] == pytest.approx(found["least_mb"] / 819)
-    half = tpu_aot.floors(
-        dataclasses.replace(task, case=dataclasses.replace(case, dtype="bfloat16")), tpu_aot.CHIPS["v5e"]
-    )
+    half = tpu_aot.floors(dataclasses.replace(task, case=varied(case, dtype="bfloat16")), tpu_aot.CHIPS["v5e"])
     assert half["matmul_ms"] == pytest.approx(found["matmul_ms"] / 6)
     assert found["passes_mb"] == found["least_mb"]
 
 
 def test_both_passes_read_what_goes_in():
-    case = ssm.Case(batch=2, length=16, heads=4, width=64, d_state=128)
+    case = of_layer(batch=2, length=16, heads=4, width=64, d_state=128)
     one, both = (
         tpu_aot.floors(ssm.Task("row", case, "chunked", what), tpu_aot.CHIPS["v5e"])
         for what in ("forward", "forward+backward")
@@ -124,7 +123,7 @@ def test_both_passes_read_what_goes_in():
 @pytest.mark.full
 def test_arguments_are_those_of_a_model():
     """Values, gates, outputs and their gradients are (B, L, H P), weights and states as they are; the same numbers."""
-    case = ssm.Case(batch=2, length=3, heads=4, width=8, d_state=16, groups=2)
+    case = of_layer(batch=2, length=3, heads=4, width=8, d_state=16, groups=2)
     task = ssm.Task("small", case, "recurrent", "forward+backward")
     arguments = task.arguments()
     tokens, heads, dy = tpu_aot.joined(arguments)

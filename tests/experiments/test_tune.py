@@ -12,10 +12,11 @@ import pytest
 from experiments.benchmarks import common, ssm, tune
 from mamba3_jax.ops import kernels, tuned
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS
+from pallas_kernels.ssm.cases import of_layer, varied
 from pallas_kernels.ssm.triton.config import Tile
 from pallas_kernels.ssm.triton.step import default_tile
 
-TINY = ssm.Case(batch=2, length=24, heads=2, width=8, d_state=8)
+TINY = of_layer(batch=2, length=24, heads=2, width=8, d_state=8)
 ORIGIN = {"device": "NVIDIA H200", "jax": "1", "commit": "abc"}
 
 
@@ -23,7 +24,7 @@ def test_every_launch_is_one_of_the_kernels():
     fields = {field.name for field in dataclasses.fields(Tile)}
     assert set(tune.LAUNCHES["triton"]) <= fields
     assert all(set(tune.STEP["triton"]) <= set(vars(default_tile(rank))) for rank in (1, 4))
-    structure, _ = tune.options(dataclasses.replace(TINY, rank=2), "triton")
+    structure, _ = tune.options(varied(TINY, rank=2), "triton")
     assert structure == {"programs": (128, 256, 512), "chunk": [8, 16, 32]}
 
 
@@ -54,7 +55,7 @@ def test_search_takes_the_best_alone_where_both_together_are_worse():
 @pytest.mark.full
 @pytest.mark.parametrize("what", ["forward+backward", "decode"])
 def test_threads_trace_one_after_another(what, crowd):
-    case = dataclasses.replace(TINY, length=1) if what == "decode" else TINY
+    case = varied(TINY, length=1) if what == "decode" else TINY
     trials = [tune.Trial("tiny", case, "crowd", what, launch={}) for _ in range(2)]
     with ThreadPoolExecutor() as pool:
         assert not any(isinstance(each, Exception) for each in pool.map(tune.Trial.compile, trials))
@@ -120,7 +121,7 @@ def test_an_entry_is_written_in_the_place_of_the_one_before(checked, no_table, t
     monkeypatch.setattr(kernels, "BACKENDS", {"scaled": "", "other": ""})
     monkeypatch.setattr(kernels, "refused", lambda name, tokens: None if name == "scaled" else "wants a GPU")
     progress, path = tune.Progress(tmp_path / "tune.json", ORIGIN), tmp_path / "tuned.json"
-    step = dataclasses.replace(TINY, length=1)
+    step = varied(TINY, length=1)
     for case in (TINY, step, TINY):
         entry = tune.choice_of("tiny" if case is TINY else "step", case, progress, common.provenance("abc"))
         tune.write(entry, path)
@@ -133,7 +134,7 @@ def test_an_entry_is_written_in_the_place_of_the_one_before(checked, no_table, t
 
 def test_the_fastest_of_a_recorded_run_are_choices(no_table, tmp_path):
     """By forward+backward, or a step's time; what ran out of memory has none."""
-    step = dataclasses.replace(TINY, length=1)
+    step = varied(TINY, length=1)
     rows = [
         {"case": "long", "implementation": "chunked", "what": "forward", "ms": 1.0},
         {"case": "long", "implementation": "chunked", "what": "forward+backward", "ms": 9.0},
@@ -142,7 +143,7 @@ def test_the_fastest_of_a_recorded_run_are_choices(no_table, tmp_path):
         {"case": "long", "implementation": "mosaic_gpu", "what": "forward+backward", "failed": "out of memory"},
         {"case": "step", "implementation": "recurrent", "what": "decode", "ms": 3.0},
     ]
-    cases = {"long": dataclasses.asdict(TINY), "step": dataclasses.asdict(step)}
+    cases = {"long": TINY.sizes(), "step": step.sizes()}
     entries = tune.recorded_configs(ORIGIN | {"date": "today", "cases": cases, "rows": rows})
     assert [(each.length, each.implementation) for each in entries] == [(24, "triton"), (1, "recurrent")]
     for entry in entries:

@@ -1,13 +1,13 @@
 """Random inputs of the op of any shape, and the compiled calls and comparisons that the property tests share."""
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State, Tokens, ssm
+from pallas_kernels.ssm.cases import Case
 from tests.helpers import rel_rms
 
 NAMES = sorted(IMPLEMENTATIONS)
@@ -18,96 +18,44 @@ FLOAT32 = sorted({*NAMES} - {"mosaic_gpu"})
 CHUNK = 8  # tokens, where a test does not say
 
 
-class Shape(NamedTuple):
-    batch: int = 2
-    length: int = 13
-    heads: int = 4
-    groups: int = 2
-    rank: int = 1
-    d_state: int = 8
-    width: int = 4
-    planes: int = 2
-    rotation: str = "adjacent"
-    shared_angle: bool = True
-    skip: bool = True
-    gate: bool = True
-    norm: bool = False
-    ranked: bool = False  # v_rank and out_rank; always where rank > 1
-    gate_ranked: bool = False
-    bias: bool = True
-    looks_back: bool = True  # beta, and the state's k and v
-    turns: bool = True  # angle, dt, and the state's angle
-
-
-SISO = Shape()
-MIMO = Shape(
-    rank=4, groups=1, rotation="half", shared_angle=False, norm=True, ranked=True, gate_ranked=True, planes=4, heads=2
-)
-# What is None: with all of it, Mamba-2's SSD.
-SSD = SISO._replace(gate=False, skip=False, bias=False, looks_back=False, turns=False)
-LEFT_OUT = {
-    "ssd": SSD,
-    "ssd_in_ranks": SSD._replace(rank=2, ranked=True),
-    "no_rotation": SISO._replace(turns=False),
-    "first_order": MIMO._replace(rank=2, looks_back=False),
-    "no_bias": SISO._replace(bias=False, rotation="half", shared_angle=False),
-}
-
-
-def whole(shape: Shape) -> Shape:
+def whole(shape: Case) -> Case:
     """With all that `LEFT_OUT` may lack but what changes the result."""
     return shape._replace(bias=True, looks_back=True, turns=True)
 
 
-def draw(shape: Shape, seed: int = 0, dtype=np.float32) -> tuple[Tokens, Heads, State]:
+def draw(shape: Case, seed: int = 0, dtype=np.float32) -> tuple[Tokens, Heads, State]:
     """Random inputs without `start`; decays, steps and turns large enough that everything matters to the result."""
-    random = np.random.default_rng(seed)
-    b, length, h, g, r, n, p, s = shape[:8]
-    ranked = shape.ranked or r > 1
+    random, all_of_it = np.random.default_rng(seed), whole(shape)
 
-    def normal(*sizes, present=True):
-        return random.standard_normal(sizes).astype(dtype) if present else None
+    def normal(name):
+        sizes = all_of_it.shape_of(name)
+        return None if sizes is None else random.standard_normal(sizes).astype(dtype)
 
-    def uniform(low, high, *sizes):
-        return random.uniform(low, high, sizes).astype(dtype)
-
-    dt_BLH = uniform(0.1, 1, b, length, h)
-    there = {
-        ("dt_BLH", "angle_BLHS", "angle_BHS"): shape.turns,
-        ("beta_BLH", "k_BRHN", "v_BHP"): shape.looks_back,
-        ("q_bias_HRN", "k_bias_HRN"): shape.bias,
-    }
+    def uniform(low, high, name):
+        return random.uniform(low, high, all_of_it.shape_of(name)).astype(dtype)
 
     def left_out(arrays):
         """The same numbers, whatever is left out."""
-        gone = {name for names, present in there.items() if not present for name in names} & {*arrays._fields}
-        return arrays._replace(**dict.fromkeys(gone))
+        return arrays._replace(**{name: None for name in arrays._fields if shape.shape_of(name) is None})
 
+    dt_BLH = uniform(0.1, 1, "dt_BLH")
     tokens = Tokens(
-        q_BLRGN=normal(b, length, r, g, n),
-        k_BLRGN=normal(b, length, r, g, n),
-        v_BLHP=normal(b, length, h, p),
+        q_BLRGN=normal("q_BLRGN"),
+        k_BLRGN=normal("k_BLRGN"),
+        v_BLHP=normal("v_BLHP"),
         dt_BLH=dt_BLH,
-        log_a_BLH=-dt_BLH * uniform(0.05, 1, b, length, h),
-        gamma_BLH=(gamma_BLH := dt_BLH * uniform(0, 1, b, length, h)),
+        log_a_BLH=-dt_BLH * uniform(0.05, 1, "log_a_BLH"),
+        gamma_BLH=(gamma_BLH := dt_BLH * uniform(0, 1, "gamma_BLH")),
         beta_BLH=dt_BLH - gamma_BLH,
-        angle_BLHS=uniform(-np.pi, np.pi, b, length, 1 if shape.shared_angle else h, s),
-        gate_BLHP=normal(b, length, h, p, present=shape.gate),
+        angle_BLHS=uniform(-np.pi, np.pi, "angle_BLHS"),
+        gate_BLHP=normal("gate_BLHP"),
     )
-    heads = Heads(
-        q_bias_HRN=normal(h, r, n),
-        k_bias_HRN=normal(h, r, n),
-        skip_H=normal(h, present=shape.skip),
-        v_rank_HRP=normal(h, r, p, present=ranked),
-        gate_rank_HRP=normal(h, r, p, present=shape.gate_ranked and shape.gate),
-        out_rank_HRP=normal(h, r, p, present=ranked),
-        norm_HP=normal(h, p, present=shape.norm),
-    )
-    state = State(uniform(0, 2 * np.pi, b, h, s), normal(b, h, p, n), normal(b, r, h, n), normal(b, h, p))
+    heads = Heads(**{name: normal(name) for name in Heads._fields})
+    state = State(uniform(0, 2 * np.pi, "angle_BHS"), normal("ssm_BHPN"), normal("k_BRHN"), normal("v_BHP"))
     return left_out(tokens), left_out(heads), left_out(state)
 
 
-def cotangents(shape: Shape, seed: int = 1, dtype=np.float32) -> tuple[np.ndarray, State]:
+def cotangents(shape: Case, seed: int = 1, dtype=np.float32) -> tuple[np.ndarray, State]:
     """What multiplies y and the outgoing state in the loss whose gradients are compared."""
     tokens, _, state = draw(shape, seed, dtype)
     return tokens.v_BLHP, state

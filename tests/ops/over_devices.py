@@ -13,9 +13,10 @@ from mamba3_jax.ops.cross_entropy import linear_cross_entropy
 from mamba3_jax.ops.sharded import one_device, sharded
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
 from mamba3_jax.sharding import make_mesh
+from pallas_kernels.ssm.cases import MIMO, SISO, SSD
 from tests.helpers import rel_rms
 from tests.ops import cases
-from tests.ops.cases import MIMO, SISO, SSD, draw
+from tests.ops.cases import draw
 
 SISO = SISO._replace(batch=4, length=21, heads=4)
 MIMO = MIMO._replace(batch=4, length=21, heads=4)

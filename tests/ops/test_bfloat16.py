@@ -15,9 +15,10 @@ import pytest
 
 from mamba3_jax.ops.kernels import BACKENDS
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
+from pallas_kernels.ssm.cases import MIMO, SISO
 from tests.helpers import rel_rms
 from tests.ops import cases
-from tests.ops.cases import MIMO, SISO, bfloat16, draw
+from tests.ops.cases import bfloat16, draw
 
 VALUES, GRADIENTS, SUMS = 5e-3, 1e-2, 2e-2
 # Over the row, so do their errors; of either sign: what is left has those of all of it (the skip's with a norm, which

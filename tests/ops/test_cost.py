@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 
 from mamba3_jax.ops.ssm import ssm
-from tests.ops.cases import Shape, draw
+from pallas_kernels.ssm.cases import Case
+from tests.ops.cases import draw
 
 LENGTHS = (2048, 8192, 32768, 131072)
 PARALLEL = ("associative", "chunked")  # a GPU's or TPU's kernel is compiled for no CPU
-SISO = Shape(batch=1, heads=2, groups=1, d_state=16, width=8, planes=4)
+SISO = Case(batch=1, heads=2, groups=1, d_state=16, width=8, planes=4)
 MIMO = SISO._replace(rank=4, rotation="half")
 FLOAT = 4  # bytes
 
 
-def abstract(shape: Shape, length: int):
+def abstract(shape: Case, length: int):
     """The op's inputs, shapes only."""
 
     def lengthen(array):
@@ -33,7 +34,7 @@ def abstract(shape: Shape, length: int):
     return jax.tree.map(lengthen, tokens), *jax.eval_shape(lambda *parts: parts, heads, state)
 
 
-def functions(shape: Shape, implementation: str):
+def functions(shape: Case, implementation: str):
     """The forward pass; and the gradients of a loss of everything that comes out."""
     op = functools.partial(ssm, rotation=shape.rotation, implementation=implementation)
 

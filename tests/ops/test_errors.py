@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from mamba3_jax.ops.ssm import ssm
-from tests.ops.cases import MIMO, SISO, draw
+from pallas_kernels.ssm.cases import MIMO, SISO
+from tests.ops.cases import draw
 
 OF_TOKENS = {
     "q_BLRGN": (lambda q: q[0], "q has shape (13, 1, 2, 8), wanted five axes (B, L, R, G, N)"),

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
-from tests.ops.cases import MIMO, SISO, SSD, bfloat16, draw
+from pallas_kernels.ssm.cases import MIMO, SISO, SSD
+from tests.ops.cases import bfloat16, draw
 
 PATH = Path(__file__).with_name("layouts.json")
 LARGE = {"batch": 1, "heads": 2, "groups": 1, "d_state": 50, "width": 24, "planes": 5}

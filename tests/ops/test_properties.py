@@ -17,22 +17,10 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from mamba3_jax.ops.ssm import State, empty_state, ssm
+from pallas_kernels.ssm.cases import LEFT_OUT, MIMO, SISO, SSD, Case
 from tests.helpers import rel_rms
 from tests.ops import cases
-from tests.ops.cases import (
-    CHUNK,
-    FLOAT32,
-    MIMO,
-    SISO,
-    Shape,
-    check_gradients,
-    check_results,
-    cotangents,
-    draw,
-    forward,
-    pulled,
-    rows,
-)
+from tests.ops.cases import CHUNK, FLOAT32, check_gradients, check_results, cotangents, draw, forward, pulled, rows
 
 FORWARD, GRADIENT = 1e-5, 1e-4
 BFLOAT16 = 1e-2  # eps 4e-3, rounded on the way in, once or twice inside, and on the way out
@@ -42,9 +30,7 @@ PHASES = (Phase.explicit, Phase.generate)
 repeatable = functools.partial(settings, deadline=None, derandomize=True, database=None, phases=PHASES)
 every_implementation = pytest.mark.parametrize("implementation", FLOAT32)
 LEFT_OUT_OF = [
-    pytest.param(name, implementation, id=f"{name}-{implementation}")
-    for name in cases.LEFT_OUT
-    for implementation in FLOAT32
+    pytest.param(name, implementation, id=f"{name}-{implementation}") for name in LEFT_OUT for implementation in FLOAT32
 ]
 siso_and_mimo = pytest.mark.parametrize("shape", [SISO, MIMO], ids=["siso", "mimo"])
 
@@ -57,7 +43,7 @@ def shapes(draw):
     flags = {name: draw(st.booleans()) for name in ("shared_angle", "skip", "gate", "norm", "ranked", "gate_ranked")}
     width = draw(st.sampled_from([1, 3, 8]))
     flags["norm"] &= width > 1  # see test_a_norm_over_one_channel
-    return Shape(
+    return Case(
         batch=draw(st.integers(1, 2)),
         length=draw(st.sampled_from([1, 2, 5, 13, 17, 31])),
         heads=groups * draw(st.integers(1, 2)),
@@ -95,7 +81,7 @@ def test_a_norm_over_one_channel(implementation):
     The worst of eight draws (one loses ten times what another does) beside the worst of the definition's. They differ
     by how many roundings are magnified: Triton's gradient has four times the error.
     """
-    shape = Shape(batch=1, length=2, heads=2, rank=4, width=1, planes=4, shared_angle=False, gate=False, norm=True)
+    shape = Case(batch=1, length=2, heads=2, rank=4, width=1, planes=4, shared_angle=False, gate=False, norm=True)
     cotangent, worst = cases.cotangents(shape), {"recurrent": 0.0, implementation: 0.0}
     for seed in range(8):
         inputs = draw(shape, seed)
@@ -110,7 +96,7 @@ def test_a_norm_over_one_channel(implementation):
 @pytest.mark.parametrize(("name", "implementation"), LEFT_OUT_OF)
 def test_what_is_left_out_is_as_if_it_were_nothing(name, implementation):
     """Values and gradients without angle, beta, biases, or all that can be None; packed, with a carried state."""
-    shape = cases.LEFT_OUT[name]
+    shape = LEFT_OUT[name]
     inputs, cotangent = draw(shape), cases.cotangents(shape)
     start_BL = np.random.default_rng(0).random((shape.batch, shape.length)) < 0.2
     want = cases.reference(inputs, start_BL, cotangent, shape.rotation)
@@ -171,7 +157,7 @@ def test_what_is_left_out_is_not_computed(implementation):
     assert not sines.search(compiled_text(SISO._replace(turns=False), implementation))
     whole, first_order = (compiled_text(SISO._replace(looks_back=looks_back), implementation) for looks_back in (1, 0))
     assert len(first_order.splitlines()) < len(whole.splitlines())
-    ssd = compiled_text(cases.SSD, implementation)
+    ssd = compiled_text(SSD, implementation)
     assert len(ssd.splitlines()) < 0.8 * len(first_order.splitlines())
 
 
@@ -458,7 +444,7 @@ def mamba2(c_BLGN, b_BLGN, x_BLHP, dt_BLH, log_a_BLH, skip_H):
 
 @every_implementation
 def test_with_all_left_out_it_is_mamba2(implementation):
-    tokens, heads, _ = draw(cases.SSD._replace(skip=True, length=23))
+    tokens, heads, _ = draw(SSD._replace(skip=True, length=23))
     assert all(x is None for x in (tokens.dt_BLH, tokens.beta_BLH, tokens.angle_BLHS, *heads[:2], *heads[3:]))
     q, k = tokens.q_BLRGN[:, :, 0], tokens.k_BLRGN[:, :, 0]
     want = mamba2(q, k, tokens.v_BLHP, tokens.gamma_BLH, tokens.log_a_BLH, heads.skip_H)

@@ -7,8 +7,9 @@ import pytest
 
 from mamba3_jax.mixers.mixer import KEPT
 from mamba3_jax.ops.kernels import kernels
+from pallas_kernels.ssm.cases import MIMO, SISO
 from tests.ops import cases
-from tests.ops.cases import MIMO, SISO, bfloat16, draw
+from tests.ops.cases import bfloat16, draw
 
 SHAPES = {  # that the kernels take as they are, of a chunk and a split
     "siso": SISO._replace(length=64, groups=1, d_state=32, width=16, planes=8),

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from mamba3_jax.ops.ssm import PLAIN, Transition, compose, ssm, transition
+from pallas_kernels.ssm.cases import MIMO, SISO, SSD
 from tests.helpers import rel_rms
 from tests.ops import cases
-from tests.ops.cases import MIMO, SISO, SSD, draw
+from tests.ops.cases import draw
 
 EXACT = 1e-12
 LENGTH, CUT = 20, (1, 9, 16)

@@ -13,8 +13,9 @@ import pytest
 from mamba3_jax.ops import kernels, ssm, tuned
 from mamba3_jax.ops.tuned import Choice, choose
 from mamba3_jax.ops.types import Heads
+from pallas_kernels.ssm.cases import SISO
 from pallas_kernels.ssm.triton.config import Launch, Tile, order_of, tile_of
-from tests.ops.cases import SISO, bfloat16, draw
+from tests.ops.cases import bfloat16, draw
 
 SHAPE = SISO._replace(batch=2, length=48, heads=32, groups=1, d_state=128, width=64, planes=32)
 ENTRY = Choice("NVIDIA H200", 1, "bfloat16", width=64, d_state=128, heads=64, length=48, implementation="triton")

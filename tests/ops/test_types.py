@@ -13,7 +13,8 @@ def run(code: str) -> subprocess.CompletedProcess:
         with install_import_hook("mamba3_jax.ops", "beartype.beartype"):
             from mamba3_jax.ops import angle, discretize
             from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
-        from tests.ops.cases import FLOAT32, MIMO, SISO, SSD, draw
+        from pallas_kernels.ssm.cases import MIMO, SISO, SSD
+        from tests.ops.cases import FLOAT32, draw
         import functools
         import jax
         import jax.numpy as jnp

@@ -12,7 +12,8 @@ import pytest
 
 from mamba3_jax.ops import ssm
 from mamba3_jax.ops.kernels import BACKENDS, kernels
-from tests.ops.cases import MIMO, bfloat16, draw
+from pallas_kernels.ssm.cases import MIMO
+from tests.ops.cases import bfloat16, draw
 
 ROOT = Path(__file__).parent.parent.parent
 SHAPE = MIMO._replace(batch=1, length=530, heads=2, d_state=50, width=24, planes=5, norm=False)

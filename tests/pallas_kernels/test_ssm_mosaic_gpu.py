@@ -13,24 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+from jax.sharding import use_abstract_mesh
 
 from mamba3_jax.ops.kernels import kernels, refused
 from mamba3_jax.ops.ssm import ssm
+from pallas_kernels.ssm.cases import MIMO, SISO
 from pallas_kernels.ssm.contract import Carry, Weights
 from pallas_kernels.ssm.mosaic_gpu import bwd, phase, scan_fwd
 from pallas_kernels.ssm.mosaic_gpu.scan_fwd import ScanRefs
 from pallas_kernels.ssm.mosaic_gpu.tiles import Operands, Tile, TokenArrays, interpreter
 from tests.helpers import rel_rms
 from tests.ops import cases
-from tests.ops.cases import MIMO, SISO, bfloat16, draw
+from tests.ops.cases import bfloat16, draw
+from tests.pallas_kernels.family import GPU, start_of, wanted
 
-GPU = AbstractMesh(
-    (1,),
-    ("device",),
-    axis_types=(AxisType.Auto,),
-    abstract_device=AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu"),
-)
 SISO_LARGE = SISO._replace(batch=1, length=131, heads=2, groups=1, d_state=64, width=64, planes=16)
 MIMO_LARGE = MIMO._replace(batch=1, length=40, d_state=64, width=64, planes=16)
 MIMO1 = MIMO_LARGE._replace(length=30, heads=1, rank=1, d_state=32, width=16, planes=8)
@@ -56,7 +52,7 @@ def test_lowers_for_cuda(shape, starts, splits):
     tokens, heads, state = draw(shape)
 
     def op(tokens, heads, state):
-        tokens = tokens._replace(start_BL=start(shape, starts))
+        tokens = tokens._replace(start_BL=start_of(shape, starts))
         return mosaic_gpu(tokens, heads, state, rotation=shape.rotation, splits=splits, anywhere=True)
 
     def with_gradients(*inputs):
@@ -70,21 +66,6 @@ def test_lowers_for_cuda(shape, starts, splits):
 
     assert count(op) == splits + 2  # the angles': sums of chunks, phase
     assert count(with_gradients) > splits
-
-
-@functools.cache
-def wanted(shape, starts):
-    tokens, heads, state = draw(shape)
-    return cases.reference(
-        (bfloat16(tokens), heads, state), start(shape, starts), cases.cotangents(shape), shape.rotation
-    )
-
-
-def start(shape, starts):
-    """Returns starts in the first row; None: in no row."""
-    if not starts:
-        return None
-    return np.isin(np.arange(shape.length), starts)[None] & (np.arange(shape.batch) == 0)[:, None]
 
 
 @pytest.mark.parametrize(
@@ -101,10 +82,10 @@ def start(shape, starts):
 def test_agrees_with_the_definition(shape, starts, splits):
     """Values, from a state, to a state."""
     tokens, heads, state = draw(shape)
-    tokens = bfloat16(tokens)._replace(start_BL=start(shape, starts))
+    tokens = bfloat16(tokens)._replace(start_BL=start_of(shape, starts))
     run = functools.partial(mosaic_gpu, rotation=shape.rotation, splits=splits, interpret=INTERPRET)
     results = jax.jit(run)(tokens, heads, state)
-    cases.check_results(results, wanted(shape, starts)[0], ROUNDED)
+    cases.check_results(results, wanted(shape, starts, True)[0], ROUNDED)
 
 
 def test_documents_do_not_see_each_other():
@@ -118,7 +99,7 @@ def test_documents_do_not_see_each_other():
         return np.where(before.reshape(1, -1, *[1] * (array.ndim - 2)), other, array)
 
     run = jax.jit(functools.partial(mosaic_gpu, rotation=shape.rotation, splits=1, interpret=INTERPRET))
-    start_BL = start(shape, (70,))
+    start_BL = start_of(shape, (70,))
     results = [
         run(bfloat16(tokens)._replace(start_BL=start_BL), heads, state)
         for tokens, state in ((tokens, state), (jax.tree.map(mixed, tokens, others), other_state))
@@ -146,18 +127,9 @@ def test_gradients_agree_with_the_definition(shape, starts, splits, interval, mo
     inputs = draw(shape)
     inputs = (bfloat16(inputs[0]), *inputs[1:])
 
-    @jax.jit
-    def run(inputs):
-        def op(inputs):
-            tokens, heads, state = inputs
-            tokens = tokens._replace(start_BL=start(shape, starts))
-            return mosaic_gpu(tokens, heads, state, rotation=shape.rotation, splits=splits, interpret=INTERPRET)
-
-        results, pull = jax.vjp(op, inputs)
-        cotangent = jax.tree.map(lambda x, like: x.astype(like.dtype), cases.cotangents(shape), results)
-        return pull(cotangent)[0]
-
-    cases.check_gradients(run(inputs), wanted(shape, starts)[1], 2e-2)
+    op = functools.partial(mosaic_gpu, rotation=shape.rotation, splits=splits, interpret=INTERPRET)
+    _, gradients = cases.with_gradients(op)(inputs, start_of(shape, starts), cases.cotangents(shape))
+    cases.check_gradients(gradients, wanted(shape, starts, True)[1], 2e-2)
 
 
 def scan_refs(length=64, rank=1, d_state=64, width=64, planes=16, heads=2, groups=1) -> ScanRefs:

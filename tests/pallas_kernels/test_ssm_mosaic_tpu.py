@@ -17,11 +17,13 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from experiments.benchmarks import tpu_aot
 from mamba3_jax.ops.kernels import kernels
 from mamba3_jax.ops.ssm import ssm
+from pallas_kernels.ssm.cases import MIMO, SISO, SSD
 from pallas_kernels.ssm.mosaic_tpu import chunk, grid
 from pallas_kernels.ssm.mosaic_tpu.angle import angle_before_chunks
 from pallas_kernels.ssm.mosaic_tpu.config import Tiles, default
 from tests.ops import cases
-from tests.ops.cases import MIMO, SISO, SSD, bfloat16, draw
+from tests.ops.cases import bfloat16, draw
+from tests.pallas_kernels.family import start_of, wanted
 
 mosaic_tpu = functools.partial(kernels, backend="mosaic_tpu")
 compiled = functools.partial(mosaic_tpu, anywhere=True)  # traced for a TPU that this process does not have
@@ -33,57 +35,17 @@ RANKED = MIMO._replace(length=20, batch=1)
 EXACT, ROUNDED = (1e-5, 2e-4), (5e-3, 1e-2)
 
 
-def start(shape, places):
-    """A document starts at every one of `places` in the first row; None: no starts at all."""
-    if not places:
-        return None
-    start_BL = np.zeros((shape.batch, shape.length), bool)
-    start_BL[0, list(places)] = True
-    return start_BL
-
-
-@functools.cache
-def wanted(shape, starts, narrow):
-    tokens, heads, state = draw(shape)
-    tokens = bfloat16(tokens) if narrow else tokens
-    return cases.reference((tokens, heads, state), start(shape, starts), cases.cotangents(shape), shape.rotation)
-
-
-def pulled(shape, starts, narrow, interpret):
-    """Results and gradients of the kernels, in chunks of 16; a long row in chunks of 128, which fill lanes."""
-    tokens, heads, state = draw(shape)
-    tokens_a_chunk = 16 if shape.length < 256 else 128
-    tokens = bfloat16(tokens) if narrow else tokens
-
-    @jax.jit
-    def run(inputs):
-        def op(inputs):
-            tokens, heads, state = inputs
-            tokens = tokens._replace(start_BL=start(shape, starts))
-            how = {"rotation": shape.rotation, "chunk": tokens_a_chunk, "interpret": interpret}
-            return mosaic_tpu(tokens, heads, state, **how)
-
-        results, pull = jax.vjp(op, inputs)
-        cotangent = jax.tree.map(lambda x, like: x.astype(like.dtype), cases.cotangents(shape), results)
-        return results, pull(cotangent)[0]
-
-    return run((tokens, heads, state))
-
-
 def check_all(shape, starts, narrow, interpret):
-    results, gradients = pulled(shape, starts, narrow, interpret)
+    """Results and gradients of the kernels, in chunks of 16; a long row in chunks of 128, which fill lanes."""
+    tokens, *others = draw(shape)
+    how = {"rotation": shape.rotation, "chunk": 16 if shape.length < 256 else 128, "interpret": interpret}
+    run = cases.with_gradients(functools.partial(mosaic_tpu, **how))
+    inputs = bfloat16(tokens) if narrow else tokens, *others
+    results, gradients = run(inputs, start_of(shape, starts), cases.cotangents(shape))
     want, want_gradients = wanted(shape, starts, narrow)
     values, tolerance = ROUNDED if narrow else EXACT
     cases.check_results(results, want, values)
-    if not narrow:
-        cases.check_gradients(gradients, want_gradients, tolerance)
-        return
-    largest = max(cases.rms(leaf) for leaf in jax.tree.leaves(want_gradients))
-    want = cases.named(want_gradients)
-    for name, value in cases.named(gradients).items():
-        difference = cases.rms(np.asarray(value, np.float64) - want[name])
-        error = difference / max(cases.rms(want[name]), 1e-4 * largest)
-        assert error < tolerance, f"gradient of {name}: {error:.2e} is not below {tolerance}"
+    cases.check_gradients(gradients, want_gradients, tolerance)
 
 
 @pytest.mark.parametrize(
@@ -158,36 +120,6 @@ def test_a_state_that_is_not_carried_is_caught(monkeypatch):
     assert not np.allclose(y_BLHP, want, atol=1e-3)
 
 
-def test_documents_do_not_see_each_other():
-    """Bitwise: what stands before a start changes nothing after it, and gets no gradient from it."""
-    shape = SMALL._replace(groups=1)
-    tokens, heads, state = draw(shape)
-    others, _, other_state = draw(shape, seed=1)
-    place = 21
-    start_BL = start(shape, (place,))
-
-    def mixed(array, other):
-        return np.concatenate([other[:, :place], array[:, place:]], axis=1)
-
-    def run(tokens, state):
-        op = functools.partial(mosaic_tpu, rotation=shape.rotation, chunk=16, interpret=True)
-        return op(tokens._replace(start_BL=start_BL), heads, state)
-
-    compiled = jax.jit(run)
-    y, end = compiled(tokens, state)
-    other_y, other_end = compiled(jax.tree.map(mixed, tokens, others), other_state)
-    np.testing.assert_array_equal(y[:, place:], other_y[:, place:])
-    jax.tree.map(np.testing.assert_array_equal, end, other_end)
-    assert not np.array_equal(y[:, :place], other_y[:, :place])
-
-    gradients = jax.jit(jax.grad(lambda *inputs: jnp.sum(run(*inputs)[0][:, place:] ** 2), argnums=(0, 1)))
-    of_tokens, of_state = gradients(tokens, state)
-    assert all(not np.any(leaf) for leaf in jax.tree.leaves(of_state))
-    for name, leaf in cases.named(of_tokens).items():
-        assert not np.any(leaf[:, :place]), name
-        assert np.any(leaf[:, place:]), name
-
-
 def test_the_angle_after_a_million_tokens():
     """1,048,576 times the same increment: within 1e-4 rad, chunks' starts and the last angle."""
     length, angle, dt = 2**20, np.float32(2.1), np.float32(0.37)
@@ -217,7 +149,7 @@ def test_lowers_for_tpu(shape, starts, narrow):
     tokens = bfloat16(tokens) if narrow else tokens
 
     def op(tokens, heads, state):
-        tokens = tokens._replace(start_BL=start(shape, starts))
+        tokens = tokens._replace(start_BL=start_of(shape, starts))
         return compiled(
             tokens, heads, state, rotation=shape.rotation, tiles=default("v5e", shape.rank, dtype=tokens.q_BLRGN.dtype)
         )
@@ -334,7 +266,7 @@ def test_libtpu_compiles(chip, shape, narrow):
     """Forward and backward, without a TPU: what Mosaic's compiler refuses, and what does not fit in VMEM."""
     device = tpu_aot.Target(chip).device
     tokens, heads, state = draw(shape)
-    start_BL = start(shape, () if narrow else (700,))
+    start_BL = start_of(shape, () if narrow else (700,))
     if narrow:
         tokens = bfloat16(tokens)
     sharding = SingleDeviceSharding(device)

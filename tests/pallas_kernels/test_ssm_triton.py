@@ -12,25 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+from jax.sharding import use_abstract_mesh
 
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.model import LanguageModel
 from mamba3_jax.ops.kernels import kernels
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
+from pallas_kernels.ssm.cases import MIMO, SISO
 from pallas_kernels.ssm.contract import Carry, Weights
 from pallas_kernels.ssm.triton import rotate, scan_fwd
 from pallas_kernels.ssm.triton.common import Operands
 from pallas_kernels.ssm.triton.config import Tile
 from tests.ops import cases
-from tests.ops.cases import MIMO, SISO, bfloat16, draw
+from tests.ops.cases import bfloat16, draw
+from tests.pallas_kernels.family import GPU
 
-GPU = AbstractMesh(
-    (1,),
-    ("device",),
-    axis_types=(AxisType.Auto,),
-    abstract_device=AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu"),
-)
 KERNELS = ("angles", "rotate", "scan", "finish_back", "query_gradient", "key_gradient", "value_gradient", "rotate_back")
 # Sizes that the kernels take as they are.
 SISO_LARGE = SISO._replace(batch=1, length=300, groups=1, d_state=128, width=64, planes=32)
@@ -153,22 +149,17 @@ def test_how_the_length_is_cut_does_not_matter(shape, starts):
     inputs, cotangent = draw(shape), cases.cotangents(shape)
     start_BL = np.isin(np.arange(67), starts)[None] & np.array([[True], [False]])
     want = cases.reference(inputs, start_BL, cotangent, shape.rotation)
-
-    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-    def run(splits, interval, bwd_heads, inputs):
-        def op(inputs):
-            tokens, heads, state = inputs
-            tokens = tokens._replace(start_BL=start_BL)
-            how = {"splits": splits, "checkpoint_interval": interval, "rotate_bwd_heads": bwd_heads}
-            return triton(tokens, heads, state, rotation=shape.rotation, chunk=16, interpret=True, **how)
-
-        results, pull = jax.vjp(op, inputs)
-        return results, pull(cotangent)[0]
-
     for how in ((1, 16, 1), (1, 32, 2), (3, 256, 32), (5, 32, 32)):
-        results, gradients = run(*how, inputs)
+        results, gradients = cut(shape.rotation, *how)(inputs, start_BL, cotangent)
         cases.check_results(results, want[0], 1e-5)
         cases.check_gradients(gradients, want[1], 1e-4)
+
+
+@functools.cache
+def cut(rotation: str, splits: int, interval: int, bwd_heads: int):
+    """One program for rows of any documents."""
+    how = {"splits": splits, "checkpoint_interval": interval, "rotate_bwd_heads": bwd_heads}
+    return cases.with_gradients(functools.partial(triton, rotation=rotation, chunk=16, interpret=True, **how))
 
 
 def scan_operands(rows=64, d_state=32, width=16, dtype=jnp.float32, rank=1) -> scan_fwd.ScanOperands:

@@ -21,6 +21,7 @@ from mamba3_jax.ops.kernels import kernels
 from mamba3_jax.ops.sharded import sharded
 from mamba3_jax.ops.ssm import Heads, State, Tokens
 from mamba3_jax.ops.ssm import ssm as op
+from pallas_kernels.ssm.cases import Case, of_layer, varied
 from pallas_kernels.ssm.mosaic_tpu.config import default
 
 # Beside the decoding steps of test_decode_tpu.py; float32 with ranks, the longest to compile, for two chips.
@@ -28,8 +29,7 @@ QUICK = {("siso_h24_bfloat16", "forward+backward", chip) for chip in tpu_aot.CHI
 QUICK |= {("mimo4_long_h64_float32", "forward+backward", chip) for chip in ("v5e", "tpu7x")}
 # Heads of other sizes: four side by side, and one.
 CASES = tpu_aot.FULL | {
-    f"siso_p{width}_float32": dataclasses.replace(tpu_aot.LARGE, heads=8, width=width, dtype="float32")
-    for width in (32, 128)
+    f"siso_p{width}_float32": varied(tpu_aot.LARGE, heads=8, width=width, dtype="float32") for width in (32, 128)
 }
 QUICK |= {("siso_p32_float32", "forward+backward", "v5e"), ("siso_p128_float32", "forward+backward", "v4")}
 
@@ -80,7 +80,7 @@ class LeftOut(ssm.Task):
 @pytest.mark.parametrize("what", ["forward+backward", "decode"])
 def test_what_is_left_out_compiles(what, rank):
     """The scan alone: no kernel of angles before it."""
-    case = dataclasses.replace(tpu_aot.STEP if what == "decode" else tpu_aot.LARGE, rank=rank)
+    case = varied(tpu_aot.STEP if what == "decode" else tpu_aot.LARGE, rank=rank)
     text = tpu_aot.Target("v5e").compile(LeftOut("ssd", case, "mosaic_tpu", None, what)).as_text()
     check_kernels(text, what)
     assert len(hlo.Program(text).kernels()) == len(KERNELS[what])
@@ -99,7 +99,7 @@ def test_more_vmem_than_a_chip_has_is_refused(chip):
     has = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion[version], 1).vmem_capacity_bytes
     tiles = default(chip, 1)
     assert tiles.vmem * 2**20 < has
-    case = dataclasses.replace(tpu_aot.LARGE, length=4096)
+    case = varied(tpu_aot.LARGE, length=4096)
     how = {"rotation": case.rotation, "tiles": dataclasses.replace(tiles, tokens=4096)}
     run = functools.partial(kernels, backend="mosaic_tpu", anywhere=True, **how)
     message = rf"takes about .* MiB of VMEM, more than tiles.vmem={tiles.vmem}: shrink tiles.tokens=4096"
@@ -119,7 +119,7 @@ OF_TOKENS = OF_TOKENS._replace(**dict.fromkeys(("q_BLRGN", "k_BLRGN", "angle_BLH
 OF_STATE = State(**dict.fromkeys(State._fields, Spec("data", "tensor")))._replace(k_BRHN=Spec("data", None, "tensor"))
 
 
-def compiled_over(topology: str, case: ssm.Case, monkeypatch) -> str:
+def compiled_over(topology: str, case: Case, monkeypatch) -> str:
     """The default, forward and backward (one token: forward), over a mesh of all of a topology's devices."""
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
     axes = ("data", "tensor")
@@ -152,7 +152,7 @@ def compiled_over(topology: str, case: ssm.Case, monkeypatch) -> str:
 @pytest.mark.parametrize(("length", "rank"), [(1, 1), (512, 1), pytest.param(512, 4, marks=pytest.mark.slow)])
 def test_compiles_over_a_mesh(topology, length, rank, monkeypatch):
     """The kernels are in it. Nothing is gathered: only gradients of what is shared are summed, over either axis."""
-    case = ssm.Case(batch=8, length=length, heads=32, width=64, d_state=128, rank=rank, groups=1, dtype="bfloat16")
+    case = of_layer(batch=8, length=length, heads=32, width=64, d_state=128, rank=rank, groups=1, dtype="bfloat16")
     text = compiled_over(topology, case, monkeypatch)
     check_kernels(text, "decode" if length == 1 else "forward+backward")
     moved = set(re.findall(r"\b(all-[a-z]+|collective-[a-z]+|reduce-scatter)(?:-start)?\(", text))
@@ -162,7 +162,7 @@ def test_compiles_over_a_mesh(topology, length, rank, monkeypatch):
 @pytest.mark.libtpu
 def test_what_is_gathered_is_seen(monkeypatch):
     """Beside the test above: outputs that every device is to have whole."""
-    case = ssm.Case(batch=8, length=1, heads=32, width=64, d_state=128, dtype="bfloat16")
+    case = of_layer(batch=8, length=1, heads=32, width=64, d_state=128, dtype="bfloat16")
     monkeypatch.setitem(globals(), "sharded", lambda run, *axes: whole(sharded_of(run, *axes)))
     assert "all-gather" in compiled_over("v5e:2x4", case, monkeypatch)
 

@@ -1,0 +1,82 @@
+"""A call of the op in sizes, and in what of it is there: the one place of shapes for tests, benchmarks and the tuner.
+
+Arrays are drawn where their containers are known: tests/ops/cases.py, experiments/benchmarks/ssm.py.
+"""
+
+from typing import NamedTuple
+
+
+class Case(NamedTuple):
+    """Sizes of one call, and which of its inputs are not None; the letters are those of `contract`."""
+
+    batch: int = 2
+    length: int = 13
+    heads: int = 4
+    groups: int = 2
+    rank: int = 1
+    d_state: int = 8
+    width: int = 4
+    planes: int = 2
+    rotation: str = "adjacent"
+    shared_angle: bool = True
+    skip: bool = True
+    gate: bool = True
+    norm: bool = False
+    ranked: bool = False  # v_rank and out_rank; always where rank > 1
+    gate_ranked: bool = False
+    bias: bool = True
+    looks_back: bool = True  # beta, and the state's k and v
+    turns: bool = True  # angle, dt, and the state's angle
+    dtype: str = "float32"  # of q, k, v and gate
+
+    def sizes(self) -> dict:
+        """Return what `of_layer` takes: what result files say of a case."""
+        names = ("batch", "length", "heads", "width", "d_state", "groups", "rank", "dtype")
+        return {name: getattr(self, name) for name in names}
+
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape of `q_BLRGN`, or of any other array, by the letters of its name; None: it is not there."""
+        there = {
+            **dict.fromkeys(("dt_BLH", "angle_BLHS", "angle_BHS"), self.turns),
+            **dict.fromkeys(("beta_BLH", "k_BRHN", "v_BHP"), self.looks_back),
+            **dict.fromkeys(("q_bias_HRN", "k_bias_HRN"), self.bias),
+            **dict.fromkeys(("v_rank_HRP", "out_rank_HRP"), self.ranked or self.rank > 1),
+            "gate_BLHP": self.gate,
+            "gate_rank_HRP": self.gate and self.gate_ranked,
+            "skip_H": self.skip,
+            "norm_HP": self.norm,
+        }
+        if not there.get(name, True):
+            return None
+        letters = {"B": self.batch, "L": self.length, "H": self.heads, "G": self.groups, "R": self.rank}
+        letters |= {"N": self.d_state, "P": self.width, "S": self.planes}
+        if name == "angle_BLHS" and self.shared_angle:
+            letters["H"] = 1
+        return tuple(letters[letter] for letter in name.rsplit("_", 1)[1])
+
+
+def of_layer(*, batch, length, heads, width, d_state, groups=1, rank=1, dtype="float32") -> Case:
+    """Return the call that a layer makes by default: a gate, a skip, no norm, half of the state rotated."""
+    sizes = {"batch": batch, "length": length, "heads": heads, "width": width, "d_state": d_state, "groups": groups}
+    rotation = "adjacent" if rank == 1 else "half"
+    return Case(**sizes, rank=rank, planes=d_state // 4, rotation=rotation, gate_ranked=rank > 1, dtype=dtype)
+
+
+def varied(case: Case, **sizes) -> Case:
+    """Return a layer's call of other sizes, and what follows from them."""
+    return of_layer(**case.sizes() | sizes)
+
+
+SISO = Case()
+MIMO = Case(
+    rank=4, groups=1, rotation="half", shared_angle=False, norm=True, ranked=True, gate_ranked=True, planes=4, heads=2
+)
+# What is None: with all of it, Mamba-2's SSD.
+SSD = SISO._replace(gate=False, skip=False, bias=False, looks_back=False, turns=False)
+LEFT_OUT = {
+    "ssd": SSD,
+    "ssd_in_ranks": SSD._replace(rank=2, ranked=True),
+    "no_rotation": SISO._replace(turns=False),
+    "first_order": MIMO._replace(rank=2, looks_back=False),
+    "no_bias": SISO._replace(bias=False, rotation="half", shared_angle=False),
+}
