@@ -11,7 +11,7 @@
 
 PYTHON ?= python3
 WORKDIR ?= runs/text
-PYTEST ?= -n auto --maxprocesses=8
+PYTEST ?= -n auto --maxprocesses=8 --dist=worksteal
 BIN := .venv/bin
 GPU_PYTEST := $(PYTHON) -m pytest tests/ops tests/pallas_kernels --ignore-glob="*tpu*"
 
