@@ -3,7 +3,9 @@
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from experiments.benchmarks import tpu_aot
 
@@ -24,3 +26,9 @@ def compiler(monkeypatch):
     pytest.importorskip("libtpu", reason="no libtpu, the compiler for TPUs")
     for name, value in tpu_aot.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
+    # What is compiled for a chip that is not there is written to a cache and cannot be read back.
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
