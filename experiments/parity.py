@@ -100,7 +100,7 @@ def initial(config: Config, seeds: int):
     @tracing()
     def one(key):
         params = nn.meta.unbox(LanguageModel(config.model).init(key, jnp.zeros((1, 1), jnp.int32))["params"])
-        return params, optimizer(config.optimizer, config.train.steps).init(params)
+        return params, optimizer(config).init(params)
 
     keys = jnp.stack([jax.random.key(config.seed + seed) for seed in range(seeds)])
     return jax.jit(jax.vmap(one))(keys)
@@ -108,7 +108,7 @@ def initial(config: Config, seeds: int):
 
 def make_block(config: Config):
     """block(carry, batches) -> carry, means: `log_every` steps of every seed. The axes of batches: step, seed, B, L."""
-    transform = optimizer(config.optimizer, config.train.steps)
+    transform = optimizer(config)
 
     def loss(params, batch):
         objective, parts = batch_loss(config, params, batch)

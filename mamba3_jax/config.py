@@ -128,8 +128,11 @@ class DataConfig(Section):
 
 @dataclass
 class OptimizerConfig(Section):
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    # adamw | muon: the layers' matrices are orthogonalised, the rest is AdamW's (train/muon.py says what is which).
+    # Muon's updates are as large as AdamW's, so AdamW's learning rate and decay are where to begin (arXiv:2502.16982).
+    name: str = "adamw"
     learning_rate: float = number(3e-3, "(0, inf)")
     schedule: str = "cosine"  # cosine | wsd | constant
     warmup: float = number(0.1, "[0, 1)")  # fraction of the steps
@@ -137,6 +140,7 @@ class OptimizerConfig(Section):
     final: float = number(0.01)  # the last learning rate over the peak
     b1: float = number(0.9, "[0, 1)")
     b2: float = number(0.95, "[0, 1)")
+    momentum: float = number(0.95, "[0, 1)")  # Muon's, Nesterov; b1 and b2 are Adam's
     eps: float = number(1e-8, "(0, inf)")
     weight_decay: float = number(0.1)  # not on dt_bias, D, norms and biases
     clip: float = number(1.0)  # global norm; 0: off

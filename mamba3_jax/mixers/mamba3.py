@@ -191,6 +191,13 @@ class Mamba3(Mixer):
         return 4 * size.heads * size.head_dim * size.d_state * size.rank
 
     @staticmethod
+    def fused(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """k, q and angle."""
+        size = sizes(config)
+        shared = size.rank * size.groups * size.d_state
+        return {"in_kq_angle": (shared, shared, size.planes)}
+
+    @staticmethod
     def official_rows(config: ModelConfig) -> dict[str, Row]:
         """List the official tensors of a Mamba-3 layer (SPEC section 10)."""
         width, (heads, head_dim, groups, ranks, state, planes, mimo) = config.d_model, sizes(config)

@@ -21,7 +21,9 @@ class Mixer(nn.Module):
 
     `state` None is the empty state; `start_BL` is true at the first token of a document, or None, and no value or
     gradient crosses it. Every array of the state begins with the batch. Axes of parameters have logical names
-    (`sharding.RULES`); parameters called skip, scale, a_log or ..bias, ..norm do not decay (`train/optimizer.py`).
+    (`sharding.RULES`); parameters called skip, scale, a_log or ..bias, ..norm do not decay (`train/optimizer.py`). Of
+    those in `matrices`, Muon takes what has an axis `embed`, the model's width, and takes an axis `pair` for several
+    matrices (`train/muon.py`).
     """
 
     config: ModelConfig
@@ -61,6 +63,11 @@ class Mixer(nn.Module):
     def state_flops(config: ModelConfig, length: int) -> float:
         """Count the forward FLOPs a token, in rows of `length`, beside those of `matrices`."""
         raise NotImplementedError
+
+    @staticmethod
+    def fused(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """List the widths of the matrices that share the last axis of a parameter, by its name."""
+        return {}
 
     @staticmethod
     def room(state) -> tuple | None:

@@ -1,4 +1,4 @@
-"""AdamW, its schedule, and which parameters decay."""
+"""AdamW or Muon, the schedule, and which parameters decay."""
 
 import math
 
@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mamba3_jax.config import OptimizerConfig, check
+from mamba3_jax.config import Config, OptimizerConfig, check
+from mamba3_jax.train.muon import Matrix, matrices, muon
 
 # Fraction of the peak as a function of progress u in (0, 1], which begins when the warm-up ends.
 SHAPES = {
@@ -24,6 +25,8 @@ def _last(u, part):
 def validate(config: OptimizerConfig) -> None:
     """Raise ValueError, naming the value and the wish."""
     check(config, "config.optimizer")
+    if config.name not in OPTIMIZERS:
+        raise ValueError(f"optimizer.name={config.name!r} is not one of {', '.join(OPTIMIZERS)}")
     if config.schedule not in SHAPES:
         raise ValueError(f"optimizer.schedule={config.schedule!r} is not one of {', '.join(SHAPES)}")
     if config.schedule == "wsd" and not 0 < config.decay <= 1 - config.warmup:
@@ -63,14 +66,33 @@ def decays(params):
     return jax.tree_util.tree_map_with_path(decay, params)
 
 
-def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, AdamW with decoupled decay on `decays`, `schedule`.
+def adamw(config: Config) -> optax.GradientTransformation:
+    """Scale by Adam, in every parameter."""
+    return optax.scale_by_adam(config.optimizer.b1, config.optimizer.b2, config.optimizer.eps)
 
-    The state has one structure for every config, so a run can resume with another one.
+
+def muon_and_adam(config: Config) -> optax.GradientTransformation:
+    """Orthogonalise the layers' matrices, scale by Adam what is not one (`muon.matrices`)."""
+    taken = matrices(config.model)
+    is_leaf = lambda x: x is None or isinstance(x, Matrix)  # noqa: E731
+    alone = jax.tree.map(lambda matrix: matrix or optax.MaskedNode(), taken, is_leaf=is_leaf)
+    labels = jax.tree.map(lambda matrix: "muon" if matrix else "adam", taken, is_leaf=is_leaf)
+    orthogonalised = muon(alone, config.optimizer.momentum, config.optimizer.eps)
+    return optax.partition({"muon": orthogonalised, "adam": adamw(config)}, labels)
+
+
+OPTIMIZERS = {"adamw": adamw, "muon": muon_and_adam}
+
+
+def optimizer(config: Config) -> optax.GradientTransformation:
+    """Clip by global norm, scale as `config.optimizer.name` says, decoupled decay on `decays`, `schedule`.
+
+    The state has one structure for every config of one name, so a run can resume with another one.
     """
+    settings = config.optimizer
     return optax.chain(
-        optax.clip_by_global_norm(config.clip or math.inf),
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
-        optax.add_decayed_weights(config.weight_decay, decays),
-        optax.scale_by_learning_rate(schedule(config, steps)),
+        optax.clip_by_global_norm(settings.clip or math.inf),
+        OPTIMIZERS[settings.name](config),
+        optax.add_decayed_weights(settings.weight_decay, decays),
+        optax.scale_by_learning_rate(schedule(settings, config.train.steps)),
     )

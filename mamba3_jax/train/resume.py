@@ -21,6 +21,7 @@ MAY_CHANGE = {
     "model.remat",
     "model.unroll",
 }
+MAY_NOT = {"optimizer.name"}  # though the rest of its section may: a checkpoint holds this optimizer's moments
 
 
 def changes(old: Config, new: Config) -> dict[str, tuple]:
@@ -45,11 +46,12 @@ def check(saved: Config, config: Config, path, *, model_only: bool = False) -> d
     found = changes(saved, config)
     for field, (old, new) in found.items():
         section = field.split(".")[0]
-        if section in MAY_CHANGE or field in MAY_CHANGE or (model_only and section != "model"):
+        may = {section, field} & MAY_CHANGE and field not in MAY_NOT
+        if may or (model_only and section != "model"):
             continue
         raise ValueError(
             f"config.{field}={new!r}, but {path} was trained with {old!r}: "
-            "a run resumes with the model, data and seed it began with; use another workdir"
+            "a run resumes with the model, data, seed and optimizer it began with; use another workdir"
         )
     return found
 

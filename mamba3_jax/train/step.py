@@ -34,20 +34,21 @@ def init_state(config: Config) -> TrainState:
     model_key, rng = jax.random.split(jax.random.key(config.seed))
     params = init_params(config.model, model_key)
     counts = dict.fromkeys(("step", "skipped", "bad"), jnp.zeros((), jnp.int32))
-    opt_state = optimizer(config.optimizer, config.train.steps).init(params)
+    opt_state = optimizer(config).init(params)
     return TrainState(**counts, rng=jax.random.key_data(rng), params=params, opt_state=opt_state)
 
 
 def state_shapes(config: Config, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings: Adam's moments lie where their parameters do, the rest is on every device."""
+    """Shapes, dtypes and shardings: moments lie where their parameters do, the rest is on every device."""
     shapes = jax.eval_shape(lambda: init_state(config))
     whole = NamedSharding(mesh, PartitionSpec())
     params = param_shardings(config.model, mesh)
     opt_state = optax.tree.map_params(
-        optimizer(config.optimizer, config.train.steps),
-        lambda _, sharding: sharding,
+        optimizer(config),
+        lambda moment, sharding: moment if is_masked(moment) else sharding,
         shapes.opt_state,
         params,
+        is_leaf=is_masked,
         transform_non_params=lambda _: whole,
     )
     shardings = jax.tree.map(lambda _: whole, shapes)._replace(params=params, opt_state=opt_state)
@@ -81,14 +82,21 @@ def gradients(config: Config, params, batch: Batch) -> tuple[Any, Sums]:
 
 
 def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
-    """One AdamW update, and its metrics as scalars."""
+    """One update, and its metrics as scalars."""
     return update(config, state, *gradients(config, state.params, batch))
 
 
+def is_masked(x) -> bool:
+    """Tells whether this stands for a parameter that this part of the optimizer leaves to another."""
+    return isinstance(x, optax.MaskedNode)
+
+
 def like(params, opt_state) -> list:
-    """List the trees in an optimizer's state that have an array for every parameter."""
-    same = lambda tree: jax.tree.structure(tree) == jax.tree.structure(params)  # noqa: E731
-    return [tree for tree in jax.tree.leaves(opt_state, is_leaf=same) if same(tree)]
+    """List the trees in an optimizer's state that have an array for every parameter; masked ones are filled with it."""
+    structure = jax.tree.structure(params)
+    same = lambda tree: jax.tree.structure(tree, is_leaf=is_masked) == structure  # noqa: E731
+    full = lambda tree: jax.tree.map(lambda x, p: p if is_masked(x) else x, tree, params, is_leaf=is_masked)  # noqa: E731
+    return [full(tree) for tree in jax.tree.leaves(opt_state, is_leaf=same) if same(tree)]
 
 
 def update(config: Config, state: TrainState, grads, parts: Sums) -> tuple[TrainState, dict]:
@@ -99,9 +107,9 @@ def update(config: Config, state: TrainState, grads, parts: Sums) -> tuple[Train
     counted as skipped.
     """
     norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer(config.optimizer, config.train.steps).update(grads, state.opt_state, state.params)
+    updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    kept = like(params, opt_state)  # Adam's moments; beside them there are counts
+    kept = like(params, opt_state)  # the moments; beside them there are counts
     good = all_finite((objective(parts, config.train.z_loss), norm)) & all_finite(params, *kept)
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)  # noqa: E731
     metrics = means(parts) | {

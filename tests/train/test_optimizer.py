@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from mamba3_jax.config import Config, ModelConfig, OptimizerConfig
+from mamba3_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from mamba3_jax.train.optimizer import decays, optimizer, schedule, validate
 from tests.helpers import rel_rms
 from tests.train.tiny import random_params
@@ -66,7 +66,7 @@ def test_updates_are_adamw(clip):
     params = {name: rng.standard_normal(4) for name in ("out", "dt_bias")}
     grads = [{name: rng.standard_normal(4) for name in params} for _ in range(6)]
 
-    tx = optimizer(config, 6)
+    tx = optimizer(Config(optimizer=config, train=TrainConfig(steps=6)))
     got = jax.tree.map(np.float32, params)
     state = tx.init(got)
     for step in grads:
@@ -103,6 +103,7 @@ def test_decay_mask():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"name": "sgd"}, "name='sgd' is not one of adamw, muon"),
         ({"schedule": "linear"}, "schedule='linear' is not one of cosine, wsd, constant"),
         ({"warmup": 1.0}, "warmup=1.0"),
         ({"schedule": "wsd", "decay": 0.95}, "decay=0.95"),

@@ -166,6 +166,7 @@ def test_four_devices_are_one_and_take_over_its_checkpoint(straight, tmp_path, c
             "error: --config.model.d_stat=64: config.model has no field 'd_stat', did you mean",
         ),
         (["--config.data.batch=8"], "error: config.data.batch=8, but "),
+        (["--config.optimizer.name=muon"], "error: config.optimizer.name='muon', but "),
         (["--config.train.log_every=0"], "error: config.train.log_every=0 is not in 1 .. 2147483647"),
     ],
 )

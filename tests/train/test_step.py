@@ -25,7 +25,7 @@ KEY = np.zeros(2, np.uint32)
 
 def fresh(config: Config) -> TrainState:
     params, zero = random_params(config), np.int32(0)
-    opt_state = optimizer(config.optimizer, config.train.steps).init(params)
+    opt_state = optimizer(config).init(params)
     return TrainState(zero, zero, zero, KEY, params, opt_state)
 
 
