@@ -16,6 +16,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from launch import xla
 from mamba3_jax.config import Config, DataConfig, check, no_field
 from mamba3_jax.data import tokenizer, tokenizer_copy
 
@@ -49,13 +50,27 @@ def user_errors():
 
 
 def run(main) -> None:
-    """`absl.app.run`, with mistakes in the flags as one line, and libraries' logs from warnings on (--verbosity)."""
+    """`absl.app.run`, with mistakes in the flags as one line, and libraries' logs from warnings on (--verbosity).
+
+    What XLA compiles, it compiles with the device's flags, and keeps (`launch/xla.py`).
+    """
+    xla.set_flags()
     # Where one array of a checkpoint cannot be read, the reads of the others end after the event loop that Orbax ran
     # them in: from tensorstore's threads as "Event loop is closed", from asyncio as "never retrieved", at any time.
     sys.unraisablehook = _unraisable
     stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
     logging.get_absl_logger().addFilter(_is_news)
-    app.run(main, flags_parser=_parse)
+    app.run(_with_cache(main), flags_parser=_parse)
+
+
+def _with_cache(main):
+    """Return `main` after the cache is opened: not for --help, nor for a mistake in the flags."""
+
+    def opened(argv):
+        xla.use_cache(warn)
+        return main(argv)
+
+    return opened
 
 
 def _is_news(record) -> bool:

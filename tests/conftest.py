@@ -2,6 +2,7 @@
 
 import gc
 import os
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,5 +17,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Equal programs are compiled once: in another worker, in the rest of `make test-all`, in a run that goes on.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# What commands would keep in the user's own folder goes into one of the session, which its workers share.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    SESSION = tempfile.TemporaryDirectory(prefix="mamba3_jax_tests_")
+    os.environ["XDG_CACHE_HOME"] = SESSION.name
 # Traced programs are kept, so that there are millions of objects to look through and next to none to free.
 gc.set_threshold(100_000, 50, 100)
