@@ -60,24 +60,27 @@ def rows(corpus: Corpus, length: int) -> Rows:
     ids_T, first_T, bytes_T = corpus.ids_T, corpus.first_T, corpus.bytes_T
     total = len(ids_T)
 
-    def places(row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Says where in the corpus the tokens of rows, and the one after each row, lie, and whether that is in it."""
-        at_BM = np.asarray(row_B, np.int64)[:, None] * length + np.arange(length + 1)
-        return np.minimum(at_BM, total - 1), at_BM < total
+    def cut(array_T: np.ndarray, row_B: np.ndarray, past, dtype) -> np.ndarray:
+        """Copy the tokens of rows and the one after each row, or `past` where the corpus has ended.
+
+        Slices: a row lies in one piece, and an index for every token would be read with it.
+        """
+        cut_BM = np.full((len(row_B), length + 1), past, dtype)
+        for cut_M, row in zip(cut_BM, np.asarray(row_B).tolist(), strict=True):
+            piece = array_T[row * length : (row + 1) * length + 1]
+            cut_M[: len(piece)] = piece
+        return cut_BM
 
     def gather(row_B: np.ndarray) -> Batch:
-        at_BM, inside_BM = places(row_B)
-        ids_BM = np.where(inside_BM, ids_T[at_BM], 0).astype(np.int32)
-        first_BM = first_T[at_BM] | ~inside_BM
-        scored_BL = inside_BM[:, :-1] & ~first_BM[:, 1:]
+        ids_BM, first_BM = cut(ids_T, row_B, 0, np.int32), cut(first_T, row_B, True, bool)
+        scored_BL = ~first_BM[:, 1:]
         start_BL = first_BM[:, :-1].copy()
         start_BL[:, 0] = True
-        return Batch(ids_BM[:, :-1], np.where(scored_BL, ids_BM[:, 1:], 0), scored_BL.astype(np.float32), start_BL)
+        return Batch(ids_BM[:, :-1], ids_BM[:, 1:] * scored_BL, scored_BL.astype(np.float32), start_BL)
 
     def target_bytes(row_B: np.ndarray) -> np.ndarray:
-        at_BM, inside_BM = places(row_B)
-        scored_BM = inside_BM & ~first_T[at_BM]
-        return np.where(scored_BM, 1 if bytes_T is None else bytes_T[at_BM], 0)[:, 1:]
+        scored_BL = ~cut(first_T, row_B, True, bool)[:, 1:]
+        return scored_BL * (np.int64(1) if bytes_T is None else cut(bytes_T, row_B, 0, bytes_T.dtype)[:, 1:])
 
     checksum = zlib.crc32(first_T.tobytes(), zlib.crc32(ids_T.tobytes()))
     return Rows(gather, -(-total // length), f"{total} tokens {checksum:08x}", target_bytes)
