@@ -45,6 +45,7 @@ def timeless(workdir):
     return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
 
 
+@pytest.mark.full
 def test_a_second_start_compiles_nothing_and_a_damaged_program_is_compiled_anew(tmp_path):
     asked, found, _ = train(tmp_path / "first", tmp_path)
     assert asked > 10 > found
@@ -63,7 +64,8 @@ def test_a_second_start_compiles_nothing_and_a_damaged_program_is_compiled_anew(
     assert timeless(tmp_path / "third") == timeless(tmp_path / "first")
 
 
-@pytest.mark.parametrize("where", ["file", pytest.param("/proc/none", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("where", ["file", "/proc/none"])
 def test_a_folder_that_cannot_be_written_is_one_line_of_warning(tmp_path, where):
     (tmp_path / "file").touch()
     asked, found, errors = train(tmp_path / "run", tmp_path / where)

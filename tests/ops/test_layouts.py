@@ -79,7 +79,6 @@ def recorded() -> dict:
     return json.loads(PATH.read_text())
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("case", SHAPES)
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_kernels_are_given_what_they_were(implementation, case):

@@ -157,6 +157,7 @@ def test_update_rms_is_adamw_s():
             assert 0.13 < rms < 0.26, name  # Newton-Schulz leaves singular values between 0.7 and 1.2
 
 
+@pytest.mark.full
 def test_the_check_for_finite_numbers_sees_muon_s_momentum():
     config = muon_config("MA")
     state = fresh(config)
@@ -199,6 +200,7 @@ def everything(workdir, config):
         return trainer.step, trainer.state
 
 
+@pytest.mark.full
 def test_a_resumed_run_is_the_same_bit_for_bit(run, tmp_path):
     workdir, config = run
     assert all_steps(workdir) == [5, 10]
@@ -213,6 +215,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(run, tmp_path):
     assert identical(load(again)[1], load_model(workdir)[1])
 
 
+@pytest.mark.full
 def test_another_optimizer_does_not_resume(run, tmp_path):
     workdir, config = run
     other = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name="adamw"))

@@ -199,7 +199,7 @@ def wide_products(rank: int) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
-@pytest.mark.parametrize("rank", [0, 2], ids=["siso", "mimo"])
+@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.full)], ids=["siso", "mimo"])
 def test_no_product_of_a_bfloat16_step_is_of_float32(rank, monkeypatch):
     """In either pass, of head and loss, mixers and feed-forward: it would run at a fraction of the speed."""
     monkeypatch.setitem(IMPLEMENTATIONS, "triton", functools.partial(IMPLEMENTATIONS["triton"], anywhere=True))
