@@ -72,6 +72,12 @@ def decode_speed(result: dict) -> str:
     return "; ".join(said) or "no loop was timed"
 
 
+def pipeline_speed(result: dict) -> str:
+    """Return tokens a second of every tokenizer, of a batch and of the text at the start of a run."""
+    each = [f"{row['what']} {row['tokenizer']} {row['tokens_per_second']:,.0f} tokens/s" for row in result["rows"]]
+    return ", ".join(each)
+
+
 def growth_factors(result: dict) -> tuple[int, int, str, str]:
     """Return the shortest and the longest length of the default, and by what FLOP and memory a token grow."""
     rows = [row for row in result["rows"] if row["implementation"] == "chunked" and row["rank"] == 1]
@@ -193,6 +199,14 @@ EXPERIMENTS = (
         expected="2.7x a SISO step, 3.9x a MIMO step; a layer 4 to 8 times, SISO and MIMO",
         result="benchmarks/results/train_gpu.json",
         got=train_speed,
+    ),
+    Experiment(
+        question="What does the input pipeline give (pipeline_cpu_before: with rows cut one by one)?",
+        command="python -m experiments.benchmarks.pipeline",
+        cost="2 minutes, 2 cores",
+        expected="batches far over 500,000 tokens/s; tokenising, once a run, as fast as the package `tokenizers`",
+        result="benchmarks/results/pipeline_cpu.json",
+        got=pipeline_speed,
     ),
     Experiment(
         question="How far is a generated token from moving weights and state once, and what do top-k and top-p cost?",
