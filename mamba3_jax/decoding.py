@@ -53,7 +53,7 @@ def copied(config: ModelConfig, params) -> int:
 def step(config: ModelConfig, params, token_B, state, start_B, *, stacked: bool = False):
     """Return (logits_BV, state) after one more token a row, from prepared parameters and an unstacked state."""
     if config.tie_embeddings:
-        # Transposed here and not in `prepare`: the product is then that of `LanguageModel`, to the bit.
+        # Transposed here and not in `prepare`: the product is then that of `LanguageModel`.
         params = params | {"head": {"kernel": params["head"]["embedding"].T}}
     model = LanguageModel(dataclasses.replace(config, tie_embeddings=False), stacked)
     logits_BLV, state = model.apply({"params": params}, token_B[:, None], state, start_B[:, None])
