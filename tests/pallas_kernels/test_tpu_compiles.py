@@ -81,7 +81,7 @@ class LeftOut(ssm.Task):
 def test_what_is_left_out_compiles(what, rank):
     """The scan alone: no kernel of angles before it."""
     case = varied(tpu_aot.STEP if what == "decode" else tpu_aot.LARGE, rank=rank)
-    text = tpu_aot.Target("v5e").compile(LeftOut("ssd", case, "mosaic_tpu", None, what)).as_text()
+    text = tpu_aot.Target("v5e").compile(LeftOut("ssd", case, "mosaic_tpu", what)).as_text()
     check_kernels(text, what)
     assert len(hlo.Program(text).kernels()) == len(KERNELS[what])
 

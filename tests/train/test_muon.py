@@ -99,6 +99,9 @@ def by_hand(config: Config, name: str, momenta, splits=flat_matrices):
     return np.stack(layers)
 
 
+# Each of the five steps of Newton and Schulz multiplies what is small, roundings of float32 among it, by up to 3.4445.
+ORTHOGONAL = 3.4445**5 * 2**-24
+
 FULL = [pytest.param(options, marks=pytest.mark.full) for options in ({"rank": 0}, {"pattern": "A2", "rank": 0})]
 
 
@@ -134,7 +137,7 @@ def test_every_matrix_is_orthogonalised_alone(options):
             momenta = beta * mean / (1 - beta ** (t + 2)) + (1 - beta) * clipped[t][name] / (1 - beta ** (t + 1))
             rate = float(schedule(config.optimizer, 4)(t))
             want = -rate * (by_hand(config, name, momenta) + weight_decay * start[name])
-            assert rel_rms(got[t][name], want) < 1e-5, (name, t)
+            assert rel_rms(got[t][name], want) < ORTHOGONAL, (name, t)
             whole = lambda config, name, layer: [layer.reshape(-1, layer.shape[-1])]  # noqa: E731
             if name.endswith(("in_zx", "in_kq_angle", "mixer/q")):  # as one matrix, or split otherwise, it is another
                 wrong = -rate * (by_hand(config, name, momenta, whole) + weight_decay * start[name])
