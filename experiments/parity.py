@@ -38,8 +38,9 @@ from mamba3_jax.data import loader
 from mamba3_jax.data.synthetic import document_length
 from mamba3_jax.finite import or_null
 from mamba3_jax.model import LanguageModel
-from mamba3_jax.train.loss import batch_loss, means
+from mamba3_jax.train.loss import means
 from mamba3_jax.train.optimizer import optimizer
+from mamba3_jax.train.step import gradients
 
 VARIANTS = {
     "mamba3": {},
@@ -110,16 +111,12 @@ def make_block(config: Config):
     """block(carry, batches) -> carry, means: `log_every` steps of every seed. The axes of batches: step, seed, B, L."""
     transform = optimizer(config)
 
-    def loss(params, batch):
-        objective, parts = batch_loss(config, params, batch)
-        return objective / parts.weight, means(parts)
-
     @tracing()
     def step(carry, batch):
         params, state = carry
-        grads, scores = jax.grad(loss, has_aux=True)(params, batch)
+        grads, parts = gradients(config, params, batch)
         updates, state = transform.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), scores
+        return (optax.apply_updates(params, updates), state), means(parts)
 
     return jax.jit(lambda carry, batches: jax.lax.scan(jax.vmap(step), carry, batches), donate_argnums=0)
 

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from mamba3_jax.config import ModelConfig
-from mamba3_jax.mixers.mixer import Mixer
+from mamba3_jax.mixers.mixer import Mixer, check_op, head_count
 from mamba3_jax.nn.initial import inverse_softplus_dt, linear
 from mamba3_jax.nn.norm import rms_norm
 from mamba3_jax.nn.precision import DTYPES
 from mamba3_jax.ops.discretize import exponential_euler
 from mamba3_jax.ops.einsum import einsum
-from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State, Tokens
+from mamba3_jax.ops.ssm import Heads, State, Tokens
 
 A_RANGE = (1.0, 16.0)  # -A of the heads before training, uniform
 
@@ -42,7 +42,7 @@ def convolve(x, weights, bias, before, document_BL):
     seen = jnp.concatenate([before, x], axis=1)
 
     def same(first, of_BL):
-        """Of `seen[:, first:]`, what is of a document, and 0 for the rest."""
+        """Take what is of a document from `seen[:, first:]`, and 0 for the rest."""
         part = seen[:, first : first + of_BL.shape[1]]
         return jnp.where(_wide(documents_BL[:, first : first + of_BL.shape[1]] == of_BL, part), part, 0)
 
@@ -140,15 +140,7 @@ class Mamba2(Mixer):
     @staticmethod
     def check(config: ModelConfig) -> None:
         """Raise ValueError for sizes or choices that no Mamba-2 layer can have."""
-        d_inner, heads = config.expand * config.d_model, head_count(config)
-        if d_inner % config.head_dim or not heads:
-            raise ValueError(f"{d_inner=} (expand * d_model) is not a positive multiple of {config.head_dim=}")
-        if heads % config.n_groups:
-            raise ValueError(f"{heads=} is not a multiple of {config.n_groups=}")
-        if config.dt_min > config.dt_max:
-            raise ValueError(f"{config.dt_min=}, {config.dt_max=}: wanted dt_min <= dt_max")
-        if config.implementation and config.implementation not in IMPLEMENTATIONS:
-            raise ValueError(f"{config.implementation=} is not '' or one of {sorted(IMPLEMENTATIONS)}")
+        check_op(config)
 
     @staticmethod
     def state_flops(config: ModelConfig, length: int) -> float:
@@ -160,11 +152,6 @@ class Mamba2(Mixer):
     def fused(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         """B and C."""
         return {"in_kq": (config.n_groups * config.d_state,) * 2}
-
-
-def head_count(config: ModelConfig) -> int:
-    """H = expand D / P."""
-    return config.expand * config.d_model // config.head_dim
 
 
 def log_uniform(key, shape, dtype=jnp.float32):

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from mamba3_jax.config import ModelConfig
-from mamba3_jax.mixers.mixer import Mixer
+from mamba3_jax.mixers.mixer import Mixer, check_op, head_count
 from mamba3_jax.mixers.official import Piece, Row, same, weight
 from mamba3_jax.nn.initial import inverse_softplus_dt, linear
 from mamba3_jax.nn.norm import rms_norm
 from mamba3_jax.nn.precision import DTYPES
 from mamba3_jax.ops.discretize import DISCRETIZATIONS, uses_previous
 from mamba3_jax.ops.einsum import einsum
-from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State, Tokens
+from mamba3_jax.ops.ssm import Heads, State, Tokens
 
 
 def data_angle(theta_BLS, dt_BLH):
@@ -53,7 +53,7 @@ class Sizes(NamedTuple):
 def sizes(config: ModelConfig) -> Sizes:
     """H = expand D / P heads; S planes = half of the rotated part of the state."""
     return Sizes(
-        heads=int(config.expand * config.d_model) // config.head_dim,
+        heads=head_count(config),
         head_dim=config.head_dim,
         groups=config.n_groups,
         rank=max(config.mimo_rank, 1),
@@ -164,25 +164,17 @@ class Mamba3(Mixer):
     @staticmethod
     def check(config: ModelConfig) -> None:
         """Raise ValueError for sizes or choices that no Mamba-3 layer can have."""
-        d_inner, heads = int(config.expand * config.d_model), sizes(config).heads
-        if d_inner % config.head_dim or not heads:
-            raise ValueError(f"{d_inner=} (expand * d_model) is not a positive multiple of {config.head_dim=}")
-        if heads % config.n_groups:
-            raise ValueError(f"{heads=} is not a multiple of {config.n_groups=}")
+        check_op(config)
         if config.rope_fraction not in (0.5, 1.0):
             raise ValueError(f"{config.rope_fraction=} is neither 0.5 nor 1.0")
         if config.d_state % 2:
             raise ValueError(f"{config.d_state=} is not an even number")
         if not sizes(config).planes:
             raise ValueError(f"{config.d_state=} is too small to rotate {config.rope_fraction=} of it")
-        if config.dt_min > config.dt_max:
-            raise ValueError(f"{config.dt_min=}, {config.dt_max=}: wanted dt_min <= dt_max")
         if config.discretization not in DISCRETIZATIONS:
             raise ValueError(f"{config.discretization=} is not one of {sorted(DISCRETIZATIONS)}")
         if config.angles not in ANGLES:
             raise ValueError(f"{config.angles=} is not one of {sorted(ANGLES)}")
-        if config.implementation and config.implementation not in IMPLEMENTATIONS:
-            raise ValueError(f"{config.implementation=} is not '' or one of {sorted(IMPLEMENTATIONS)}")
 
     @staticmethod
     def state_flops(config: ModelConfig, length: int) -> float:

@@ -9,7 +9,7 @@ import jax
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.mixers.official import Row
 from mamba3_jax.ops.sharded import sharded
-from mamba3_jax.ops.ssm import ssm
+from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
 
 # By config.remat: what the backward pass keeps of the op beside its inputs, by the names that kernels give. What has no
 # such names (plain XLA) keeps nothing.
@@ -81,3 +81,21 @@ class Mixer(nn.Module):
         Needed where `official` is not None.
         """
         raise NotImplementedError
+
+
+def head_count(config: ModelConfig) -> int:
+    """H = expand D / P."""
+    return config.expand * config.d_model // config.head_dim
+
+
+def check_op(config: ModelConfig) -> None:
+    """Raise ValueError for sizes or choices that no layer around `ssm` can have."""
+    d_inner, heads = config.expand * config.d_model, head_count(config)
+    if d_inner % config.head_dim or not heads:
+        raise ValueError(f"{d_inner=} (expand * d_model) is not a positive multiple of {config.head_dim=}")
+    if heads % config.n_groups:
+        raise ValueError(f"{heads=} is not a multiple of {config.n_groups=}")
+    if config.dt_min > config.dt_max:
+        raise ValueError(f"{config.dt_min=}, {config.dt_max=}: wanted dt_min <= dt_max")
+    if config.implementation and config.implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"{config.implementation=} is not '' or one of {sorted(IMPLEMENTATIONS)}")

@@ -206,16 +206,13 @@ class Trainer:
     def _fitting(self):
         """(step, remat): compiled with what config.model.remat names, or else the first that fits into the device."""
         config, limit = self.config, memory.of_device()
+        batch, shardings = batch_shapes(config.data, self.mesh), jax.tree.map(lambda shape: shape.sharding, self.shapes)
         choices = [config.model.remat] if config.model.remat else ["none", "rotation", "block"]
         for remat in choices:
             run = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
-            update = jax.jit(
-                functools.partial(train_step, run),
-                donate_argnums=0,
-                out_shardings=(jax.tree.map(lambda shape: shape.sharding, self.shapes), None),
-            )
+            update = jax.jit(functools.partial(train_step, run), donate_argnums=0, out_shardings=(shardings, None))
             try:
-                compiled = update.lower(self.shapes, batch_shapes(config.data, self.mesh)).compile()
+                compiled = update.lower(self.shapes, batch).compile()
                 needed = memory.of_program(compiled)
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+from jax.sharding import use_abstract_mesh
 
 from mamba3_jax.config import Config, DataConfig, ModelConfig
 from mamba3_jax.ops import cross_entropy
@@ -18,6 +18,7 @@ from mamba3_jax.sharding import make_mesh
 from mamba3_jax.train.optimizer import optimizer
 from mamba3_jax.train.step import TrainState, batch_shapes, gradients, init_state, train_step, update
 from tests.helpers import rel_rms
+from tests.pallas_kernels.family import GPU
 from tests.train.tiny import get_config, random_batch, random_params
 
 KEY = np.zeros(2, np.uint32)
@@ -171,12 +172,6 @@ def test_a_large_moment_is_finite_though_its_norm_is_not():
     assert not np.array_equal(flat(after.params), flat(state.params))
 
 
-GPU = AbstractMesh(
-    (1,),
-    ("device",),
-    axis_types=(AxisType.Auto,),
-    abstract_device=AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu"),
-)
 # Of numbers a head, not of features: sums along the row of decays and angles, whose digits are the op's.
 SUMS_OVER_THE_ROW = {"ets,ehs->eht", "bcqs,bhcs->bhcq", "bhcq,bhcs->bcqs"}
 
