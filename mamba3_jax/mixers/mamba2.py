@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mamba3_jax.config import ModelConfig
-from mamba3_jax.mixers.mixer import Mixer, check_op, head_count
+from mamba3_jax.mixers.mixer import Mixer, both, check_op, head_count
 from mamba3_jax.nn.initial import inverse_softplus_dt, linear
 from mamba3_jax.nn.norm import rms_norm
 from mamba3_jax.nn.precision import DTYPES
@@ -101,10 +101,9 @@ class Mamba2(Mixer):
         before = self.empty_state(config, batch, 0) if state is None else state
         document_BL = None if start_BL is None else jnp.cumsum(start_BL, axis=1, dtype=jnp.int32)
 
-        zx = einsum("bld,dchp->blchp", x_BLD, self.in_zx, dtype=dtype)
+        z_BLHP, x_BLHP = both(x_BLD, self.in_zx, dtype)
         kq_BLE = einsum("bld,de->ble", x_BLD, self.in_kq, dtype=dtype)
         dt_BLH = einsum("bld,dh->blh", x_BLD, self.in_dt, dtype=dtype, out=jnp.float32)
-        z_BLHP, x_BLHP = zx[:, :, 0], zx[:, :, 1]
         x_BLHP, x_BWHP = convolve(x_BLHP, self.conv_x, self.conv_x_bias, before.x_BWHP, document_BL)
         kq_BLE, kq_BWE = convolve(kq_BLE, self.conv_kq, self.conv_kq_bias, before.kq_BWE, document_BL)
         kq = kq_BLE.reshape(batch, length, 2, 1, groups, config.d_state)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mamba3_jax.config import ModelConfig
-from mamba3_jax.mixers.mixer import Mixer, check_op, head_count
+from mamba3_jax.mixers.mixer import Mixer, both, check_op, head_count
 from mamba3_jax.mixers.official import Piece, Row, same, weight
 from mamba3_jax.nn.initial import inverse_softplus_dt, linear
 from mamba3_jax.nn.norm import rms_norm
@@ -112,8 +112,7 @@ class Mamba3(Mixer):
     def tokens(self, x_BLD, start_BL) -> Tokens:
         """SPEC sections 2 and 3, and the norm of 4: everything about a token that the op needs."""
         config, size, dtype = self.config, sizes(self.config), DTYPES[self.config.compute_dtype]
-        # Any other order of the output makes einsum swap the operands, and XLA then transposes the weights every call.
-        zx = einsum("bld,dchp->blchp", x_BLD, self.in_zx, dtype=dtype)
+        gate_BLHP, v_BLHP = both(x_BLD, self.in_zx, dtype)
         dt_a_trap = einsum("bld,dch->blch", x_BLD, self.in_dt_a_trap, dtype=dtype, out=jnp.float32)
         kq_angle = einsum("bld,de->ble", x_BLD, self.in_kq_angle, dtype=dtype, out=jnp.float32)
 
@@ -126,13 +125,13 @@ class Mamba3(Mixer):
         return Tokens(
             q_BLRGN=rms_norm(kq[:, :, 1], self.q_norm).astype(dtype),
             k_BLRGN=rms_norm(kq[:, :, 0], self.k_norm).astype(dtype),
-            v_BLHP=zx[:, :, 1],
+            v_BLHP=v_BLHP,
             dt_BLH=None if angle_BLHS is None else dt_BLH,
             log_a_BLH=log_a_BLH,
             gamma_BLH=gamma_BLH,
             beta_BLH=beta_BLH,
             angle_BLHS=angle_BLHS,
-            gate_BLHP=zx[:, :, 0],
+            gate_BLHP=gate_BLHP,
             start_BL=start_BL,
         )
 

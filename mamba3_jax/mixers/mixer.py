@@ -5,9 +5,11 @@ from typing import ClassVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.mixers.official import Row
+from mamba3_jax.ops.einsum import einsum
 from mamba3_jax.ops.sharded import sharded
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
 
@@ -81,6 +83,17 @@ class Mixer(nn.Module):
         Needed where `official` is not None.
         """
         raise NotImplementedError
+
+
+def both(x_BLD, pair_DCHP, dtype):
+    """Return x W of the two matrices that share a parameter, each as an array of its own.
+
+    One product leaves halves of an array, which a kernel only takes as copies, and two gradients to be copied into one:
+    4.5 ms of a step of 113 (180M SISO on an H200). Of a single token the weights are the cost: one product reads them.
+    """
+    if x_BLD.shape[1] == 1:
+        return jnp.unstack(einsum("bld,dchp->blchp", x_BLD, pair_DCHP, dtype=dtype), axis=2)
+    return [einsum("bld,dhp->blhp", x_BLD, kernel_DHP, dtype=dtype) for kernel_DHP in jnp.unstack(pair_DCHP, axis=1)]
 
 
 def head_count(config: ModelConfig) -> int:
