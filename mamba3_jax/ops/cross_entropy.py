@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from mamba3_jax.ops.einsum import product
 
+REACH = 2.0**60  # of a sum of exp(logit - logit[target]): a target that is less likely than e^-41 is beyond it
 TILE = 2**29  # logits that exist at a time on a device: 2 GiB in float32, 4,186 tokens of a vocabulary of 128,256
 
 
@@ -46,40 +47,41 @@ def scores(logits_BLV, targets_BL, vocab_size: int) -> Scores:
     log_z_BL = jnp.log(jnp.sum(jnp.exp(logits_BLV - largest_BL1), axis=-1)) + largest_BL1[..., 0]
     target_BL = jnp.sum(jnp.where(columns_V == targets_BL[..., None], logits_BLV, 0), axis=-1)
     first_BL = jnp.min(jnp.where(logits_BLV == largest_BL1, columns_V, columns_V.size), axis=-1)
-    return _scored(log_z_BL, target_BL, first_BL, targets_BL, vocab_size)
+    return _scored(log_z_BL, log_z_BL - target_BL, first_BL == targets_BL, targets_BL, vocab_size)
 
 
-def scores_in_one_pass(logits_BLV, targets_BL, vocab_size: int) -> Scores:
-    """Score as `scores` does, without a gradient, in one reduction that carries all that is looked for.
-
-    The sum of exponentials is kept relative to the largest logit so far: (m, s), (n, t) -> with m >= n, (m, s + t
-    exp(n - m)). (Milakov and Gimelshein, 2018.) On an H200 a pass over a step's logits takes 4 ms, and `scores` is
-    three of them: what its sum and its place are relative to has to be known first.
-    """
-    logits_BLV = logits_BLV.astype(jnp.float32)
-    columns_BLV = jax.lax.broadcasted_iota(jnp.int32, logits_BLV.shape, logits_BLV.ndim - 1)
-    at_target_BLV = jnp.where(columns_BLV == targets_BL[..., None], logits_BLV, 0)
-    operands = (logits_BLV, jnp.ones_like(logits_BLV), columns_BLV, at_target_BLV)
-    nothing = (jnp.float32(-jnp.inf), jnp.float32(0), jnp.int32(columns_BLV.shape[-1]), jnp.float32(0))
-
-    def combine(left, right):
-        (m, s, first, target), (n, t, later, other) = left, right
-        here = ~(n > m)  # a NaN too: it goes on as the largest and as the sum
-        less = jnp.exp(jnp.where(m == n, 0, -jnp.abs(m - n)))  # of two infinities no NaN
-        total = jnp.where(here, s + t * less, s * less + t)
-        first = jnp.where(m == n, jnp.minimum(first, later), jnp.where(here, first, later))
-        return jnp.maximum(m, n), total, first, target + other
-
-    reduced = jax.lax.reduce(operands, nothing, combine, (logits_BLV.ndim - 1,))
-    largest_BL, sum_BL, first_BL, target_BL = reduced
-    return _scored(jnp.log(sum_BL) + largest_BL, target_BL, first_BL, targets_BL, vocab_size)
-
-
-def _scored(log_z_BL, target_BL, first_BL, targets_BL, vocab_size: int) -> Scores:
-    """Return the scores of targets whose logit and whose row's first largest column are known."""
+def _scored(log_z_BL, nll_BL, first, targets_BL, vocab_size: int) -> Scores:
+    """Return the scores of targets, NaN for those that are no ids; `first`: no logit is larger, or as large before."""
     known_BL = (targets_BL >= 0) & (targets_BL < vocab_size)
-    correct_BL = known_BL & (first_BL == targets_BL) & ~jnp.isnan(log_z_BL)
-    return Scores(log_z_BL, jnp.where(known_BL, log_z_BL - target_BL, jnp.nan), correct_BL)
+    return Scores(log_z_BL, jnp.where(known_BL, nll_BL, jnp.nan), known_BL & first & ~jnp.isnan(log_z_BL))
+
+
+class Relative(NamedTuple):
+    """A row's logits relative to its target's, and what they add up to."""
+
+    e_BLV: jax.Array  # exp(logit - logit[target]), float32; no row is there but where it is asked for
+    sum_BL: jax.Array
+    places_BL: jax.Array  # the target's column
+    scores: Scores
+
+
+def relative(logits_BLV, targets_BL, vocab_size: int) -> Relative:
+    """Score as `scores` does, relative to the target's logit and not to the largest: nll = log sum exp(logit - target).
+
+    That is known before any pass over the logits, so one pass is enough, and it is exact where p(target) is near 1. The
+    sum overflows where a target is less likely than e^-88 (`fits`).
+    """
+    columns_V = jnp.arange(logits_BLV.shape[-1])
+    places_BL = jnp.clip(targets_BL, 0, columns_V.size - 1)
+    target_BL1 = jnp.take_along_axis(logits_BLV, places_BL[..., None], axis=-1)
+    above_BLV = logits_BLV - target_BL1
+    e_BLV = jnp.exp(above_BLV)
+    sum_BL = jnp.sum(e_BLV, axis=-1)
+    before_BLV = columns_V < places_BL[..., None]
+    beaten_BL = jnp.any((above_BLV > 0) | ((above_BLV == 0) & before_BLV), axis=-1)
+    log_sum_BL = jnp.log(sum_BL)
+    found = _scored(log_sum_BL + target_BL1[..., 0], log_sum_BL, ~beaten_BL, targets_BL, vocab_size)
+    return Relative(e_BLV, sum_BL, places_BL, found)
 
 
 def sums(logits_BLV, targets_BL, weights_BL, vocab_size: int) -> Sums:
@@ -131,29 +133,50 @@ def linear_cross_entropy(
     head_DV = head_DV.astype(x_BLD.dtype)
 
     def tile(x_BLD, targets_BL, weights_BL):
-        return added(_scores(_logits(x_BLD, head_DV), targets_BL, vocab_size), weights_BL), ()
+        return sums(_logits(x_BLD, head_DV), targets_BL, weights_BL, vocab_size), ()
 
-    parts, _ = _over_tiles(tile, tiles, head_DV, x_BLD, targets_BL, weights_BL)
+    parts, _ = _over_tiles(tile, tiles, head_DV, (x_BLD, targets_BL, weights_BL))
     return objective(parts, z_loss), parts
 
 
 def _forward(x_BLD, head_DV, targets_BL, weights_BL, vocab_size, z_loss, tiles):
     dtype = x_BLD.dtype
     narrow_DV = head_DV.astype(dtype)
+    over_tiles = functools.partial(_over_tiles, tiles=tiles, head_DV=head_DV, arrays=(x_BLD, targets_BL, weights_BL))
 
-    def tile(x_BLD, targets_BL, weights_BL):
+    def near(x_BLD, targets_BL, weights_BL):
+        """Form dlogit = w z / sum (exp(logit - logit[target]) - [v = target] sum / z),  z = 1 + 2 z_loss log Z.
+
+        What is the same for a row is left to its products: the exponentials are written as they are added up.
+        """
+        found = relative(_logits(x_BLD, narrow_DV), targets_BL, vocab_size)
+        by_z_BL = 1 + 2 * z_loss * found.scores.log_z_BL
+        rows_BL, length_BL = jnp.indices(targets_BL.shape)
+        e_BLV = found.e_BLV.astype(dtype)
+        at_target_BL = (1 - found.sum_BL / by_z_BL).astype(dtype)
+        e_BLV = e_BLV.at[rows_BL, length_BL, found.places_BL].set(at_target_BL, unique_indices=True)
+        scale_BL1 = (weights_BL * by_z_BL / found.sum_BL)[..., None]
+        dx_BLD = (scale_BL1 * product("blv,dv->bld", e_BLV, narrow_DV, jnp.float32)).astype(dtype)
+        scaled_BLD = (scale_BL1 * x_BLD.astype(jnp.float32)).astype(dtype)
+        dhead_DV = product("bld,blv->dv", scaled_BLD, e_BLV, head_DV.dtype)
+        fit = jnp.all((found.sum_BL < REACH) & (by_z_BL > 1 / REACH))
+        return (added(found.scores, weights_BL), dhead_DV, (~fit).astype(jnp.int32)), dx_BLD
+
+    def far(x_BLD, targets_BL, weights_BL):
+        """Form it as it stands, from any logits: a token without weight has none of their NaN."""
         logits_BLV = _logits(x_BLD, narrow_DV)
-        found = _scores(logits_BLV, targets_BL, vocab_size)
+        found = scores(logits_BLV, targets_BL, vocab_size)
         weight_BL1, log_z_BL1 = weights_BL[..., None], found.log_z_BL[..., None]
         p_BLV = jnp.exp(logits_BLV - log_z_BL1) * (1 + 2 * z_loss * log_z_BL1)
         hit_BLV = jnp.arange(logits_BLV.shape[-1]) == targets_BL[..., None]
-        # A token without weight has none of its logits' NaN.
         dlogits_BLV = jnp.where(weight_BL1 == 0, 0.0, weight_BL1 * (p_BLV - hit_BLV)).astype(dtype)
         dx_BLD = product("blv,dv->bld", dlogits_BLV, narrow_DV, dtype)
         dhead_DV = product("bld,blv->dv", x_BLD, dlogits_BLV, head_DV.dtype)
         return (added(found, weights_BL), dhead_DV), dx_BLD
 
-    (parts, dhead_DV), dx_BLD = _over_tiles(tile, tiles, head_DV, x_BLD, targets_BL, weights_BL)
+    (*found, beyond), dx_BLD = over_tiles(near)
+    total, dx_BLD = jax.lax.cond(beyond == 0, lambda: (tuple(found), dx_BLD), lambda: over_tiles(far))
+    parts, dhead_DV = total
     # XLA for CPU (jax 0.10.2) dies of a transposed bfloat16 product that is summed into float32.
     return (objective(parts, z_loss), parts), (dx_BLD, jax.lax.optimization_barrier(dhead_DV))
 
@@ -167,7 +190,7 @@ def _backward(vocab_size, z_loss, tiles, gradients, cotangent):
 linear_cross_entropy.defvjp(_forward, _backward)
 
 
-def _over_tiles(tile, tiles: int | None, head_DV, *arrays):
+def _over_tiles(tile, tiles: int | None, head_DV, arrays):
     """Sum `tile(*arrays)[0]` over tiles of the length, and put its other results (B, L, ...) together again."""
     (batch, length), vocab = arrays[0].shape[:2], head_DV.shape[-1]
     if tiles is None:
@@ -194,13 +217,6 @@ def _over_tiles(tile, tiles: int | None, head_DV, *arrays):
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(tile, *(x[0] for x in arrays))[0])
     total, rest = jax.lax.scan(add, zeros, arrays)
     return total, jax.tree.map(whole, rest)
-
-
-def _scores(logits_BLV, targets_BL, vocab_size: int) -> Scores:
-    """Score by what is fastest on the platform: XLA for CPU makes loops of one number at a time of the one pass."""
-    by = {"cuda": scores_in_one_pass, "default": scores}
-    by = {name: functools.partial(function, vocab_size=vocab_size) for name, function in by.items()}
-    return jax.lax.platform_dependent(logits_BLV, targets_BL, **by)
 
 
 def _logits(x_BLD, head_DV):

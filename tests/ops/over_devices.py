@@ -92,6 +92,7 @@ def check_cross_entropy():
         kind: max(math.prod(map(int, dims.split(","))) for dims, k in moved if k == kind and dims) for _, kind in moved
     }
     # The head's gradient is summed over rows, dx over columns; a device's logits of a tile are 20 x 1,024.
+    assert sizes.pop("all-gather", 0) <= batch * length, "a number a token"
     assert set(sizes) == {"all-reduce"}, sizes
     assert sizes["all-reduce"] <= max(width * vocab // 4, batch * length * width), sizes
     print("cross_entropy")

@@ -178,6 +178,41 @@ def test_errors_planted_in_the_linear_one_are_caught():
         check_linear(got, (exact[0] * 1.0001, exact[1]), batch, 1e-6)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_target_out_of_reach_is_the_equations_too(dtype):
+    """Less likely than e^-41, where exp(logit - logit[target]) is not added up: all is computed again."""
+    x_BLD, head_DV, _, batch = linear_case(dtype)
+    x_BLD *= 16
+    exact = [np.asarray(x, np.float64) for x in (x_BLD, head_DV.astype(dtype))]
+    logits_BLV = exact[0] @ exact[1]
+    nll_BL = np.log(np.exp(logits_BLV).sum(-1)) - np.take_along_axis(logits_BLV, batch.targets_BL[..., None], 2)[..., 0]
+    assert nll_BL.max() > 88, "beyond float32 even"
+    rounding = 2**-24 * np.abs(logits_BLV).max()  # of a logit, which is that of its exponential
+    check_linear(linear_gradients(x_BLD, head_DV, batch, 3), exact, batch, max(TOLERANCE[dtype], rounding))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_both_ways_to_the_gradients_agree(monkeypatch, dtype):
+    x_BLD, head_DV, _, batch = linear_case(dtype)
+    near = linear_gradients(x_BLD, head_DV, batch, 2)
+    monkeypatch.setattr(cross_entropy, "REACH", 1e-9)
+    far = linear_gradients(x_BLD, head_DV, batch, 2)
+    for got, want in zip(jax.tree.leaves(near), jax.tree.leaves(far), strict=True):
+        assert rel_rms(np.asarray(got, np.float64), np.asarray(want, np.float64)) < TOLERANCE[dtype]
+
+
+def test_a_gradient_near_certainty_is_not_lost_in_rounding():
+    """(p - 1) x in bfloat16 where p is 0.999 and more: not a difference of two rounded numbers."""
+    x_BLD = jnp.ones((1, 4, 1), jnp.bfloat16)
+    head_DV = jnp.array([[7.0, 0.0, 0.0, -1.0]])
+    batch = Batch(None, jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4)), None)
+    loss = lambda head_DV: linear_cross_entropy(x_BLD, head_DV, batch.targets_BL, batch.weights_BL, 4)[0]  # noqa: E731
+    p_V = np.exp(np.float64([7.0, 0.0, 0.0, -1.0]))
+    want_V = 4 * (p_V / p_V.sum() - np.eye(4)[0])
+    assert abs(want_V[0]) < 0.01
+    np.testing.assert_allclose(jax.grad(loss)(head_DV)[0], want_V, rtol=2**-8)
+
+
 def test_a_scale_of_the_objective_scales_its_gradients():
     """A loss scale, or the mean's division."""
     x_BLD, head_DV, _, batch = linear_case("float32")
