@@ -91,6 +91,8 @@ class ModelConfig(Section):
     attn_head_dim: int = size(64)
     attn_rope_theta: float = number(0.0)  # 0: no positional embedding (the paper's hybrids)
     attn_bias: bool = False
+    # cudnn (NVIDIA GPUs, bfloat16, calls without a state) | plain; "": cudnn where it runs and the row is not short
+    attn_implementation: str = ""
 
     # how it is run
     compute_dtype: str = "float32"  # float32 | bfloat16; parameters stay float32

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from mamba3_jax.config import Config
 
-HOW = ("compute_dtype", "implementation", "chunk", "remat", "unroll")  # what changes no parameter
+# What changes no parameter.
+HOW = ("compute_dtype", "implementation", "chunk", "attn_implementation", "remat", "unroll")
 
 
 def load(path, *, step: int | None = None, **how):
@@ -20,7 +21,7 @@ def load(path, *, step: int | None = None, **how):
         path: the directory.
         step: which checkpoint of a workdir; None is the newest.
         how: fields of `ModelConfig` to run it differently from how it was trained: compute_dtype, implementation,
-            chunk, remat, unroll.
+            chunk, attn_implementation, remat, unroll.
 
     Returns:
         A `LanguageModel` (its `config` is the `ModelConfig`) and its parameters as float32 device arrays.

@@ -1,5 +1,6 @@
 """The sizes of the Mamba-3 paper (arXiv 2603.15569), as its released checkpoints have them, and counting parameters."""
 
+import dataclasses
 import math
 
 import flax.linen as nn
@@ -34,6 +35,9 @@ PRESETS = {
     "siso-1.5b": paper(2048, 24, 4096),
     "mimo-1.5b": paper(2048, 24, 3840, mimo_rank=4),
 }
+# A baseline, which has no released checkpoint: attention with RoPE in place of every Mamba-3 layer. The paper does not
+# give its widths; this feed-forward, again a multiple of 128, makes up for the mixers' fewer parameters.
+PRESETS["transformer-180m"] = dataclasses.replace(paper(768, 12, 2176), pattern="A" * 12, attn_rope_theta=10000.0)
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -2,6 +2,8 @@
 
     python -m experiments.benchmarks.train
     python -m experiments.benchmarks.train --models=siso-180m --implementations=default --length=8192 --batch=2
+    python -m experiments.benchmarks.train --models=transformer-180m --implementations=default --batch=16 \\
+        --variants=model.attn_implementation=plain --variants=
     python -m experiments.benchmarks.train --models=siso-180m --implementations=default --batch=16,32 \\
         --variants= --variants=model.unroll=1 --variants=model.unroll=1,model.remat=block
 
@@ -72,7 +74,8 @@ class Program:
             shapes = self.shapes()
             with self.scope():
                 lowered = jax.jit(self.function, **donated).lower(*shapes)
-        self.kernels = "mamba3_" in lowered.as_text()  # how theirs are called
+        text = lowered.as_text()
+        self.kernels = "mamba3_" in text or "__cudnn$fmha" in text  # how theirs and cuDNN's are called
         return lowered.compile()
 
     def calls(self, compiled) -> Callable:

@@ -1,5 +1,6 @@
 """Causal self-attention with grouped heads, whose state is a cache of keys and values."""
 
+import functools
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -12,9 +13,8 @@ from mamba3_jax.mixers.mixer import Mixer
 from mamba3_jax.mixers.official import Piece, Row, same, weight
 from mamba3_jax.nn.initial import linear
 from mamba3_jax.nn.precision import DTYPES
+from mamba3_jax.ops.attention import IMPLEMENTATIONS, attend, rows
 from mamba3_jax.ops.einsum import einsum
-
-QUERIES = 256  # queries whose scores exist at a time
 
 
 class Cache(NamedTuple):
@@ -24,36 +24,6 @@ class Cache(NamedTuple):
     v_BTKE: jax.Array
     position_B: jax.Array  # int32, tokens held
     first_B: jax.Array  # int32, the first one of the current document: what is before is invisible
-
-
-def attend(q_BLGKE, k_BTKE, v_BTKE, first_BL, last_BL):
-    """softmax(q k^T / sqrt(E)) v over the tokens first <= t <= last of each query; scores and softmax in float32.
-
-    Query head (g, k) of G per kv head k. Scores exist for `QUERIES` queries at a time and are recomputed in the
-    backward pass, so memory is QUERIES x T a head and not L x T. (jax.nn.dot_product_attention takes the same masks,
-    but on CPU and TPU it holds all L x T scores.)
-    """
-    dtype = v_BTKE.dtype
-    times_T = jnp.arange(k_BTKE.shape[1])
-
-    def block(q_BLGKE, first_BL, last_BL):
-        scores = einsum("blgke,btke->bgklt", q_BLGKE, k_BTKE, dtype=dtype, out=jnp.float32)
-        seen_BLT = (times_T >= first_BL[..., None]) & (times_T <= last_BL[..., None])
-        scores = jnp.where(seen_BLT[:, None, None], scores * q_BLGKE.shape[-1] ** -0.5, -jnp.inf)
-        return einsum("bgklt,btke->blgke", jax.nn.softmax(scores), v_BTKE, dtype=dtype)
-
-    length = q_BLGKE.shape[1]
-    if length <= QUERIES:
-        return block(q_BLGKE, first_BL, last_BL)
-
-    def blocks(x):  # (B, L, ...) -> (blocks, B, QUERIES, ...); the padding sees token 0
-        x = jnp.pad(x, ((0, 0), (0, -length % QUERIES), *[(0, 0)] * (x.ndim - 2)))
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, QUERIES, *x.shape[2:]), 1, 0)
-
-    block = jax.checkpoint(block, prevent_cse=False)  # in a loop: nothing to merge with
-    y = jax.lax.map(lambda arrays: block(*arrays), tuple(map(blocks, (q_BLGKE, first_BL, last_BL))))
-    y = jnp.moveaxis(y, 0, 1)
-    return y.reshape(y.shape[0], -1, *y.shape[3:])[:, :length]
 
 
 def rope(x, position_BL, theta: float):
@@ -85,7 +55,8 @@ class Attention(Mixer):
 
     Without a cache the returned one has capacity L; `empty_state` makes room for more. A cache that is full gives
     NaN for the tokens that do not fit, not wrong numbers (and `LanguageModel` raises where it can see that). A NaN
-    anywhere in a row may spoil all of it: weights of 0 times NaN are NaN.
+    anywhere in a row may spoil all of it: weights of 0 times NaN are NaN. Calls without a cache, as in training, are
+    `ops.attention.rows`, which cuDNN may compute; those with one are always plain.
     """
 
     letter = "A"
@@ -116,10 +87,17 @@ class Attention(Mixer):
             k_BLKE = write(state.k_BTKE, k_BLKE, position_B)
             v_BLKE = write(state.v_BTKE, v_BLKE, position_B)
 
-        grouped = q_BLHE.reshape(batch, length, kv_heads, heads // kv_heads, -1)
-        attention = jax.checkpoint(attend) if config.remat == "op" else attend
-        y_BLGKE = attention(jnp.swapaxes(grouped, 2, 3), k_BLKE, v_BLKE, first_BL, place_BL)
-        y_BLHE = jnp.swapaxes(y_BLGKE, 2, 3).reshape(q_BLHE.shape)
+        if state is None:
+            attention = functools.partial(
+                rows,
+                implementation=config.attn_implementation,
+                split=tuple(nn.logical_to_mesh_axes(("batch", "heads"))),
+            )
+            seen = (None if start_BL is None else first_BL,)
+        else:  # a piece of a row: its queries are not as many as the cache's keys
+            attention, seen = attend, (first_BL, place_BL)
+        attention = jax.checkpoint(attention) if config.remat == "op" else attention
+        y_BLHE = attention(q_BLHE, k_BLKE, v_BLKE, *seen)
         if state is not None:
             y_BLHE = jnp.where((place_BL < k_BLKE.shape[1])[..., None, None], y_BLHE, jnp.nan)
         y_BLD = self.output(y_BLHE)
@@ -165,6 +143,8 @@ class Attention(Mixer):
         heads, kv_heads = head_counts(config)
         if heads < 1 or heads % kv_heads:
             raise ValueError(f"attention {heads=} is not a positive multiple of {kv_heads=}")
+        if config.attn_implementation and config.attn_implementation not in IMPLEMENTATIONS:
+            raise ValueError(f"{config.attn_implementation=} is not '' or one of {list(IMPLEMENTATIONS)}")
         if 0 < config.attn_rope_theta < 1:
             raise ValueError(f"{config.attn_rope_theta=}: wanted a base from 1 up, or 0 for no positions")
         if config.attn_rope_theta and config.attn_head_dim % 2:

@@ -18,6 +18,7 @@ MAY_CHANGE = {
     "data.workers",
     "model.implementation",
     "model.chunk",
+    "model.attn_implementation",
     "model.remat",
     "model.unroll",
 }

@@ -2,12 +2,14 @@
 
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.model import LanguageModel, init_params
+from mamba3_jax.ops.attention import attend, over_mesh
 from mamba3_jax.sharding import batch_sharding, make_mesh, param_shardings, state_sharding, using
 from tests.helpers import rel_rms
 
@@ -27,6 +29,24 @@ def step(params, tokens_BL, state):
     return outputs, gradient
 
 
+def attends(mesh):
+    """`ops.attention.over_mesh`: rows and heads as they lie on devices, and documents with their rows."""
+    q_BLHE = jax.random.normal(jax.random.key(3), (8, 6, 8, 4))
+    k_BLKE, v_BLKE = jax.random.normal(jax.random.key(4), (2, 8, 6, 4, 4))
+    first_BL = jnp.where(jnp.arange(6) < 3, 0, 3) * (jnp.arange(8)[:, None] % 2)
+    with using(mesh):
+        split = nn.logical_to_mesh_axes(("batch", "heads"))
+
+        def run(q_BLHE, k_BLKE, v_BLKE, first_BL):
+            one = lambda *arrays: attend(*arrays, jnp.broadcast_to(jnp.arange(6), arrays[0].shape[:2]))  # noqa: E731
+            return over_mesh(one, *split)(q_BLHE, k_BLKE, v_BLKE, first_BL)
+
+        got = jax.jit(run)(q_BLHE, k_BLKE, v_BLKE, first_BL)
+    want = attend(q_BLHE, k_BLKE, v_BLKE, first_BL, jnp.broadcast_to(jnp.arange(6), (8, 6)))
+    assert rel_rms(got, want) < 1e-5
+    assert got.sharding.is_equivalent_to(jax.NamedSharding(mesh, PartitionSpec(split[0], None, split[1])), 4)
+
+
 def main(spec: str):
     """Sharded = single device, and it is sharded."""
     params = init_params(CONFIG, jax.random.key(0))
@@ -35,6 +55,7 @@ def main(spec: str):
     want = jax.jit(step)(params, tokens_BL, state)
 
     mesh = make_mesh(spec)
+    attends(mesh)
     placed = (
         jax.device_put(params, param_shardings(CONFIG, mesh)),
         jax.device_put(tokens_BL, batch_sharding(mesh)),

@@ -1,16 +1,25 @@
-"""Attention against the definition in float64: every option, whole and in pieces, with documents and a cache."""
+"""Attention against the definition in float64: every option, whole and in pieces, with documents and a cache; cuDNN.
 
+Here cuDNN's kernels are lowered and not run. What is asked of them is asked of XLA, in the same words.
+"""
+
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.sharding import use_abstract_mesh
 
 from mamba3_jax.config import ModelConfig
-from mamba3_jax.mixers import attention
 from mamba3_jax.mixers.attention import Attention
+from mamba3_jax.model import LanguageModel, validate
+from mamba3_jax.ops import attention
 from tests.helpers import rel_rms
+from tests.pallas_kernels.family import GPU
 
 FORWARD, GRADIENT = 1e-5, 2e-5
 BATCH, LENGTH, D_MODEL = 2, 13, 12
@@ -116,3 +125,95 @@ def test_a_full_cache_gives_nan_and_not_wrong_numbers():
     assert np.isnan(y_BLD).all()
     with pytest.raises(ValueError, match="length=4 tokens do not fit in a cache of capacity 3"):
         apply(conf, params, x_BLD[:, :4], state)
+
+
+NARROW = config(compute_dtype="bfloat16", attn_implementation="cudnn", attn_rope_theta=100.0, attn_kv_heads=2)
+NARROW = dataclasses.replace(NARROW, attn_head_dim=8)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """A GPU as far as the choice sees; the words that cuDNN is asked in, and XLA answers."""
+    words, answer = [], jax.nn.dot_product_attention
+
+    def ask(*arrays, implementation, **options):
+        words.append((implementation, options["is_causal"], options["mask"] is not None))
+        return answer(*arrays, implementation="xla", **options)
+
+    monkeypatch.setattr(attention, "unavailable", lambda: None)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", ask)
+    return words
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_what_cudnn_is_asked_is_attention(documents, asked):
+    """Values and gradients; without the mask, or with query heads of another group, they are others."""
+    params, x_BLD, start_BL = inputs(NARROW)
+    x_BLD, start_BL = x_BLD[:, :12], start_BL[:, :12] if documents else None
+
+    def run(implementation, start_BL, params=params):
+        conf = dataclasses.replace(NARROW, attn_implementation=implementation)
+        y_BLD, pull = jax.vjp(lambda params, x_BLD: apply(conf, params, x_BLD, None, start_BL)[0], params, x_BLD)
+        return jax.tree.leaves((y_BLD, pull(jnp.ones_like(y_BLD))))
+
+    got, want = run("cudnn", start_BL), run("plain", start_BL)
+    assert asked[-1] == ("cudnn", True, documents)
+    scale = max(np.abs(array).max() for array in want)
+    assert max(np.abs(np.float32(a) - np.float32(b)).max() for a, b in zip(got, want, strict=True)) < 1e-2 * scale
+    regrouped = params | {"q": params["q"][:, np.array([0, 2, 1, 3])]}
+    wrong = [run("cudnn", start_BL, regrouped)[0], *([run("cudnn", None)[0]] if documents else [])]
+    assert all(rel_rms(y_BLD, want[0]) > 3e-2 for y_BLD in wrong)
+
+
+def test_cudnn_lowers_for_cuda_and_its_mask_is_one_for_all_layers(monkeypatch):
+    monkeypatch.setattr(attention, "unavailable", lambda: None)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)  # jax asks for the installed
+    conf = dataclasses.replace(NARROW, vocab_size=8, pattern="AA", attn_implementation="")
+    model, tokens_BL, start_BL = LanguageModel(conf), np.zeros((3, 192), np.int32), np.zeros((3, 192), bool)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens_BL)
+
+    def step(params, start_BL):
+        return jax.grad(lambda params: jnp.mean(model.apply(params, tokens_BL, None, start_BL)[0]))(params)
+
+    def calls(*args):
+        with use_abstract_mesh(GPU):
+            text = jax.jit(step).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+        return re.findall(r"__cudnn\$fmha(\w+)", text), set(re.findall(r"tensor<([0-9x]*)x192x192xbf16>", text))
+
+    assert calls(params, None) == (["Softmax", "SoftmaxBackward"], set())
+    assert calls(params, start_BL) == (["ScaleBiasSoftmax", "ScaleBiasSoftmaxBackward"], {"3x1"})
+
+
+@pytest.mark.parametrize(
+    ("change", "size", "packed", "message"),
+    [
+        ({}, (2, 128, 4, 8), True, None),
+        ({}, (2, 127, 4, 8), False, "plain"),  # short
+        ({}, (2, 2**14, 4, 8), True, None),
+        ({}, (2, 2**15, 4, 8), True, "plain"),  # a mask of 4 GiB
+        ({}, (2, 2**15, 4, 8), False, None),
+        ({"dtype": jnp.float32}, (2, 128, 4, 8), True, "computes in bfloat16, not float32"),
+        ({}, (2, 128, 4, 12), True, "wants attn_head_dim a multiple of 8 up to 128, not 12"),
+        ({}, (2, 128, 4, 136), True, "wants attn_head_dim a multiple of 8 up to 128, not 136"),
+        ({}, (2, 129, 4, 8), True, "wants rows of documents to have an even number of tokens, not 129"),
+        ({}, (2, 129, 4, 8), False, None),
+    ],
+)
+def test_cudnn_is_chosen_where_it_runs_and_refused_by_name_where_not(change, size, packed, message, monkeypatch):
+    monkeypatch.setattr(attention, "unavailable", lambda: None)
+    queries = jax.ShapeDtypeStruct(size, change.get("dtype", jnp.bfloat16))
+    assert attention.choose("", queries, packed) == ("plain" if message else "cudnn")
+    assert attention.choose("plain", queries, packed) == "plain"
+    if message in (None, "plain"):
+        assert attention.choose("cudnn", queries, packed) == "cudnn"
+    else:
+        with pytest.raises(ValueError, match=f"attn_implementation='cudnn' {message}"):
+            attention.choose("cudnn", queries, packed)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is one")
+def test_without_a_gpu_cudnn_is_refused_by_name():
+    with pytest.raises(ValueError, match="attn_implementation='cudnn' needs an NVIDIA GPU, not 'cpu'"):
+        apply(NARROW, *inputs(NARROW)[:2])
+    with pytest.raises(ValueError, match=r"config\.attn_implementation='flash' is not '' or one of"):
+        validate(dataclasses.replace(NARROW, pattern="A", attn_implementation="flash"))

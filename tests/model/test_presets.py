@@ -17,7 +17,7 @@ MILLIONS = {
 }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [*EXACT, *MILLIONS])
 def test_parameters_are_those_of_the_paper(name):
     count = parameter_count(PRESETS[name])
     if name in EXACT:
@@ -25,6 +25,11 @@ def test_parameters_are_those_of_the_paper(name):
     else:
         digits = len(MILLIONS[name].partition(".")[2])
         assert f"{count / 1e6:.{digits}f}" == MILLIONS[name]
+
+
+def test_baselines_have_as_many_parameters():
+    assert set(PRESETS) == {*EXACT, *MILLIONS, "transformer-180m"}
+    assert abs(parameter_count(PRESETS["transformer-180m"]) / EXACT["siso-180m"] - 1) < 1e-3
 
 
 def test_one_more_column_of_feed_forward_is_seen():

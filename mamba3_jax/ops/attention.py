@@ -1,0 +1,144 @@
+"""Causal softmax attention over the tokens of each query's own document: in plain XLA, and by cuDNN."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as Spec
+
+from mamba3_jax.ops.einsum import einsum
+
+IMPLEMENTATIONS = ("cudnn", "plain")
+QUERIES = 256  # of plain attention: queries whose scores exist at a time
+WIDTH = 128  # the widest heads that cuDNN takes on every GPU
+# What "" leaves to plain attention: rows that launches dominate, and masks (B, L, L) of more bytes than this.
+SHORT, MASK = 128, 2**30
+
+
+def rows(q_BLHE, k_BLKE, v_BLKE, first_BL=None, implementation: str = "", split: tuple = (None, None)):
+    """y_t = sum_s softmax_s(q_t k_s / sqrt(E)) v_s over the tokens first_t <= s <= t of whole rows.
+
+    Query head h reads the keys and values of head h // (H / K). No value and no gradient crosses to another document.
+
+    Args:
+        q_BLHE: queries.
+        k_BLKE: keys; K divides H.
+        v_BLKE: values.
+        first_BL: where each token's document begins, or None where every row is one document.
+        implementation: "plain", "cudnn", or "" for cuDNN where it runs and is worth it. cuDNN sums the gradients of
+            queries in any order, unless XLA is told otherwise (--xla_gpu_deterministic_ops=true).
+        split: the mesh axes (`jax.set_mesh`) that rows and heads are split over, each may be None.
+
+    Raises:
+        ValueError: cuDNN is named and cannot run this here.
+    """
+    chosen = choose(implementation, q_BLHE, first_BL is not None)
+    if chosen == "cudnn":
+        return over_mesh(cudnn, *split)(q_BLHE, k_BLKE, v_BLKE, first_BL)
+    place_BL = jnp.broadcast_to(jnp.arange(q_BLHE.shape[1]), q_BLHE.shape[:2])
+    return attend(q_BLHE, k_BLKE, v_BLKE, jnp.zeros_like(place_BL) if first_BL is None else first_BL, place_BL)
+
+
+def choose(implementation: str, q_BLHE, packed: bool) -> str:
+    """Return what is named; or else "cudnn" where it runs these queries here, they are many and no mask is too large.
+
+    Raises:
+        ValueError: cuDNN is named and cannot run this here.
+    """
+    wish = unavailable() or unsupported(q_BLHE, packed)
+    if implementation == "cudnn" and wish:
+        raise ValueError(f"attn_implementation='cudnn' {wish}")
+    batch, length = q_BLHE.shape[:2]
+    mask = batch * length**2 * q_BLHE.dtype.itemsize if packed else 0
+    return implementation or ("plain" if wish or length < SHORT or mask > MASK else "cudnn")
+
+
+def unavailable() -> str | None:
+    """Return what cuDNN wants of this process's devices, and what they are; None: nothing."""
+    device = jax.devices()[0]
+    if "NVIDIA" not in device.device_kind:
+        return f"needs an NVIDIA GPU, not {device.device_kind!r}"
+    if float(device.compute_capability) < 8:
+        return f"needs an NVIDIA GPU from Ampere on, not {device.device_kind!r}"
+    return None
+
+
+def unsupported(q_BLHE, packed: bool) -> str | None:
+    """Return what cuDNN wants of the queries' shape and dtype, and what they are; None: nothing."""
+    length, width = q_BLHE.shape[1], q_BLHE.shape[3]
+    if q_BLHE.dtype != jnp.bfloat16:
+        return f"computes in bfloat16, not {q_BLHE.dtype}"
+    if width % 8 or width > WIDTH:
+        return f"wants attn_head_dim a multiple of 8 up to {WIDTH}, not {width}"
+    if packed and length % 2:
+        return f"wants rows of documents to have an even number of tokens, not {length}"
+    return None
+
+
+def cudnn(q_BLHE, k_BLKE, v_BLKE, first_BL):
+    """Compute `rows` by cuDNN's fused kernels, which hold no scores.
+
+    Documents are a mask (B, 1, L, L) that cuDNN adds to the scores as a bias of -2^41, so that weights outside of the
+    document are exactly 0; it skips what is not causal. The mask depends on no layer, so that layers share one. (cuDNN
+    can pack documents without a mask, but what jax makes of that is private, wants a static bound on the documents of a
+    row, holds the softmax's sums once for each of them, and takes no grouped heads.)
+    """
+    mask = None
+    if first_BL is not None:
+        mask = (jnp.arange(k_BLKE.shape[1]) >= first_BL[..., None])[:, None]
+    # A mask that is boolean has no gradient, which jax 0.10.2 lets cuDNN compute nevertheless (jax-ml/jax#39512).
+    return jax.nn.dot_product_attention(q_BLHE, k_BLKE, v_BLKE, mask=mask, is_causal=True, implementation="cudnn")
+
+
+def over_mesh(attention, batch: str | None, heads: str | None):
+    """`attention(q, k, v, first)` over the mesh in context, each device its rows and heads; without one, itself.
+
+    Kernels are not left to XLA to divide: jax can only where queries, keys and values are split alike.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1 or (batch is None and heads is None) or AxisType.Manual in mesh.axis_types:
+        return attention
+
+    def call(q_BLHE, k_BLKE, v_BLKE, first_BL):
+        row = None if batch is None or q_BLHE.shape[0] % mesh.shape[batch] else batch
+        by = Spec(row, None, heads)
+        specs = (by, by, by, None if first_BL is None else Spec(row))
+        return jax.shard_map(attention, in_specs=specs, out_specs=by, check_vma=False)(q_BLHE, k_BLKE, v_BLKE, first_BL)
+
+    return call
+
+
+def attend(q_BLHE, k_BTKE, v_BTKE, first_BL, last_BL):
+    """softmax(q k^T / sqrt(E)) v over the tokens first <= t <= last of each query; scores and softmax in float32.
+
+    Query head h reads kv head h // (H / K). Scores exist for `QUERIES` queries at a time and are recomputed in the
+    backward pass, so memory is QUERIES x T a head and not L x T. (jax.nn.dot_product_attention takes the same masks,
+    but on CPU and TPU it holds all L x T scores.)
+    """
+    grouped = q_BLHE.reshape(*q_BLHE.shape[:2], k_BTKE.shape[2], -1, q_BLHE.shape[3])
+    y_BLGKE = _attend(jnp.swapaxes(grouped, 2, 3), k_BTKE, v_BTKE, first_BL, last_BL)
+    return jnp.swapaxes(y_BLGKE, 2, 3).reshape(q_BLHE.shape)
+
+
+def _attend(q_BLGKE, k_BTKE, v_BTKE, first_BL, last_BL):
+    """Compute `attend` of query heads (g, k), G for each kv head k."""
+    dtype = v_BTKE.dtype
+    times_T = jnp.arange(k_BTKE.shape[1])
+
+    def block(q_BLGKE, first_BL, last_BL):
+        scores = einsum("blgke,btke->bgklt", q_BLGKE, k_BTKE, dtype=dtype, out=jnp.float32)
+        seen_BLT = (times_T >= first_BL[..., None]) & (times_T <= last_BL[..., None])
+        scores = jnp.where(seen_BLT[:, None, None], scores * q_BLGKE.shape[-1] ** -0.5, -jnp.inf)
+        return einsum("bgklt,btke->blgke", jax.nn.softmax(scores), v_BTKE, dtype=dtype)
+
+    length = q_BLGKE.shape[1]
+    if length <= QUERIES:
+        return block(q_BLGKE, first_BL, last_BL)
+
+    def blocks(x):  # (B, L, ...) -> (blocks, B, QUERIES, ...); the padding sees token 0
+        x = jnp.pad(x, ((0, 0), (0, -length % QUERIES), *[(0, 0)] * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, QUERIES, *x.shape[2:]), 1, 0)
+
+    block = jax.checkpoint(block, prevent_cse=False)  # in a loop: nothing to merge with
+    y = jax.lax.map(lambda arrays: block(*arrays), tuple(map(blocks, (q_BLGKE, first_BL, last_BL))))
+    y = jnp.moveaxis(y, 0, 1)
+    return y.reshape(y.shape[0], -1, *y.shape[3:])[:, :length]
