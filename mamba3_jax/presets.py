@@ -35,9 +35,13 @@ PRESETS = {
     "siso-1.5b": paper(2048, 24, 4096),
     "mimo-1.5b": paper(2048, 24, 3840, mimo_rank=4),
 }
-# A baseline, which has no released checkpoint: attention with RoPE in place of every Mamba-3 layer. The paper does not
-# give its widths; this feed-forward, again a multiple of 128, makes up for the mixers' fewer parameters.
-PRESETS["transformer-180m"] = dataclasses.replace(paper(768, 12, 2176), pattern="A" * 12, attn_rope_theta=10000.0)
+# Baselines, which have no released checkpoints: attention with RoPE, or gated DeltaNet with keys of 128 and values of
+# 256, in place of every Mamba-3 layer. The paper does not give their feed-forwards; these, multiples of 128 again, give
+# models of as many parameters.
+PRESETS |= {
+    "transformer-180m": dataclasses.replace(paper(768, 12, 2176), pattern="A" * 12, attn_rope_theta=10000.0),
+    "gdn-180m": dataclasses.replace(paper(768, 12, 1152), pattern="G" * 12),
+}
 
 
 def parameter_count(config: ModelConfig) -> int:

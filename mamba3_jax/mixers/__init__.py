@@ -1,11 +1,17 @@
 """Mixers, interchangeable in a pattern: a new one is a file with a `Mixer` (see `mixer.py`) and a line in `MIXERS`."""
 
 from mamba3_jax.mixers.attention import Attention
+from mamba3_jax.mixers.gated_deltanet import GatedDeltaNet
 from mamba3_jax.mixers.mamba2 import Mamba2
 from mamba3_jax.mixers.mamba3 import Mamba3
 from mamba3_jax.mixers.mixer import Mixer
 
-MIXERS: dict[str, type[Mixer]] = {"mamba3": Mamba3, "mamba2": Mamba2, "attention": Attention}
+MIXERS: dict[str, type[Mixer]] = {
+    "mamba3": Mamba3,
+    "mamba2": Mamba2,
+    "gated_deltanet": GatedDeltaNet,
+    "attention": Attention,
+}
 
 
 def letters() -> dict[str, str]:

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.mixers.mixer import Mixer, both, check_op, head_count
-from mamba3_jax.nn.initial import inverse_softplus_dt, linear
+from mamba3_jax.nn.initial import inverse_softplus_dt, linear, log_uniform
 from mamba3_jax.nn.norm import rms_norm
 from mamba3_jax.nn.precision import DTYPES
+from mamba3_jax.ops.convolve import convolve
 from mamba3_jax.ops.discretize import exponential_euler
 from mamba3_jax.ops.einsum import einsum
 from mamba3_jax.ops.ssm import Heads, State, Tokens
@@ -24,40 +25,6 @@ class Carried(NamedTuple):
     ssm: State
     x_BWHP: jax.Array  # before the convolution, of the last W = d_conv - 1 tokens; 0 of what is of another document
     kq_BWE: jax.Array
-
-
-def convolve(x, weights, bias, before, document_BL):
-    """silu(bias + sum_j weights[j] x_{t-j}) over the tokens of t's own document, and what the next tokens see.
-
-    A channel sees itself alone. Sums are float32, the result has x's dtype.
-
-    Args:
-        x: (B, L, ...).
-        weights: (..., K), the token's own weight last.
-        bias: (...).
-        before: (B, K-1, ...), the tokens before the first.
-        document_BL: a number that grows at each document's first token, 0 where the first document goes on; or None.
-    """
-    window, length = before.shape[1], x.shape[1]
-    seen = jnp.concatenate([before, x], axis=1)
-
-    def same(first, of_BL):
-        """Take what is of a document from `seen[:, first:]`, and 0 for the rest."""
-        part = seen[:, first : first + of_BL.shape[1]]
-        return jnp.where(_wide(documents_BL[:, first : first + of_BL.shape[1]] == of_BL, part), part, 0)
-
-    if document_BL is None:
-        document_BL = jnp.zeros(x.shape[:2], jnp.int32)
-    documents_BL = jnp.pad(document_BL, ((0, 0), (window, 0)))
-    total = bias
-    for tap in range(window + 1):
-        total += same(tap, document_BL).astype(jnp.float32) * weights[..., tap]
-    last_BW = jnp.broadcast_to(document_BL[:, -1:], (x.shape[0], window))
-    return jax.nn.silu(total).astype(x.dtype), same(length, last_BW)
-
-
-def _wide(mask_BL, x):
-    return mask_BL.reshape(*mask_BL.shape, *[1] * (x.ndim - 2))
 
 
 class Mamba2(Mixer):
@@ -90,7 +57,7 @@ class Mamba2(Mixer):
         self.conv_kq = self.named("conv_kq", taps, shared=columns, taps=config.d_conv)
         self.conv_kq_bias = self.named("conv_kq_bias", taps, shared=columns)
         self.dt_bias = self.named("dt_bias", dt, heads=heads)
-        self.a_log = self.named("a_log", log_uniform, heads=heads)
+        self.a_log = self.named("a_log", log_uniform(*A_RANGE), heads=heads)
         self.skip = self.named("skip", ones, heads=heads)
         self.norm = self.named("norm", ones, heads=heads, head_dim=width)
         self.out = self.named("out", out, heads=heads, head_dim=width, embed=d_model)
@@ -151,9 +118,3 @@ class Mamba2(Mixer):
     def fused(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         """B and C."""
         return {"in_kq": (config.n_groups * config.d_state,) * 2}
-
-
-def log_uniform(key, shape, dtype=jnp.float32):
-    """log u, u uniform in A_RANGE."""
-    low, high = A_RANGE
-    return jnp.log(jax.random.uniform(key, shape, dtype, low, high))

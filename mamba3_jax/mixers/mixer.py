@@ -108,7 +108,12 @@ def check_op(config: ModelConfig) -> None:
         raise ValueError(f"{d_inner=} (expand * d_model) is not a positive multiple of {config.head_dim=}")
     if heads % config.n_groups:
         raise ValueError(f"{heads=} is not a multiple of {config.n_groups=}")
-    if config.dt_min > config.dt_max:
-        raise ValueError(f"{config.dt_min=}, {config.dt_max=}: wanted dt_min <= dt_max")
+    check_dt(config)
     if config.implementation and config.implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{config.implementation=} is not '' or one of {sorted(IMPLEMENTATIONS)}")
+
+
+def check_dt(config: ModelConfig) -> None:
+    """Raise ValueError for a range of initial steps that is none."""
+    if config.dt_min > config.dt_max:
+        raise ValueError(f"{config.dt_min=}, {config.dt_max=}: wanted dt_min <= dt_max")

@@ -1,4 +1,4 @@
-"""Initial values (SPEC section 10): those of torch's Linear, and of dt_bias."""
+"""Initial values (SPEC section 10): those of torch's Linear, of dt_bias and of a learned decay."""
 
 import math
 
@@ -23,5 +23,14 @@ def inverse_softplus_dt(dt_min: float, dt_max: float, floor: float):
         log_dt = jax.random.uniform(key, shape, dtype, math.log(dt_min), math.log(dt_max))
         dt = jnp.maximum(jnp.exp(log_dt), floor)
         return dt + jnp.log(-jnp.expm1(-dt))
+
+    return draw
+
+
+def log_uniform(low: float, high: float):
+    """log u, u uniform in [low, high)."""
+
+    def draw(key, shape, dtype=jnp.float32):
+        return jnp.log(jax.random.uniform(key, shape, dtype, low, high))
 
     return draw

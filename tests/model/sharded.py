@@ -14,7 +14,16 @@ from mamba3_jax.sharding import batch_sharding, make_mesh, param_shardings, stat
 from tests.helpers import rel_rms
 
 CONFIG = ModelConfig(
-    vocab_size=32, d_model=16, pattern="MA", d_ff=16, d_state=8, head_dim=8, attn_heads=4, attn_head_dim=4, chunk=4
+    vocab_size=32,
+    d_model=16,
+    pattern="MAG",
+    d_ff=16,
+    d_state=8,
+    head_dim=8,
+    attn_heads=4,
+    attn_head_dim=4,
+    chunk=4,
+    delta_head_dim=4,
 )
 
 

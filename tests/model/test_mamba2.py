@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from mamba3_jax.config import ModelConfig
-from mamba3_jax.mixers.mamba2 import Mamba2, convolve
+from mamba3_jax.mixers.mamba2 import Mamba2
 from mamba3_jax.model import validate
+from mamba3_jax.ops.convolve import convolve
 from mamba3_jax.train.flops import flops_per_token
 from tests.helpers import rel_rms
 

@@ -27,9 +27,9 @@ def test_parameters_are_those_of_the_paper(name):
         assert f"{count / 1e6:.{digits}f}" == MILLIONS[name]
 
 
-def test_baselines_have_as_many_parameters():
-    assert set(PRESETS) == {*EXACT, *MILLIONS, "transformer-180m"}
-    assert abs(parameter_count(PRESETS["transformer-180m"]) / EXACT["siso-180m"] - 1) < 1e-3
+@pytest.mark.parametrize("name", sorted({*PRESETS} - {*EXACT, *MILLIONS}))
+def test_baselines_have_as_many_parameters(name):
+    assert abs(parameter_count(PRESETS[name]) / EXACT["siso-180m"] - 1) < 5e-3
 
 
 def test_one_more_column_of_feed_forward_is_seen():

@@ -37,8 +37,11 @@ def test_letters_and_names_are_the_same_layers():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pattern": "MXM"}, "'X' at layer 1, wanted one of .*'A', 'M'"),
-        ({"pattern": ("mamba3", "rnn")}, "'rnn' at layer 1, wanted one of .*'attention', 'mamba2', 'mamba3'"),
+        ({"pattern": "MXM"}, "'X' at layer 1, wanted one of .*'A', 'G', 'M'"),
+        (
+            {"pattern": ("mamba3", "rnn")},
+            "'rnn' at layer 1, wanted one of .*'attention', 'gated_deltanet', 'mamba2', 'mamba3'",
+        ),
         ({"pattern": ""}, "pattern='' has 0 layers, wanted 1 .. 1024"),
         ({"vocab_size": 0}, "vocab_size=0 is not in 1 .. 16777216"),
         ({"pad_vocab_to": -8}, "pad_vocab_to=-8"),

@@ -35,6 +35,7 @@ def muon_config(pattern="MMAMMA", rank=2, **options) -> Config:
     config = get_config()
     config.optimizer.name = "muon"
     model = {"pattern": pattern, "mimo_rank": rank, "attn_head_dim": 4, "attn_kv_heads": 2, "attn_heads": 4, "d_ff": 24}
+    model |= {"delta_head_dim": 4, "delta_heads": 2}
     for name, value in (model | {"out_norm": True, "n_groups": 2, "tie_embeddings": False} | options).items():
         setattr(config.model, name, value)
     return config
@@ -78,14 +79,14 @@ def flat_matrices(config: Config, name: str, layer):
     width, name = config.model.d_model, name.split("/")[-1]
     if name in ("in_kq_angle", "in_kq"):
         return [part for part in (layer[:, :kq], layer[:, kq : 2 * kq], layer[:, 2 * kq :]) if part.size]
-    if name in ("in_zx", "in_dt_a_trap"):
+    if name in ("in_zx", "in_dt_a_trap", "in_qk", "in_zv", "in_ab"):
         return [layer[:, i].reshape(width, -1) for i in range(layer.shape[1])]
     return [layer.reshape(-1, width) if name == "out" else layer.reshape(width, -1)]
 
 
 def joined(name: str, shape, parts):
     """Invert `flat_matrices`."""
-    if name.endswith(("in_zx", "in_dt_a_trap")):
+    if name.endswith(("in_zx", "in_dt_a_trap", "in_qk", "in_zv", "in_ab")):
         return np.stack([part.reshape(shape[0], *shape[2:]) for part in parts], axis=1)
     return np.concatenate(parts, axis=-1).reshape(shape)
 
@@ -102,7 +103,7 @@ def by_hand(config: Config, name: str, momenta, splits=flat_matrices):
 # Each of the five steps of Newton and Schulz multiplies what is small, roundings of float32 among it, by up to 3.4445.
 ORTHOGONAL = 3.4445**5 * 2**-24
 
-FULL = [pytest.param(options, marks=pytest.mark.full) for options in ({"rank": 0}, {"pattern": "A2", "rank": 0})]
+FULL = [pytest.param(options, marks=pytest.mark.full) for options in ({"rank": 0}, {"pattern": "A2G", "rank": 0})]
 
 
 @pytest.mark.parametrize("options", [{"rank": 2}, *FULL])
@@ -143,7 +144,11 @@ def test_every_matrix_is_orthogonalised_alone(options):
                 wrong = -rate * (by_hand(config, name, momenta, whole) + weight_decay * start[name])
                 assert rel_rms(got[t][name], wrong) > 1e-2, (name, t)
         checked.add(name.split("/")[-1])
-    others = {"q", "k", "v", "in_kq", "in_dt"} if options.get("pattern") else {"in_dt_a_trap", "in_kq_angle"}
+    others = (
+        {"q", "k", "v", "in_kq", "in_dt", "in_qk", "in_zv", "in_ab"}
+        if options.get("pattern")
+        else {"in_dt_a_trap", "in_kq_angle"}
+    )
     assert checked >= others | {"in_zx"}
     assert checked >= {"out", "value", "gate"}
 

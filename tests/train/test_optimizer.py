@@ -83,7 +83,8 @@ def test_updates_are_adamw(clip):
 
 
 def test_decay_mask():
-    config = Config(model=ModelConfig(pattern="M2A", d_model=16, d_state=8, head_dim=8, attn_head_dim=8, d_ff=8))
+    config = Config(model=ModelConfig(pattern="M2AG", d_model=16, d_state=8, head_dim=8, attn_head_dim=8, d_ff=8))
+    config.model.delta_head_dim = 8
     config.model.mimo_rank, config.model.out_norm, config.model.attn_bias, config.model.norm = 2, True, True, "layer"
     config.model.tie_embeddings = False
     mask = jax.tree_util.tree_leaves_with_path(decays(random_params(config)))
@@ -92,6 +93,7 @@ def test_decay_mask():
         *("embedding", "kernel", "value", "gate", "out", "q", "k", "v"),
         *("in_zx", "in_dt_a_trap", "in_kq_angle", "v_rank", "gate_rank", "out_rank"),
         *("in_kq", "in_dt", "conv_x", "conv_kq"),
+        *("in_qk", "in_zv", "in_ab", "conv_q", "conv_k", "conv_v"),
     }
     assert names[False] == {
         *("scale", "bias", "q_bias", "k_bias", "v_bias", "out_bias"),

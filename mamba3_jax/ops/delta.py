@@ -1,0 +1,173 @@
+"""The gated delta rule (Yang et al. 2024, arXiv 2412.06464): token by token, which is the definition, and in chunks."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mamba3_jax.ops.einsum import einsum
+
+CHUNK = 64  # tokens a chunk where nothing is said
+
+
+class Tokens(NamedTuple):
+    """One entry a token."""
+
+    q_BLHN: jax.Array
+    k_BLHN: jax.Array  # of length 1, or steps may grow
+    v_BLHP: jax.Array
+    log_a_BLH: jax.Array  # float32, < 0: log of a step's decay
+    b_BLH: jax.Array  # float32, in (0, 2): how much of what the state has at k the value takes the place of
+    start_BL: jax.Array | None  # true at the first token of a document
+
+
+class Chunk(NamedTuple):
+    """What a chunk is to the state before it, see `chunked`."""
+
+    own_BHQP: jax.Array  # u where h is 0
+    w_BHQN: jax.Array
+    k_BHQN: jax.Array
+    to_end_BHQ: jax.Array  # decay from each token to the chunk's last, 0 of another document than its
+    decay_BH: jax.Array  # of the whole chunk, 0 where a document starts in it
+
+
+def delta(tokens: Tokens, h_BHPN, chunk: int | None = None):
+    """h_t = a_t h_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T,  y_t = h_t q_t.
+
+    Running a sequence in two pieces with the state carried is running it whole; no value and no gradient crosses to
+    another document. Products of float32 are truly so; of bfloat16 they are summed in float32, as is the state.
+
+    Args:
+        tokens: one entry a token.
+        h_BHPN: float32, what the tokens before left.
+        chunk: tokens a chunk, taken as the power of two from 2 that is not less. Performance only; None: `CHUNK`.
+
+    Returns:
+        y_BLHP in v's dtype, and h after the last token.
+    """
+    if tokens.v_BLHP.shape[1] == 1:
+        return recurrent(tokens, h_BHPN)
+    return chunked(tokens, h_BHPN, chunk or CHUNK)
+
+
+def recurrent(tokens: Tokens, h_BHPN):
+    """Compute `delta` as it is defined, one token after another."""
+    dtype = h_BHPN.dtype
+    product = lambda equation, a, b: jnp.einsum(equation, a, b, precision="highest")  # noqa: E731
+
+    def step(h_BHPN, token: Tokens):
+        q_BHN, k_BHN, v_BHP = (x.astype(dtype) for x in (token.q_BLHN, token.k_BLHN, token.v_BLHP))
+        if token.start_BL is not None:
+            h_BHPN = jnp.where(token.start_BL[:, None, None, None], 0, h_BHPN)
+        h_BHPN = jnp.exp(token.log_a_BLH)[..., None, None] * h_BHPN
+        u_BHP = token.b_BLH[..., None] * (v_BHP - product("bhpn,bhn->bhp", h_BHPN, k_BHN))
+        h_BHPN += u_BHP[..., None] * k_BHN[..., None, :]
+        return h_BHPN, product("bhpn,bhn->bhp", h_BHPN, q_BHN)
+
+    h_BHPN, y_LBHP = jax.lax.scan(step, h_BHPN, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tokens))
+    return jnp.swapaxes(y_LBHP, 0, 1).astype(tokens.v_BLHP.dtype), h_BHPN
+
+
+def chunked(tokens: Tokens, h_BHPN, chunk: int):
+    """Compute `delta` by products of matrices, a chunk of Q tokens at a time (the paper's section 3.3).
+
+    With c_t the sum of log_a up to token t, of its chunk and document, and h the state before the chunk:
+
+        h_t = exp(c_t) h + sum_{s<=t} exp(c_t - c_s) u_s k_s^T,   u_t = b_t (v_t - a_t h_{t-1} k_t)
+
+    Put into each other these are (I + T) u = diag(b) (v - diag(exp(c)) k h^T), T_ts = b_t exp(c_t - c_s) k_t k_s for
+    s < t. So u = (I + T)^-1 diag(b) v - w h^T, w = (I + T)^-1 diag(b exp(c)) k: all but h is known for every chunk at
+    once, and a scan over chunks has two products a step. A document's start cuts the sums; it takes entries out of T.
+    """
+    length, dtype = tokens.v_BLHP.shape[1], tokens.v_BLHP.dtype
+    chunk = 1 << max(min(chunk, length) - 1, 1).bit_length()
+    parts: Tokens = jax.tree.map(lambda x: _split(x, chunk), tokens)
+    q_CBHQN, k_CBHQN, b_CBHQ = parts.q_BLHN, parts.k_BLHN, parts.b_BLH
+    start_CBQ = jnp.zeros((1, 1, chunk), bool) if parts.start_BL is None else parts.start_BL
+    document_CBQ = jnp.cumsum(start_CBQ, axis=-1, dtype=jnp.int32)
+    within_CBQQ = document_CBQ[..., :, None] == document_CBQ[..., None, :]
+    within_CBQQ &= jnp.tril(jnp.ones((chunk, chunk), bool))
+    carried_CBHQ, last_CBHQ = ((document_CBQ == x)[:, :, None] for x in (0, document_CBQ[..., -1:]))
+
+    # Summed over the token's document alone: the gradient of a sum over all before it would cancel there, and not to 0.
+    c_CBHQ = jnp.einsum("cbqs,cbhs->cbhq", within_CBQQ.astype(jnp.float32), parts.log_a_BLH, precision="highest")
+    decay_CBHQQ = jnp.exp(jnp.where(within_CBQQ[:, :, None], c_CBHQ[..., :, None] - c_CBHQ[..., None, :], -jnp.inf))
+    from_start_CBHQ = jnp.where(carried_CBHQ, jnp.exp(c_CBHQ), 0)
+    to_end_CBHQ = jnp.exp(jnp.where(last_CBHQ, c_CBHQ[..., -1:] - c_CBHQ, -jnp.inf))
+
+    kk_CBHQQ = einsum("cbhqn,cbhsn->cbhqs", k_CBHQN, k_CBHQN, dtype=dtype, out=jnp.float32)
+    inverse_CBHQQ = unit_lower_inverse(jnp.tril(b_CBHQ[..., None] * decay_CBHQQ * kk_CBHQQ, -1))
+    of_b_CBHQQ = inverse_CBHQQ * b_CBHQ[..., None, :]
+    own_CBHQP = einsum("cbhqs,cbhsp->cbhqp", of_b_CBHQQ, parts.v_BLHP, dtype=dtype, out=jnp.float32)
+    of_h_CBHQQ = of_b_CBHQQ * from_start_CBHQ[..., None, :]
+    w_CBHQN = einsum("cbhqs,cbhsn->cbhqn", of_h_CBHQQ, k_CBHQN, dtype=dtype)
+
+    def step(h_BHPN, part: Chunk):
+        of_h_BHQP = einsum("bhqn,bhpn->bhqp", part.w_BHQN, h_BHPN, dtype=dtype, out=jnp.float32)
+        u_BHQP = part.own_BHQP - of_h_BHQP
+        u_to_end_BHQP = u_BHQP * part.to_end_BHQ[..., None]
+        added_BHPN = einsum("bhqp,bhqn->bhpn", u_to_end_BHQP, part.k_BHQN, dtype=dtype, out=jnp.float32)
+        after_BHPN = part.decay_BH[..., None, None] * h_BHPN + added_BHPN
+        return after_BHPN, (h_BHPN.astype(dtype), u_BHQP.astype(dtype))
+
+    chunks = Chunk(
+        own_BHQP=own_CBHQP,
+        w_BHQN=w_CBHQN,
+        k_BHQN=k_CBHQN,
+        to_end_BHQ=to_end_CBHQ,
+        decay_BH=from_start_CBHQ[..., -1],
+    )
+    h_BHPN, (h_CBHPN, u_CBHQP) = jax.lax.scan(step, h_BHPN, chunks)
+
+    qk_CBHQQ = einsum("cbhqn,cbhsn->cbhqs", q_CBHQN, k_CBHQN, dtype=dtype, out=jnp.float32)
+    y_CBHQP = einsum("cbhqs,cbhsp->cbhqp", decay_CBHQQ * qk_CBHQQ, u_CBHQP, dtype=dtype, out=jnp.float32)
+    of_h_CBHQP = einsum("cbhqn,cbhpn->cbhqp", q_CBHQN, h_CBHPN, dtype=dtype, out=jnp.float32)
+    y_CBHQP = (y_CBHQP + from_start_CBHQ[..., None] * of_h_CBHQP).astype(dtype)
+    y_BLHP = jnp.moveaxis(y_CBHQP, (0, 2), (1, 3)).reshape(y_CBHQP.shape[1], -1, *h_BHPN.shape[1:3])
+    return y_BLHP[:, :length], h_BHPN
+
+
+def _split(x_BL, chunk: int):
+    """(B, L, H, ...) -> (C, B, H, Q, ...), zeros after the end: b = 0 and log_a = 0 leave the state as it is."""
+    padding = -x_BL.shape[1] % chunk
+    x_BL = jnp.pad(x_BL, [(0, padding if axis == 1 else 0) for axis in range(x_BL.ndim)])
+    x_BCQ = x_BL.reshape(x_BL.shape[0], -1, chunk, *x_BL.shape[2:])
+    return jnp.swapaxes(x_BCQ, 0, 1) if x_BL.ndim == 2 else jnp.moveaxis(x_BCQ, (1, 3), (0, 2))
+
+
+@jax.custom_vjp
+def unit_lower_inverse(lower_QQ):
+    """(I + lower)^-1 of strictly lower triangular (..., Q, Q), Q a power of two, in products of float32.
+
+    From blocks of 1 to ever larger ones: the inverse of [[A, 0], [B, C]] is [[A^-1, 0], [-C^-1 B A^-1, C^-1]]. As good
+    as forward substitution, which is Q steps; powers of `lower` would be fewer products, but lose all digits where keys
+    are alike.
+    """
+    size, half = lower_QQ.shape[-1], 1
+    blocks = jnp.ones((*lower_QQ.shape[:-2], size, 1, 1), lower_QQ.dtype)
+    product = lambda a, b: jnp.matmul(a, b, precision="highest")  # noqa: E731
+    while half < size:
+        pairs = size // (2 * half)
+        cut = lower_QQ.reshape(*lower_QQ.shape[:-2], pairs, 2 * half, pairs, 2 * half)
+        corner = jnp.moveaxis(jnp.diagonal(cut[..., half:, :, :half], axis1=-4, axis2=-2), -1, -3)
+        above, below = blocks[..., 0::2, :, :], blocks[..., 1::2, :, :]
+        corner = -product(below, product(corner, above))
+        top = jnp.concatenate([above, jnp.zeros_like(above)], axis=-1)
+        blocks = jnp.concatenate([top, jnp.concatenate([corner, below], axis=-1)], axis=-2)
+        half *= 2
+    return blocks[..., 0, :, :]
+
+
+def _inverse_fwd(lower_QQ):
+    inverse_QQ = unit_lower_inverse(lower_QQ)
+    return inverse_QQ, inverse_QQ
+
+
+def _inverse_bwd(inverse_QQ, d_QQ):
+    """d lower = -(X^T dX X^T), below the diagonal, X the inverse."""
+    turned_QQ = jnp.swapaxes(inverse_QQ, -1, -2)
+    product = lambda a, b: jnp.matmul(a, b, precision="highest")  # noqa: E731
+    return (jnp.tril(-product(product(turned_QQ, d_QQ), turned_QQ), -1),)
+
+
+unit_lower_inverse.defvjp(_inverse_fwd, _inverse_bwd)
