@@ -124,7 +124,7 @@ def test_the_angle_after_a_million_tokens():
     """1,048,576 times the same increment: within 1e-4 rad, chunks' starts and the last angle."""
     length, angle, dt = 2**20, np.float32(2.1), np.float32(0.37)
     tiles = Tiles(tokens=256, interpret=True)
-    start_BCHS, last_BHS = jax.jit(functools.partial(angle_before_chunks, document_BCQ=None, tiles=tiles))(
+    start_BCHS, last_BHS = jax.jit(functools.partial(angle_before_chunks, document_BC1Q=None, tiles=tiles))(
         jnp.full((1, 1, 1, length), angle), jnp.full((1, 1, length), dt), jnp.zeros((1, 1, 1))
     )
     increment = float(angle) * float(dt)

@@ -29,16 +29,16 @@ class AngleRefs(NamedTuple):
     angle_BHSL: jax.Array  # the H axis may be 1
     dt_BHL: jax.Array
     first_BSH: jax.Array | None  # turns; None: 0
-    document_BCQ: jax.Array | None  # float32; (.., 1, Q)
+    document_BC1Q: jax.Array | None  # float32; (.., 1, Q)
 
 
-def angle_before_chunks(angle_BHSL, dt_BHL, first_BHS, *, document_BCQ, tiles: Tiles):
+def angle_before_chunks(angle_BHSL, dt_BHL, first_BHS, *, document_BC1Q, tiles: Tiles):
     """Return start_BCHS in turns, in [0, 1), and the last angle_BHS in radians, in [0, 2 pi).
 
     Args:
         angle_BHSL: radians per unit dt; the H axis may be 1. Its tokens, and those of dt, as `tokens_last` has them.
         first_BHS: radians; None: 0.
-        document_BCQ: document starts in the chunk up to each token, or None.
+        document_BC1Q: document starts in the chunk up to each token, or None.
     """
     tokens, (of_heads, pairs) = tiles.tokens, angle_BHSL.shape[-3:-1]
     batch, n_heads = dt_BHL.shape[0], dt_BHL.shape[-2]
@@ -47,14 +47,14 @@ def angle_before_chunks(angle_BHSL, dt_BHL, first_BHS, *, document_BCQ, tiles: T
         angle_BHSL=angle_BHSL,
         dt_BHL=dt_BHL,
         first_BSH=None if first_BHS is None else jnp.swapaxes(first_BHS, 1, 2) * INVERSE_TURN,
-        document_BCQ=document_BCQ,
+        document_BC1Q=document_BC1Q,
     )
     of_row = pl.BlockSpec((None, pairs, n_heads), lambda b, c: (b, 0, 0))
     specs = AngleRefs(
         angle_BHSL=chunk_of((of_heads, pairs), tokens, lambda b, c: (b, c, (0, 0))),
         dt_BHL=chunk_of((n_heads,), tokens, lambda b, c: (b, c, (0,))),
         first_BSH=of_row,
-        document_BCQ=pl.BlockSpec((None, None, 1, tokens), lambda b, c: (b, c, 0, 0)),
+        document_BC1Q=pl.BlockSpec((None, None, 1, tokens), lambda b, c: (b, c, 0, 0)),
     )
     specs = present(specs, refs)
     out_specs = [pl.BlockSpec((None, None, pairs, n_heads), lambda b, c: (b, c, 0, 0)), of_row]
@@ -95,8 +95,8 @@ def _angle_kernel(refs: AngleRefs, start_SH, last_SH, turns_2SH, *, tokens: int)
     before = turns_2SH[0], turns_2SH[1]
     start_SH[...] = _fraction(*before)
     same_1Q, none_11 = None, True  # tokens of the last document; whether none starts in the chunk
-    if refs.document_BCQ is not None:
-        document_1Q = refs.document_BCQ[...]
+    if refs.document_BC1Q is not None:
+        document_1Q = refs.document_BC1Q[...]
         last_11 = document_1Q[:, tokens - 1 :]
         same_1Q, none_11 = document_1Q == last_11, last_11 == 0
     pairs, n_heads = start_SH.shape

@@ -76,14 +76,14 @@ class Masks(NamedTuple):
     reaches_1Q: jax.Array | None
 
     @classmethod
-    def load(cls, document_BCQ, grid: Grid):
+    def load(cls, document_BC1Q, grid: Grid):
         """Compute them from the document starts in the chunk up to each token."""
         shape = (grid.tokens, grid.tokens)
         t_QQ, s_QQ = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
         masks = cls(**dict.fromkeys(cls._fields))._replace(within_QQ=t_QQ >= s_QQ, diagonal_QQ=t_QQ == s_QQ)
-        if document_BCQ is None:
+        if document_BC1Q is None:
             return masks
-        document_1Q = document_BCQ[...]
+        document_1Q = document_BC1Q[...]
         document_Q1, last_11 = document_1Q.T, document_1Q[:, grid.tokens - 1 :]
         return masks._replace(
             within_QQ=masks.within_QQ & (document_Q1 == document_1Q),
@@ -193,7 +193,7 @@ def load(refs, scratch, block, grid: Grid) -> Chunk:
     """Load what heads share into `scratch` where the block is the first to need it, and compute a block's own."""
     _load_groups(refs, scratch, block, grid)
     _load_numbers(refs, scratch.scalars_HXQ, block, grid)
-    masks = Masks.load(refs.constants.document_BCQ, grid)
+    masks = Masks.load(refs.constants.document_BC1Q, grid)
     numbers = [scratch.scalars_HXQ[block * grid.heads + head] for head in range(grid.heads)]
     decays = [Decay.load(scalars_XQ, masks, grid) for scalars_XQ in numbers]
     rotations = [None] * grid.heads
@@ -207,7 +207,7 @@ def _load_groups(refs, scratch, block, grid: Grid) -> None:
 
     @pl.when(grid.of_group(block) == 0)
     def _():
-        for x_GNT, ref in ((scratch.q_GNT, refs.operands.q_BLX), (scratch.k_GNT, refs.operands.k_BLX)):
+        for x_GNT, ref in ((scratch.q_GNT, refs.operands.q_BLY), (scratch.k_GNT, refs.operands.k_BLY)):
             for group in range(grid.groups_a_block):
                 x_TN = jnp.concatenate([ref[:, grid.lanes_of(group, r)] for r in range(grid.rank)], axis=0)
                 x_GNT[group] = inwards(x_TN, refs.constants.order_MN, grid)
@@ -227,7 +227,7 @@ def _load_numbers(refs, scalars_HXQ, block, grid: Grid) -> None:
         step = 2.0 ** (math.ceil(math.log2(-STEEPEST * grid.tokens)) - 24)
         log_a_HQ = jnp.maximum(operands.log_a_BHL[...], STEEPEST)
         exact_HQ = jnp.floor(log_a_HQ / step + 0.5) * step
-        within_QQ = Masks.load(refs.constants.document_BCQ, grid).within_QQ.astype(jnp.float32)
+        within_QQ = Masks.load(refs.constants.document_BC1Q, grid).within_QQ.astype(jnp.float32)
         parts = (exact_HQ, log_a_HQ - exact_HQ)
         exact_HQ, rest_HQ = (product(x, within_QQ, NT, grid, dtype=jnp.float32) for x in parts)
         apart = "rest" in grid.scalars
@@ -266,7 +266,7 @@ def _sincos(refs, decays: list, masks: Masks, grid: Grid):
     pieces_XQ = jnp.concatenate([high_XQ, middle_XQ, (low_XQ - middle_XQ) + rest_XQ], axis=0)
     sums_XQ = product(pieces_XQ, masks.within_QQ.astype(jnp.float32), NT, grid, dtype=jnp.bfloat16)
     high_XQ, middle_XQ, rest_XQ = jnp.split(sums_XQ, 3, axis=0)
-    start_XQ = jnp.broadcast_to(refs.constants.start_BCKX[...].T, high_XQ.shape)
+    start_XQ = jnp.broadcast_to(refs.constants.start_BCK1X[...].T, high_XQ.shape)
     if masks.continues_1Q is not None:
         start_XQ = jnp.where(masks.continues_1Q, start_XQ, 0.0)
     high_XQ = high_XQ - jnp.floor(high_XQ)
@@ -324,41 +324,27 @@ def _rotated(x_NT, bias_HRN, chunk: Chunk, head: int):
     return (x_NT if rotation is None else rotation.apply(x_NT)).astype(chunk.grid.dtype)
 
 
-class EpilogueWeights(NamedTuple):
-    """The weights of `epilogue`, of a pack of heads."""
-
-    skip_1X: jax.Array | None
-    gate_rank_RX: jax.Array | None
-    out_rank_RX: jax.Array | None
-    norm_1X: jax.Array | None
-
-    @classmethod
-    def load(cls, weights: PackedWeights, pack: int):
-        """Load those of a pack of the block."""
-        of_pack = lambda ref: None if ref is None else ref[pack]  # noqa: E731
-        return cls(
-            skip_1X=of_pack(weights.skip_WRX),
-            gate_rank_RX=of_pack(weights.gate_rank_WRX),
-            out_rank_RX=of_pack(weights.out_rank_WRX),
-            norm_1X=of_pack(weights.norm_WRX),
-        )
+def epilogue_weights(weights: PackedWeights, pack: int) -> PackedWeights:
+    """Load what `epilogue` reads, of a pack of the block: arrays without the axis W of their names."""
+    read = weights._replace(q_bias_HRN=None, k_bias_HRN=None, v_rank_WRX=None)
+    return jax.tree.map(lambda ref: ref[pack], read)
 
 
-def epilogue(y_TX, x_TX, gate_QX, weights: EpilogueWeights, *, grid: Grid):
+def epilogue(y_TX, x_TX, gate_QX, weights: PackedWeights, *, grid: Grid):
     """Return o = sum over ranks of out_rank norm(y + D x) silu(gate gate_rank), (Q, X), of a pack of heads."""
-    if weights.skip_1X is not None:
-        y_TX = y_TX + weights.skip_1X * x_TX
-    if weights.norm_1X is not None:
+    if weights.skip_WRX is not None:
+        y_TX = y_TX + weights.skip_WRX * x_TX
+    if weights.norm_WRX is not None:
         square_TX = y_TX * y_TX
         sums = [jnp.sum(alone(square_TX, head, grid), axis=1, keepdims=True) for head in range(grid.pack)]
         scales = [lax.rsqrt(sum_T1 / grid.given_width + NORM_EPS) for sum_T1 in sums]
-        y_TX = y_TX * side_by_side(scales, grid.width) * weights.norm_1X
+        y_TX = y_TX * side_by_side(scales, grid.width) * weights.norm_WRX
     out_QX = 0.0
     for r, y_QX in enumerate(of_ranks(y_TX, grid.rank)):
         if gate_QX is not None:
-            gated_QX = gate_QX if weights.gate_rank_RX is None else gate_QX * weights.gate_rank_RX[r : r + 1]
+            gated_QX = gate_QX if weights.gate_rank_WRX is None else gate_QX * weights.gate_rank_WRX[r : r + 1]
             y_QX = y_QX * (gated_QX * jax.nn.sigmoid(gated_QX))
-        if weights.out_rank_RX is not None:
-            y_QX = y_QX * weights.out_rank_RX[r : r + 1]
+        if weights.out_rank_WRX is not None:
+            y_QX = y_QX * weights.out_rank_WRX[r : r + 1]
         out_QX = out_QX + y_QX
     return out_QX

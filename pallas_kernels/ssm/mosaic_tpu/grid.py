@@ -8,6 +8,7 @@ lanes, and so do their states, (N, X).
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ssm.contract import Row, Weights, sizes_of
+from pallas_kernels.ssm.contract import Row, Weights, map_axes, sizes_of
 from pallas_kernels.ssm.mosaic_tpu.config import LANES, Tiles, vmem_limit
 
 
@@ -35,20 +36,20 @@ class PackedWeights(NamedTuple):
 class BlockCarry(NamedTuple):
     """`Carry` as the kernels see it. The state may have another order of N than the kernels, see `Constants`."""
 
-    angle_BKX: jax.Array | None  # radians; K blocks of heads, (.., 1, J S)
+    angle_BK1X: jax.Array | None  # radians; K blocks of heads, X is J S
     h_BHPN: jax.Array | None
 
 
 class Operands(NamedTuple):
     """A row in whole chunks, L = C Q, as the kernels see it, and likewise its gradients. N is a multiple of 128.
 
-    Trailing axes are joined, or tokens are last, see `tokens_last`. q, k, v and gate have the dtype of the products,
-    all else is float32.
+    Trailing axes are joined, to X (H P) or Y (G R N), or tokens are last, see `tokens_last`. q, k, v and gate have the
+    dtype of the products, all else is float32.
     """
 
-    q_BLX: jax.Array  # (.., G R N)
-    k_BLX: jax.Array
-    v_BLX: jax.Array  # (.., H P)
+    q_BLY: jax.Array
+    k_BLY: jax.Array
+    v_BLX: jax.Array
     gate_BLX: jax.Array | None
     angle_BHSL: jax.Array | None  # radians per unit dt; S a multiple of 8; the H axis is 1 where heads share it
     dt_BHL: jax.Array | None
@@ -62,8 +63,8 @@ class Operands(NamedTuple):
 class Constants(NamedTuple):
     """What both kernels read beside `Operands`, and has no gradient."""
 
-    start_BCKX: jax.Array | None  # turns: the angle before every chunk; None: nothing rotates
-    document_BCQ: jax.Array | None  # float32, document starts in the chunk up to each token; (.., 1, Q)
+    start_BCK1X: jax.Array | None  # turns: the angle before every chunk; None: nothing rotates
+    document_BC1Q: jax.Array | None  # float32, document starts in the chunk up to each token
     order_MN: jax.Array | None  # a one where in the kernels an entry of N goes; None: where it is
 
 
@@ -215,96 +216,36 @@ class Grid:
     def groups_a_block(self) -> int:
         return max(1, self.heads // self.heads_a_group)
 
-    def blocks_of(self, operands: Operands) -> Operands:
-        """Return the block of every operand; those of `before` are left to the kernel."""
-        of_groups, of_heads, of_numbers = self.of_groups(), self.of_heads(), self._of_numbers()
-        blocks = Operands(
-            q_BLX=of_groups,
-            k_BLX=of_groups,
-            v_BLX=of_heads,
-            gate_BLX=of_heads,
-            angle_BHSL=self._of_angles(),
-            dt_BHL=of_numbers,
-            log_a_BHL=of_numbers,
-            gamma_BHL=of_numbers,
-            kappa_BHL=of_numbers,
-            before=None,
-            weights=jax.tree.map(self._of_weights, operands.weights),
-        )
-        return present(blocks, operands)
+    def spec(self, axes: str, array, *, written: bool) -> pl.BlockSpec:
+        """Return the block of an array that a grid step sees, from the letters of its axes.
 
-    def constant_blocks(self, constants: Constants) -> Constants:
-        """Return the block of every constant."""
-        of_start = (None, None, None, 1, self.heads * self.pairs)
-        blocks = Constants(
-            start_BCKX=self._spec(of_start, lambda b, c, j: (b, c, j, 0, 0)),
-            document_BCQ=self._spec((None, None, 1, self.tokens), lambda b, c, j: (b, c, 0, 0)),
-            order_MN=pl.BlockSpec((self.d_state, self.d_state), lambda b, c, j: (0, 0)),
-        )
-        return present(blocks, constants)
+        What a row has once is read in its first steps, and later steps stay at the last block; it is written in its
+        last steps, and earlier ones stay at the first block: both at no cost.
+        """
+        cut = {"B": None, "C": None, "K": None, "L": self.tokens, "H": self.heads, "W": self.packs}
+        if axes == "BLX":
+            cut["X"] = self.heads * self.width
+        if axes == "BLY":
+            cut["Y"] = self.groups_a_block * self.rank * self.d_state
+        if axes == "BHL" or (axes == "BHSL" and self.shared_angle):  # those of all heads, fetched once a chunk
+            del cut["H"]
+        if array.ndim > len(axes):  # `tokens_last` cut in chunks, or sums over a row for weights
+            axes = f"BC{axes[1:-1]}Q" if axes[-1] == "L" else f"B{axes}"
 
-    def of_groups(self):
-        """Return the block of q and k: (B, L, G R N)."""
-        lanes = self.groups_a_block * self.rank * self.d_state
-        return self._spec((None, self.tokens, lanes), lambda b, c, j: (b, c, lax.div(j, self.blocks_a_group)))
+        def index(b, step, j):
+            if "B" in axes and not {"C", "L"} & {*axes}:
+                j = jnp.where(step == self.last, j, 0) if written else jnp.where(step == 0, j, self.blocks - 1)
 
-    def of_heads(self):
-        """Return the block of v, gate and the output: (B, L, H P)."""
-        return self._spec((None, self.tokens, self.heads * self.width), lambda b, c, j: (b, c, j))
+            def place(axis: str):
+                if axis not in cut:
+                    return 0
+                if axis in "CL":
+                    return self.last - step if self.backwards else step
+                return b if axis == "B" else lax.div(j, self.blocks_a_group) if axis == "Y" else j
 
-    def of_states(self):
-        """Return the block of the states before every chunk: (B, C, W, N, X)."""
-        return self._spec((None, None, self.packs, self.d_state, self.lanes), lambda b, c, j: (b, c, j, 0, 0))
+            return tuple(map(place, axes))
 
-    def _spec(self, block, index):
-        if self.backwards:
-            return pl.BlockSpec(block, lambda b, step, j: index(b, self.last - step, j))
-        return pl.BlockSpec(block, index)
-
-    def _tokens_last(self, *sizes: int, index):
-        return chunk_of(sizes, self.tokens, lambda b, c, j: (b, self.last - c if self.backwards else c, index(j)))
-
-    def _of_angles(self):
-        shared = self.shared_angle
-        return self._tokens_last(1 if shared else self.heads, self.pairs, index=lambda j: (0 if shared else j, 0))
-
-    def _of_numbers(self):
-        """Return the block of dt and others: those of all heads, fetched once a chunk."""
-        return self._tokens_last(self.n_heads, index=lambda j: (0,))
-
-    def _of_weights(self, array_XRX):
-        count, *sizes = array_XRX.shape  # of heads, or of packs
-        return pl.BlockSpec((count // self.blocks, *sizes), lambda b, c, j: (j, 0, 0))
-
-    def before(self, carry: BlockCarry) -> BlockCarry:
-        """Return blocks that are read in the first steps of a row; later steps stay at the last one, at no cost."""
-        last = self.blocks - 1
-        return self._of_carry(carry, lambda step, j: jnp.where(step == 0, j, last))
-
-    def after(self, carry: BlockCarry) -> BlockCarry:
-        """Return blocks that are written in the last steps of a row; earlier steps stay at the first one."""
-        return self._of_carry(carry, self._at_the_end)
-
-    def sums(self, array_BXRX):
-        """Return the block of the sum over a row for weights, (B, ..), written as `after`."""
-        _, count, *sizes = array_BXRX.shape
-        index = lambda b, step, j: (b, self._at_the_end(step, j), 0, 0)  # noqa: E731
-        return pl.BlockSpec((None, count // self.blocks, *sizes), index)
-
-    def _at_the_end(self, step, j):
-        return jnp.where(step == self.last, j, 0)
-
-    def _of_carry(self, carry: BlockCarry, block) -> BlockCarry:
-        index = lambda b, step, j: (b, block(step, j), 0, 0)  # noqa: E731
-        blocks = BlockCarry(
-            angle_BKX=pl.BlockSpec((None, None, 1, self.heads * self.pairs), index),
-            h_BHPN=pl.BlockSpec((None, self.heads, self.width, self.d_state), index),
-        )
-        return present(blocks, carry)
-
-    def state_shape(self) -> jax.ShapeDtypeStruct:
-        """Return that of the state after the row: (B, H, P, N)."""
-        return jax.ShapeDtypeStruct((self.batch, self.n_heads, self.width, self.d_state), jnp.float32)
+        return pl.BlockSpec(tuple(cut.get(axis, size) for axis, size in zip(axes, array.shape, strict=True)), index)
 
     def numbers(self):
         """Return VMEM for what is one number a token and head: `scalars`."""
@@ -324,9 +265,9 @@ class Grid:
             return None
         return angle_HS.reshape(*angle_HS.shape[:-2], self.blocks, 1, self.heads * self.pairs)
 
-    def of_heads_again(self, angle_BKX):
+    def of_heads_again(self, angle_BK1X):
         """Take back `of_blocks`."""
-        return None if angle_BKX is None else angle_BKX.reshape(self.batch, self.n_heads, self.pairs)
+        return None if angle_BK1X is None else angle_BK1X.reshape(self.batch, self.n_heads, self.pairs)
 
     def packed(self, array_HRP):
         """Lays the heads of a pack side by side: (H, R, P) as (W, R, X)."""
@@ -358,10 +299,10 @@ class Grid:
         last = lambda x: tokens_last(x, self.tokens)  # noqa: E731
         before = row.before
         if before is not None:
-            before = BlockCarry(angle_BKX=self.of_blocks(before.angle_BHS), h_BHPN=before.h_BHPN)
+            before = BlockCarry(angle_BK1X=self.of_blocks(before.angle_BHS), h_BHPN=before.h_BHPN)
         return Operands(
-            q_BLX=flat(jnp.swapaxes(row.q_BLRGN, 2, 3)),
-            k_BLX=flat(jnp.swapaxes(row.k_BLRGN, 2, 3)),
+            q_BLY=flat(jnp.swapaxes(row.q_BLRGN, 2, 3)),
+            k_BLY=flat(jnp.swapaxes(row.k_BLRGN, 2, 3)),
             v_BLX=flat(row.v_BLHP),
             gate_BLX=flat(row.gate_BLHP),
             angle_BHSL=last(row.angle_BLHS),
@@ -406,12 +347,16 @@ class Grid:
         held = of_tokens * self.tokens**2 + of_rows * self.rows**2 + columns * self.rows * self.d_state
         return held * (6 if self.dtype == jnp.float32 else 5)
 
-    def call(self, kernel, name: str, refs, *, specs, out, out_specs, scratch):
+    def call(self, kernel, name: str, refs, *, out, scratch):
         """Run `kernel(refs, out, scratch)`, all of them trees, over the grid; `out` are the shapes of the results.
 
         Raises:
             ValueError: more VMEM than there is.
         """
+        specs, out_specs = (
+            map_axes(functools.partial(self.spec, written=written), tree)
+            for tree, written in ((refs, False), (out, True))
+        )
         held = {"arrays": (refs, out), "specs": (specs, out_specs), "scratch": scratch}
         limit = vmem_limit(name, self.tiles, self.intermediates(), **held)
         (result,) = pl.pallas_call(

@@ -76,15 +76,15 @@ def scan(row: Row, rotation: str, *, interpret=None, chunk: int | None = None, t
         order_NM = order_matrix(order)
         reordered = lambda bias_HRN: jnp.matmul(bias_HRN, order_NM, precision="highest")  # noqa: E731
         row, order_MN = row._replace(weights=ordered(row.weights, reordered)), order_NM.T.astype(dtype)
-    document_BCQ = documents(row.start_BL, tiles.tokens)
-    if document_BCQ is not None:
-        document_BCQ = document_BCQ.astype(jnp.float32).reshape(size["B"], -1, 1, tiles.tokens)
+    document_BC1Q = documents(row.start_BL, tiles.tokens)
+    if document_BC1Q is not None:
+        document_BC1Q = document_BC1Q.astype(jnp.float32).reshape(size["B"], -1, 1, tiles.tokens)
     grid = Grid.of(row, size, tiles)
-    results = mamba3(grid.operands(row), document_BCQ, order_MN, grid)
+    results = mamba3(grid.operands(row), document_BC1Q, order_MN, grid)
     k_BGRN = results.k_BX.reshape(size["B"], size["G"], size["R"], -1)
     scanned = Scanned(
         o_BLHP=results.o_BLX.reshape(row.v_BLHP.shape).astype(v_dtype),
-        after=Carry(angle_BHS=grid.of_heads_again(results.after.angle_BKX), h_BHPN=results.after.h_BHPN),
+        after=Carry(angle_BHS=grid.of_heads_again(results.after.angle_BK1X), h_BHPN=results.after.h_BHPN),
         k_BRGN=jnp.swapaxes(k_BGRN, 1, 2).astype(k_dtype),
         v_BHP=results.v_BX.reshape(size["B"], size["H"], -1).astype(v_dtype),
     )
@@ -118,33 +118,33 @@ def unsupported(inputs: Row | Token) -> str | None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def mamba3(operands: Operands, document_BCQ, order_MN, grid: Grid) -> Results:
+def mamba3(operands: Operands, document_BC1Q, order_MN, grid: Grid) -> Results:
     """Run the kernels; the last two arrays are as in `Constants`."""
-    return _forward(operands, document_BCQ, order_MN, grid, residuals=False)[0]
+    return _forward(operands, document_BC1Q, order_MN, grid, residuals=False)[0]
 
 
-def _forward(operands: Operands, document_BCQ, order_MN, grid: Grid, *, residuals: bool):
+def _forward(operands: Operands, document_BC1Q, order_MN, grid: Grid, *, residuals: bool):
     start_BCHS = angle_BHS = None
     if grid.pairs:
-        before_BKX = None if operands.before is None else operands.before.angle_BKX
+        before_BK1X = None if operands.before is None else operands.before.angle_BK1X
         start_BCHS, angle_BHS = angle_before_chunks(
             operands.angle_BHSL,
             operands.dt_BHL,
-            grid.of_heads_again(before_BKX),
-            document_BCQ=document_BCQ,
+            grid.of_heads_again(before_BK1X),
+            document_BC1Q=document_BC1Q,
             tiles=grid.tiles,
         )
-    constants = Constants(start_BCKX=grid.of_blocks(start_BCHS), document_BCQ=document_BCQ, order_MN=order_MN)
+    constants = Constants(start_BCK1X=grid.of_blocks(start_BCHS), document_BC1Q=document_BC1Q, order_MN=order_MN)
     out = scan_fwd.forward(operands, constants, grid, residuals=residuals)
     # Of the arrays as they lie in memory: or XLA for TPU copies all of them into another order.
-    k_BX, v_BX = (x_BLX[:, grid.given_length - 1] for x_BLX in (operands.k_BLX, operands.v_BLX))
-    after = BlockCarry(angle_BKX=grid.of_blocks(angle_BHS), h_BHPN=out.after.h_BHPN)
+    k_BX, v_BX = (x_BLX[:, grid.given_length - 1] for x_BLX in (operands.k_BLY, operands.v_BLX))
+    after = BlockCarry(angle_BK1X=grid.of_blocks(angle_BHS), h_BHPN=out.after.h_BHPN)
     return Results(o_BLX=out.o_BLX, after=after, k_BX=k_BX, v_BX=v_BX), (constants, out.h_BCWNX)
 
 
-def _fwd(operands: Operands, document_BCQ, order_MN, grid: Grid):
-    operands, document_BCQ, order_MN = jax.tree.map(lambda primal: primal.value, (operands, document_BCQ, order_MN))
-    results, (constants, h_BCWNX) = _forward(operands, document_BCQ, order_MN, grid, residuals=True)
+def _fwd(operands: Operands, document_BC1Q, order_MN, grid: Grid):
+    operands, document_BC1Q, order_MN = jax.tree.map(lambda primal: primal.value, (operands, document_BC1Q, order_MN))
+    results, (constants, h_BCWNX) = _forward(operands, document_BC1Q, order_MN, grid, residuals=True)
     return results, (operands, constants, checkpoint_name(h_BCWNX, "ssm_states"))
 
 
@@ -160,8 +160,8 @@ def _bwd(grid: Grid, residuals, cotangents: Results):
         """Add the last token's in place: the sum with zeros for all others would be one more pass over them."""
         return dx_BLX if more_BX is None else dx_BLX.at[:, grid.given_length - 1].add(more_BX)
 
-    dk_BLX, dv_BLX = with_last(d.k_BLX, cotangents.k_BX), with_last(d.v_BLX, cotangents.v_BX)
-    return d._replace(k_BLX=dk_BLX, v_BLX=dv_BLX), None, None
+    dk_BLX, dv_BLX = with_last(d.k_BLY, cotangents.k_BX), with_last(d.v_BLX, cotangents.v_BX)
+    return d._replace(k_BLY=dk_BLX, v_BLX=dv_BLX), None, None
 
 
 mamba3.defvjp(_fwd, _bwd, symbolic_zeros=True)

@@ -33,7 +33,6 @@ from pallas_kernels.ssm.mosaic_tpu.chunk import (
     NT,
     TN,
     Chunk,
-    EpilogueWeights,
     Masks,
     alone,
     of_ranks,
@@ -96,20 +95,9 @@ def backward(operands: Operands, constants: Constants, h_BCWNX, grid: Grid, *, d
         do_BLX=do_BLX,
         dafter=dafter,
     )
-    specs = BwdRefs(
-        operands=grid.blocks_of(operands),
-        constants=grid.constant_blocks(constants),
-        h_BCWNX=grid.of_states(),
-        do_BLX=grid.of_heads(),
-        dafter=grid.before(dafter),
-    )
     out = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), operands)
     of_rows = lambda array: jax.ShapeDtypeStruct((grid.batch, *array.shape), jnp.float32)  # noqa: E731
     out = out._replace(weights=jax.tree.map(of_rows, operands.weights))
-    out_specs = specs.operands._replace(
-        before=None if out.before is None else grid.after(out.before),
-        weights=jax.tree.map(grid.sums, out.weights),
-    )
     vmem = lambda *sizes: pltpu.VMEM(sizes, jnp.float32) if all(sizes) else None  # noqa: E731
     of_angles = grid.heads * grid.pairs  # 0: nothing rotates
     scratch = BwdScratch(
@@ -125,7 +113,7 @@ def backward(operands: Operands, constants: Constants, h_BCWNX, grid: Grid, *, d
         dweights=jax.tree.map(lambda array: vmem(*array.shape), operands.weights),
     )
     kernel, name = functools.partial(_kernel, grid=grid), "mamba3_tpu_scan_back"
-    d = grid.call(kernel, name, refs, specs=specs, out=out, out_specs=out_specs, scratch=scratch)
+    d = grid.call(kernel, name, refs, out=out, scratch=scratch)
     return d._replace(weights=jax.tree.map(lambda dweight: jnp.sum(dweight, axis=0), d.weights))
 
 
@@ -138,7 +126,7 @@ def _kernel(refs: BwdRefs, out: Operands, scratch: BwdScratch, *, grid: Grid):
     def _():
         chunks.load_states(scratch.dh_WNX, refs.dafter.h_BHPN, constants.order_MN, block=block, grid=grid)
         if grid.pairs:
-            dphi_ref, zeros_X1 = refs.dafter.angle_BKX, jnp.zeros(scratch.dphi_KX1.shape[1:], jnp.float32)
+            dphi_ref, zeros_X1 = refs.dafter.angle_BK1X, jnp.zeros(scratch.dphi_KX1.shape[1:], jnp.float32)
             scratch.dphi_KX1[block] = zeros_X1 if dphi_ref is None else dphi_ref[...].T
 
         def clear(ref, sum_ref):
@@ -171,13 +159,13 @@ def _kernel(refs: BwdRefs, out: Operands, scratch: BwdScratch, *, grid: Grid):
 
     @pl.when(block == grid.blocks - 1)
     def _():
-        within_QQ = Masks.load(constants.document_BCQ, grid).within_QQ.astype(jnp.float32)
+        within_QQ = Masks.load(constants.document_BC1Q, grid).within_QQ.astype(jnp.float32)
         dlog_a_HQ = product(scratch.dc_HQ[...], within_QQ, NN, grid, dtype=jnp.float32)
         out.log_a_BHL[...] = jnp.where(operands.log_a_BHL[...] > STEEPEST, dlog_a_HQ, 0.0)
 
     @pl.when(of_group == grid.blocks_a_group - 1)
     def _():
-        for ref, sum_ref in ((out.q_BLX, scratch.dq_GNT), (out.k_BLX, scratch.dk_GNT)):
+        for ref, sum_ref in ((out.q_BLY, scratch.dq_GNT), (out.k_BLY, scratch.dk_GNT)):
             for group in range(grid.groups_a_block):
                 for r, dx_NQ in enumerate(of_ranks(sum_ref[group], grid.rank, 1)):
                     dx_QN = chunks.outwards(dx_NQ.astype(ref.dtype), constants.order_MN, grid)
@@ -187,8 +175,8 @@ def _kernel(refs: BwdRefs, out: Operands, scratch: BwdScratch, *, grid: Grid):
     def _():
         if out.before is not None:
             chunks.store_states(out.before.h_BHPN, scratch.dh_WNX, constants.order_MN, block=block, grid=grid)
-            if out.before.angle_BKX is not None:
-                out.before.angle_BKX[...] = scratch.dphi_KX1[block].T
+            if out.before.angle_BK1X is not None:
+                out.before.angle_BK1X[...] = scratch.dphi_KX1[block].T
 
         def store(ref, sum_ref):
             ref[...] = sum_ref[of_block(ref)]
@@ -225,7 +213,7 @@ def _pack(pack: int, chunk: Chunk, *, refs: BwdRefs, out: Operands, scratch: Bwd
     read_TX = by_head(reads)
     y_TX = by_head(within) + from_start_TX * read_TX
     of_epilogue = functools.partial(chunks.epilogue, grid=grid)
-    _, pull = jax.vjp(of_epilogue, y_TX, x_TX, gate_QX, EpilogueWeights.load(weights, pack))
+    _, pull = jax.vjp(of_epilogue, y_TX, x_TX, gate_QX, chunks.epilogue_weights(weights, pack))
     dy_TX, dx_TX, dgate_QX, depilogue = pull(refs.do_BLX[:, of_pack].astype(jnp.float32))
     if dgate_QX is not None:
         out.gate_BLX[:, of_pack] = dgate_QX.astype(out.gate_BLX.dtype)
@@ -258,16 +246,12 @@ def _pack(pack: int, chunk: Chunk, *, refs: BwdRefs, out: Operands, scratch: Bwd
         dv_QX = sum(dx_QX * v_rank_RX[r : r + 1] for r, dx_QX in enumerate(by_rank))
         dv_rank_RX = jnp.concatenate([jnp.sum(dx_QX * v_QX, axis=0, keepdims=True) for dx_QX in by_rank], axis=0)
     out.v_BLX[:, of_pack] = dv_QX.astype(out.v_BLX.dtype)
-    of_pack_weights = (
-        (scratch.dweights.skip_WRX, depilogue.skip_1X),
-        (scratch.dweights.v_rank_WRX, dv_rank_RX),
-        (scratch.dweights.gate_rank_WRX, depilogue.gate_rank_RX),
-        (scratch.dweights.out_rank_WRX, depilogue.out_rank_RX),
-        (scratch.dweights.norm_WRX, depilogue.norm_1X),
-    )
-    for sum_ref, more in of_pack_weights:
-        if more is not None:
-            sum_ref[index] += more
+
+    def add(sum_ref, more):
+        sum_ref[index] += more
+
+    sums = scratch.dweights._replace(q_bias_HRN=None, k_bias_HRN=None)
+    jax.tree.map(add, sums, depilogue._replace(v_rank_WRX=dv_rank_RX))
 
     outgoing_TX, incoming_TX = over_ranks(x_TX * later_TX, rank), over_ranks(of_start_dy_TX * read_TX, rank)
     inner_1X = jnp.sum(dh_NX * h_NX, axis=0, keepdims=True) * chunk_decay_1X  # e^(c_T) <dh, h>

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.ssm.mosaic_tpu import chunk as chunks
-from pallas_kernels.ssm.mosaic_tpu.chunk import NN, EpilogueWeights, product, ranks, side_by_side
+from pallas_kernels.ssm.mosaic_tpu.chunk import NN, product, ranks, side_by_side
 from pallas_kernels.ssm.mosaic_tpu.grid import BlockCarry, Constants, Grid, Operands
 
 
@@ -47,31 +47,16 @@ class ScanScratch(NamedTuple):
 
 def forward(operands: Operands, constants: Constants, grid: Grid, *, residuals: bool) -> ScanOutputs:
     """Run the kernel; the states before every chunk are None unless they are wanted as `residuals`."""
-    before = BlockCarry(angle_BKX=None, h_BHPN=None if operands.before is None else operands.before.h_BHPN)
+    before = BlockCarry(angle_BK1X=None, h_BHPN=None if operands.before is None else operands.before.h_BHPN)
     refs = ScanRefs(operands=operands._replace(before=None), constants=constants, before=before)
-    states = grid.states()
+    states, of_row = grid.states(), (grid.batch, grid.n_heads, grid.width, grid.d_state)
     out = ScanOutputs(
         o_BLX=jax.ShapeDtypeStruct(operands.v_BLX.shape, operands.v_BLX.dtype),
-        after=BlockCarry(angle_BKX=None, h_BHPN=grid.state_shape()),
+        after=BlockCarry(angle_BK1X=None, h_BHPN=jax.ShapeDtypeStruct(of_row, jnp.float32)),
         h_BCWNX=jax.ShapeDtypeStruct((grid.batch, grid.chunks, *states.shape), grid.dtype) if residuals else None,
     )
-    return grid.call(
-        functools.partial(_kernel, grid=grid),
-        "mamba3_tpu_scan",
-        refs,
-        specs=ScanRefs(
-            operands=grid.blocks_of(operands),
-            constants=grid.constant_blocks(constants),
-            before=grid.before(before),
-        ),
-        out=out,
-        out_specs=ScanOutputs(
-            o_BLX=grid.of_heads(),
-            after=grid.after(out.after),
-            h_BCWNX=grid.of_states() if residuals else None,
-        ),
-        scratch=ScanScratch(h_WNX=states, q_GNT=grid.columns(), k_GNT=grid.columns(), scalars_HXQ=grid.numbers()),
-    )
+    scratch = ScanScratch(h_WNX=states, q_GNT=grid.columns(), k_GNT=grid.columns(), scalars_HXQ=grid.numbers())
+    return grid.call(functools.partial(_kernel, grid=grid), "mamba3_tpu_scan", refs, out=out, scratch=scratch)
 
 
 def _kernel(refs: ScanRefs, out: ScanOutputs, scratch: ScanScratch, *, grid: Grid):
@@ -110,7 +95,7 @@ def _kernel(refs: ScanRefs, out: ScanOutputs, scratch: ScanScratch, *, grid: Gri
         h_WNX[first + pack] = by_head([decay.chunk_decay() for decay in decays]) * h_NX + by_head(after)
 
         gate_QX = None if operands.gate_BLX is None else operands.gate_BLX[:, of_pack].astype(jnp.float32)
-        o_QX = chunks.epilogue(y_TX, x_TX, gate_QX, EpilogueWeights.load(weights, pack), grid=grid)
+        o_QX = chunks.epilogue(y_TX, x_TX, gate_QX, chunks.epilogue_weights(weights, pack), grid=grid)
         out.o_BLX[:, of_pack] = o_QX.astype(out.o_BLX.dtype)
 
     @pl.when(step == grid.last)
