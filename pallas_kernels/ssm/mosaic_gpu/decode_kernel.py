@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssm.contract import NORM_EPS, Stepped, Token
+from pallas_kernels.ssm.contract import NORM_EPS, Stepped, Token, map_axes
 from pallas_kernels.ssm.mosaic_gpu.tiles import COLUMN, LANES, ROW, TILE, WARPS, WIDTH, across, down, fragments, load
 
 
@@ -27,25 +27,6 @@ class StepShared(NamedTuple):
     scale_RP: jax.Array | None  # what y is multiplied by: weights of norm and rank, gate
 
 
-class Loaded(NamedTuple):
-    """Registers, a rank a warp; float32."""
-
-    angle_S: jax.Array | None  # before the token; these two are the same in all warps
-    rate_S: jax.Array | None  # this token's angle per unit dt
-    q_RN: jax.Array  # these five as `split_pairs` wants them
-    k_RN: jax.Array
-    q_bias_RN: jax.Array | None
-    k_bias_RN: jax.Array | None
-    before_k_RN: jax.Array | None
-    v_P: jax.Array  # these four are the same in all warps
-    before_v_P: jax.Array | None
-    gate_P: jax.Array | None
-    norm_P: jax.Array | None
-    v_rank_RP: jax.Array | None
-    gate_rank_RP: jax.Array | None
-    out_rank_RP: jax.Array | None
-
-
 class StepProgram:
     """One head of one row."""
 
@@ -56,6 +37,7 @@ class StepProgram:
         self.width, self.interpret = width, interpret  # P without its padding
         self.rank, self.d_state = shared.q_RN.shape
         self.b, self.h = lax.axis_index("row"), lax.axis_index("head")
+        self.group = lax.div(self.h, jnp.int32(refs.last.h_BHPN.shape[1] // refs.q_BRGN.shape[2]))
         self.goes_on = None if refs.start_B is None else refs.start_B[self.b] == 0
         self.by_rank = ranks_of_warps(self.rank)
         self.ranks = slice(None) if self.rank > 1 else 0  # jax 0.10 has no (1, N) with strides
@@ -69,7 +51,7 @@ class StepProgram:
         a = jnp.exp(log_a)
         loaded = self.loaded()
         if dt is not None:
-            angle_S = within_a_turn(self.unless_start(loaded.angle_S) + dt * loaded.rate_S)
+            angle_S = within_a_turn(self.unless_start(loaded.last.angle_BHS) + dt * loaded.angle_BHS)
             pairs = pl.ds(0, angle_S.shape[0])
             shared.sin_M.at[pairs][...], shared.cos_M.at[pairs][...] = sine_and_cosine(angle_S)
         self.values(loaded, None if beta is None else a * beta, gamma)
@@ -82,7 +64,7 @@ class StepProgram:
         if beta is not None:
             k_RN = jnp.sum(k_RN, axis=0) if self.rank == 1 else k_RN
             out.last.k_BRHN.at[self.b, self.ranks, self.h][...] = k_RN.astype(out.last.k_BRHN.dtype)
-            out.last.v_BHP.at[*at][...] = loaded.v_P.astype(out.last.v_BHP.dtype)
+            out.last.v_BHP.at[*at][...] = loaded.v_BHP.astype(out.last.v_BHP.dtype)
 
         plgpu.barrier_wait(self.arrived)
         h_PN = self.updated(a)
@@ -93,70 +75,48 @@ class StepProgram:
         self.epilogue()
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def loaded(self) -> Loaded:
-        """Load everything but the state at once, before anything is stored: there is one wait for all."""
-        refs, b, h = self.refs, self.b, self.h
-        in_pairs, by_rank = layout_of_pairs(self.rank, self.rotation), self.by_rank
-        group = lax.div(h, jnp.int32(refs.last.h_BHPN.shape[1] // refs.q_BRGN.shape[2]))
+    def loaded(self) -> Token:
+        """Load everything but the state and single numbers at once, before anything is stored: there is one wait."""
+        numbers = dict.fromkeys(("dt_BH", "log_a_BH", "gamma_BH", "beta_BH", "start_B"))
+        last, weights = self.refs.last._replace(h_BHPN=None), self.refs.weights._replace(skip_H=None)
+        return map_axes(self.load, self.refs._replace(last=last, weights=weights, **numbers))
 
-        def load_as(layout, ref, at):
-            if ref is None:
-                return None
-            return load(ref.at[at], layout, self.interpret, optimized=False).astype(jnp.float32)
+    def load(self, axes: str, ref):
+        """Load what is of the program's row, head and group, float32: a rank a warp; what ranks share, in all warps."""
+        layout = layout_of_pairs(self.rank, self.rotation) if axes[-1] == "N" else self.by_rank
+        of_ranks = "R" in axes
+        shared = axes[1] == "H" and ref.shape[1] == 1  # an angle
+        places = {"B": self.b, "H": 0 if shared else self.h, "G": self.group, "R": self.ranks}
+        at = tuple(places[axis] for axis in axes[:-1])
+        of_row = spread(ref.shape[-1]) if axes[-1] == "S" else layout.reduce(0)
+        row_layout = layout if of_ranks and self.rank > 1 else of_row
+        x = load(ref.at[at], row_layout, self.interpret, optimized=False).astype(jnp.float32)
+        return self.laid(across(x, 1), layout) if of_ranks and self.rank == 1 else x
 
-        def load_ranks(layout, ref, at):
-            if self.rank > 1:
-                return load_as(layout, ref, at)
-            row = load_as(layout.reduce(0), ref, at)
-            return None if row is None else self.laid(across(row, 1), layout)
-
-        angle_S = rate_S = None
-        if refs.angle_BHS is not None:
-            angle_head, of_pairs = 0 if refs.angle_BHS.shape[1] == 1 else h, spread(refs.last.angle_BHS.shape[-1])
-            angle_S = load_as(of_pairs, refs.last.angle_BHS, (b, h))
-            rate_S = load_as(of_pairs, refs.angle_BHS, (b, angle_head))
-        weights = refs.weights
-        return Loaded(
-            angle_S=angle_S,
-            rate_S=rate_S,
-            q_RN=load_ranks(in_pairs, refs.q_BRGN, (b, self.ranks, group)),
-            k_RN=load_ranks(in_pairs, refs.k_BRGN, (b, self.ranks, group)),
-            q_bias_RN=load_ranks(in_pairs, weights.q_bias_HRN, (h, self.ranks)),
-            k_bias_RN=load_ranks(in_pairs, weights.k_bias_HRN, (h, self.ranks)),
-            before_k_RN=load_ranks(in_pairs, refs.last.k_BRHN, (b, self.ranks, h)),
-            v_P=load_as(by_rank.reduce(0), refs.v_BHP, (b, h)),
-            before_v_P=load_as(by_rank.reduce(0), refs.last.v_BHP, (b, h)),
-            gate_P=load_as(by_rank.reduce(0), refs.gate_BHP, (b, h)),
-            norm_P=load_as(by_rank.reduce(0), weights.norm_HP, (h,)),
-            v_rank_RP=load_ranks(by_rank, weights.v_rank_HRP, (h, self.ranks)),
-            gate_rank_RP=load_ranks(by_rank, weights.gate_rank_HRP, (h, self.ranks)),
-            out_rank_RP=load_ranks(by_rank, weights.out_rank_HRP, (h, self.ranks)),
-        )
-
-    def values(self, loaded: Loaded, beta, gamma):
+    def values(self, loaded: Token, beta, gamma):
         """Store what goes into the state, w X of every source, and what goes past it, D X."""
         shared, skip_H = self.shared, self.refs.weights.skip_H
-        x_RP = times(self.all_ranks(loaded.v_P), loaded.v_rank_RP)
+        x_RP = times(self.all_ranks(loaded.v_BHP), loaded.weights.v_rank_HRP)
         if beta is not None:
-            before_x_RP = times(self.all_ranks(self.unless_start(loaded.before_v_P)), loaded.v_rank_RP)
+            before_x_RP = times(self.all_ranks(self.unless_start(loaded.last.v_BHP)), loaded.weights.v_rank_HRP)
             shared.x_JP.at[pl.ds(0, self.rank)][...] = beta * before_x_RP
         shared.x_JP.at[self.this_token()][...] = gamma * x_RP
         if skip_H is not None:
             shared.skip_RP[...] = skip_H[self.h].astype(jnp.float32) * x_RP
 
-    def scale(self, loaded: Loaded):
+    def scale(self, loaded: Token):
         """Store what y is multiplied by: gate, norm's weight and rank's weight."""
-        gate_RP = times(self.all_ranks(loaded.gate_P), loaded.gate_rank_RP)
+        gate_RP = times(self.all_ranks(loaded.gate_BHP), loaded.weights.gate_rank_HRP)
         scale_RP = None if gate_RP is None else gate_RP / (1 + jnp.exp(-gate_RP))
-        scale_RP = times(times(scale_RP, self.all_ranks(loaded.norm_P)), loaded.out_rank_RP)
+        scale_RP = times(times(scale_RP, self.all_ranks(loaded.weights.norm_HP)), loaded.weights.out_rank_HRP)
         if scale_RP is not None:
             self.shared.scale_RP[...] = scale_RP
 
-    def rotate(self, loaded: Loaded):
+    def rotate(self, loaded: Token):
         """Store biased and rotated queries and keys, with the keys of the token before; return this token's keys."""
         shared = self.shared
-        if loaded.before_k_RN is not None:
-            shared.k_JN.at[pl.ds(0, self.rank)][...] = self.unless_start(loaded.before_k_RN)
+        if loaded.last.k_BRHN is not None:
+            shared.k_JN.at[pl.ds(0, self.rank)][...] = self.unless_start(loaded.last.k_BRHN)
         if shared.sin_M is not None:
             sin_RM, cos_RM = (self.all_ranks(x_M) for x_M in self.sine_and_cosine_M())
 
@@ -168,8 +128,8 @@ class StepProgram:
             firsts_RM, seconds_RM = u_RM * cos_RM - w_RM * sin_RM, u_RM * sin_RM + w_RM * cos_RM
             return join_pairs(firsts_RM, seconds_RM, self.rotation, self.interpret)
 
-        shared.q_RN[...] = rotated(loaded.q_RN, loaded.q_bias_RN)
-        k_RN = rotated(loaded.k_RN, loaded.k_bias_RN)
+        shared.q_RN[...] = rotated(loaded.q_BRGN, loaded.weights.q_bias_HRN)
+        k_RN = rotated(loaded.k_BRGN, loaded.weights.k_bias_HRN)
         shared.k_JN.at[self.this_token()][...] = k_RN
         return k_RN
 
