@@ -81,20 +81,9 @@ def _row(tokens: Tokens, heads: Heads, state: State | None):
         # Or XLA for GPU sums the gradient of first_BH, of all of a state, again for every token.
         first_BH = jax.lax.optimization_barrier(first_BH)
         before = Carry(angle_BHS=state.angle_BHS, h_BHPN=incoming(state, first_BH, heads))
-    return Row(
-        q_BLRGN=tokens.q_BLRGN,
-        k_BLRGN=tokens.k_BLRGN,
-        v_BLHP=tokens.v_BLHP,
-        gate_BLHP=tokens.gate_BLHP,
-        angle_BLHS=tokens.angle_BLHS,
-        dt_BLH=None if tokens.angle_BLHS is None else tokens.dt_BLH,
-        log_a_BLH=tokens.log_a_BLH,
-        gamma_BLH=tokens.gamma_BLH,
-        kappa_BLH=kappa_BLH,
-        start_BL=tokens.start_BL,
-        before=before,
-        weights=Weights(**heads._asdict()),
-    )
+    given = tokens._asdict() | {"dt_BLH": None if tokens.angle_BLHS is None else tokens.dt_BLH}
+    del given["beta_BLH"]
+    return Row(**given, kappa_BLH=kappa_BLH, before=before, weights=Weights(**heads._asdict()))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -124,21 +113,14 @@ _steps.defvjp(_steps_fwd, _steps_bwd)
 def _token(tokens: Tokens, heads: Heads, state: State, place: int):
     from pallas_kernels.ssm.contract import Last, Token, Weights
 
-    token = jax.tree.map(lambda array: array[:, place], tokens)
-    return Token(
-        last=Last(h_BHPN=state.ssm_BHPN, angle_BHS=state.angle_BHS, k_BRHN=state.k_BRHN, v_BHP=state.v_BHP),
-        q_BRGN=token.q_BLRGN,
-        k_BRGN=token.k_BLRGN,
-        v_BHP=token.v_BLHP,
-        gate_BHP=token.gate_BLHP,
-        angle_BHS=token.angle_BLHS,
-        dt_BH=None if token.angle_BLHS is None else token.dt_BLH,
-        log_a_BH=token.log_a_BLH,
-        gamma_BH=token.gamma_BLH,
-        beta_BH=token.beta_BLH,
-        start_B=None if token.start_BL is None else token.start_BL.astype(jnp.int32),
-        weights=Weights(**heads._asdict()),
+    tokens = tokens._replace(
+        dt_BLH=None if tokens.angle_BLHS is None else tokens.dt_BLH,
+        start_BL=None if tokens.start_BL is None else tokens.start_BL.astype(jnp.int32),
     )
+    token = jax.tree.map(lambda array: array[:, place], tokens)
+    last = Last(h_BHPN=state.ssm_BHPN, angle_BHS=state.angle_BHS, k_BRHN=state.k_BRHN, v_BHP=state.v_BHP)
+    given = {name.replace("L", ""): array for name, array in token._asdict().items()}  # names as arrays, without L
+    return Token(last=last, **given, weights=Weights(**heads._asdict()))
 
 
 def _shapes(tokens: Tokens):

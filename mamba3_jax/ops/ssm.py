@@ -149,42 +149,21 @@ def check(tokens: Tokens, heads: Heads, state: State | None, rotation: str, chun
     if tokens.angle_BLHS is not None and tokens.dt_BLH is None:
         raise ValueError("dt is None, but multiplies the angle, which is not")
 
-    shapes = {
-        "k": (tokens.k_BLRGN, (batch, length, rank, groups, d_state)),
-        "v": (tokens.v_BLHP, (batch, length, n_heads, width)),
-        "dt": (tokens.dt_BLH, (batch, length, n_heads)),
-        "log_a": (tokens.log_a_BLH, (batch, length, n_heads)),
-        "gamma": (tokens.gamma_BLH, (batch, length, n_heads)),
-        "beta": (tokens.beta_BLH, (batch, length, n_heads)),
-        "angle": (tokens.angle_BLHS, (batch, length, angle_heads, planes)),
-        "gate": (tokens.gate_BLHP, (batch, length, n_heads, width)),
-        "start": (tokens.start_BL, (batch, length)),
-        "q_bias": (heads.q_bias_HRN, (n_heads, rank, d_state)),
-        "k_bias": (heads.k_bias_HRN, (n_heads, rank, d_state)),
-        "skip": (heads.skip_H, (n_heads,)),
-        "v_rank": (heads.v_rank_HRP, (n_heads, rank, width)),
-        "gate_rank": (heads.gate_rank_HRP, (n_heads, rank, width)),
-        "out_rank": (heads.out_rank_HRP, (n_heads, rank, width)),
-        "norm": (heads.norm_HP, (n_heads, width)),
-    }
+    sizes = {"B": batch, "L": length, "R": rank, "G": groups, "H": n_heads, "N": d_state, "P": width, "S": planes}
+    given = {_name(field): (field, array) for field, array in (tokens._asdict() | heads._asdict()).items()}
     if state is not None:
         check_parts(tokens, state)
-        shapes |= {
-            "state.angle": (state.angle_BHS, (batch, n_heads, planes)),
-            "state.ssm": (state.ssm_BHPN, (batch, n_heads, width, d_state)),
-            "state.k": (state.k_BRHN, (batch, rank, n_heads, d_state)),
-            "state.v": (state.v_BHP, (batch, n_heads, width)),
-        }
-    for name, (array, wanted) in shapes.items():
+        given |= {f"state.{_name(field)}": (field, array) for field, array in state._asdict().items()}
+    for name, (field, array) in given.items():
+        wanted = tuple(
+            (sizes | {"H": angle_heads} if name == "angle" else sizes)[axis] for axis in field.rpartition("_")[2]
+        )
         if array is not None and array.shape != wanted:
             raise ValueError(f"{name} has shape {array.shape}, wanted {wanted}")
 
     dtype = accumulator(tokens)
-    exact = {"dt": tokens.dt_BLH, "log_a": tokens.log_a_BLH, "gamma": tokens.gamma_BLH, "beta": tokens.beta_BLH}
-    exact["angle"] = tokens.angle_BLHS
-    if state is not None:
-        exact |= {"state.angle": state.angle_BHS, "state.ssm": state.ssm_BHPN}
-    for name, array in exact.items():
+    for name in ("dt", "log_a", "gamma", "beta", "angle", "state.angle", "state.ssm"):
+        _, array = given.get(name, (None, None))
         if array is not None and array.dtype != dtype:
             raise ValueError(f"{name} is {array.dtype}, wanted {dtype}")
     if tokens.start_BL is not None and tokens.start_BL.dtype != jnp.bool_:
@@ -201,4 +180,9 @@ def check_parts(tokens: Tokens, state: State) -> None:
     for part, (name, array) in needed_by.items():
         if (getattr(state, part) is None) != (array is None):
             given, wanted = ("None", "an array") if array is not None else ("an array", "None")
-            raise ValueError(f"state.{part.split('_')[0]} is {given}, wanted {wanted}, as the tokens' {name}")
+            raise ValueError(f"state.{_name(part)} is {given}, wanted {wanted}, as the tokens' {name}")
+
+
+def _name(field: str) -> str:
+    """Return the name of a field without the letters of its axes: "log_a" of `log_a_BLH`."""
+    return field.rpartition("_")[0]
