@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.ssm.decay import combine_splits, documents_in_chunks
+from pallas_kernels.ssm.operands import combine_splits, documents_in_chunks
 
 
 def combine_splits_bwd(dlast_BHPN, decay_BHZ, added_BHZPN):
@@ -43,13 +43,36 @@ class AngleProducts(NamedTuple):
     interval: int
 
 
-def state_products(u_PS, w_PS, du_PS, dw_PS, planes: int):
-    """Return <h, dh>, which the decay's gradient wants, and X of every pair, of a state (u, w) and its gradient."""
-    # One reduction computes both in one pass over the states, which XLA would not fuse.
-    both, zeros = (u_PS * du_PS + w_PS * dw_PS, w_PS * du_PS - u_PS * dw_PS), (jnp.float32(0),) * 2
-    add = lambda a, b: (a[0] + b[0], a[1] + b[1])  # noqa: E731
-    alike_S, across_S = lax.reduce(both, zeros, add, (both[0].ndim - 2,))
-    return jnp.sum(alike_S, axis=-1), across_S[..., :planes]
+class StateProducts(NamedTuple):
+    """Inner products of the states with their gradients, where sums over later tokens begin again."""
+
+    start_BHZA: jax.Array  # <h, dh> at every checkpoint, of the decay's gradient
+    end_BH: jax.Array  # after the row
+    of_angle: AngleProducts | None  # None: nothing rotates
+
+
+def state_products(starts, end, pairs, *, planes: int, interval: int) -> StateProducts:
+    """Return the inner products of states and gradients (h, dh): at the checkpoints, in parts of A, and after the row.
+
+    Args:
+        pairs: splits a state in the first and second entries of its rotary pairs; `planes` of them, the first, rotate.
+        interval: tokens between two checkpoints.
+    """
+
+    def products(h_PN, dh_PN):
+        (u_PS, w_PS), (du_PS, dw_PS) = (pairs(x.astype(jnp.float32)) for x in (h_PN, dh_PN))
+        # One reduction computes both in one pass over the states, which XLA would not fuse.
+        both, zeros = (u_PS * du_PS + w_PS * dw_PS, w_PS * du_PS - u_PS * dw_PS), (jnp.float32(0),) * 2
+        add = lambda a, b: (a[0] + b[0], a[1] + b[1])  # noqa: E731
+        alike_S, across_S = lax.reduce(both, zeros, add, (both[0].ndim - 2,))
+        return jnp.sum(alike_S, axis=-1), across_S[..., :planes]
+
+    parts = zip(*(products(h_BHZAPN, dh_BHZAPN) for h_BHZAPN, dh_BHZAPN in starts), strict=True)
+    # Without the barrier, XLA for GPU computes these sums again for each of their users.
+    found = lax.optimization_barrier(([jnp.concatenate(part, axis=3) for part in parts], products(*end)))
+    (start_BHZA, start_BHZAS), (end_BH, end_BHS) = found
+    of_angle = AngleProducts(starts_BHZAS=start_BHZAS, end_BHS=end_BHS, interval=interval) if planes else None
+    return StateProducts(start_BHZA=start_BHZA, end_BH=end_BH, of_angle=of_angle)
 
 
 class AngleSums(NamedTuple):

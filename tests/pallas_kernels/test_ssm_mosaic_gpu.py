@@ -20,8 +20,8 @@ from mamba3_jax.ops.ssm import ssm
 from pallas_kernels.ssm.cases import MIMO, SISO
 from pallas_kernels.ssm.contract import Carry, Weights
 from pallas_kernels.ssm.mosaic_gpu import bwd, phase, scan_fwd
-from pallas_kernels.ssm.mosaic_gpu.scan_fwd import ScanRefs
-from pallas_kernels.ssm.mosaic_gpu.tiles import Operands, Tile, TokenArrays, interpreter
+from pallas_kernels.ssm.mosaic_gpu.tiles import ScanRefs, Tile, interpreter
+from pallas_kernels.ssm.operands import Operands, TokenArrays
 from tests.helpers import rel_rms
 from tests.ops import cases
 from tests.ops.cases import bfloat16, draw
@@ -147,6 +147,7 @@ def scan_refs(length=64, rank=1, d_state=64, width=64, planes=16, heads=2, group
             v_BLHP=shape(1, length, heads, width, dtype=jnp.bfloat16),
             gate_BLHP=None,
         ),
+        dy_BLHRP=None,
         phase_BHLS=shape(1, heads, length, planes, dtype=jnp.int16),
         scalars_BHCXT=shape(1, heads, length * rank // 64, 3, 64),
         h_BHZPN=shape(1, heads, 1, width, d_state),
@@ -221,8 +222,10 @@ def op_inputs(rank: int) -> Operands:
         log_decay_BHL=-jnp.cumsum(positive(batch, heads, length // (64 // rank), 64 // rank), axis=3).reshape(
             batch, heads, length
         ),
+        decay_rest_BHL=None,
         gamma_BHL=positive(batch, heads, length),
         kappa_BHL=positive(batch, heads, length),
+        document_BL=None,
         before=Carry(angle_BHS=jnp.zeros((batch, heads, planes)), h_BHPN=normal(batch, heads, width, d_state)),
         weights=Weights(
             q_bias_HRN=jnp.zeros((heads, rank, d_state)),
@@ -247,7 +250,7 @@ def test_no_angle_and_no_bias_are_zeros(rank):
     operands, tile = op_inputs(rank), Tile(rank=rank, interpret=interpreter() if INTERPRET else None)
 
     def run(operands):
-        (o_BLHP, after), pull = jax.vjp(lambda operands: scan_fwd.mamba3(operands, None, tile), operands)
+        (o_BLHP, after), pull = jax.vjp(lambda operands: scan_fwd.mamba3(operands, tile), operands)
         (gradients,) = pull((o_BLHP, jax.tree.map(jnp.zeros_like, after)._replace(h_BHPN=after.h_BHPN)))
         return o_BLHP, after, without_angles_and_biases(gradients)
 

@@ -20,8 +20,8 @@ from mamba3_jax.ops.kernels import kernels
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
 from pallas_kernels.ssm.cases import MIMO, SISO
 from pallas_kernels.ssm.contract import Carry, Weights
+from pallas_kernels.ssm.operands import Operands, TokenArrays
 from pallas_kernels.ssm.triton import rotate, scan_fwd
-from pallas_kernels.ssm.triton.common import Operands
 from pallas_kernels.ssm.triton.config import Tile
 from tests.ops import cases
 from tests.ops.cases import bfloat16, draw
@@ -217,10 +217,7 @@ def test_what_the_rotation_cannot_run(d_state, planes, length, message):
     x_BLRGN, scalars_BHL = jnp.zeros((1, length, 1, 1, d_state)), jnp.zeros((1, 2, length))
     bias_HRN = jnp.zeros((2, 1, d_state))
     operands = Operands(
-        q_BLRGN=x_BLRGN,
-        k_BLRGN=x_BLRGN,
-        v_BLHP=jnp.zeros((1, length, 2, 16)),
-        gate_BLHP=None,
+        tokens=TokenArrays(q_BLRGN=x_BLRGN, k_BLRGN=x_BLRGN, v_BLHP=jnp.zeros((1, length, 2, 16)), gate_BLHP=None),
         angle_BLHS=jnp.zeros((1, length, 1, planes)),
         dt_BHL=scalars_BHL,
         log_decay_BHL=scalars_BHL,

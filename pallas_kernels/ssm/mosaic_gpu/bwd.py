@@ -21,7 +21,6 @@ left to `sums_bwd`; those too cancel for the pairs of tokens of a chunk, and beg
 `gradients.AngleProducts`).
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -31,18 +30,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssm.contract import Weights
-from pallas_kernels.ssm.mosaic_gpu import tiles
 from pallas_kernels.ssm.mosaic_gpu.tiles import (
     ROWS,
     SCALARS_BWD,
     WIDTH,
     Decay,
-    HeadWeights,
     Program,
     Rotation,
+    ScanRefs,
     Sizes,
     Tile,
-    TokenArrays,
+    call_scan,
+    head_barrier,
+    head_memory,
     of_ranks,
     of_tokens,
     ones_of_tokens,
@@ -51,17 +51,6 @@ from pallas_kernels.ssm.mosaic_gpu.tiles import (
 )
 
 CHECKPOINT_INTERVAL = 1024  # tokens between two states that are stored, where sums over the row begin again
-
-
-class GradientRefs(NamedTuple):
-    """What the kernels read."""
-
-    tokens: TokenArrays  # q, k and v; for `state_bwd`, q
-    dy_BLHRP: jax.Array
-    phase_BHLS: jax.Array | None
-    scalars_BHCXT: jax.Array  # `SCALARS_BWD`
-    h_BHZPN: jax.Array  # the state before every split, or the gradient of the one after
-    weights: Weights  # biases, skip and v_rank
 
 
 class GradientShared(NamedTuple):
@@ -81,12 +70,13 @@ class GradientShared(NamedTuple):
     dphi_TS: jax.Array | None
     rows_XT: jax.Array | None
     dv_rank_TP: jax.Array | None
-    weights: HeadWeights
+    weights: Weights  # of the head: biases and v_rank
 
     @classmethod
-    def memory(cls, refs: GradientRefs, sizes: Sizes, tile: Tile, *, query: bool, rows: int) -> "GradientShared":
+    def memory(cls, refs: ScanRefs, tile: Tile, *, query: bool, rows: int) -> "GradientShared":
         """Return what a program of `query_bwd`, or of `key_bwd`, needs; `rows` are the numbers it stores of a row."""
-        d_state, pairs, ranked, only_state = sizes.d_state, sizes.pairs, tile.rank > 1, refs.tokens.k_BLRGN is None
+        sizes, ranked, only_state = Sizes.of(refs, tile), tile.rank > 1, refs.tokens.k_BLRGN is None
+        d_state, pairs = sizes.d_state, sizes.pairs
         both, keys = not only_state, not (query or only_state)
         return cls(
             q_TN=tiled(ROWS, d_state),
@@ -97,13 +87,13 @@ class GradientShared(NamedTuple):
             dy_TP=tiled(ROWS, WIDTH),
             weighted_TP=tiled(ROWS, WIDTH) if query else None,
             phase_CQS=tiled(1 + query, tile.tokens, pairs, dtype=jnp.int16) if pairs else None,
-            scalars_CXT=plgpu.SMEM((1 + query, refs.scalars_BHCXT.shape[1], ROWS), jnp.float32),
+            scalars_CXT=plgpu.SMEM((1 + query, *refs.scalars_BHCXT.shape[3:]), jnp.float32),
             h_PN=tiled(WIDTH, d_state),
             low_PN=tiled(WIDTH, d_state) if keys else None,
             dphi_TS=tiled(ROWS, pairs) if ranked and both and pairs else None,
             rows_XT=plgpu.SMEM((rows, ROWS), jnp.float32) if both else None,
             dv_rank_TP=tiled(ROWS, WIDTH, dtype=jnp.float32) if keys and ranked else None,
-            weights=HeadWeights.memory(refs.weights),
+            weights=head_memory(refs.weights),
         )
 
 
@@ -120,29 +110,22 @@ class GradientBarriers(NamedTuple):
 class GradientProgram(Program):
     """The part of the arrays one program works on, and its copies."""
 
-    def __init__(
-        self, refs: GradientRefs, shared: GradientShared, barriers: GradientBarriers, *, sizes: Sizes, tile: Tile
-    ):
-        super().__init__(sizes, tile)
-        self.refs, self.shared, self.barriers = refs, shared, barriers
-
     def load_q(self, index):
         """Start the copies of a chunk's queries."""
-        self.load_ranks(self.refs.tokens.q_BLRGN, self.shared.q_TN, self.tokens(index), self.barriers.q)
+        self.load_ranks(self.refs.tokens.q_BLRGN, self.shared.q_TN, index, self.barriers.q)
 
     def load_k(self, index):
         """Start the copies of a chunk's keys, where they are read."""
         if self.refs.tokens.k_BLRGN is not None:
-            self.load_ranks(self.refs.tokens.k_BLRGN, self.shared.k_TN, self.tokens(index), self.barriers.k)
+            self.load_ranks(self.refs.tokens.k_BLRGN, self.shared.k_TN, index, self.barriers.k)
 
     def load_values(self, index):
         """Start the copies of v, where it is read, and of dy."""
-        tokens, barrier = self.tokens(index), self.barriers.values
-        if self.refs.tokens.v_BLHP is not None:
-            plgpu.copy_gmem_to_smem(self.refs.tokens.v_BLHP.at[self.of_head(tokens)], self.shared.v_QP, barrier)
-        for rank in range(self.tile.rank):
-            dy_QP = self.refs.dy_BLHRP.at[self.of_head(tokens, rank, self.tile.rank)]
-            plgpu.copy_gmem_to_smem(dy_QP, self.shared.dy_TP.at[self.rows(rank)], barrier)
+        v_BLX, barrier = self.refs.tokens.v_BLHP, self.barriers.values
+        if v_BLX is not None:
+            plgpu.copy_gmem_to_smem(v_BLX.at[self.of_head(self.tokens(index))], self.shared.v_QP, barrier)
+        for dy_QP, to_QP in self.by_rank(self.refs.dy_BLHRP, self.shared.dy_TP, index):
+            plgpu.copy_gmem_to_smem(dy_QP, to_QP, barrier)
 
     def rotation(self, slot) -> Rotation:
         """Return the rotation of the chunk in a slot."""
@@ -157,10 +140,8 @@ class GradientProgram(Program):
         """Start the copies of a chunk's angles and scalars."""
         barrier = self.barriers.chunk.at[slot]
         if self.refs.phase_BHLS is not None:
-            phase_QS = self.refs.phase_BHLS.at[self.row, self.tokens(index)]
-            plgpu.copy_gmem_to_smem(phase_QS, self.shared.phase_CQS.at[slot], barrier)
-        scalars_XT = self.refs.scalars_BHCXT.at[self.chunk_of_row(index)]
-        plgpu.copy_gmem_to_smem(scalars_XT, self.shared.scalars_CXT.at[slot], barrier)
+            self.load_phase(self.shared.phase_CQS.at[slot], index, barrier)
+        self.load_scalars(self.shared.scalars_CXT.at[slot], index, barrier)
 
     def store_checkpoint(self, to_BHZAPN, index):
         """Store what h holds if the chunk begins a checkpoint interval; `to` has all of them, or all but the first."""
@@ -204,38 +185,21 @@ class GradientProgram(Program):
 def values(program: GradientProgram):
     """Return values times their rank's weight, float32."""
     x_TP = of_tokens(program.shared.v_QP, program.interpret).astype(jnp.float32)
-    v_rank_RP = program.shared.weights.v_rank_RP
+    v_rank_RP = program.shared.weights.v_rank_HRP
     return x_TP if v_rank_RP is None else x_TP * of_ranks(v_rank_RP, program.interpret)
 
 
-def call(kernel, *, name: str, refs: GradientRefs, out, tile: Tile, query: bool, rows: int = 0):
+def call(kernel, *, name: str, refs: ScanRefs, out, tile: Tile, query: bool, rows: int = 0):
     """Run `query_bwd`'s kernel, or one of `key_bwd`'s, one program a head and split."""
-    batch, length, n_heads = refs.dy_BLHRP.shape[:3]
-    sizes = sizes_of(refs, tile)
-    scalars_BHCXT, phase_BHLS = refs.scalars_BHCXT, refs.phase_BHLS
-    refs = refs._replace(
-        tokens=jax.tree.map(lambda array: array.reshape(batch, length, -1), refs.tokens),
-        dy_BLHRP=refs.dy_BLHRP.reshape(batch, length, -1),
-        phase_BHLS=None if phase_BHLS is None else phase_BHLS.reshape(-1, *phase_BHLS.shape[2:]),
-        scalars_BHCXT=scalars_BHCXT.reshape(-1, *scalars_BHCXT.shape[3:]),
-    )
-    shared = GradientShared.memory(refs, sizes, tile, query=query, rows=rows)
+    shared = GradientShared.memory(refs, tile, query=query, rows=rows)
     barriers = GradientBarriers(
         q=plgpu.Barrier(num_arrivals=tile.rank),
         k=plgpu.Barrier(num_arrivals=tile.rank),
         values=plgpu.Barrier(num_arrivals=tile.rank + (refs.tokens.v_BLHP is not None)),
-        chunk=plgpu.Barrier(num_arrivals=1 + (phase_BHLS is not None), num_barriers=1 + query),
-        head=shared.weights.barrier(),
+        chunk=plgpu.Barrier(num_arrivals=1 + (refs.phase_BHLS is not None), num_barriers=1 + query),
+        head=head_barrier(shared.weights),
     )
-    return tiles.call(
-        functools.partial(kernel, sizes=sizes, tile=tile),
-        name=name,
-        operands=refs,
-        out=out,
-        scratch=(shared, barriers),
-        grid={"program": batch * n_heads * tile.splits},
-        interpret=tile.interpret,
-    )
+    return call_scan(kernel, GradientProgram, refs, name=name, out=out, scratch=(shared, barriers), tile=tile)
 
 
 def dphi_dtype(tile: Tile):
@@ -245,11 +209,6 @@ def dphi_dtype(tile: Tile):
     134 MB at B16 L2048.
     """
     return jnp.float32 if tile.rank == 1 else jnp.bfloat16
-
-
-def sizes_of(refs: GradientRefs, tile: Tile) -> Sizes:
-    """Return the sizes that a program needs."""
-    return Sizes.of(refs.tokens.q_BLRGN, refs.phase_BHLS, refs.dy_BLHRP.shape[2], tile)
 
 
 def checkpoints(sizes: Sizes, tile: Tile) -> int:

@@ -20,16 +20,21 @@ from pallas_kernels.ssm.mosaic_gpu.tiles import (
     ROWS,
     TILE,
     WIDTH,
-    HeadWeights,
+    Program,
+    Sizes,
     Tile,
     call,
     down,
+    head_barrier,
+    head_memory,
     load,
+    load_head,
     of_ranks,
     of_tokens,
     ones_of_tokens,
     product,
     tiled,
+    zeros,
 )
 
 PROGRAMS = 1024  # that are enough to take more chunks each
@@ -99,7 +104,7 @@ class EpilogueShared(NamedTuple):
     gate_2QP: jax.Array | None
     dy_TP: jax.Array
     dgate_TP: jax.Array | None
-    weights: HeadWeights
+    weights: Weights  # of the head
 
 
 def _by_kernel(epilogue: Epilogue, y_BLHRP, do_BLHP, tile: Tile):
@@ -113,6 +118,7 @@ def _by_kernel(epilogue: Epilogue, y_BLHRP, do_BLHP, tile: Tile):
     splits = 1
     while n_chunks % (2 * splits) == 0 and batch * n_heads * splits < PROGRAMS:
         splits *= 2
+    sizes = Sizes(batch=batch, heads=n_heads, groups=n_heads, chunks=n_chunks // splits, d_state=0, pairs=0)
     gated = epilogue.gate_BLHP is not None
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
     sums = jax.ShapeDtypeStruct((batch, n_heads, splits, ROWS, WIDTH), jnp.float32)
@@ -131,13 +137,13 @@ def _by_kernel(epilogue: Epilogue, y_BLHRP, do_BLHP, tile: Tile):
         gate_2QP=tiled(SLOTS, tile.tokens, WIDTH) if gated else None,
         dy_TP=tiled(ROWS, WIDTH),
         dgate_TP=tiled(ROWS, WIDTH) if gated else None,
-        weights=HeadWeights.memory(weights),
+        weights=head_memory(weights),
     )
     arrived = plgpu.Barrier(num_arrivals=rank + 1 + gated, num_barriers=SLOTS)
 
     def kernel(refs: EpilogueRefs, out: EpilogueOut, shared: EpilogueShared, arrived, weights_arrived):
-        program = EpilogueProgram(refs, out, shared, arrived, chunks=n_chunks // splits, tile=tile)
-        shared.weights.load(refs.weights, program.head, weights_arrived)()
+        program = EpilogueProgram(refs, out, shared, arrived, sizes=sizes, tile=tile)
+        load_head(refs.weights, program.head, shared.weights, weights_arrived)()
         program.run()
 
     out = call(
@@ -145,7 +151,7 @@ def _by_kernel(epilogue: Epilogue, y_BLHRP, do_BLHP, tile: Tile):
         name="mamba3_mosaic_epilogue_bwd",
         operands=refs,
         out=out,
-        scratch=(shared, arrived, shared.weights.barrier()),
+        scratch=(shared, arrived, head_barrier(shared.weights)),
         grid={"batch": batch, "split": splits, "head": n_heads},
         interpret=tile.interpret,
     )
@@ -167,46 +173,31 @@ def _by_kernel(epilogue: Epilogue, y_BLHRP, do_BLHP, tile: Tile):
     return out.dy_BLX.reshape(y_BLHRP.shape), gradients
 
 
-class EpilogueProgram:
+class EpilogueProgram(Program):
     """A part of the length of one head."""
 
-    def __init__(self, refs: EpilogueRefs, out: EpilogueOut, shared: EpilogueShared, arrived, *, chunks, tile: Tile):
-        self.refs, self.out, self.shared, self.arrived = refs, out, shared, arrived
-        self.chunks, self.tile, self.interpret = chunks, tile, tile.interpreted
-        self.b, self.split, self.head = (lax.axis_index(name) for name in ("batch", "split", "head"))
-
-    def tokens(self, index):
-        """Return the tokens of a chunk."""
-        return pl.ds((self.split * self.chunks + index) * self.tile.tokens, self.tile.tokens)
-
-    def rows(self, rank: int):
-        """Return the rows of a rank in a tile."""
-        return pl.ds(rank * self.tile.tokens, self.tile.tokens)
-
-    def of_head(self, tokens, rank: int = 0, ranks: int = 1):
-        """Return where the entries of the head (of a rank of it) are for these tokens."""
-        return self.b, tokens, pl.ds((self.head * ranks + rank) * WIDTH, WIDTH)
+    def place(self):
+        """Return the batch entry, the part of the length and the head."""
+        return tuple(lax.axis_index(name) for name in ("batch", "split", "head"))
 
     def fetch(self, index, slot):
         """Start the copies of a chunk's y, do and gate."""
-        refs, shared, tokens, arrived = self.refs, self.shared, self.tokens(index), self.arrived.at[slot]
-        for rank in range(self.tile.rank):
-            y_QP = refs.y_BLX.at[self.of_head(tokens, rank, self.tile.rank)]
-            plgpu.copy_gmem_to_smem(y_QP, shared.y_2TP.at[slot].at[self.rows(rank)], arrived)
-        plgpu.copy_gmem_to_smem(refs.do_BLX.at[self.of_head(tokens)], shared.do_2QP.at[slot], arrived)
+        refs, shared, at, arrived = self.refs, self.shared, self.of_head(self.tokens(index)), self.barriers.at[slot]
+        for y_QP, to_QP in self.by_rank(refs.y_BLX, shared.y_2TP.at[slot], index):
+            plgpu.copy_gmem_to_smem(y_QP, to_QP, arrived)
+        plgpu.copy_gmem_to_smem(refs.do_BLX.at[at], shared.do_2QP.at[slot], arrived)
         if refs.gate_BLX is not None:
-            plgpu.copy_gmem_to_smem(refs.gate_BLX.at[self.of_head(tokens)], shared.gate_2QP.at[slot], arrived)
+            plgpu.copy_gmem_to_smem(refs.gate_BLX.at[at], shared.gate_2QP.at[slot], arrived)
 
     def run(self):
         """Store all gradients, those of the weights at the end."""
-        for index in range(min(SLOTS, self.chunks)):
+        for index in range(min(SLOTS, self.sizes.chunks)):
             self.fetch(index, index)
-        zeros_TP = jnp.zeros((ROWS, WIDTH), jnp.float32)
-        zeros_TP = zeros_TP if self.interpret else plgpu.layout_cast(zeros_TP, TILE)
+        zeros_TP = zeros((ROWS, WIDTH), TILE, self.interpret)
         sums = jax.tree.map(lambda _: zeros_TP, self.out.of_weights)
-        sums = lax.fori_loop(0, self.chunks, self.chunk, sums)
+        sums = lax.fori_loop(0, self.sizes.chunks, self.add_chunk, sums)
         for ref, sum_TP in zip(jax.tree.leaves(self.out.of_weights), jax.tree.leaves(sums), strict=True):
-            ref.at[self.b, self.head, self.split][...] = sum_TP
+            ref.at[self.batch, self.head, self.split][...] = sum_TP
         plgpu.wait_smem_to_gmem(0)
 
     def weight(self, ref_RP, x_TP):
@@ -215,52 +206,51 @@ class EpilogueProgram:
 
     def normalized(self, y_TP):
         """Return y / rms(y), and 1 / rms(y) of every row; without a norm y, and None."""
-        if self.shared.weights.norm_1P is None:
+        if self.shared.weights.norm_HP is None:
             return y_TP, None
         inverse_T = lax.rsqrt(jnp.sum(jnp.square(y_TP), axis=1) * (1 / self.tile.width) + NORM_EPS)
         return y_TP * down(inverse_T, WIDTH), inverse_T
 
-    def chunk(self, index, sums: WeightGradients) -> WeightGradients:
+    def add_chunk(self, index, sums: WeightGradients) -> WeightGradients:
         """Store the gradients of a chunk, and return the sums with its part."""
         shared, weights, interpret = self.shared, self.shared.weights, self.interpret
         slot = lax.rem(index, jnp.int32(SLOTS))
-        plgpu.barrier_wait(self.arrived.at[slot])
+        plgpu.barrier_wait(self.barriers.at[slot])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the copies of the last chunk's gradients are done
         unit_TP, inverse_T = self.normalized(load(shared.y_2TP.at[slot], TILE, interpret).astype(jnp.float32))
         do_TP = of_tokens(shared.do_2QP.at[slot], interpret).astype(jnp.float32)
         dn_TP = do_TP  # the gradient of n(y), here and below
         if shared.gate_2QP is not None:
             gate_TP = of_tokens(shared.gate_2QP.at[slot], interpret).astype(jnp.float32)
-            scaled_TP = self.weight(weights.gate_rank_RP, gate_TP)
+            scaled_TP = self.weight(weights.gate_rank_HRP, gate_TP)
             sigmoid_TP = 0.5 + 0.5 * jnp.tanh(0.5 * scaled_TP)
             act_TP = scaled_TP * sigmoid_TP
             dn_TP = do_TP * act_TP
-            of_act_TP = do_TP * self.weight(weights.norm_1P, unit_TP)
-            dscaled_TP = self.weight(weights.out_rank_RP, of_act_TP) * (sigmoid_TP + act_TP * (1 - sigmoid_TP))
-            shared.dgate_TP[...] = self.weight(weights.gate_rank_RP, dscaled_TP).astype(jnp.bfloat16)
-            if weights.gate_rank_RP is not None:
+            of_act_TP = do_TP * self.weight(weights.norm_HP, unit_TP)
+            dscaled_TP = self.weight(weights.out_rank_HRP, of_act_TP) * (sigmoid_TP + act_TP * (1 - sigmoid_TP))
+            shared.dgate_TP[...] = self.weight(weights.gate_rank_HRP, dscaled_TP).astype(jnp.bfloat16)
+            if weights.gate_rank_HRP is not None:
                 sums = sums._replace(dgate_rank_BHZTP=sums.dgate_rank_BHZTP + dscaled_TP * gate_TP)
-        if weights.out_rank_RP is not None:
-            dout_rank_TP = dn_TP * self.weight(weights.norm_1P, unit_TP)
+        if weights.out_rank_HRP is not None:
+            dout_rank_TP = dn_TP * self.weight(weights.norm_HP, unit_TP)
             sums = sums._replace(dout_rank_BHZTP=sums.dout_rank_BHZTP + dout_rank_TP)
-        dn_TP = self.weight(weights.out_rank_RP, dn_TP)
+        dn_TP = self.weight(weights.out_rank_HRP, dn_TP)
         if inverse_T is not None:
             sums = sums._replace(dnorm_BHZTP=sums.dnorm_BHZTP + dn_TP * unit_TP)
-            dn_TP = self.weight(weights.norm_1P, dn_TP)
+            dn_TP = self.weight(weights.norm_HP, dn_TP)
             mean_T = jnp.sum(dn_TP * unit_TP, axis=1) * (1 / self.tile.width)
             dn_TP = (dn_TP - unit_TP * down(mean_T, WIDTH)) * down(inverse_T, WIDTH)
         shared.dy_TP[...] = dn_TP.astype(jnp.bfloat16)
         plgpu.commit_smem()  # every warp has also read the slot
-        pl.when(index + SLOTS < self.chunks)(lambda: self.fetch(index + SLOTS, slot))
+        pl.when(index + SLOTS < self.sizes.chunks)(lambda: self.fetch(index + SLOTS, slot))
         self.store(index)
         return sums
 
     def store(self, index):
         """Start the copies of a chunk's gradients out of shared memory."""
-        shared, out, tokens = self.shared, self.out, self.tokens(index)
-        for rank in range(self.tile.rank):
-            to_QP = out.dy_BLX.at[self.of_head(tokens, rank, self.tile.rank)]
-            plgpu.copy_smem_to_gmem(shared.dy_TP.at[self.rows(rank)], to_QP)
+        shared, out = self.shared, self.out
+        for to_QP, dy_QP in self.by_rank(out.dy_BLX, shared.dy_TP, index):
+            plgpu.copy_smem_to_gmem(dy_QP, to_QP)
         if shared.dgate_TP is None:
             return
         if self.tile.rank > 1:
@@ -268,4 +258,4 @@ class EpilogueProgram:
             plgpu.commit_smem()
             shared.dgate_TP[...] = sum_TP.astype(jnp.bfloat16)
             plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(shared.dgate_TP.at[self.rows(0)], out.dgate_BLX.at[self.of_head(tokens)])
+        plgpu.copy_smem_to_gmem(shared.dgate_TP.at[self.rows(0)], out.dgate_BLX.at[self.of_head(self.tokens(index))])

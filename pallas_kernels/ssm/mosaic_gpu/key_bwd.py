@@ -11,14 +11,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssm.contract import Weights
 from pallas_kernels.ssm.mosaic_gpu.bwd import (
-    GradientBarriers,
     GradientProgram,
-    GradientRefs,
-    GradientShared,
     call,
     checkpoints,
     dphi_dtype,
-    sizes_of,
     values,
 )
 from pallas_kernels.ssm.mosaic_gpu.tiles import (
@@ -26,17 +22,20 @@ from pallas_kernels.ssm.mosaic_gpu.tiles import (
     TILE,
     WIDTH,
     Decay,
+    ScanRefs,
     Sizes,
     Tile,
     Transposed,
     down,
     load,
+    load_head,
     of_ranks,
     of_tokens,
     product,
     product_into,
     products,
     same_token,
+    zeros,
 )
 
 # What is stored of every row: three gradients, and k . dk, which is outgoing to earlier tokens.
@@ -55,21 +54,21 @@ class KeyGradients(NamedTuple):
     dh_BHZPN: jax.Array | None = None  # float32, of the state before every split
 
 
-def key_bwd(refs: GradientRefs, tile: Tile, *, exact: bool) -> KeyGradients:
+def key_bwd(refs: ScanRefs, tile: Tile, *, exact: bool) -> KeyGradients:
     """Return the gradients of keys, values and states; h of `refs` is the gradient of the state after every split.
 
     Args:
         exact: of keys, take in what rounding dh to bfloat16 leaves out.
     """
-    batch, length, rank, _, d_state = refs.tokens.q_BLRGN.shape
-    sizes = sizes_of(refs, tile)
-    shape, rows = jax.ShapeDtypeStruct, batch * sizes.heads
-    heads = (batch, sizes.heads, tile.splits)
+    length, rank, _, d_state = refs.tokens.q_BLRGN.shape[1:]
+    sizes = Sizes.of(refs, tile)
+    shape, rows = jax.ShapeDtypeStruct, sizes.batch * sizes.heads
+    heads = (sizes.batch, sizes.heads, tile.splits)
     stored = max(1, checkpoints(sizes, tile) - 1)
     out = KeyGradients(
         dk_BHLRN=shape((rows, length, rank * d_state), jnp.bfloat16),
         dphi_BHLS=shape((rows, length, sizes.pairs), dphi_dtype(tile)) if sizes.pairs else None,
-        dv_BLHP=shape((batch, length, sizes.heads * WIDTH), jnp.bfloat16),
+        dv_BLHP=shape((sizes.batch, length, sizes.heads * WIDTH), jnp.bfloat16),
         rows_BHCXT=shape((rows * length // tile.tokens, len(ROWS_BWD), ROWS), jnp.float32),
         dv_rank_BHZTP=shape((*heads, ROWS, WIDTH), jnp.float32) if rank > 1 else None,
         dh_BHZAPN=shape((*heads, stored, WIDTH, d_state), jnp.bfloat16),
@@ -80,7 +79,7 @@ def key_bwd(refs: GradientRefs, tile: Tile, *, exact: bool) -> KeyGradients:
     return call(kernel, name="mamba3_mosaic_key_gradient", refs=refs, out=out, **how)
 
 
-def state_bwd(refs: GradientRefs, tile: Tile):
+def state_bwd(refs: ScanRefs, tile: Tile):
     """Return what every split adds to the gradient of the state before it, dh_BHZPN; h of `refs` is zeros."""
     tokens = refs.tokens._replace(k_BLRGN=None, v_BLHP=None)
     refs = refs._replace(tokens=tokens, weights=Weights(q_bias_HRN=refs.weights.q_bias_HRN))
@@ -88,20 +87,12 @@ def state_bwd(refs: GradientRefs, tile: Tile):
     return call(_kernel, name="mamba3_mosaic_splits_bwd", refs=refs, out=out, tile=tile, query=False).dh_BHZPN
 
 
-def _kernel(
-    refs: GradientRefs,
-    out: KeyGradients,
-    shared: GradientShared,
-    barriers: GradientBarriers,
-    *,
-    sizes: Sizes,
-    tile: Tile,
-    exact: bool = False,
-):
-    program = GradientProgram(refs, shared, barriers, sizes=sizes, tile=tile)
-    chunks, weights, interpret = sizes.chunks, shared.weights, program.interpret
+def _kernel(program: GradientProgram, *, exact: bool = False):
+    refs, out, shared, barriers = program.refs, program.out, program.shared, program.barriers
+    sizes, tile, interpret = program.sizes, program.tile, program.interpret
+    chunks, weights = sizes.chunks, shared.weights
     only_state = refs.tokens.k_BLRGN is None
-    head_arrived = weights.load(refs.weights, program.head, barriers.head)
+    head_arrived = load_head(refs.weights, program.head, weights, barriers.head)
     program.load_k(chunks - 1)
     program.load_q(chunks - 1)
     program.load_values(chunks - 1)
@@ -116,11 +107,11 @@ def _kernel(
         rotation = program.rotation(0)
         if not only_state:
             plgpu.barrier_wait(barriers.k)
-            if rotation.changes(weights.k_bias_RN):
-                k_TN[...] = rotation.apply(k_TN, weights.k_bias_RN)
+            if rotation.changes(weights.k_bias_HRN):
+                k_TN[...] = rotation.apply(k_TN, weights.k_bias_HRN)
         plgpu.barrier_wait(barriers.q)
-        if rotation.changes(weights.q_bias_RN):
-            q_TN[...] = rotation.apply(q_TN, weights.q_bias_RN)
+        if rotation.changes(weights.q_bias_HRN):
+            q_TN[...] = rotation.apply(q_TN, weights.q_bias_HRN)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last chunk's copies out of shared memory are done
         if not only_state:
             # dh waits in two halves, good to 2^-17, until all else is done: registers are few.
@@ -174,8 +165,7 @@ def _kernel(
 
     dv_rank_TP = shared.dv_rank_TP
     if dv_rank_TP is not None:
-        zeros_TP = jnp.zeros((ROWS, WIDTH), jnp.float32)
-        dv_rank_TP[...] = zeros_TP if interpret else plgpu.layout_cast(zeros_TP, TILE)
+        dv_rank_TP[...] = zeros((ROWS, WIDTH), TILE, interpret)
     dh_PN = load(refs.h_BHZPN.at[program.state], TILE, interpret, optimized=False)
     dh_PN = lax.fori_loop(0, chunks, chunk, dh_PN)
     out.dh_BHZPN.at[program.state][...] = dh_PN
@@ -233,7 +223,7 @@ def _values_bwd(program: GradientProgram, decay: Decay):
         dv_rank_TP = dx_TP * of_tokens(shared.v_QP, interpret).astype(jnp.float32)
         shared.dv_rank_TP[...] = load(shared.dv_rank_TP, TILE, interpret) + dv_rank_TP
         dv_ref = shared.x_TP
-        dv_ref[...] = (dx_TP * of_ranks(shared.weights.v_rank_RP, interpret)).astype(jnp.bfloat16)
+        dv_ref[...] = (dx_TP * of_ranks(shared.weights.v_rank_HRP, interpret)).astype(jnp.bfloat16)
         dx_TP = program.over_ranks(dv_ref)
     else:
         plgpu.commit_smem()

@@ -19,8 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssm.angle import INVERSE_TURN, before_chunks, head, to_fraction, to_radians, turns_in_pieces
-from pallas_kernels.ssm.decay import documents_in_chunks
 from pallas_kernels.ssm.mosaic_gpu.tiles import LANES, WARPS, call, fragments, load
+from pallas_kernels.ssm.operands import documents_in_chunks
 
 CHUNK = 32  # tokens at most, whose multiples of `COARSE` still add up exactly
 COARSE = 2.0**-18  # of which 96 numbers below 1/2 add up exactly in float32

@@ -9,17 +9,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssm.mosaic_gpu.bwd import (
-    GradientBarriers,
     GradientProgram,
-    GradientRefs,
-    GradientShared,
     call,
     checkpoints,
     dphi_dtype,
-    sizes_of,
     values,
 )
-from pallas_kernels.ssm.mosaic_gpu.tiles import ROWS, TILE, WIDTH, Sizes, Tile, Transposed, down, load, products
+from pallas_kernels.ssm.mosaic_gpu.tiles import (
+    ROWS,
+    TILE,
+    WIDTH,
+    ScanRefs,
+    Sizes,
+    Tile,
+    Transposed,
+    down,
+    load,
+    load_head,
+    products,
+)
 
 
 class QueryGradients(NamedTuple):
@@ -31,12 +39,12 @@ class QueryGradients(NamedTuple):
     h_BHZAPN: jax.Array  # bfloat16, the state at every checkpoint
 
 
-def query_bwd(refs: GradientRefs, tile: Tile) -> QueryGradients:
+def query_bwd(refs: ScanRefs, tile: Tile) -> QueryGradients:
     """Return the gradients of queries and angles; h of `refs` is the state before every split."""
-    batch, length, rank, _, d_state = refs.tokens.q_BLRGN.shape
-    sizes = sizes_of(refs, tile)
-    shape, rows = jax.ShapeDtypeStruct, batch * sizes.heads
-    states = (batch, sizes.heads, tile.splits, checkpoints(sizes, tile), WIDTH, d_state)
+    length, rank, _, d_state = refs.tokens.q_BLRGN.shape[1:]
+    sizes = Sizes.of(refs, tile)
+    shape, rows = jax.ShapeDtypeStruct, sizes.batch * sizes.heads
+    states = (sizes.batch, sizes.heads, tile.splits, checkpoints(sizes, tile), WIDTH, d_state)
     out = QueryGradients(
         dq_BHLRN=shape((rows, length, rank * d_state), jnp.bfloat16),
         dphi_BHLS=shape((rows, length, sizes.pairs), dphi_dtype(tile)) if sizes.pairs else None,
@@ -47,18 +55,11 @@ def query_bwd(refs: GradientRefs, tile: Tile) -> QueryGradients:
     return call(_kernel, name="mamba3_mosaic_query_gradient", refs=refs, out=out, tile=tile, query=True, rows=1)
 
 
-def _kernel(
-    refs: GradientRefs,
-    out: QueryGradients,
-    shared: GradientShared,
-    barriers: GradientBarriers,
-    *,
-    sizes: Sizes,
-    tile: Tile,
-):
-    program = GradientProgram(refs, shared, barriers, sizes=sizes, tile=tile)
-    chunks, weights, interpret = sizes.chunks, shared.weights, program.interpret
-    head_arrived = weights.load(refs.weights, program.head, barriers.head)
+def _kernel(program: GradientProgram):
+    refs, out, shared, barriers = program.refs, program.out, program.shared, program.barriers
+    sizes, tile, interpret = program.sizes, program.tile, program.interpret
+    chunks, weights = sizes.chunks, shared.weights
+    head_arrived = load_head(refs.weights, program.head, weights, barriers.head)
     program.load_k(0)
     program.load_values(0)
     program.load_q(0)
@@ -71,7 +72,7 @@ def _kernel(
         decay = program.decay(slot)
         plgpu.barrier_wait(barriers.chunk.at[slot])
         plgpu.barrier_wait(barriers.k)
-        rotated_k_TN = program.rotation(slot).apply(shared.k_TN, weights.k_bias_RN)
+        rotated_k_TN = program.rotation(slot).apply(shared.k_TN, weights.k_bias_HRN)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last chunk's copies out of shared memory are done
         shared.h_PN[...] = h_PN.astype(jnp.bfloat16)
         k_TN = shared.rotated_k_TN
@@ -97,7 +98,7 @@ def _kernel(
             plgpu.barrier_wait(barriers.q)
             dq_TN = dq()
             rotation = program.rotation(slot)
-            q_TN = rotation.apply(shared.q_TN, weights.q_bias_RN)
+            q_TN = rotation.apply(shared.q_TN, weights.q_bias_HRN)
             shared.rows_XT.at[0][...] = jnp.sum(q_TN.astype(jnp.float32) * dq_TN, axis=1)
             return *rotation.inverse(dq_TN, q_TN), h()
 

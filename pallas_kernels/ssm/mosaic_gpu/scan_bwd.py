@@ -12,34 +12,40 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels.ssm.contract import Carry, Weights
-from pallas_kernels.ssm.decay import documents_in_chunks
-from pallas_kernels.ssm.gradients import AngleProducts, combine_splits_bwd, decay_bwd, state_products
+from pallas_kernels.ssm.gradients import combine_splits_bwd, decay_bwd, state_products
 from pallas_kernels.ssm.mosaic_gpu import bwd
-from pallas_kernels.ssm.mosaic_gpu.bwd import GradientRefs
 from pallas_kernels.ssm.mosaic_gpu.epilogue_bwd import Epilogue, epilogue_bwd
 from pallas_kernels.ssm.mosaic_gpu.key_bwd import ROWS_BWD, KeyGradients, key_bwd, state_bwd
 from pallas_kernels.ssm.mosaic_gpu.query_bwd import QueryGradients, query_bwd
 from pallas_kernels.ssm.mosaic_gpu.sums_bwd import angles_bwd, heads_bwd
-from pallas_kernels.ssm.mosaic_gpu.tiles import SCALARS_BWD, Operands, Residuals, Tile, TokenArrays, stack_scalars
+from pallas_kernels.ssm.mosaic_gpu.tiles import (
+    SCALARS_BWD,
+    Operands,
+    Residuals,
+    ScanRefs,
+    Tile,
+    TokenArrays,
+    stack_scalars,
+)
+from pallas_kernels.ssm.operands import documents_in_chunks
 
 
-def gradients(operands: Operands, document_BL, residuals: Residuals, cotangents, *, tile: Tile) -> Operands:
+def gradients(operands: Operands, residuals: Residuals, cotangents, *, tile: Tile) -> Operands:
     """Return the gradients of the operands, from those of the output and of the state after the row."""
-    weights = operands.weights
+    weights, document_BL = operands.weights, operands.document_BL
     do_BLHP, (dangle_BHS, dlast_BHPN) = cotangents
     of_epilogue = Weights(
         gate_rank_HRP=weights.gate_rank_HRP, out_rank_HRP=weights.out_rank_HRP, norm_HP=weights.norm_HP
     )
     epilogue = Epilogue(gate_BLHP=operands.tokens.gate_BLHP, weights=of_epilogue)
     dy_BLHRP, depilogue = epilogue_bwd(epilogue, residuals.y_BLHRP, do_BLHP, tile)
-    refs = GradientRefs(
+    refs = ScanRefs(
         tokens=operands.tokens._replace(gate_BLHP=None),
         dy_BLHRP=dy_BLHRP,
         phase_BHLS=residuals.phase_BHLS,
-        scalars_BHCXT=stack_scalars(operands, document_BL, SCALARS_BWD, tile),
+        scalars_BHCXT=stack_scalars(operands, SCALARS_BWD, tile),
         h_BHZPN=residuals.starts_BHZPN,
         weights=weights._replace(gate_rank_HRP=None, out_rank_HRP=None, norm_HP=None),
     )
@@ -84,8 +90,10 @@ def gradients(operands: Operands, document_BL, residuals: Residuals, cotangents,
         angle_BLHS=dangle_BLHS,
         dt_BHL=ddt_BHL,
         log_decay_BHL=dlog_decay_BHL,
+        decay_rest_BHL=None,
         gamma_BHL=sums.dgamma_BHL,
         kappa_BHL=sums.dkappa_BHL,
+        document_BL=None,
         before=Carry(angle_BHS=dfirst_BHS, h_BHPN=key.dh_BHZPN[:, :, 0]),
         weights=depilogue.weights._replace(
             q_bias_HRN=dq_bias_HRN,
@@ -96,7 +104,7 @@ def gradients(operands: Operands, document_BL, residuals: Residuals, cotangents,
     )
 
 
-def _splits_bwd(refs: GradientRefs, split_decay_BHZ, dlast_BHPN, tile: Tile):
+def _splits_bwd(refs: ScanRefs, split_decay_BHZ, dlast_BHPN, tile: Tile):
     """Return the gradient of the state after every split."""
     if tile.splits == 1:
         return dlast_BHPN[:, :, None]
@@ -140,30 +148,18 @@ def _sum_heads(dx_BHLRN, bias_HRN, operands: Operands, tile: Tile):
     return heads_bwd(dx_BHLRN, groups=groups, interpret=tile.interpret, bias=bias_HRN is not None)
 
 
-class StateProducts(NamedTuple):
-    """Inner products of the states with their gradients, where sums over later tokens begin again: see `gradients`."""
-
-    start_BHZA: jax.Array  # <h, dh> at every checkpoint, of the decay's gradient
-    end_BH: jax.Array  # after the row
-    of_angle: AngleProducts
-
-
 def _state_products(query: QueryGradients, key: KeyGradients, residuals: Residuals, dlast_BHPN, *, exact: bool):
     """Return the inner products at every checkpoint and after the row."""
-    pairs = 0 if residuals.phase_BHLS is None else residuals.phase_BHLS.shape[-1]
-
-    def sums(h_PN, dh_PN):
-        # dh is rounded as the keys before it read it: any difference would stay in every sum over earlier tokens.
-        dh_PN = dh_PN if exact else dh_PN.astype(jnp.bfloat16)
-        (u_PS, w_PS), (du_PS, dw_PS) = (jnp.split(x.astype(jnp.float32), 2, axis=-1) for x in (h_PN, dh_PN))
-        return state_products(u_PS, w_PS, du_PS, dw_PS, planes=pairs)
-
-    starts = [sums(query.h_BHZAPN[:, :, :, :1], key.dh_BHZPN[:, :, :, None])]
-    if query.h_BHZAPN.shape[3] > 1:
-        starts.append(sums(query.h_BHZAPN[:, :, :, 1:], key.dh_BHZAPN))
-    starts = [jnp.concatenate(parts, axis=3) for parts in zip(*starts, strict=True)]
-    ends = sums(residuals.last_BHPN, dlast_BHPN)
-    # Without the barrier, XLA for GPU computes these sums again for each of their users.
-    (start_BHZA, start_BHZAS), (end_BH, end_BHS) = lax.optimization_barrier((starts, ends))
-    of_angle = AngleProducts(starts_BHZAS=start_BHZAS, end_BHS=end_BHS, interval=bwd.CHECKPOINT_INTERVAL)
-    return StateProducts(start_BHZA=start_BHZA, end_BH=end_BH, of_angle=of_angle)
+    # dh is rounded as the keys before it read it: any difference would stay in every sum over earlier tokens.
+    read = (lambda dh_PN: dh_PN) if exact else lambda dh_PN: dh_PN.astype(jnp.bfloat16)
+    h_BHZAPN, first_BHZPN = query.h_BHZAPN, key.dh_BHZPN
+    starts = [(h_BHZAPN[:, :, :, :1], read(first_BHZPN[:, :, :, None]))]
+    if h_BHZAPN.shape[3] > 1:
+        starts.append((h_BHZAPN[:, :, :, 1:], read(key.dh_BHZAPN)))
+    return state_products(
+        starts,
+        (residuals.last_BHPN, read(dlast_BHPN)),
+        lambda x_PN: jnp.split(x_PN, 2, axis=-1),
+        planes=0 if residuals.phase_BHLS is None else residuals.phase_BHLS.shape[-1],
+        interval=bwd.CHECKPOINT_INTERVAL,
+    )

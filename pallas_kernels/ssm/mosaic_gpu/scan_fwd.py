@@ -31,18 +31,11 @@ from pallas_kernels.ssm.contract import (
     Scanned,
     Token,
     Weights,
-    cast,
-    cut,
     decay_dtype,
-    empty_carry,
-    heads_first,
-    ordered,
-    pad,
     product_dtype,
     require,
     sizes_of,
 )
-from pallas_kernels.ssm.decay import combine_splits, documents, log_decay
 from pallas_kernels.ssm.mosaic_gpu import scan_bwd
 from pallas_kernels.ssm.mosaic_gpu.phase import phase
 from pallas_kernels.ssm.mosaic_gpu.tiles import (
@@ -51,21 +44,22 @@ from pallas_kernels.ssm.mosaic_gpu.tiles import (
     TILE,
     WIDTH,
     Decay,
-    HeadWeights,
-    Operands,
     Program,
     Residuals,
     Rotation,
+    ScanRefs,
     Sizes,
     Tile,
-    TokenArrays,
     Transposed,
     add_products,
-    call,
+    call_scan,
     down,
+    head_barrier,
+    head_memory,
     interpreter,
     iota,
     load,
+    load_head,
     of_ranks,
     of_tokens,
     ones_of_tokens,
@@ -73,6 +67,7 @@ from pallas_kernels.ssm.mosaic_gpu.tiles import (
     stack_scalars,
     tiled,
 )
+from pallas_kernels.ssm.operands import Operands, combine_splits, operands_of, scanned
 from pallas_kernels.ssm.order import Order
 
 PROGRAMS = 264  # that fill an H200: two on each of its 132 multiprocessors
@@ -151,46 +146,30 @@ def scan(
     splits = splits or splits_of(row, programs or PROGRAMS)
     tile = Tile(rank=size["R"], width=size["P"], splits=splits, interpret=interpreter() if interpret else None)
     unit = tile.tokens * tile.splits
-    last = {"k_BRGN": row.k_BLRGN[:, -1], "v_BHP": row.v_BLHP[:, -1]}
-
-    row = row._replace(before=row.before or empty_carry(row))
-    if size["R"] == 1 and row.weights.v_rank_HRP is not None:  # the kernels have weights of several ranks only
-        v_BLHP = row.v_BLHP.astype(jnp.float32) * row.weights.v_rank_HRP[:, 0]
-        row = row._replace(v_BLHP=v_BLHP, weights=row.weights._replace(v_rank_HRP=None))
-    tokens = {name: cast(getattr(row, name), jnp.bfloat16) for name in TokenArrays._fields}
-    row = row._replace(**tokens, weights=jax.tree.map(lambda array: array.astype(jnp.float32), row.weights))
-    row = ordered(pad(row, L=-(-size["L"] // unit) * unit, P=WIDTH, S=order.kernel_pairs), order.to)
-    operands = Operands(
-        tokens=TokenArrays(**{name: getattr(row, name) for name in TokenArrays._fields}),
-        angle_BLHS=row.angle_BLHS,
-        dt_BHL=heads_first(row.dt_BLH),
-        log_decay_BHL=sum(log_decay(heads_first(row.log_a_BLH), row.start_BL, tile.tokens)),
-        gamma_BHL=heads_first(row.gamma_BLH),
-        kappa_BHL=heads_first(row.gamma_BLH if row.kappa_BLH is None else row.kappa_BLH),
-        before=row.before,
-        weights=row.weights,
-    )
-    o_BLHP, after = mamba3(operands, documents(row.start_BL), tile)
-    o_BLHP = o_BLHP[:, : size["L"], :, : size["P"]].astype(last["v_BHP"].dtype)
-    return Scanned(o_BLHP, cut(ordered(after, order.back), P=size["P"], S=size["S"]), **last)
+    kappa_BLH = row.gamma_BLH if row.kappa_BLH is None else row.kappa_BLH
+    weights = jax.tree.map(lambda array: array.astype(jnp.float32), row.weights)
+    given = row._replace(kappa_BLH=kappa_BLH, weights=weights)
+    if size["R"] == 1 and weights.v_rank_HRP is not None:  # the kernels have weights of several ranks only
+        v_BLHP = row.v_BLHP.astype(jnp.float32) * weights.v_rank_HRP[:, 0]
+        given = given._replace(v_BLHP=v_BLHP, weights=weights._replace(v_rank_HRP=None))
+    sizes = {"L": -(-size["L"] // unit) * unit, "P": WIDTH, "S": order.kernel_pairs}
+    operands = operands_of(given, order, dtype=jnp.bfloat16, sizes=sizes, tokens=tile.tokens)
+    return scanned(row, order, *mamba3(operands, tile))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def mamba3(operands: Operands, document_BL, tile: Tile):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def mamba3(operands: Operands, tile: Tile):
     """Return o_BLHP, and the state after the row.
-
-    Args:
-        document_BL: int32, document starts in the row up to each token; None: one document.
 
     Raises:
         ValueError: see `check`.
     """
-    return _forward(operands, document_BL, tile)[0]
+    return _forward(operands, tile)[0]
 
 
-def _fwd(operands: Operands, document_BL, tile: Tile):
+def _fwd(operands: Operands, tile: Tile):
     """Return results and residuals, named as the Triton op's for policies of rematerialisation."""
-    (o_BLHP, after), residuals = _forward(operands, document_BL, dataclasses.replace(tile, residuals=True))
+    (o_BLHP, after), residuals = _forward(operands, dataclasses.replace(tile, residuals=True))
     names = {"phase_BHLS": "ssm_rotated", "y_BLHRP": "ssm_y"}
     residuals = Residuals(
         **{
@@ -198,25 +177,14 @@ def _fwd(operands: Operands, document_BL, tile: Tile):
             for name, array in residuals._asdict().items()
         }
     )
-    return (o_BLHP, after._replace(h_BHPN=residuals.last_BHPN)), (operands, document_BL, residuals)
+    return (o_BLHP, after._replace(h_BHPN=residuals.last_BHPN)), (operands, residuals)
 
 
 def _bwd(tile: Tile, saved, cotangents):
-    operands, document_BL, residuals = saved
-    return scan_bwd.gradients(operands, document_BL, residuals, cotangents, tile=tile), None
+    return (scan_bwd.gradients(*saved, cotangents, tile=tile),)
 
 
 mamba3.defvjp(_fwd, _bwd)
-
-
-class ScanRefs(NamedTuple):
-    """What the kernel reads, which `run` gives it with all that a token has side by side."""
-
-    tokens: TokenArrays  # no q: no output, only the state that a split adds
-    phase_BHLS: jax.Array | None  # int16, fractions of a turn; None: nothing rotates
-    scalars_BHCXT: jax.Array  # float32: `SCALARS`
-    h_BHZPN: jax.Array  # float32, the state before every split
-    weights: Weights
 
 
 class ScanOut(NamedTuple):
@@ -227,7 +195,7 @@ class ScanOut(NamedTuple):
     y_BLHRP: jax.Array | None  # before norm and gate
 
 
-def _forward(operands: Operands, document_BL, tile: Tile):
+def _forward(operands: Operands, tile: Tile):
     """Return output and state, and the residuals (y only where the tile says so).
 
     Where heads and batch entries are too few to fill the device, a first pass leaves what every split adds to the
@@ -239,13 +207,14 @@ def _forward(operands: Operands, document_BL, tile: Tile):
             angle_BLHS=operands.angle_BLHS,
             dt_BHL=operands.dt_BHL,
             first_BHS=operands.before.angle_BHS,
-            document_BL=document_BL,
+            document_BL=operands.document_BL,
             interpret=tile.interpret,
         )
     refs = ScanRefs(
         tokens=operands.tokens,
+        dy_BLHRP=None,
         phase_BHLS=phase_BHLS,
-        scalars_BHCXT=stack_scalars(operands, document_BL, SCALARS, tile),
+        scalars_BHCXT=stack_scalars(operands, SCALARS, tile),
         h_BHZPN=operands.before.h_BHPN[:, :, None],
         weights=operands.weights,
     )
@@ -308,42 +277,25 @@ def run(refs: ScanRefs, tile: Tile) -> ScanOut:
         ValueError: see `check`.
     """
     check(refs, tile)
-    batch, length, rank, _, d_state = refs.tokens.k_BLRGN.shape
-    like = refs.tokens.v_BLHP
-    n_heads = like.shape[2]
-    sizes = Sizes.of(refs.tokens.k_BLRGN, refs.phase_BHLS, n_heads, tile)
-    # The copy engine sees at most five axes, those of a tile twice.
-    norm_HP = refs.weights.norm_HP
-    refs = refs._replace(
-        tokens=jax.tree.map(lambda array: array.reshape(batch, length, -1), refs.tokens),
-        phase_BHLS=refs.phase_BHLS if not sizes.pairs else refs.phase_BHLS.reshape(batch * n_heads, length, -1),
-        scalars_BHCXT=refs.scalars_BHCXT.reshape(batch * n_heads * length // tile.tokens, -1, ROWS),
-        weights=refs.weights._replace(norm_HP=None if norm_HP is None else norm_HP[:, None]),
-    )
+    like, rank = refs.tokens.v_BLHP, tile.rank
+    batch, length, n_heads, _ = like.shape
     out = ScanOut(
         o_BLHP=None
         if refs.tokens.q_BLRGN is None
         else jax.ShapeDtypeStruct((batch, length, n_heads * WIDTH), like.dtype),
-        h_BHZPN=jax.ShapeDtypeStruct((batch, n_heads, tile.splits, WIDTH, d_state), jnp.float32),
+        h_BHZPN=jax.ShapeDtypeStruct((batch, n_heads, tile.splits, *refs.h_BHZPN.shape[3:]), jnp.float32),
         y_BLHRP=jax.ShapeDtypeStruct((batch, length, n_heads * rank * WIDTH), like.dtype) if tile.residuals else None,
     )
-    shared = ScanShared.memory(refs, sizes, tile)
+    shared = ScanShared.memory(refs, tile)
     barriers = ScanBarriers(
         early=plgpu.Barrier(num_arrivals=max(1, _early_copies(refs, tile))),
         chunk=plgpu.Barrier(num_arrivals=rank + 2, num_barriers=2),
         gate=plgpu.Barrier(),
-        head=shared.weights.barrier(),
+        head=head_barrier(shared.weights),
     )
-    out = call(
-        functools.partial(_kernel, sizes=sizes, tile=tile),
-        name="mamba3_mosaic_scan",
-        operands=refs,
-        out=out,
-        scratch=(shared, barriers),
-        grid={"program": batch * n_heads * tile.splits},
-        interpret=tile.interpret,
-        sums=False,  # a norm's are within warps too, but what is compiled stays as it was measured
-    )
+    # A norm's sums are within warps too, but what is compiled stays as it was measured.
+    how = {"out": out, "scratch": (shared, barriers), "tile": tile, "sums": False}
+    out = call_scan(_kernel, ScanProgram, refs, name="mamba3_mosaic_scan", **how)
     return ScanOut(
         o_BLHP=None if out.o_BLHP is None else out.o_BLHP.reshape(like.shape),
         h_BHZPN=out.h_BHZPN,
@@ -364,11 +316,12 @@ class ScanShared(NamedTuple):
     phase_QS: jax.Array | None
     scalars_2XT: jax.Array
     h_PN: jax.Array
-    weights: HeadWeights
+    weights: Weights  # of the head
 
     @classmethod
-    def memory(cls, refs: ScanRefs, sizes: Sizes, tile: Tile) -> "ScanShared":
+    def memory(cls, refs: ScanRefs, tile: Tile) -> "ScanShared":
         """Return what a program needs."""
+        sizes = Sizes.of(refs, tile)
         return cls(
             q_TN=None if refs.tokens.q_BLRGN is None else tiled(ROWS, sizes.d_state),
             k_2TN=tiled(2, ROWS, sizes.d_state),
@@ -378,9 +331,9 @@ class ScanShared(NamedTuple):
             gate_QP=tiled(tile.tokens, WIDTH),
             y_TP=None if tile.rank == 1 else tiled(ROWS, WIDTH),
             phase_QS=tiled(tile.tokens, sizes.pairs, dtype=jnp.int16) if sizes.pairs else None,
-            scalars_2XT=plgpu.SMEM((2, *refs.scalars_BHCXT.shape[1:]), jnp.float32),
+            scalars_2XT=plgpu.SMEM((2, *refs.scalars_BHCXT.shape[3:]), jnp.float32),
             h_PN=tiled(WIDTH, sizes.d_state),
-            weights=HeadWeights.memory(refs.weights),
+            weights=head_memory(refs.flat().weights),
         )
 
 
@@ -401,27 +354,18 @@ def _early_copies(refs: ScanRefs, tile: Tile) -> int:
 class ScanProgram(Program):
     """The part of the arrays one program works on, and its copies."""
 
-    def __init__(
-        self, refs: ScanRefs, out: ScanOut, shared: ScanShared, barriers: ScanBarriers, *, sizes: Sizes, tile: Tile
-    ):
-        super().__init__(sizes, tile)
-        self.refs, self.out, self.shared, self.barriers = refs, out, shared, barriers
-
     def load_early(self, index):
         """Start the copies of q and the angles of a chunk."""
-        tokens, barrier = self.tokens(index), self.barriers.early
         if self.refs.tokens.q_BLRGN is not None:
-            self.load_ranks(self.refs.tokens.q_BLRGN, self.shared.q_TN, tokens, barrier)
-        if self.refs.phase_BHLS is not None:
-            plgpu.copy_gmem_to_smem(self.refs.phase_BHLS.at[self.row, tokens], self.shared.phase_QS, barrier)
+            self.load_ranks(self.refs.tokens.q_BLRGN, self.shared.q_TN, index, self.barriers.early)
+        self.load_phase(self.shared.phase_QS, index, self.barriers.early)
 
     def load_chunk(self, index, slot):
         """Start the copies of k, v and scalars of a chunk."""
-        refs, shared, tokens, barrier = self.refs, self.shared, self.tokens(index), self.barriers.chunk.at[slot]
-        self.load_ranks(refs.tokens.k_BLRGN, shared.k_2TN.at[slot], tokens, barrier)
-        plgpu.copy_gmem_to_smem(refs.tokens.v_BLHP.at[self.of_head(tokens)], shared.v_2QP.at[slot], barrier)
-        scalars_XT = refs.scalars_BHCXT.at[self.chunk_of_row(index)]
-        plgpu.copy_gmem_to_smem(scalars_XT, shared.scalars_2XT.at[slot], barrier)
+        tokens, shared, barrier = self.refs.tokens, self.shared, self.barriers.chunk.at[slot]
+        self.load_ranks(tokens.k_BLRGN, shared.k_2TN.at[slot], index, barrier)
+        plgpu.copy_gmem_to_smem(tokens.v_BLHP.at[self.of_head(self.tokens(index))], shared.v_2QP.at[slot], barrier)
+        self.load_scalars(shared.scalars_2XT.at[slot], index, barrier)
 
     def load_gate(self, index):
         """Start the copy of a chunk's gate."""
@@ -434,17 +378,17 @@ class ScanProgram(Program):
 
     def store_y(self, from_TP, index):
         """Store the output of every rank."""
-        for rank in range(self.tile.rank):
-            to_QP = self.out.y_BLHRP.at[self.of_head(self.tokens(index), rank, self.tile.rank)]
-            plgpu.copy_smem_to_gmem(from_TP.at[self.rows(rank)], to_QP)
+        for to_QP, from_QP in self.by_rank(self.out.y_BLHRP, from_TP, index):
+            plgpu.copy_smem_to_gmem(from_QP, to_QP)
 
 
-def _kernel(refs: ScanRefs, out: ScanOut, shared: ScanShared, barriers: ScanBarriers, *, sizes: Sizes, tile: Tile):
-    program = ScanProgram(refs, out, shared, barriers, sizes=sizes, tile=tile)
-    chunks, gated, interpret = sizes.chunks, refs.tokens.gate_BLHP is not None, tile.interpreted
+def _kernel(program: ScanProgram):
+    refs, out, shared, barriers = program.refs, program.out, program.shared, program.barriers
+    tile, chunks, interpret = program.tile, program.sizes.chunks, program.interpret
+    gated = refs.tokens.gate_BLHP is not None
     only_state, weights = refs.tokens.q_BLRGN is None, shared.weights
     skip = None if refs.weights.skip_H is None else refs.weights.skip_H[program.head]
-    head_arrived = weights.load(refs.weights, program.head, barriers.head)
+    head_arrived = load_head(refs.weights, program.head, weights, barriers.head)
     program.load_early(0)
     for index in range(min(2, chunks)):
         program.load_chunk(index, index)
@@ -461,10 +405,10 @@ def _kernel(refs: ScanRefs, out: ScanOut, shared: ScanShared, barriers: ScanBarr
         decay = Decay(shared.scalars_2XT.at[slot], SCALARS, tile)
 
         rotation = Rotation(shared.phase_QS, interpret)
-        if rotation.changes(weights.k_bias_RN):
-            k_TN[...] = rotation.apply(k_TN, weights.k_bias_RN)
+        if rotation.changes(weights.k_bias_HRN):
+            k_TN[...] = rotation.apply(k_TN, weights.k_bias_HRN)
         if not only_state:
-            q_TN = rotation.apply(shared.q_TN, weights.q_bias_RN)
+            q_TN = rotation.apply(shared.q_TN, weights.q_bias_HRN)
             shared.h_PN[...] = h_PN.astype(jnp.bfloat16)
         # The last chunk's copies out of shared memory are done.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -472,8 +416,8 @@ def _kernel(refs: ScanRefs, out: ScanOut, shared: ScanShared, barriers: ScanBarr
             pl.when(index > 0)(lambda: program.load_gate(index))
         x_ref, x_TP = v_QP, of_tokens(v_QP, interpret).astype(jnp.float32)
         if tile.rank > 1:
-            if weights.v_rank_RP is not None:
-                x_TP *= of_ranks(weights.v_rank_RP, interpret)
+            if weights.v_rank_HRP is not None:
+                x_TP *= of_ranks(weights.v_rank_HRP, interpret)
             x_ref = shared.x_TP
             x_ref[...] = x_TP.astype(jnp.bfloat16)
         shared.weighted_TP[...] = (x_TP * down(decay.decay_to_end_T("shifted"), WIDTH)).astype(jnp.bfloat16)
@@ -513,17 +457,17 @@ def _epilogue(y_TP, program: ScanProgram, index):
         shared.weighted_TP[...] = y_TP.astype(jnp.bfloat16)
         plgpu.commit_smem()
         program.store_y(shared.weighted_TP, index)
-    if weights.norm_1P is not None:
+    if weights.norm_HP is not None:
         mean_T = jnp.sum(jnp.square(y_TP), axis=1) * (1 / tile.width)
-        y_TP *= down(lax.rsqrt(mean_T + NORM_EPS), WIDTH) * of_ranks(weights.norm_1P, interpret)
+        y_TP *= down(lax.rsqrt(mean_T + NORM_EPS), WIDTH) * of_ranks(weights.norm_HP, interpret)
     if refs.tokens.gate_BLHP is not None:
         plgpu.barrier_wait(program.barriers.gate)
         gate_TP = of_tokens(shared.gate_QP, interpret).astype(jnp.float32)
-        if weights.gate_rank_RP is not None:
-            gate_TP *= of_ranks(weights.gate_rank_RP, interpret)
+        if weights.gate_rank_HRP is not None:
+            gate_TP *= of_ranks(weights.gate_rank_HRP, interpret)
         y_TP *= gate_TP * (0.5 + 0.5 * jnp.tanh(0.5 * gate_TP))
-    if weights.out_rank_RP is not None:
-        y_TP *= of_ranks(weights.out_rank_RP, interpret)
+    if weights.out_rank_HRP is not None:
+        y_TP *= of_ranks(weights.out_rank_HRP, interpret)
     if tile.rank == 1:
         shared.gate_QP[...] = y_TP.astype(jnp.bfloat16)
         plgpu.commit_smem()

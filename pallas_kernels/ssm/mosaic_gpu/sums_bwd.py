@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssm.gradients import AngleProducts, AngleSums, add_later
 from pallas_kernels.ssm.mosaic_gpu.phase import AngleProgram, Grid, running_sum
-from pallas_kernels.ssm.mosaic_gpu.tiles import call, load
+from pallas_kernels.ssm.mosaic_gpu.tiles import call, load, zeros
 
 TOKENS = 64  # of a tile of `heads_bwd`, at most
 COLUMNS = 128  # one a thread
@@ -68,9 +68,7 @@ def heads_bwd(dx_BHLRN, *, groups: int, interpret, bias: bool):
                 out.dbias_BCHX.at[b, c, block * heads + index, across][...] = jnp.sum(dx_TX, axis=0)
             return sum_TX + dx_TX
 
-        zeros_TX = jnp.zeros((tokens, COLUMNS), jnp.float32)
-        zeros_TX = zeros_TX if interpreted else plgpu.layout_cast(zeros_TX, layout)
-        sum_TX = lax.fori_loop(0, heads, head, zeros_TX)
+        sum_TX = lax.fori_loop(0, heads, head, zeros((tokens, COLUMNS), layout, interpreted))
         out.dx_JBLX.at[block, b, here, across][...] = sum_TX.astype(dtype)
 
     dx_BHLX = dx_BHLRN.reshape(batch, n_heads, rows, width)
@@ -208,10 +206,8 @@ def _angles_kernel(refs: AngleRefs, out, shared: AngleShared, program: AngleProg
     if not grid.shared_angle:
         lax.fori_loop(0, grid.groups, group, jnp.float32(0))
         return
-    zeros_HTS = jnp.zeros(program.shape, jnp.float32)
-    zeros_HTS = zeros_HTS if interpret else plgpu.layout_cast(zeros_HTS, layout)
     # Heads are in different warps, so their sums meet in shared memory.
-    shared.sum_HTS[...] = lax.fori_loop(0, grid.groups, group, zeros_HTS)
+    shared.sum_HTS[...] = lax.fori_loop(0, grid.groups, group, zeros(program.shape, layout, interpret))
     plgpu.commit_smem()
     sum_TS = sum(shared.sum_HTS[head] for head in range(grid.at_once))
     out["dangle_JBELS"].at[lax.axis_index("block"), b, 0, tokens][...] = sum_TS

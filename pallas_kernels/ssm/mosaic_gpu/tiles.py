@@ -23,8 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssm.contract import Carry, Weights
-from pallas_kernels.ssm.decay import documents_in_chunks
+from pallas_kernels.ssm.contract import Weights
+from pallas_kernels.ssm.operands import Operands, TokenArrays, documents_in_chunks
 
 ROWS = 64  # of a tile: what wgmma computes at least
 WIDTH = 64  # P, padded
@@ -56,28 +56,6 @@ class Tile:
         return self.interpret is not None
 
 
-class TokenArrays(NamedTuple):
-    """What the kernels read of every token as it comes, bfloat16; None: absent, or not read by this kernel."""
-
-    q_BLRGN: jax.Array | None
-    k_BLRGN: jax.Array | None
-    v_BLHP: jax.Array | None
-    gate_BLHP: jax.Array | None
-
-
-class Operands(NamedTuple):
-    """A row as the kernels want it: whole chunks, P, N and S padded, one number a token and head with heads first."""
-
-    tokens: TokenArrays  # all else is float32
-    angle_BLHS: jax.Array | None
-    dt_BHL: jax.Array | None
-    log_decay_BHL: jax.Array  # since the first token of the chunk, or of its document in the chunk
-    gamma_BHL: jax.Array
-    kappa_BHL: jax.Array
-    before: Carry
-    weights: Weights
-
-
 class Residuals(NamedTuple):
     """What the backward pass reads beside the operands."""
 
@@ -88,10 +66,35 @@ class Residuals(NamedTuple):
     last_BHPN: jax.Array
 
 
+class ScanRefs(NamedTuple):
+    """What the kernels of a scan read, forward or backward; None: absent, or not read by this kernel."""
+
+    tokens: TokenArrays
+    dy_BLHRP: jax.Array | None  # of the backward pass
+    phase_BHLS: jax.Array | None  # int16, fractions of a turn; None: nothing rotates
+    scalars_BHCXT: jax.Array  # float32: `SCALARS`, or `SCALARS_BWD`
+    h_BHZPN: jax.Array  # float32, the state before every split, or the gradient of the one after
+    weights: Weights
+
+    def flat(self) -> "ScanRefs":
+        """Put all that a token has side by side: the copy engine sees at most five axes, those of a tile twice."""
+        joined = lambda x, axes: None if x is None else x.reshape(-1, *x.shape[axes:])  # noqa: E731
+        of_token = lambda x: x.reshape(*x.shape[:2], -1)  # noqa: E731
+        norm_HP = self.weights.norm_HP
+        return self._replace(
+            tokens=jax.tree.map(of_token, self.tokens),
+            dy_BLHRP=jax.tree.map(of_token, self.dy_BLHRP),
+            phase_BHLS=joined(self.phase_BHLS, 2),
+            scalars_BHCXT=joined(self.scalars_BHCXT, 3),
+            weights=self.weights._replace(norm_HP=None if norm_HP is None else norm_HP[:, None]),
+        )
+
+
 @dataclass(frozen=True)
 class Sizes:
     """The sizes that a program of a scan needs."""
 
+    batch: int
     heads: int
     groups: int
     chunks: int  # of a split
@@ -99,12 +102,17 @@ class Sizes:
     pairs: int
 
     @classmethod
-    def of(cls, q_BLRGN, phase_BHLS, heads: int, tile: Tile) -> "Sizes":
-        """Return the sizes of queries or keys and of the angles, if there are any."""
-        _, length, _, groups, d_state = q_BLRGN.shape
-        pairs = 0 if phase_BHLS is None else phase_BHLS.shape[-1]
+    def of(cls, refs: ScanRefs, tile: Tile) -> "Sizes":
+        """Return the sizes of what a scan reads."""
+        x_BLRGN = refs.tokens.q_BLRGN if refs.tokens.k_BLRGN is None else refs.tokens.k_BLRGN
+        batch, heads, chunks = refs.scalars_BHCXT.shape[:3]
         return cls(
-            heads=heads, groups=groups, chunks=length // tile.tokens // tile.splits, d_state=d_state, pairs=pairs
+            batch=batch,
+            heads=heads,
+            groups=x_BLRGN.shape[3],
+            chunks=chunks // tile.splits,
+            d_state=x_BLRGN.shape[4],
+            pairs=0 if refs.phase_BHLS is None else refs.phase_BHLS.shape[-1],
         )
 
 
@@ -115,9 +123,9 @@ def interpreter():
     return InterpretGPUParams()
 
 
-def stack_scalars(operands: Operands, document_BL, names: tuple[str, ...], tile: Tile):
+def stack_scalars(operands: Operands, names: tuple[str, ...], tile: Tile):
     """Stacks the named scalars of every row of a chunk, rank by rank; of packed rows, the document too."""
-    decay_BHL = operands.log_decay_BHL * math.log2(math.e)
+    decay_BHL, document_BL = operands.log_decay_BHL * math.log2(math.e), operands.document_BL
     scalars_BHL = {
         "decay": decay_BHL,
         "shifted": decay_BHL - jnp.log2(operands.kappa_BHL),  # a product with kappa is part of the exponent
@@ -150,6 +158,12 @@ def iota(axis: int, interpret: bool):
     if interpret:
         return lax.broadcasted_iota(jnp.int32, (ROWS, ROWS), axis)
     return plgpu.broadcasted_iota(jnp.int32, (ROWS, ROWS), axis, layout=TILE)
+
+
+def zeros(shape: tuple[int, ...], layout, interpret: bool):
+    """Return float32 zeros in registers of a layout."""
+    x = jnp.zeros(shape, jnp.float32)
+    return x if interpret else plgpu.layout_cast(x, layout)
 
 
 def down(x_T, columns: int):
@@ -464,57 +478,43 @@ class Rotation:
         return join_pairs(parts, self.interpret), dphi_TS
 
 
-class HeadWeights(NamedTuple):
-    """The weights of a program's head in shared memory; None: absent, or not read by this kernel."""
+def head_memory(weights: Weights) -> Weights:
+    """Return the shared memory of the weights of a program's head, without the axis H of their names.
 
-    q_bias_RN: jax.Array | None
-    k_bias_RN: jax.Array | None
-    v_rank_RP: jax.Array | None
-    gate_rank_RP: jax.Array | None
-    out_rank_RP: jax.Array | None
-    norm_1P: jax.Array | None
-
-    @classmethod
-    def memory(cls, weights: Weights) -> "HeadWeights":
-        """Return the shared memory of one head's weights; `weights` with the norm as (H, 1, P)."""
-        refs = {name: getattr(weights, source) for name, source in WEIGHTS.items()}
-        return cls(**{name: None if x is None else plgpu.SMEM(x.shape[1:], jnp.float32) for name, x in refs.items()})
-
-    def barrier(self):
-        """Return the barrier of `load`."""
-        return plgpu.Barrier(num_arrivals=max(1, sum(x is not None for x in self)))
-
-    def load(self, weights: Weights, head, barrier):
-        """Start the copies of a head's weights, and return what waits for them."""
-        found = [name for name in WEIGHTS if getattr(self, name) is not None]
-        for name in found:
-            plgpu.copy_gmem_to_smem(getattr(weights, WEIGHTS[name]).at[head], getattr(self, name), barrier)
-        return lambda: plgpu.barrier_wait(barrier) if found else None
+    The norm is (1, P) there, (H, 1, P) before; a skip is read where it lies.
+    """
+    return jax.tree.map(lambda x: plgpu.SMEM(x.shape[1:], jnp.float32), weights._replace(skip_H=None))
 
 
-WEIGHTS = {  # the fields of `HeadWeights`, and of `Weights` where each comes from
-    "q_bias_RN": "q_bias_HRN",
-    "k_bias_RN": "k_bias_HRN",
-    "v_rank_RP": "v_rank_HRP",
-    "gate_rank_RP": "gate_rank_HRP",
-    "out_rank_RP": "out_rank_HRP",
-    "norm_1P": "norm_HP",
-}
+def head_barrier(memory: Weights):
+    """Return the barrier of `load_head`."""
+    return plgpu.Barrier(num_arrivals=max(1, len(jax.tree.leaves(memory))))
+
+
+def load_head(weights: Weights, head, memory: Weights, barrier):
+    """Start the copies of a head's weights, and return what waits for them."""
+    copy = lambda to, x_H: plgpu.copy_gmem_to_smem(x_H.at[head], to, barrier)  # noqa: E731
+    jax.tree.map(copy, memory, weights._replace(skip_H=None))
+    return lambda: plgpu.barrier_wait(barrier) if jax.tree.leaves(memory) else None
 
 
 class Program:
     """Which part of the arrays a program of a scan works on: a head of a batch entry, or a split of it."""
 
-    def __init__(self, sizes: Sizes, tile: Tile):
+    def __init__(self, refs, out, shared, barriers, *, sizes: Sizes, tile: Tile):
+        self.refs, self.out, self.shared, self.barriers = refs, out, shared, barriers
         self.sizes, self.tile, self.interpret = sizes, tile, tile.interpreted
-        program = lax.axis_index("program")
-        # Heads run fastest: neighbours read the same queries and keys.
-        self.head = lax.rem(program, jnp.int32(sizes.heads))
-        rest = lax.div(program, jnp.int32(sizes.heads))
-        self.split, self.batch = lax.rem(rest, jnp.int32(tile.splits)), lax.div(rest, jnp.int32(tile.splits))
+        self.batch, self.split, self.head = self.place()
         self.group = lax.div(self.head, jnp.int32(sizes.heads // sizes.groups))
         self.row = self.batch * sizes.heads + self.head
         self.state = (self.batch, self.head, self.split)
+
+    def place(self):
+        """Return the batch entry, the split and the head."""
+        program, heads, splits = lax.axis_index("program"), jnp.int32(self.sizes.heads), jnp.int32(self.tile.splits)
+        # Heads run fastest: neighbours read the same queries and keys.
+        rest = lax.div(program, heads)
+        return lax.div(rest, splits), lax.rem(rest, splits), lax.rem(program, heads)
 
     def chunk(self, index):
         """Return the place of a chunk of the split in its row."""
@@ -536,13 +536,48 @@ class Program:
         """Return where the entries of the head (of a rank of it) are for these tokens, in (B, L, H R P)."""
         return self.batch, tokens, pl.ds((self.head * ranks + rank) * WIDTH, WIDTH)
 
-    def load_ranks(self, from_BLX, to_TN, tokens, barrier):
-        """Start the copies of these tokens' queries or keys."""
-        d_state = self.sizes.d_state
+    def load_ranks(self, from_BLX, to_TN, index, barrier):
+        """Start the copies of a chunk's queries or keys."""
+        tokens, d_state = self.tokens(index), self.sizes.d_state
         for rank in range(self.tile.rank):
             columns = pl.ds((rank * self.sizes.groups + self.group) * d_state, d_state)
             from_QN = from_BLX.at[self.batch, tokens, columns]
             plgpu.copy_gmem_to_smem(from_QN, to_TN.at[self.rows(rank)], barrier)
+
+    def load_phase(self, to_QS, index, barrier):
+        """Start the copy of a chunk's angles, if there are any."""
+        if self.refs.phase_BHLS is not None:
+            plgpu.copy_gmem_to_smem(self.refs.phase_BHLS.at[self.row, self.tokens(index)], to_QS, barrier)
+
+    def load_scalars(self, to_XT, index, barrier):
+        """Start the copy of a chunk's scalars."""
+        plgpu.copy_gmem_to_smem(self.refs.scalars_BHCXT.at[self.chunk_of_row(index)], to_XT, barrier)
+
+    def by_rank(self, array_BLX, tile_TP, index):
+        """Return where every rank of a chunk is in an array (B, L, H R P) and in a tile."""
+        tokens, ranks = self.tokens(index), self.tile.rank
+        return [(array_BLX.at[self.of_head(tokens, r, ranks)], tile_TP.at[self.rows(r)]) for r in range(ranks)]
+
+
+def call_scan(
+    kernel, program: type[Program], refs: ScanRefs, *, name: str, out, scratch, tile: Tile, sums: bool = True
+):
+    """Run `kernel(program)` for every head of a row, and split of it; see `call`.
+
+    Args:
+        program: made of refs, out, what there is of `scratch` (shared memory, and barriers), sizes and tile.
+    """
+    sizes = Sizes.of(refs, tile)
+    return call(
+        lambda *places: kernel(program(*places, sizes=sizes, tile=tile)),
+        name=name,
+        operands=refs.flat(),
+        out=out,
+        scratch=scratch,
+        grid={"program": sizes.batch * sizes.heads * tile.splits},
+        interpret=tile.interpret,
+        sums=sums,
+    )
 
 
 def call(kernel, *, name: str, operands, out, scratch, grid: dict[str, int], interpret, sums: bool = True):

@@ -10,9 +10,9 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.ssm.angle import INVERSE_TURN
 from pallas_kernels.ssm.contract import NORM_EPS
-from pallas_kernels.ssm.decay import STEEPEST
 from pallas_kernels.ssm.mosaic_tpu.angle import increments, sincos_of
 from pallas_kernels.ssm.mosaic_tpu.grid import Grid, PackedWeights
+from pallas_kernels.ssm.operands import STEEPEST
 
 NN, NT, TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
 

@@ -26,11 +26,11 @@ from pallas_kernels.ssm.contract import (
     sizes_of,
     wants_float32_or_bfloat16,
 )
-from pallas_kernels.ssm.decay import documents
 from pallas_kernels.ssm.mosaic_tpu import decode, scan_bwd, scan_fwd
 from pallas_kernels.ssm.mosaic_tpu.angle import angle_before_chunks
 from pallas_kernels.ssm.mosaic_tpu.config import Tiles, limits, order_matrix, order_of, padded_width, tiles_of
 from pallas_kernels.ssm.mosaic_tpu.grid import BlockCarry, Constants, Grid, Operands
+from pallas_kernels.ssm.operands import documents
 
 
 class Results(NamedTuple):

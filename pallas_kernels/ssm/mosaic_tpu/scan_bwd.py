@@ -26,7 +26,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ssm.decay import STEEPEST
 from pallas_kernels.ssm.mosaic_tpu import chunk as chunks
 from pallas_kernels.ssm.mosaic_tpu.chunk import (
     NN,
@@ -42,6 +41,7 @@ from pallas_kernels.ssm.mosaic_tpu.chunk import (
     side_by_side,
 )
 from pallas_kernels.ssm.mosaic_tpu.grid import BlockCarry, Constants, Grid, Operands, PackedWeights
+from pallas_kernels.ssm.operands import STEEPEST
 
 
 class BwdRefs(NamedTuple):

@@ -11,43 +11,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.ssm.contract import Carry, Weights, axes_of
+from pallas_kernels.ssm.contract import axes_of
 from pallas_kernels.ssm.triton.config import Launch, Tile
 
 NN, NT, TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
-
-
-class Operands(NamedTuple):
-    """A row as the kernels want it: whole chunks, P, N and S padded, one number a token and head with heads first.
-
-    q, k, v and gate are float32 (true float32 products) or bfloat16 (float32 sums), the rest float32. N is 2 S or 4 S,
-    all powers of two.
-    """
-
-    q_BLRGN: jax.Array
-    k_BLRGN: jax.Array
-    v_BLHP: jax.Array
-    gate_BLHP: jax.Array | None
-    angle_BLHS: jax.Array | None  # radians per unit dt, H may be 1; None, as dt and the angle before: nothing rotates
-    dt_BHL: jax.Array | None
-    log_decay_BHL: jax.Array  # from the first token of the chunk, or of its document in the chunk
-    decay_rest_BHL: jax.Array | None  # see `scan_fwd.ScanOperands`
-    gamma_BHL: jax.Array
-    kappa_BHL: jax.Array | None
-    document_BL: jax.Array | None  # int32, document starts in the row up to each token; None: one document
-    before: Carry
-    weights: Weights
-
-    @property
-    def n_heads(self) -> int:
-        """Return H."""
-        return self.v_BLHP.shape[2]
-
-    @property
-    def pairs(self) -> int:
-        """Return S; where nothing rotates a quarter of N, which cuts it in two halves for the backward pass."""
-        angle_BHS = self.before.angle_BHS
-        return self.q_BLRGN.shape[-1] // 4 if angle_BHS is None else angle_BHS.shape[-1]
 
 
 class Grid(NamedTuple):

@@ -9,28 +9,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.ssm.contract import (
-    Carry,
-    Row,
-    Scanned,
-    Weights,
-    cast,
-    cut,
-    empty_carry,
-    heads_first,
-    ordered,
-    pad,
-    product_dtype,
-    require,
-    sizes_of,
-)
-from pallas_kernels.ssm.decay import documents, documents_in_chunks, log_decay
-from pallas_kernels.ssm.gradients import AngleProducts, add_later, decay_bwd, state_products
+from pallas_kernels.ssm.contract import Carry, Row, Scanned, Weights, product_dtype, require, sizes_of
+from pallas_kernels.ssm.gradients import StateProducts, add_later, decay_bwd, state_products
+from pallas_kernels.ssm.operands import Operands, TokenArrays, documents_in_chunks, operands_of, scanned
 from pallas_kernels.ssm.triton import rotate, rotate_bwd, scan_bwd, scan_fwd
-from pallas_kernels.ssm.triton.common import Operands
 from pallas_kernels.ssm.triton.config import Tile, order_of, tile_of, tile_size, unsupported
 
 
@@ -51,36 +35,9 @@ def scan(row: Row, rotation: str, *, interpret=None, chunk: int | None = None, *
     order = order_of(rotation, size["N"], size["S"])
     tile = tile_of(row, order.size, config | {"chunk": chunk}, bool(interpret))
     unit = max(tile.tokens, tile.rotate_tokens) * tile.splits
-    last_k_BRGN, last_v_BHP = row.k_BLRGN[:, -1], row.v_BLHP[:, -1]
-
-    row = row._replace(before=row.before or empty_carry(row))
-    row = row._replace(
-        **{name: cast(getattr(row, name), dtype) for name in ("q_BLRGN", "k_BLRGN", "v_BLHP", "gate_BLHP")}
-    )
     sizes = {"L": -(-size["L"] // unit) * unit, "P": tile_size(size["P"]), "S": order.kernel_pairs}
-    row = ordered(pad(row, **sizes), order.to)
-    exact_BHL, rest_BHL = log_decay(heads_first(row.log_a_BLH), row.start_BL, tile.tokens)
-    if dtype != jnp.float32:  # its products have fewer digits than the two parts
-        exact_BHL, rest_BHL = exact_BHL + rest_BHL, None
-    operands = Operands(
-        q_BLRGN=row.q_BLRGN,
-        k_BLRGN=row.k_BLRGN,
-        v_BLHP=row.v_BLHP,
-        gate_BLHP=row.gate_BLHP,
-        angle_BLHS=row.angle_BLHS,
-        dt_BHL=heads_first(row.dt_BLH),
-        log_decay_BHL=exact_BHL,
-        decay_rest_BHL=rest_BHL,
-        gamma_BHL=heads_first(row.gamma_BLH),
-        kappa_BHL=heads_first(row.kappa_BLH),
-        document_BL=documents(row.start_BL),
-        before=row.before,
-        weights=row.weights,
-    )
-    o_BLHP, after = mamba3(operands, tile)
-    o_BLHP = o_BLHP[:, : size["L"], :, : size["P"]].astype(last_v_BHP.dtype)
-    after = cut(ordered(after, order.back), P=size["P"], S=size["S"])
-    return Scanned(o_BLHP=o_BLHP, after=after, k_BRGN=last_k_BRGN, v_BHP=last_v_BHP)
+    operands = operands_of(row, order, dtype=dtype, sizes=sizes, tokens=tile.tokens)
+    return scanned(row, order, *mamba3(operands, tile))
 
 
 class Residuals(NamedTuple):
@@ -134,8 +91,8 @@ def _scan_operands(operands: Operands, q_BHTN, k_BHTN, h_BHZPN, *, tile: Tile) -
     return scan_fwd.ScanOperands(
         q_BHTN=q_BHTN,
         k_BHTN=k_BHTN,
-        v_BLHP=operands.v_BLHP,
-        gate_BLHP=operands.gate_BLHP,
+        v_BLHP=operands.tokens.v_BLHP,
+        gate_BLHP=operands.tokens.gate_BLHP,
         log_decay_BHT=by_row(operands.log_decay_BHL),
         decay_rest_BHT=by_row(operands.decay_rest_BHL),
         gamma_BHT=by_row(operands.gamma_BHL),
@@ -160,31 +117,33 @@ def _backward(tile: Tile, residuals: Residuals, cotangents):
     )
     angles = rotate.angles_of(operands, residuals.start_BHCS, tile)
     drotated = rotate_bwd.rotate_bwd(operands, angles, d.query.dq_BHTN, d.key.dk_BHTN, tile=tile)
-    products_BHZA, end_BH, of_angle = _state_products(d, residuals.last_BHPN, dafter, tile)
+    products = _state_products(d, residuals.last_BHPN, dafter, tile)
     dangle_BLHS = ddt_BHL = dfirst_BHS = None
-    if of_angle is not None:
+    if products.of_angle is not None:
         dangle_BLHS, ddt_BHL, dfirst_BHS = add_later(
             angle_BLHS=operands.angle_BLHS,
             dt_BHL=operands.dt_BHL,
             document_BL=operands.document_BL,
             sums=drotated.angles,
             dlast_BHS=dafter.angle_BHS,
-            products=of_angle,
+            products=products.of_angle,
         )
     dlog_decay_BHL = decay_bwd(
         document_BL=documents_in_chunks(operands.document_BL, tile.tokens),
         net_BHL=drotated.r_BHL,
-        products_BHZA=products_BHZA,
-        end_BH=end_BH,
+        products_BHZA=products.start_BHZA,
+        end_BH=products.end_BH,
         tokens=tile.tokens,
         interval=tile.checkpoint_interval,
     )
     over_ranks = lambda array_BHT: jnp.sum(array_BHT.reshape(*operands.gamma_BHL.shape, tile.rank), axis=-1)  # noqa: E731
     gradients = Operands(
-        q_BLRGN=drotated.dq_BLRGN,
-        k_BLRGN=drotated.dk_BLRGN,
-        v_BLHP=d.value.dv_BLHP,
-        gate_BLHP=d.epilogue.dgate_BLHP,
+        tokens=TokenArrays(
+            q_BLRGN=drotated.dq_BLRGN,
+            k_BLRGN=drotated.dk_BLRGN,
+            v_BLHP=d.value.dv_BLHP,
+            gate_BLHP=d.epilogue.dgate_BLHP,
+        ),
         angle_BLHS=dangle_BLHS,
         dt_BHL=ddt_BHL,
         log_decay_BHL=dlog_decay_BHL,
@@ -215,22 +174,15 @@ def _weight_gradients(weights: Weights, d: scan_bwd.ScanGradients, drotated: rot
     )
 
 
-def _state_products(d: scan_bwd.ScanGradients, last_BHPN, dafter: Carry, tile: Tile):
-    """Return the inner products of states and their gradients, for the decay's gradient: at the checkpoints and of the
-    last state; and for the angle's (None where nothing rotates)."""
-    pairs = 0 if dafter.angle_BHS is None else dafter.angle_BHS.shape[-1]
-
-    def products(h_PN, dh_PN):
-        h_PN, dh_PN = h_PN.astype(jnp.float32), dh_PN.astype(jnp.float32)
-        if not pairs:
-            return jnp.sum(h_PN * dh_PN, axis=(-2, -1)), None
-        u_PS, w_PS, du_PS, dw_PS = h_PN[..., ::2], h_PN[..., 1::2], dh_PN[..., ::2], dh_PN[..., 1::2]
-        return state_products(u_PS=u_PS, w_PS=w_PS, du_PS=du_PS, dw_PS=dw_PS, planes=pairs)
-
-    found = products(d.query.h_BHZAPN, d.key.dh_BHZAPN), products(last_BHPN, dafter.h_BHPN)
-    # Without the barrier XLA for GPU computes these sums again for each of their users.
-    (start_BHZA, start_BHZAS), (end_BH, end_BHS) = lax.optimization_barrier(found)
-    return start_BHZA, end_BH, AngleProducts(start_BHZAS, end_BHS, tile.checkpoint_interval) if pairs else None
+def _state_products(d: scan_bwd.ScanGradients, last_BHPN, dafter: Carry, tile: Tile) -> StateProducts:
+    """Return the inner products at every checkpoint and after the row."""
+    return state_products(
+        [(d.query.h_BHZAPN, d.key.dh_BHZAPN)],
+        (last_BHPN, dafter.h_BHPN),
+        lambda x_PN: (x_PN[..., ::2], x_PN[..., 1::2]),
+        planes=0 if dafter.angle_BHS is None else dafter.angle_BHS.shape[-1],
+        interval=tile.checkpoint_interval,
+    )
 
 
 mamba3.defvjp(_forward, _backward)

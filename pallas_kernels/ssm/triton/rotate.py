@@ -18,8 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.ssm.angle import INVERSE_TURN, before_chunks, head, to_fraction, to_radians, turns_in_pieces
-from pallas_kernels.ssm.decay import documents_in_chunks
-from pallas_kernels.ssm.triton.common import NN, Operands, approximate, call, iota, product
+from pallas_kernels.ssm.operands import Operands, documents_in_chunks
+from pallas_kernels.ssm.triton.common import NN, approximate, call, iota, product
 from pallas_kernels.ssm.triton.config import Tile
 
 COARSE = 2.0**-18  # float32 adds up 48 multiples of it below 1/2 exactly
@@ -49,8 +49,8 @@ def rotate(operands: Operands, tile: Tile) -> Rotated:
     Raises:
         ValueError: sizes that the kernels cannot run.
     """
-    batch, length, rank, groups, d_state = operands.q_BLRGN.shape
-    pairs, n_heads = operands.pairs, operands.n_heads
+    batch, length, rank, groups, d_state = operands.tokens.q_BLRGN.shape
+    pairs, n_heads = rotary_pairs(operands), operands.n_heads
     if d_state & (d_state - 1) or pairs not in (d_state // 2, d_state // 4) or pairs < 4:
         raise ValueError(f"{d_state=} is not a power of two with a quarter or half of it {pairs=}, at least 4")
     if length % tile.rotate_tokens or rank != tile.rank:
@@ -75,9 +75,15 @@ def rotate(operands: Operands, tile: Tile) -> Rotated:
         )
         return out.x_BHLRN.reshape(batch, n_heads, length * rank, d_state)
 
-    q_BHTN = rotated(operands.q_BLRGN, operands.weights.q_bias_HRN)
-    k_BHTN = rotated(operands.k_BLRGN, operands.weights.k_bias_HRN)
+    q_BHTN = rotated(operands.tokens.q_BLRGN, operands.weights.q_bias_HRN)
+    k_BHTN = rotated(operands.tokens.k_BLRGN, operands.weights.k_bias_HRN)
     return Rotated(q_BHTN, k_BHTN, last_BHS, start_BHCS)
+
+
+def rotary_pairs(operands: Operands) -> int:
+    """Return S; where nothing rotates a quarter of N, which cuts it in two halves for the backward pass."""
+    angle_BHS = operands.before.angle_BHS
+    return operands.tokens.q_BLRGN.shape[-1] // 4 if angle_BHS is None else angle_BHS.shape[-1]
 
 
 def angles_of(operands: Operands, start_BHCS, tile: Tile) -> Angles | None:
@@ -107,12 +113,12 @@ class Blocks:
         ranks: int | None = None,
         part: int | None = None,
     ):
-        batch, length, rank, groups, d_state = operands.q_BLRGN.shape
+        batch, length, rank, groups, d_state = operands.tokens.q_BLRGN.shape
         self.ranks, self.part = ranks or 1, part or 0
         self.blocks_a_group = operands.n_heads // groups // heads
         self.programs = (operands.n_heads // heads * self.ranks, length // tokens, batch)
-        width = d_state if part is None else 2 * operands.pairs
-        whole = {"N": width, "X": width, "S": operands.pairs, "R": None if ranks else rank}
+        width = d_state if part is None else 2 * rotary_pairs(operands)
+        whole = {"N": width, "X": width, "S": rotary_pairs(operands), "R": None if ranks else rank}
         self.sizes = {"L": tokens, "C": chunks, "H": heads} | whole
 
     def spec(self, axes: str, array) -> pl.BlockSpec:
@@ -133,7 +139,7 @@ class Blocks:
 
 def heads_of_program(operands: Operands, at_most: int, tile: Tile) -> int:
     """Return how many heads one program takes: a power of two, all of one group, few where programs are few."""
-    batch, length, _, groups, _ = operands.q_BLRGN.shape
+    batch, length, _, groups, _ = operands.tokens.q_BLRGN.shape
     of_group = operands.n_heads // groups
     most = max(1, min(at_most, batch * operands.n_heads * (length // tile.rotate_tokens) // 4096))
     return max(size for size in (1, 2, 4, 8, 16, 32) if size <= most and of_group % size == 0)

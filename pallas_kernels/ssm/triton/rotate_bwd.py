@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.ssm.gradients import AngleSums
-from pallas_kernels.ssm.triton.common import NN, Float24, Operands, call, product, rounded
+from pallas_kernels.ssm.operands import Operands
+from pallas_kernels.ssm.triton.common import NN, Float24, call, product, rounded
 from pallas_kernels.ssm.triton.config import Tile
 from pallas_kernels.ssm.triton.rotate import (
     Angles,
@@ -27,6 +28,7 @@ from pallas_kernels.ssm.triton.rotate import (
     joined,
     pairs_of,
     phi,
+    rotary_pairs,
     same_document,
     sincos,
 )
@@ -85,12 +87,12 @@ class RotateGradients(NamedTuple):
 
 def rotate_bwd(operands: Operands, angles: Angles | None, dq_BHTN: Float24, dk_BHTN: Float24, *, tile: Tile):
     """Return the `RotateGradients` from the gradients of rotated queries and keys."""
-    batch, length, rank, groups, d_state = operands.q_BLRGN.shape
-    n_heads, pairs = operands.n_heads, operands.pairs
+    batch, length, rank, groups, d_state = operands.tokens.q_BLRGN.shape
+    n_heads, pairs = operands.n_heads, rotary_pairs(operands)
     by_rank = lambda x: x.reshape(batch, n_heads, length, rank, d_state)  # noqa: E731
     dq_BHLRN, dk_BHLRN = jax.tree.map(by_rank, (dq_BHTN, dk_BHTN))
-    q = Side(operands.q_BLRGN, operands.weights.q_bias_HRN, dq_BHLRN)
-    k = Side(operands.k_BLRGN, operands.weights.k_bias_HRN, dk_BHLRN)
+    q = Side(operands.tokens.q_BLRGN, operands.weights.q_bias_HRN, dq_BHLRN)
+    k = Side(operands.tokens.k_BLRGN, operands.weights.k_bias_HRN, dk_BHLRN)
     parts = [_sums(operands, RotateBwdRefs(q, k, angles), 0, tile)]
     if d_state > 2 * pairs:
         parts.append(_sums(operands, RotateBwdRefs(q, k, None), 1, tile))
@@ -127,8 +129,8 @@ def rotate_bwd(operands: Operands, angles: Angles | None, dq_BHTN: Float24, dk_B
 
 def _sums(operands: Operands, refs: RotateBwdRefs, part: int, tile: Tile) -> RotateBwdSums:
     """Run the kernel of the entries that rotate (`part` 0), the first 2 S of N, or of the others, as many."""
-    batch, length, rank = operands.q_BLRGN.shape[:3]
-    n_heads, pairs, chunks = operands.n_heads, operands.pairs, length // tile.rotate_tokens
+    batch, length, rank = operands.tokens.q_BLRGN.shape[:3]
+    n_heads, pairs, chunks = operands.n_heads, rotary_pairs(operands), length // tile.rotate_tokens
     heads = heads_of_program(operands, tile.rotate_bwd_heads, tile)
     j = n_heads // heads
     array = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.ssm.contract import NORM_EPS, Weights
-from pallas_kernels.ssm.decay import combine_splits
+from pallas_kernels.ssm.operands import combine_splits
 from pallas_kernels.ssm.triton.common import NN, NT, TN, call, exp, iota, product, silu
 from pallas_kernels.ssm.triton.config import Tile
 

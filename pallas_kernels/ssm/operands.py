@@ -1,0 +1,145 @@
+"""What backends compute in plain XLA before their kernels: documents, log decay, states before splits, operands."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.ssm.contract import (
+    Carry,
+    Row,
+    Scanned,
+    Weights,
+    cast,
+    cut,
+    empty_carry,
+    heads_first,
+    ordered,
+    pad,
+    sizes_of,
+)
+from pallas_kernels.ssm.order import Order
+
+STEEPEST = -104.0  # exp of it is 0 in float32, so a steeper one decays no more
+
+
+def documents(start_BL, tokens: int | None = None):
+    """Return the document starts up to each token, int32: in the row, or in its chunk of `tokens`; None stays None."""
+    if start_BL is None:
+        return None
+    starts_BCQ = start_BL.astype(jnp.int32).reshape(start_BL.shape[0], -1, tokens or start_BL.shape[1])
+    return jnp.cumsum(starts_BCQ, axis=2).reshape(start_BL.shape)
+
+
+def documents_in_chunks(document_BL, tokens: int):
+    """Return the document starts in its chunk of `tokens` up to each token, from those in its row; None stays None."""
+    if document_BL is None:
+        return None
+    document_BCQ = document_BL.reshape(document_BL.shape[0], -1, tokens)
+    before_BC = jnp.pad(document_BCQ[:, :-1, -1], ((0, 0), (1, 0)))
+    return (document_BCQ - before_BC[..., None]).reshape(document_BL.shape)
+
+
+def log_decay(log_a_BHL, start_BL, tokens: int):
+    """Return c_t = sum_{s <= t} log_a_s from the first token of a chunk, or of its document in it, as exact + rest.
+
+    Differences of plain float32 sums would lose the digits of a gentle decay after steep ones: what lies on a grid adds
+    up exactly. A sum that started earlier would let the gradient of one document reach another's log_a.
+
+    Args:
+        start_BL: bool, true at the first token of a document; None: one document.
+        tokens: of a chunk; L is a multiple.
+    """
+    batch, n_heads, length = log_a_BHL.shape
+    within_EQQ = jnp.tril(jnp.ones((tokens, tokens), bool))[None]
+    if start_BL is not None:
+        document_EQ = documents(start_BL, tokens).reshape(-1, tokens)
+        within_EQQ = within_EQQ & (document_EQ[:, :, None] == document_EQ[:, None, :])
+    log_a_BCHQ = jnp.swapaxes(log_a_BHL.reshape(batch, n_heads, -1, tokens), 1, 2)
+    log_a_EHQ = jnp.maximum(log_a_BCHQ.reshape(-1, n_heads, tokens), STEEPEST)
+    step = 2.0 ** (math.ceil(math.log2(-STEEPEST * tokens)) - 24)
+    exact_EHQ = lax.stop_gradient(jnp.round(log_a_EHQ / step) * step)
+
+    def summed(part_EHQ):
+        sum_EHQ = jnp.einsum("ets,ehs->eht", within_EQQ.astype(jnp.float32), part_EHQ, precision="highest")
+        return jnp.swapaxes(sum_EHQ.reshape(log_a_BCHQ.shape), 1, 2).reshape(batch, n_heads, length)
+
+    return summed(exact_EHQ), summed(log_a_EHQ - exact_EHQ)
+
+
+def combine_splits(first_BHPN, decay_BHZ, added_BHZPN):
+    """Solves h_z = decay_z h_{z-1} + added_z: returns the states before every split, and the one after the last."""
+    decay_BHZ = jnp.pad(decay_BHZ, ((0, 0), (0, 0), (1, 0)), constant_values=1.0)
+    states_BHZPN = jnp.concatenate([first_BHPN[:, :, None], added_BHZPN], axis=2)
+
+    def compose(first, second):
+        return first[0] * second[0], second[0][..., None, None] * first[1] + second[1]
+
+    _, states_BHZPN = lax.associative_scan(compose, (decay_BHZ, states_BHZPN), axis=2)
+    return states_BHZPN[:, :, :-1], states_BHZPN[:, :, -1]
+
+
+class TokenArrays(NamedTuple):
+    """What the kernels read of every token as it comes, in the dtype of products; None: absent, or not read."""
+
+    q_BLRGN: jax.Array | None
+    k_BLRGN: jax.Array | None
+    v_BLHP: jax.Array | None
+    gate_BLHP: jax.Array | None
+
+
+class Operands(NamedTuple):
+    """A row as the GPU kernels want it, or its gradients: whole chunks, P, N and S padded, numbers with heads first."""
+
+    tokens: TokenArrays  # all else is float32
+    angle_BLHS: jax.Array | None  # radians per unit dt, H may be 1; None, as dt and the angle before: nothing rotates
+    dt_BHL: jax.Array | None
+    log_decay_BHL: jax.Array  # since the first token of the chunk, or of its document in the chunk
+    decay_rest_BHL: jax.Array | None  # c is the sum of both; their differences are taken apart. float32 q, k, v only
+    gamma_BHL: jax.Array
+    kappa_BHL: jax.Array | None  # None: gamma
+    document_BL: jax.Array | None  # int32, document starts in the row up to each token; None: one document
+    before: Carry
+    weights: Weights
+
+    @property
+    def n_heads(self) -> int:
+        """Return H."""
+        return self.tokens.v_BLHP.shape[2]
+
+
+def operands_of(row: Row, order: Order, *, dtype, sizes: dict[str, int], tokens: int) -> Operands:
+    """Return the operands of a row.
+
+    Args:
+        dtype: of products.
+        sizes: to pad to, by letter.
+        tokens: of a chunk.
+    """
+    given = {name: cast(getattr(row, name), dtype) for name in TokenArrays._fields}
+    row = ordered(pad(row._replace(before=row.before or empty_carry(row), **given), **sizes), order.to)
+    exact_BHL, rest_BHL = log_decay(heads_first(row.log_a_BLH), row.start_BL, tokens)
+    if dtype != jnp.float32:  # its products have fewer digits than the two parts
+        exact_BHL, rest_BHL = exact_BHL + rest_BHL, None
+    return Operands(
+        tokens=TokenArrays(**{name: getattr(row, name) for name in TokenArrays._fields}),
+        angle_BLHS=row.angle_BLHS,
+        dt_BHL=heads_first(row.dt_BLH),
+        log_decay_BHL=exact_BHL,
+        decay_rest_BHL=rest_BHL,
+        gamma_BHL=heads_first(row.gamma_BLH),
+        kappa_BHL=heads_first(row.kappa_BLH),
+        document_BL=documents(row.start_BL),
+        before=row.before,
+        weights=row.weights,
+    )
+
+
+def scanned(row: Row, order: Order, o_BLHP, after: Carry) -> Scanned:
+    """Return what a row gives and leaves, from the kernels' output and state, padded and in their order of N."""
+    size = sizes_of(row)
+    o_BLHP = o_BLHP[:, : size["L"], :, : size["P"]].astype(row.v_BLHP.dtype)
+    after = cut(ordered(after, order.back), P=size["P"], S=size["S"])
+    return Scanned(o_BLHP=o_BLHP, after=after, k_BRGN=row.k_BLRGN[:, -1], v_BHP=row.v_BLHP[:, -1])
