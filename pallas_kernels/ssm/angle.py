@@ -45,6 +45,14 @@ def turns_in_pieces(angle):
     return leading, middle_head, (sum_ - middle_head) + (rest + small)
 
 
+def rounded(x, step: float, interpret: bool):
+    """Round to a multiple of a power of two, |x| < 2^22 steps, by two sums: Mosaic has no floor, Triton a slow one."""
+    if interpret:  # XLA would make one sum of the two
+        return jnp.round(x / step) * step
+    shift = 1.5 * 2.0**23 * step
+    return (x + shift) - shift
+
+
 def to_fraction(angle):
     """Return an angle in radians as a 32-bit fraction of a turn, to the 2^-24 that float32 has."""
     turns = angle * INVERSE_TURN

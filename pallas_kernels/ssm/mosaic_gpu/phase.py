@@ -18,7 +18,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssm.angle import INVERSE_TURN, before_chunks, head, to_fraction, to_radians, turns_in_pieces
+from pallas_kernels.ssm.angle import (
+    INVERSE_TURN,
+    before_chunks,
+    head,
+    rounded,
+    to_fraction,
+    to_radians,
+    turns_in_pieces,
+)
 from pallas_kernels.ssm.mosaic_gpu.tiles import LANES, WARPS, call, fragments, load
 from pallas_kernels.ssm.operands import documents_in_chunks
 
@@ -53,11 +61,27 @@ class Grid:
         """Return the shared memory of a chunk's angles."""
         return plgpu.SMEM((1 if self.shared_angle else self.block, self.tokens, self.pairs), jnp.float32)
 
+    def arrived(self):
+        """Return the barrier of `AngleProgram.load`."""
+        return plgpu.Barrier(num_arrivals=1 + (self.of_dt() is not None))
+
     def of_dt(self):
         """Return the shared memory of a block's dt; None where it is too small for the copy engine."""
         if self.block * self.tokens * 4 % COPIED:
             return None
         return plgpu.SMEM((self.block, self.tokens), jnp.float32)
+
+
+class AngleRefs(NamedTuple):
+    """What the kernels over angles read; None: absent, or not read by this kernel."""
+
+    angle_BELS: jax.Array
+    dt_BHL: jax.Array
+    start_BHCS: jax.Array | None = None  # the angle before every chunk, 32-bit
+    dphi_q_BHLS: jax.Array | None = None  # the gradient of the angle at each token, its two parts
+    dphi_k_BHLS: jax.Array | None = None
+    goes_on_BL: jax.Array | None = None  # int32, 0 where a document starts; of gradients, where the next token does
+    counts_BL: jax.Array | None = None  # int32, 0 where a later document starts in the chunk; of gradients, an earlier
 
 
 class AngleProgram:
@@ -71,13 +95,14 @@ class AngleProgram:
         self.angle_heads = pl.ds(0, 1) if grid.shared_angle else self.heads
         self.shape = (grid.at_once, grid.tokens, grid.pairs)
 
-    def load_dt(self, from_BHL, to_HT, arrived):
-        """Start the copy of the block's dt, and return where to read it."""
-        from_HT = from_BHL.at[self.b, self.heads, self.tokens]
-        if to_HT is None:
-            return from_HT
-        plgpu.copy_gmem_to_smem(from_HT, to_HT, arrived)
-        return to_HT
+    def load(self, refs: AngleRefs, to_ETS, to_HT, arrived):
+        """Copy the block's angles and dt, where that fits, and return where to read dt."""
+        plgpu.copy_gmem_to_smem(refs.angle_BELS.at[self.b, self.angle_heads, self.tokens], to_ETS, arrived)
+        from_HT = refs.dt_BHL.at[self.b, self.heads, self.tokens]
+        if to_HT is not None:
+            plgpu.copy_gmem_to_smem(from_HT, to_HT, arrived)
+        plgpu.barrier_wait(arrived)
+        return from_HT if to_HT is None else to_HT
 
     def at_once(self, group):
         """Return the heads of a group, as the block counts them."""
@@ -132,14 +157,6 @@ def phase(*, angle_BLHS, dt_BHL, first_BHS, document_BL, interpret):
     return phase_BHLS, to_radians(last_BHS)
 
 
-class Increments(NamedTuple):
-    """What `_sums` reads."""
-
-    angle_BELS: jax.Array
-    dt_BHL: jax.Array
-    in_last_BL: jax.Array | None  # int32, 0 where a later document starts in the chunk; None: one document
-
-
 class Pieces(NamedTuple):
     """A chunk's angles in turns, in pieces: see `turns_in_pieces`."""
 
@@ -154,16 +171,14 @@ def _sums(grid: Grid, angle_BELS, dt_BHL, *, in_last_BL, interpret):
     A float32 product would be off by 2^-25 of itself, the same way at every token of a constant input: 1e-2 rad after a
     million tokens.
     """
-    increments = Increments(angle_BELS=angle_BELS, dt_BHL=dt_BHL, in_last_BL=in_last_BL)
-    pieces, of_dt = Pieces(**dict.fromkeys(Pieces._fields, grid.of_angle())), grid.of_dt()
+    operands = AngleRefs(angle_BELS=angle_BELS, dt_BHL=dt_BHL, counts_BL=in_last_BL)
+    pieces = Pieces(**dict.fromkeys(Pieces._fields, grid.of_angle()))
 
-    def kernel(refs: Increments, out_BHCS, pieces: Pieces, of_dt_HT, arrived):
+    def kernel(refs: AngleRefs, out_BHCS, pieces: Pieces, of_dt_HT, arrived):
         program = AngleProgram(grid, interpret)
         b, tokens = program.b, program.tokens
-        plgpu.copy_gmem_to_smem(refs.angle_BELS.at[b, program.angle_heads, tokens], pieces.tail_ETS, arrived)
-        dt_HT = program.load_dt(refs.dt_BHL, of_dt_HT, arrived)
-        in_last_T = None if refs.in_last_BL is None else refs.in_last_BL.at[b, tokens]
-        plgpu.barrier_wait(arrived)
+        dt_HT = program.load(refs, pieces.tail_ETS, of_dt_HT, arrived)
+        in_last_T = None if refs.counts_BL is None else refs.counts_BL.at[b, tokens]
         # Every thread replaces the angles that it read itself.
         for to_ETS, piece_ETS in zip(pieces, turns_in_pieces(pieces.tail_ETS[...]), strict=True):
             to_ETS[...] = piece_ETS
@@ -176,9 +191,8 @@ def _sums(grid: Grid, angle_BELS, dt_BHL, *, in_last_BL, interpret):
         lax.fori_loop(0, grid.groups, group, None)
 
     out = jax.ShapeDtypeStruct((grid.batch, grid.heads, grid.chunks, grid.pairs), jnp.int32)
-    scratch = pieces, of_dt, plgpu.Barrier(num_arrivals=1 + (of_dt is not None))
-    how = {"out": out, "scratch": scratch, "grid": grid.programs, "interpret": interpret}
-    return call(kernel, name="mamba3_mosaic_angles", operands=increments, **how)
+    how = {"out": out, "scratch": (pieces, grid.of_dt(), grid.arrived()), "grid": grid.programs, "interpret": interpret}
+    return call(kernel, name="mamba3_mosaic_angles", operands=operands, **how)
 
 
 def _sum_of_group(pieces: Pieces, dt_HT, program: AngleProgram, index, *, in_last_T):
@@ -192,52 +206,32 @@ def _sum_of_group(pieces: Pieces, dt_HT, program: AngleProgram, index, *, in_las
     dt_tail_HTS = dt_HTS - dt_head_HTS
     coarse_HTS, small_HTS = 0.0, middle_HTS * dt_tail_HTS + tail_HTS * dt_HTS
     for exact_HTS in (head_HTS * dt_head_HTS, head_HTS * dt_tail_HTS, middle_HTS * dt_head_HTS):
-        exact_HTS -= _rounded(exact_HTS, 1.0, interpret)
-        more_HTS = _rounded(exact_HTS, COARSE, interpret)
+        exact_HTS -= rounded(exact_HTS, 1.0, interpret)
+        more_HTS = rounded(exact_HTS, COARSE, interpret)
         coarse_HTS, small_HTS = coarse_HTS + more_HTS, small_HTS + (exact_HTS - more_HTS)
     coarse_HS, small_HS = jnp.sum(coarse_HTS, axis=1), jnp.sum(small_HTS, axis=1)
-    more_HS = _rounded(small_HS, COARSE, interpret)
+    more_HS = rounded(small_HS, COARSE, interpret)
     coarse_HS, small_HS = coarse_HS + more_HS, small_HS - more_HS
-    coarse_HS -= _rounded(coarse_HS, 1.0, interpret)
+    coarse_HS -= rounded(coarse_HS, 1.0, interpret)
     # It is rounded, not cut off: the same error at every chunk would add up.
-    small_HS = _rounded(small_HS * 2.0**32, 1.0, interpret).astype(jnp.int32)
+    small_HS = rounded(small_HS * 2.0**32, 1.0, interpret).astype(jnp.int32)
     return (coarse_HS * (1 / COARSE)).astype(jnp.int32) * round(2.0**32 * COARSE) + small_HS
-
-
-def _rounded(x, step: float, interpret: bool):
-    """Round to a multiple of a power of two, |x| < 2^22 steps, by two sums: Mosaic has no floor."""
-    if interpret:  # XLA would make one sum of the two
-        return jnp.round(x / step) * step
-    shift = 1.5 * 2.0**23 * step
-    return (x + shift) - shift
-
-
-class Angles(NamedTuple):
-    """What `_phase` reads."""
-
-    angle_BELS: jax.Array
-    dt_BHL: jax.Array
-    start_BHCS: jax.Array
-    goes_on_BL: jax.Array | None  # int32, 0 where a document starts; None: one document
 
 
 def _phase(grid: Grid, angle_BELS, dt_BHL, start_BHCS, *, goes_on_BL, interpret):
     """Return the angle at every token, from those before every chunk."""
-    angles = Angles(angle_BELS=angle_BELS, dt_BHL=dt_BHL, start_BHCS=start_BHCS, goes_on_BL=goes_on_BL)
-    shared = Angles(angle_BELS=grid.of_angle(), dt_BHL=grid.of_dt(), start_BHCS=None, goes_on_BL=None)
+    operands = AngleRefs(angle_BELS=angle_BELS, dt_BHL=dt_BHL, start_BHCS=start_BHCS, goes_on_BL=goes_on_BL)
     leaving = plgpu.SMEM((grid.at_once, grid.tokens, grid.pairs), jnp.int16)
 
-    def kernel(refs: Angles, out_BHLS, shared: Angles, leaving_HTS, arrived):
+    def kernel(refs: AngleRefs, out_BHLS, angle_ETS, of_dt_HT, leaving_HTS, arrived):
         program = AngleProgram(grid, interpret)
         b, tokens, layout = program.b, program.tokens, grid.layout
-        plgpu.copy_gmem_to_smem(refs.angle_BELS.at[b, program.angle_heads, tokens], shared.angle_BELS, arrived)
-        dt_HT = program.load_dt(refs.dt_BHL, shared.dt_BHL, arrived)
-        plgpu.barrier_wait(arrived)
+        dt_HT = program.load(refs, angle_ETS, of_dt_HT, arrived)
 
         def group(index, _):
-            turns_HTS = program.angle(shared.angle_BELS, index)
+            turns_HTS = program.angle(angle_ETS, index)
             turns_HTS *= program.over_pairs(dt_HT, index) * INVERSE_TURN
-            turns_HTS -= _rounded(turns_HTS, 1.0, program.interpret)
+            turns_HTS -= rounded(turns_HTS, 1.0, program.interpret)
             more_HTS = (turns_HTS * 2.0**31).astype(jnp.int32) * 2
             start_HS = refs.start_BHCS.at[b, program.of_heads(index), program.c]
             start_HS = load(start_HS, layout.reduce(1), program.interpret, optimized=False)
@@ -255,10 +249,9 @@ def _phase(grid: Grid, angle_BELS, dt_BHL, start_BHCS, *, goes_on_BL, interpret)
 
     length = grid.chunks * grid.tokens
     out = jax.ShapeDtypeStruct((grid.batch, grid.heads, length, grid.pairs), jnp.int16)
-    arrivals = plgpu.Barrier(num_arrivals=1 + (shared.dt_BHL is not None))
-    scratch = shared, leaving, arrivals
+    scratch = grid.of_angle(), grid.of_dt(), leaving, grid.arrived()
     how = {"out": out, "scratch": scratch, "grid": grid.programs, "interpret": interpret}
-    return call(kernel, name="mamba3_mosaic_phase", operands=angles, **how)
+    return call(kernel, name="mamba3_mosaic_phase", operands=operands, **how)
 
 
 def layout_of(heads: int, pairs: int):

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssm.gradients import AngleProducts, AngleSums, add_later
-from pallas_kernels.ssm.mosaic_gpu.phase import AngleProgram, Grid, running_sum
+from pallas_kernels.ssm.mosaic_gpu.phase import AngleProgram, AngleRefs, Grid, running_sum
 from pallas_kernels.ssm.mosaic_gpu.tiles import call, load, zeros
 
 TOKENS = 64  # of a tile of `heads_bwd`, at most
@@ -89,17 +89,6 @@ def heads_bwd(dx_BHLRN, *, groups: int, interpret, bias: bool):
     return dx_BLRGN, jnp.sum(dbias_HX, axis=1).reshape(n_heads, rank, d_state)
 
 
-class AngleRefs(NamedTuple):
-    """What the kernel of `angles_bwd` reads."""
-
-    angle_BELS: jax.Array
-    dt_BHL: jax.Array
-    dphi_q_BHLS: jax.Array  # the gradient of the angle at each token, its two parts
-    dphi_k_BHLS: jax.Array
-    goes_on_BL: jax.Array | None  # int32, 0 where the next token starts a document
-    in_first_BL: jax.Array | None  # int32, 0 where a document starts in the chunk up to there
-
-
 class AngleShared(NamedTuple):
     angle_ETS: jax.Array
     dt_HT: jax.Array | None
@@ -132,7 +121,7 @@ def angles_bwd(
         dphi_q_BHLS=dphi_q_BHLS,
         dphi_k_BHLS=dphi_k_BHLS,
         goes_on_BL=goes_on_BL,
-        in_first_BL=in_first_BL,
+        counts_BL=in_first_BL,
     )
     length, shape = grid.chunks * grid.tokens, (grid.at_once, grid.tokens, grid.pairs)
     out = {
@@ -148,7 +137,7 @@ def angles_bwd(
         dphi_k_HTS=plgpu.SMEM(shape, dphi_k_BHLS.dtype),
         sum_HTS=plgpu.SMEM(shape, jnp.float32) if grid.shared_angle else None,
     )
-    barriers = plgpu.Barrier(num_arrivals=1 + (shared.dt_HT is not None)), plgpu.Barrier(num_arrivals=2)
+    barriers = grid.arrived(), plgpu.Barrier(num_arrivals=2)
 
     def kernel(refs: AngleRefs, out, shared: AngleShared, arrived, gradients_arrived):
         barriers = {"arrived": arrived, "gradients_arrived": gradients_arrived}
@@ -177,9 +166,7 @@ def _angles_kernel(refs: AngleRefs, out, shared: AngleShared, program: AngleProg
             plgpu.copy_gmem_to_smem(ref.at[b, program.of_heads(index), tokens], to_HTS, gradients_arrived)
 
     fetch(0)
-    plgpu.copy_gmem_to_smem(refs.angle_BELS.at[b, program.angle_heads, tokens], shared.angle_ETS, arrived)
-    dt_HT = program.load_dt(refs.dt_BHL, shared.dt_HT, arrived)
-    plgpu.barrier_wait(arrived)
+    dt_HT = program.load(refs, shared.angle_ETS, shared.dt_HT, arrived)
 
     def group(index, sum_HTS):
         heads = program.of_heads(index)
@@ -193,8 +180,8 @@ def _angles_kernel(refs: AngleRefs, out, shared: AngleShared, program: AngleProg
         pl.when(index + 1 < grid.groups)(lambda: fetch(index + 1))
         goes_on_HTS = None if refs.goes_on_BL is None else program.over_heads(refs.goes_on_BL.at[b, tokens])
         later_HTS = running_sum(dphi_HTS, None, goes_on_HTS, reverse=True, layout=layout, interpret=interpret)
-        if refs.in_first_BL is not None:
-            dphi_HTS = jnp.where(program.over_heads(refs.in_first_BL.at[b, tokens]) == 0, 0.0, dphi_HTS)
+        if refs.counts_BL is not None:
+            dphi_HTS = jnp.where(program.over_heads(refs.counts_BL.at[b, tokens]) == 0, 0.0, dphi_HTS)
         out["dphi_BHCS"].at[b, heads, program.c][...] = jnp.sum(dphi_HTS, axis=1)
         out["ddt_BHL"].at[b, heads, tokens][...] = jnp.sum(program.angle(shared.angle_ETS, index) * later_HTS, axis=2)
         dangle_HTS = program.over_pairs(dt_HT, index) * later_HTS
