@@ -65,7 +65,8 @@ def kernels(
 
 def refused(backend: str, tokens: Tokens) -> str | None:
     """Return what keeps these inputs from a backend on this process's devices; None: nothing."""
-    return _module(backend).available() or _unsupported(backend, _shapes(tokens), jax.devices()[0].device_kind)
+    shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), tokens)
+    return _module(backend).available() or _unsupported(backend, shapes, jax.devices()[0].device_kind)
 
 
 def _module(backend: str):
@@ -113,26 +114,20 @@ _steps.defvjp(_steps_fwd, _steps_bwd)
 def _token(tokens: Tokens, heads: Heads, state: State, place: int):
     from pallas_kernels.ssm.contract import Last, Token, Weights
 
-    tokens = tokens._replace(
-        dt_BLH=None if tokens.angle_BLHS is None else tokens.dt_BLH,
-        start_BL=None if tokens.start_BL is None else tokens.start_BL.astype(jnp.int32),
-    )
     token = jax.tree.map(lambda array: array[:, place], tokens)
+    token = token._replace(
+        dt_BLH=None if token.angle_BLHS is None else token.dt_BLH,
+        start_BL=None if token.start_BL is None else token.start_BL.astype(jnp.int32),
+    )
     last = Last(h_BHPN=state.ssm_BHPN, angle_BHS=state.angle_BHS, k_BRHN=state.k_BRHN, v_BHP=state.v_BHP)
     given = {name.replace("L", ""): array for name, array in token._asdict().items()}  # names as arrays, without L
     return Token(last=last, **given, weights=Weights(**heads._asdict()))
 
 
-def _shapes(tokens: Tokens):
-    """Return the shapes and dtypes alone, which can be remembered."""
-    return tuple(None if x is None else (x.shape, jnp.dtype(x.dtype)) for x in tokens)
-
-
 @functools.lru_cache
-def _unsupported(backend: str, shapes, device: str) -> str | None:
+def _unsupported(backend: str, tokens: Tokens, device: str) -> str | None:
     """Ask the backend, once for these shapes on this device: it may trace its kernels to know."""
     del device
-    tokens = Tokens._make(None if x is None else jax.ShapeDtypeStruct(*x) for x in shapes)
     (rank, _, d_state), (n_heads, width) = tokens.k_BLRGN.shape[2:], tokens.v_BLHP.shape[2:]
     weights = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
     # All that there can be: the most that a kernel may have to hold.

@@ -14,13 +14,12 @@ from tests.pallas_kernels.family import GPU, TOKENS, Decoding, check_forgets, do
 SIZED = {"length": 1, "width": 32, "d_state": 64, "planes": 16}
 TILES = {
     "fma": RotatedTile(),
-    "fma_rows": RotatedTile(rows=16, columns=16, heads=2),
-    "dot": RotatedTile(columns=128, update="dot", readout="dot"),
-    "dot_columns": RotatedTile(columns=16, heads=2, update="dot", readout="dot"),
-    "mixed": RotatedTile(rows=16, update="dot"),
-    "readout_dot": RotatedTile(readout="dot"),
+    "fma_rows": RotatedTile(rows=16, columns=16),
+    "dot": RotatedTile(columns=128, sums="dot"),
+    "dot_columns": RotatedTile(columns=16, sums="dot"),
+    "dot_rows": RotatedTile(rows=16, sums="dot"),
     "fused": FusedTile(),
-    "fused_16": FusedTile(columns=16, warps=2, batch_first=False),
+    "fused_16": FusedTile(columns=16, warps=2),
 }
 
 
@@ -63,8 +62,8 @@ def test_every_tile_forgets_exactly(tile):
 def test_what_it_cannot_run():
     with pytest.raises(ValueError, match="a power of two up to 16, not rank=3"):
         step(MIMO)(*draw(TOKENS["mimo4"]._replace(rank=3)))
-    with pytest.raises(ValueError, match="names an unknown way"):
-        step(SISO, tile=RotatedTile(update="sum"))(*draw(TOKENS["siso"]))
+    with pytest.raises(ValueError, match=r"is neither 'fma' nor 'dot'"):
+        step(SISO, tile=RotatedTile(sums="sum"))(*draw(TOKENS["siso"]))
     with pytest.raises(ValueError, match=r"P up to 128, not .*P=129"):
         step(SISO)(*draw(TOKENS["siso"]._replace(width=129)))
     tokens, heads, state = draw(TOKENS["siso"])

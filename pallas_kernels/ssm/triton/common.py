@@ -163,3 +163,17 @@ class Float24(NamedTuple):
 def iota(size: int):
     """Return 0, 1, 2, ..., int32."""
     return lax.broadcasted_iota(jnp.int32, (size,), 0)
+
+
+def gather(ref, *at, mask=None):
+    """Return ref[at] in float32; where the mask is false, zeros without reading. Indices are arrays or numbers."""
+    at = indices(at)
+    mask = None if mask is None else jnp.broadcast_to(mask, at[0].shape)
+    other = None if mask is None else 0
+    return plt.load(ref.at[at], mask=mask, other=other).astype(jnp.float32)
+
+
+def indices(at):
+    """Return numbers and arrays as arrays of one shape."""
+    shape = jnp.broadcast_shapes(*(jnp.shape(index) for index in at))
+    return tuple(jnp.broadcast_to(jnp.asarray(index, jnp.int32), shape) for index in at)

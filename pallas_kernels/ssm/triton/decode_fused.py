@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.ssm.contract import NORM_EPS, Stepped, Token, in_place, stepped_like
-from pallas_kernels.ssm.triton.common import Grid, call, iota, sigmoid
+from pallas_kernels.ssm.triton.common import Grid, call, gather, indices, iota, sigmoid
 from pallas_kernels.ssm.triton.config import Launch, tile_size
 
 
@@ -37,7 +37,6 @@ class FusedTile:
 
     columns: int = 32  # of N a block, at most: a power of two
     warps: int = 4
-    batch_first: bool = True  # in the grid: neighbours share a head's weights, or else a row's queries and keys
     interpret: bool = False  # on the CPU, for tests
 
 
@@ -47,14 +46,12 @@ def decode_fused(token: Token, rotation: str, tile: FusedTile) -> Stepped:
     if tile.columns & (tile.columns - 1) or tile.columns < 1:
         raise ValueError(f"{tile.columns=} is not a power of two")
     heads_a_group = n_heads // token.q_BRGN.shape[2]
-    programs, order = ((batch, n_heads), "BH") if tile.batch_first else ((n_heads, batch), "HB")
 
     def spec(axes: str, array) -> pl.BlockSpec:
         """Return all of one head of one row."""
 
-        def index(*program):
-            at = dict(zip(order, program, strict=True))
-            at["G"] = lax.div(at["H"], jnp.int32(heads_a_group))
+        def index(b, h):
+            at = {"B": b, "H": h, "G": lax.div(h, jnp.int32(heads_a_group))}
             return tuple(at.get(axis, 0) if size > 1 else 0 for axis, size in zip(axes, array.shape, strict=True))
 
         return pl.BlockSpec(
@@ -67,7 +64,7 @@ def decode_fused(token: Token, rotation: str, tile: FusedTile) -> Stepped:
         token,
         out,
         name="mamba3_decode",
-        grid=Grid(programs, spec),
+        grid=Grid((batch, n_heads), spec),  # rows run fastest: neighbours share a head's weights
         tile=tile,
         launch=Launch(tile.warps, 1),
         in_place=in_place(token.last, out.last),
@@ -85,24 +82,24 @@ def _kernel(refs: Token, out: Stepped, *, rotation: str, tile: FusedTile):
     inside_PAC = _both(None if inside_P is None else inside_P[:, None, None], _in_rows(inside_AC))
 
     at_PAC = p_P[:, None, None], n_AC[None]
-    h_PAC = _load(refs.last.h_BHPN, *at_PAC, mask=_both(inside_PAC, goes_on))
+    h_PAC = gather(refs.last.h_BHPN, *at_PAC, mask=_both(inside_PAC, goes_on))
 
     a, gamma = jnp.exp(refs.log_a_BH[...]), refs.gamma_BH[...]
     rotated = _Rotated(refs, n_AC, inside_AC, goes_on=goes_on, rotation=rotation)
     rank = refs.q_BRGN.shape[0]
-    v_P = _load(refs.v_BHP, p_P, mask=inside_P)
+    v_P = gather(refs.v_BHP, p_P, mask=inside_P)
     last_v_P = None
     if refs.beta_BH is not None:
-        last_v_P = a * refs.beta_BH[...] * _load(refs.last.v_BHP, p_P, mask=_both(inside_P, goes_on))
+        last_v_P = a * refs.beta_BH[...] * gather(refs.last.v_BHP, p_P, mask=_both(inside_P, goes_on))
     angle_S, s_S = (None, None) if refs.last.angle_BHS is None else _advanced_angle(refs, goes_on)
 
     def row(ref, r):
-        return None if ref is None else _load(ref, r, p_P, mask=inside_P)
+        return None if ref is None else gather(ref, r, p_P, mask=inside_P)
 
     def load_keys(r):
         last_k_AC = None
         if last_v_P is not None:
-            last_k_AC = _load(refs.last.k_BRHN, r, n_AC, mask=_both(inside_AC, goes_on))
+            last_k_AC = gather(refs.last.k_BRHN, r, n_AC, mask=_both(inside_AC, goes_on))
         return last_k_AC, rotated.load(refs.k_BRGN, refs.weights.k_bias_HRN, r), row(refs.weights.v_rank_HRP, r)
 
     def update(r, loaded, h_PAC):  # rank after rank, since a sum over a stacked axis would cross threads
@@ -124,8 +121,8 @@ def _kernel(refs: Token, out: Stepped, *, rotation: str, tile: FusedTile):
         _store(out.last.v_BHP, v_P, p_P, mask=inside_P)
 
     skip = 0.0 if refs.weights.skip_H is None else refs.weights.skip_H[...].astype(jnp.float32)
-    gate_P = None if refs.gate_BHP is None else _load(refs.gate_BHP, p_P, mask=inside_P)
-    norm_P = None if refs.weights.norm_HP is None else _load(refs.weights.norm_HP, p_P, mask=inside_P)
+    gate_P = None if refs.gate_BHP is None else gather(refs.gate_BHP, p_P, mask=inside_P)
+    norm_P = None if refs.weights.norm_HP is None else gather(refs.weights.norm_HP, p_P, mask=inside_P)
 
     def load_queries(r):
         q = rotated.load(refs.q_BRGN, refs.weights.q_bias_HRN, r)
@@ -186,8 +183,8 @@ class _Rotated:
         """Return an entry and its bias, and those of its partner; None: no bias, and nothing rotates."""
 
         def biased(at_AC):
-            bias_AC = None if bias_ref is None else _load(bias_ref, r, at_AC, mask=self.inside_AC)
-            return _load(x_ref, r, at_AC, mask=self.inside_AC), bias_AC
+            bias_AC = None if bias_ref is None else gather(bias_ref, r, at_AC, mask=self.inside_AC)
+            return gather(x_ref, r, at_AC, mask=self.inside_AC), bias_AC
 
         return biased(self.n_AC), None if self.partner_AC is None else biased(self.partner_AC)
 
@@ -205,7 +202,7 @@ def _advanced_angle(refs: Token, goes_on):
 
 def _advanced(refs: Token, at, mask, goes_on):
     """Return this token's angle of the pairs `at`, in [0, 2 pi); 0 where `mask` is false."""
-    angle = _load(refs.last.angle_BHS, at, mask=_both(mask, goes_on)) + refs.dt_BH[...] * _load(
+    angle = gather(refs.last.angle_BHS, at, mask=_both(mask, goes_on)) + refs.dt_BH[...] * gather(
         refs.angle_BHS, at, mask=mask
     )
     for _ in range(2):  # a tiny negative angle rounds up to 2 pi, which is zero
@@ -241,21 +238,7 @@ def _both(mask, other):
     return other if mask is None else mask if other is None else mask & other
 
 
-def _load(ref, *at, mask=None):
-    """Return ref[at] in float32; where the mask is false, zeros without reading."""
-    at = _indices(at)
-    mask = None if mask is None else jnp.broadcast_to(mask, at[0].shape)
-    other = None if mask is None else 0
-    return plt.load(ref.at[at], mask=mask, other=other).astype(jnp.float32)
-
-
 def _store(ref, value, *at, mask=None):
-    at = _indices(at)
+    at = indices(at)
     mask = None if mask is None else jnp.broadcast_to(mask, at[0].shape)
     plt.store(ref.at[at], value.astype(ref.dtype), mask=mask)
-
-
-def _indices(at):
-    """Return numbers and arrays as arrays of one shape."""
-    shape = jnp.broadcast_shapes(*(jnp.shape(index) for index in at))
-    return tuple(jnp.broadcast_to(jnp.asarray(index, jnp.int32), shape) for index in at)

@@ -27,7 +27,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.ssm.contract import NORM_EPS, Last, Stepped, Token, Weights, cut, pad
 from pallas_kernels.ssm.order import Order
-from pallas_kernels.ssm.triton.common import NN, NT, Grid, call, iota, product, sigmoid
+from pallas_kernels.ssm.triton.common import NN, NT, Grid, call, gather, iota, product, sigmoid
 from pallas_kernels.ssm.triton.config import Launch, tile_size
 
 
@@ -40,10 +40,8 @@ class RotatedTile:
 
     rows: int = 64  # of P a program, at most
     columns: int = 32  # of N at a time, at most
-    heads: int = 1  # that a program takes one after another, while it loads the next one's state
     warps: int = 4
-    update: str = "fma"  # the sum over ranks that goes into the state
-    readout: str = "fma"  # the sums over N
+    sums: str = "fma"  # over ranks, into the state, and over N
     width: int | None = None  # entries of P that are not padding; None: all
     interpret: bool = False  # on the CPU, for tests
 
@@ -121,13 +119,10 @@ def _rotated(token: Token, rotation: str):
 
 def _fitting(tile: RotatedTile, token: RotatedToken, width: int) -> RotatedTile:
     """Return `tile` cut down to the sizes; a norm needs all of P, of which `width` is not padding, in one program."""
-    n_heads, padded_width, d_state = token.last.h_BHPN.shape[1:]
-    heads = tile.heads
-    while n_heads % heads:
-        heads //= 2
+    padded_width, d_state = token.last.h_BHPN.shape[2:]
     rows = min(tile.rows, padded_width) if token.weights.norm_HP is None else padded_width
     warps = min(8, tile.warps * max(1, rows // tile.rows))  # so a thread has as many registers
-    return replace(tile, heads=heads, rows=rows, columns=min(tile.columns, d_state), warps=warps, width=width)
+    return replace(tile, rows=rows, columns=min(tile.columns, d_state), warps=warps, width=width)
 
 
 def _decode(token: RotatedToken, tile: RotatedTile) -> Stepped:
@@ -147,9 +142,9 @@ def _decode(token: RotatedToken, tile: RotatedTile) -> Stepped:
     ):
         if size & (size - 1) or not least <= size <= most:
             raise ValueError(f"{name}={size} is not a power of two from {least} to {most}")
-    if n_heads % tile.heads or {tile.update, tile.readout} - {"fma", "dot"}:
-        raise ValueError(f"{tile} does not fit {n_heads=} or names an unknown way")
-    sizes = {"B": None, "H": tile.heads, "P": tile.rows, "R": rank, "N": d_state}
+    if tile.sums not in ("fma", "dot"):
+        raise ValueError(f"{tile.sums=} is neither 'fma' nor 'dot'")
+    sizes = {"B": None, "H": None, "P": tile.rows, "R": rank, "N": d_state}
 
     def spec(axes: str, array) -> pl.BlockSpec:
         del array
@@ -165,7 +160,7 @@ def _decode(token: RotatedToken, tile: RotatedTile) -> Stepped:
             o_BHP=jax.ShapeDtypeStruct(token.v_BHP.shape, token.v_BHP.dtype),
         ),
         name="mamba3_decode",
-        grid=Grid((width // tile.rows, n_heads // tile.heads, batch), spec),
+        grid=Grid((width // tile.rows, n_heads, batch), spec),
         tile=tile,
         launch=Launch(tile.warps, 1),
         in_place={0: 0},  # h
@@ -182,34 +177,26 @@ class Vectors(NamedTuple):
 
 
 def _kernel(refs: RotatedToken, out: Stepped, *, tile: RotatedTile):
+    """Compute some rows of one head; a ref has the axes of its name but for B and H."""
     blocks = [pl.ds(start, tile.columns) for start in range(0, refs.last.h_BHPN.shape[-1], tile.columns)]
     goes_on = None if refs.start_B is None else refs.start_B[...] == 0
-
-    def load(head: int):
-        return [_past(refs.last.h_BHPN, (head, slice(None), columns), goes_on) for columns in blocks]
-
-    ahead = load(0)
-    for head in range(tile.heads):
-        h_PC = ahead
-        if head + 1 < tile.heads:  # here, since Triton does not move loads across this head's stores
-            ahead = load(head + 1)
-        vectors = _vectors(refs, head, goes_on)
-        readout = (_ReadoutDot if tile.readout == "dot" else _ReadoutFma)(refs, head, tile)
-        x_PK = _stacked_x(refs, head, goes_on, tile) if tile.update == "dot" else None
-        for columns, old_PC in zip(blocks, h_PC, strict=True):
-            if tile.update == "dot":
-                k_KC = _stacked_k(refs, head, columns, goes_on)
-                new_PC = vectors.a * old_PC + product(x_PK, k_KC, NN, dtype=jnp.float32, tile=tile)
-            else:
-                new_PC = _updated(refs, head, columns, old_PC, vectors=vectors, goes_on=goes_on)
-            out.last.h_BHPN[head, :, columns] = new_PC
-            readout.add(new_PC, columns)
-        ranks = zip(readout.ranks(), vectors.x_P, strict=True)
-        o_P = [
-            _epilogue(refs, head, r, y_P=y_P, x_P=x_P, dtype=out.o_BHP.dtype, tile=tile)
-            for r, (y_P, x_P) in enumerate(ranks)
-        ]
-        out.o_BHP[head, :] = functools.reduce(operator.add, o_P).astype(out.o_BHP.dtype)
+    h_PC = [_past(refs.last.h_BHPN, (slice(None), columns), goes_on) for columns in blocks]
+    vectors = _vectors(refs, goes_on)
+    readout = (_ReadoutDot if tile.sums == "dot" else _ReadoutFma)(refs, tile)
+    x_PK = _stacked_x(refs, goes_on, tile) if tile.sums == "dot" else None
+    for columns, old_PC in zip(blocks, h_PC, strict=True):
+        if tile.sums == "dot":
+            k_KC = _stacked_k(refs, columns, goes_on)
+            new_PC = vectors.a * old_PC + product(x_PK, k_KC, NN, dtype=jnp.float32, tile=tile)
+        else:
+            new_PC = _updated(refs, columns, old_PC, vectors=vectors, goes_on=goes_on)
+        out.last.h_BHPN[:, columns] = new_PC
+        readout.add(new_PC, columns)
+    o_P = [
+        _epilogue(refs, r, y_P=y_P, x_P=x_P, dtype=out.o_BHP.dtype, tile=tile)
+        for r, (y_P, x_P) in enumerate(zip(readout.ranks(), vectors.x_P, strict=True))
+    ]
+    out.o_BHP[...] = functools.reduce(operator.add, o_P).astype(out.o_BHP.dtype)
 
 
 def _past(ref, at, goes_on):
@@ -227,53 +214,47 @@ def _shape(ref, at):
     return tuple(size if isinstance(index, slice) else index.size for size, index in sizes if type(index) is not int)
 
 
-def _vectors(refs: RotatedToken, head: int, goes_on) -> Vectors:
-    rank = refs.q_BHRN.shape[1]
-    v_P = refs.v_BHP[head, :].astype(jnp.float32)
-    last_v_P, gamma = [], refs.gamma_BH[head]
+def _vectors(refs: RotatedToken, goes_on) -> Vectors:
+    rank = refs.q_BHRN.shape[0]
+    v_P = refs.v_BHP[...].astype(jnp.float32)
+    last_v_P, gamma = [], refs.gamma_BH[...]
     if refs.beta_BH is not None:
-        last_v_P = [refs.beta_BH[head] * _past(refs.last.v_BHP, (head, slice(None)), goes_on)]
+        last_v_P = [refs.beta_BH[...] * _past(refs.last.v_BHP, (slice(None),), goes_on)]
     if refs.weights.v_rank_HRP is None:
-        return Vectors(a=refs.a_BH[head], last_x_P=last_v_P, x_P=[v_P], weighted_x_P=[gamma * v_P])
-    v_ranks_P = [refs.weights.v_rank_HRP[head, r, :].astype(jnp.float32) for r in range(rank)]
+        return Vectors(a=refs.a_BH[...], last_x_P=last_v_P, x_P=[v_P], weighted_x_P=[gamma * v_P])
+    v_ranks_P = [refs.weights.v_rank_HRP[r, :].astype(jnp.float32) for r in range(rank)]
     x_P = [v_rank_P * v_P for v_rank_P in v_ranks_P]
     last_x_P = [v_rank_P * x_P for v_rank_P in v_ranks_P for x_P in last_v_P]
-    return Vectors(a=refs.a_BH[head], last_x_P=last_x_P, x_P=x_P, weighted_x_P=[gamma * x for x in x_P])
+    return Vectors(a=refs.a_BH[...], last_x_P=last_x_P, x_P=x_P, weighted_x_P=[gamma * x for x in x_P])
 
 
-def _updated(refs: RotatedToken, head: int, columns, h_PC, *, vectors: Vectors, goes_on):
+def _updated(refs: RotatedToken, columns, h_PC, *, vectors: Vectors, goes_on):
     """Return the new state of some columns; a sum over a stacked axis would cross threads."""
     h_PC = vectors.a * h_PC
     for r, x_P in enumerate(vectors.weighted_x_P):
         if vectors.last_x_P:
-            last_k_C = _past(refs.last.k_BRHN, (r, head, columns), goes_on)
+            last_k_C = _past(refs.last.k_BRHN, (r, columns), goes_on)
             h_PC += vectors.last_x_P[r][:, None] * last_k_C[None, :]
-        h_PC += x_P[:, None] * refs.k_BHRN[head, r, columns].astype(jnp.float32)[None, :]
+        h_PC += x_P[:, None] * refs.k_BHRN[r, columns].astype(jnp.float32)[None, :]
     return h_PC
 
 
 class _ReadoutFma:
     """The sums over N, element by element."""
 
-    def __init__(self, refs: RotatedToken, head: int, tile: RotatedTile):
+    def __init__(self, refs: RotatedToken, tile: RotatedTile):
         del tile
-        self.refs, self.head = refs, head
-        self.sums_PC = [0.0] * refs.q_BHRN.shape[1]
+        self.refs = refs
+        self.sums_PC = [0.0] * refs.q_BHRN.shape[0]
 
     def add(self, h_PC, columns):
         for r, sum_PC in enumerate(self.sums_PC):
-            q_C = self.refs.q_BHRN[self.head, r, columns].astype(jnp.float32)
+            q_C = self.refs.q_BHRN[r, columns].astype(jnp.float32)
             self.sums_PC[r] = sum_PC + h_PC * q_C[None, :]
 
     def ranks(self):
         """Return y_r, one vector of P a rank."""
         return [jnp.sum(sum_PC, axis=1) for sum_PC in self.sums_PC]
-
-
-def _gathered(ref, *at, mask):
-    """Return ref[at] in float32, zeros where `mask` is false. Indices are arrays or numbers, within the ref."""
-    at = tuple(jnp.broadcast_to(jnp.asarray(index, jnp.int32), mask.shape) for index in at)
-    return plt.load(ref.at[at], mask=mask, other=0).astype(jnp.float32)
 
 
 def _sources(rank: int):
@@ -282,39 +263,39 @@ def _sources(rank: int):
     return s_K & (rank - 1), s_K < rank, (s_K >= rank) & (s_K < 2 * rank)
 
 
-def _stacked_k(refs: RotatedToken, head: int, columns, goes_on):
+def _stacked_k(refs: RotatedToken, columns, goes_on):
     """Return keys of the token before, then of this one, then zeros: (K, C)."""
-    rank_K, last_K, now_K = _sources(refs.q_BHRN.shape[1])
+    rank_K, last_K, now_K = _sources(refs.q_BHRN.shape[0])
     if goes_on is not None:
         last_K &= goes_on
     column_C = columns.start + iota(columns.size)
     mask = lambda mask_K: jnp.broadcast_to(mask_K[:, None], (mask_K.shape[0], columns.size))  # noqa: E731
-    now_KC = _gathered(refs.k_BHRN, head, rank_K[:, None], column_C[None, :], mask=mask(now_K))
+    now_KC = gather(refs.k_BHRN, rank_K[:, None], column_C[None, :], mask=mask(now_K))
     if refs.last.k_BRHN is None:
         return now_KC
-    return now_KC + _gathered(refs.last.k_BRHN, rank_K[:, None], head, column_C[None, :], mask=mask(last_K))
+    return now_KC + gather(refs.last.k_BRHN, rank_K[:, None], column_C[None, :], mask=mask(last_K))
 
 
-def _stacked_x(refs: RotatedToken, head: int, goes_on, tile: RotatedTile):
+def _stacked_x(refs: RotatedToken, goes_on, tile: RotatedTile):
     """Return w_s X_s, likewise: (P, K)."""
-    rank_K, last_K, now_K = _sources(refs.q_BHRN.shape[1])
-    v_P = refs.gamma_BH[head] * refs.v_BHP[head, :].astype(jnp.float32)
+    rank_K, last_K, now_K = _sources(refs.q_BHRN.shape[0])
+    v_P = refs.gamma_BH[...] * refs.v_BHP[...].astype(jnp.float32)
     x_PK = jnp.where(now_K[None, :], v_P[:, None], 0.0)
     if refs.beta_BH is not None:
-        last_v_P = refs.beta_BH[head] * _past(refs.last.v_BHP, (head, slice(None)), goes_on)
+        last_v_P = refs.beta_BH[...] * _past(refs.last.v_BHP, (slice(None),), goes_on)
         x_PK = jnp.where(last_K[None, :], last_v_P[:, None], x_PK)
     if refs.weights.v_rank_HRP is None:
         return x_PK
     used_PK = jnp.broadcast_to((last_K | now_K)[None, :], x_PK.shape)
-    return x_PK * _gathered(refs.weights.v_rank_HRP, head, rank_K[None, :], iota(tile.rows)[:, None], mask=used_PK)
+    return x_PK * gather(refs.weights.v_rank_HRP, rank_K[None, :], iota(tile.rows)[:, None], mask=used_PK)
 
 
 class _ReadoutDot:
     """The sums over N by tensor cores."""
 
-    def __init__(self, refs: RotatedToken, head: int, tile: RotatedTile):
-        self.refs, self.head, self.tile = refs, head, tile
-        self.rank = refs.q_BHRN.shape[1]
+    def __init__(self, refs: RotatedToken, tile: RotatedTile):
+        self.refs, self.tile = refs, tile
+        self.rank = refs.q_BHRN.shape[0]
         self.rank_I = iota(max(8, self.rank))
         self.sum_PI = None
 
@@ -322,7 +303,7 @@ class _ReadoutDot:
         column_1C = (columns.start + iota(columns.size))[None, :]
         rank_I1 = jnp.minimum(self.rank_I, self.rank - 1)[:, None]  # padding reads the last rank, in bounds
         mask_IC = jnp.broadcast_to((self.rank_I < self.rank)[:, None], (self.rank_I.shape[0], columns.size))
-        q_IC = _gathered(self.refs.q_BHRN, self.head, rank_I1, column_1C, mask=mask_IC)
+        q_IC = gather(self.refs.q_BHRN, rank_I1, column_1C, mask=mask_IC)
         y_PI = product(h_PC, q_IC, NT, dtype=jnp.float32, tile=self.tile)
         self.sum_PI = y_PI if self.sum_PI is None else self.sum_PI + y_PI
 
@@ -330,18 +311,18 @@ class _ReadoutDot:
         return [jnp.sum(jnp.where((self.rank_I == r)[None, :], self.sum_PI, 0.0), axis=1) for r in range(self.rank)]
 
 
-def _epilogue(refs: RotatedToken, head: int, r: int, *, y_P, x_P, dtype, tile: RotatedTile):
+def _epilogue(refs: RotatedToken, r: int, *, y_P, x_P, dtype, tile: RotatedTile):
     """Return what rank r adds to the output: SPEC section 7."""
     if refs.weights.skip_H is not None:
-        y_P += refs.weights.skip_H[head].astype(jnp.float32) * x_P
+        y_P += refs.weights.skip_H[...].astype(jnp.float32) * x_P
     if refs.weights.norm_HP is not None:
         mean_square = jnp.sum(y_P * y_P) / (tile.width or tile.rows)
-        y_P *= lax.rsqrt(mean_square + NORM_EPS) * refs.weights.norm_HP[head, :].astype(jnp.float32)
+        y_P *= lax.rsqrt(mean_square + NORM_EPS) * refs.weights.norm_HP[...].astype(jnp.float32)
     if refs.gate_BHP is not None:
-        gate_P = refs.gate_BHP[head, :].astype(jnp.float32)
+        gate_P = refs.gate_BHP[...].astype(jnp.float32)
         if refs.weights.gate_rank_HRP is not None:
-            gate_P *= refs.weights.gate_rank_HRP[head, r, :].astype(jnp.float32)
+            gate_P *= refs.weights.gate_rank_HRP[r, :].astype(jnp.float32)
         y_P *= gate_P * sigmoid(gate_P, dtype, tile)
     if refs.weights.out_rank_HRP is not None:
-        y_P *= refs.weights.out_rank_HRP[head, r, :].astype(jnp.float32)
+        y_P *= refs.weights.out_rank_HRP[r, :].astype(jnp.float32)
     return y_P

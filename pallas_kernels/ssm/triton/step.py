@@ -33,5 +33,5 @@ def default_tile(rank: int) -> FusedTile | RotatedTile:
     if rank == 1:
         return FusedTile()
     if rank >= 8:
-        return RotatedTile(columns=128, update="dot", readout="dot")
+        return RotatedTile(columns=128, sums="dot")
     return RotatedTile(columns=32, rows=32, warps=2)
