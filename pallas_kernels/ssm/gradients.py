@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.ssm.operands import combine_splits, documents_in_chunks
+from pallas_kernels.ssm.operands import Operands, combine_splits, documents_in_chunks
 
 
 def combine_splits_bwd(dlast_BHPN, decay_BHZ, added_BHZPN):
@@ -83,13 +83,47 @@ class AngleSums(NamedTuple):
     dphi_BHCS: jax.Array  # a chunk's sum, for the tokens before it
 
 
-def add_later(angle_BLHS, dt_BHL, document_BL, sums: AngleSums, dlast_BHS, products: AngleProducts):
-    """Return the gradients of angle, dt and the first angle: `sums`, and what comes from the chunks after a token's.
+def over_row(
+    operands: Operands,
+    sums: AngleSums | None,
+    dlast_BHS,
+    products: StateProducts,
+    *,
+    net_BHL,
+    tokens: int,
+    interval: int,
+) -> Operands:
+    """Return the gradients of the decay, of angle and dt and of the first angle, in their places in `operands`.
 
     Args:
-        document_BL: document starts in the row up to each token; None: one document.
+        sums: of the angle, from each chunk; None: nothing rotates.
         dlast_BHS: of the angle after the row.
+        net_BHL: see `decay_bwd`; the next two also.
     """
+    dlog_decay_BHL = decay_bwd(
+        document_BL=documents_in_chunks(operands.document_BL, tokens),
+        net_BHL=net_BHL,
+        products_BHZA=products.start_BHZA,
+        end_BH=products.end_BH,
+        tokens=tokens,
+        interval=interval,
+    )
+    dangle_BLHS = ddt_BHL = dfirst_BHS = None
+    if sums is not None:
+        dangle_BLHS, ddt_BHL, dfirst_BHS = _add_later(operands, sums, dlast_BHS, products.of_angle)
+    return operands._replace(
+        angle_BLHS=dangle_BLHS,
+        dt_BHL=ddt_BHL,
+        log_decay_BHL=dlog_decay_BHL,
+        decay_rest_BHL=None if operands.decay_rest_BHL is None else dlog_decay_BHL,
+        document_BL=None,
+        before=operands.before._replace(angle_BHS=dfirst_BHS),
+    )
+
+
+def _add_later(operands: Operands, sums: AngleSums, dlast_BHS, products: AngleProducts):
+    """Return the gradients of angle, dt and the first angle: `sums`, and what comes from the chunks after a token's."""
+    angle_BLHS, dt_BHL, document_BL = operands.angle_BLHS, operands.dt_BHL, operands.document_BL
     batch, n_heads, length = dt_BHL.shape
     chunks, planes = sums.dphi_BHCS.shape[2:]
     later_BHCS, dfirst_BHS, within_BCQ = _later(document_BL, sums.dphi_BHCS, dlast_BHS, products, length=length)

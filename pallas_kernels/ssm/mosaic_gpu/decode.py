@@ -22,7 +22,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssm.contract import Last, Stepped, Token, cut, ordered, pad, require, wants_float32_or_bfloat16
+from pallas_kernels.ssm.contract import (
+    Stepped,
+    Token,
+    cut,
+    ordered,
+    pad,
+    require,
+    stepped_like,
+    wants_float32_or_bfloat16,
+)
 from pallas_kernels.ssm.mosaic_gpu.decode_kernel import StepProgram, StepShared
 from pallas_kernels.ssm.mosaic_gpu.tiles import WIDTH, interpreter, tiled
 from pallas_kernels.ssm.order import Order
@@ -60,21 +69,11 @@ def _decode(token: Token, *, rotation: str, width: int, interpret) -> Stepped:
     """Run the kernel; `width` is P without its padding."""
     batch, n_heads, _, d_state = token.last.h_BHPN.shape
     rank = token.q_BRGN.shape[1]
-    refs = jax.tree.map(jax.new_ref, token)
-
-    def new(ref, like):
-        """Return the ref to overwrite, or a new one if that has another dtype."""
-        return ref if ref is None or ref.dtype == like.dtype else jax.new_ref(lax.empty(ref.shape, like.dtype))
-
-    out = Stepped(
-        last=Last(
-            h_BHPN=refs.last.h_BHPN,
-            angle_BHS=refs.last.angle_BHS,
-            k_BRHN=new(refs.last.k_BRHN, token.k_BRGN),
-            v_BHP=new(refs.last.v_BHP, token.v_BHP),
-        ),
-        o_BHP=jax.new_ref(lax.empty(token.v_BHP.shape, token.v_BHP.dtype)),
-    )
+    refs, like = jax.tree.map(jax.new_ref, token), stepped_like(token)
+    new = lambda like: jax.new_ref(lax.empty(like.shape, like.dtype))  # noqa: E731
+    # The ref to overwrite, or a new one if that has another dtype.
+    last = jax.tree.map(lambda ref, like: ref if ref.dtype == like.dtype else new(like), refs.last, like.last)
+    out = Stepped(last=last, o_BHP=new(like.o_BHP))
 
     def vectors(*shape, present=True):
         return plgpu.SMEM(shape, jnp.float32) if present else None

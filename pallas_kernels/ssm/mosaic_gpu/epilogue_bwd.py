@@ -80,20 +80,12 @@ class EpilogueRefs(NamedTuple):
     weights: Weights  # gate_rank, out_rank, and the norm as (H, 1, P)
 
 
-class WeightGradients(NamedTuple):
-    """Gradients of the weights by split of the length and row of a tile, to be added up."""
-
-    dgate_rank_BHZTP: jax.Array | None
-    dout_rank_BHZTP: jax.Array | None
-    dnorm_BHZTP: jax.Array | None
-
-
 class EpilogueOut(NamedTuple):
     """What the kernel writes."""
 
     dy_BLX: jax.Array
     dgate_BLX: jax.Array | None
-    of_weights: WeightGradients
+    weights: Weights  # gradients by split of the length and row of a tile, to be added up: (B, H, Z, T, P)
 
 
 class EpilogueShared(NamedTuple):
@@ -125,11 +117,7 @@ def _by_kernel(epilogue: Epilogue, y_BLHRP, do_BLHP, tile: Tile):
     out = EpilogueOut(
         dy_BLX=like(refs.y_BLX),
         dgate_BLX=like(refs.gate_BLX) if gated else None,
-        of_weights=WeightGradients(
-            dgate_rank_BHZTP=None if weights.gate_rank_HRP is None else sums,
-            dout_rank_BHZTP=None if weights.out_rank_HRP is None else sums,
-            dnorm_BHZTP=None if norm_HP is None else sums,
-        ),
+        weights=jax.tree.map(lambda _: sums, weights),
     )
     shared = EpilogueShared(
         y_2TP=tiled(SLOTS, ROWS, WIDTH),
@@ -157,18 +145,14 @@ def _by_kernel(epilogue: Epilogue, y_BLHRP, do_BLHP, tile: Tile):
     )
 
     def by_rank(sums_BHZTP):
-        if sums_BHZTP is None:
-            return None
         sums_BHZRQP = sums_BHZTP.reshape(batch, n_heads, splits, rank, tile.tokens, WIDTH)
         return jnp.sum(sums_BHZRQP, axis=(0, 2, 4))
 
+    sums = out.weights
+    dnorm_HP = None if norm_HP is None else jnp.sum(sums.norm_HP, axis=(0, 2, 3))
     gradients = Epilogue(
         gate_BLHP=out.dgate_BLX.reshape(epilogue.gate_BLHP.shape) if gated else None,
-        weights=Weights(
-            gate_rank_HRP=by_rank(out.of_weights.dgate_rank_BHZTP),
-            out_rank_HRP=by_rank(out.of_weights.dout_rank_BHZTP),
-            norm_HP=None if norm_HP is None else jnp.sum(out.of_weights.dnorm_BHZTP, axis=(0, 2, 3)),
-        ),
+        weights=jax.tree.map(by_rank, sums._replace(norm_HP=None))._replace(norm_HP=dnorm_HP),
     )
     return out.dy_BLX.reshape(y_BLHRP.shape), gradients
 
@@ -194,9 +178,9 @@ class EpilogueProgram(Program):
         for index in range(min(SLOTS, self.sizes.chunks)):
             self.fetch(index, index)
         zeros_TP = zeros((ROWS, WIDTH), TILE, self.interpret)
-        sums = jax.tree.map(lambda _: zeros_TP, self.out.of_weights)
+        sums = jax.tree.map(lambda _: zeros_TP, self.out.weights)
         sums = lax.fori_loop(0, self.sizes.chunks, self.add_chunk, sums)
-        for ref, sum_TP in zip(jax.tree.leaves(self.out.of_weights), jax.tree.leaves(sums), strict=True):
+        for ref, sum_TP in zip(jax.tree.leaves(self.out.weights), jax.tree.leaves(sums), strict=True):
             ref.at[self.batch, self.head, self.split][...] = sum_TP
         plgpu.wait_smem_to_gmem(0)
 
@@ -211,7 +195,7 @@ class EpilogueProgram(Program):
         inverse_T = lax.rsqrt(jnp.sum(jnp.square(y_TP), axis=1) * (1 / self.tile.width) + NORM_EPS)
         return y_TP * down(inverse_T, WIDTH), inverse_T
 
-    def add_chunk(self, index, sums: WeightGradients) -> WeightGradients:
+    def add_chunk(self, index, sums: Weights) -> Weights:
         """Store the gradients of a chunk, and return the sums with its part."""
         shared, weights, interpret = self.shared, self.shared.weights, self.interpret
         slot = lax.rem(index, jnp.int32(SLOTS))
@@ -230,13 +214,13 @@ class EpilogueProgram(Program):
             dscaled_TP = self.weight(weights.out_rank_HRP, of_act_TP) * (sigmoid_TP + act_TP * (1 - sigmoid_TP))
             shared.dgate_TP[...] = self.weight(weights.gate_rank_HRP, dscaled_TP).astype(jnp.bfloat16)
             if weights.gate_rank_HRP is not None:
-                sums = sums._replace(dgate_rank_BHZTP=sums.dgate_rank_BHZTP + dscaled_TP * gate_TP)
+                sums = sums._replace(gate_rank_HRP=sums.gate_rank_HRP + dscaled_TP * gate_TP)
         if weights.out_rank_HRP is not None:
             dout_rank_TP = dn_TP * self.weight(weights.norm_HP, unit_TP)
-            sums = sums._replace(dout_rank_BHZTP=sums.dout_rank_BHZTP + dout_rank_TP)
+            sums = sums._replace(out_rank_HRP=sums.out_rank_HRP + dout_rank_TP)
         dn_TP = self.weight(weights.out_rank_HRP, dn_TP)
         if inverse_T is not None:
-            sums = sums._replace(dnorm_BHZTP=sums.dnorm_BHZTP + dn_TP * unit_TP)
+            sums = sums._replace(norm_HP=sums.norm_HP + dn_TP * unit_TP)
             dn_TP = self.weight(weights.norm_HP, dn_TP)
             mean_T = jnp.sum(dn_TP * unit_TP, axis=1) * (1 / self.tile.width)
             dn_TP = (dn_TP - unit_TP * down(mean_T, WIDTH)) * down(inverse_T, WIDTH)

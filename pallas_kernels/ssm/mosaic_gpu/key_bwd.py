@@ -10,13 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssm.contract import Weights
-from pallas_kernels.ssm.mosaic_gpu.bwd import (
-    GradientProgram,
-    call,
-    checkpoints,
-    dphi_dtype,
-    values,
-)
+from pallas_kernels.ssm.mosaic_gpu import bwd
 from pallas_kernels.ssm.mosaic_gpu.tiles import (
     ROWS,
     TILE,
@@ -64,10 +58,10 @@ def key_bwd(refs: ScanRefs, tile: Tile, *, exact: bool) -> KeyGradients:
     sizes = Sizes.of(refs, tile)
     shape, rows = jax.ShapeDtypeStruct, sizes.batch * sizes.heads
     heads = (sizes.batch, sizes.heads, tile.splits)
-    stored = max(1, checkpoints(sizes, tile) - 1)
+    stored = max(1, bwd.checkpoints(sizes, tile) - 1)
     out = KeyGradients(
         dk_BHLRN=shape((rows, length, rank * d_state), jnp.bfloat16),
-        dphi_BHLS=shape((rows, length, sizes.pairs), dphi_dtype(tile)) if sizes.pairs else None,
+        dphi_BHLS=shape((rows, length, sizes.pairs), bwd.dphi_dtype(tile)) if sizes.pairs else None,
         dv_BLHP=shape((sizes.batch, length, sizes.heads * WIDTH), jnp.bfloat16),
         rows_BHCXT=shape((rows * length // tile.tokens, len(ROWS_BWD), ROWS), jnp.float32),
         dv_rank_BHZTP=shape((*heads, ROWS, WIDTH), jnp.float32) if rank > 1 else None,
@@ -76,7 +70,7 @@ def key_bwd(refs: ScanRefs, tile: Tile, *, exact: bool) -> KeyGradients:
     )
     kernel = functools.partial(_kernel, exact=exact)
     how = {"tile": tile, "query": False, "rows": len(ROWS_BWD)}
-    return call(kernel, name="mamba3_mosaic_key_gradient", refs=refs, out=out, **how)
+    return bwd.call(kernel, name="mamba3_mosaic_key_gradient", refs=refs, out=out, **how)
 
 
 def state_bwd(refs: ScanRefs, tile: Tile):
@@ -84,10 +78,10 @@ def state_bwd(refs: ScanRefs, tile: Tile):
     tokens = refs.tokens._replace(k_BLRGN=None, v_BLHP=None)
     refs = refs._replace(tokens=tokens, weights=Weights(q_bias_HRN=refs.weights.q_bias_HRN))
     out = KeyGradients(dh_BHZPN=jax.ShapeDtypeStruct(refs.h_BHZPN.shape, jnp.float32))
-    return call(_kernel, name="mamba3_mosaic_splits_bwd", refs=refs, out=out, tile=tile, query=False).dh_BHZPN
+    return bwd.call(_kernel, name="mamba3_mosaic_splits_bwd", refs=refs, out=out, tile=tile, query=False).dh_BHZPN
 
 
-def _kernel(program: GradientProgram, *, exact: bool = False):
+def _kernel(program: bwd.GradientProgram, *, exact: bool = False):
     refs, out, shared, barriers = program.refs, program.out, program.shared, program.barriers
     sizes, tile, interpret = program.sizes, program.tile, program.interpret
     chunks, weights = sizes.chunks, shared.weights
@@ -174,7 +168,7 @@ def _kernel(program: GradientProgram, *, exact: bool = False):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _values_bwd(program: GradientProgram, decay: Decay):
+def _values_bwd(program: bwd.GradientProgram, decay: Decay):
     """Store the gradients of a chunk's values and scalars in shared memory, and return where those of values are.
 
     Returns before it what multiplies dh and the queries in the keys' gradient. It loads and computes again what it can,
@@ -193,14 +187,17 @@ def _values_bwd(program: GradientProgram, decay: Decay):
         weight_TT = jnp.where(diagonal_TT, down(decay.rows("gamma"), ROWS), later_TT * down(decay.rows("kappa"), ROWS))
         return score_TT, (mixed() * weight_TT).astype(jnp.bfloat16), diagonal
 
-    sums = [(ROWS, (k_TN, Transposed(q_TN))), (ROWS, (values(program).astype(jnp.bfloat16), Transposed(shared.dy_TP)))]
+    sums = [
+        (ROWS, (k_TN, Transposed(q_TN))),
+        (ROWS, (bwd.values(program).astype(jnp.bfloat16), Transposed(shared.dy_TP))),
+    ]
     score_TT, mixed_TT, diagonal = products(sums, interpret, weighted)
 
     dlater_TP = product(k_TN, Transposed(shared.h_PN), WIDTH, interpret) * down(decay.decay_to_end_T(), WIDTH)
     sums = [(dlater_TP, (score_TT, shared.dy_TP))] + [(WIDTH, (diagonal, shared.dy_TP))] * ranked
 
     def summed(dlater, diagonal_product=None):
-        dy_TP, x_TP = load(shared.dy_TP, TILE, interpret).astype(jnp.float32), values(program)
+        dy_TP, x_TP = load(shared.dy_TP, TILE, interpret).astype(jnp.float32), bwd.values(program)
         dskip_T = jnp.sum(x_TP * dy_TP, axis=1)
         dx_TP = dlater()
         dkappa_T = jnp.sum(x_TP * dx_TP, axis=1)

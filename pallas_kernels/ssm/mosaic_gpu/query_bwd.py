@@ -8,13 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssm.mosaic_gpu.bwd import (
-    GradientProgram,
-    call,
-    checkpoints,
-    dphi_dtype,
-    values,
-)
+from pallas_kernels.ssm.mosaic_gpu import bwd
 from pallas_kernels.ssm.mosaic_gpu.tiles import (
     ROWS,
     TILE,
@@ -44,18 +38,18 @@ def query_bwd(refs: ScanRefs, tile: Tile) -> QueryGradients:
     length, rank, _, d_state = refs.tokens.q_BLRGN.shape[1:]
     sizes = Sizes.of(refs, tile)
     shape, rows = jax.ShapeDtypeStruct, sizes.batch * sizes.heads
-    states = (sizes.batch, sizes.heads, tile.splits, checkpoints(sizes, tile), WIDTH, d_state)
+    states = (sizes.batch, sizes.heads, tile.splits, bwd.checkpoints(sizes, tile), WIDTH, d_state)
     out = QueryGradients(
         dq_BHLRN=shape((rows, length, rank * d_state), jnp.bfloat16),
-        dphi_BHLS=shape((rows, length, sizes.pairs), dphi_dtype(tile)) if sizes.pairs else None,
+        dphi_BHLS=shape((rows, length, sizes.pairs), bwd.dphi_dtype(tile)) if sizes.pairs else None,
         incoming_BHCT=shape((rows * length // tile.tokens, ROWS), jnp.float32),
         h_BHZAPN=shape(states, jnp.bfloat16),
     )
     refs = refs._replace(weights=refs.weights._replace(skip_H=None))
-    return call(_kernel, name="mamba3_mosaic_query_gradient", refs=refs, out=out, tile=tile, query=True, rows=1)
+    return bwd.call(_kernel, name="mamba3_mosaic_query_gradient", refs=refs, out=out, tile=tile, query=True, rows=1)
 
 
-def _kernel(program: GradientProgram):
+def _kernel(program: bwd.GradientProgram):
     refs, out, shared, barriers = program.refs, program.out, program.shared, program.barriers
     sizes, tile, interpret = program.sizes, program.tile, program.interpret
     chunks, weights = sizes.chunks, shared.weights
@@ -78,7 +72,7 @@ def _kernel(program: GradientProgram):
         k_TN = shared.rotated_k_TN
         k_TN[...] = rotated_k_TN
         plgpu.barrier_wait(barriers.values)
-        x_ref, x_TP = shared.v_QP, values(program)
+        x_ref, x_TP = shared.v_QP, bwd.values(program)
         if tile.rank > 1:
             x_ref = shared.x_TP
             x_ref[...] = x_TP.astype(jnp.bfloat16)

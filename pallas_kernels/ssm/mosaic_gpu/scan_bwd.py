@@ -8,13 +8,10 @@
 What adds up over later tokens begins again at every checkpoint from an inner product of h and dh: see `gradients`.
 """
 
-from typing import NamedTuple
-
-import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ssm.contract import Carry, Weights
-from pallas_kernels.ssm.gradients import combine_splits_bwd, decay_bwd, state_products
+from pallas_kernels.ssm.contract import Weights
+from pallas_kernels.ssm.gradients import combine_splits_bwd, over_row, state_products
 from pallas_kernels.ssm.mosaic_gpu import bwd
 from pallas_kernels.ssm.mosaic_gpu.epilogue_bwd import Epilogue, epilogue_bwd
 from pallas_kernels.ssm.mosaic_gpu.key_bwd import ROWS_BWD, KeyGradients, key_bwd, state_bwd
@@ -29,12 +26,11 @@ from pallas_kernels.ssm.mosaic_gpu.tiles import (
     TokenArrays,
     stack_scalars,
 )
-from pallas_kernels.ssm.operands import documents_in_chunks
 
 
 def gradients(operands: Operands, residuals: Residuals, cotangents, *, tile: Tile) -> Operands:
     """Return the gradients of the operands, from those of the output and of the state after the row."""
-    weights, document_BL = operands.weights, operands.document_BL
+    weights = operands.weights
     do_BLHP, (dangle_BHS, dlast_BHPN) = cotangents
     of_epilogue = Weights(
         gate_rank_HRP=weights.gate_rank_HRP, out_rank_HRP=weights.out_rank_HRP, norm_HP=weights.norm_HP
@@ -57,48 +53,29 @@ def gradients(operands: Operands, residuals: Residuals, cotangents, *, tile: Til
     products = _state_products(query, key, residuals, dlast_BHPN, exact=exact)
 
     sums, dv_rank_HRP = _sum_rows(key, operands, tile)
-    dlog_decay_BHL = decay_bwd(
-        document_BL=documents_in_chunks(document_BL, tile.tokens),
-        net_BHL=_sum_ranks(query.incoming_BHCT, operands, tile) - sums.outgoing_BHL,
-        products_BHZA=products.start_BHZA,
-        end_BH=products.end_BH,
-        tokens=tile.tokens,
-        interval=bwd.CHECKPOINT_INTERVAL,
-    )
     dq_BLRGN, dq_bias_HRN = _sum_heads(query.dq_BHLRN, weights.q_bias_HRN, operands, tile)
     dk_BLRGN, dk_bias_HRN = _sum_heads(key.dk_BHLRN, weights.k_bias_HRN, operands, tile)
-    dangle_BLHS, ddt_BHL, dfirst_BHS = None, None, None
+    of_angle = None
     if operands.angle_BLHS is not None:
-        by_head = lambda dphi_BHLS: dphi_BHLS.reshape(*operands.dt_BHL.shape, -1)  # noqa: E731
-        dangle_BLHS, ddt_BHL, dfirst_BHS = angles_bwd(
-            angle_BLHS=operands.angle_BLHS,
-            dt_BHL=operands.dt_BHL,
-            document_BL=document_BL,
-            dphi_q_BHLS=by_head(query.dphi_BHLS),
-            dphi_k_BHLS=by_head(key.dphi_BHLS),
-            dlast_BHS=dangle_BHS,
-            products=products.of_angle,
-            interpret=tile.interpret,
-        )
-    return Operands(
+        dphi_q_BHLS, dphi_k_BHLS = (x.dphi_BHLS.reshape(*operands.dt_BHL.shape, -1) for x in (query, key))
+        of_angle = angles_bwd(operands, dphi_q_BHLS, dphi_k_BHLS, splits=tile.splits, interpret=tile.interpret)
+    net_BHL = _sum_ranks(query.incoming_BHCT, operands, tile) - sums["outgoing"]
+    how = {"net_BHL": net_BHL, "tokens": tile.tokens, "interval": bwd.CHECKPOINT_INTERVAL}
+    d_row = over_row(operands, of_angle, dangle_BHS, products, **how)
+    return d_row._replace(
         tokens=TokenArrays(
             q_BLRGN=dq_BLRGN,
             k_BLRGN=dk_BLRGN,
             v_BLHP=key.dv_BLHP.reshape(operands.tokens.v_BLHP.shape),
             gate_BLHP=depilogue.gate_BLHP,
         ),
-        angle_BLHS=dangle_BLHS,
-        dt_BHL=ddt_BHL,
-        log_decay_BHL=dlog_decay_BHL,
-        decay_rest_BHL=None,
-        gamma_BHL=sums.dgamma_BHL,
-        kappa_BHL=sums.dkappa_BHL,
-        document_BL=None,
-        before=Carry(angle_BHS=dfirst_BHS, h_BHPN=key.dh_BHZPN[:, :, 0]),
+        gamma_BHL=sums["dgamma"],
+        kappa_BHL=sums["dkappa"],
+        before=d_row.before._replace(h_BHPN=key.dh_BHZPN[:, :, 0]),
         weights=depilogue.weights._replace(
             q_bias_HRN=dq_bias_HRN,
             k_bias_HRN=dk_bias_HRN,
-            skip_H=None if weights.skip_H is None else jnp.sum(sums.dskip_BHL, axis=(0, 2)),
+            skip_H=None if weights.skip_H is None else jnp.sum(sums["dskip"], axis=(0, 2)),
             v_rank_HRP=dv_rank_HRP,
         ),
     )
@@ -120,25 +97,16 @@ def _sum_ranks(rows_BHCT, operands: Operands, tile: Tile):
 
 
 def _sum_rows(key: KeyGradients, operands: Operands, tile: Tile):
-    """Add up what `key_bwd` leaves by row: over ranks, and the gradient of v_rank over tokens."""
+    """Add up what `key_bwd` leaves by row: `ROWS_BWD` over ranks, by name, and the gradient of v_rank over tokens."""
     batch, n_heads, length = operands.gamma_BHL.shape
     rows_BHCXRQ = key.rows_BHCXT.reshape(batch, n_heads, -1, len(ROWS_BWD), tile.rank, tile.tokens)
     rows_XBHCQ = jnp.moveaxis(jnp.sum(rows_BHCXRQ, axis=4), 3, 0)
-    sums = {f"{name}_BHL": x.reshape(batch, n_heads, length) for name, x in zip(ROWS_BWD, rows_XBHCQ, strict=True)}
+    sums = {name: x.reshape(batch, n_heads, length) for name, x in zip(ROWS_BWD, rows_XBHCQ, strict=True)}
     dv_rank_HRP = None
     if operands.weights.v_rank_HRP is not None:
         dv_rank_BHZRQP = key.dv_rank_BHZTP.reshape(*key.dv_rank_BHZTP.shape[:3], tile.rank, tile.tokens, -1)
         dv_rank_HRP = jnp.sum(dv_rank_BHZRQP, axis=(0, 2, 4))
-    return RowSums(**sums), dv_rank_HRP
-
-
-class RowSums(NamedTuple):
-    """What `ROWS_BWD` names, of every token."""
-
-    dkappa_BHL: jax.Array
-    dgamma_BHL: jax.Array
-    dskip_BHL: jax.Array
-    outgoing_BHL: jax.Array  # k . dk: the gradient of c that a token passes on to those before it
+    return sums, dv_rank_HRP
 
 
 def _sum_heads(dx_BHLRN, bias_HRN, operands: Operands, tile: Tile):

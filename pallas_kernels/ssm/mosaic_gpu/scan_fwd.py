@@ -432,7 +432,7 @@ def _kernel(program: ScanProgram):
             score_TT, y_TP = product_tiles(
                 [(q_TN, Transposed(k_TN), ROWS), (q_TN, Transposed(shared.h_PN), WIDTH)], interpret
             )
-            score_TT *= decay.shifted_weight_TT()
+            score_TT *= decay.weight_TT(shifted=True)
             if skip is not None:
                 row_TT, column_TT = (iota(axis, interpret) for axis in (0, 1))
                 score_TT = jnp.where(row_TT == column_TT, score_TT + skip, score_TT)

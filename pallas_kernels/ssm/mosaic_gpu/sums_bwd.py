@@ -9,9 +9,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssm.gradients import AngleProducts, AngleSums, add_later
+from pallas_kernels.ssm.gradients import AngleSums
 from pallas_kernels.ssm.mosaic_gpu.phase import AngleProgram, AngleRefs, Grid, running_sum
 from pallas_kernels.ssm.mosaic_gpu.tiles import call, load, zeros
+from pallas_kernels.ssm.operands import Operands
 
 TOKENS = 64  # of a tile of `heads_bwd`, at most
 COLUMNS = 128  # one a thread
@@ -97,25 +98,18 @@ class AngleShared(NamedTuple):
     sum_HTS: jax.Array | None
 
 
-def angles_bwd(
-    *, angle_BLHS, dt_BHL, document_BL, dphi_q_BHLS, dphi_k_BHLS, dlast_BHS, products: AngleProducts, interpret
-):
-    """Return gradients of angle_BLHS, dt_BHL and first_BHS from those of the angle at every token and after the last.
-
-    Args:
-        document_BL: document starts in the row up to each token; None: one document.
-        dphi_q_BHLS, dphi_k_BHLS: the gradient of the angle at each token, its two parts.
-        dlast_BHS: of the angle after the row.
-    """
-    angle_BELS = jnp.swapaxes(angle_BLHS, 1, 2)
-    grid = Grid(angle_BELS, dt_BHL, splits=products.starts_BHZAS.shape[2])
+def angles_bwd(operands: Operands, dphi_q_BHLS, dphi_k_BHLS, *, splits: int, interpret) -> AngleSums:
+    """Return the gradients of angle and dt from the tokens of a chunk, of those of the angle at each, its two parts."""
+    dt_BHL, document_BL = operands.dt_BHL, operands.document_BL
+    angle_BELS = jnp.swapaxes(operands.angle_BLHS, 1, 2)
+    grid = Grid(angle_BELS, dt_BHL, splits=splits)
     goes_on_BL, in_first_BL = None, None
     if document_BL is not None:
         started_BL = jnp.diff(document_BL, axis=1, prepend=0)
         goes_on_BL = jnp.pad(started_BL[:, 1:] == 0, ((0, 0), (0, 1))).astype(jnp.int32)
         started_BCQ = jnp.cumsum(started_BL.reshape(grid.batch, grid.chunks, -1), axis=2)
         in_first_BL = (started_BCQ == 0).astype(jnp.int32).reshape(document_BL.shape)
-    operands = AngleRefs(
+    refs = AngleRefs(
         angle_BELS=angle_BELS,
         dt_BHL=dt_BHL,
         dphi_q_BHLS=dphi_q_BHLS,
@@ -144,17 +138,9 @@ def angles_bwd(
         _angles_kernel(refs, out, shared, AngleProgram(grid, interpret), **barriers)
 
     how = {"scratch": (shared, *barriers), "grid": grid.programs, "interpret": interpret}
-    out = call(kernel, name="mamba3_mosaic_angles_bwd", operands=operands, out=out, **how)
+    out = call(kernel, name="mamba3_mosaic_angles_bwd", operands=refs, out=out, **how)
     dangle_BLHS = jnp.swapaxes(jnp.sum(out["dangle_JBELS"], axis=0), 1, 2)
-    sums = AngleSums(dangle_BLHS=dangle_BLHS, ddt_BHL=out["ddt_BHL"], dphi_BHCS=out["dphi_BHCS"])
-    return add_later(
-        angle_BLHS=angle_BLHS,
-        dt_BHL=dt_BHL,
-        document_BL=document_BL,
-        sums=sums,
-        dlast_BHS=dlast_BHS,
-        products=products,
-    )
+    return AngleSums(dangle_BLHS=dangle_BLHS, ddt_BHL=out["ddt_BHL"], dphi_BHCS=out["dphi_BHCS"])
 
 
 def _angles_kernel(refs: AngleRefs, out, shared: AngleShared, program: AngleProgram, *, arrived, gradients_arrived):

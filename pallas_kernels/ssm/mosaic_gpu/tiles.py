@@ -398,21 +398,20 @@ class Decay:
             return before_TT
         return before_TT & (down(self.rows("document"), ROWS) == across(self.columns("document"), ROWS))
 
-    def weight_TT(self):
-        """Return e^(c_t - c_s) kappa_s for targets t (down) after sources s, in a document; gamma_t where t = s."""
-        target_TT, source_TT = self.tokens()
-        gap_TT = down(self.rows("decay"), ROWS) - across(self.columns("decay"), ROWS)
-        later_TT = jnp.exp2(gap_TT) * across(self.columns("kappa"), ROWS)  # to the bit as the gradient of keys has it
-        diagonal_TT = jnp.where(target_TT == source_TT, across(self.columns("gamma"), ROWS), 0.0)
-        return jnp.where(self._together(target_TT > source_TT), later_TT, diagonal_TT)
+    def weight_TT(self, *, shifted: bool = False):
+        """Return e^(c_t - c_s) kappa_s for targets t (down) after sources s, in a document; gamma_t where t = s.
 
-    def shifted_weight_TT(self):
-        """Return `weight_TT` with kappa as part of the exponent."""
+        kappa is a factor, so that the weight is to the bit as the gradient of keys has it; `shifted`: in the exponent.
+        """
         target_TT, source_TT = self.tokens()
-        before_TT = self._together(target_TT > source_TT)
-        gap_TT = down(self.rows("decay"), ROWS) - across(self.columns("shifted"), ROWS)
+        later_TT = jnp.exp2(
+            down(self.rows("decay"), ROWS) - across(self.columns("shifted" if shifted else "decay"), ROWS)
+        )
+        if not shifted:
+            later_TT *= across(self.columns("kappa"), ROWS)
         diagonal_TT = jnp.where(target_TT == source_TT, across(self.columns("gamma"), ROWS), 0.0)
-        return jnp.where(before_TT, jnp.exp2(gap_TT), diagonal_TT)  # what lies after a token may be infinite
+        # What lies after a token may be infinite.
+        return jnp.where(self._together(target_TT > source_TT), later_TT, diagonal_TT)
 
     def later_TT(self):
         """Return e^(c_t - c_s) for targets t (across) after sources s (down), in a document; 0 elsewhere."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.ssm.contract import Carry, Row, Scanned, Weights, product_dtype, require, sizes_of
-from pallas_kernels.ssm.gradients import StateProducts, add_later, decay_bwd, state_products
+from pallas_kernels.ssm.gradients import StateProducts, over_row, state_products
 from pallas_kernels.ssm.operands import Operands, TokenArrays, documents_in_chunks, operands_of, scanned
 from pallas_kernels.ssm.triton import rotate, rotate_bwd, scan_bwd, scan_fwd
 from pallas_kernels.ssm.triton.config import Tile, order_of, tile_of, tile_size, unsupported
@@ -118,40 +118,26 @@ def _backward(tile: Tile, residuals: Residuals, cotangents):
     angles = rotate.angles_of(operands, residuals.start_BHCS, tile)
     drotated = rotate_bwd.rotate_bwd(operands, angles, d.query.dq_BHTN, d.key.dk_BHTN, tile=tile)
     products = _state_products(d, residuals.last_BHPN, dafter, tile)
-    dangle_BLHS = ddt_BHL = dfirst_BHS = None
-    if products.of_angle is not None:
-        dangle_BLHS, ddt_BHL, dfirst_BHS = add_later(
-            angle_BLHS=operands.angle_BLHS,
-            dt_BHL=operands.dt_BHL,
-            document_BL=operands.document_BL,
-            sums=drotated.angles,
-            dlast_BHS=dafter.angle_BHS,
-            products=products.of_angle,
-        )
-    dlog_decay_BHL = decay_bwd(
-        document_BL=documents_in_chunks(operands.document_BL, tile.tokens),
+    d_row = over_row(
+        operands,
+        drotated.angles,
+        dafter.angle_BHS,
+        products,
         net_BHL=drotated.r_BHL,
-        products_BHZA=products.start_BHZA,
-        end_BH=products.end_BH,
         tokens=tile.tokens,
         interval=tile.checkpoint_interval,
     )
     over_ranks = lambda array_BHT: jnp.sum(array_BHT.reshape(*operands.gamma_BHL.shape, tile.rank), axis=-1)  # noqa: E731
-    gradients = Operands(
+    gradients = d_row._replace(
         tokens=TokenArrays(
             q_BLRGN=drotated.dq_BLRGN,
             k_BLRGN=drotated.dk_BLRGN,
             v_BLHP=d.value.dv_BLHP,
             gate_BLHP=d.epilogue.dgate_BLHP,
         ),
-        angle_BLHS=dangle_BLHS,
-        dt_BHL=ddt_BHL,
-        log_decay_BHL=dlog_decay_BHL,
-        decay_rest_BHL=None if operands.decay_rest_BHL is None else dlog_decay_BHL,
         gamma_BHL=over_ranks(d.value.dgamma_BHT),
         kappa_BHL=None if operands.kappa_BHL is None else over_ranks(d.value.dkappa_BHT),
-        document_BL=None,
-        before=Carry(angle_BHS=dfirst_BHS, h_BHPN=d.key.dh_BHZPN[:, :, 0]),
+        before=d_row.before._replace(h_BHPN=d.key.dh_BHZPN[:, :, 0]),
         weights=_weight_gradients(operands.weights, d, drotated),
     )
     return (gradients,)
