@@ -146,14 +146,15 @@ def scan(
     splits = splits or splits_of(row, programs or PROGRAMS)
     tile = Tile(rank=size["R"], width=size["P"], splits=splits, interpret=interpreter() if interpret else None)
     unit = tile.tokens * tile.splits
-    kappa_BLH = row.gamma_BLH if row.kappa_BLH is None else row.kappa_BLH
     weights = jax.tree.map(lambda array: array.astype(jnp.float32), row.weights)
-    given = row._replace(kappa_BLH=kappa_BLH, weights=weights)
+    given = row._replace(weights=weights)
     if size["R"] == 1 and weights.v_rank_HRP is not None:  # the kernels have weights of several ranks only
         v_BLHP = row.v_BLHP.astype(jnp.float32) * weights.v_rank_HRP[:, 0]
         given = given._replace(v_BLHP=v_BLHP, weights=weights._replace(v_rank_HRP=None))
     sizes = {"L": -(-size["L"] // unit) * unit, "P": WIDTH, "S": order.kernel_pairs}
     operands = operands_of(given, order, dtype=jnp.bfloat16, sizes=sizes, tokens=tile.tokens)
+    if operands.kappa_BHL is None:
+        operands = operands._replace(kappa_BHL=operands.gamma_BHL)
     return scanned(row, order, *mamba3(operands, tile))
 
 

@@ -29,7 +29,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ssm.contract import (
     NORM_EPS,
-    Last,
     Stepped,
     Token,
     Weights,
@@ -73,12 +72,7 @@ class RankedWeights(NamedTuple):
 class StepOperands(NamedTuple):
     """A `Token` as the kernel sees it; the state comes first, see `contract.in_place`."""
 
-    last: Last
-    q_BRGN: jax.Array
-    k_BRGN: jax.Array
-    v_BHP: jax.Array
-    gate_BHP: jax.Array | None
-    angle_BHS: jax.Array | None
+    token: Token  # without its numbers, `start` and weights
     numbers_BKXH: jax.Array  # K blocks of heads; X: log_a, gamma, and beta and dt where there are
     start_B: jax.Array | None
     weights: RankedWeights
@@ -159,13 +153,9 @@ def _operands(token: Token, heads: int) -> StepOperands:
     batch, n_heads = token.last.h_BHPN.shape[:2]
     numbers = (token.log_a_BH, token.gamma_BH, token.beta_BH, token.dt_BH)
     numbers_BXH = jnp.stack([x_BH for x_BH in numbers if x_BH is not None], axis=1)
+    elsewhere = ("dt_BH", "log_a_BH", "gamma_BH", "beta_BH", "start_B", "weights")
     return StepOperands(
-        last=token.last,
-        q_BRGN=token.q_BRGN,
-        k_BRGN=token.k_BRGN,
-        v_BHP=token.v_BHP,
-        gate_BHP=token.gate_BHP,
-        angle_BHS=token.angle_BHS,
+        token=token._replace(**dict.fromkeys(elsewhere)),
         numbers_BKXH=jnp.swapaxes(numbers_BXH.reshape(batch, -1, n_heads // heads, heads), 1, 2),
         start_B=token.start_B,
         weights=_ranks_first(token.weights),
@@ -234,8 +224,13 @@ def _kernel(refs: StepOperands, out: Stepped, scratch: StepScratch, *, rotation:
     starts = None if refs.start_B is None else refs.start_B[pl.program_id(1)] != 0
     unless_start = lambda x: x if starts is None else jnp.where(starts, jnp.zeros_like(x), x)  # noqa: E731
     load = lambda ref, *at: ref[at or ...].astype(jnp.float32)  # noqa: E731
-    (heads, width, d_state), weights = refs.last.h_BHPN.shape, refs.weights
-    rank, looks_back, rotates = refs.q_BRGN.shape[0], refs.last.v_BHP is not None, refs.angle_BHS is not None
+    token = refs.token
+    (heads, width, d_state), weights = token.last.h_BHPN.shape, refs.weights
+    rank, looks_back, rotates = (
+        token.q_BRGN.shape[0],
+        token.last.v_BHP is not None,
+        token.angle_BHS is not None,
+    )
 
     names = ["log_a", "gamma", *["beta"] * looks_back, *["dt"] * rotates]
     numbers_HX = refs.numbers_BKXH[...].T
@@ -245,12 +240,12 @@ def _kernel(refs: StepOperands, out: Stepped, scratch: StepScratch, *, rotation:
 
     rotated = lambda x_HN: x_HN  # noqa: E731
     if rotates:
-        angle_HS = _within_a_turn(unless_start(refs.last.angle_BHS[...]) + number_H1["dt"] * refs.angle_BHS[...])
+        angle_HS = _within_a_turn(unless_start(token.last.angle_BHS[...]) + number_H1["dt"] * token.angle_BHS[...])
         out.last.angle_BHS[...] = angle_HS
         rotated = _Rotation(angle_HS, d_state, rotation)
-    v_HP = load(refs.v_BHP)
+    v_HP = load(token.v_BHP)
     if looks_back:
-        before_v_HP = a_H1 * number_H1["beta"] * unless_start(load(refs.last.v_BHP))
+        before_v_HP = a_H1 * number_H1["beta"] * unless_start(load(token.last.v_BHP))
         out.last.v_BHP[...] = v_HP.astype(out.last.v_BHP.dtype)
 
     def ranked(x_HP, ref, r: int):
@@ -262,15 +257,15 @@ def _kernel(refs: StepOperands, out: Stepped, scratch: StepScratch, *, rotation:
 
     first = rank if looks_back else 0  # where this token's ranks begin
     for r in range(rank):
-        k_HN = seen_by_heads(refs.k_BRGN, weights.k_bias_RHN, r)
+        k_HN = seen_by_heads(token.k_BRGN, weights.k_bias_RHN, r)
         scratch.k_JHN[first + r] = k_HN
-        q_HN = seen_by_heads(refs.q_BRGN, weights.q_bias_RHN, r)
+        q_HN = seen_by_heads(token.q_BRGN, weights.q_bias_RHN, r)
         for i, part_HN in enumerate(_parts(q_HN, scratch.q_HIN.shape[1] // rank)):
             scratch.q_HIN[:, i * rank + r, :] = part_HN
         scratch.x_JHP[first + r] = ranked(number_H1["gamma"] * v_HP, weights.v_rank_RHP, r)
         if looks_back:
             out.last.k_BRHN[r] = k_HN.astype(out.last.k_BRHN.dtype)
-            scratch.k_JHN[r] = unless_start(load(refs.last.k_BRHN, r))
+            scratch.k_JHN[r] = unless_start(load(token.last.k_BRHN, r))
             scratch.x_JHP[r] = ranked(before_v_HP, weights.v_rank_RHP, r)
 
     dtype = jnp.bfloat16 if tile.interpret is None else jnp.float32  # the CPU has no products of bfloat16
@@ -281,7 +276,7 @@ def _kernel(refs: StepOperands, out: Stepped, scratch: StepScratch, *, rotation:
         some = pl.ds(pl.multiple_of(group * together, together), together)
         _pass(refs, out, scratch, some=some, unless_start=unless_start, dtype=dtype)
 
-    gate_HP = None if refs.gate_BHP is None else load(refs.gate_BHP)
+    gate_HP = None if token.gate_BHP is None else load(token.gate_BHP)
     o_HP = jnp.zeros((heads, width), jnp.float32)
     for r in range(rank):  # the epilogue
         y_HP = sum(scratch.y_HIP[:, i, :] for i in range(r, scratch.y_HIP.shape[1], rank))
@@ -301,14 +296,14 @@ def _pass(refs: StepOperands, out: Stepped, scratch: StepScratch, *, some, unles
 
     Both sums are matrix products, since what crosses lanes is slow, of bfloat16 parts, several in one product.
     """
-    rows, rank = some.size, refs.q_BRGN.shape[0]
+    rows, rank = some.size, refs.token.q_BRGN.shape[0]
     stacked = functools.partial(_stacked, some=some)
     x_PX, k_XN = stacked(scratch.x_JHP, LEFT).T, stacked(scratch.k_JHN, RIGHT).astype(dtype)
     head_1X = lax.rem(_iota((1, x_PX.shape[1]), 1), rows)
     a_UN = scratch.a_HN[some, :]
     for u in range(rows):
         of_head_PX = (x_PX * (head_1X == u).astype(jnp.float32)).astype(dtype)
-        h_PN = a_UN[u : u + 1] * unless_start(refs.last.h_BHPN[some.start + u])
+        h_PN = a_UN[u : u + 1] * unless_start(refs.token.last.h_BHPN[some.start + u])
         out.last.h_BHPN[some.start + u] = h_PN + _product(of_head_PX, k_XN, 1, 0)
     for u in range(rows):
         head = some.start + u

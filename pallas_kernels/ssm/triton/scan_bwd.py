@@ -38,7 +38,6 @@ from pallas_kernels.ssm.triton.config import Tile
 from pallas_kernels.ssm.triton.scan_fwd import (
     Decay,
     RowWeights,
-    Scales,
     ScanGrid,
     ScanOperands,
     SplitSums,
@@ -209,16 +208,15 @@ def _query_kernel(refs: BwdOperands, out: QueryGradients, *, tile: Tile):
         rows = rows_of(index, tile)
         k_TN, x_TP, dy_TP = scan.k_BHTN[rows, :], values(scan, weights, index, tile), _dy_TP(refs, index, tile)
         decay = Decay.load(scan, index, tile)
-        scales = Scales.load(scan, rows)
         decay_TT, diagonal_TT = decay.between(tile)
 
         dmixed_TT = dot(dy_TP, x_TP, NT)
-        dmixed_TT *= decay_TT * scales.weight_TT(diagonal_TT)
+        dmixed_TT *= decay_TT * decay.weight_TT(diagonal_TT)
         dq_TN = dot(_decayed_dy_TP(refs, decay, index, tile), h_PN, NN)
         dq_TN += dot(dmixed_TT, k_TN, NN)
         out.dq_BHTN.store((rows, slice(None)), dq_TN, tile)
 
-        x_TP = x_TP.astype(jnp.float32) * (decay.to_end_T(tile) * scales.later_T)[:, None]
+        x_TP = x_TP.astype(jnp.float32) * decay.later_to_end_T(tile)[:, None]
         return decay.of_chunk(tile) * h_PN + dot(x_TP, k_TN, TN)
 
     lax.fori_loop(0, scan.k_BHTN.shape[0] // tile.rows, chunk, scan.h_BHZPN[...])
@@ -260,12 +258,11 @@ def _key_kernel(refs: BwdOperands, out: KeyGradients, *, exact: bool, tile: Tile
         rows = rows_of(index, tile)
         q_TN, x_TP, dy_TP = scan.q_BHTN[rows, :], values(scan, weights, index, tile), _dy_TP(refs, index, tile)
         decay = Decay.load(scan, index, tile)
-        scales = Scales.load(scan, rows)
         decay_TT, diagonal_TT = decay.between(tile, transposed=True)
 
         dmixed_TT = dot(x_TP, dy_TP, NT)  # of sources (down) and targets
-        dmixed_TT *= decay_TT * scales.weight_TT(diagonal_TT, transposed=True)
-        x_to_end_TP = (x_TP.astype(jnp.float32) * (decay.to_end_T(tile) * scales.later_T)[:, None]).astype(dtype)
+        dmixed_TT *= decay_TT * decay.weight_TT(diagonal_TT, transposed=True)
+        x_to_end_TP = (x_TP.astype(jnp.float32) * decay.later_to_end_T(tile)[:, None]).astype(dtype)
         dk_TN = dot(x_to_end_TP, dh_PN, NN)
         if exact:
             dk_TN += dot(x_to_end_TP, dh_PN - dh_PN.astype(dtype).astype(jnp.float32), NN)
@@ -298,19 +295,18 @@ def _value_kernel(refs: BwdOperands, out: ValueGradients, *, tile: Tile):
             v_rank_1RP = v_rank_HRP[...].astype(jnp.float32)[None]
             x_TP = (v_QRP * v_rank_1RP).astype(dtype).reshape(dy_TP.shape).astype(jnp.float32)
         decay = Decay.load(scan, index, tile)
-        scales = Scales.load(scan, rows)
         decay_TT, diagonal_TT = decay.between(tile, transposed=True)
 
         score_TT = dot(k_TN, q_TN, NT)  # of sources (down) and targets
         dlater_TP = decay.to_end_T(tile)[:, None] * dot(k_TN, dh_PN, NT)
-        same = scales.kappa_T is None  # a token weighs alike in its own output and in later ones
+        same = decay.kappa_T is None  # a token weighs alike in its own output and in later ones
         pairs_TT = score_TT * decay_TT if same else jnp.where(diagonal_TT, 0.0, score_TT * decay_TT)
         dlater_TP += dot(pairs_TT, dy_TP, NN)
         diagonal_TT = jnp.where(diagonal_TT, score_TT, 0.0)
         dskip_T = jnp.sum(x_TP * dy_TP.astype(jnp.float32), axis=1)
         if same:  # then dlater has the diagonal too
             out.dgamma_BHT[rows] = jnp.sum(x_TP * dlater_TP, axis=1)
-            dx_TP = scales.gamma_T[:, None] * dlater_TP
+            dx_TP = decay.gamma_T[:, None] * dlater_TP
         elif tile.rank == 1:
             diagonal_T = jnp.sum(diagonal_TT, axis=1)
             dgamma_T, ddiagonal_TP = diagonal_T * dskip_T, diagonal_T[:, None] * dy_TP.astype(jnp.float32)
@@ -320,7 +316,7 @@ def _value_kernel(refs: BwdOperands, out: ValueGradients, *, tile: Tile):
         if not same:
             out.dkappa_BHT[rows] = jnp.sum(x_TP * dlater_TP, axis=1)
             out.dgamma_BHT[rows] = dgamma_T
-            dx_TP = scales.kappa_T[:, None] * dlater_TP + scales.gamma_T[:, None] * ddiagonal_TP
+            dx_TP = decay.kappa_T[:, None] * dlater_TP + decay.gamma_T[:, None] * ddiagonal_TP
         if skip_H is not None:
             out.dskip_BHT[rows] = dskip_T
             dx_TP += skip_H[...].astype(jnp.float32) * dy_TP.astype(jnp.float32)

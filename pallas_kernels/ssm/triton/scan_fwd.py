@@ -226,30 +226,6 @@ def values(refs: ScanOperands, weights: RowWeights, index, tile: Tile):
     return (v_TP.astype(jnp.float32) * weights.v_rank_TP).astype(v_TP.dtype)
 
 
-class Scales(NamedTuple):
-    """What a row weighs in its own output, and in later ones."""
-
-    gamma_T: jax.Array | None  # None: not read
-    kappa_T: jax.Array | None  # None: gamma
-
-    @classmethod
-    def load(cls, refs: ScanOperands, rows):
-        """Read them from refs."""
-        return cls(*(None if ref is None else ref[rows] for ref in (refs.gamma_BHT, refs.kappa_BHT)))
-
-    @property
-    def later_T(self):
-        """Return the weight in later outputs."""
-        return self.gamma_T if self.kappa_T is None else self.kappa_T
-
-    def weight_TT(self, diagonal_TT, *, transposed: bool = False):
-        """Return the weights of sources (across; down if transposed); on the diagonal, of a token in its output."""
-        of_source = (lambda x_T: x_T[:, None]) if transposed else (lambda x_T: x_T[None, :])
-        if self.kappa_T is None:
-            return of_source(self.gamma_T)
-        return jnp.where(diagonal_TT, of_source(self.gamma_T), of_source(self.kappa_T))
-
-
 class LogDecay(NamedTuple):
     """c of rows of a chunk, exact + rest, and the document starts in the chunk up to them."""
 
@@ -269,17 +245,32 @@ class LogDecay(NamedTuple):
 
 
 class Decay(NamedTuple):
-    """The decay in a chunk."""
+    """The decay in a chunk, and what a row weighs in its own output, and in later ones."""
 
     rows: LogDecay  # (T,)
     last: LogDecay  # of the last row: numbers
+    gamma_T: jax.Array | None  # None: not read
+    kappa_T: jax.Array | None  # None: gamma
 
     @classmethod
     def load(cls, refs: ScanOperands, index, tile: Tile):
         """Read it from refs."""
-        log_decay = LogDecay(refs.log_decay_BHT, refs.decay_rest_BHT, refs.document_BT)
-        rows = jax.tree.map(lambda ref: ref[rows_of(index, tile)], log_decay)
-        return cls(rows, jax.tree.map(lambda ref: ref[index * tile.rows + tile.rows - 1], log_decay))
+        log_decay, at = LogDecay(refs.log_decay_BHT, refs.decay_rest_BHT, refs.document_BT), rows_of(index, tile)
+        rows = jax.tree.map(lambda ref: ref[at], log_decay)
+        last = jax.tree.map(lambda ref: ref[index * tile.rows + tile.rows - 1], log_decay)
+        gamma_T, kappa_T = (None if ref is None else ref[at] for ref in (refs.gamma_BHT, refs.kappa_BHT))
+        return cls(rows=rows, last=last, gamma_T=gamma_T, kappa_T=kappa_T)
+
+    def weight_TT(self, diagonal_TT, *, transposed: bool = False):
+        """Return the weights of sources (across; down if transposed); on the diagonal, of a token in its output."""
+        of_source = (lambda x_T: x_T[:, None]) if transposed else (lambda x_T: x_T[None, :])
+        if self.kappa_T is None:
+            return of_source(self.gamma_T)
+        return jnp.where(diagonal_TT, of_source(self.gamma_T), of_source(self.kappa_T))
+
+    def later_to_end_T(self, tile: Tile):
+        """Return what each row weighs at the end of the chunk: `to_end_T` times its weight in later outputs."""
+        return self.to_end_T(tile) * (self.gamma_T if self.kappa_T is None else self.kappa_T)
 
     def between(self, tile: Tile, *, transposed: bool = False):
         """Return e^(c_t - c_s) of targets t (down; across if transposed) that are not before the source s and in its
@@ -321,11 +312,10 @@ def _forward_kernel(refs: ScanOperands, out: ScanOutputs, *, tile: Tile):
         rows = rows_of(index, tile)
         q_TN, k_TN, x_TP = refs.q_BHTN[rows, :], refs.k_BHTN[rows, :], values(refs, weights, index, tile)
         decay = Decay.load(refs, index, tile)
-        scales = Scales.load(refs, rows)
         decay_TT, diagonal_TT = decay.between(tile)
 
         mixed_TT = dot(q_TN, k_TN, NT)
-        mixed_TT *= decay_TT * scales.weight_TT(diagonal_TT)
+        mixed_TT *= decay_TT * decay.weight_TT(diagonal_TT)
         if refs.weights.skip_H is not None:
             row_T = iota(tile.rows)
             same_row_TT = row_T[:, None] == row_T[None, :]
@@ -343,7 +333,7 @@ def _forward_kernel(refs: ScanOperands, out: ScanOutputs, *, tile: Tile):
         o_QP = o_TP if tile.rank == 1 else jnp.sum(o_TP.reshape(tile.tokens, tile.rank, -1), axis=1)
         out.o_BLHP[tokens, :] = o_QP.astype(out.o_BLHP.dtype)
 
-        x_TP = x_TP.astype(jnp.float32) * (decay.to_end_T(tile) * scales.later_T)[:, None]
+        x_TP = x_TP.astype(jnp.float32) * decay.later_to_end_T(tile)[:, None]
         return decay.of_chunk(tile) * h_PN + dot(x_TP, k_TN, TN)
 
     chunks = refs.q_BHTN.shape[0] // tile.rows
@@ -368,7 +358,7 @@ def _split_sums_kernel(refs: ScanOperands, out: SplitSums, *, tile: Tile):
         h_PN, split_decay = carry
         rows = rows_of(index, tile)
         decay = Decay.load(refs, index, tile)
-        weight_T = decay.to_end_T(tile) * Scales.load(refs, rows).later_T
+        weight_T = decay.later_to_end_T(tile)
         x_TP = values(refs, weights, index, tile).astype(jnp.float32) * weight_T[:, None]
         chunk_decay = decay.of_chunk(tile)
         added_PN = product(x_TP, refs.k_BHTN[rows, :], TN, dtype=refs.k_BHTN.dtype, tile=tile)
