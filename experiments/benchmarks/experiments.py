@@ -58,6 +58,16 @@ def train_speed(result: dict) -> str:
     return ", ".join(said) or "only one implementation was timed"
 
 
+def step_speed(result: dict) -> str:
+    """Return each step's tokens a second, share of the device's peak and memory, by model, rows and what is set."""
+    said = []
+    for row in result["rows"]:
+        what = f"{row['model']} B{row['batch']}{' ' if row['variant'] else ''}{row['variant']}"
+        memory = f"{row['peak_mib'] / 1024:.0f} GiB"
+        said.append(f"{what} {significant(row['tokens_per_second'])} tokens/s ({100 * row['mfu']:.1f}%, {memory})")
+    return ", ".join(said)
+
+
 def decode_speed(result: dict) -> str:
     """Return the loop's time a token, how many times the floor and how many times faster than it was, by batch."""
     rows = [row for row in result["rows"] if row["what"] == "decode"]
@@ -201,6 +211,25 @@ EXPERIMENTS = (
         got=train_speed,
     ),
     Experiment(
+        question="How close is a training step of the 180M models to an H200's peak, in rows of 2,048 tokens?",
+        command="python -m experiments.benchmarks.train --models=siso-180m --models=mimo-180m "
+        "--models=transformer-180m --implementations=default --batch=16,32 --name=train_h200",
+        cost="4 minutes, one GPU",
+        expected="SISO over 330,000 tokens/s (37%); a MIMO step at most 1.55 of SISO's",
+        result="benchmarks/results/train_h200.json",
+        got=step_speed,
+    ),
+    Experiment(
+        question="What do layers in a scan cost there, and what does computing again (9849b47c0)?",
+        command="python -m experiments.benchmarks.train --models=siso-180m --implementations=default --batch=16 "
+        "--name=train_h200_layers --variants= --variants=model.unroll=1 --variants=model.unroll=4 "
+        "--variants=model.remat=rotation --variants=model.remat=block",
+        cost="4 minutes, one GPU",
+        expected="all layers unrolled are the fastest; a block computed again takes a third of the memory",
+        result="benchmarks/results/train_h200_layers.json",
+        got=step_speed,
+    ),
+    Experiment(
         question="What does the input pipeline give (pipeline_cpu_before: with rows cut one by one)?",
         command="python -m experiments.benchmarks.pipeline",
         cost="2 minutes, 2 cores",
@@ -212,7 +241,7 @@ EXPERIMENTS = (
         question="How far is a generated token from moving weights and state once, and what do top-k and top-p cost?",
         command="python -m experiments.benchmarks.decode --name=decode_h200",
         cost="10 minutes, one GPU",
-        expected="SISO 180M 0.7 ms a token at batch 1 and 1.5 at 128; top-k and top-p at most 0.2 ms more at batch 128",
+        expected="SISO 180M 0.7 ms a token at batch 1, 0.6 at 8, 1.5 at 128; top-k and top-p at most 0.2 ms more there",
         result="benchmarks/results/decode_h200.json",
         got=decode_speed,
     ),
@@ -273,6 +302,14 @@ def step_ratios(result: dict) -> str:
     return " / ".join(f"{ratio}x" for ratio in ratios)
 
 
+def best_step(result: dict, *, value: str, said: Callable[[float], str], unit: str) -> str:
+    """Read the largest value among each model's steps."""
+    best = {}
+    for row in result["rows"]:
+        best[row["model"]] = max(best.get(row["model"], 0), row[value])
+    return " / ".join(map(said, best.values())) + unit
+
+
 def kernel_cycles(result: dict) -> str:
     """Read the smallest and the largest part of plain XLA's cycles that the TPU kernels take."""
     parts = [row["mega_cycles_over_plain"] for row in result["rows"] if "mega_cycles_over_plain" in row]
@@ -316,6 +353,18 @@ HEADLINES = (
         "benchmarks/results/ssm_h200.json",
         lambda result: milliseconds(result, "siso_decode", "mimo4_decode"),
         "experiments.benchmarks.ssm",
+    ),
+    Headline(
+        "180M training step: SISO / R 4",
+        "benchmarks/results/train_h200.json",
+        partial(best_step, value="tokens_per_second", said=lambda rate: f"{rate:,.0f}", unit=" tokens/s"),
+        "experiments.benchmarks.train",
+    ),
+    Headline(
+        "The same, of the peak in bfloat16",
+        "benchmarks/results/train_h200.json",
+        partial(best_step, value="mfu", said=lambda share: f"{100 * share:.1f}", unit="%"),
+        "experiments.benchmarks.train",
     ),
     Headline("180M step over plain XLA, SISO / R 4", "benchmarks/results/train_gpu.json", step_ratios, "make time-gpu"),
     Headline(
