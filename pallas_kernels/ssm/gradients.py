@@ -60,17 +60,19 @@ def state_products(starts, end, pairs, *, planes: int, interval: int) -> StatePr
     """
 
     def products(h_PN, dh_PN):
-        (u_PS, w_PS), (du_PS, dw_PS) = (pairs(x.astype(jnp.float32)) for x in (h_PN, dh_PN))
+        h_PN, dh_PN = h_PN.astype(jnp.float32), dh_PN.astype(jnp.float32)
+        if not planes:
+            return jnp.sum(h_PN * dh_PN, axis=(-2, -1)), None
+        (u_PS, w_PS), (du_PS, dw_PS) = pairs(h_PN), pairs(dh_PN)
         # One reduction computes both in one pass over the states, which XLA would not fuse.
         both, zeros = (u_PS * du_PS + w_PS * dw_PS, w_PS * du_PS - u_PS * dw_PS), (jnp.float32(0),) * 2
         add = lambda a, b: (a[0] + b[0], a[1] + b[1])  # noqa: E731
         alike_S, across_S = lax.reduce(both, zeros, add, (both[0].ndim - 2,))
         return jnp.sum(alike_S, axis=-1), across_S[..., :planes]
 
-    parts = zip(*(products(h_BHZAPN, dh_BHZAPN) for h_BHZAPN, dh_BHZAPN in starts), strict=True)
+    start = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=3), *(products(*part) for part in starts))
     # Without the barrier, XLA for GPU computes these sums again for each of their users.
-    found = lax.optimization_barrier(([jnp.concatenate(part, axis=3) for part in parts], products(*end)))
-    (start_BHZA, start_BHZAS), (end_BH, end_BHS) = found
+    (start_BHZA, start_BHZAS), (end_BH, end_BHS) = lax.optimization_barrier((start, products(*end)))
     of_angle = AngleProducts(starts_BHZAS=start_BHZAS, end_BHS=end_BHS, interval=interval) if planes else None
     return StateProducts(start_BHZA=start_BHZA, end_BH=end_BH, of_angle=of_angle)
 

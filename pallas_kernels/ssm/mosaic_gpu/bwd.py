@@ -43,8 +43,6 @@ from pallas_kernels.ssm.mosaic_gpu.tiles import (
     call_scan,
     head_barrier,
     head_memory,
-    of_ranks,
-    of_tokens,
     ones_of_tokens,
     product,
     tiled,
@@ -180,13 +178,6 @@ class GradientProgram(Program):
         sum_TP = product(ones_of_tokens(self.tile), ref_TP, ref_TP.shape[1], self.interpret)
         plgpu.commit_smem()
         return sum_TP
-
-
-def values(program: GradientProgram):
-    """Return values times their rank's weight, float32."""
-    x_TP = of_tokens(program.shared.v_QP, program.interpret).astype(jnp.float32)
-    v_rank_RP = program.shared.weights.v_rank_HRP
-    return x_TP if v_rank_RP is None else x_TP * of_ranks(v_rank_RP, program.interpret)
 
 
 def call(kernel, *, name: str, refs: ScanRefs, out, tile: Tile, query: bool, rows: int = 0):

@@ -189,7 +189,7 @@ def _values_bwd(program: bwd.GradientProgram, decay: Decay):
 
     sums = [
         (ROWS, (k_TN, Transposed(q_TN))),
-        (ROWS, (bwd.values(program).astype(jnp.bfloat16), Transposed(shared.dy_TP))),
+        (ROWS, (program.values(shared.v_QP).astype(jnp.bfloat16), Transposed(shared.dy_TP))),
     ]
     score_TT, mixed_TT, diagonal = products(sums, interpret, weighted)
 
@@ -197,7 +197,7 @@ def _values_bwd(program: bwd.GradientProgram, decay: Decay):
     sums = [(dlater_TP, (score_TT, shared.dy_TP))] + [(WIDTH, (diagonal, shared.dy_TP))] * ranked
 
     def summed(dlater, diagonal_product=None):
-        dy_TP, x_TP = load(shared.dy_TP, TILE, interpret).astype(jnp.float32), bwd.values(program)
+        dy_TP, x_TP = load(shared.dy_TP, TILE, interpret).astype(jnp.float32), program.values(shared.v_QP)
         dskip_T = jnp.sum(x_TP * dy_TP, axis=1)
         dx_TP = dlater()
         dkappa_T = jnp.sum(x_TP * dx_TP, axis=1)

@@ -51,7 +51,7 @@ def query_bwd(refs: ScanRefs, tile: Tile) -> QueryGradients:
 
 def _kernel(program: bwd.GradientProgram):
     refs, out, shared, barriers = program.refs, program.out, program.shared, program.barriers
-    sizes, tile, interpret = program.sizes, program.tile, program.interpret
+    sizes, interpret = program.sizes, program.interpret
     chunks, weights = sizes.chunks, shared.weights
     head_arrived = load_head(refs.weights, program.head, weights, barriers.head)
     program.load_k(0)
@@ -72,12 +72,7 @@ def _kernel(program: bwd.GradientProgram):
         k_TN = shared.rotated_k_TN
         k_TN[...] = rotated_k_TN
         plgpu.barrier_wait(barriers.values)
-        x_ref, x_TP = shared.v_QP, bwd.values(program)
-        if tile.rank > 1:
-            x_ref = shared.x_TP
-            x_ref[...] = x_TP.astype(jnp.bfloat16)
-        shared.weighted_TP[...] = (x_TP * down(decay.decay_to_end_T("shifted"), WIDTH)).astype(jnp.bfloat16)
-        plgpu.commit_smem()
+        x_ref = program.store_values(shared.v_QP, decay)
         pl.when(index + 1 < chunks)(lambda: program.load_k(index + 1))
         program.store_checkpoint(out.h_BHZAPN, index)
 

@@ -415,14 +415,7 @@ def _kernel(program: ScanProgram):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if gated:
             pl.when(index > 0)(lambda: program.load_gate(index))
-        x_ref, x_TP = v_QP, of_tokens(v_QP, interpret).astype(jnp.float32)
-        if tile.rank > 1:
-            if weights.v_rank_HRP is not None:
-                x_TP *= of_ranks(weights.v_rank_HRP, interpret)
-            x_ref = shared.x_TP
-            x_ref[...] = x_TP.astype(jnp.bfloat16)
-        shared.weighted_TP[...] = (x_TP * down(decay.decay_to_end_T("shifted"), WIDTH)).astype(jnp.bfloat16)
-        plgpu.commit_smem()
+        x_ref = program.store_values(v_QP, decay)
         pl.when(index + 1 < chunks)(lambda: program.load_early(index + 1))
 
         h_sum = (h_PN * decay.chunk_decay(), Transposed(shared.weighted_TP), k_TN)

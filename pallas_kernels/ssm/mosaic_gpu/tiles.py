@@ -552,6 +552,21 @@ class Program:
         """Start the copy of a chunk's scalars."""
         plgpu.copy_gmem_to_smem(self.refs.scalars_BHCXT.at[self.chunk_of_row(index)], to_XT, barrier)
 
+    def values(self, v_QP):
+        """Return values times their rank's weight, float32."""
+        x_TP, v_rank_RP = of_tokens(v_QP, self.interpret).astype(jnp.float32), self.shared.weights.v_rank_HRP
+        return x_TP if v_rank_RP is None else x_TP * of_ranks(v_rank_RP, self.interpret)
+
+    def store_values(self, v_QP, decay: Decay):
+        """Store what the values of a chunk weigh at its end, and return where they are, of every rank."""
+        x_ref, x_TP = v_QP, self.values(v_QP)
+        if self.tile.rank > 1:
+            x_ref = self.shared.x_TP
+            x_ref[...] = x_TP.astype(jnp.bfloat16)
+        self.shared.weighted_TP[...] = (x_TP * down(decay.decay_to_end_T("shifted"), WIDTH)).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        return x_ref
+
     def by_rank(self, array_BLX, tile_TP, index):
         """Return where every rank of a chunk is in an array (B, L, H R P) and in a tile."""
         tokens, ranks = self.tokens(index), self.tile.rank

@@ -18,17 +18,29 @@ NN, NT, TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), 
 
 
 class Grid(NamedTuple):
-    """The programs of a kernel."""
+    """The programs of a kernel, and what each sees of an array whose axes are named."""
 
     programs: tuple[int, ...]  # along each axis
-    spec: Callable  # (axes, array) -> BlockSpec, what a program sees of an array whose axes are named
+    blocks: dict[str, int | None]  # of axes that programs share; None: one entry
+    place: Callable  # a program's places -> those of its blocks, by axis
+
+    def spec(self, axes: str, array) -> pl.BlockSpec:
+        """Return what a program sees; an axis of size 1 is there for all."""
+        sizes = list(zip(axes, array.shape, strict=True))
+
+        def index(*program):
+            at = self.place(*program)
+            return tuple(at.get(axis, 0) if size > 1 else 0 for axis, size in sizes)
+
+        return pl.BlockSpec(tuple(self.blocks.get(axis, size) for axis, size in sizes), index)
 
 
-def call(kernel, inputs, out, *, name: str, grid: Grid, tile, launch: Launch, in_place: dict | None = None):
+def call(kernel, inputs, out, *, name: str, grid, tile, launch: Launch, in_place: dict | None = None):
     """Run `kernel(refs, out_refs, tile=tile)` over a grid; refs are trees like `inputs` and `out`.
 
     Args:
         out: like the outputs; None: not wanted.
+        grid: a `Grid`, or what has its `programs` and `spec`.
         in_place: which outputs take the buffer of which input.
     """
 

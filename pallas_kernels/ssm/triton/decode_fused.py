@@ -23,7 +23,6 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.ssm.contract import NORM_EPS, Stepped, Token, in_place, stepped_like
@@ -47,16 +46,8 @@ def decode_fused(token: Token, rotation: str, tile: FusedTile) -> Stepped:
         raise ValueError(f"{tile.columns=} is not a power of two")
     heads_a_group = n_heads // token.q_BRGN.shape[2]
 
-    def spec(axes: str, array) -> pl.BlockSpec:
-        """Return all of one head of one row."""
-
-        def index(b, h):
-            at = {"B": b, "H": h, "G": lax.div(h, jnp.int32(heads_a_group))}
-            return tuple(at.get(axis, 0) if size > 1 else 0 for axis, size in zip(axes, array.shape, strict=True))
-
-        return pl.BlockSpec(
-            tuple(None if axis in "BHG" else size for axis, size in zip(axes, array.shape, strict=True)), index
-        )
+    def place(b, h):
+        return {"B": b, "H": h, "G": lax.div(h, jnp.int32(heads_a_group))}
 
     out = stepped_like(token)
     return call(
@@ -64,7 +55,8 @@ def decode_fused(token: Token, rotation: str, tile: FusedTile) -> Stepped:
         token,
         out,
         name="mamba3_decode",
-        grid=Grid((batch, n_heads), spec),  # rows run fastest: neighbours share a head's weights
+        # Rows run fastest: neighbours share a head's weights.
+        grid=Grid((batch, n_heads), dict.fromkeys("BHG"), place),
         tile=tile,
         launch=Launch(tile.warps, 1),
         in_place=in_place(token.last, out.last),

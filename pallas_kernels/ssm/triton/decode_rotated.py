@@ -144,13 +144,8 @@ def _decode(token: RotatedToken, tile: RotatedTile) -> Stepped:
             raise ValueError(f"{name}={size} is not a power of two from {least} to {most}")
     if tile.sums not in ("fma", "dot"):
         raise ValueError(f"{tile.sums=} is neither 'fma' nor 'dot'")
-    sizes = {"B": None, "H": None, "P": tile.rows, "R": rank, "N": d_state}
-
-    def spec(axes: str, array) -> pl.BlockSpec:
-        del array
-        index = lambda *at: tuple(dict(zip("PHB", at, strict=True)).get(axis, 0) for axis in axes)  # noqa: E731
-        return pl.BlockSpec(tuple(sizes[axis] for axis in axes), index)
-
+    blocks = {"B": None, "H": None, "P": tile.rows}
+    place = lambda *at: dict(zip("PHB", at, strict=True))  # noqa: E731
     h_BHPN = jax.ShapeDtypeStruct(token.last.h_BHPN.shape, jnp.float32)
     return call(
         _kernel,
@@ -160,7 +155,7 @@ def _decode(token: RotatedToken, tile: RotatedTile) -> Stepped:
             o_BHP=jax.ShapeDtypeStruct(token.v_BHP.shape, token.v_BHP.dtype),
         ),
         name="mamba3_decode",
-        grid=Grid((width // tile.rows, n_heads, batch), spec),
+        grid=Grid((width // tile.rows, n_heads, batch), blocks, place),
         tile=tile,
         launch=Launch(tile.warps, 1),
         in_place={0: 0},  # h
