@@ -55,13 +55,14 @@ def state_products(starts, end, pairs, *, planes: int, interval: int) -> StatePr
     """Return the inner products of states and gradients (h, dh): at the checkpoints, in parts of A, and after the row.
 
     Args:
-        pairs: splits a state in the first and second entries of its rotary pairs; `planes` of them, the first, rotate.
+        pairs: splits a state in the first and second entries of its rotary pairs, of which the first `planes` rotate;
+            None: it has none.
         interval: tokens between two checkpoints.
     """
 
     def products(h_PN, dh_PN):
         h_PN, dh_PN = h_PN.astype(jnp.float32), dh_PN.astype(jnp.float32)
-        if not planes:
+        if pairs is None:
             return jnp.sum(h_PN * dh_PN, axis=(-2, -1)), None
         (u_PS, w_PS), (du_PS, dw_PS) = pairs(h_PN), pairs(dh_PN)
         # One reduction computes both in one pass over the states, which XLA would not fuse.

@@ -162,11 +162,12 @@ def _weight_gradients(weights: Weights, d: scan_bwd.ScanGradients, drotated: rot
 
 def _state_products(d: scan_bwd.ScanGradients, last_BHPN, dafter: Carry, tile: Tile) -> StateProducts:
     """Return the inner products at every checkpoint and after the row."""
+    rotates = dafter.angle_BHS is not None
     return state_products(
         [(d.query.h_BHZAPN, d.key.dh_BHZAPN)],
         (last_BHPN, dafter.h_BHPN),
-        lambda x_PN: (x_PN[..., ::2], x_PN[..., 1::2]),
-        planes=0 if dafter.angle_BHS is None else dafter.angle_BHS.shape[-1],
+        (lambda x_PN: (x_PN[..., ::2], x_PN[..., 1::2])) if rotates else None,
+        planes=dafter.angle_BHS.shape[-1] if rotates else 0,
         interval=tile.checkpoint_interval,
     )
 
