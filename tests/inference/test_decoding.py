@@ -32,6 +32,7 @@ CONFIGS = {
     "siso": {"pattern": "MM", "norm": "layer"},
     "hybrid": {"pattern": "MA", "tie_embeddings": False},
     "mimo": {"pattern": "MM", "mimo_rank": 2},
+    "delta": {"pattern": "MG", "delta_head_dim": 16},
     "narrow": {"pattern": "MM", "residual_in_fp32": False},
 }
 
@@ -94,6 +95,8 @@ def test_matrices_are_stored_in_the_compute_dtype_and_the_rest_is_not(name):
     if name == "hybrid":
         matrices |= {f"mixer/{part}{bias}" for part in ("q", "k", "v", "out") for bias in ("", "_bias")}
         by_dtype["float32"] -= {"mixer/q_bias", "mixer/k_bias"}  # the Mamba-3 layer's, of the same name
+    if name == "delta":
+        matrices |= {f"mixer/{part}" for part in ("in_qk", "in_zv", "in_ab")}
     assert by_dtype["bfloat16"] == matrices
     assert {"embedding/embedding", "mixer/skip", "mixer/dt_bias", "norm1/scale"} <= by_dtype["float32"]
     assert not by_dtype["float32"] & matrices
