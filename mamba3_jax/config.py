@@ -53,8 +53,8 @@ class ModelConfig(Section):
     vocab_size: int = size(256, most=2**24)
     pad_vocab_to: int = size(8)  # the embedding's rows are rounded up to a multiple of this
     d_model: int = size(256)
-    # One letter a layer, which each mixer has in its file: M Mamba-3, 2 Mamba-2, G gated DeltaNet, A attention. In a
-    # config file also a tuple of names; the declared type is what a flag gives.
+    # One letter a layer, which each mixer has in its file: M Mamba-3, 2 Mamba-2, 1 Mamba-1, G gated DeltaNet,
+    # A attention. In a config file also a tuple of names; the declared type is what a flag gives.
     pattern: str = field(default="MM", metadata={"or": tuple[str, ...], "layers": LAYERS})
     d_ff: int = size(0, 0, 2**20)  # width of the SwiGLU feed-forward after every mixer; 0: none
     embedding_std: float = number(0.02)  # of the embedding's initial values
@@ -62,7 +62,7 @@ class ModelConfig(Section):
     norm: str = "rms"  # rms | layer
     residual_in_fp32: bool = True
 
-    # Mamba-3 and Mamba-2; dt_min to dt_init_floor and chunk also gated DeltaNet
+    # Mamba-3 and Mamba-2; dt_min to dt_init_floor and chunk also Mamba-1 and gated DeltaNet, expand also Mamba-1
     d_state: int = size(128)
     expand: int = size(2, most=256)
     head_dim: int = size(64)
@@ -82,8 +82,12 @@ class ModelConfig(Section):
     angles: str = "data"  # data | rope (fixed angles t * 10000^(-i/S), not data dependent) | none
     bc_bias: bool = True  # the biases of B and C (paper table 5a without: False)
 
-    # Mamba-2 and gated DeltaNet
+    # Mamba-2, Mamba-1 and gated DeltaNet
     d_conv: int = size(4, 2, 16)  # tokens that the short convolution sees
+
+    # Mamba-1
+    mamba1_state: int = size(16)  # of every channel
+    mamba1_rank: int = size(0, 0)  # of the projection of dt; 0: d_model / 16, rounded up
 
     # gated DeltaNet
     delta_heads: int = size(0, 0)  # 0: d_model // delta_head_dim

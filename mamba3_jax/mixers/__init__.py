@@ -2,6 +2,7 @@
 
 from mamba3_jax.mixers.attention import Attention
 from mamba3_jax.mixers.gated_deltanet import GatedDeltaNet
+from mamba3_jax.mixers.mamba1 import Mamba1
 from mamba3_jax.mixers.mamba2 import Mamba2
 from mamba3_jax.mixers.mamba3 import Mamba3
 from mamba3_jax.mixers.mixer import Mixer
@@ -9,6 +10,7 @@ from mamba3_jax.mixers.mixer import Mixer
 MIXERS: dict[str, type[Mixer]] = {
     "mamba3": Mamba3,
     "mamba2": Mamba2,
+    "mamba1": Mamba1,
     "gated_deltanet": GatedDeltaNet,
     "attention": Attention,
 }

@@ -33,6 +33,7 @@ CONFIGS = {
     "hybrid": {"pattern": "MA", "tie_embeddings": False},
     "mimo": {"pattern": "MM", "mimo_rank": 2},
     "delta": {"pattern": "MG", "delta_head_dim": 16},
+    "mamba1": {"pattern": "M1"},
     "narrow": {"pattern": "MM", "residual_in_fp32": False},
 }
 
@@ -97,6 +98,8 @@ def test_matrices_are_stored_in_the_compute_dtype_and_the_rest_is_not(name):
         by_dtype["float32"] -= {"mixer/q_bias", "mixer/k_bias"}  # the Mamba-3 layer's, of the same name
     if name == "delta":
         matrices |= {f"mixer/{part}" for part in ("in_qk", "in_zv", "in_ab")}
+    if name == "mamba1":
+        matrices |= {"mixer/in_rkq", "mixer/in_dt"}
     assert by_dtype["bfloat16"] == matrices
     assert {"embedding/embedding", "mixer/skip", "mixer/dt_bias", "norm1/scale"} <= by_dtype["float32"]
     assert not by_dtype["float32"] & matrices

@@ -16,7 +16,7 @@ from tests.helpers import rel_rms
 CONFIG = ModelConfig(
     vocab_size=32,
     d_model=16,
-    pattern="MAG",
+    pattern="MAG1",
     d_ff=16,
     d_state=8,
     head_dim=8,

@@ -37,10 +37,10 @@ def test_letters_and_names_are_the_same_layers():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pattern": "MXM"}, "'X' at layer 1, wanted one of .*'A', 'G', 'M'"),
+        ({"pattern": "MXM"}, "'X' at layer 1, wanted one of .*'1', '2', 'A', 'G', 'M'"),
         (
             {"pattern": ("mamba3", "rnn")},
-            "'rnn' at layer 1, wanted one of .*'attention', 'gated_deltanet', 'mamba2', 'mamba3'",
+            "'rnn' at layer 1, wanted one of .*'attention', 'gated_deltanet', 'mamba1', 'mamba2', 'mamba3'",
         ),
         ({"pattern": ""}, "pattern='' has 0 layers, wanted 1 .. 1024"),
         ({"vocab_size": 0}, "vocab_size=0 is not in 1 .. 16777216"),

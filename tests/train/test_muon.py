@@ -103,7 +103,7 @@ def by_hand(config: Config, name: str, momenta, splits=flat_matrices):
 # Each of the five steps of Newton and Schulz multiplies what is small, roundings of float32 among it, by up to 3.4445.
 ORTHOGONAL = 3.4445**5 * 2**-24
 
-FULL = [pytest.param(options, marks=pytest.mark.full) for options in ({"rank": 0}, {"pattern": "A2G", "rank": 0})]
+FULL = [pytest.param(options, marks=pytest.mark.full) for options in ({"rank": 0}, {"pattern": "A2G1", "rank": 0})]
 
 
 @pytest.mark.parametrize("options", [{"rank": 2}, *FULL])

@@ -83,7 +83,7 @@ def test_updates_are_adamw(clip):
 
 
 def test_decay_mask():
-    config = Config(model=ModelConfig(pattern="M2AG", d_model=16, d_state=8, head_dim=8, attn_head_dim=8, d_ff=8))
+    config = Config(model=ModelConfig(pattern="M2AG1", d_model=16, d_state=8, head_dim=8, attn_head_dim=8, d_ff=8))
     config.model.delta_head_dim = 8
     config.model.mimo_rank, config.model.out_norm, config.model.attn_bias, config.model.norm = 2, True, True, "layer"
     config.model.tie_embeddings = False
@@ -94,6 +94,7 @@ def test_decay_mask():
         *("in_zx", "in_dt_a_trap", "in_kq_angle", "v_rank", "gate_rank", "out_rank"),
         *("in_kq", "in_dt", "conv_x", "conv_kq"),
         *("in_qk", "in_zv", "in_ab", "conv_q", "conv_k", "conv_v"),
+        "in_rkq",
     }
     assert names[False] == {
         *("scale", "bias", "q_bias", "k_bias", "v_bias", "out_bias"),

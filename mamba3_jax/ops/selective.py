@@ -1,0 +1,72 @@
+"""The selective scan of Mamba-1 (Gu and Dao 2023, arXiv 2312.00752): every channel has a diagonal state of its own."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+CHUNK = 32  # tokens a chunk where nothing is said: states of so many exist at a time
+
+
+class Tokens(NamedTuple):
+    """One entry a token, I channels; all but x and the starts are float32."""
+
+    x_BLI: jax.Array
+    dt_BLI: jax.Array  # > 0
+    k_BLN: jax.Array  # the paper's B
+    q_BLN: jax.Array  # the paper's C
+    start_BL: jax.Array | None  # true at the first token of a document
+
+
+def selective(tokens: Tokens, a_IN, h_BIN, chunk: int | None = None):
+    """h_t = exp(dt_t a) h_{t-1} + dt_t x_t k_t^T,  y_t = h_t q_t, a state a channel: the decay is (I, N), elementwise.
+
+    Running a sequence in two pieces with the state carried is running it whole; no value and no gradient crosses to
+    another document. Chunks come one after another and are `jax.lax.associative_scan`s inside; the backward pass keeps
+    the state between chunks and computes the rest again, so memory a token does not grow with N. In float32.
+
+    Args:
+        tokens: one entry a token.
+        a_IN: float32, < 0.
+        h_BIN: float32, what the tokens before left.
+        chunk: tokens a chunk. Performance only; None: `CHUNK`.
+
+    Returns:
+        y_BLI in x's dtype, and h after the last token.
+    """
+    length = tokens.x_BLI.shape[1]
+    if length == 1:
+        y_BLI, h_BIN = _chunk(a_IN, h_BIN, tokens)
+        return y_BLI.astype(tokens.x_BLI.dtype), h_BIN
+    chunk = max(min(chunk or CHUNK, length), 2)  # never one: see ops.scan_chunks
+
+    def split(x_BL):  # (B, L, ...) -> (C, B, Q, ...), zeros after the end: dt = 0 leaves the state as it is
+        x_BL = jnp.pad(x_BL, [(0, -length % chunk if axis == 1 else 0) for axis in range(x_BL.ndim)])
+        return jnp.swapaxes(x_BL.reshape(x_BL.shape[0], -1, chunk, *x_BL.shape[2:]), 0, 1)
+
+    step = jax.checkpoint(functools.partial(_chunk, a_IN), prevent_cse=False)  # in a loop: nothing to merge with
+
+    def body(h_BIN, part: Tokens):
+        y_BQI, h_BIN = step(h_BIN, part)
+        return h_BIN, y_BQI.astype(part.x_BLI.dtype)
+
+    h_BIN, y_CBQI = jax.lax.scan(body, h_BIN, jax.tree.map(split, tokens))
+    y_BCQI = jnp.swapaxes(y_CBQI, 0, 1)
+    return y_BCQI.reshape(y_BCQI.shape[0], -1, y_BCQI.shape[3])[:, :length], h_BIN
+
+
+def _chunk(a_IN, h_BIN, part: Tokens):
+    """Compute `selective` of a chunk, all of whose states exist at once."""
+    decay_BQIN = jnp.exp(part.dt_BLI[..., None] * a_IN)
+    if part.start_BL is not None:
+        decay_BQIN = jnp.where(part.start_BL[..., None, None], 0, decay_BQIN)
+    added_BQIN = (part.dt_BLI * part.x_BLI.astype(jnp.float32))[..., None] * part.k_BLN[:, :, None]
+
+    def after(first, second):
+        (decay_1, added_1), (decay_2, added_2) = first, second
+        return decay_1 * decay_2, decay_2 * added_1 + added_2
+
+    decay_BQIN, added_BQIN = jax.lax.associative_scan(after, (decay_BQIN, added_BQIN), axis=1)
+    h_BQIN = decay_BQIN * h_BIN[:, None] + added_BQIN
+    return jnp.einsum("bqin,bqn->bqi", h_BQIN, part.q_BLN, precision="highest"), h_BQIN[:, -1]
