@@ -7,7 +7,7 @@ Array names end in the letters of their axes; numbers have no such ending (`d_st
 
     B batch   L tokens   C chunks   Q tokens in a chunk   D model width   V vocabulary   F feed-forward width
     H heads   G groups of q/k   R MIMO rank (1 is SISO)   N state per head   P head width   S rotary pairs (planes)
-    T attended tokens   E attention head width   K kv heads, candidates of sampling
+    T attended tokens   E attention head width   K kv heads, candidates of sampling   I Mamba-1's channels
     Z splits of the length over programs or devices
 
 Other letters are local to a file.
