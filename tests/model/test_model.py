@@ -31,6 +31,7 @@ HYBRID = ModelConfig(
     mamba1_state=4,
     chunk=4,
 )
+ONCE = {"pattern": "M2AG1"}  # every mixer, in as few layers as there are: rounding adds up over layers
 SMALL = ModelConfig(vocab_size=256, d_model=16, pattern="M", d_state=8, head_dim=8)
 LENGTHS = (6, 1, 6)  # documents of a row of 13 tokens; also the pieces that are compiled
 BATCH, LENGTH = 2, sum(LENGTHS)
@@ -38,8 +39,8 @@ STARTS = np.cumsum((0, *LENGTHS))[:-1]
 
 
 @functools.cache
-def params():
-    return init_params(HYBRID, jax.random.key(0))
+def params(**changes):
+    return init_params(dataclasses.replace(HYBRID, **changes), jax.random.key(0))
 
 
 def apply(config, params, tokens_BL, state=None, start_BL=None):
@@ -60,7 +61,7 @@ def gradients(**changes):
         logits_BLV, _ = apply(config, params, tokens())
         return jnp.mean(logits_BLV * jax.random.normal(jax.random.key(2), logits_BLV.shape))
 
-    return jax.jit(jax.value_and_grad(loss))(params())
+    return jax.jit(jax.value_and_grad(loss))(params(pattern=config.pattern))
 
 
 def tokens():
@@ -174,23 +175,24 @@ def test_a_planted_error_in_one_layer_is_seen():
 
 @pytest.mark.full
 def test_bfloat16_is_close():
-    want_BLV, _ = compiled()(params(), tokens())
-    got_BLV, state = compiled(compute_dtype="bfloat16")(params(), tokens())
+    want_BLV, _ = compiled(**ONCE)(params(**ONCE), tokens())
+    got_BLV, state = compiled(**ONCE, compute_dtype="bfloat16")(params(**ONCE), tokens())
     assert got_BLV.dtype == jnp.float32
-    assert 1e-4 < rel_rms(got_BLV, want_BLV) < 3e-2  # eps 4e-3, three roundings in each of ten layers
+    assert 1e-4 < rel_rms(got_BLV, want_BLV) < 2e-2  # eps 4e-3, three roundings in each of five layers
     recurrent, cache = (state["segment_0"][f"block_{j}"] for j in (0, 2))
     assert cache.k_BTKE.dtype == recurrent.k_BRHN.dtype == jnp.bfloat16
     assert recurrent.ssm_BHPN.dtype == recurrent.angle_BHS.dtype == jnp.float32
-    _, gradient = gradients(compute_dtype="bfloat16")
-    assert worst(jax.tree.map(jnp.ravel, gradient["head"]), jax.tree.map(jnp.ravel, gradients()[1]["head"])) < 3e-2
+    gradient, want = gradients(**ONCE, compute_dtype="bfloat16")[1], gradients(**ONCE)[1]
+    assert worst(jax.tree.map(jnp.ravel, gradient["head"]), jax.tree.map(jnp.ravel, want["head"])) < 2e-2
     assert all(g.dtype == jnp.float32 and np.isfinite(g).all() for g in jax.tree.leaves(gradient))
 
 
 @pytest.mark.full
 def test_a_bfloat16_residual_is_the_other_choice():
-    want_BLV, _ = compiled(compute_dtype="bfloat16")(params(), tokens())
-    got_BLV, _ = compiled(compute_dtype="bfloat16", residual_in_fp32=False)(params(), tokens())
-    assert 1e-4 < rel_rms(got_BLV, want_BLV) < 3e-2
+    narrow = ONCE | {"compute_dtype": "bfloat16"}
+    want_BLV, _ = compiled(**narrow)(params(**ONCE), tokens())
+    got_BLV, _ = compiled(**narrow, residual_in_fp32=False)(params(**ONCE), tokens())
+    assert 1e-4 < rel_rms(got_BLV, want_BLV) < 2e-2
 
 
 OUTSIDE = (-(2**31), -1, 29, 31, 32, 2**31 - 1)  # of 29 ids in an embedding of 32 rows
