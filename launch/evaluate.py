@@ -60,9 +60,8 @@ def lengths() -> list[int]:
 
 
 def check_memory(model, data, wanted: list[int]) -> None:
-    """Raise ValueError where rows of the longest length do not fit beside the parameters."""
-    trained = data.task_lengths[-1] if data.source in TASKS else data.length
-    longest = max(wanted, default=4 * trained)
+    """Raise ValueError where rows of the longest length do not fit beside the parameters, or a task has none such."""
+    longest = max(tasks.lengths_of(data, wanted)) if data.source in TASKS else max(wanted, default=4 * data.length)
     rows = max(1, min(data.batch, TOKENS.value // longest)) if TOKENS.value else data.batch
     memory.fit_device(memory.carrying(model, rows, longest))
 

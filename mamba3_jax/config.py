@@ -117,7 +117,7 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where tokens come from. `length` and `batch` are of one global batch."""
 
-    source: str = "text"  # text | tfds | a task of data/synthetic.py: parity
+    source: str = "text"  # text | tfds | a task of data/synthetic.py: parity, arithmetic, S3, ...
     tokenizer: str = "bytes"  # bytes, or the path of a Hugging Face tokenizer.json
     eos: str = ""  # the token, or its id, that ends a document; "": what the files beside tokenizer.json name
     separator: str = ""  # what parts the documents of a text file (<|endoftext|>, say); "": a file is one
@@ -135,6 +135,11 @@ class DataConfig(Section):
     workers: int = size(0, 0, 1024)  # grain worker processes; 0: in this process
     task_lengths: tuple[int, ...] = size((40, 160), 1, LENGTH)  # curriculum of a generated task: document lengths
     task_steps: tuple[int, ...] = size((400, 500), 0, COUNT)  # and the steps spent at each
+    # Over 0: each step's documents have a length drawn between this and a longest one, which rises linearly from
+    # task_lengths[i] to the next over task_steps[i] steps. The paper: 3, (40, 160), (10000, 0)
+    task_min_length: int = size(0, 0, LENGTH)
+    task_packed: bool = True  # rows are full of documents; False: one a row, and padding that is not scored
+    labels: str = "every"  # of a generated task's tokens, which are scored: every (that has a target) | answer
     valid_rows: int = size(256, 1, COUNT)  # of a generated task; text has as many as it has
 
 

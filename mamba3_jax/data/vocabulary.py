@@ -48,25 +48,31 @@ class Bytes:
 
 
 class Symbols:
-    """One character an id: the language of a generated task, which has no separator."""
+    """One symbol an id: the language of a generated task, which has no separator.
+
+    `symbols` is a string of characters, or a tuple of names, which a space parts in a text.
+    """
 
     eos = None
 
-    def __init__(self, task: str, symbols: str):
+    def __init__(self, task: str, symbols: str | tuple[str, ...]):
         self.task, self.symbols, self.vocab_size = task, symbols, len(symbols)
+        self._ids = {symbol: number for number, symbol in enumerate(symbols)}
+        self._between = "" if isinstance(symbols, str) else " "
 
     def encode(self, text: str) -> list[int]:
-        if stray := set(text) - set(self.symbols):
-            wanted = f"{', '.join(self.symbols[:-1])} and {self.symbols[-1]}"
+        parts = text.split() if self._between else text
+        if stray := set(parts) - set(self._ids):
+            wanted = f"{listed(self.symbols[:-1])} and {self.symbols[-1]}"
             raise ValueError(f"the text of a {self.task} model is made of {wanted}, got {sorted(stray)[0]!r}")
-        return [self.symbols.index(character) for character in text]
+        return [self._ids[part] for part in parts]
 
     def special(self, text: str) -> None:
         """Find none: no symbol is a special token."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids past the symbols, which a larger model may draw, come out as U+FFFD."""
-        return "".join(self.symbols[int(i)] if int(i) < self.vocab_size else "\ufffd" for i in ids)
+        return self._between.join(self.symbols[int(i)] if int(i) < self.vocab_size else "\ufffd" for i in ids)
 
 
 class HuggingFace:

@@ -1,14 +1,31 @@
-"""Accuracy of a state-tracking task by length, the lengths past the trained one among them."""
+"""Accuracy of a task by length, the lengths past the trained one among them."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mamba3_jax.config import DataConfig
+from mamba3_jax.config import LENGTH, DataConfig
 from mamba3_jax.data.synthetic import TASKS
 from mamba3_jax.evaluate.language import check_lengths, past
 from mamba3_jax.evaluate.score import Scorer
+
+PAPER_LENGTH = 256  # which the paper trains up to 160 for (arXiv:2603.15569, table 5b)
+
+
+def default_lengths(data: DataConfig) -> list[int]:
+    """1/4, 1/2, 1, 2, 4 and 8 times the trained length, and the paper's 256; none too short for the task."""
+    trained, least = data.task_lengths[-1], max(2, TASKS[data.source].least)
+    parts = (trained // 4, trained // 2, trained, 2 * trained, 4 * trained, 8 * trained, PAPER_LENGTH)
+    return sorted({min(LENGTH, max(least, length)) for length in parts})
+
+
+def lengths_of(data: DataConfig, lengths: Sequence[int]) -> list[int]:
+    """Sorted lengths to evaluate at, `default_lengths` for none; ValueError for one that the task cannot have."""
+    lengths, least = check_lengths(lengths or default_lengths(data)), TASKS[data.source].least
+    if lengths[0] < least:
+        raise ValueError(f"length {lengths[0]} is less than {least}, the shortest of {data.source}")
+    return lengths
 
 
 def evaluate(
@@ -26,36 +43,40 @@ def evaluate(
         model: a `LanguageModel`.
         params: its parameters.
         data: the task; the last of its lengths is taken to be the one trained at.
-        lengths: in tokens; () is 1/4, 1/2, 1, 2 and 4 times the trained one.
+        lengths: in tokens; () is `default_lengths`.
         max_tokens: about how many for each length; 0 is `data.valid_rows` sequences.
         say: called with a line of progress now and then.
 
     Returns:
-        Dicts of length, sequences, accuracy (of all positions), last (accuracy of the last position) and scaled_last:
-        last with chance at 0 and always right at 1.
+        Dicts of length, sequences, accuracy (of all scored positions), last (accuracy of the last of these, which is
+        the answer) and scaled_last: last with chance at 0 and always right at 1.
 
     Raises:
-        ValueError: data that is not a task, or a length below 2.
+        ValueError: data that is not a task, or a length below 2 or the task's least.
     """
     if data.source not in TASKS:
         raise ValueError(f"data.source={data.source!r} is not one of the tasks {sorted(TASKS)}")
-    trained = data.task_lengths[-1]
-    lengths = check_lengths(lengths or [max(2, trained // 4), max(2, trained // 2), trained, 2 * trained, 4 * trained])
+    lengths = lengths_of(data, lengths)
     scorer, chance = Scorer(model, params, max(64, min(lengths))), TASKS[data.source].chance
     results = []
     for length in lengths:
-        batch = min(data.batch, data.valid_rows)
-        rows = dataclasses.replace(data, task_lengths=(length,), task_steps=(0,), length=length, batch=batch)
-        right = []
-        for scored in scorer.score(rows, max_tokens=max_tokens, say=say):
-            right.append(scored.correct_BL[scored.batch.weights_BL[:, -1] > 0])
-        right_BL = np.concatenate(right)
-        last = float(right_BL[:, -1].mean())
+        whole = {"task_lengths": (length,), "task_steps": (0,), "task_min_length": 0, "length": length}
+        rows = dataclasses.replace(data, **whole, batch=min(data.batch, data.valid_rows))
+        sequences, scored, right, right_last = 0, 0, 0, 0
+        for found in scorer.score(rows, max_tokens=max_tokens, say=say):
+            counts_BL = found.batch.weights_BL > 0
+            counts_BL, correct_BL = (array_BL[counts_BL.any(axis=1)] for array_BL in (counts_BL, found.correct_BL))
+            answer = np.flatnonzero(counts_BL.any(axis=0))[-1]  # at one place in all documents of a length
+            sequences += len(counts_BL)
+            scored += int(counts_BL.sum())
+            right += int((correct_BL & counts_BL).sum())
+            right_last += int(correct_BL[:, answer].sum())
+        last = right_last / sequences
         results.append(
             {
                 "length": length,
-                "sequences": len(right_BL),
-                "accuracy": float(right_BL.mean()),
+                "sequences": sequences,
+                "accuracy": right / scored,
                 "last": last,
                 "scaled_last": (last - chance) / (1 - chance),
             }

@@ -14,9 +14,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data import Batch, loader, tokenizer
+from mamba3_jax.data.batch import Documents
 from mamba3_jax.data.synthetic import TASKS, Task
 from mamba3_jax.evaluate import language, tasks
 from mamba3_jax.evaluate.score import Scored, Scorer, positions
+from tests.data.by_hand import BY_HAND
 from tests.helpers import rel_rms
 from tests.inference.tiny import tiny
 
@@ -184,7 +186,7 @@ class Counter:
 def test_parity_by_length():
     data = DataConfig(source="parity", length=64, batch=32, valid_rows=256, task_lengths=(40,), task_steps=(9,))
     always = tasks.evaluate(Counter(10**6), {}, data)
-    assert [r["length"] for r in always] == [10, 20, 40, 80, 160]
+    assert [r["length"] for r in always] == [10, 20, 40, 80, 160, 256, 320]
     assert all(r["accuracy"] == r["last"] == r["scaled_last"] == 1 for r in always)
     assert all(r["sequences"] == 256 for r in always)
     forgets = {r["length"]: r for r in tasks.evaluate(Counter(40), {}, data)}
@@ -204,10 +206,18 @@ class Echo(Counter):
 
 
 def test_a_new_task_is_one_entry(monkeypatch):
-    draw = lambda generator, start_L: generator.integers(0, 3, len(start_L), dtype=np.int32)  # noqa: E731
+    def documents(numbers_BL, add):
+        tokens_BL = (numbers_BL * 3).astype(np.int32)
+        return Documents(
+            tokens_BL=tokens_BL,
+            targets_BL=(tokens_BL + add) % 3,
+            scored_BL=np.ones(tokens_BL.shape, bool),
+            answer=tokens_BL.shape[1] - 1,
+        )
+
     for name, add in {"same": 0, "next": 1}.items():
-        targets = lambda tokens_L, start_L, add=add: (tokens_L + add) % 3  # noqa: E731
-        monkeypatch.setitem(TASKS, name, Task(tokens=draw, targets=targets, chance=1 / 3, symbols="abc"))
+        task = Task(documents=functools.partial(documents, add=add), chance=1 / 3, symbols="abc")
+        monkeypatch.setitem(TASKS, name, task)
     same = DataConfig(source="same", length=16, batch=8, valid_rows=16, task_lengths=(16,), task_steps=(1,))
     assert tokenizer(same).encode("cab") == [2, 0, 1]
     (right,), (wrong,) = (
@@ -217,6 +227,51 @@ def test_a_new_task_is_one_entry(monkeypatch):
     assert (wrong["accuracy"], wrong["scaled_last"]) == (0, pytest.approx(-1 / 2))
     batch = next(loader(same, "train", vocab_size=3))
     assert (batch.targets_BL == batch.tokens_BL).all()
+
+
+class Oracle(Counter):
+    """Works out a document of a task by its definition; wrong about the answer of every other row."""
+
+    def __init__(self, source):
+        self.source, self.symbols = source, TASKS[source].symbols
+        self.config = SimpleNamespace(vocab_size=len(self.symbols))
+
+    def empty_state(self, rows, length):
+        return jnp.zeros(())
+
+    def apply(self, _, tokens_BL, state, start_BL):
+        def say(tokens_BL):
+            said_BL = np.zeros_like(tokens_BL)
+            for row, tokens_L in enumerate(tokens_BL.tolist()):
+                wanted = BY_HAND[self.source]([self.symbols[token] for token in tokens_L])
+                for place, name in wanted.items():
+                    said_BL[row, place] = self.symbols.index(name)
+                said_BL[row, max(wanted)] += row % 2
+            return said_BL
+
+        said_BL = jax.pure_callback(say, jax.ShapeDtypeStruct(tokens_BL.shape, jnp.int32), tokens_BL)
+        return jax.nn.one_hot(said_BL % len(self.symbols), len(self.symbols)), state
+
+
+@pytest.mark.parametrize("source", TASKS)
+def test_every_task_is_scored_by_length(source):
+    for labels in TASKS[source].labels:
+        fields = {"length": 40, "batch": 16, "valid_rows": 32, "labels": labels}
+        data = DataConfig(source=source, task_lengths=(40,), task_steps=(0,), task_min_length=3, **fields)
+        (result,) = tasks.evaluate(Oracle(source), {}, data, lengths=[37])
+        assert (result["length"], result["sequences"], result["last"]) == (37, 32, 0.5)
+        chance = TASKS[source].chance
+        assert result["scaled_last"] == pytest.approx((0.5 - chance) / (1 - chance))
+        assert 0.5 < result["accuracy"] < 1 if labels == "every" else result["accuracy"] == 0.5
+
+
+def test_lengths_of_tasks():
+    data = DataConfig(source="arithmetic_brackets", labels="answer", task_lengths=(160,), task_steps=(0,), length=160)
+    assert tasks.lengths_of(data, []) == [40, 80, 160, 256, 320, 640, 1280]
+    short = dataclasses.replace(data, task_lengths=(8,))
+    assert tasks.lengths_of(short, []) == [5, 8, 16, 32, 64, 256]
+    with pytest.raises(ValueError, match=r"^length 4 is less than 5, the shortest of arithmetic_brackets$"):
+        tasks.evaluate(None, {}, data, lengths=[4, 40])
 
 
 def test_mistakes_are_named():
