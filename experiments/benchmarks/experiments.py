@@ -88,6 +88,13 @@ def pipeline_speed(result: dict) -> str:
     return ", ".join(each)
 
 
+def task_speed(result: dict) -> str:
+    """Return tokens a second of one core, of the slowest and the fastest generated task."""
+    rows = sorted(result["rows"], key=lambda row: row["tokens_per_cpu_second"])
+    each = [f"{row['tokenizer']} {row['tokens_per_cpu_second']:,.0f}" for row in (rows[0], rows[-1])]
+    return f"from {each[0]} to {each[1]} tokens/s of a core"
+
+
 def growth_factors(result: dict) -> tuple[int, int, str, str]:
     """Return the shortest and the longest length of the default, and by what FLOP and memory a token grow."""
     rows = [row for row in result["rows"] if row["implementation"] == "chunked" and row["rank"] == 1]
@@ -236,6 +243,14 @@ EXPERIMENTS = (
         expected="batches far over 500,000 tokens/s; tokenising, once a run, as fast as the package `tokenizers`",
         result="benchmarks/results/pipeline_cpu.json",
         got=pipeline_speed,
+    ),
+    Experiment(
+        question="How fast are the generated tasks drawn (batch 256, length 160), which a GPU must not wait for?",
+        command="python -m experiments.benchmarks.pipeline --of=tasks --name=tasks_cpu",
+        cost="2 minutes, one core",
+        expected="each over 5,000,000 tokens/s of a core",
+        result="benchmarks/results/tasks_cpu.json",
+        got=task_speed,
     ),
     Experiment(
         question="How far is a generated token from moving weights and state once, and what do top-k and top-p cost?",

@@ -1,6 +1,7 @@
 """What the input pipeline gives: text tokenised at the start of a run, and batches of packed rows from then on.
 
     python -m experiments.benchmarks.pipeline
+    python -m experiments.benchmarks.pipeline --of=tasks --name=tasks_cpu      batches of the generated tasks instead
 
 The text is the standard library's own source; the tokenizer.json is a byte-level BPE trained on it here, without a
 download. Floors: of tokenising, the package `tokenizers` alone (of bytes, `str.encode`); of a batch, its 13 bytes a
@@ -21,9 +22,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from experiments.benchmarks import common
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data import loader, tokenizer
+from mamba3_jax.data.synthetic import TASKS
 from mamba3_jax.data.text import files, read
 
 BATCH, LENGTH, VOCABULARY = 16, 2048, 16384
+TASK_BATCH, TASK_LENGTH = 256, 160  # the paper's batch and longest row
 DIGESTED, WARM_UP = 50, 5
 
 FLAGS = flags.FLAGS
@@ -79,7 +82,7 @@ def rates(tokens: int, taken: dict, floor: dict) -> dict:
 
 
 def batches(name: str, config: DataConfig) -> dict:
-    """Time the next batch of a loader that has its text in memory, and a copy of as many bytes."""
+    """Time the next batch of a loader that has its text in memory or makes it up, and a copy of as many bytes."""
     data = loader(config, "train", vocab_size=tokenizer(config).vocab_size)
     digest = 0
     for _ in range(DIGESTED):
@@ -91,8 +94,29 @@ def batches(name: str, config: DataConfig) -> dict:
     calls = FLAGS.batches
     taken, _ = timed(lambda: next(data), calls)
     floor, _ = timed(lambda: [array.copy() for array in batch], calls)
-    row = {"tokenizer": name, "what": "batches", "tokens": BATCH * LENGTH, "digest": f"{digest:08x}"}
-    return row | rates(BATCH * LENGTH, taken, floor)
+    tokens = config.batch * config.length
+    row = {"tokenizer": name, "what": "batches", "tokens": tokens, "digest": f"{digest:08x}"}
+    return row | rates(tokens, taken, floor)
+
+
+def texts() -> list[dict]:
+    """Time the pipeline of text, with bytes and with a tokenizer.json."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("bytes", "BPE"):
+            path = "bytes" if name == "bytes" else train_tokenizer(Path(folder, "tokenizer.json"))
+            config = DataConfig(tokenizer=path, batch=BATCH, length=LENGTH)
+            rows += [tokenising(name, config), batches(name, config)]
+    return rows
+
+
+def tasks() -> list[dict]:
+    """Time every generated task, a whole document a row, scored at all tokens that have a target."""
+    shape = {"batch": TASK_BATCH, "length": TASK_LENGTH, "task_lengths": (TASK_LENGTH,), "task_steps": (0,)}
+    return [batches(name, DataConfig(source=name, labels=task.labels[0], **shape)) for name, task in TASKS.items()]
+
+
+OF = {"text": texts, "tasks": tasks}
 
 
 COLUMNS = {
@@ -111,17 +135,13 @@ COLUMNS = {
 
 def main(argv):
     del argv
-    origin, rows = common.provenance(), []
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("bytes", "BPE"):
-            path = "bytes" if name == "bytes" else train_tokenizer(Path(folder, "tokenizer.json"))
-            config = DataConfig(tokenizer=path, batch=BATCH, length=LENGTH)
-            rows += [tokenising(name, config), batches(name, config)]
+    origin, rows = common.provenance(), OF[FLAGS.of]()
     print(common.table(rows, COLUMNS))
     print(common.write(FLAGS.name, origin, rows, FLAGS.out))
 
 
 if __name__ == "__main__":
+    flags.DEFINE_enum("of", "text", list(OF), "what is timed")
     flags.DEFINE_integer("batches", 500, "how many are timed", lower_bound=1)
     flags.DEFINE_string("name", "pipeline_cpu", "of the result file")
     flags.DEFINE_string("out", "", "directory of the result file; empty: experiments/benchmarks/results")

@@ -122,15 +122,22 @@ def loader(config: DataConfig, split: str, *, vocab_size: int, host: tuple[int, 
         "content": rows.identity,
         **{n: getattr(config, n) for n in ("length", "batch", "seed")},
     }
+    return Loader(_numbers(rows, config, split, host), rows, config.workers, vocab_size, identity)
+
+
+def _numbers(rows: Rows, config: DataConfig, split: str, host: tuple[int, int]) -> grain.MapDataset:
+    """Row numbers of each of this host's batches."""
     index, hosts = host
-    mine = _order(rows, config, split)[index:ENDLESS:hosts].batch(config.batch // hosts)
-    return Loader(mine, rows, config.workers, vocab_size, identity)
+    if rows.count is None:
+        # Counted off a batch at a time: Grain's way, a row at a time, takes as long as a small task's rows themselves.
+        batch = config.batch
+        steps = grain.MapDataset.range(ENDLESS // batch)
+        return steps.map(lambda step: np.arange(step * batch + index, (step + 1) * batch, hosts))
+    return _order(rows, config, split)[index:ENDLESS:hosts].batch(config.batch // hosts)
 
 
 def _order(rows: Rows, config: DataConfig, split: str) -> grain.MapDataset:
-    """Row numbers in the order of visit."""
-    if rows.count is None:
-        return grain.MapDataset.range(ENDLESS)
+    """Row numbers, of which there is an end, in the order of visit."""
     if split == "train":
         return grain.MapDataset.range(rows.count).shuffle(seed=config.seed).repeat()
     stride = _stride(rows.count)

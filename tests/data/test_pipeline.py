@@ -236,7 +236,7 @@ def test_an_id_outside_the_vocabulary_never_leaves_the_loader(name, wrong, monke
 @pytest.mark.parametrize(
     ("fields", "host", "message"),
     [
-        ({"source": "txt"}, (0, 1), "data.source='txt' is not one of parity, text, tfds"),
+        ({"source": "txt"}, (0, 1), "data.source='txt' is not one of A5, A5_generators, S3, .*, parity, text, tfds"),
         ({"length": 1}, (0, 1), "data.length=1 is not in 2"),
         ({"batch": 6}, (0, 4), "data.batch=6 is not a multiple of the 4 hosts"),
         ({"batch": 0}, (0, 1), "data.batch=0 is not in 1"),
