@@ -2,6 +2,8 @@
 
 The layouts are those of their code: xLSTM's `formal_language` tasks, and with brackets DeepMind's "neural networks and
 the Chomsky hierarchy". The answer's own token is hidden (PAD), and predicted where "=" stands.
+
+U is the digits of a document, X expressions, T the tokens of all documents, end to end.
 """
 
 import numpy as np
@@ -28,43 +30,43 @@ def flat(numbers_BL: np.ndarray) -> Documents:
     """
     digits = (numbers_BL.shape[1] - 1) // 2
     answer = 2 * digits - 1
-    digit_BK = (numbers_BL[:, :answer:2] * MODULUS).astype(np.int32)
-    operator_BK = (numbers_BL[:, 1 : answer - 1 : 2] * 3).astype(np.int32)
-    value_BK = prefix_values(digit_BK, operator_BK)
+    digit_BU = (numbers_BL[:, :answer:2] * MODULUS).astype(np.int32)
+    operator_BU = (numbers_BL[:, 1 : answer - 1 : 2] * 3).astype(np.int32)
+    value_BU = prefix_values(digit_BU, operator_BU)
 
     tokens_BL = np.full(numbers_BL.shape, FLAT.index("_"), np.int32)
-    tokens_BL[:, :answer:2] = FLAT.index("0") + digit_BK
-    tokens_BL[:, 1 : answer - 1 : 2] = FLAT.index("+") + operator_BK
+    tokens_BL[:, :answer:2] = FLAT.index("0") + digit_BU
+    tokens_BL[:, 1 : answer - 1 : 2] = FLAT.index("+") + operator_BU
     tokens_BL[:, answer] = FLAT.index("=")
     targets_BL, scored_BL = np.zeros_like(tokens_BL), np.zeros(tokens_BL.shape, bool)
-    targets_BL[:, :answer:2] = FLAT.index("0") + value_BK
+    targets_BL[:, :answer:2] = FLAT.index("0") + value_BU
     targets_BL[:, answer] = targets_BL[:, answer - 1]
     scored_BL[:, :answer:2] = scored_BL[:, answer] = True
     return Documents(tokens_BL=tokens_BL, targets_BL=targets_BL, scored_BL=scored_BL, answer=answer)
 
 
-def prefix_values(digit_BK: np.ndarray, operator_BK: np.ndarray) -> np.ndarray:
+def prefix_values(digit_BU: np.ndarray, operator_BU: np.ndarray) -> np.ndarray:
     """Compute value_k = d_1 op_1 d_2 .. d_k mod 5 for each k; op is 0 for +, 1 for -, 2 for *, one fewer than digits.
 
     A term is a run of digits joined by *. With term_k the signed product of its digits up to k,
     value_k = term_k + the sum of the terms that ended before.
     """
-    place_K = np.arange(digit_BK.shape[1])
-    times_BK = np.pad(operator_BK == 2, ((0, 0), (1, 0)))  # before each digit
-    minus_BK = np.pad(operator_BK == 1, ((0, 0), (1, 0)))
-    begin_BK = np.maximum.accumulate(np.where(times_BK, 0, place_K), axis=1)  # the first digit of the term
+    place_U = np.arange(digit_BU.shape[1])
+    times_BU = np.pad(operator_BU == 2, ((0, 0), (1, 0)))  # before each digit
+    minus_BU = np.pad(operator_BU == 1, ((0, 0), (1, 0)))
+    begin_BU = np.maximum.accumulate(np.where(times_BU, 0, place_U), axis=1)  # the first digit of the term
 
     # A product is a sum of logarithms: the running sum less what stood before the term. A 0 in it has none.
-    log_BK = LOGARITHM[digit_BK]
-    sum_BK = np.cumsum(log_BK, axis=1, dtype=np.int32)
-    sum_BK -= np.take_along_axis(sum_BK - log_BK, begin_BK, axis=1)
-    zero_BK = np.maximum.accumulate(np.where(digit_BK == 0, place_K, -1), axis=1) >= begin_BK
-    term_BK = np.where(zero_BK, 0, POWER[sum_BK % 4])
-    term_BK = np.where(np.take_along_axis(minus_BK, begin_BK, axis=1), -term_BK, term_BK)
+    log_BU = LOGARITHM[digit_BU]
+    sum_BU = np.cumsum(log_BU, axis=1, dtype=np.int32)
+    sum_BU -= np.take_along_axis(sum_BU - log_BU, begin_BU, axis=1)
+    zero_BU = np.maximum.accumulate(np.where(digit_BU == 0, place_U, -1), axis=1) >= begin_BU
+    term_BU = np.where(zero_BU, 0, POWER[sum_BU % 4])
+    term_BU = np.where(np.take_along_axis(minus_BU, begin_BU, axis=1), -term_BU, term_BU)
 
-    ended_BK = np.where(operator_BK == 2, 0, term_BK[:, :-1])
-    before_BK = np.pad(np.cumsum(ended_BK, axis=1, dtype=np.int32), ((0, 0), (1, 0)))
-    return (term_BK + before_BK) % MODULUS
+    ended_BU = np.where(operator_BU == 2, 0, term_BU[:, :-1])
+    before_BU = np.pad(np.cumsum(ended_BU, axis=1, dtype=np.int32), ((0, 0), (1, 0)))
+    return (term_BU + before_BU) % MODULUS
 
 
 def nested(numbers_BL: np.ndarray, operators: int) -> Documents:

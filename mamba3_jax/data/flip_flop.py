@@ -1,4 +1,7 @@
-"""Flip-flop: what is stored, when it is read (Liu et al. 2023, "Exposing attention glitches", arXiv:2306.00946)."""
+"""Flip-flop: what is stored, when it is read (Liu et al. 2023, "Exposing attention glitches", arXiv:2306.00946).
+
+J is the instructions of a document, two tokens each.
+"""
 
 import numpy as np
 
@@ -28,9 +31,7 @@ def flip_flop(numbers_BL: np.ndarray, frequencies: dict[str, float]) -> Document
     """
     count = numbers_BL.shape[1] // 2
     kinds = np.array([SYMBOLS.index(name) for name in frequencies], np.int32)
-    ends = np.cumsum([*frequencies.values()])[
-        :-1
-    ]  # without the last: it takes what is left, whatever the sum's rounding
+    ends = np.cumsum([*frequencies.values()])[:-1]  # the last kind takes what is left, whatever the sum's rounding
     kind_BJ = kinds[np.searchsorted(ends, numbers_BL[:, : 2 * count : 2], side="right")]
     kind_BJ[:, 0], kind_BJ[:, -1] = SYMBOLS.index("w"), SYMBOLS.index("r")
     bit_BJ = (numbers_BL[:, 1 : 2 * count : 2] * 2).astype(np.int32)

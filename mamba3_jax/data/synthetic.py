@@ -24,7 +24,7 @@ class Task(NamedTuple):
     """What a task is: documents of any one length."""
 
     documents: Callable[[np.ndarray], Documents]  # numbers_BL, uniform in [0, 1) -> B documents of L tokens
-    chance: float  # accuracy of a guess
+    chance: float  # accuracy of a uniform guess; of arithmetic, which has more 0 than 1/5, as its source scales it
     symbols: str | tuple[str, ...]  # the name of each id, and so the vocabulary
     least: int = 1  # tokens in the shortest document
     pad: int = 0  # the id of tokens after the documents of a row

@@ -1,4 +1,7 @@
-"""Words over finite groups: the running product of a word's elements (Merrill et al. 2024, arXiv:2404.08819)."""
+"""Words over finite groups: the running product of a word's elements (Merrill et al. 2024, arXiv:2404.08819).
+
+V is the elements of a group, I the points that they move.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -22,14 +25,14 @@ def group(permutations: Sequence[tuple[int, ...]], generators: Sequence[tuple[in
 
     Element a sends i to a[i]; "a, then b" sends i to b[a[i]].
     """
-    points_VP = np.array(permutations)
-    digits_P = len(points_VP[0]) ** np.arange(len(points_VP[0]))[::-1]
-    codes_V = points_VP @ digits_P  # ascending, as the permutations are
-    table_VV = np.searchsorted(codes_V, points_VP[:, points_VP] @ digits_P).T
+    points_VI = np.array(permutations)
+    powers_I = len(points_VI[0]) ** np.arange(len(points_VI[0]))[::-1]
+    codes_V = points_VI @ powers_I  # ascending, as the permutations are
+    table_VV = np.searchsorted(codes_V, points_VI[:, points_VI] @ powers_I).T
     return Group(
         names=names or tuple("".join(str(1 + point) for point in permutation) for permutation in permutations),
         table_VV=np.ascontiguousarray(table_VV, np.int32),
-        generators=np.searchsorted(codes_V, np.array(generators) @ digits_P),
+        generators=np.searchsorted(codes_V, np.array(generators) @ powers_I),
     )
 
 
