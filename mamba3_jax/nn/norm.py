@@ -4,13 +4,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-EPS = 1e-5
+from mamba3_jax.ops.norm import EPS, rms_norm
 
-
-def rms_norm(x, scale):
-    """x / sqrt(mean(x^2) + 1e-5) * scale, computed in float32 and returned in it."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + EPS) * scale
+__all__ = ["NORMS", "LayerNorm", "RMSNorm", "named", "rms_norm"]
 
 
 class RMSNorm(nn.Module):
