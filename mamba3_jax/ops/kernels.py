@@ -22,6 +22,8 @@ BACKENDS = {  # in order of preference where nothing was measured
     "mosaic_tpu": "pallas_kernels.ssm.mosaic_tpu",
 }
 
+NORMED = "mosaic_gpu"  # whose step norms queries and keys too
+
 
 def kernels(
     tokens: Tokens,
@@ -61,6 +63,38 @@ def kernels(
     scanned = module.scan(_row(tokens, heads, state), **how, chunk=chunk)
     last = tokens._replace(k_BLRGN=scanned.k_BRGN[:, None], v_BLHP=scanned.v_BHP[:, None])
     return scanned.o_BLHP, last_state(last, heads, scanned.after.angle_BHS, scanned.after.h_BHPN, rotation)
+
+
+def normed_step(tokens: Tokens, heads: Heads, state: State, norms: tuple, *, rotation: str, interpret: object = None):
+    """Compute a token as `ssm` does, of queries and keys that come before their RMSNorm, by one kernel of `NORMED`.
+
+    The norm is rounded to the dtype of values, as a layer rounds it. Not differentiable.
+
+    Args:
+        tokens: one a row, q and k in float32.
+        heads: as for `ssm`.
+        state: as for `ssm`.
+        norms: weights (q_norm_N, k_norm_N).
+        rotation: as for `ssm`.
+        interpret: as for `kernels`.
+    """
+    step = _module(NORMED).step
+    last, o_BHP = step(normed_token(tokens, heads, state, norms), rotation=rotation, interpret=interpret)
+    return o_BHP[:, None], State(last.angle_BHS, last.h_BHPN, last.k_BRHN, last.v_BHP)
+
+
+def refused_normed(tokens: Tokens, heads: Heads, state: State, norms: tuple) -> str | None:
+    """Return what keeps `normed_step` from these inputs, or their shapes, on this process's devices; None: nothing."""
+    if NORMED not in BACKENDS:
+        return f"wants a backend {NORMED!r}"
+    module = _module(NORMED)
+    return module.available() or module.unsupported(jax.eval_shape(normed_token, tokens, heads, state, norms))
+
+
+def normed_token(tokens: Tokens, heads: Heads, state: State, norms: tuple):
+    """Return what `normed_step` gives its kernel."""
+    token = _token(tokens, heads, state, 0)
+    return token._replace(weights=token.weights._replace(q_norm_N=norms[0], k_norm_N=norms[1]))
 
 
 def refused(backend: str, tokens: Tokens) -> str | None:

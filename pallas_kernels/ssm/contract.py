@@ -34,6 +34,10 @@ class Weights(NamedTuple):
     gate_rank_HRP: jax.Array | None = None
     out_rank_HRP: jax.Array | None = None
     norm_HP: jax.Array | None = None
+    # Of a `Token`, both or neither: its queries and keys come before their RMSNorm, in float32, and are rounded to the
+    # dtype of values after it. A backend without it refuses (`wants_normed`).
+    q_norm_N: jax.Array | None = None
+    k_norm_N: jax.Array | None = None
 
 
 class Carry(NamedTuple):
@@ -116,11 +120,16 @@ def stepped_like(token: Token) -> Stepped:
         last=Last(
             h_BHPN=like(last.h_BHPN, jnp.float32),
             angle_BHS=like(last.angle_BHS, jnp.float32),
-            k_BRHN=like(last.k_BRHN, token.k_BRGN.dtype),
+            k_BRHN=like(last.k_BRHN, key_dtype(token)),
             v_BHP=like(last.v_BHP, token.v_BHP.dtype),
         ),
         o_BHP=like(token.v_BHP, token.v_BHP.dtype),
     )
+
+
+def key_dtype(token: Token) -> jnp.dtype:
+    """Return the dtype of the key that a step leaves: that of keys after their norm."""
+    return token.k_BRGN.dtype if token.weights.k_norm_N is None else token.v_BHP.dtype
 
 
 def in_place(before: Last, after: Last) -> dict[int, int]:
@@ -195,6 +204,10 @@ def empty_carry(row: Row) -> Carry:
 
 def product_dtype(inputs: Row | Token) -> jnp.dtype:
     """Return what the operands of matrix products are rounded to: the dtype of queries, keys and values."""
+    if (
+        isinstance(inputs, Token) and inputs.weights.k_norm_N is not None
+    ):  # queries and keys take that of values after their norm
+        return inputs.v_BHP.dtype
     return jnp.result_type(*(array for name, array in inputs._asdict().items() if name[:2] in ("q_", "k_", "v_")))
 
 
@@ -210,6 +223,12 @@ def wants_float32_or_bfloat16(token: Token) -> str | None:
     if token.log_a_BH.dtype == jnp.float32 and dtypes <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
         return None
     return f"wants float32 or bfloat16, not {sorted(map(str, dtypes | {token.log_a_BH.dtype}))}"
+
+
+def wants_normed(inputs: Row | Token) -> str | None:
+    """Return what kernels that do not norm queries and keys want of them, and what they got; None: nothing."""
+    given = [name for name in ("q_norm_N", "k_norm_N") if getattr(inputs.weights, name) is not None]
+    return f"wants q and k after their norm, not {' and '.join(given)}" if given else None
 
 
 def require(backend: str, wish: str | None) -> None:

@@ -1,5 +1,7 @@
 """The decoding step's Mosaic GPU kernel in Pallas's interpreter against `recurrent`, and lowered for CUDA."""
 
+import functools
+import importlib
 import re
 
 import jax
@@ -8,10 +10,14 @@ import numpy as np
 import pytest
 from jax.sharding import use_abstract_mesh
 
+from mamba3_jax.ops.kernels import BACKENDS, normed_step, normed_token
+from mamba3_jax.ops.norm import rms_norm
+from pallas_kernels.ssm import mosaic_gpu
 from pallas_kernels.ssm.cases import LEFT_OUT, MIMO, SISO
 from pallas_kernels.ssm.mosaic_gpu.decode_kernel import sine_and_cosine, within_a_turn
+from tests.helpers import rel_rms
 from tests.ops.cases import bfloat16, draw
-from tests.pallas_kernels.family import GPU, Decoding, drawn, narrow_state
+from tests.pallas_kernels.family import GPU, Decoding, double, drawn, narrow_state
 
 SMALL = {"length": 1, "width": 64, "d_state": 64, "planes": 16}
 LARGE = {"length": 1, "width": 64, "d_state": 128, "planes": 64}
@@ -80,6 +86,79 @@ def test_lowers_for_cuda_in_place(name):
     in_place = {operands[int(i)] for i in re.findall(r"operand_index = (\d+)", call)}
     n_inputs, n_state = len(jax.tree.leaves((tokens, heads, state))), len(jax.tree.leaves(state))
     assert {f"%arg{i}" for i in range(n_inputs - n_state, n_inputs)} < in_place  # all of the state, as it came
+
+
+# With the norm of queries and keys inside: one rank, several, padded ones, two groups.
+NORMED = {name: (SHAPES | PADDED_SHAPES)[name] for name in ("siso", "siso_norm", "mimo2_adjacent", "padded_mimo2_half")}
+
+
+def norms_of(shape):
+    """Weights of the two norms, away from 1."""
+    return tuple(1 + 0.1 * jax.random.normal(jax.random.key(i), (shape.d_state,)) for i in range(2))
+
+
+def normed_inputs(shape, *, narrow: bool):
+    """Arguments of `normed_step`: values in bfloat16 or float32, queries and keys in float32."""
+    tokens, heads, state = drawn(shape, start=True)
+    norms = norms_of(shape)
+    if narrow:
+        tokens, state = bfloat16(tokens)._replace(q_BLRGN=tokens.q_BLRGN, k_BLRGN=tokens.k_BLRGN), narrow_state(state)
+    return tokens, heads, state, norms
+
+
+def norm_outside(tokens, heads, state, norms):
+    """Arguments of `recurrent`: queries and keys after their norm, rounded as values are."""
+    q, k = (rms_norm(x, norm) for x, norm in zip((tokens.q_BLRGN, tokens.k_BLRGN), norms, strict=True))
+    dtype = tokens.v_BLHP.dtype
+    return tokens._replace(q_BLRGN=q.astype(dtype), k_BLRGN=k.astype(dtype)), heads, state
+
+
+@pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NORMED)
+def test_with_the_norm_of_queries_and_keys_inside(name, narrow):
+    """It is `recurrent` after the norm, and one part in a thousand of a norm's weight is seen."""
+    shape = NORMED[name]
+    run = jax.jit(functools.partial(normed_step, rotation=shape.rotation, interpret=TestDecoding.interpret))
+    inputs = normed_inputs(shape, narrow=narrow)
+    want_y, want = double(norm_outside(*inputs), shape)
+
+    def errors(*inputs):
+        y_BLHP, state = run(*inputs)
+        if narrow:
+            assert (y_BLHP.dtype, state.k_BRHN.dtype) == (jnp.bfloat16,) * 2
+        pairs = (y_BLHP, want_y), (state.ssm_BHPN, want.ssm_BHPN), (state.k_BRHN, want.k_BRHN)
+        return [rel_rms(np.asarray(got, np.float64), exact) for got, exact in pairs]
+
+    y, h, k = errors(*inputs)
+    # The norm is rounded to bfloat16: one entry that goes to the other neighbour is 2^-8 of itself.
+    assert max(y, k) < (2**-8 if narrow else 1e-6)
+    assert h < (2**-12 if narrow else 1e-6)
+    tokens, heads, state, (q_norm, k_norm) = inputs
+    if not narrow:
+        assert errors(tokens, heads, state, (q_norm * 1.001, k_norm))[0] > 1e-5
+        assert errors(tokens, heads, state, (q_norm, k_norm * 1.001))[1] > 1e-5
+
+
+@pytest.mark.quick
+def test_lowers_for_cuda_with_the_norm_inside():
+    shape = NORMED["siso"]
+    inputs = normed_inputs(shape, narrow=True)
+    with use_abstract_mesh(GPU):
+        traced = jax.jit(functools.partial(normed_step, rotation=shape.rotation)).trace(*inputs)
+        assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("backend", ["triton", "mosaic_tpu"])
+def test_others_refuse_the_norm_by_name(backend):
+    shape, module = NORMED["siso"], importlib.import_module(BACKENDS[backend])
+    token = jax.eval_shape(normed_token, *normed_inputs(shape, narrow=False))
+    assert "not q_norm_N and k_norm_N" in module.unsupported(token)
+    with pytest.raises(ValueError, match="wants q and k after their norm"):
+        jax.eval_shape(functools.partial(module.step, rotation=shape.rotation), token)
+    assert "bfloat16, not float32" in mosaic_gpu.unsupported(token)
+    narrow = jax.eval_shape(normed_token, *normed_inputs(shape, narrow=True))
+    assert mosaic_gpu.unsupported(narrow) is None
 
 
 @pytest.mark.quick

@@ -61,13 +61,15 @@ def step(token: Token, rotation: str, *, interpret=None, programs: int | None = 
     size = 64 if d_state <= 64 else 128
     order = Order(rotation, d_state, pairs, size=size, halves=rotation == "half")
     token = ordered(pad(token, P=WIDTH), order.to)
-    stepped = _decode(token, rotation=rotation, width=width, interpret=interpreter() if interpret else None)
+    stepped = _decode(
+        token, rotation=rotation, width=width, d_state=d_state, interpret=interpreter() if interpret else None
+    )
     return cut(ordered(stepped, order.back), P=width)
 
 
-def _decode(token: Token, *, rotation: str, width: int, interpret) -> Stepped:
-    """Run the kernel; `width` is P without its padding."""
-    batch, n_heads, _, d_state = token.last.h_BHPN.shape
+def _decode(token: Token, *, rotation: str, width: int, d_state: int, interpret) -> Stepped:
+    """Run the kernel; `width` and `d_state` are P and N without their padding."""
+    batch, n_heads, _, padded = token.last.h_BHPN.shape
     rank = token.q_BRGN.shape[1]
     refs, like = jax.tree.map(jax.new_ref, token), stepped_like(token)
     new = lambda like: jax.new_ref(lax.empty(like.shape, like.dtype))  # noqa: E731
@@ -82,12 +84,12 @@ def _decode(token: Token, *, rotation: str, width: int, interpret) -> Stepped:
     rotates, weights = token.last.angle_BHS is not None, token.weights
     scaled = any(x is not None for x in (token.gate_BHP, weights.out_rank_HRP, weights.norm_HP))
     shared = StepShared(
-        h_PN=tiled(WIDTH, d_state, dtype=jnp.float32),
-        sin_M=vectors(d_state // 2, present=rotates),
-        cos_M=vectors(d_state // 2, present=rotates),
-        k_JN=vectors(sources, d_state),
+        h_PN=tiled(WIDTH, padded, dtype=jnp.float32),
+        sin_M=vectors(padded // 2, present=rotates),
+        cos_M=vectors(padded // 2, present=rotates),
+        k_JN=vectors(sources, padded),
         x_JP=vectors(sources, WIDTH),
-        q_RN=vectors(rank, d_state),
+        q_RN=vectors(rank, padded),
         y_RP=vectors(rank, WIDTH),
         skip_RP=vectors(rank, WIDTH, present=weights.skip_H is not None),
         scale_RP=vectors(rank, WIDTH, present=scaled),
@@ -104,7 +106,14 @@ def _decode(token: Token, *, rotation: str, width: int, interpret) -> Stepped:
     def _():
         pl.run_scoped(
             lambda shared, arrived: StepProgram(
-                refs, out, shared, arrived, rotation=rotation, width=width, interpret=interpret is not None
+                refs,
+                out,
+                shared,
+                arrived,
+                rotation=rotation,
+                width=width,
+                true_d_state=d_state,
+                interpret=interpret is not None,
             ).run(),
             shared,
             plgpu.Barrier(num_arrivals=1),

@@ -31,10 +31,19 @@ class StepProgram:
     """One head of one row."""
 
     def __init__(
-        self, refs: Token, out: Stepped, shared: StepShared, arrived, *, rotation: str, width: int, interpret: bool
+        self,
+        refs: Token,
+        out: Stepped,
+        shared: StepShared,
+        arrived,
+        *,
+        rotation: str,
+        width: int,
+        true_d_state: int,
+        interpret: bool,
     ):
         self.refs, self.out, self.shared, self.arrived, self.rotation = refs, out, shared, arrived, rotation
-        self.width, self.interpret = width, interpret  # P without its padding
+        self.width, self.true_d_state, self.interpret = width, true_d_state, interpret  # P and N without padding
         self.rank, self.d_state = shared.q_RN.shape
         self.b, self.h = lax.axis_index("row"), lax.axis_index("head")
         self.group = lax.div(self.h, jnp.int32(refs.last.h_BHPN.shape[1] // refs.q_BRGN.shape[2]))
@@ -85,12 +94,12 @@ class StepProgram:
         """Load what is of the program's row, head and group, float32: a rank a warp; what ranks share, in all warps."""
         layout = layout_of_pairs(self.rank, self.rotation) if axes[-1] == "N" else self.by_rank
         of_ranks = "R" in axes
-        shared = axes[1] == "H" and ref.shape[1] == 1  # an angle
+        shared = axes == "BHS" and ref.shape[1] == 1
         places = {"B": self.b, "H": 0 if shared else self.h, "G": self.group, "R": self.ranks}
         at = tuple(places[axis] for axis in axes[:-1])
         of_row = spread(ref.shape[-1]) if axes[-1] == "S" else layout.reduce(0)
         row_layout = layout if of_ranks and self.rank > 1 else of_row
-        x = load(ref.at[at], row_layout, self.interpret, optimized=False).astype(jnp.float32)
+        x = load(ref.at[at] if at else ref, row_layout, self.interpret, optimized=False).astype(jnp.float32)
         return self.laid(across(x, 1), layout) if of_ranks and self.rank == 1 else x
 
     def values(self, loaded: Token, beta, gamma):
@@ -120,7 +129,8 @@ class StepProgram:
         if shared.sin_M is not None:
             sin_RM, cos_RM = (self.all_ranks(x_M) for x_M in self.sine_and_cosine_M())
 
-        def rotated(x_RN, bias_RN):
+        def rotated(x_RN, norm_N, bias_RN):
+            x_RN = x_RN if norm_N is None else self.normed(x_RN, norm_N)
             x_RN = x_RN if bias_RN is None else x_RN + bias_RN
             if shared.sin_M is None:
                 return x_RN
@@ -128,10 +138,18 @@ class StepProgram:
             firsts_RM, seconds_RM = u_RM * cos_RM - w_RM * sin_RM, u_RM * sin_RM + w_RM * cos_RM
             return join_pairs(firsts_RM, seconds_RM, self.rotation, self.interpret)
 
-        shared.q_RN[...] = rotated(loaded.q_BRGN, loaded.weights.q_bias_HRN)
-        k_RN = rotated(loaded.k_BRGN, loaded.weights.k_bias_HRN)
+        weights = loaded.weights
+        shared.q_RN[...] = rotated(loaded.q_BRGN, weights.q_norm_N, weights.q_bias_HRN)
+        k_RN = rotated(loaded.k_BRGN, weights.k_norm_N, weights.k_bias_HRN)
         shared.k_JN.at[self.this_token()][...] = k_RN
         return k_RN
+
+    def normed(self, x_RN, norm_N):
+        """Return the RMSNorm of every rank's row, rounded to the dtype of values."""
+        over_rms_R = lax.rsqrt(jnp.sum(x_RN * x_RN, axis=1) * (1 / self.true_d_state) + NORM_EPS)
+        layout = layout_of_pairs(self.rank, self.rotation)
+        x_RN = x_RN * self.laid(down(over_rms_R, self.d_state), layout) * self.laid(across(norm_N, self.rank), layout)
+        return x_RN.astype(self.refs.v_BHP.dtype).astype(jnp.float32)
 
     def this_token(self):
         """Return the place of this token's ranks among all sources: behind those of the token before, if any."""

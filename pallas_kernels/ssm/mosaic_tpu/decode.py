@@ -38,6 +38,7 @@ from pallas_kernels.ssm.contract import (
     require,
     stepped_like,
     wants_float32_or_bfloat16,
+    wants_normed,
 )
 from pallas_kernels.ssm.mosaic_tpu.config import MIB, tiled_bytes
 
@@ -100,7 +101,7 @@ def step(token: Token, rotation: str, *, interpret=None, tile: Tile | None = Non
         ValueError: dtypes that are not float32 or bfloat16, `tile.heads` that does not divide the heads, or a block
             that takes more VMEM than `tile.vmem`.
     """
-    require("mosaic_tpu", wants_float32_or_bfloat16(token))
+    require("mosaic_tpu", wants_float32_or_bfloat16(token) or wants_normed(token))
     tile = dataclasses.replace(tile or Tile(), interpret=interpret)
     batch, n_heads = token.last.h_BHPN.shape[:2]
     heads = tile.heads or default_heads(token, tile)

@@ -25,6 +25,7 @@ from pallas_kernels.ssm.contract import (
     require,
     sizes_of,
     wants_float32_or_bfloat16,
+    wants_normed,
 )
 from pallas_kernels.ssm.mosaic_tpu import decode, scan_bwd, scan_fwd
 from pallas_kernels.ssm.mosaic_tpu.angle import angle_before_chunks
@@ -107,7 +108,7 @@ def unsupported(inputs: Row | Token) -> str | None:
         return pull(results)
 
     is_token = isinstance(inputs, Token)
-    wish = wants_float32_or_bfloat16(inputs) if is_token else limits(inputs)
+    wish = wants_float32_or_bfloat16(inputs) or wants_normed(inputs) if is_token else limits(inputs)
     if wish is not None:
         return wish
     try:

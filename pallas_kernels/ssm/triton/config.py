@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ssm.contract import Row, Token, decay_dtype, product_dtype, require, sizes_of
+from pallas_kernels.ssm.contract import Row, Token, decay_dtype, product_dtype, require, sizes_of, wants_normed
 from pallas_kernels.ssm.order import Order
 
 PROGRAMS = 256  # fill an H200: two on each of its 132 multiprocessors, and powers of two divide them
@@ -64,6 +64,8 @@ def unsupported(inputs: Row | Token) -> str | None:
     rank, d_state, width, pairs = size["R"], size["N"], size["P"], size["S"]
     if decay_dtype(inputs) != jnp.float32:
         return f"computes in float32, log_a is {decay_dtype(inputs)}"
+    if wish := wants_normed(inputs):
+        return wish
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"wants q, k and v in float32 or bfloat16, not {dtype}"
     if rank & (rank - 1) or rank > 16:
