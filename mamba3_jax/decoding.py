@@ -11,9 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from mamba3_jax import decoding_layer
+from mamba3_jax.block import Block
 from mamba3_jax.config import ModelConfig
-from mamba3_jax.model import LanguageModel, segments
+from mamba3_jax.model import LanguageModel, blocks, known_or_past, mixer_names, segments
+from mamba3_jax.nn.norm import NORMS
 from mamba3_jax.nn.precision import DTYPES
+from mamba3_jax.ops.einsum import einsum
 
 
 def unstacked(config: ModelConfig, tree):
@@ -29,16 +33,43 @@ def prepare(config: ModelConfig, params):
     """Return parameters as `step` takes them: unstacked, and in the compute dtype those that are only read in it.
 
     A tied head becomes an array of its own: the look-up reads rows of the table in float32, the head reads all of it
-    in the compute dtype.
+    in the compute dtype. Where `decoding_layer` runs, each of its layers is what it reads.
     """
+    fused = on_one_device(params) and decoding_layer.refused(config) is None
     if config.tie_embeddings:
         params = params | {"head": params["embedding"]}
     cast = functools.partial(jax.tree.map, lambda x, dtype: x if x.dtype == dtype else x.astype(dtype))
     dtypes = read_dtypes(config, params)
     layers = {name: params[name] for name in params if name.startswith("segment")}
     whole = {name: params[name] for name in params if name not in layers}  # outside jit what is not cast is not copied
-    cut = jax.jit(lambda layers: unstacked(config, cast(layers, {name: dtypes[name] for name in layers})))
-    return cast(whole, {name: dtypes[name] for name in whole}) | cut(layers)
+
+    def cut(layers):
+        layers = unstacked(config, cast(layers, {name: dtypes[name] for name in layers}))
+        return arranged(config, layers) if fused else layers
+
+    return cast(whole, {name: dtypes[name] for name in whole}) | jax.jit(cut)(layers)
+
+
+def arranged(config: ModelConfig, layers):
+    """Return unstacked parameters with every layer of Mamba-3 as a `decoding_layer.Layer`."""
+    mixers = blocks(config.pattern)
+
+    def of_block(segment: str, block: str, params):
+        return decoding_layer.arranged(config, params) if mixers[segment, block] == "mamba3" else params
+
+    def of_unit(segment: str, unit):
+        return {block: of_block(segment, block, params) for block, params in unit.items()}
+
+    segments = {name: repeats for name, repeats in layers.items() if name.startswith("segment")}
+    return layers | {
+        name: {repeat: of_unit(name, unit) for repeat, unit in repeats.items()} for name, repeats in segments.items()
+    }
+
+
+def on_one_device(params) -> bool:
+    """Says whether no array is spread over several devices; what is being traced has none."""
+    known = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)]
+    return all(len(x.sharding.device_set) == 1 for x in known)
 
 
 def copied(config: ModelConfig, params) -> int:
@@ -50,8 +81,20 @@ def copied(config: ModelConfig, params) -> int:
     return dtype.itemsize * sum(x.size for x in jax.tree.leaves(parts))
 
 
-def step(config: ModelConfig, params, token_B, state, start_B, *, stacked: bool = False):
-    """Return (logits_BV, state) after one more token a row, from prepared parameters and an unstacked state."""
+def step(config: ModelConfig, params, token_B, state, start_B, *, stacked: bool = False, interpret: object = None):
+    """Return (logits_BV, state) after one more token a row, from prepared parameters and an unstacked state.
+
+    Args:
+        config: the model's.
+        params: prepared; or, where `stacked`, the public ones.
+        token_B: ids.
+        state: as `params` are.
+        start_B: bool, true at the first token of a document.
+        stacked: takes the public trees.
+        interpret: runs the kernels of arranged layers on any backend, slowly, for tests.
+    """
+    if any(map(is_arranged, jax.tree.leaves(params, is_leaf=is_arranged))):
+        return fused_step(config, params, token_B, state, start_B, interpret)
     if config.tie_embeddings:
         # Transposed here and not in `prepare`: the product is then that of `LanguageModel`.
         params = params | {"head": {"kernel": params["head"]["embedding"].T}}
@@ -59,6 +102,37 @@ def step(config: ModelConfig, params, token_B, state, start_B, *, stacked: bool 
     logits_BLV, state = model.apply({"params": params}, token_B[:, None], state, start_B[:, None])
     # The columns that pad the vocabulary belong to no token.
     return logits_BLV[:, 0, : config.vocab_size], state
+
+
+def is_arranged(layer) -> bool:
+    """Says whether a layer is one of `decoding_layer`."""
+    return isinstance(layer, decoding_layer.Layer)
+
+
+def fused_step(config: ModelConfig, params, token_B, state, start_B, interpret: object = None):
+    """Return what `step` does where layers are arranged; the others are `Block`s."""
+    dtype, new_state = DTYPES[config.compute_dtype], {}
+    # One program for all layers: it is traced once.
+    run = jax.jit(functools.partial(decoding_layer.step, config, interpret=interpret))
+    residual_BD = jnp.take(params["embedding"]["embedding"], known_or_past(token_B, config), axis=0)
+    for index, (unit, repeats) in enumerate(segments(config.pattern)):
+        segment = f"segment_{index}"
+        new_state[segment] = {f"repeat_{r}": {} for r in range(repeats)}
+        for repeat, after in new_state[segment].items():
+            for place, mixer in enumerate(mixer_names(unit)):
+                block = f"block_{place}"
+                layer, before = params[segment][repeat][block], state[segment][repeat][block]
+                if is_arranged(layer):
+                    residual_BD, after[block] = run(layer, residual_BD, before, start_B)
+                    continue
+                residual_BLD, after[block] = Block(config, mixer).apply(
+                    {"params": layer}, residual_BD[:, None], before, start_B[:, None]
+                )
+                residual_BD = residual_BLD[:, 0]
+    x_BD = NORMS[config.norm](dtype).apply({"params": params["norm"]}, residual_BD)
+    head_DV = params["head"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
+    logits_BV = einsum("bd,dv->bv", x_BD, head_DV, dtype=dtype, out=jnp.float32)
+    return logits_BV[:, : config.vocab_size], new_state
 
 
 def read_dtypes(config: ModelConfig, params):

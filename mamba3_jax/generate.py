@@ -79,7 +79,7 @@ def decode(config: ModelConfig, sampling: Sampling, stop_ids: tuple[int, ...], p
     def one(carry: Carry):
         logits_BV, state = decoding.step(config, params, carry.token_B, carry.state, carry.start_B)
         token_B = draw(jax.random.fold_in(key, carry.step), logits_BV, sampling)
-        nan_B = jnp.isnan(logits_BV).any(axis=-1)
+        nan_B = holds_nan(logits_BV)
         done_B = carry.done_B | nan_B | jnp.isin(token_B, jnp.asarray(stop_ids, jnp.int32))
         out_B = jnp.where(nan_B, NO_NUMBER, jnp.where(done_B, NOTHING, token_B))
         out_BT = carry.out_BT.at[:, carry.step].set(out_B)
@@ -93,6 +93,11 @@ def decode(config: ModelConfig, sampling: Sampling, stop_ids: tuple[int, ...], p
         )
 
     return jax.lax.while_loop(unfinished, one, carry)
+
+
+def holds_nan(logits_BV):
+    """Say of each row whether a logit is NaN: its maximum then is, which the draw needs too, so both read once."""
+    return jnp.isnan(jnp.max(logits_BV, axis=-1))
 
 
 def generate(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mamba3_jax import generate as module
-from mamba3_jax.generate import Sampling, generate
+from mamba3_jax.generate import Sampling, generate, holds_nan
 from tests.inference.tiny import tiny
 
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [5, 6], [7]]
@@ -115,6 +115,11 @@ def test_columns_that_pad_the_vocabulary_are_never_drawn():
     got = generate(model, padded, [[1]], tokens=30)
     assert all(0 <= token < vocab for token in got.ids[0])
     assert got.ids == generate(model, params, [[1]], tokens=30).ids
+
+
+def test_one_logit_that_is_not_a_number_is_seen_in_its_row_alone():
+    logits_BV = jnp.zeros((4, 1001)).at[1, 500].set(jnp.nan).at[2, 7].set(-jnp.inf).at[3].set(-jnp.nan)
+    assert jax.jit(holds_nan)(logits_BV).tolist() == [False, True, False, True]
 
 
 def test_parameters_that_are_not_numbers_stop_it():
