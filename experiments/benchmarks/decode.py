@@ -6,10 +6,11 @@
 
 Models have random parameters, float32 as `mamba3_jax.load` gives them. `loop` is what `mamba3_jax.generate` runs; its
 logits are first compared with those of `LanguageModel`, which it has to meet before it is timed. `former` is the loop
-as it was: a scan over stacked layers, parameters cast in every token. The floor is the weights in the compute dtype
-read once and the state read and written, at the bandwidth of a copy measured in the same run. `draw` is a token drawn
-of random logits, by `mamba3_jax.sampling` and, as `sort`, as it was. A prefill in several pieces is first compared, by
-the state that it leaves, with the one in a single piece.
+as it was: a scan over stacked layers, parameters cast in every token; `fused`, where it runs, a layer in five kernels
+(`mamba3_jax.decoding_layer`). The floor is the weights in the compute dtype read once and the state read and written,
+at the bandwidth of a copy measured in the same run. `draw` is a token drawn of random logits, by `mamba3_jax.sampling`
+and, as `sort`, as it was. A prefill in several pieces is first compared, by the state that it leaves, with the one in a
+single piece.
 """
 
 import dataclasses
@@ -23,9 +24,10 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.benchmarks import common, ssm
-from mamba3_jax import decoding, generate
+from mamba3_jax import decoding, decoding_layer, generate
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.model import LanguageModel, init_params
+from mamba3_jax.ops.kernels import NORMED
 from mamba3_jax.presets import PRESETS
 from mamba3_jax.sampling import Sampling, draw
 
@@ -87,9 +89,20 @@ def params_of(model: str):
     return init_params(MODELS[model], jax.random.key(0))
 
 
-@lru_cache(maxsize=1)
-def prepared_of(model: str):
-    return decoding.prepare(MODELS[model], params_of(model))
+@lru_cache(maxsize=2)  # of one model at a time, in both arrangements
+def prepared_of(model: str, path: str = "loop"):
+    return decoding.prepare(config_of(model, path), params_of(model))
+
+
+def config_of(model: str, path: str) -> ModelConfig:
+    """Return a model's config; the path `fused` names the implementation whose layers are arranged for few kernels."""
+    return dataclasses.replace(MODELS[model], implementation=NORMED) if path == "fused" else MODELS[model]
+
+
+def paths_of(model: str) -> list[str]:
+    """Return the ways to decode that there are on this device, the former one last."""
+    fused = decoding_layer.refused(config_of(model, "fused")) is None
+    return ["loop", *["fused"] * fused, "former"]
 
 
 def carry_of(config: ModelConfig, batch: int, tokens: int, *, stacked: bool) -> generate.Carry:
@@ -159,7 +172,7 @@ def floor_bytes(config: ModelConfig, batch: int) -> int:
     return ssm.nbytes(params) + batch * table.shape[1] * table.dtype.itemsize + 2 * ssm.nbytes(state)
 
 
-def check_logits(model: str, batch: int) -> float:
+def check_logits(model: str, batch: int, path: str) -> float:
     """Return the relative error of the loop's logits after some tokens; ValueError where they are not the model's."""
     config, params = MODELS[model], params_of(model)
     plain = jax.jit(lambda params, tokens_BL, state: LanguageModel(config).apply({"params": params}, tokens_BL, state))
@@ -169,27 +182,30 @@ def check_logits(model: str, batch: int) -> float:
         _, state = plain(params, tokens_BL[:, place : place + 1], state)
     want_BLV, _ = plain(params, tokens_BL[:, CHECKED:], state)
     state = jax.jit(partial(decoding.unstacked, config))(state)
-    got_BV, _ = jax.jit(partial(decoding.step, config))(
-        prepared_of(model), tokens_BL[:, CHECKED], state, jnp.zeros(batch, bool)
+    got_BV, _ = jax.jit(partial(decoding.step, config_of(model, path)))(
+        prepared_of(model, path), tokens_BL[:, CHECKED], state, jnp.zeros(batch, bool)
     )
     error = common.rel_rms(got_BV, want_BLV[:, 0, : config.vocab_size])
-    return common.require({"logits": error}, TOLERANCE[config.compute_dtype], f"{model}, batch {batch}, decoding")
+    return common.require({"logits": error}, TOLERANCE[config.compute_dtype], f"{model}, batch {batch}, {path}")
 
 
 def decode_programs(model: str, batch: int, samplings: list[str], tokens: int, copy_gb_s: float) -> Iterator[Program]:
     """Yield the loop with each sampling, and as it was."""
-    config = MODELS[model]
-    floor_ms = floor_bytes(config, batch) / copy_gb_s / 1e6
-    for path, function, stacked, params in (("loop", loop, False, prepared_of), ("former", former, True, params_of)):
-        for sampling in samplings if path == "loop" else samplings[:1]:
+    floor_ms = floor_bytes(MODELS[model], batch) / copy_gb_s / 1e6
+
+    def prepare(path: str):
+        stacked = path == "former"
+        params = params_of(model) if stacked else prepared_of(model, path)
+        return params, carry_of(MODELS[model], batch, tokens, stacked=stacked)
+
+    for path in paths_of(model):
+        function = former if path == "former" else loop
+        for sampling in samplings[:1] if path == "former" else samplings:
             row = {"model": model, "what": "decode", "batch": batch, "path": path, "sampling": sampling}
             yield Program(
                 row=row | {"floor_ms": floor_ms},
-                function=partial(function, config, SAMPLINGS[sampling], tokens),
-                prepare=lambda params=params, stacked=stacked: (
-                    params(model),
-                    carry_of(config, batch, tokens, stacked=stacked),
-                ),
+                function=partial(function, config_of(model, path), SAMPLINGS[sampling], tokens),
+                prepare=partial(prepare, path),
                 tokens=tokens,
             )
 
@@ -267,18 +283,20 @@ COLUMNS = {
 
 def rows_of(model: str, batches: list[int], samplings: list[str], tokens: int, prompt: int, copy_gb_s: float):
     """Yield a row a program, all of them compiled before one is timed."""
-    prepared_of(model)  # kept from now on: made while something is traced, it would be no array
+    paths = [path for path in paths_of(model) if path != "former"]
+    for path in paths:
+        prepared_of(model, path)  # kept from now on: made while something is traced, it would be no array
     decodes = [p for batch in batches for p in decode_programs(model, batch, samplings, tokens, copy_gb_s)]
     draws_ = list(draw_programs(model, max(batches), samplings, tokens))
     prefills = [p for batch in batches for p in prefill_programs(model, batch, max(prompt // batch, 1))]
     with ThreadPoolExecutor() as pool:
         compiled = list(pool.map(Program.compile, (*decodes, *draws_, *prefills)))
-    errors = {batch: check_logits(model, batch) for batch in batches}
+    errors = {(path, batch): check_logits(model, batch, path) for path in paths for batch in batches}
     whole = None
     for program, binary in zip((*decodes, *draws_, *prefills), compiled, strict=True):
         row = program.row
         if row["what"] == "decode":
-            row["error"] = errors[row["batch"]] if row["path"] == "loop" else 0.0
+            row["error"] = errors.get((row["path"], row["batch"]), 0.0)
         if row["what"] == "prefill":
             whole = binary if program.calls == 1 else whole
             piece = row["length"] // program.calls

@@ -70,11 +70,11 @@ def test_other_logits_are_not_timed(monkeypatch):
         logits_BV, state = step(*arguments)
         return logits_BV * 1.05, state
 
-    assert decode.check_logits("tiny", 2) < 1e-2
+    assert decode.check_logits("tiny", 2, "loop") < 1e-2
     monkeypatch.setattr(decoding, "step", off)
     jax.clear_caches()
-    with pytest.raises(ValueError, match="tiny, batch 2, decoding: relative error over 2e-02 in logits"):
-        decode.check_logits("tiny", 2)
+    with pytest.raises(ValueError, match="tiny, batch 2, loop: relative error over 2e-02 in logits"):
+        decode.check_logits("tiny", 2, "loop")
 
 
 def test_the_sentence():

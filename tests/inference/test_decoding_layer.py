@@ -13,6 +13,7 @@ from mamba3_jax.config import ModelConfig
 from mamba3_jax.decoding_layer import RULES, Layer
 from mamba3_jax.model import LanguageModel, init_params
 from mamba3_jax.ops import projections
+from mamba3_jax.ops.kernels import NORMED
 from mamba3_jax.presets import PRESETS
 from pallas_kernels.ssm import mosaic_gpu
 from tests.helpers import rel_rms
@@ -29,6 +30,7 @@ SMALL = ModelConfig(
     attn_head_dim=16,
     compute_dtype="bfloat16",
 )
+NAMED = dataclasses.replace(SMALL, implementation=NORMED)  # who takes it
 CONFIGS = {
     "siso": {"pattern": "MM", "out_norm": True},
     "mimo": {"mimo_rank": 2, "tie_embeddings": False, "discretization": "midpoint"},
@@ -111,21 +113,21 @@ def test_layers_are_arranged_where_they_run(monkeypatch):
 
 def test_not_on_another_device():
     if jax.default_backend() == "cpu":
-        assert decoding_layer.refused(SMALL) == "wants a GPU, not cpu"
+        assert decoding_layer.refused(NAMED) == "wants a GPU, not cpu"
         assert not is_arranged(*params_of("siso"))
 
 
 def test_not_on_another_gpu(hopper, monkeypatch):
-    assert decoding_layer.refused(SMALL) is None
+    assert decoding_layer.refused(NAMED) is None
     monkeypatch.setattr(mosaic_gpu, "available", lambda: "needs a Hopper GPU")
-    assert decoding_layer.refused(SMALL) == "needs a Hopper GPU"
+    assert decoding_layer.refused(NAMED) == "needs a Hopper GPU"
     assert not is_arranged(*params_of("siso"))
 
 
 def test_not_over_a_mesh(hopper, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     with use_abstract_mesh(AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,))):
-        assert decoding_layer.refused(SMALL) == "wants one device, not 2"
+        assert decoding_layer.refused(NAMED) == "wants one device, not 2"
         assert not is_arranged(*params_of("siso"))
 
 
@@ -137,7 +139,7 @@ def test_not_over_a_mesh(hopper, monkeypatch):
         ({"angles": "rope"}, "wants angles in"),
         ({"discretization": "zero_order_hold"}, "wants discretization in"),
         ({"compute_dtype": "float32"}, "wants compute_dtype in"),
-        ({"implementation": "triton"}, "wants implementation in"),
+        ({"implementation": ""}, "wants implementation in"),
         ({"d_ff": 0}, "wants a feed-forward, not d_ff=0"),
         ({"mimo_rank": 8}, "wants a rank of 1, 2 or 4"),
         ({"head_dim": 96}, "P up to 64"),
@@ -146,7 +148,7 @@ def test_not_over_a_mesh(hopper, monkeypatch):
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
 def test_what_takes_todays_path(hopper, changes, why):
-    assert why in decoding_layer.refused(dataclasses.replace(SMALL, **changes))
+    assert why in decoding_layer.refused(dataclasses.replace(NAMED, **changes))
 
 
 def lowered(config: ModelConfig, batch: int) -> str:
