@@ -310,19 +310,14 @@ def milliseconds(result: dict, *cases: str) -> str:
     return f"{' / '.join(significant(row['ms']) for row in rows)} ms"
 
 
-def step_ratios(result: dict) -> str:
-    """Read how many times faster than plain XLA each model's training step is."""
-    ms = {(row["model"], row["implementation"].split(":")[0]): row["ms"] for row in result["rows"] if "loss" in row}
-    ratios = [significant(ms[model, "chunked"] / ms[model, name]) for model, name in ms if name == "default"]
-    return " / ".join(f"{ratio}x" for ratio in ratios)
-
-
-def best_step(result: dict, *, value: str, said: Callable[[float], str], unit: str) -> str:
-    """Read the largest value among each model's steps."""
+def best_steps(result: dict) -> str:
+    """Read each model's fastest step, and its share of the device's peak."""
     best = {}
-    for row in result["rows"]:
-        best[row["model"]] = max(best.get(row["model"], 0), row[value])
-    return " / ".join(map(said, best.values())) + unit
+    for row in sorted(result["rows"], key=lambda row: row["mfu"]):
+        best[row["model"]] = row
+    rows = [best[model] for model in dict.fromkeys(row["model"] for row in result["rows"])]
+    rates, shares = ([row[name] for row in rows] for name in ("tokens_per_second", "mfu"))
+    return f"{' / '.join(map(significant, rates))} tokens/s ({' / '.join(f'{100 * share:.0f}' for share in shares)}%)"
 
 
 def kernel_cycles(result: dict) -> str:
@@ -372,16 +367,9 @@ HEADLINES = (
     Headline(
         "180M training step: SISO / R 4",
         "benchmarks/results/train_h200.json",
-        partial(best_step, value="tokens_per_second", said=lambda rate: f"{rate:,.0f}", unit=" tokens/s"),
+        best_steps,
         "experiments.benchmarks.train",
     ),
-    Headline(
-        "The same, of the peak in bfloat16",
-        "benchmarks/results/train_h200.json",
-        partial(best_step, value="mfu", said=lambda share: f"{100 * share:.1f}", unit="%"),
-        "experiments.benchmarks.train",
-    ),
-    Headline("180M step over plain XLA, SISO / R 4", "benchmarks/results/train_gpu.json", step_ratios, "make time-gpu"),
     Headline(
         "TPU kernels' cycles, over plain XLA's",
         "benchmarks/results/tpu_aot.json",
