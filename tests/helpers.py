@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
 # Compiler options that undo those of conftest.py.
@@ -18,6 +19,12 @@ def devices(count: int) -> dict[str, str]:
     """The environment of a process that has so many CPU devices, and these tests' compiler options."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
     return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+
+
+def first(values) -> list:
+    """The values of a parameter: the first for `make test`, the others, which are the same code again, for the rest."""
+    quick, *others = values
+    return [quick, *(pytest.param(other, marks=pytest.mark.full) for other in others)]
 
 
 def rel_rms(got, want) -> float:

@@ -13,7 +13,7 @@ from mamba3_jax import decoding, generate, memory
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.model import LanguageModel, init_params
 from mamba3_jax.sampling import Sampling
-from tests.helpers import rel_rms
+from tests.helpers import first, rel_rms
 
 SMALL = ModelConfig(
     vocab_size=301,
@@ -84,7 +84,7 @@ def test_a_step_is_the_models(name, dtype):
     assert max(errors(wrong)) > TOLERANCE[dtype], "a planted error is seen"
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", first(CONFIGS))
 def test_matrices_are_stored_in_the_compute_dtype_and_the_rest_is_not(name):
     config = config_of(name)
     shapes = jax.eval_shape(functools.partial(decoding.prepare, config), params_of(name))

@@ -15,7 +15,7 @@ from mamba3_jax.model import validate
 from mamba3_jax.ops import delta as deltas
 from mamba3_jax.ops.delta import Tokens, chunked, delta, recurrent, unit_lower_inverse
 from mamba3_jax.train.flops import flops_per_token
-from tests.helpers import rel_rms
+from tests.helpers import first, rel_rms
 
 CONFIG = ModelConfig(
     vocab_size=8, d_model=16, pattern="G", delta_heads=3, delta_head_dim=8, delta_expand=1, delta_negative=True, chunk=4
@@ -74,7 +74,7 @@ def test_chunks_are_the_equations(chunk, packed):
         assert rel_rms(equations(wrong, h_BHPN)[0], want[0]) > 10 * FORWARD, name
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", first([True, False]))
 def test_gradients_are_the_definitions(packed):
     """Of everything, the incoming state and through the outgoing one too; float64 differences hold the definition."""
     tokens, h_BHPN = drawn(packed)
@@ -114,6 +114,7 @@ def test_no_gradient_crosses_a_boundary(op):
     assert np.any(of_h_BHPN[1])
 
 
+@pytest.mark.full
 def test_what_decays_to_nothing_in_a_token_has_finite_gradients():
     """Sums of log_a of hundreds, in documents of one chunk: the exponential of another document's decay is inf."""
     tokens, h_BHPN = drawn(True)
@@ -125,7 +126,7 @@ def test_what_decays_to_nothing_in_a_token_has_finite_gradients():
     assert all(np.isfinite(array).all() for array in jax.tree.leaves(pull(got)))
 
 
-@pytest.mark.parametrize("alike", [0.0, 1.0])
+@pytest.mark.parametrize("alike", first([1.0, 0.0]))
 def test_the_inverse_is_one(alike):
     """Also where all keys are the same and b is 1: rows of ones, whose powers are binomials."""
     lower = np.tril(np.random.default_rng(0).uniform(-1, 1, (3, 64, 64)) * (1 - alike) / 4 + alike, -1)
@@ -224,6 +225,7 @@ def test_pieces_with_the_state_carried_are_the_whole():
             assert rel_rms(got, want) < FORWARD
 
 
+@pytest.mark.full
 def test_initial_values():
     """Decays of A uniform in (0, 16) and dt log-uniform in [0.001, 0.1]."""
     config = dataclasses.replace(CONFIG, delta_heads=4096, delta_head_dim=1)
@@ -254,6 +256,7 @@ def test_a_token_is_a_step_and_more_are_chunks(start, monkeypatch):
     assert delta(tokens, h_BHPN, 8) == ("chunks of", 8)
 
 
+@pytest.mark.full
 def test_long_rows_of_keys_alike_stay_exact():
     """1,000 tokens, chunks of 64: errors do not add up, and at b = 1 a state forgets what it had at k."""
     tokens, h_BHPN = drawn(False, length=1000)

@@ -14,7 +14,7 @@ from mamba3_jax.mixers.mamba1 import Mamba1
 from mamba3_jax.model import validate
 from mamba3_jax.ops.selective import Tokens, selective
 from mamba3_jax.train.flops import flops_per_token
-from tests.helpers import rel_rms
+from tests.helpers import first, rel_rms
 
 CONFIG = ModelConfig(vocab_size=8, d_model=20, pattern="1", mamba1_state=5, chunk=4)  # dt of rank 2
 BATCH, LENGTH, CHANNELS, STATE, STARTS = 2, 13, 6, 5, (0, 2, 3, 9)
@@ -67,7 +67,7 @@ def test_chunks_are_the_equations(chunk, packed):
     assert rel_rms(equations(tokens, a_IN * np.float32(1.001), h_BIN)[0], want[0]) > 10 * FORWARD
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", first([True, False]))
 def test_gradients_are_those_of_the_equations(packed):
     """Of everything, the incoming state and through the outgoing one too: float64 differences along a random way."""
     (tokens, a_IN, h_BIN), random = drawn(), np.random.default_rng(1)
@@ -105,6 +105,7 @@ def test_no_gradient_crosses_a_boundary():
     assert np.any(of_h_BIN[1])
 
 
+@pytest.mark.full
 def test_memory_is_that_of_a_chunk():
     """Of gradients too: states of all tokens would be N times the inputs."""
     state, length = 64, 2048
@@ -207,6 +208,7 @@ def test_bfloat16_is_close_and_keeps_its_dtypes():
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), empty)
 
 
+@pytest.mark.full
 def test_initial_values():
     """A = -1..-N in every channel, dt log-uniform in [0.001, 0.1]."""
     config = dataclasses.replace(CONFIG, expand=200)

@@ -165,6 +165,7 @@ def test_how_it_is_run_changes_no_value_and_no_gradient(change):
     assert worst(gradient, want_gradient) < FORWARD
 
 
+@pytest.mark.full  # as what would see it
 def test_a_planted_error_in_one_layer_is_seen():
     wrong = jax.tree.map(lambda x: x, params())
     layer = wrong["segment_0"]["block_0"]["mixer"]

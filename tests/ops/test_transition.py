@@ -14,7 +14,7 @@ import pytest
 
 from mamba3_jax.ops.ssm import PLAIN, Transition, compose, ssm, transition
 from pallas_kernels.ssm.cases import MIMO, SISO, SSD
-from tests.helpers import rel_rms
+from tests.helpers import first, rel_rms
 from tests.ops import cases
 from tests.ops.cases import draw
 
@@ -30,7 +30,6 @@ SHAPES = {
 # Documents that start with the row, with a piece, inside one and twice in one; and a row of one document.
 STARTS = np.zeros((2, LENGTH), bool)
 STARTS[0, [0, 9, 12, 14]] = True
-every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +94,7 @@ def check(got, want, tolerance=EXACT):
             assert rel_rms(value, want[name]) < tolerance, f"{name}: {rel_rms(value, want[name]):.1e}"
 
 
-@every_shape
+@pytest.mark.parametrize("shape", first(SHAPES.values()), ids=SHAPES)
 def test_pieces_compose_to_the_whole_and_with_a_state_to_the_state_after(shape):
     """By every plain implementation, from both ends; without queries or gate."""
     transitions, states, from_nothing = everything(shape)(*drawn(shape))
@@ -109,7 +108,7 @@ def test_pieces_compose_to_the_whole_and_with_a_state_to_the_state_after(shape):
     check(whole.state, from_nothing)
 
 
-@pytest.mark.parametrize("name", ["mimo", "ssd"])
+@pytest.mark.parametrize("name", first(["ssd", "mimo"]))
 def test_gradients(name):
     """Of everything through pieces composed with a state, as `ssm` gives them."""
     shape = SHAPES[name]
@@ -171,6 +170,7 @@ def test_planted_error_is_caught(part, side):
         check(join(*both), want, 1e-5)
 
 
+@pytest.mark.full
 def test_float32_keeps_its_digits():
     inputs = drawn(SHAPES["siso"])
     narrow = jax.tree.map(lambda x: x if x.dtype == bool else np.float32(x), inputs)

@@ -153,6 +153,7 @@ def test_every_matrix_is_orthogonalised_alone(options):
     assert checked >= {"out", "value", "gate"}
 
 
+@pytest.mark.full
 def test_update_rms_is_adamw_s():
     """What lets learning rates of AdamW be those of Muon, whatever the shape."""
     config = muon_config("M", 0, d_ff=96)

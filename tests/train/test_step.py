@@ -86,6 +86,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
     assert not np.array_equal(flat(good.params), flat(state.params))
 
 
+@pytest.mark.full
 def test_ids_outside_the_vocabulary_skip_the_step():
     config, step = stepper()
     batch, before = random_batch(config), fresh(config)
