@@ -6,6 +6,8 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
+
 # Machine code left unoptimised computes the same programs in a third of the compile time, processes that tests start
 # included. `helpers.AS_USERS` compiles as users do.
 QUICK = {"xla_backend_optimization_level": "0"}
@@ -23,3 +25,12 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["XDG_CACHE_HOME"] = SESSION.name
 # Traced programs are kept, so that there are millions of objects to look through and next to none to free.
 gc.set_threshold(100_000, 50, 100)
+
+# Processes that wait for one another: most of two minutes.
+LONGEST = {"test_killed_and_stopped_is_the_same_run"}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Begins with what takes longest, so that no worker is alone with it when the others have nothing left."""
+    items.sort(key=lambda item: item.originalname not in LONGEST)
