@@ -114,9 +114,9 @@ def linear_cross_entropy(
         dlogit[v] = w (p[v] (1 + 2 z_loss log Z) - [v = target]),  dx = dlogit head^T,  dhead = sum_t x_t^T dlogit_t
 
     so logits are computed once and the backward pass multiplies by a number. Products run in x's dtype with float32
-    sums (float32: true float32 products); dlogit is rounded to x's dtype before its two. Beside the gradients, memory
-    is a tile's logits. Columns split over a mesh axis stay split: a few numbers a token cross it, and dx.
-    (The idea is Liger's and jax-linear-attention's.)
+    sums (float32: true float32 products); dlogit, over what is the same for a row, and the features, times it, are
+    rounded to x's dtype before its two. Beside the gradients, memory is a tile's logits. Columns split over a mesh axis
+    stay split: a few numbers a token cross it, and dx. (The idea is Liger's and jax-linear-attention's.)
 
     Args:
         x_BLD: features, float32 or bfloat16.
