@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +15,13 @@ from mamba3_jax.ops import delta as deltas
 from mamba3_jax.ops.delta import Tokens, chunked, delta, recurrent, unit_lower_inverse
 from mamba3_jax.train.flops import flops_per_token
 from tests.helpers import first, rel_rms
+from tests.model.alone import BATCH, FORWARD, LENGTH, Alone, start_row
 
 CONFIG = ModelConfig(
     vocab_size=8, d_model=16, pattern="G", delta_heads=3, delta_head_dim=8, delta_expand=1, delta_negative=True, chunk=4
 )
-BATCH, LENGTH, STARTS = 2, 13, (0, 2, 3, 9)
-FORWARD, GRADIENT = 1e-5, 2e-5
-
-
-def start_row():
-    """The second row is one document."""
-    start_BL = np.zeros((BATCH, LENGTH), bool)
-    start_BL[0, list(STARTS)] = True
-    return start_BL
+ALONE = Alone(GatedDeltaNet, CONFIG)
+GRADIENT = 2e-5
 
 
 def drawn(packed: bool, length=LENGTH, seed=0):
@@ -140,27 +133,6 @@ def test_the_inverse_is_one(alike):
     assert not np.any(np.triu(pulled))
 
 
-def random_params(config=CONFIG, seed=0):
-    """Parameters of the layer's shapes, none of them at a value that hides it."""
-    random, like = np.random.default_rng(seed), jnp.zeros((1, 1, config.d_model))
-    shapes = jax.tree.map(
-        lambda box: box.value.shape,
-        jax.eval_shape(GatedDeltaNet(config).init, jax.random.key(0), like)["params"],
-        is_leaf=lambda x: hasattr(x, "value"),
-    )
-    return {name: 0.5 * random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-
-
-def inputs(config=CONFIG, seed=1):
-    return np.random.default_rng(seed).standard_normal((BATCH, LENGTH, config.d_model)).astype(np.float32)
-
-
-@functools.cache
-def compiled(**changes):
-    mixer = GatedDeltaNet(dataclasses.replace(CONFIG, **changes))
-    return jax.jit(lambda params, x_BLD, state, start_BL: mixer.apply({"params": params}, x_BLD, state, start_BL))
-
-
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
@@ -198,9 +170,9 @@ def layer(params, x_BLD, start_BL=None, config=CONFIG):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("negative", [False, True])
 def test_the_layer_is_its_equations(negative, packed):
-    params, x_BLD, start_BL = random_params(), inputs(), start_row() if packed else None
+    params, x_BLD, start_BL = ALONE.params(), ALONE.inputs(), start_row() if packed else None
     config = dataclasses.replace(CONFIG, delta_negative=negative)
-    y_BLD, _ = compiled(delta_negative=negative)(params, x_BLD, None, start_BL)
+    y_BLD, _ = ALONE.compiled(delta_negative=negative)(params, x_BLD, None, start_BL)
     want_BLD = layer(params, x_BLD, start_BL, config)
     assert rel_rms(y_BLD, want_BLD) < FORWARD
     for name, array in params.items():  # every parameter counts, and one off by a part in a hundred is seen
@@ -211,18 +183,7 @@ def test_the_layer_is_its_equations(negative, packed):
 
 
 def test_pieces_with_the_state_carried_are_the_whole():
-    """Shorter than the convolution's window, a token, and a document that starts inside a window."""
-    params, x_BLD, start_BL = random_params(), inputs(), start_row()
-    empty = GatedDeltaNet.empty_state(CONFIG, BATCH, 0)
-    whole_BLD, last = compiled()(params, x_BLD, empty, start_BL)
-    for cuts in ((0, 1, 3, 4, 7, 13), range(LENGTH + 1)):
-        state, pieces = empty, []
-        for begin, end in itertools.pairwise(cuts):
-            y_BLD, state = compiled()(params, x_BLD[:, begin:end], state, start_BL[:, begin:end])
-            pieces.append(y_BLD)
-        assert rel_rms(np.concatenate(pieces, axis=1), whole_BLD) < FORWARD
-        for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(last), strict=True):
-            assert rel_rms(got, want) < FORWARD
+    ALONE.check_pieces()
 
 
 @pytest.mark.full
@@ -269,12 +230,7 @@ def test_long_rows_of_keys_alike_stay_exact():
 
 
 def test_bfloat16_is_close_and_keeps_its_dtypes():
-    params, x_BLD = random_params(), inputs()
-    want_BLD = layer(params, x_BLD)
-    y_BLD, state = compiled(compute_dtype="bfloat16")(params, jnp.bfloat16(x_BLD), None, None)
-    assert 1e-4 < rel_rms(np.asarray(y_BLD, np.float64), want_BLD) < 3e-2
-    empty = GatedDeltaNet.empty_state(dataclasses.replace(CONFIG, compute_dtype="bfloat16"), BATCH, 0)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), empty)
+    ALONE.check_bfloat16(layer(ALONE.params(), ALONE.inputs()))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """Mamba-2 against its equations token by token in float64, and what its convolution carries; see also test_model.py."""
 
 import dataclasses
-import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -15,37 +13,10 @@ from mamba3_jax.model import validate
 from mamba3_jax.ops.convolve import convolve
 from mamba3_jax.train.flops import flops_per_token
 from tests.helpers import rel_rms
+from tests.model.alone import Alone, start_row
 
 CONFIG = ModelConfig(vocab_size=8, d_model=16, pattern="2", d_state=8, head_dim=8, n_groups=2, expand=2, chunk=4)
-BATCH, LENGTH, STARTS = 2, 13, (0, 2, 3, 9)
-
-
-def random_params(config=CONFIG, seed=0):
-    """Parameters of the layer's shapes, none of them at a value that hides it."""
-    random, like = np.random.default_rng(seed), jnp.zeros((1, 1, config.d_model))
-    shapes = jax.tree.map(
-        lambda box: box.value.shape,
-        jax.eval_shape(Mamba2(config).init, jax.random.key(0), like)["params"],
-        is_leaf=lambda x: hasattr(x, "value"),
-    )
-    return {name: 0.5 * random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-
-
-def inputs(config=CONFIG, seed=1):
-    return np.random.default_rng(seed).standard_normal((BATCH, LENGTH, config.d_model)).astype(np.float32)
-
-
-def start_row():
-    """The second row is one document."""
-    start_BL = np.zeros((BATCH, LENGTH), bool)
-    start_BL[0, list(STARTS)] = True
-    return start_BL
-
-
-@functools.cache
-def compiled(**changes):
-    mixer = Mamba2(dataclasses.replace(CONFIG, **changes))
-    return jax.jit(lambda params, x_BLD, state, start_BL: mixer.apply({"params": params}, x_BLD, state, start_BL))
+ALONE = Alone(Mamba2, CONFIG)
 
 
 def silu(x):
@@ -84,8 +55,8 @@ def equations(params, x_BLD, config=CONFIG, start_BL=None):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_is_the_equations(packed):
-    params, x_BLD, start_BL = random_params(), inputs(), start_row() if packed else None
-    y_BLD, _ = compiled()(params, x_BLD, None, start_BL)
+    params, x_BLD, start_BL = ALONE.params(), ALONE.inputs(), start_row() if packed else None
+    y_BLD, _ = ALONE.compiled()(params, x_BLD, None, start_BL)
     want_BLD = equations(params, x_BLD, start_BL=start_BL)
     assert rel_rms(y_BLD, want_BLD) < 1e-5
     for name, array in params.items():  # every parameter counts, and one off by a part in a hundred is seen
@@ -94,27 +65,11 @@ def test_is_the_equations(packed):
 
 
 def test_pieces_with_the_state_carried_are_the_whole():
-    """Shorter than the convolution's window, a token, and a document that starts inside a window."""
-    params, x_BLD, start_BL = random_params(), inputs(), start_row()
-    empty = Mamba2.empty_state(CONFIG, BATCH, 0)
-    whole_BLD, last = compiled()(params, x_BLD, empty, start_BL)
-    for cuts in ((0, 1, 3, 4, 7, 13), range(LENGTH + 1)):
-        state, pieces = empty, []
-        for begin, end in itertools.pairwise(cuts):
-            y_BLD, state = compiled()(params, x_BLD[:, begin:end], state, start_BL[:, begin:end])
-            pieces.append(y_BLD)
-        assert rel_rms(np.concatenate(pieces, axis=1), whole_BLD) < 1e-5
-        for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(last), strict=True):
-            assert rel_rms(got, want) < 1e-5
+    ALONE.check_pieces()
 
 
 def test_bfloat16_is_close_and_keeps_its_dtypes():
-    params, x_BLD = random_params(), inputs()
-    want_BLD = equations(params, x_BLD)
-    y_BLD, state = compiled(compute_dtype="bfloat16")(params, jnp.bfloat16(x_BLD), None, None)
-    assert 1e-4 < rel_rms(np.asarray(y_BLD, np.float64), want_BLD) < 3e-2
-    empty = Mamba2.empty_state(dataclasses.replace(CONFIG, compute_dtype="bfloat16"), BATCH, 0)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), empty)
+    ALONE.check_bfloat16(equations(ALONE.params(), ALONE.inputs()))
 
 
 def test_no_value_and_no_gradient_of_another_document_reaches_a_convolution():
