@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mamba3_jax.config import ModelConfig
-from mamba3_jax.mixers.mixer import KEPT, Mixer, check_dt
+from mamba3_jax.mixers.mixer import KEPT, Mixer, both, check_dt
 from mamba3_jax.nn.initial import inverse_softplus_dt, linear, log_uniform
 from mamba3_jax.nn.norm import rms_norm
 from mamba3_jax.nn.precision import DTYPES
@@ -66,12 +66,12 @@ class GatedDeltaNet(Mixer):
         before = self.empty_state(config, x_BLD.shape[0], 0) if state is None else state
         document_BL = None if start_BL is None else jnp.cumsum(start_BL, axis=1, dtype=jnp.int32)
 
-        qk = einsum("bld,dchn->blchn", x_BLD, self.in_qk, dtype=dtype)
-        zv = einsum("bld,dchp->blchp", x_BLD, self.in_zv, dtype=dtype)
+        q_BLHN, k_BLHN = both(x_BLD, self.in_qk, dtype)
+        z_BLHP, v_BLHP = both(x_BLD, self.in_zv, dtype)
         ab = einsum("bld,dch->blch", x_BLD, self.in_ab, dtype=dtype, out=jnp.float32)
-        q_BLHN, q_BWHN = convolve(qk[:, :, 0], self.conv_q, 0, before.q_BWHN, document_BL)
-        k_BLHN, k_BWHN = convolve(qk[:, :, 1], self.conv_k, 0, before.k_BWHN, document_BL)
-        v_BLHP, v_BWHP = convolve(zv[:, :, 1], self.conv_v, 0, before.v_BWHP, document_BL)
+        q_BLHN, q_BWHN = convolve(q_BLHN, self.conv_q, 0, before.q_BWHN, document_BL)
+        k_BLHN, k_BWHN = convolve(k_BLHN, self.conv_k, 0, before.k_BWHN, document_BL)
+        v_BLHP, v_BWHP = convolve(v_BLHP, self.conv_v, 0, before.v_BWHP, document_BL)
         tokens = Tokens(
             q_BLHN=unit(q_BLHN),
             k_BLHN=unit(k_BLHN),
@@ -82,7 +82,7 @@ class GatedDeltaNet(Mixer):
         )
         op = jax.checkpoint(delta, static_argnums=2) if config.remat in KEPT else delta
         y_BLHP, h_BHPN = op(tokens, before.h_BHPN, config.chunk or None)
-        y_BLHP = rms_norm(y_BLHP, self.norm) * jax.nn.silu(zv[:, :, 0].astype(jnp.float32))
+        y_BLHP = rms_norm(y_BLHP, self.norm) * jax.nn.silu(z_BLHP.astype(jnp.float32))
         y_BLD = einsum("blhp,hpd->bld", y_BLHP.astype(dtype), self.out, dtype=dtype)
         return y_BLD, Carried(h_BHPN=h_BHPN, q_BWHN=q_BWHN, k_BWHN=k_BWHN, v_BWHP=v_BWHP)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mamba3_jax.config import ModelConfig
-from mamba3_jax.mixers.mixer import KEPT, Mixer, check_dt
+from mamba3_jax.mixers.mixer import KEPT, Mixer, both, check_dt
 from mamba3_jax.nn.initial import inverse_softplus_dt, linear
 from mamba3_jax.nn.precision import DTYPES
 from mamba3_jax.ops.convolve import convolve
@@ -58,8 +58,7 @@ class Mamba1(Mixer):
         before = self.empty_state(config, x_BLD.shape[0], 0) if state is None else state
         document_BL = None if start_BL is None else jnp.cumsum(start_BL, axis=1, dtype=jnp.int32)
 
-        zx = einsum("bld,dci->blci", x_BLD, self.in_zx, dtype=dtype)
-        z_BLI, x_BLI = zx[:, :, 0], zx[:, :, 1]
+        z_BLI, x_BLI = both(x_BLD, self.in_zx, dtype)
         x_BLI, x_BWI = convolve(x_BLI, self.conv_x, self.conv_x_bias, before.x_BWI, document_BL)
         rkq = einsum("bli,ie->ble", x_BLI, self.in_rkq, dtype=dtype, out=jnp.float32)
         r_BLR, k_BLN, q_BLN = jnp.split(rkq, np.cumsum([size.rank, size.d_state]), axis=-1)

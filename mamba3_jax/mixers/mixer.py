@@ -85,15 +85,16 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
 
-def both(x_BLD, pair_DCHP, dtype):
-    """Return x W of the two matrices that share a parameter, each as an array of its own.
+def both(x_BLD, pair_DC, dtype):
+    """Return x W of the two matrices that share a parameter (D, 2, ...), each as an array of its own.
 
     One product leaves halves of an array, which a kernel only takes as copies, and two gradients to be copied into one:
     3 ms of a step of 113 (180M SISO on an H200). Of a single token the weights are the cost: one product reads them.
     """
+    out = "hp"[: pair_DC.ndim - 2]
     if x_BLD.shape[1] == 1:
-        return jnp.unstack(einsum("bld,dchp->blchp", x_BLD, pair_DCHP, dtype=dtype), axis=2)
-    return [einsum("bld,dhp->blhp", x_BLD, kernel_DHP, dtype=dtype) for kernel_DHP in jnp.unstack(pair_DCHP, axis=1)]
+        return jnp.unstack(einsum(f"bld,dc{out}->blc{out}", x_BLD, pair_DC, dtype=dtype), axis=2)
+    return [einsum(f"bld,d{out}->bl{out}", x_BLD, kernel_D, dtype=dtype) for kernel_D in jnp.unstack(pair_DC, axis=1)]
 
 
 def head_count(config: ModelConfig) -> int:

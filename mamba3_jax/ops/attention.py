@@ -2,10 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as Spec
 
 from mamba3_jax.ops.einsum import einsum
+from mamba3_jax.ops.sharded import undivided
 
 IMPLEMENTATIONS = ("cudnn", "plain")
 QUERIES = 256  # of plain attention: queries whose scores exist at a time
@@ -95,7 +95,7 @@ def over_mesh(attention, batch: str | None, heads: str | None):
     Kernels are not left to XLA to divide: jax can only where queries, keys and values are split alike.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size <= 1 or (batch is None and heads is None) or AxisType.Manual in mesh.axis_types:
+    if undivided(batch, heads):
         return attention
 
     def call(q_BLHE, k_BLKE, v_BLKE, first_BL):

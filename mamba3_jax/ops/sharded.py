@@ -24,7 +24,7 @@ def sharded(op, batch: str | None, split: str | None):
         ValueError: (the call) heads that their axis does not divide.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size <= 1 or (batch is None and split is None) or AxisType.Manual in mesh.axis_types:
+    if undivided(batch, split):
         return op
 
     def call(tokens: Tokens, heads: Heads, state: State | None = None):
@@ -53,6 +53,12 @@ def sharded(op, batch: str | None, split: str | None):
         return run(tokens, heads, state)
 
     return call
+
+
+def undivided(*axes: str | None) -> bool:
+    """Whether nothing is split over these mesh axes: no mesh in context, no axis given, or `jax.shard_map` around."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.size <= 1 or not any(axes) or AxisType.Manual in mesh.axis_types
 
 
 def one_device() -> bool:
