@@ -109,9 +109,10 @@ def on_a_device(shapes) -> int:
 def training(config: Config, state, batch) -> dict[str, int]:
     """Count the bytes of one training step on one device, from the shapes of state and batch with shardings."""
     model = config.model
-    rows, length = batch.tokens_BL.sharding.shard_shape(batch.tokens_BL.shape)
+    *_, rows, length = batch.tokens_BL.sharding.shard_shape(batch.tokens_BL.shape)
     tensor = dict(batch.tokens_BL.sharding.mesh.shape).get("tensor", 1)
-    tokens = rows // config.optimizer.accumulate * length
+    runs = math.prod(state.step.sharding.shard_shape(state.step.shape))  # of several at once, those of a device
+    tokens = runs * (rows // config.optimizer.accumulate) * length
     width = 4 if model.residual_in_fp32 or model.compute_dtype == "float32" else 2
     parameters = on_a_device(state.params)
     return {

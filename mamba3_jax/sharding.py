@@ -39,7 +39,12 @@ def make_mesh(spec: str, devices=None) -> Mesh:
 
 
 def rules(mesh: Mesh) -> tuple[tuple[str, str | None], ...]:
-    """`RULES` for flax: a logical axis whose mesh axis is not in this mesh is not split."""
+    """`RULES` for flax: a logical axis whose mesh axis is not in this mesh is not split.
+
+    A mesh that splits none has no rules: flax then constrains nothing.
+    """
+    if not set(RULES.values()) & set(mesh.axis_names):
+        return ()
     return tuple((name, axis if axis in mesh.axis_names else None) for name, axis in RULES.items())
 
 
@@ -71,9 +76,9 @@ def param_shardings(config: ModelConfig, mesh: Mesh):
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays whose first axis is the batch: tokens, targets, weights, start, logits."""
-    return NamedSharding(mesh, PartitionSpec(dict(rules(mesh))["batch"]))
+    return NamedSharding(mesh, PartitionSpec(dict(rules(mesh)).get("batch")))
 
 
 def state_sharding(mesh: Mesh) -> NamedSharding:
     """Of every array of a model's state: first the repeats, then the batch."""
-    return NamedSharding(mesh, PartitionSpec(None, dict(rules(mesh))["batch"]))
+    return NamedSharding(mesh, PartitionSpec(None, dict(rules(mesh)).get("batch")))

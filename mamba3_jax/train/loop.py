@@ -7,14 +7,19 @@ import functools
 import itertools
 import math
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from mamba3_jax import memory, model
 from mamba3_jax.checkpoint import Checkpoints, all_steps, checkpoint_dir, load_config, write_config
 from mamba3_jax.config import Config, check
-from mamba3_jax.data import loader, tokenizer, tokenizer_copy
+from mamba3_jax.data import Batch, loader, tokenizer, tokenizer_copy
 from mamba3_jax.finite import check_finite
+from mamba3_jax.ops.cross_entropy import Sums
 from mamba3_jax.sharding import make_mesh, using
 from mamba3_jax.train import flops, metrics, optimizer, resume
 from mamba3_jax.train.loss import bits_per_byte, means
@@ -40,12 +45,11 @@ class Stopped(Exception):
         self.number = number
 
 
-def validate(config: Config) -> None:
-    """Raise ValueError, naming the value and the wish, for a config that cannot be trained here."""
-    check(config)
+def validate(config: Config, mesh: Mesh) -> None:
+    """Raise ValueError, naming the value and the wish, for a config that cannot be trained on this mesh."""
     model.validate(config.model)
     optimizer.validate(config.optimizer)
-    parts = make_mesh(config.train.mesh).shape.get("data", 1) * config.optimizer.accumulate
+    parts = mesh.shape.get("data", 1) * config.optimizer.accumulate
     if config.data.batch % parts:
         raise ValueError(
             f"data.batch={config.data.batch} is not a positive multiple of {parts}: "
@@ -64,15 +68,16 @@ class Trainer:
 
     def __init__(self, config: Config, workdir, report=say):
         given, config = config, resume.with_own_tokenizer(config, workdir)
-        validate(config)
+        check(config)
+        self.mesh = self._mesh(config)
+        validate(config, self.mesh)
         self.config, self.workdir = config, checkpoint_dir(workdir).parent
         self.chief = jax.process_index() == 0
         self.report = report if self.chief else lambda *_: None
         if config is not given:
             self.report(f"tokenizer: {config.data.tokenizer}, the run's own copy of {given.data.tokenizer}")
-        self.mesh = make_mesh(config.train.mesh)
-        self.shapes = state_shapes(config, self.mesh)
-        memory.fit_device(memory.training(config, self.shapes, batch_shapes(config.data, self.mesh)))
+        self.shapes, self.batch = self._shapes()
+        memory.fit_device(memory.training(config, self.shapes, self.batch))
         memory.fit(memory.validation(config, jax.process_count()), "this host", memory.free_on_host())
         self.workdir.mkdir(parents=True, exist_ok=True)
         self._check_resume()
@@ -83,21 +88,57 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             if self.chief:
                 stack.enter_context(resume.alone(self.workdir))
-            self.data = stack.enter_context(contextlib.closing(loader(config.data, "train", **host)))
+            self.data = stack.enter_context(contextlib.closing(self._training_data(host)))
             self.checkpoints = stack.enter_context(Checkpoints(self.workdir, config))
             self.best = self.checkpoints.best_loss()
             self.start_params = None
             self.state, self.step = self._restore()
-            self.log = None
+            self.logs = []
             if self.chief:
-                self.log = stack.enter_context(contextlib.closing(metrics.Log(self.workdir, self.step, self.report)))
+                for folder, of_run in self._runs().items():
+                    write_config(folder, of_run)
+                    log = metrics.Log(folder, self.step, self.report)
+                    self.logs.append(stack.enter_context(contextlib.closing(log)))
                 tokenizer_copy.keep(self.workdir, config.data.tokenizer)
-                write_config(self.workdir, config)
             self._open = stack.pop_all()
         self.pending = collections.deque()  # (step, metrics still on the device)
-        self.mean = metrics.Mean()
+        self.means = [metrics.Mean() for _ in self._runs()]
         self.flops = flops.flops_per_token(config.model, config.data.length)
         self.peak = flops.peak_flops(config.train.peak_tflops)
+
+    def _mesh(self, config: Config) -> Mesh:
+        return make_mesh(config.train.mesh)
+
+    def _shapes(self) -> tuple[TrainState, Batch]:
+        """Shapes, dtypes and shardings of the state and of a batch."""
+        return state_shapes(self.config, self.mesh), batch_shapes(self.config.data, self.mesh)
+
+    def _runs(self) -> dict[Path, Config]:
+        """Return the config of each run by the folder of its metrics."""
+        return {self.workdir: self.config}
+
+    def _training_data(self, host: dict):
+        return loader(self.config.data, "train", **host)
+
+    def _initial(self) -> Callable[[], TrainState]:
+        return functools.partial(init_state, self.config)
+
+    def _update(self, config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+        return functools.partial(train_step, config)
+
+    def _scores(self) -> Callable[[Any, Batch], Sums]:
+        return functools.partial(eval_step, self.config)
+
+    def _put(self, batch: Batch) -> Batch:
+        return put(batch, self.mesh)
+
+    def _each(self, values: dict) -> list[dict]:
+        """Split metrics of the device into those of each run, as Python numbers."""
+        return [{name: value.item() for name, value in jax.device_get(values).items()}]
+
+    def _progress(self, step: int, each: list[dict], seconds_a_step: float) -> str:
+        (values,) = each
+        return metrics.progress(step, self.config.train.steps, values, seconds_a_step)
 
     def __enter__(self):
         return self
@@ -189,7 +230,7 @@ class Trainer:
             for field, (old, new) in self.changes.items():
                 self.report(f"  config.{field} was {old!r}, is {new!r}")
         else:
-            self.state = jax.jit(functools.partial(init_state, config), out_shardings=shardings)()
+            self.state = jax.jit(self._initial(), out_shardings=shardings)()
             if self.start_params is not None:
                 self.state = self.state._replace(params=self.start_params)
             try:
@@ -197,7 +238,7 @@ class Trainer:
             except ValueError as error:
                 raise Failed(error) from error
         self.update, remat = self._fitting()
-        self.evaluate = jax.jit(functools.partial(eval_step, config))
+        self.evaluate = jax.jit(self._scores())
         held = memory.readable(memory.of_program(self.update))
         self.report(f"compiled in {time.perf_counter() - begin:.1f} s, remat={remat!r}, {held} a device")
         self.begin = time.perf_counter()
@@ -206,13 +247,13 @@ class Trainer:
     def _fitting(self):
         """(step, remat): compiled with what config.model.remat names, or else the first that fits into the device."""
         config, limit = self.config, memory.of_device()
-        batch, shardings = batch_shapes(config.data, self.mesh), jax.tree.map(lambda shape: shape.sharding, self.shapes)
+        shardings = jax.tree.map(lambda shape: shape.sharding, self.shapes)
         choices = [config.model.remat] if config.model.remat else ["none", "rotation", "block"]
         for remat in choices:
             run = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
-            update = jax.jit(functools.partial(train_step, run), donate_argnums=0, out_shardings=(shardings, None))
+            update = jax.jit(self._update(run), donate_argnums=0, out_shardings=(shardings, None))
             try:
-                compiled = update.lower(self.shapes, batch).compile()
+                compiled = update.lower(self.shapes, self.batch).compile()
                 needed = memory.of_program(compiled)
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
@@ -227,8 +268,7 @@ class Trainer:
 
     def _advance(self) -> None:
         """Hands one step to the device, and takes in the metrics of the step before the last two."""
-        batch = put(next(self.data), self.mesh)
-        self.state, got = self.update(self.state, batch)
+        self.state, got = self.update(self.state, self._put(next(self.data)))
         self.step += 1
         self.pending.append((self.step, got))
         while len(self.pending) > AHEAD:
@@ -237,26 +277,29 @@ class Trainer:
     def _receive(self) -> None:
         """Log the oldest pending metrics if due; stop the run if too many updates in a row were skipped."""
         step, got = self.pending.popleft()
-        values = {name: value.item() for name, value in jax.device_get(got).items()}
-        bad = values.pop("bad")
-        self.mean.add(values)
+        each = self._each(got)
+        bads = [values.pop("bad") for values in each]
+        for mean, values in zip(self.means, each, strict=True):
+            mean.add(values)
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
             now, (before, first) = time.perf_counter(), self.since
             self.since = (now, step)
-            values = self.mean.take(values)
             seconds = (now - before) / (step - first)
-            rate = self.config.data.batch * self.config.data.length / seconds
-            values["tokens_per_second"] = rate
-            if self.peak:
-                values["mfu"] = rate * self.flops / self.peak
-            self._write(step, values)
-            self.report(metrics.progress(step, self.config.train.steps, values, seconds))
-        if bad >= self.config.train.max_bad_steps:
+            each = [mean.take(values) | self._rates(seconds) for mean, values in zip(self.means, each, strict=True)]
+            self._write(step, each)
+            self.report(self._progress(step, each, seconds))
+        if min(bads) >= self.config.train.max_bad_steps:
             self.checkpoints.wait()
             raise Diverged(
-                f"loss, gradient or update was not finite in {bad} steps in a row, the last one step {step}; "
+                f"loss, gradient or update was not finite in {min(bads)} steps in a row, the last one step {step}; "
                 f"{self._last_good()}"
             )
+
+    def _rates(self, seconds_a_step: float) -> dict:
+        """Tokens a second of a run and, where the device's peak is known, the part of it that all runs together use."""
+        rate = self.config.data.batch * self.config.data.length / seconds_a_step
+        rates = {"tokens_per_second": rate}
+        return rates | {"mfu": len(self.means) * rate * self.flops / self.peak} if self.peak else rates
 
     def _evaluate_and_save(self, stop: bool) -> None:
         """Whichever is due after this step. If the best is kept, a step better than any before is saved too."""
@@ -270,35 +313,38 @@ class Trainer:
             self._receive()
         loss = self._validate() if evaluate else math.inf
         if save or (train.keep_best and loss < self.best):
-            if self.log:
-                self.log.flush()  # a resumed run drops later lines, but cannot bring back earlier ones
+            for log in self.logs:
+                log.flush()  # a resumed run drops later lines, but cannot bring back earlier ones
             rest = self.state._asdict()
             self.checkpoints.save(self.step, rest.pop("params"), rest, self.data.get_state(), loss)
         self.best = min(self.best, loss)
         self.since = (time.perf_counter(), self.step)
 
     def _validate(self) -> float:
-        """Mean validation loss over the same batches every time."""
+        """Mean validation loss over the same batches every time; of several runs, the lowest."""
         parts = [self.evaluate(self.state.params, put(batch, self.mesh)) for batch in self.valid]
         total = jax.tree.map(lambda *values: sum(values), *parts)
-        values = {name: value.item() for name, value in means(total).items()}
-        if (bits := bits_per_byte(values["loss"], self.config.data)) is not None:
-            values["bits_per_byte"] = bits
-        self._write(self.step, {f"valid_{name}": value for name, value in values.items()})
-        self.report(
-            f"step {self.step} validation: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-        )
-        return values["loss"] if math.isfinite(values["loss"]) else math.inf
+        each = self._each(means(total))
+        for values in each:
+            if (bits := bits_per_byte(values["loss"], self.config.data)) is not None:
+                values["bits_per_byte"] = bits
+        self._write(self.step, [{f"valid_{name}": value for name, value in values.items()} for values in each])
+        self.report(f"step {self.step} validation: {self._validation(each)}")
+        return min((values["loss"] for values in each if math.isfinite(values["loss"])), default=math.inf)
 
-    def _write(self, step: int, values: dict) -> None:
-        if self.log:
-            self.log.write(step, values)
+    def _validation(self, each: list[dict]) -> str:
+        (values,) = each
+        return ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+
+    def _write(self, step: int, each: list[dict]) -> None:
+        for log, values in zip(self.logs, each, strict=False):  # no logs but the chief's
+            log.write(step, values)
 
     def _finish(self) -> dict:
         """Curve and table, from metrics.jsonl: of the whole run, however often it was resumed."""
         if not self.chief:
             return {}
-        lines = metrics.read(self.log.path, self.report)
+        lines = metrics.read(self.workdir / metrics.FILE, self.report)
         summary = metrics.summary(lines, self.config)
         metrics.draw_curve(self.workdir / "curve.png", lines, self.config)
         files = {"checkpoint": self.checkpoints.directory / str(self.step), "curve": self.workdir / "curve.png"}

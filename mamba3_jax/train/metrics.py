@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import statistics
 import time
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from mamba3_jax.checkpoint import replace, writing
 from mamba3_jax.config import Config
 from mamba3_jax.finite import or_null
 from mamba3_jax.train.loss import bits_per_byte
+
+
+FILE = "metrics.jsonl"  # of a run, in its folder
 
 
 def read(path: Path, report=lambda _: None) -> list[dict]:
@@ -75,7 +79,7 @@ class Log:
     """
 
     def __init__(self, workdir: Path, step: int, report=lambda _: None):
-        self.path = workdir / "metrics.jsonl"
+        self.path = workdir / FILE
         kept = [line for line in read(self.path, report) if line["step"] <= step]
         replace(self.path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept))
         self._file = self.path.open("a")
@@ -148,6 +152,28 @@ def progress(step: int, steps: int, values: dict, seconds_a_step: float) -> str:
     if values["skipped"]:
         parts.append(f"skipped {values['skipped']}")
     return "  ".join(parts)
+
+
+def progress_of_many(step: int, steps: int, each: list[dict], seconds_a_step: float) -> str:
+    """One line for people, of many runs: step, the spread of loss and accuracy, tokens/s of all together, time to go."""
+    parts = [
+        f"step {step:{len(str(steps))}}/{steps}",
+        f"loss {spread([values['loss'] for values in each])}",
+        f"accuracy {spread([values['accuracy'] for values in each])}",
+        f"{sum(values['tokens_per_second'] for values in each):,.0f} tok/s of {len(each)} runs",
+        f"ETA {clock((steps - step) * seconds_a_step)}",
+    ]
+    if skipped := sum(values["skipped"] > 0 for values in each):
+        parts.append(f"{skipped} have skipped updates")
+    return "  ".join(parts)
+
+
+def spread(values: list[float]) -> str:
+    """Write the median, the least and the greatest of what is finite."""
+    finite = sorted(value for value in values if math.isfinite(value))
+    if not finite:
+        return "nan"
+    return f"{statistics.median(finite):.4f} ({finite[0]:.4f} .. {finite[-1]:.4f})"
 
 
 def clock(seconds: float) -> str:

@@ -235,13 +235,13 @@ def no_more_room(trainer, step):
 
 def full_metrics(trainer, step):
     if step == 7:
-        trainer.log._file = Full()
+        trainer.logs[0]._file = Full()
 
 
 def full_board(trainer, step):
     if step == 7:
-        trainer.log._board._events = Full()
-        trainer.log._board._events.write_event = trainer.log._board._events.write
+        trainer.logs[0]._board._events = Full()
+        trainer.logs[0]._board._events.write_event = trainer.logs[0]._board._events.write
 
 
 def no_curve(trainer, step):
