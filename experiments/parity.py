@@ -29,9 +29,10 @@ import numpy as np
 import optax
 from absl import flags, logging
 
-from experiments.benchmarks.common import provenance, tracing
+from experiments.benchmarks.common import tracing
 from experiments.figures.parity import draw
 from launch import common
+from launch.provenance import provenance
 from mamba3_jax.checkpoint import save_model
 from mamba3_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, to_dict
 from mamba3_jax.data import loader

@@ -17,6 +17,7 @@ from absl import flags
 
 from experiments.benchmarks import common
 from launch.common import define_path, run
+from launch.provenance import REPOSITORY, git_commit, load, provenance
 from mamba3_jax.checkpoint import all_steps, load_config
 
 RESULTS = Path(__file__).parent / "results"
@@ -30,7 +31,7 @@ def timed(module: str, *arguments: str) -> float:
     """
     begin, command = time.perf_counter(), [sys.executable, "-m", module, *arguments]
     anew = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # the time is that of a first run
-    if code := subprocess.run(command, cwd=common.REPOSITORY, env=anew).returncode:
+    if code := subprocess.run(command, cwd=REPOSITORY, env=anew).returncode:
         sys.exit(code)
     return round(time.perf_counter() - begin, 1)
 
@@ -40,14 +41,14 @@ def main(_):
     if workdir.exists():
         sys.exit(f"{workdir} exists: a recorded run starts from nothing")
     # No backend before the children have run: an accelerator may be one process's at a time.
-    commit, load = common.git_commit(), common.load()
+    commit, load_before = git_commit(), load()
     seconds = {
         "train": timed("launch.train", f"--config={flags.FLAGS.config}", f"--workdir={workdir}"),
         "evaluate": timed("launch.evaluate", f"--workdir={workdir}"),
     }
     step = all_steps(workdir)[-1]
     evaluation = json.loads((workdir / "evaluation" / f"step_{step}.json").read_text())
-    name, origin = load_config(workdir).name, common.provenance(commit) | {"load_before": load}
+    name, origin = load_config(workdir).name, provenance(commit) | {"load_before": load_before}
     path = common.write(name, origin, evaluation["results"], RESULTS, seconds=seconds, step=step)
     print(f"written to {path}")
 

@@ -1,7 +1,8 @@
 """What the commands share: the --config flag, and errors that a user can mend as one line instead of a traceback.
 
 Exit status of every command: 0 done; 1 a bug, with its traceback; 2 a mistake in flags, config, files or input.
-`launch.train` adds 3 (stopped after too many non-finite updates) and 128 + n (saved and stopped on signal n).
+`launch.train` and `launch.sweep` add 3 (stopped after too many non-finite updates) and 128 + n (saved and stopped on
+signal n).
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from mamba3_jax.data import tokenizer, tokenizer_copy
 
 flags.disclaim_key_flags()  # those defined here are the calling program's, and in its --help
 USER_ERROR = 2
+DIVERGED = 3
 MODULE = "config_config"  # the name that ml_collections gives to the file of the flag --config
 
 
@@ -113,11 +115,16 @@ def experiment(holder) -> Config:
     if not flags.FLAGS["config"].present:
         fail("flag --config=FILE.py is missing")
     if not isinstance(config, Config):
-        path = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
-        fail(_why_no_config(config) or f"--config={path}: get_config() does not return a mamba3_jax.config.Config")
+        wrong = f"--config={config_path()}: get_config() does not return a mamba3_jax.config.Config"
+        fail(_why_no_config(config) or wrong)
     with user_errors():
         check(config)
     return config
+
+
+def config_path() -> str:
+    """Return the file that --config names."""
+    return config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
 
 
 def data_with(data: DataConfig, tokenizer: str | None, eos: str | None) -> DataConfig:

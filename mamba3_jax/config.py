@@ -4,6 +4,7 @@ Flags override any field by its path (--config.model.d_state=64). Plain dataclas
 `ml_collections.config_flags` assigns to their fields.
 """
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -198,6 +199,26 @@ class Config(Section):
 def to_dict(config: Config) -> dict:
     """Nested plain values, for JSON."""
     return dataclasses.asdict(config)
+
+
+def with_fields(config: Config, fields: dict[str, object]) -> Config:
+    """Return a copy in which fields, by path ("model.d_state"), have other values.
+
+    Raises:
+        ValueError: a path that names no field.
+    """
+    changed = copy.deepcopy(config)
+    for path, value in fields.items():
+        *sections, name = path.split(".")
+        section, where = changed, "config"
+        for part in (*sections, name):
+            names = [field.name for field in dataclasses.fields(section)] if dataclasses.is_dataclass(section) else []
+            if part not in names:
+                raise ValueError(no_field(where, part, names))
+            if part is not name:
+                section, where = getattr(section, part), f"{where}.{part}"
+        setattr(section, name, value)
+    return changed
 
 
 # What earlier versions saved and is called otherwise now: fields, with what their values are now where those changed

@@ -2,14 +2,8 @@
 
 import contextlib
 import dataclasses
-import datetime
 import json
-import os
-import platform
-import re
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +13,6 @@ import jax
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
-REPOSITORY = Path(__file__).parents[2]
 _ONE_THREAD = threading.RLock()
 
 
@@ -107,59 +100,6 @@ def require(errors: Mapping[str, float], tolerance: float, what: str) -> float:
 def temp_mib(compiled) -> float:
     """Temporary memory of a compiled function, MiB."""
     return compiled.memory_analysis().temp_size_in_bytes / 2**20
-
-
-def device_name() -> str:
-    """Return the accelerator's own name; for a CPU, the processor's and how many cores this process may use."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return device.device_kind
-    match = None
-    if Path("/proc/cpuinfo").exists():
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"CPU, {cores} cores ({match.group(1) if match else platform.processor() or platform.machine()})"
-
-
-def git_commit() -> str:
-    """Return this checkout's short commit, `-dirty` if its code, new files included, is other, `unknown` outside."""
-    git = ["git", "-C", str(REPOSITORY)]
-    code = ["--", ".", ":(exclude,glob)**/results/**", ":(exclude,glob)**/*.md"]  # what measuring itself rewrites
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short=9", "HEAD"], capture_output=True, text=True, check=True)
-        status = [*git, "status", "--porcelain", "--untracked-files=all", *code]
-        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("-dirty" if changed else "")
-
-
-def load() -> float:
-    """Return the machine's load over the last minute: a busy machine explains a slow figure."""
-    return round(os.getloadavg()[0], 2)
-
-
-def provenance(commit: str = "") -> dict:
-    """Where and when a figure was taken. `commit` stands in where the code runs outside its checkout."""
-    return {
-        "commit": commit or git_commit(),
-        "date": datetime.date.today().isoformat(),
-        "device": device_name(),
-        "platform": jax.default_backend(),
-        "load_before": load(),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "command": command_line(),
-    }
-
-
-def command_line() -> str:
-    """How this program was called, as one would type it from the repository's root."""
-    program = Path(sys.argv[0]).resolve()
-    if not program.is_relative_to(REPOSITORY):
-        return " ".join(["python", program.name, *sys.argv[1:]])
-    module = ".".join(program.relative_to(REPOSITORY).with_suffix("").parts)
-    return " ".join(["python -m", module, *sys.argv[1:]])
 
 
 def write(name: str, origin: dict, rows: Sequence[Mapping], directory: str | Path = "", **more) -> Path:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.benchmarks import common, ssm
+from launch.provenance import provenance
 from mamba3_jax import decoding, decoding_layer, generate
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.model import LanguageModel, init_params
@@ -311,7 +312,7 @@ def main(argv):
     models = ssm.chosen("models", FLAGS.models or DEFAULT[platform], MODELS)
     samplings = ssm.chosen("samplings", FLAGS.samplings or list(SAMPLINGS), SAMPLINGS)
     batches = [int(batch) for batch in FLAGS.batches]
-    origin = common.provenance(FLAGS.commit)
+    origin = provenance(FLAGS.commit)
     best = {"copy_gb_s": ssm.ceilings("float32")["copy_gb_s"]}
     rows = []
     for model in models:

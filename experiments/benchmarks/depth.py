@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.benchmarks import common
+from launch.provenance import provenance
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.model import LanguageModel, boxed_shapes
 
@@ -65,7 +66,7 @@ COLUMNS = {
 def main(argv):
     del argv
     jax.config.update("jax_enable_compilation_cache", False)
-    origin = common.provenance()
+    origin = provenance()
     rows = [row_of(name, int(layers)) for name in FLAGS.models for layers in FLAGS.depths]
     print(common.table(rows, COLUMNS))
     print(common.write(f"depth_{jax.default_backend()}", origin, rows, FLAGS.out))

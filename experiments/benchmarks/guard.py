@@ -17,6 +17,7 @@ from absl import app, flags
 
 from experiments import text
 from experiments.benchmarks import common, train
+from launch.provenance import provenance
 from mamba3_jax.config import Config
 from mamba3_jax.presets import PRESETS
 from mamba3_jax.train import step
@@ -96,7 +97,7 @@ COLUMNS = {
 
 def main(argv):
     del argv
-    origin, rows = common.provenance(FLAGS.commit), []
+    origin, rows = provenance(FLAGS.commit), []
     for model in FLAGS.models or (["text"] if jax.default_backend() == "cpu" else ["siso-180m", "mimo-180m"]):
         rows += rows_of(model, config_of(model), FLAGS.rounds)
         path = common.write(f"guard_{jax.default_backend()}", origin, rows, FLAGS.out)

@@ -26,6 +26,7 @@ from absl import app, flags
 
 from experiments.benchmarks import common
 from experiments.benchmarks.peer import Layer, activations, weights
+from launch.provenance import provenance
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.convert import to_params
 from mamba3_jax.mixers.mamba3 import Mamba3
@@ -193,7 +194,7 @@ COLUMNS = {
 def main(argv):
     del argv
     jax.config.update("jax_platforms", "cpu")
-    origin = common.provenance()
+    origin = provenance()
     python = FLAGS.peer_python
     if python and not Path(python).exists():
         raise app.UsageError(f"--peer_python={python} does not exist. To create it:\n{CREATE}")

@@ -20,6 +20,7 @@ from absl import app, flags
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from experiments.benchmarks import common
+from launch.provenance import provenance
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data import loader, tokenizer
 from mamba3_jax.data.synthetic import TASKS
@@ -135,7 +136,7 @@ COLUMNS = {
 
 def main(argv):
     del argv
-    origin, rows = common.provenance(), OF[FLAGS.of]()
+    origin, rows = provenance(), OF[FLAGS.of]()
     print(common.table(rows, COLUMNS))
     print(common.write(FLAGS.name, origin, rows, FLAGS.out))
 

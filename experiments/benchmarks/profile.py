@@ -16,6 +16,7 @@ import jax
 from absl import app, flags
 
 from experiments.benchmarks import common, ssm
+from launch.provenance import provenance
 
 FLAGS = flags.FLAGS
 COLUMNS = {name: name for name in ("case", "what", "kernel", "ms", "times", "share")}
@@ -80,7 +81,7 @@ def main(argv):
         if isinstance(compiled, Exception):
             raise compiled
         rows += rows_of(task, compiled)
-        path = common.write(FLAGS.name, common.provenance(FLAGS.commit), rows, FLAGS.out)
+        path = common.write(FLAGS.name, provenance(FLAGS.commit), rows, FLAGS.out)
         mine = [row for row in rows if (row["case"], row["what"]) == (task.name, task.what)]
         print(common.table([row for row in mine if row["share"] > 0.005], COLUMNS))
         print(f"{task.name} {task.what}: {sum(row['ms'] for row in mine):.3f} ms in kernels", flush=True)

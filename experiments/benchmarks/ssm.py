@@ -25,6 +25,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments.benchmarks import common, flops
+from launch.provenance import provenance
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State, Tokens, empty_state, ssm
 from pallas_kernels.ssm.cases import Case, of_layer, varied
 
@@ -396,7 +397,7 @@ def main(argv):
         platforms = {"gpu": "cuda", "tpu": "tpu,cpu"}.get(FLAGS.device, FLAGS.device)
         jax.config.update("jax_platforms", platforms)
     platform = jax.default_backend()
-    origin = common.provenance(FLAGS.commit)
+    origin = provenance(FLAGS.commit)
     implementations = FLAGS.implementations or IMPLEMENTATIONS_OF[platform]
     implementations = chosen("implementations", implementations, IMPLEMENTATIONS)
     cases = CASES[platform]

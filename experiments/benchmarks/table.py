@@ -17,9 +17,10 @@ from absl import app, flags
 from experiments import parity
 from experiments.benchmarks import common, decode, depth, layer, ssm, tpu_aot, train
 from experiments.benchmarks.experiments import EXPERIMENTS, HEADLINES
+from launch.provenance import REPOSITORY
 from mamba3_jax.evaluate import language
 
-FILES = (common.REPOSITORY / "README.md", common.REPOSITORY / "experiments" / "README.md")
+FILES = (REPOSITORY / "README.md", REPOSITORY / "experiments" / "README.md")
 PLACE = re.compile(r"<!-- table:(\S+) -->\n.*?<!-- end -->", re.DOTALL)
 MISSING = "Not measured yet."
 
@@ -58,7 +59,7 @@ def experiments_table() -> str:
     """One row an experiment: question, command, cost, expected, got."""
     rows = []
     for experiment in EXPERIMENTS:
-        path = common.REPOSITORY / "experiments" / experiment.result
+        path = REPOSITORY / "experiments" / experiment.result
         result = common.read(path.stem, path.parent)
         got = "not run yet" if result is None else experiment.got(result)
         where = "" if result is None else f" ({result['commit']}, {result['device']})"
@@ -71,7 +72,7 @@ def results_table() -> str:
     """Draws the short table of the main README: a number, the device, and the command that measures it."""
     rows = []
     for headline in HEADLINES:
-        path = common.REPOSITORY / "experiments" / headline.result
+        path = REPOSITORY / "experiments" / headline.result
         result = common.read(path.stem, path.parent)
         number, device = ("not run yet", None) if result is None else (headline.number(result), result["device"])
         rows.append({"what": headline.what, "number": number, "on": device, "command": f"`{headline.command}`"})
@@ -80,7 +81,7 @@ def results_table() -> str:
 
 def evaluation_table() -> str:
     """Draws what `launch.evaluate` printed of the recorded run of text, a line a length."""
-    path = common.REPOSITORY / "experiments" / "results" / "text.json"
+    path = REPOSITORY / "experiments" / "results" / "text.json"
     result = common.read(path.stem, path.parent)
     if result is None:
         return MISSING
@@ -90,7 +91,7 @@ def evaluation_table() -> str:
 
 def parity_table() -> str:
     """Accuracy by length of every variant and seed."""
-    path = common.REPOSITORY / "experiments" / "results" / "parity.json"
+    path = REPOSITORY / "experiments" / "results" / "parity.json"
     result = common.read(path.stem, path.parent)
     return MISSING if result is None else f"{parity.table(result)}\n\n{origin(result)}"
 
@@ -136,11 +137,11 @@ def main(argv):
     del argv
     changes = outdated(FILES)
     if FLAGS.check and changes:
-        names = ", ".join(str(path.relative_to(common.REPOSITORY)) for path in changes)
+        names = ", ".join(str(path.relative_to(REPOSITORY)) for path in changes)
         sys.exit(f"Tables are out of date in {names}: run python -m experiments.benchmarks.table")
     for path, text in changes.items():
         path.write_text(text)
-        print(f"rewrote {path.relative_to(common.REPOSITORY)}")
+        print(f"rewrote {path.relative_to(REPOSITORY)}")
 
 
 if __name__ == "__main__":

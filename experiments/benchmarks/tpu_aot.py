@@ -49,13 +49,14 @@ from absl import app, flags  # noqa: E402
 from jax.sharding import Mesh, SingleDeviceSharding  # noqa: E402
 
 from experiments.benchmarks import common, flops, hlo, ssm  # noqa: E402
+from launch.provenance import REPOSITORY, provenance  # noqa: E402
 from mamba3_jax.ops.kernels import kernels as run_kernels  # noqa: E402
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State  # noqa: E402
 from pallas_kernels.ssm.cases import Case, of_layer, varied  # noqa: E402
 
 FLAGS = flags.FLAGS
 # Away from the environment: wherever libtpu can be imported, every JAX program looks for a TPU.
-LIBTPU = common.REPOSITORY / "build" / "libtpu"
+LIBTPU = REPOSITORY / "build" / "libtpu"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +262,7 @@ def simulated(task: ssm.Task, chip: str, kernels: set[str]) -> int:
         ]
         command += [f"--implementations={task.implementation}", f"--what={task.what}"]
         env = os.environ | {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_static_llo_profile_to={folder}"}
-        run = subprocess.run(command, env=env, cwd=common.REPOSITORY, capture_output=True, text=True, timeout=900)
+        run = subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
         found = [profiled(path.read_text()) for path in Path(folder).glob("*_static_llo_profile.textproto")]
     found = [(name, cycles) for name, cycles in found if name in kernels]  # the others are XLA's own
     if {name for name, _ in found} != kernels:
@@ -361,7 +362,7 @@ def main(argv):
     names = ssm.chosen("cases", FLAGS.cases or list(cases), cases)
     tasks = [(chip, t) for chip in chips for name in names for t in tasks_of(name, cases[name], implementations)]
     tasks = [(chip, task) for chip, task in tasks if FLAGS.what in ("", task.what)]
-    origin = common.provenance() | {"platform": "tpu", "device": f"no TPU (libtpu {version})", "libtpu": version}
+    origin = provenance() | {"platform": "tpu", "device": f"no TPU (libtpu {version})", "libtpu": version}
     origin |= {"arguments": "joined: (B, L, H P), as a model has them"}
     rows = kept(common.read(FLAGS.name, FLAGS.out) if FLAGS.keep else None, tasks, origin)
     sizes = {name: case.sizes() for name, case in (CASES | FULL).items()}

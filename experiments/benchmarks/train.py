@@ -28,6 +28,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments.benchmarks import common
+from launch.provenance import provenance
 from mamba3_jax.config import Config, DataConfig, ModelConfig, check
 from mamba3_jax.data.batch import Batch
 from mamba3_jax.mixers.mamba3 import Mamba3
@@ -275,7 +276,7 @@ def main(argv):
     del argv
     if jax.default_backend() != "gpu":
         raise app.UsageError(f"needs a GPU: the backend is {jax.default_backend()!r}")
-    origin = common.provenance(FLAGS.commit)
+    origin = provenance(FLAGS.commit)
     batches = [int(batch) for batch in FLAGS.batch]
     programs = [
         program

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.benchmarks import common, ssm
+from launch.provenance import provenance
 from mamba3_jax.ops import kernels, tuned
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS
 from mamba3_jax.ops.tuned import Choice
@@ -282,7 +283,7 @@ def main(argv):
     if jax.default_backend() != "gpu":
         raise app.UsageError(f"there is nothing to tune without a GPU: the backend is {jax.default_backend()!r}")
     names = ssm.chosen("cases", FLAGS.cases or list(ssm.CASES["gpu"]), ssm.CASES["gpu"])
-    origin = common.provenance(FLAGS.commit)
+    origin = provenance(FLAGS.commit)
     progress = Progress(Path(FLAGS.progress), {name: origin[name] for name in ("device", "jax", "commit")})
     tuned.table = tuple  # nothing: what is timed is what is asked for, not what was chosen before
     for name in names:

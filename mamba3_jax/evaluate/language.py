@@ -17,6 +17,7 @@ def evaluate(
     *,
     lengths: Sequence[int] = (),
     max_tokens: int = 0,
+    scorer: Scorer | None = None,
     say: Callable[[str], None] | None = None,
 ) -> list[dict]:
     """Return a result a row length: what the model makes of the "valid" split of `data` cut into rows of that length.
@@ -27,6 +28,7 @@ def evaluate(
         data: where the text comes from; its length is taken to be the one trained at.
         lengths: of the rows, in tokens; () is 1, 2 and 4 times `data.length`.
         max_tokens: about how many for each length, in whole rows; 0 is all.
+        scorer: one to use again, with what it has compiled, for other parameters of the same model; None: a new one.
         say: called with a line of progress now and then.
 
     Returns:
@@ -38,7 +40,8 @@ def evaluate(
         ValueError: a length below 2, or data without a scored token.
     """
     lengths = check_lengths(lengths or [data.length, 2 * data.length, 4 * data.length])
-    scorer = Scorer(model, params, data.length)
+    scorer = scorer or Scorer(model, params, data.length)
+    scorer.params = params
     results = []
     for length in lengths:
         total = Totals(length)

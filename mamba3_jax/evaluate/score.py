@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mamba3_jax.config import DataConfig
@@ -19,6 +20,7 @@ class Scored(NamedTuple):
     """A batch and what the model made of it."""
 
     batch: Batch
+    # Of several members the scores have a leading axis M.
     nll_BL: np.ndarray  # -log p(target) in nats; NaN for a target outside the vocabulary
     correct_BL: np.ndarray  # the likeliest id is the target
     position_BL: np.ndarray  # tokens since the document's first, or the row's
@@ -41,10 +43,14 @@ def positions(start_BL: np.ndarray) -> np.ndarray:
 class Scorer:
     """Scores rows of one length; `score` may be called on any number of datasets, compiling once."""
 
-    def __init__(self, model: LanguageModel, params, piece: int):
-        """`piece`: tokens a call; longer rows are run in pieces with the state carried."""
-        self.model, self.params, self.piece = model, params, piece
-        self._run = jax.jit(functools.partial(score_piece, model), donate_argnums=2)
+    def __init__(self, model: LanguageModel, params, piece: int, members: int = 0):
+        """`piece`: tokens a call; longer rows are run in pieces with the state carried.
+
+        `members`: of several models, which the leading axis of `params` counts; 0: it is one model, without that axis.
+        """
+        self.model, self.params, self.piece, self.members = model, params, piece, members
+        run = functools.partial(score_piece, model)
+        self._run = jax.jit(jax.vmap(run, in_axes=(0, None, 0)) if members else run, donate_argnums=2)
 
     def batch(self, batch: Batch) -> Scored:
         """One batch, whatever its length: the last piece is filled up with tokens that are not scored."""
@@ -52,13 +58,17 @@ class Scorer:
         piece = min(self.piece, length)
         fill = -length % piece
         padded = jax.tree.map(lambda array_BL: np.pad(array_BL, ((0, 0), (0, fill))), batch)
-        state, parts = self.model.empty_state(rows, length + fill), []
+        state, parts = self._empty_state(rows, length + fill), []
         for first in range(0, length, piece):
             part = jax.tree.map(lambda array_BL: array_BL[:, first : first + piece], padded)  # noqa: B023
             *scores, state = self._run(self.params, part, state)
             parts.append(jax.device_get(scores))
-        nll_BL, correct_BL = (np.concatenate(part, axis=1)[:, :length] for part in zip(*parts, strict=True))
+        nll_BL, correct_BL = (np.concatenate(part, axis=-1)[..., :length] for part in zip(*parts, strict=True))
         return Scored(batch, nll_BL, correct_BL, positions(batch.start_BL))
+
+    def _empty_state(self, rows: int, length: int):
+        state = self.model.empty_state(rows, length)
+        return jax.tree.map(lambda x: jnp.stack([x] * self.members), state) if self.members else state
 
     def score(
         self, data: DataConfig, *, max_tokens: int = 0, say: Callable[[str], None] | None = None

@@ -35,6 +35,7 @@ def evaluate(
     *,
     lengths: Sequence[int] = (),
     max_tokens: int = 0,
+    members: int = 0,
     say: Callable[[str], None] | None = None,
 ) -> list[dict]:
     """Return a result a length: sequences of that length, one a row, drawn as validation rows of task `data.source`.
@@ -45,11 +46,13 @@ def evaluate(
         data: the task; the last of its lengths is taken to be the one trained at.
         lengths: in tokens; () is `default_lengths`.
         max_tokens: about how many for each length; 0 is `data.valid_rows` sequences.
+        members: of several models scored at once, which the leading axis of `params` counts; 0: it is one.
         say: called with a line of progress now and then.
 
     Returns:
         Dicts of length, sequences, accuracy (of all scored positions), last (accuracy of the last of these, which is
-        the answer) and scaled_last: last with chance at 0 and always right at 1.
+        the answer) and scaled_last: last with chance at 0 and always right at 1. Of several members the last three are
+        lists.
 
     Raises:
         ValueError: data that is not a task, or a length below 2 or the task's least.
@@ -57,7 +60,7 @@ def evaluate(
     if data.source not in TASKS:
         raise ValueError(f"data.source={data.source!r} is not one of the tasks {sorted(TASKS)}")
     lengths = lengths_of(data, lengths)
-    scorer, chance = Scorer(model, params, max(64, min(lengths))), TASKS[data.source].chance
+    scorer, chance = Scorer(model, params, max(64, min(lengths)), members), TASKS[data.source].chance
     results = []
     for length in lengths:
         whole = {"task_lengths": (length,), "task_steps": (0,), "task_min_length": 0, "length": length}
@@ -65,20 +68,21 @@ def evaluate(
         sequences, scored, right, right_last = 0, 0, 0, 0
         for found in scorer.score(rows, max_tokens=max_tokens, say=say):
             counts_BL = found.batch.weights_BL > 0
-            counts_BL, correct_BL = (array_BL[counts_BL.any(axis=1)] for array_BL in (counts_BL, found.correct_BL))
+            real_B = counts_BL.any(axis=1)
+            counts_BL, correct_BL = counts_BL[real_B], found.correct_BL[..., real_B, :]
             answer = np.flatnonzero(counts_BL.any(axis=0))[-1]  # at one place in all documents of a length
             sequences += len(counts_BL)
             scored += int(counts_BL.sum())
-            right += int((correct_BL & counts_BL).sum())
-            right_last += int(correct_BL[:, answer].sum())
+            right += (correct_BL & counts_BL).sum(axis=(-2, -1))
+            right_last += correct_BL[..., answer].sum(axis=-1)
         last = right_last / sequences
         results.append(
             {
                 "length": length,
                 "sequences": sequences,
-                "accuracy": right / scored,
-                "last": last,
-                "scaled_last": (last - chance) / (1 - chance),
+                "accuracy": (right / scored).tolist(),
+                "last": last.tolist(),
+                "scaled_last": ((last - chance) / (1 - chance)).tolist(),
             }
         )
     return results

@@ -220,9 +220,10 @@ class Trainer:
         """Compile the step, and make the first state unless there is one."""
         config, begin = self.config, time.perf_counter()
         shardings = jax.tree.map(lambda shape: shape.sharding, self.shapes)
-        parameters = sum(math.prod(shape.shape) for shape in jax.tree.leaves(self.shapes.params))
+        runs = len(self.means)
+        parameters = sum(math.prod(shape.shape) for shape in jax.tree.leaves(self.shapes.params)) // runs
         self.report(
-            f"{config.name}: {parameters:,} parameters, {jax.device_count()} x {jax.devices()[0].device_kind}, "
+            f"{config.name}: {f'{runs} runs of ' if runs > 1 else ''}{parameters:,} parameters, {jax.device_count()} x {jax.devices()[0].device_kind}, "
             f"mesh {dict(self.mesh.shape)}, {self.workdir}"
         )
         if self.state is not None:

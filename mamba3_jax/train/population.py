@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -61,9 +60,7 @@ class SeedsLoader:
     """Batches with a leading axis S: of each seed those that `loader` gives a run of that seed."""
 
     def __init__(self, config: Config, seeds: list[int], **host):
-        self._loaders = [
-            loader(member_config(config, Member(seed, math.nan)).data, "train", **host) for seed in seeds
-        ]
+        self._loaders = [loader(member_config(config, Member(seed, math.nan)).data, "train", **host) for seed in seeds]
 
     def __next__(self) -> Batch:
         return jax.tree.map(lambda *arrays: np.stack(arrays), *map(next, self._loaders))
@@ -166,9 +163,7 @@ class Population(Trainer):
         mapped = jax.vmap(function, in_axes=(0,) * count + (None,))
         specs = (PartitionSpec(AXIS),) * count + (PartitionSpec(),)
         # check_vma: kernels do not say over which axes their outputs differ.
-        return jax.shard_map(
-            mapped, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec(AXIS), check_vma=False
-        )
+        return jax.shard_map(mapped, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec(AXIS), check_vma=False)
 
     def _put(self, batch: Batch) -> Batch:
         return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec()))

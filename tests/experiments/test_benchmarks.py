@@ -13,6 +13,7 @@ import pytest
 
 from experiments.benchmarks import common, flops, layer, peer, ssm, table
 from experiments.figures import parity as picture_of_parity
+from launch.provenance import REPOSITORY, provenance
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.mixers.mamba3 import Mamba3
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS
@@ -157,7 +158,7 @@ def test_measure_waits_for_the_result():
 
 
 def test_result_file_says_where_it_is_from(tmp_path):
-    path = common.write("layer_cpu", common.provenance(), [{"ms": 1.5}], tmp_path, note="x")
+    path = common.write("layer_cpu", provenance(), [{"ms": 1.5}], tmp_path, note="x")
     written = json.loads(path.read_text())
     assert written["rows"] == [{"ms": 1.5}]
     assert {"commit", "date", "device", "jax", "command", "load_before"} <= set(written)
@@ -188,7 +189,7 @@ def taken(tmp_path, monkeypatch):
     """A directory of results with one layer benchmark in it."""
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     rows = [{"layer": "SISO", "what": "forward", "ours_ms": 50.0, "peer_ms": 120.0, "ratio": 2.4, "error": 1e-6}]
-    common.write("layer_cpu", common.provenance("abc123"), rows)
+    common.write("layer_cpu", provenance("abc123"), rows)
     return rows
 
 
@@ -208,7 +209,7 @@ def test_changed_figure_makes_the_readme_outdated(taken, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(table.render("<!-- table:layer -->\n<!-- end -->\n"))
     assert table.outdated((readme, tmp_path / "absent.md")) == {}
-    common.write("layer_cpu", common.provenance("abc123"), [taken[0] | {"ours_ms": 50.0 * 1.01}])
+    common.write("layer_cpu", provenance("abc123"), [taken[0] | {"ours_ms": 50.0 * 1.01}])
     assert "50.5" in table.outdated((readme,))[readme]
 
 
@@ -229,8 +230,8 @@ def test_the_main_readme_has_short_cells():
 
 
 def test_the_main_readme_has_the_picture_of_the_recorded_parity():
-    recorded = common.read("parity", common.REPOSITORY / "experiments" / "results")
-    picture = (common.REPOSITORY / "experiments" / "figures" / "parity.png").read_bytes()
+    recorded = common.read("parity", REPOSITORY / "experiments" / "results")
+    picture = (REPOSITORY / "experiments" / "figures" / "parity.png").read_bytes()
     assert picture_of_parity.source(recorded).encode() in picture, "run python -m experiments.figures.parity"
 
 

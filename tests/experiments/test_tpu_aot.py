@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import common, hlo, ssm, tpu_aot
+from launch.provenance import REPOSITORY
 from pallas_kernels.ssm.cases import of_layer, varied
 
 # A loop of 16 trips over slices of an array in HBM; its body writes 128 rows of 2,048 in place, by way of VMEM.
@@ -219,10 +220,10 @@ def test_a_compiler_out_of_the_environment_is_found(monkeypatch, tmp_path):
 def test_make_keeps_the_compiler_out_of_the_environment():
     """Where libtpu can be imported, every command says that it finds no TPU host, and looks for one."""
     make = ["make", "--dry-run", "--always-make", "test"]
-    printed = subprocess.run(make, cwd=common.REPOSITORY, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(make, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
     installs = [line for line in printed.splitlines() if "requirements-test.txt" in line]
     assert installs
-    assert all(f"--target={tpu_aot.LIBTPU.relative_to(common.REPOSITORY)} " in line for line in installs)
+    assert all(f"--target={tpu_aot.LIBTPU.relative_to(REPOSITORY)} " in line for line in installs)
 
 
 def test_recorded_table_has_a_commit_and_a_compiler():

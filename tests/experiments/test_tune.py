@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from experiments.benchmarks import common, ssm, tune
+from launch.provenance import provenance
 from mamba3_jax.ops import kernels, tuned
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS
 from pallas_kernels.ssm.cases import of_layer, varied
@@ -123,7 +124,7 @@ def test_an_entry_is_written_in_the_place_of_the_one_before(checked, no_table, t
     progress, path = tune.Progress(tmp_path / "tune.json", ORIGIN), tmp_path / "tuned.json"
     step = varied(TINY, length=1)
     for case in (TINY, step, TINY):
-        entry = tune.choice_of("tiny" if case is TINY else "step", case, progress, common.provenance("abc"))
+        entry = tune.choice_of("tiny" if case is TINY else "step", case, progress, provenance("abc"))
         tune.write(entry, path)
     long, one = sorted(tuned.read(path), key=lambda each: -each.length)
     assert (long.length, long.rank, long.width, long.d_state, long.heads) == (24, 1, 8, 8, 4)

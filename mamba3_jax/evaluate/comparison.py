@@ -1,0 +1,153 @@
+"""What a sweep found: every member's number, the best learning rate of a variant, differences with intervals, a table.
+
+A row is one member: variant, seed, learning_rate, numbers of its training (loss, skipped, ...), and `scores`, what
+`evaluate` returned at each length. A metric is a name in a row ("loss") or NAME@LENGTH in its scores
+("scaled_last@256", "loss@1024").
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+LESS_IS_BETTER = ("loss", "valid_loss", "loss_last", "perplexity", "bits_per_byte")
+STATISTICS = {"worst": min, "mean": statistics.mean, "best": max}  # of numbers of which more is better
+# Student's t, 0.975, by degrees of freedom
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+def value(row: dict, metric: str) -> float:
+    """Return the number of a row; NaN where it is missing, as of a run that diverged.
+
+    Raises:
+        ValueError: a length that was not scored.
+    """
+    name, _, length = metric.partition("@")
+    found = row
+    if length:
+        scores = {str(score["length"]): score for score in row["scores"]}
+        if length not in scores:
+            raise ValueError(f"{metric}: length {length} was not scored, only {', '.join(scores)}")
+        found = scores[length]
+    if name not in found:
+        raise ValueError(f"{metric}: there is no {name}, only {', '.join(found)}")
+    number = found[name]
+    return math.nan if number is None else number
+
+
+def sign(metric: str) -> int:
+    """Return 1 where more is better, -1 where less is."""
+    return -1 if metric.partition("@")[0] in LESS_IS_BETTER else 1
+
+
+def worth(row: dict, metric: str) -> float:
+    """Return a number that is the greater, the better the row; -inf for one that is not a number."""
+    number = sign(metric) * value(row, metric)
+    return -math.inf if math.isnan(number) else number
+
+
+def at_best_rate(rows: Sequence[dict], metric: str) -> list[dict]:
+    """Return the rows of the learning rate whose seeds are the best in the mean, by seed."""
+    rates = {}
+    for row in rows:
+        rates.setdefault(row["learning_rate"], []).append(row)
+    best = max(rates.values(), key=lambda own: statistics.mean(worth(row, metric) for row in own))
+    return sorted(best, key=lambda row: row["seed"])
+
+
+def best(rows: Sequence[dict], metric: str) -> int:
+    """Return the index of the best row."""
+    return max(range(len(rows)), key=lambda index: worth(rows[index], metric))
+
+
+def statistic(rows: Sequence[dict], wanted: str) -> float:
+    """Return "worst METRIC", "mean METRIC" or "best METRIC" over the seeds of the best learning rate.
+
+    Raises:
+        ValueError: another word, or a metric that the rows do not have.
+    """
+    word, _, metric = wanted.partition(" ")
+    if word not in STATISTICS or not metric:
+        raise ValueError(f"{wanted!r} is not one of {', '.join(STATISTICS)}, a blank and a metric")
+    return sign(metric) * STATISTICS[word](worth(row, metric) for row in at_best_rate(rows, metric))
+
+
+def difference(rows: Sequence[dict], others: Sequence[dict], metric: str) -> tuple[float, float]:
+    """(mean, half-width of the 95% interval) of a metric over the seeds of both, paired, at each one's best rate.
+
+    The mean of d_s = rows_s - others_s, and t sd(d) / sqrt(S) with Student's t at S - 1 degrees of freedom; NaN for
+    one seed.
+    """
+    ours, theirs = ({row["seed"]: value(row, metric) for row in at_best_rate(r, metric)} for r in (rows, others))
+    d = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+    if len(d) < 2:
+        return (d[0] if d else math.nan), math.nan
+    t = T[len(d) - 2] if len(d) - 2 < len(T) else 1.96 + 2.5 / (len(d) - 1)
+    return statistics.mean(d), t * statistics.stdev(d) / math.sqrt(len(d))
+
+
+def by_variant(rows: Sequence[dict]) -> dict[str, list[dict]]:
+    """Group rows, in their order."""
+    grouped = {}
+    for row in rows:
+        grouped.setdefault(row["variant"], []).append(row)
+    return grouped
+
+
+def expected(rows: Sequence[dict], expect: dict[str, tuple[str, float, float]]) -> list[dict]:
+    """Hold what was found to what was expected, variant -> (statistic, least, most), of the variants with rows."""
+    found = []
+    for variant, (wanted, least, most) in expect.items():
+        if own := by_variant(rows).get(variant):
+            number = statistic(own, wanted)
+            found.append(
+                {
+                    "variant": variant,
+                    "what": wanted,
+                    "least": least,
+                    "most": most,
+                    "found": number if math.isfinite(number) else None,
+                    "holds": least <= number <= most,
+                }
+            )
+    return found
+
+
+def shown(number: float, metric: str) -> str:
+    """Write accuracies in percent, losses with four places."""
+    if not math.isfinite(number):
+        return "-"
+    return f"{number:.4f}" if sign(metric) < 0 else f"{100 * number:.1f}"
+
+
+def table(rows: Sequence[dict], metrics: Sequence[str], best_by: str) -> str:
+    """Return a line a variant, in Markdown: its learning rate, every seed's numbers, and how far it is from the first.
+
+    Args:
+        rows: of all members.
+        metrics: a column each; accuracies are in percent.
+        best_by: the metric that chooses each variant's learning rate, and that the last column compares: the mean of
+            the differences to the first variant, seed by seed, with its 95% interval.
+    """
+    grouped = by_variant(rows)
+    first = next(iter(grouped))
+    many = len({row["seed"] for row in rows}) > 1
+    heads = ["variant", "learning rate", *metrics, *([f"{best_by} over {first}"] if many and len(grouped) > 1 else [])]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for variant, own in grouped.items():
+        chosen = at_best_rate(own, best_by)
+        cells = [variant, f"{chosen[0]['learning_rate']:.3g}"]
+        cells += [" ".join(shown(value(row, metric), metric) for row in chosen) for metric in metrics]
+        if len(heads) > len(cells):
+            mean, half = difference(own, grouped[first], best_by)
+            cells.append("" if variant == first else f"{shown(mean, best_by)} ± {shown(half, best_by)}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def said(expectation: dict) -> str:
+    """Return an expectation and what was found in one line."""
+    metric = expectation["what"].partition(" ")[2]
+    numbers = (expectation[name] for name in ("least", "most", "found"))
+    least, most, found = (shown(math.nan if number is None else number, metric) for number in numbers)
+    holds = "as expected" if expectation["holds"] else "NOT as expected"
+    return f"{expectation['variant']}: {expectation['what']} {found}, {holds}: {least} .. {most}"
