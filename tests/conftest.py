@@ -30,6 +30,12 @@ gc.set_threshold(100_000, 50, 100)
 LONGEST = {"test_killed_and_stopped_is_the_same_run"}
 
 
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory) -> dict[str, str]:
+    """The environment of processes that are killed, maybe as they write to their compilation cache: one for them."""
+    return {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled"))}
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
     """Begins with what takes longest, so that no worker is alone with it when the others have nothing left."""

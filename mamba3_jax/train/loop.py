@@ -222,8 +222,9 @@ class Trainer:
         shardings = jax.tree.map(lambda shape: shape.sharding, self.shapes)
         runs = len(self.means)
         parameters = sum(math.prod(shape.shape) for shape in jax.tree.leaves(self.shapes.params)) // runs
+        what = f"{runs} runs of {parameters:,} parameters" if runs > 1 else f"{parameters:,} parameters"
         self.report(
-            f"{config.name}: {f'{runs} runs of ' if runs > 1 else ''}{parameters:,} parameters, {jax.device_count()} x {jax.devices()[0].device_kind}, "
+            f"{config.name}: {what}, {jax.device_count()} x {jax.devices()[0].device_kind}, "
             f"mesh {dict(self.mesh.shape)}, {self.workdir}"
         )
         if self.state is not None:

@@ -86,9 +86,9 @@ class SeedsLoader:
 class Population(Trainer):
     """Train every member in one step; use it as a context manager, as `Trainer`.
 
-    Checkpoints in `workdir` hold all members, so that the same call resumes; they are not those of a model
-    (`save` makes such ones). Each member's metrics stand in workdir/members/NAME. Members are spread over the devices
-    there are; rows are not, so `train.mesh` has to be its default.
+    Checkpoints in `workdir` hold all members, so that the same call resumes; they are not those of a model. Each
+    member's metrics stand in workdir/members/NAME; all are validated on the rows of the config's own seed. Members are
+    spread over the devices there are; rows are not, so `train.mesh` has to be its default.
 
     Raises:
         ValueError: see `Trainer`; a mesh, no member, two equal ones, or a field of one out of its bounds.

@@ -1,0 +1,90 @@
+"""What is said of a sweep follows from its rows: rates are chosen, seeds paired, intervals Student's."""
+
+import math
+
+import pytest
+
+from mamba3_jax.evaluate import comparison
+
+
+def row(variant, seed, rate, last, loss=1.0):
+    return {
+        "variant": variant,
+        "seed": seed,
+        "learning_rate": rate,
+        "loss": loss,
+        "scores": [{"length": 8, "scaled_last": last}],
+    }
+
+
+ROWS = [
+    row("a", 0, 1e-3, 0.5),
+    row("a", 1, 1e-3, 0.7),
+    row("a", 0, 1e-2, 1.0),
+    row("a", 1, 1e-2, None),  # it diverged
+    row("b", 1, 1e-3, 0.2, loss=3.0),
+    row("b", 0, 1e-3, 0.1, loss=2.0),
+]
+
+
+def test_the_rate_is_the_one_whose_seeds_are_best_in_the_mean():
+    """One that diverged counts against its rate."""
+    assert [r["scores"][0]["scaled_last"] for r in comparison.at_best_rate(ROWS[:4], "scaled_last@8")] == [0.5, 0.7]
+    assert comparison.best(ROWS, "scaled_last@8") == 2
+    assert comparison.best(ROWS, "loss") == 0
+
+
+@pytest.mark.parametrize(
+    ("wanted", "number"),
+    [("worst scaled_last@8", 0.5), ("mean scaled_last@8", 0.6), ("best scaled_last@8", 0.7), ("best loss", 1.0)],
+)
+def test_statistics(wanted, number):
+    assert comparison.statistic(ROWS[:4], wanted) == pytest.approx(number)
+
+
+def test_of_a_loss_the_greatest_is_the_worst():
+    assert comparison.statistic(ROWS[4:], "worst loss") == 3.0
+
+
+def test_differences_are_paired_by_seed():
+    """d = 0.1 - 0.5, 0.2 - 0.7: mean -0.45, sd 0.0707, 12.706 sd / sqrt(2) = 0.635. Unpaired it would be wider."""
+    mean, half = comparison.difference(ROWS[4:], ROWS[:4], "scaled_last@8")
+    assert (mean, half) == (pytest.approx(-0.45), pytest.approx(12.706 * 0.05, rel=1e-6))
+    assert comparison.difference(ROWS[4:5], ROWS[:4], "scaled_last@8")[0] == pytest.approx(-0.5)
+    assert math.isnan(comparison.difference(ROWS[4:5], ROWS[:4], "scaled_last@8")[1])
+
+
+def test_intervals_cover_as_many_seeds_as_there_are():
+    """Against the quantiles of Student's t at 10 and 30 degrees of freedom: 2.228, 2.042."""
+    for count, t in ((11, 2.228), (31, 2.042)):
+        rows = [row("a", seed, 1e-3, 0.0) for seed in range(count)]
+        others = [row("b", seed, 1e-3, float(seed % 2)) for seed in range(count)]
+        mean, half = comparison.difference(others, rows, "scaled_last@8")
+        sd = math.sqrt(count * mean * (1 - mean) / (count - 1))
+        assert half == pytest.approx(t * sd / math.sqrt(count), rel=2e-3)
+
+
+def test_expectations_are_held_to_what_was_found():
+    expect = {"a": ("worst scaled_last@8", 0.9, 1.0), "b": ("mean loss", 2.0, 3.0), "c": ("best loss", 0.0, 1.0)}
+    found = comparison.expected(ROWS, expect)
+    assert [(e["variant"], e["holds"]) for e in found] == [("a", False), ("b", True)]
+    assert comparison.said(found[0]) == "a: worst scaled_last@8 50.0, NOT as expected: 90.0 .. 100.0"
+    assert comparison.said(found[1]) == "b: mean loss 2.5000, as expected: 2.0000 .. 3.0000"
+
+
+def test_the_table_has_every_seed_and_the_difference():
+    lines = comparison.table(ROWS, ("scaled_last@8", "loss"), "scaled_last@8").splitlines()
+    assert lines[0] == "| variant | learning rate | scaled_last@8 | loss | scaled_last@8 over a |"
+    assert lines[2] == "| a | 0.001 | 50.0 70.0 | 1.0000 1.0000 |  |"
+    assert lines[3] == "| b | 0.001 | 10.0 20.0 | 2.0000 3.0000 | -45.0 ± 63.5 |"
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [("scaled_last@9", "length 9 was not scored, only 8"), ("lost", "there is no lost"), ("lost@8", "no lost, only")],
+)
+def test_what_no_row_has_is_named(metric, message):
+    with pytest.raises(ValueError, match=message):
+        comparison.value(ROWS[0], metric)
+    with pytest.raises(ValueError, match="not one of worst, mean, best"):
+        comparison.statistic(ROWS, metric)

@@ -1,0 +1,124 @@
+"""The sweep as a command: what it refuses, that it goes past what is done, and that a kill changes nothing."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from launch import sweep
+from mamba3_jax.checkpoint import load_config
+from tests.helpers import devices, rel_rms
+from tests.launch import tiny_sweep
+
+ROOT = Path(__file__).parents[2]
+STEPS = tiny_sweep.get_config().train.steps
+
+
+@contextlib.contextmanager
+def given(**values):
+    """The command's flags, with these values."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    with flagsaver.flagsaver(**values):
+        yield
+
+
+def plan_of(tmp_path, source: str, **values):
+    """The plan of a file that begins as the tiny one and goes on with `source`."""
+    path = tmp_path / "file.py"
+    path.write_text(f"from tests.launch.tiny_sweep import *\n{source}\n")
+    with given(**values):
+        return sweep.read_plan(str(path), tiny_sweep.get_config())
+
+
+def test_the_plan_is_the_files_and_the_flags(tmp_path):
+    plan = plan_of(tmp_path, "")
+    assert list(plan.variants) == ["mamba3", "still"]
+    assert [config.model.angles for config in plan.variants.values()] == ["data", "none"]
+    assert [tuple(member) for member in plan.members] == [(0, 1e-3), (1, 1e-3), (0, 1e-2), (1, 1e-2)]
+    assert (plan.lengths, plan.metric) == ((16, 32), "scaled_last@32")
+    plan = plan_of(tmp_path, "", variants=["still"], seeds=1, learning_rates=["3e-3"])
+    assert list(plan.variants) == ["still"]
+    assert [tuple(member) for member in plan.members] == [(0, 3e-3)]
+
+
+@pytest.mark.parametrize(
+    ("source", "values", "message"),
+    [
+        ("", {"variants": ["stil"]}, "--variants=stil: there is no stil, only mamba3, still"),
+        ("", {"learning_rates": ["fast"]}, "--learning_rates=fast: could not convert"),
+        ("", {"learning_rates": ["0"]}, "learning_rate=0.0 is not a float32 number in"),
+        ("VARIANTS = {'x': {'model.d_stat': 4}}; EXPECT = {}", {}, "variant x: config.model has no field 'd_stat'"),
+        ("VARIANTS = {'x': {'model.d_state': 'a'}}; EXPECT = {}", {}, "variant x: config.model.d_state='a' is not of"),
+        ("VARIANTS = {'x': {'d_state.y': 4}}; EXPECT = {}", {}, "variant x: config has no field 'd_state'"),
+        ("VARIANTS = {'x': {'model': 4}}; EXPECT = {}", {}, "variant x: config.model=4 is not a ModelConfig"),
+        ("VARIANTS = {'../x': {}}; EXPECT = {}", {}, "variant '../x' is not a name"),
+        ("METRIC = 'scaled_last@64'", {}, "scaled_last@64: length 64 is not scored, only 16, 32"),
+        ("EXPECT = {'y': ('best scaled_last@32', 0.0, 1.0)}", {}, "EXPECT has 'y'"),
+        ("LENGTHS = (0,)", {}, "0 is less than"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(source, values, message, tmp_path):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        plan_of(tmp_path, source, **values)
+
+
+def start(workdir, environment, *arguments):
+    command = [sys.executable, "-m", "launch.sweep", "--config=tests/launch/tiny_sweep.py", f"--workdir={workdir}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, text=True, **pipes)
+
+
+def output_of(process) -> str:
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return output
+
+
+def rows_of(workdir) -> list[dict]:
+    """Every member's row, without what depends on the clock."""
+    rows = json.loads((workdir / "results.json").read_text())["rows"]
+    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+
+
+@pytest.mark.full
+def test_a_killed_sweep_goes_on_bit_for_bit(tmp_path, compiled):
+    """Killed in its second variant; then once more, when all is done, and on two devices."""
+    environment = devices(1) | compiled
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    output = output_of(start(straight, environment, f"--results={tmp_path / 'kept'}"))
+    assert "| still | 0.0" in output
+    assert "mamba3: best scaled_last@32" in output
+    assert json.loads((tmp_path / "kept" / "tiny_sweep.json").read_text())["rows"]
+
+    process = start(killed, environment, "--config.train.log_every=1")
+    for line in process.stdout:
+        if line.startswith("still (2/2) step 13/"):
+            break
+    process.kill()
+    process.communicate()
+    output = output_of(start(killed, environment, "--config.train.log_every=1"))
+    assert "mamba3 (1/2) done before" in output
+    assert "still (2/2) resuming after step" in output  # 5 or 10: the later save may have been under way
+    assert rows_of(killed) == rows_of(straight)
+    assert "still (2/2) done before" in output_of(start(killed, environment, "--config.train.log_every=1"))
+
+    best = killed / "still" / "best"
+    assert load_config(best).name == "still"
+    evaluate = [sys.executable, "-m", "launch.evaluate", f"--workdir={best}", "--lengths=32", "--tokens=0"]
+    subprocess.run(evaluate, cwd=ROOT, env=environment, check=True, capture_output=True)
+    scores = json.loads((best / "evaluation" / f"step_{STEPS}.json").read_text())["results"]
+    result = json.loads((killed / "still" / "result.json").read_text())
+    member = next(row for row in result["rows"] if f"seed_{row['seed']}_lr_{row['learning_rate']:g}" == result["best"])
+    if member["seed"] == 0:  # else its own validation rows are others
+        assert scores[0]["accuracy"] == pytest.approx(member["scores"][1]["accuracy"], abs=2e-3)
+
+    two = tmp_path / "two"
+    assert "mesh {'member': 2}" in output_of(start(two, devices(2) | compiled))
+    losses = [[row["loss"] for row in rows_of(workdir)] for workdir in (straight, two)]
+    assert rel_rms(*losses) < 1e-4
