@@ -1,7 +1,7 @@
 """What the commands share: the --config flag, and errors that a user can mend as one line instead of a traceback.
 
 Exit status of every command: 0 done; 1 a bug, with its traceback; 2 a mistake in flags, config, files or input.
-`launch.train` and `launch.sweep` add 3 (stopped after too many non-finite updates) and 128 + n (saved and stopped on
+`launch.train` adds 3 (stopped after too many non-finite updates), and with `launch.sweep` 128 + n (saved and stopped on
 signal n).
 """
 
@@ -23,7 +23,6 @@ from mamba3_jax.data import tokenizer, tokenizer_copy
 
 flags.disclaim_key_flags()  # those defined here are the calling program's, and in its --help
 USER_ERROR = 2
-DIVERGED = 3
 MODULE = "config_config"  # the name that ml_collections gives to the file of the flag --config
 
 

@@ -13,9 +13,10 @@ The file has, beside get_config():
     SHOWN           metrics of the table, a column each (METRIC)
     EXPECT          {name: ("worst scaled_last@256", 0.95, 1.0)}: a statistic over the seeds, its least and its most
 
-The same command resumes, bit for bit after SIGKILL, and goes past the variants that are done. Under DIR/VARIANT stand
-result.json, members/NAME/metrics.jsonl, and best/, the best member as an ordinary workdir for the other commands.
-DIR/results.json, also FOLDER/NAME.json, has every member's numbers. Exit statuses are those of `launch.train`.
+The same command resumes, bit for bit after SIGKILL, and goes past the variants that are done, in DIR or in
+FOLDER/NAME.json. Under DIR/VARIANT stand result.json, members/NAME/metrics.jsonl, and best/, the best member as an
+ordinary workdir for the other commands. DIR/results.json and FOLDER/NAME.json have every member's numbers, those that
+diverged too. Exit statuses are those of `launch.train`, but for 3.
 """
 
 import dataclasses
@@ -44,6 +45,7 @@ from mamba3_jax.model import LanguageModel
 from mamba3_jax.train.loop import Diverged, Failed, Stopped, say, validate
 from mamba3_jax.train.population import Member, Population, member_config, member_mesh, members
 
+KEPT = ("commit", "date", "device", "parameters", "best", "resumed_after", "seconds", "asked")  # of a variant's result
 SCORED_TOKENS = 131072  # of text, about, at each length
 
 CONFIG = common.define_config()
@@ -58,7 +60,8 @@ COMMIT = flags.DEFINE_string("commit", "", "recorded where there is no git to as
 class Plan(NamedTuple):
     """What an experiment's file asks for."""
 
-    variants: dict[str, Config]
+    variants: dict[str, Config]  # all of the file
+    chosen: tuple[str, ...]  # those to train
     members: list[Member]
     lengths: tuple[int, ...]
     metric: str
@@ -76,7 +79,6 @@ def read_plan(path: str, config: Config) -> Plan:
     variants = given.get("VARIANTS", {config.name: {}})
     if unknown := [name for name in VARIANTS.value if name not in variants]:
         raise ValueError(f"--variants={','.join(VARIANTS.value)}: there is no {unknown[0]}, only {', '.join(variants)}")
-    chosen = {name: fields for name, fields in variants.items() if not VARIANTS.value or name in VARIANTS.value}
     group = members(SEEDS.value or given.get("SEEDS", 1), rates(given, config))
     lengths = tuple(given.get("LENGTHS", ()))
     if config.data.source in TASKS:
@@ -86,14 +88,15 @@ def read_plan(path: str, config: Config) -> Plan:
         lengths = tuple(language.check_lengths(lengths or (config.data.length,)))
         metric = given.get("METRIC", f"loss@{lengths[0]}")
     plan = Plan(
-        variants={name: variant(config, name, fields) for name, fields in chosen.items()},
+        variants={name: variant(config, name, fields) for name, fields in variants.items()},
+        chosen=tuple(name for name in variants if not VARIANTS.value or name in VARIANTS.value),
         members=group,
         lengths=lengths,
         metric=metric,
         shown=tuple(given.get("SHOWN", (metric,))),
         expect=given.get("EXPECT", {}),
     )
-    check_plan(plan, variants)
+    check_plan(plan)
     return plan
 
 
@@ -115,7 +118,7 @@ def variant(config: Config, name: str, fields: dict) -> Config:
         raise ValueError(f"variant {name}: {error}") from None
 
 
-def check_plan(plan: Plan, known: dict) -> None:
+def check_plan(plan: Plan) -> None:
     """Raise ValueError for a member that cannot be trained, and for a metric that its scores will not have."""
     for name, config in plan.variants.items():
         for member in plan.members:
@@ -127,7 +130,7 @@ def check_plan(plan: Plan, known: dict) -> None:
     for metric in (plan.metric, *plan.shown, *(wanted.partition(" ")[2] for wanted, *_ in plan.expect.values())):
         if (length := metric.partition("@")[2]) and length not in map(str, plan.lengths):
             raise ValueError(f"{metric}: length {length} is not scored, only {', '.join(map(str, plan.lengths))}")
-    if unknown := sorted(set(plan.expect) - set(known)):
+    if unknown := sorted(set(plan.expect) - set(plan.variants)):
         raise ValueError(f"EXPECT has {unknown[0]!r}, which is none of VARIANTS")
 
 
@@ -146,16 +149,20 @@ def scores(config: Config, group: list[Member], params, lengths: tuple[int, ...]
     ]
 
 
-def run_variant(plan: Plan, name: str, folder: Path, report) -> dict:
-    """Train and score the members of a variant; return and write its result. One that is done is returned as it is."""
-    config, done = plan.variants[name], folder / "result.json"
+def asked_of(plan: Plan, name: str) -> dict:
+    """Return all that a variant's result depends on, as JSON has it."""
     asked = {
-        "config": to_dict(config),
+        "config": to_dict(plan.variants[name]),
         "members": [member._asdict() for member in plan.members],
         "lengths": plan.lengths,
         "metric": plan.metric,
     }
-    asked = json.loads(json.dumps(asked, allow_nan=False))
+    return json.loads(json.dumps(asked, allow_nan=False))
+
+
+def run_variant(plan: Plan, name: str, folder: Path, report) -> dict:
+    """Train and score the members of a variant; return and write its result. One that is done is returned as it is."""
+    config, done, asked = plan.variants[name], folder / "result.json", asked_of(plan, name)
     if done.exists() and (result := json.loads(done.read_text()))["asked"] == asked:
         report(f"done before, in {folder}")
         return result
@@ -164,8 +171,11 @@ def run_variant(plan: Plan, name: str, folder: Path, report) -> dict:
         population = Population(config, plan.members, folder, report)
     with population:
         first = population.step
-        summaries = population.run()
-        params = population.params()
+        try:
+            population.run()
+        except Diverged as error:  # of every member: a finding too
+            report(str(error))
+        summaries, params = population.summaries(), population.params()
     trained = time.perf_counter()
     found = scores(config, plan.members, params, plan.lengths)
     rows = [
@@ -193,7 +203,6 @@ def run_variant(plan: Plan, name: str, folder: Path, report) -> dict:
 def summary(name: str, plan: Plan, results: list[dict], origin: dict) -> dict:
     """Return the content of the result file: every variant's origin and cost, every member's row."""
     rows = [row for result in results for row in result["rows"]]
-    kept = ("commit", "date", "device", "parameters", "best", "resumed_after", "seconds", "asked")
     return {
         "experiment": name,
         **origin,
@@ -201,19 +210,46 @@ def summary(name: str, plan: Plan, results: list[dict], origin: dict) -> dict:
         "metric": plan.metric,
         "shown": plan.shown,
         "expected": comparison.expected(rows, plan.expect),
-        "variants": {result["variant"]: {key: result[key] for key in kept} for result in results},
+        "variants": {result["variant"]: {key: result[key] for key in KEPT} for result in results},
         "rows": rows,
     }
 
 
-def sweep(plan: Plan, name: str, workdir: Path, folders: list[Path]) -> dict:
-    """Run the variants one after another; write what is known after each of them."""
+def recorded(path: Path, plan: Plan) -> dict[str, dict]:
+    """Return the results of the variants that a result file has just as the plan asks for them.
+
+    Raises:
+        ValueError: a file that is not a sweep's.
+    """
+    if not path.exists():
+        return {}
+    try:
+        file = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(file, dict) or not {"variants", "rows"} <= file.keys():
+        raise ValueError(f"{path} is not a result of launch.sweep: it would be overwritten")
+    return {
+        name: {"variant": name, **result, "rows": [row for row in file["rows"] if row["variant"] == name]}
+        for name, result in file["variants"].items()
+        if name in plan.variants and result["asked"] == asked_of(plan, name)
+    }
+
+
+def sweep(plan: Plan, name: str, workdir: Path, kept: Path | None, known: dict[str, dict]) -> dict:
+    """Run the variants one after another, but the known ones, which the file `kept` has; write all after each."""
     results, origin = [], provenance(COMMIT.value)
     for index, of in enumerate(plan.variants, 1):
         report = functools.partial(say, f"{of} ({index}/{len(plan.variants)})")
-        results.append(run_variant(plan, of, workdir / of, report))
+        if of in known:
+            report(f"done before, in {kept}")
+            results.append(known[of])
+        elif of in plan.chosen:
+            results.append(run_variant(plan, of, workdir / of, report))
+        else:
+            continue
         found = summary(name, plan, results, origin)
-        for path in (workdir / "results.json", *(folder / f"{name}.json" for folder in folders)):
+        for path in (workdir / "results.json", *([kept] if kept else [])):
             path.parent.mkdir(parents=True, exist_ok=True)
             replace(path, json.dumps(found, allow_nan=False, indent=1) + "\n")
     return found
@@ -226,10 +262,10 @@ def main(_):
         checkpoint_dir(workdir)
         plan = read_plan(common.config_path(), config)
         workdir.mkdir(parents=True, exist_ok=True)
+        kept = Path(RESULTS.value).expanduser() / f"{config.name}.json" if RESULTS.value else None
+        known = recorded(kept, plan) if kept else {}
     try:
-        found = sweep(plan, config.name, workdir, [Path(RESULTS.value).expanduser()] if RESULTS.value else [])
-    except Diverged as error:
-        common.fail(error, common.DIVERGED)
+        found = sweep(plan, config.name, workdir, kept, known)
     except (Failed, OSError) as error:
         common.fail(error)
     except Stopped as stopped:

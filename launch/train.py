@@ -13,6 +13,7 @@ import sys
 from launch import common
 from mamba3_jax.train.loop import Diverged, Failed, Stopped, Trainer
 
+DIVERGED = 3
 CONFIG = common.define_config()
 WORKDIR = common.define_path("workdir", None, "Directory of the run: checkpoints, metrics, curve.", required=True)
 
@@ -25,7 +26,7 @@ def main(_):
         with trainer:
             trainer.run()
     except Diverged as error:
-        common.fail(error, common.DIVERGED)
+        common.fail(error, DIVERGED)
     except Failed as error:
         common.fail(error)
     except Stopped as stopped:

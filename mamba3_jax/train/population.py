@@ -179,9 +179,16 @@ class Population(Trainer):
         return ", ".join(f"{name} {metrics.spread([values[name] for values in each])}" for name in each[0])
 
     def _finish(self) -> list[dict]:
-        """Return, of every member, the numbers that a run's table has."""
+        return self.summaries()
+
+    def summaries(self) -> list[dict]:
+        """Return, of every member, the numbers that a run's table has, and whether its last updates were skipped."""
         lines = [metrics.read(folder / metrics.FILE, self.report) for folder in self._runs()]
-        return [metrics.summary(own, self.config) for own in lines]
+        diverged_M = np.asarray(self.state.bad) >= self.config.train.max_bad_steps
+        return [
+            metrics.summary(own, self.config) | {"diverged": diverged}
+            for own, diverged in zip(lines, diverged_M.tolist(), strict=True)
+        ]
 
     def params(self) -> dict:
         """Return the parameters on the host, the leading axis the members."""

@@ -43,7 +43,7 @@ def test_the_plan_is_the_files_and_the_flags(tmp_path):
     assert [tuple(member) for member in plan.members] == [(0, 1e-3), (1, 1e-3), (0, 1e-2), (1, 1e-2)]
     assert (plan.lengths, plan.metric) == ((16, 32), "scaled_last@32")
     plan = plan_of(tmp_path, "", variants=["still"], seeds=1, learning_rates=["3e-3"])
-    assert list(plan.variants) == ["still"]
+    assert plan.chosen == ("still",)
     assert [tuple(member) for member in plan.members] == [(0, 3e-3)]
 
 
@@ -66,6 +66,24 @@ def test_the_plan_is_the_files_and_the_flags(tmp_path):
 def test_what_cannot_be_swept_is_refused(source, values, message, tmp_path):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         plan_of(tmp_path, source, **values)
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ('{"rows": []}', "is not a result of launch")])
+def test_another_file_is_not_overwritten(text, message, tmp_path):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=f"x.json {message}"):
+        sweep.recorded(tmp_path / "x.json", plan_of(tmp_path, ""))
+
+
+def test_recorded_variants_are_kept_while_they_are_asked_for_alike(tmp_path):
+    plan = plan_of(tmp_path, "")
+    rows = [{"variant": name} for name in plan.variants]
+    found = {name: {"asked": sweep.asked_of(plan, name)} for name in plan.variants}
+    found["mamba3"]["asked"]["config"]["model"]["d_state"] += 1
+    (tmp_path / "x.json").write_text(json.dumps({"variants": found, "rows": rows}))
+    known = sweep.recorded(tmp_path / "x.json", plan)
+    assert list(known) == ["still"]
+    assert known["still"]["rows"] == [{"variant": "still"}]
 
 
 def start(workdir, environment, *arguments):
