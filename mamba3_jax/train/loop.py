@@ -168,7 +168,7 @@ class Trainer:
 
     def _train(self) -> None:
         with using(self.mesh), resume.Signals() as signals:
-            self._compile()
+            self.compile()
             while self.step < self.config.train.steps:
                 self._advance()
                 stop = signals.caught or self.checkpoints.reached_preemption(self.step)
@@ -216,7 +216,7 @@ class Trainer:
         self.data.set_state(position)
         return TrainState(params=params, **rest), step
 
-    def _compile(self) -> None:
+    def compile(self) -> None:
         """Compile the step, and make the first state unless there is one."""
         config, begin = self.config, time.perf_counter()
         shardings = jax.tree.map(lambda shape: shape.sharding, self.shapes)
