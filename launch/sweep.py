@@ -19,34 +19,15 @@ ordinary workdir for the other commands. DIR/results.json and FOLDER/NAME.json h
 diverged too. Exit statuses are those of `launch.train`, but for 3.
 """
 
-import dataclasses
-import functools
-import json
-import re
-import runpy
-import shutil
 import sys
-import time
 from pathlib import Path
-from typing import NamedTuple
 
-import jax
 from absl import flags
 
-from launch import common
-from launch.provenance import provenance
-from mamba3_jax.checkpoint import checkpoint_dir, replace, save_model
-from mamba3_jax.config import Config, check, to_dict, with_fields
-from mamba3_jax.data.synthetic import TASKS
-from mamba3_jax.evaluate import comparison, language, tasks
-from mamba3_jax.evaluate.score import Scorer
-from mamba3_jax.finite import or_null
-from mamba3_jax.model import LanguageModel
-from mamba3_jax.train.loop import Diverged, Failed, Stopped, say, validate
-from mamba3_jax.train.population import Member, Population, member_config, member_mesh, members
-
-KEPT = ("commit", "date", "device", "parameters", "best", "resumed_after", "seconds", "asked")  # of a variant's result
-SCORED_TOKENS = 131072  # of text, about, at each length
+from launch import common, experiment
+from mamba3_jax.checkpoint import checkpoint_dir
+from mamba3_jax.evaluate import comparison
+from mamba3_jax.train.loop import Failed, Stopped, say
 
 CONFIG = common.define_config()
 WORKDIR = common.define_path("workdir", None, "Directory of the sweep.", required=True)
@@ -57,202 +38,12 @@ RESULTS = common.define_path("results", None, "folder that gets NAME.json too, e
 COMMIT = flags.DEFINE_string("commit", "", "recorded where there is no git to ask")
 
 
-class Plan(NamedTuple):
-    """What an experiment's file asks for."""
-
-    variants: dict[str, Config]  # all of the file
-    chosen: tuple[str, ...]  # those to train
-    members: list[Member]
-    lengths: tuple[int, ...]
-    metric: str
-    shown: tuple[str, ...]
-    expect: dict[str, tuple[str, float, float]]
-
-
-def read_plan(path: str, config: Config) -> Plan:
-    """Return the plan of the file, changed as the flags say, every variant checked.
-
-    Raises:
-        ValueError: a variant, field, length, rate or metric that cannot be; it names which.
-    """
-    given = runpy.run_path(path)
-    variants = given.get("VARIANTS", {config.name: {}})
-    if unknown := [name for name in VARIANTS.value if name not in variants]:
-        raise ValueError(f"--variants={','.join(VARIANTS.value)}: there is no {unknown[0]}, only {', '.join(variants)}")
-    group = members(SEEDS.value or given.get("SEEDS", 1), rates(given, config))
-    lengths = tuple(given.get("LENGTHS", ()))
-    if config.data.source in TASKS:
-        lengths = tuple(tasks.lengths_of(config.data, lengths))
-        metric = given.get("METRIC", f"scaled_last@{config.data.task_lengths[-1]}")
-    else:
-        lengths = tuple(language.check_lengths(lengths or (config.data.length,)))
-        metric = given.get("METRIC", f"loss@{lengths[0]}")
-    plan = Plan(
-        variants={name: variant(config, name, fields) for name, fields in variants.items()},
-        chosen=tuple(name for name in variants if not VARIANTS.value or name in VARIANTS.value),
-        members=group,
-        lengths=lengths,
-        metric=metric,
-        shown=tuple(given.get("SHOWN", (metric,))),
-        expect=given.get("EXPECT", {}),
-    )
-    check_plan(plan)
-    return plan
-
-
-def rates(given: dict, config: Config) -> tuple[float, ...]:
-    """Return the learning rates of the flag, else of the file, else of the config."""
+def learning_rates() -> list[float]:
+    """Return --learning_rates as numbers."""
     try:
-        return tuple(map(float, RATES.value or given.get("LEARNING_RATES", ()))) or (config.optimizer.learning_rate,)
+        return [float(rate) for rate in RATES.value]
     except ValueError as error:
         raise ValueError(f"--learning_rates={','.join(RATES.value)}: {error}") from None
-
-
-def variant(config: Config, name: str, fields: dict) -> Config:
-    """Return the config of a variant."""
-    if not re.fullmatch(r"[\w.+-]+", name):
-        raise ValueError(f"variant {name!r} is not a name of letters, digits, '_', '.', '+' and '-'")
-    try:
-        return with_fields(dataclasses.replace(config, name=name), fields)
-    except ValueError as error:
-        raise ValueError(f"variant {name}: {error}") from None
-
-
-def check_plan(plan: Plan) -> None:
-    """Raise ValueError for a member that cannot be trained, and for a metric that its scores will not have."""
-    for name, config in plan.variants.items():
-        for member in plan.members:
-            try:
-                check(own := member_config(config, member))
-                validate(own, member_mesh(len(plan.members)))
-            except ValueError as error:
-                raise ValueError(f"variant {name}: {error}") from None
-    for metric in (plan.metric, *plan.shown, *(wanted.partition(" ")[2] for wanted, *_ in plan.expect.values())):
-        if (length := metric.partition("@")[2]) and length not in map(str, plan.lengths):
-            raise ValueError(f"{metric}: length {length} is not scored, only {', '.join(map(str, plan.lengths))}")
-    if unknown := sorted(set(plan.expect) - set(plan.variants)):
-        raise ValueError(f"EXPECT has {unknown[0]!r}, which is none of VARIANTS")
-
-
-def scores(config: Config, group: list[Member], params, lengths: tuple[int, ...]) -> list[list[dict]]:
-    """Return, of every member, its scores at each length."""
-    model, data = LanguageModel(config.model), config.data
-    if data.source in TASKS:
-        found = tasks.evaluate(model, params, data, lengths=lengths, members=len(group))
-        pick = lambda value, m: value[m] if isinstance(value, list) else value  # noqa: E731
-        return [[{name: pick(value, m) for name, value in score.items()} for score in found] for m in range(len(group))]
-    scorer = Scorer(model, params, data.length)
-    how = {"lengths": lengths, "max_tokens": SCORED_TOKENS, "scorer": scorer}
-    return [
-        language.evaluate(model, jax.tree.map(lambda array: array[m], params), data, **how)  # noqa: B023
-        for m in range(len(group))
-    ]
-
-
-def asked_of(plan: Plan, name: str) -> dict:
-    """Return all that a variant's result depends on, as JSON has it."""
-    asked = {
-        "config": to_dict(plan.variants[name]),
-        "members": [member._asdict() for member in plan.members],
-        "lengths": plan.lengths,
-        "metric": plan.metric,
-    }
-    return json.loads(json.dumps(asked, allow_nan=False))
-
-
-def run_variant(plan: Plan, name: str, folder: Path, report) -> dict:
-    """Train and score the members of a variant; return and write its result. One that is done is returned as it is."""
-    config, done, asked = plan.variants[name], folder / "result.json", asked_of(plan, name)
-    if done.exists() and (result := json.loads(done.read_text()))["asked"] == asked:
-        report(f"done before, in {folder}")
-        return result
-    begin, origin = time.perf_counter(), provenance(COMMIT.value)
-    with common.user_errors():
-        population = Population(config, plan.members, folder, report)
-    with population:
-        first = population.step
-        try:
-            population.run()
-        except Diverged as error:  # of every member: a finding too
-            report(str(error))
-        summaries, params = population.summaries(), population.params()
-    trained = time.perf_counter()
-    found = scores(config, plan.members, params, plan.lengths)
-    rows = [
-        {"variant": name, **member._asdict(), **or_null(summary), "scores": or_null(own)}
-        for member, summary, own in zip(plan.members, summaries, found, strict=True)
-    ]
-    best = comparison.best(rows, plan.metric)
-    shutil.rmtree(folder / "best", ignore_errors=True)
-    own = jax.tree.map(lambda array: array[best], params)
-    save_model(folder / "best", member_config(config, plan.members[best]), own, config.train.steps)
-    result = {
-        **origin,
-        "variant": name,
-        "parameters": sum(array.size for array in jax.tree.leaves(own)),
-        "best": plan.members[best].name,
-        "resumed_after": first,
-        "seconds": {"train": round(trained - begin, 1), "score": round(time.perf_counter() - trained, 1)},
-        "asked": asked,
-        "rows": rows,
-    }
-    replace(done, json.dumps(result, allow_nan=False, indent=1) + "\n")
-    return result
-
-
-def summary(name: str, plan: Plan, results: list[dict], origin: dict) -> dict:
-    """Return the content of the result file: every variant's origin and cost, every member's row."""
-    rows = [row for result in results for row in result["rows"]]
-    return {
-        "experiment": name,
-        **origin,
-        "seconds": round(sum(sum(result["seconds"].values()) for result in results), 1),
-        "metric": plan.metric,
-        "shown": plan.shown,
-        "expected": comparison.expected(rows, plan.expect),
-        "variants": {result["variant"]: {key: result[key] for key in KEPT} for result in results},
-        "rows": rows,
-    }
-
-
-def recorded(path: Path, plan: Plan) -> dict[str, dict]:
-    """Return the results of the variants that a result file has just as the plan asks for them.
-
-    Raises:
-        ValueError: a file that is not a sweep's.
-    """
-    if not path.exists():
-        return {}
-    try:
-        file = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(file, dict) or not {"variants", "rows"} <= file.keys():
-        raise ValueError(f"{path} is not a result of launch.sweep: it would be overwritten")
-    return {
-        name: {"variant": name, **result, "rows": [row for row in file["rows"] if row["variant"] == name]}
-        for name, result in file["variants"].items()
-        if name in plan.variants and result["asked"] == asked_of(plan, name)
-    }
-
-
-def sweep(plan: Plan, name: str, workdir: Path, kept: Path | None, known: dict[str, dict]) -> dict:
-    """Run the variants one after another, but the known ones, which the file `kept` has; write all after each."""
-    results, origin = [], provenance(COMMIT.value)
-    for index, of in enumerate(plan.variants, 1):
-        report = functools.partial(say, f"{of} ({index}/{len(plan.variants)})")
-        if of in known:
-            report(f"done before, in {kept}")
-            results.append(known[of])
-        elif of in plan.chosen:
-            results.append(run_variant(plan, of, workdir / of, report))
-        else:
-            continue
-        found = summary(name, plan, results, origin)
-        for path in (workdir / "results.json", *([kept] if kept else [])):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace(path, json.dumps(found, allow_nan=False, indent=1) + "\n")
-    return found
 
 
 def main(_):
@@ -260,12 +51,14 @@ def main(_):
     workdir = Path(WORKDIR.value).expanduser()
     with common.user_errors():
         checkpoint_dir(workdir)
-        plan = read_plan(common.config_path(), config)
+        rates = learning_rates()
+        how = {"only": VARIANTS.value, "seeds": SEEDS.value or 0, "rates": rates}
+        plan = experiment.read_plan(common.config_path(), config, **how)
         workdir.mkdir(parents=True, exist_ok=True)
         kept = Path(RESULTS.value).expanduser() / f"{config.name}.json" if RESULTS.value else None
-        known = recorded(kept, plan) if kept else {}
+        known = experiment.recorded(kept, plan) if kept else {}
     try:
-        found = sweep(plan, config.name, workdir, kept, known)
+        found = experiment.sweep(plan, config.name, workdir, kept, known, COMMIT.value)
     except (Failed, OSError) as error:
         common.fail(error)
     except Stopped as stopped:

@@ -1,16 +1,13 @@
 """The sweep as a command: what it refuses, that it goes past what is done, and that a kill changes nothing."""
 
-import contextlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
-from launch import sweep
+from launch import experiment
 from mamba3_jax.checkpoint import load_config
 from tests.helpers import devices, rel_rms
 from tests.launch import tiny_sweep
@@ -19,21 +16,11 @@ ROOT = Path(__file__).parents[2]
 STEPS = tiny_sweep.get_config().train.steps
 
 
-@contextlib.contextmanager
-def given(**values):
-    """The command's flags, with these values."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    with flagsaver.flagsaver(**values):
-        yield
-
-
 def plan_of(tmp_path, source: str, **values):
     """The plan of a file that begins as the tiny one and goes on with `source`."""
     path = tmp_path / "file.py"
     path.write_text(f"from tests.launch.tiny_sweep import *\n{source}\n")
-    with given(**values):
-        return sweep.read_plan(str(path), tiny_sweep.get_config())
+    return experiment.read_plan(str(path), tiny_sweep.get_config(), **values)
 
 
 def test_the_plan_is_the_files_and_the_flags(tmp_path):
@@ -42,7 +29,7 @@ def test_the_plan_is_the_files_and_the_flags(tmp_path):
     assert [config.model.angles for config in plan.variants.values()] == ["data", "none"]
     assert [tuple(member) for member in plan.members] == [(0, 1e-3), (1, 1e-3), (0, 1e-2), (1, 1e-2)]
     assert (plan.lengths, plan.metric) == ((16, 32), "scaled_last@32")
-    plan = plan_of(tmp_path, "", variants=["still"], seeds=1, learning_rates=["3e-3"])
+    plan = plan_of(tmp_path, "", only=["still"], seeds=1, rates=[3e-3])
     assert plan.chosen == ("still",)
     assert [tuple(member) for member in plan.members] == [(0, 3e-3)]
 
@@ -50,9 +37,8 @@ def test_the_plan_is_the_files_and_the_flags(tmp_path):
 @pytest.mark.parametrize(
     ("source", "values", "message"),
     [
-        ("", {"variants": ["stil"]}, "--variants=stil: there is no stil, only mamba3, still"),
-        ("", {"learning_rates": ["fast"]}, "--learning_rates=fast: could not convert"),
-        ("", {"learning_rates": ["0"]}, "learning_rate=0.0 is not a float32 number in"),
+        ("", {"only": ["stil"]}, "there is no variant 'stil', only mamba3, still"),
+        ("", {"rates": [0.0]}, "learning_rate=0.0 is not a float32 number in"),
         ("VARIANTS = {'x': {'model.d_stat': 4}}; EXPECT = {}", {}, "variant x: config.model has no field 'd_stat'"),
         ("VARIANTS = {'x': {'model.d_state': 'a'}}; EXPECT = {}", {}, "variant x: config.model.d_state='a' is not of"),
         ("VARIANTS = {'x': {'d_state.y': 4}}; EXPECT = {}", {}, "variant x: config has no field 'd_state'"),
@@ -72,16 +58,16 @@ def test_what_cannot_be_swept_is_refused(source, values, message, tmp_path):
 def test_another_file_is_not_overwritten(text, message, tmp_path):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match=f"x.json {message}"):
-        sweep.recorded(tmp_path / "x.json", plan_of(tmp_path, ""))
+        experiment.recorded(tmp_path / "x.json", plan_of(tmp_path, ""))
 
 
 def test_recorded_variants_are_kept_while_they_are_asked_for_alike(tmp_path):
     plan = plan_of(tmp_path, "")
     rows = [{"variant": name} for name in plan.variants]
-    found = {name: {"asked": sweep.asked_of(plan, name)} for name in plan.variants}
+    found = {name: {"asked": experiment.asked_of(plan, name)} for name in plan.variants}
     found["mamba3"]["asked"]["config"]["model"]["d_state"] += 1
     (tmp_path / "x.json").write_text(json.dumps({"variants": found, "rows": rows}))
-    known = sweep.recorded(tmp_path / "x.json", plan)
+    known = experiment.recorded(tmp_path / "x.json", plan)
     assert list(known) == ["still"]
     assert known["still"]["rows"] == [{"variant": "still"}]
 
