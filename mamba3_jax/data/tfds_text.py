@@ -4,8 +4,6 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
-import tensorflow_datasets as tfds
-
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data.packing import Corpus, Rows, concatenate, rows
 from mamba3_jax.data.vocabulary import tokenizer
@@ -13,6 +11,8 @@ from mamba3_jax.data.vocabulary import tokenizer
 
 def _source(name: str, directory: str, split: str, key: str):
     """Return the examples of a prepared dataset; ValueError that lists what exists for a wrong name, split or field."""
+    import tensorflow_datasets as tfds  # seconds that runs of other data need not take
+
     folder = Path(directory or tfds.core.constants.DATA_DIR).expanduser()
     there = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     if not name:
