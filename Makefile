@@ -24,7 +24,7 @@ run: install
 	@echo "The curve: $(WORKDIR)/curve.png"
 
 parity: install
-	$(BIN)/python -m experiments.parity --workdir=runs/parity --results=
+	$(BIN)/python -m launch.sweep --config=experiments/tasks/parity.py --workdir=runs/parity
 
 # On a machine with a GPU, in an environment that has jax for it: the op and its kernels, compiled for real.
 # Then, one after another, what wants all of its memory.

@@ -1,11 +1,11 @@
-"""What there is to run and what came out: the rows of experiments/README.md, and those of the main README."""
+"""What there is to run beside sweeps and what came out: rows of experiments/README.md, and those of the main README."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 from experiments.benchmarks.common import significant
-from experiments.parity import scaled
+from mamba3_jax.evaluate import comparison
 
 
 @dataclass(frozen=True)
@@ -136,14 +136,6 @@ def tpu_estimates(result: dict) -> str:
     return f"v5e, plain XLA over the roofline: {over}; cycles over plain XLA's, all chips: {spans or 'no kernel yet'}"
 
 
-def parity_scores(result: dict) -> str:
-    """Every variant's and seed's accuracy at the longest trained length."""
-    length = str(max(result["trained_lengths"]))
-    scores = {row["variant"]: row["accuracy"][length] for row in result["rows"]}
-    each = [f"{name} {' '.join(f'{scaled(seed):.0f}' for seed in seeds)}" for name, seeds in scores.items()]
-    return f"at {length}: " + ", ".join(each)
-
-
 def text_scores(result: dict) -> str:
     """Bits per byte at the trained length and at the longest evaluated, and how long it took."""
     first, last = result["rows"][0], result["rows"][-1]
@@ -159,14 +151,6 @@ EXPERIMENTS = (
         expected="about 1.9 (gzip -9: 1.89)",
         result="results/text.json",
         got=text_scores,
-    ),
-    Experiment(
-        question="Does rotation by a data-dependent angle track a state (parity), and what else does?",
-        command="python -m experiments.parity --workdir=runs/parity",
-        cost="3 to 6 minutes, 2 cores",
-        expected="at 256, percent from chance to perfect: Mamba-3 95 to 100, Euler 85 to 100, the others about 0",
-        result="results/parity.json",
-        got=parity_scores,
     ),
     Experiment(
         question="Is one layer faster than the other JAX package's, on a CPU?",
@@ -292,10 +276,11 @@ def bits_per_byte(result: dict) -> str:
     return f"{significant(result['rows'][0]['bits_per_byte'])} after {result['seconds']['train']:.0f} s"
 
 
-def parity_of(result: dict, *, variant: str) -> str:
-    """Read the score of each of a variant's seeds at the longest trained length."""
-    (row,) = (row for row in result["rows"] if row["variant"] == variant)
-    return ", ".join(f"{scaled(seed):.0f}" for seed in row["accuracy"][str(max(result["trained_lengths"]))])
+def best_rate(result: dict, *, variant: str) -> str:
+    """Read a sweep's metric of each of a variant's seeds, at its best learning rate."""
+    metric = result["metric"]
+    rows = comparison.at_best_rate(comparison.by_variant(result["rows"])[variant], metric)
+    return ", ".join(f"{100 * comparison.value(row, metric):.0f}" for row in rows)
 
 
 def layer_training(result: dict) -> str:
@@ -335,10 +320,10 @@ def growth_of_both(result: dict) -> str:
 HEADLINES = (
     Headline("Bits a byte of held-out Python source", "results/text.json", bits_per_byte, "make run"),
     Headline(
-        "Parity at 256 bits, three seeds", "results/parity.json", partial(parity_of, variant="mamba3"), "make parity"
+        "Parity at 256 bits, three seeds", "results/parity.json", partial(best_rate, variant="mamba3"), "make parity"
     ),
     Headline(
-        "The same without rotation", "results/parity.json", partial(parity_of, variant="no_rotation"), "make parity"
+        "The same without rotation", "results/parity.json", partial(best_rate, variant="no_rotation"), "make parity"
     ),
     Headline(
         "Layer over mamba3-jax, SISO / R 4",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from experiments import parity
+from experiments import found
 from experiments.benchmarks import common, decode, depth, layer, ssm, tpu_aot, train
 from experiments.benchmarks.experiments import EXPERIMENTS, HEADLINES
 from launch.provenance import REPOSITORY
@@ -57,7 +57,7 @@ def used(rows: list[dict], columns: dict[str, str]) -> dict[str, str]:
 
 def experiments_table() -> str:
     """One row an experiment: question, command, cost, expected, got."""
-    rows = []
+    rows = [found.overview(sweep) for sweep in sweeps()]
     for experiment in EXPERIMENTS:
         path = REPOSITORY / "experiments" / experiment.result
         result = common.read(path.stem, path.parent)
@@ -89,15 +89,18 @@ def evaluation_table() -> str:
     return "\n" + textwrap.indent(scores, "    ") + "\n"
 
 
-def parity_table() -> str:
-    """Accuracy by length of every variant and seed."""
-    path = REPOSITORY / "experiments" / "results" / "parity.json"
-    result = common.read(path.stem, path.parent)
-    return MISSING if result is None else f"{parity.table(result)}\n\n{origin(result)}"
+def sweeps_table() -> str:
+    """Draws the comparison of every sweep under its question."""
+    return "\n\n".join(f"{sweep.question}\n\n{found.markdown(sweep)}" for sweep in sweeps()) or MISSING
+
+
+def sweeps() -> list[found.Experiment]:
+    """Return the experiments that are sweeps."""
+    return [experiment for experiment in found.experiments() if experiment.sweep]
 
 
 TABLES = {
-    "parity": parity_table,
+    "sweeps": sweeps_table,
     "layer": table_of("layer", layer.COLUMNS),
     "ssm": table_of("ssm", ssm.COLUMNS),
     "train": table_of("train", train.COLUMNS),

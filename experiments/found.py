@@ -1,0 +1,197 @@
+"""Reads what experiment files ask and what their result files found: the READMEs are drawn from it.
+
+An experiment is a file under experiments/ with get_config(). `launch.sweep` says what else it may have; beside that:
+
+    PAPER   {variant: number}: what its source reports of METRIC, as tables show it (accuracies in percent)
+"""
+
+import json
+import re
+import runpy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launch.provenance import REPOSITORY
+from mamba3_jax.config import Config
+from mamba3_jax.data.synthetic import TASKS
+from mamba3_jax.evaluate import comparison
+
+FOLDER = REPOSITORY / "experiments"
+MISSING = "not run yet"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a file asks, and its result in the form that `launch.sweep` writes (None: not run yet)."""
+
+    name: str
+    question: str
+    command: str = ""
+    cost: str = ""
+    variants: dict[str, dict] = field(default_factory=dict)
+    sweep: bool = True  # else one run, of experiments/record.py
+    expect: dict[str, tuple[str, float, float]] = field(default_factory=dict)
+    paper: dict[str, float] = field(default_factory=dict)
+    metric: str = ""  # "": the result says which
+    trained: int = 0  # longest length that was trained; 0: not known
+    result: dict | None = None
+
+    @property
+    def rows(self) -> list[dict]:
+        return self.result["rows"] if self.result else []
+
+    @property
+    def missing(self) -> list[str]:
+        """Variants of the file without a row."""
+        return [name for name in self.variants if name not in comparison.by_variant(self.rows)]
+
+    def origins(self, what: str) -> str:
+        """List the commits, dates or devices of the variants, each once."""
+        return ", ".join(dict.fromkeys(variant[what] for variant in self.result["variants"].values()))
+
+
+def experiments(folder: Path = FOLDER) -> list[Experiment]:
+    """Return every experiment of a folder: those of its files, then sweeps whose file is gone."""
+    paths = sorted(path for path in folder.rglob("*.py") if "\ndef get_config(" in path.read_text())
+    found = [read(path, folder / "results") for path in paths]
+    for path in sorted((folder / "results").glob("*.json")):
+        result = json.loads(path.read_text())
+        if is_sweep(result) and path.stem not in [experiment.name for experiment in found]:
+            found.append(Experiment(path.stem, f"{path.stem}: its file is gone", result=result))
+    return found
+
+
+def read(path: Path, results: Path) -> Experiment:
+    """Return the experiment of a file.
+
+    Raises:
+        ValueError: the file expects, or has a paper's number of, something that is none of its variants.
+    """
+    given = runpy.run_path(str(path))
+    config, text = given["get_config"](), given["__doc__"]
+    variants = given.get("VARIANTS", {config.name: {}})
+    for table in ("EXPECT", "PAPER"):
+        if unknown := sorted(set(given.get(table, {})) - set(variants)):
+            raise ValueError(f"{path}: {table} has {unknown[0]!r}, which is none of its variants")
+    command, cost = (
+        re.search(r"^ +(python -m .*)$", text, re.M),
+        re.search(r"^Cost: (.+?)(?:[.;,] |[.;]$| \(|$)", text, re.M),
+    )
+    return Experiment(
+        name=config.name,
+        question=text.split("\n")[0],
+        command=command[1] if command else "",
+        cost=cost[1] if cost else "",
+        variants=variants,
+        sweep="VARIANTS" in given,
+        expect=given.get("EXPECT", {}),
+        paper=given.get("PAPER", {}),
+        metric=given.get("METRIC", ""),
+        trained=config.data.task_lengths[-1] if config.data.source in TASKS else config.data.length,
+        result=result_of(results / f"{config.name}.json", config),
+    )
+
+
+def is_sweep(result: dict) -> bool:
+    """Tell a sweep's result from others."""
+    return {"metric", "shown", "variants", "rows"} <= set(result)
+
+
+def result_of(path: Path, config: Config) -> dict | None:
+    """Return a result in a sweep's form; None where there is none, or one of another program."""
+    result = json.loads(path.read_text()) if path.exists() else {}
+    if is_sweep(result):
+        return result
+    if not {"rows", "step"} <= set(result):
+        return None
+    shown = [f"bits_per_byte@{score['length']}" for score in result["rows"]]
+    row = {"variant": config.name, "seed": 0, "learning_rate": config.optimizer.learning_rate, "scores": result["rows"]}
+    seconds = sum(result["seconds"].values())
+    made = {"rows": [row], "metric": shown[0], "shown": shown, "seconds": seconds, "variants": {config.name: result}}
+    return result | made
+
+
+def expectations(experiment: Experiment) -> list[tuple[bool | None, str]]:
+    """Return, of every expectation of the file, whether it holds (None: not run yet) and the sentence.
+
+    Raises:
+        ValueError: one of a length that the recorded sweep did not score.
+    """
+    found = {each["variant"]: each for each in comparison.expected(experiment.rows, experiment.expect)}
+    return [
+        (found[variant]["holds"], comparison.said(found[variant]))
+        if variant in found
+        else (None, f"{variant}: {wanted} {MISSING}: {span(wanted, least, most)}")
+        for variant, (wanted, least, most) in experiment.expect.items()
+    ]
+
+
+def span(wanted: str, least: float, most: float) -> str:
+    """Write the bounds of an expectation."""
+    return " .. ".join(comparison.shown(number, wanted.partition(" ")[2]) for number in (least, most))
+
+
+def cells(experiment: Experiment) -> list[list[str]]:
+    """Return the comparison, heads, then a line a variant with the missing ones; the last columns are the paper's."""
+    result, lines = experiment.result, []
+    if result:
+        drawn = comparison.table(result["rows"], result["shown"], result["metric"]).splitlines()
+        lines = [line.strip("|").split("|") for line in (drawn[0], *drawn[2:])]
+        lines = [[cell.strip() for cell in line] for line in lines]
+    heads, *lines = lines or [["variant", "learning rate"]]
+    lines += [[name, MISSING, *[""] * (len(heads) - 2)] for name in experiment.missing]
+    if experiment.paper:
+        heads = [*heads, f"best {result['metric'] if result else experiment.metric}".strip(), "paper"]
+        lines = [[*line, best(experiment, line[0]), paper(experiment, line[0])] for line in lines]
+    return [heads, *lines]
+
+
+def best(experiment: Experiment, variant: str) -> str:
+    """Return the best seed's number at the best learning rate, to stand beside a paper's."""
+    rows, metric = (
+        comparison.by_variant(experiment.rows).get(variant),
+        experiment.result and experiment.result["metric"],
+    )
+    return comparison.shown(comparison.statistic(rows, f"best {metric}"), metric) if rows else ""
+
+
+def paper(experiment: Experiment, variant: str) -> str:
+    """Return the paper's number, a dash where it has none."""
+    number = experiment.paper.get(variant)
+    return "-" if number is None else f"{number:g}"
+
+
+def markdown(experiment: Experiment) -> str:
+    """Return the table in Markdown with where it comes from."""
+    heads, *lines = cells(experiment)
+    drawn = ["| " + " | ".join(line) + " |" for line in (heads, ["---"] * len(heads), *lines)]
+    return "\n".join([*drawn, "", origin(experiment)])
+
+
+def origin(experiment: Experiment) -> str:
+    """Return where a result comes from in one line, of all its variants."""
+    if not experiment.result:
+        return f"`{experiment.command}`: {MISSING}."
+    device, commit, date = (experiment.origins(what) for what in ("device", "commit", "date"))
+    result = experiment.result
+    return f"{device}, jax {result['jax']}, commit {commit}, {date}, {result['seconds']:.0f} s: `{result['command']}`"
+
+
+def overview(experiment: Experiment) -> dict[str, str]:
+    """Return the row of a sweep in the table of all experiments."""
+    got, result = MISSING, experiment.result
+    if result:
+        metric, each = result["metric"], []
+        for name, own in comparison.by_variant(result["rows"]).items():
+            rows = comparison.at_best_rate(own, metric)
+            each.append(f"{name} {' '.join(comparison.shown(comparison.value(row, metric), metric) for row in rows)}")
+        each += [f"{name} {MISSING}" for name in experiment.missing]
+        got = f"{metric}: {', '.join(each)} ({experiment.origins('commit')}, {experiment.origins('device')})"
+    expected = [f"{name}: {what} {span(what, *bounds)}" for name, (what, *bounds) in experiment.expect.items()]
+    return {
+        "question": experiment.question,
+        "command": f"`{experiment.command or result['command']}`",
+        "cost": experiment.cost or "-",
+        "expected": ", ".join(expected) or "-",
+        "got": got,
+    }

@@ -1,0 +1,70 @@
+"""The experiments on tasks: each can be swept as it stands, and parity is the recipe that its texts tell of."""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+from experiments import found
+from experiments.tasks import parity
+from launch import sweep
+from mamba3_jax.config import with_fields
+from mamba3_jax.evaluate import tasks
+from mamba3_jax.model import LanguageModel, boxed_shapes
+from mamba3_jax.train.population import Population, members
+
+FILES = [path for path in found.FOLDER.rglob("*.py") if "\nVARIANTS = " in path.read_text()]
+
+
+def different(left, right, path: str = "") -> dict:
+    """Fields, by path, in which two configs are not the same, with the left one's values."""
+    if not dataclasses.is_dataclass(left):
+        return {} if left == right else {path: left}
+    each = [field.name for field in dataclasses.fields(left)]
+    nested = [different(getattr(left, name), getattr(right, name), f"{path}.{name}".strip(".")) for name in each]
+    return {name: value for part in nested for name, value in part.items()}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_file_can_be_swept(path: Path):
+    """Its plan is made, which checks every member; its metrics are of lengths that are scored."""
+    config = runpy.run_path(str(path))["get_config"]()
+    assert path.stem == config.name, "a result is found by the config's name"
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    plan = sweep.read_plan(str(path), config)
+    assert list(plan.variants) == list(found.read(path, path.parent).variants)
+
+
+def test_the_recipe_of_parity():
+    config = parity.get_config()
+    assert sum(np.prod(array.shape) for array in jax.tree.leaves(boxed_shapes(config.model))) == 7908
+    assert sum(config.data.task_steps) == config.train.steps == 3000
+    assert config.data.length * config.data.batch == 1280
+    assert str(config.data.task_lengths[-1]) == parity.METRIC.partition("@")[2]
+
+
+@pytest.mark.parametrize("variant", parity.VARIANTS)
+def test_variants_of_parity_differ_in_the_named_field_only(variant):
+    fields = parity.VARIANTS[variant]
+    assert different(with_fields(parity.get_config(), fields), parity.get_config()) == fields
+    assert len(fields) == (variant != "mamba3")
+
+
+@pytest.mark.full
+def test_the_recipe_learns_short_strings(tmp_path):
+    """Strings of 4 bits, 4 to a row, in 150 steps: a seed may stick in so short a run, one that learns is enough."""
+    config = parity.get_config()
+    config.model.chunk = 16
+    config.data.length, config.data.batch, config.data.valid_rows = 16, 8, 64
+    config.data.task_lengths, config.data.task_steps = (4,), (150,)
+    config.train.steps, config.train.log_every = 150, 50
+    with Population(config, members(2, (1e-2,)), tmp_path, report=lambda _: None) as population:
+        summaries, params = population.run(), population.params()
+    assert min(summary["loss"] for summary in summaries) < 0.01
+    (score,) = tasks.evaluate(LanguageModel(config.model), params, config.data, lengths=(4,), members=2)
+    assert max(score["scaled_last"]) == 1
