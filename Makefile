@@ -44,6 +44,7 @@ test: .venv/installed build/libtpu/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m experiments.benchmarks.table --check
+	$(BIN)/python -m experiments.report --check
 	rm -rf build/compiled
 	$(BIN)/python -m pytest $(PYTEST) -m "not slow and not full and not libtpu"
 	$(BIN)/python -m pytest $(PYTEST) tests/pallas_kernels -m "not slow and not full and libtpu"

@@ -1,8 +1,10 @@
-"""Reads what experiment files ask and what their result files found: the READMEs are drawn from it.
+"""Reads what experiment files ask and what their result files found: the report and the READMEs are drawn from it.
 
-An experiment is a file under experiments/ with get_config(). `launch.sweep` says what else it may have; beside that:
+An experiment is a file under experiments/ with get_config(). `launch.sweep` says what else it may have; for the report:
 
     PAPER   {variant: number}: what its source reports of METRIC, as tables show it (accuracies in percent)
+    SIZES   {line: {variant: size}}: the figure has METRIC by size, a line for each group of variants
+    SIZE    what the sizes are, "d_state"; without SIZES the figure has the metric by length
 """
 
 import json
@@ -32,6 +34,8 @@ class Experiment:
     sweep: bool = True  # else one run, of experiments/record.py
     expect: dict[str, tuple[str, float, float]] = field(default_factory=dict)
     paper: dict[str, float] = field(default_factory=dict)
+    sizes: dict[str, dict[str, float]] = field(default_factory=dict)
+    size: str = "size"
     metric: str = ""  # "": the result says which
     trained: int = 0  # longest length that was trained; 0: not known
     result: dict | None = None
@@ -86,6 +90,8 @@ def read(path: Path, results: Path) -> Experiment:
         sweep="VARIANTS" in given,
         expect=given.get("EXPECT", {}),
         paper=given.get("PAPER", {}),
+        sizes=given.get("SIZES", {}),
+        size=given.get("SIZE", "size"),
         metric=given.get("METRIC", ""),
         trained=config.data.task_lengths[-1] if config.data.source in TASKS else config.data.length,
         result=result_of(results / f"{config.name}.json", config),

@@ -19,6 +19,7 @@ EXPECT = {
     "gated_deltanet": ("best scaled_last@256", 0.99, 1.0),
     "transformer": ("best scaled_last@256", -0.1, 0.1),
 }
+PAPER = {"mamba3": 100.0, "rope": 1.56, "no_rotation": 2.27, "mamba2": 0.9, "gated_deltanet": 100.0}
 
 
 def get_config() -> Config:

@@ -1,0 +1,113 @@
+"""One kind of figure for every experiment: a metric by length or by size, a line a variant, a dot a seed."""
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import NullLocator, ScalarFormatter
+
+from experiments.found import Experiment
+from mamba3_jax.evaluate import comparison
+
+MARKERS = "osv^DPX*"
+FEW = 8  # places across that are each named, on a logarithmic axis
+
+
+class Line(NamedTuple):
+    """A variant at every length, or variants of several sizes."""
+
+    label: str
+    at: list[float]
+    values: list[list[float]]  # at each of these, a number a seed
+
+
+class Figure(NamedTuple):
+    """What is drawn, in the units of the axes."""
+
+    lines: list[Line]
+    across: str
+    up: str
+    trained: float = 0  # the longest length trained; 0: no lengths are drawn
+    chance: float | None = None
+    names: tuple[str, ...] = ()  # of places that are not numbers
+
+
+def figure_of(experiment: Experiment) -> Figure:
+    """Return the metric by size where the file has sizes, by length where several are scored, else by variant."""
+    metric = experiment.result["metric"]
+    name, _, length = metric.partition("@")
+    grouped = {
+        variant: comparison.at_best_rate(rows, metric)
+        for variant, rows in comparison.by_variant(experiment.rows).items()
+    }
+    unit, factor = (", %", 100) if comparison.sign(metric) > 0 else ("", 1)
+    chance = 0.0 if name.startswith("scaled") else None
+    values = lambda variant, what: [factor * comparison.value(row, what) for row in grouped[variant]]  # noqa: E731
+    if experiment.sizes:
+        lines = []
+        for label, sizes in experiment.sizes.items():
+            known = {variant: size for variant, size in sizes.items() if variant in grouped}
+            lines.append(Line(label, list(known.values()), [values(variant, metric) for variant in known]))
+        return Figure(lines, experiment.size, f"{metric}{unit}", chance=chance)
+    lengths = [score["length"] for score in experiment.rows[0]["scores"]]
+    if not length or len(lengths) == 1:
+        lines = [Line(variant, [at], [values(variant, metric)]) for at, variant in enumerate(grouped)]
+        return Figure(lines, "", f"{metric}{unit}", chance=chance, names=tuple(grouped))
+    lines = [Line(variant, lengths, [values(variant, f"{name}@{at}") for at in lengths]) for variant in grouped]
+    return Figure(lines, "length, tokens", f"{name}{unit}", experiment.trained, chance)
+
+
+def source(experiment: Experiment) -> str:
+    """Return what a picture is drawn from, as it says itself: commit, date and a digest of what is drawn."""
+    digest = hashlib.sha256(repr(figure_of(experiment)).encode()).hexdigest()[:12]
+    return f"commit {experiment.origins('commit')}, {experiment.origins('date')}, {digest}"
+
+
+def draw(experiment: Experiment, path: Path) -> None:
+    """Write the picture of an experiment that has a result, PNG."""
+    drawn = figure_of(experiment)
+    figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    for index, line in enumerate(drawn.lines):
+        style = {"color": f"C{index % 10}", "marker": MARKERS[index % len(MARKERS)]}
+        means = [sum(seeds) / len(seeds) for seeds in line.values]
+        axes.plot(line.at, means, color=style["color"], zorder=2)
+        for seed in range(max(map(len, line.values), default=0)):
+            dots = [(at, seeds[seed]) for at, seeds in zip(line.at, line.values, strict=True) if seed < len(seeds)]
+            axes.plot(*zip(*dots, strict=True), **style, linestyle="", markersize=4, alpha=0.6, zorder=3)
+        axes.plot([], [], **style, markersize=4, label=line.label)
+    mark(axes, drawn)
+    axes.set(xlabel=drawn.across, ylabel=drawn.up)
+    seeds = max((len(own) for line in drawn.lines for own in line.values), default=0)
+    axes.set_title(f"{experiment.name}: mean of {seeds} seeds, a dot a seed" if seeds > 1 else experiment.name)
+    figure.legend(loc="outside lower center", ncols=min(4, len(drawn.lines)), frameon=False)
+    # Without the version of matplotlib: only what is drawn changes the file.
+    figure.savefig(path, dpi=110, metadata={"Description": source(experiment), "Software": None})
+    plt.close(figure)
+
+
+def mark(axes, drawn: Figure) -> None:
+    """Mark chance and what is longer than trained; scale and name the places across."""
+    if drawn.chance is not None:
+        axes.axhline(drawn.chance, color="0.4", linestyle=":", zorder=1)
+        place = axes.get_yaxis_transform()
+        axes.text(1.01, drawn.chance, "chance", transform=place, va="center", color="0.4", fontsize=9)
+    axes.margins(y=0.1)
+    places = sorted({at for line in drawn.lines for at in line.at})
+    if drawn.names:
+        axes.set_xticks(range(len(drawn.names)), drawn.names)
+        axes.margins(x=0.2)
+    elif places and places[0] > 0 and len(places) <= FEW:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(places)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
+    if drawn.trained and places[-1] > drawn.trained:
+        right = axes.get_xlim()[1]
+        axes.axvspan(drawn.trained, right, color="0.93", zorder=0)
+        axes.set_xlim(right=right)
+        place = axes.get_xaxis_transform()
+        axes.text(drawn.trained, 0.98, " longer than trained", transform=place, va="top", color="0.4", fontsize=9)

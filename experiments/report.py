@@ -1,0 +1,181 @@
+"""Draws what the experiments found: one page with tables and pictures, from experiments/results/*.json.
+
+    python -m experiments.report            rewrite experiments/report/index.html and the pictures that changed
+    python -m experiments.report --check    change nothing; fail if the page or a picture is out of date
+
+Every experiment file is on it; what has no result is "not run yet". The page depends on nothing but files and results.
+"""
+
+import sys
+from html import escape
+from pathlib import Path
+
+from absl import app, flags
+
+from experiments import found
+from experiments.figures import metric
+from experiments.found import MISSING, Experiment
+from launch.provenance import REPOSITORY
+from mamba3_jax.evaluate import comparison
+
+FOLDER = found.FOLDER / "report"
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 3rem; border-top: 1px solid #ccc; padding-top: 1.5rem; }
+code { background: #f4f4f4; padding: .1em .3em; border-radius: 3px; font-size: .9em; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #ddd; vertical-align: top; }
+td { white-space: nowrap; } td small { color: #666; white-space: normal; display: block; }
+th { font-weight: 600; } img { max-width: 100%; } figure { margin: 1rem 0; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; } dt { color: #666; } dd { margin: 0; }
+.no { color: #b00020; font-weight: 600; } .yes { color: #1b7a36; } .missing { color: #777; font-style: italic; }
+"""
+INTRODUCTION = """
+<p>Drawn by <code>python -m experiments.report</code> from <code>experiments/results/*.json</code>, which the programs
+that measured wrote. A variant is shown at its best learning rate, with a number for every seed; the last column of a
+table with several seeds is the mean difference to the first variant, seed by seed, with its 95% interval.
+<code>NAME@LENGTH</code> is a metric at that length. Accuracies are in percent; <code>scaled_last</code> is that of the
+last answer, with chance at 0 and always right at 100. Of <code>bits_per_byte</code> and losses less is better.</p>
+"""
+
+
+def table(heads: list[str], lines: list[list[str]]) -> str:
+    """Return a table; the cells are HTML."""
+    row = lambda tag, cells: "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"  # noqa: E731
+    rows = "\n".join(row("td", line) for line in lines)
+    return f'<div class="wide"><table>\n{row("th", heads)}\n{rows}\n</table></div>'
+
+
+def cell(text: str) -> str:
+    """Return a cell's text, what is missing told apart."""
+    return f'<span class="missing">{MISSING}</span>' if text == MISSING else escape(text)
+
+
+def variant_cell(experiment: Experiment, name: str) -> str:
+    """Return a variant's name above its size and the fields that it sets."""
+    notes = [f"{path.partition('.')[2] or path}={value}" for path, value in experiment.variants.get(name, {}).items()]
+    size = experiment.result and experiment.result["variants"].get(name, {}).get("parameters")
+    notes += [f"{size:,} parameters"] if size else []
+    return escape(name) + (f"<small>{escape(', '.join(notes))}</small>" if notes else "")
+
+
+def comparison_table(experiment: Experiment) -> str:
+    """Return the comparison, a line a variant."""
+    heads, *lines = found.cells(experiment)
+    rows = [[variant_cell(experiment, line[0]), *map(cell, line[1:])] for line in lines]
+    return table([escape(head).replace("@", "<wbr>@") for head in heads], rows)
+
+
+def facts(experiment: Experiment) -> str:
+    """Return the command and what it cost, where and when."""
+    result = experiment.result
+    known = {"command": f"<code>{escape(result['command'] if result else experiment.command)}</code>"}
+    if experiment.cost:
+        known["cost"] = escape(experiment.cost)
+    if result:
+        known["took"] = f"{result['seconds']:,.0f} s on {escape(experiment.origins('device'))}"
+        known["commit"] = escape(f"{experiment.origins('commit')}, {experiment.origins('date')}, jax {result['jax']}")
+    else:
+        known["result"] = cell(MISSING)
+    return "<dl>" + "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in known.items()) + "</dl>"
+
+
+def expectations(experiment: Experiment) -> str:
+    """Return the expectations of the file with what was found."""
+    looks = {True: "yes", False: "no", None: "missing"}
+    said = [f'<li class="{looks[holds]}">{escape(text)}</li>' for holds, text in found.expectations(experiment)]
+    return "<p>Expected:</p>\n<ul>\n" + "\n".join(said) + "\n</ul>" if said else ""
+
+
+def section(experiment: Experiment) -> str:
+    """Return all of one experiment."""
+    picture = ""
+    if experiment.result:
+        told = f"{experiment.name}: {experiment.result['metric'].partition('@')[0]} of every variant and seed"
+        picture = f'<figure><img src="{escape(experiment.name)}.png" alt="{escape(told)}"></figure>'
+    parts = [
+        f'<h2 id="{escape(experiment.name)}">{escape(experiment.name)}</h2>',
+        f"<p>{escape(experiment.question)}</p>",
+        facts(experiment),
+        picture,
+        comparison_table(experiment),
+        expectations(experiment),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def summary(experiment: Experiment) -> list[str]:
+    """Return an experiment's line of the first table."""
+    holds, run = [holds for holds, _ in found.expectations(experiment)], len(comparison.by_variant(experiment.rows))
+    kept = f"{holds.count(True)} of {len(holds)}" if holds else "-"
+    if not run:
+        kept = "-"
+    elif None in holds:
+        kept += f", {holds.count(None)} {MISSING}"
+    if False in holds:
+        kept = f'<span class="no">{kept}</span>'
+    name = escape(experiment.name)
+    result = experiment.result
+    took, date = (f"{result['seconds']:,.0f} s", experiment.origins("date")) if result else ("-", "-")
+    variants = f"{run} of {run + len(experiment.missing)}" if run else cell(MISSING)
+    name = f'<a href="#{name}">{name}</a><small>{escape(experiment.question)}</small>'
+    return [name, variants, kept, took, date]
+
+
+def page(experiments: list[Experiment]) -> str:
+    """Return the page."""
+    heads = ["experiment", "variants run", "as expected", "took", "date"]
+    parts = [
+        "<!DOCTYPE html>",
+        '<html lang="en"><head><meta charset="utf-8"><title>mamba3_jax: experiments</title>',
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>',
+        f"<h1>What the experiments found</h1>{INTRODUCTION}",
+        table(heads, [summary(experiment) for experiment in experiments]),
+        *map(section, experiments),
+        "</body></html>\n",
+    ]
+    return "\n".join(parts)
+
+
+def outdated(experiments: list[Experiment], folder: Path = FOLDER) -> list[str]:
+    """Return the names of files in the folder that are not what the results say, or that nothing is drawn in."""
+    run = {f"{experiment.name}.png": experiment for experiment in experiments if experiment.result}
+    index = folder / "index.html"
+    names = [] if index.exists() and index.read_text() == page(experiments) else [index.name]
+    for name, experiment in run.items():
+        path = folder / name
+        if not path.exists() or metric.source(experiment).encode() not in path.read_bytes():
+            names.append(name)
+    return names + sorted({path.name for path in folder.glob("*.png")} - set(run))
+
+
+def write(experiments: list[Experiment], folder: Path = FOLDER) -> list[str]:
+    """Bring the folder up to date; return what was written or removed."""
+    changed, known = outdated(experiments, folder), {f"{experiment.name}.png": experiment for experiment in experiments}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in changed:
+        if name == "index.html":
+            (folder / name).write_text(page(experiments))
+        elif name in known and known[name].result:
+            metric.draw(known[name], folder / name)
+        else:
+            (folder / name).unlink()
+    return changed
+
+
+def main(_):
+    experiments = found.experiments()
+    if flags.FLAGS.check:
+        if names := outdated(experiments):
+            sys.exit(
+                f"Out of date in {FOLDER.relative_to(REPOSITORY)}: {', '.join(names)}: run python -m experiments.report"
+            )
+        return
+    for name in write(experiments):
+        print(f"rewrote {FOLDER.relative_to(REPOSITORY) / name}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_bool("check", False, "change nothing, fail if the page or a picture is out of date")
+    app.run(main)

@@ -1,0 +1,183 @@
+"""The page of what the experiments found: nothing is left out of it, and it says where everything is from."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from experiments import found, report
+from experiments.benchmarks import table
+from experiments.figures import metric
+from launch.provenance import REPOSITORY
+
+TOY = '''"""Is a < b?
+
+    python -m launch.sweep --config=toy.py --workdir=runs/toy
+
+Cost: 1.5 minutes, of nothing. Expect little.
+"""
+
+from mamba3_jax.config import Config, DataConfig
+
+VARIANTS = {"plain": {}, "wide": {"model.d_model": 128}, "late": {"model.d_state": 32}}
+METRIC = "scaled_last@32"
+EXPECT = {"plain": ("worst scaled_last@32", 0.9, 1.0), "wide": ("best scaled_last@32", 0.9, 1.0),
+          "late": ("best scaled_last@32", 0.9, 1.0)}
+PAPER = {"plain": 99.5, "late": 1.25}
+
+
+def get_config():
+    return Config(name="toy", data=DataConfig(source="parity", length=16, task_lengths=(16,), task_steps=(5,)))
+'''
+
+
+def result_of(scores: dict[str, dict[float, list[float]]]) -> dict:
+    """A sweep's result, of scaled_last at 32 by variant, rate and seed; at 8 all are right."""
+    rows = [
+        {
+            "variant": name,
+            "seed": seed,
+            "learning_rate": rate,
+            "loss": 1 - score,
+            "scores": [{"length": 8, "scaled_last": 1.0}, {"length": 32, "scaled_last": score}],
+        }
+        for name, rates in scores.items()
+        for rate, seeds in rates.items()
+        for seed, score in enumerate(seeds)
+    ]
+    origin = {"commit": "0123abc", "date": "2026-11-30", "device": "a pocket calculator"}
+    variants = {name: origin | {"parameters": 1234} for name in scores}
+    return origin | {
+        "jax": "0.0",
+        "command": "python -m launch.sweep --config=toy.py",
+        "seconds": 61.4,
+        "metric": "scaled_last@32",
+        "shown": ["scaled_last@8", "scaled_last@32"],
+        "variants": variants,
+        "rows": rows,
+    }
+
+
+SCORES = {"plain": {1e-3: [0.5, 0.6], 1e-2: [0.95, 1.0]}, "wide": {1e-3: [0.25, 0.35], 1e-2: [0.1, 0.2]}}
+
+
+def record(folder: Path, result: dict, name: str = "toy") -> None:
+    path = folder / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder of experiments with one file, of whose three variants two have run."""
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "toy.py").write_text(TOY)
+    record(tmp_path, result_of(SCORES))
+    return tmp_path
+
+
+def test_an_experiment_is_read_from_its_file_and_its_result(folder):
+    (toy,) = found.experiments(folder)
+    assert (toy.question, toy.command) == ("Is a < b?", "python -m launch.sweep --config=toy.py --workdir=runs/toy")
+    assert (toy.cost, toy.trained, toy.missing) == ("1.5 minutes", 16, ["late"])
+    heads, plain, wide, late = found.cells(toy)
+    assert heads[2:] == ["scaled_last@8", "scaled_last@32", "scaled_last@32 over plain", "best scaled_last@32", "paper"]
+    assert plain == ["plain", "0.01", "100.0 100.0", "95.0 100.0", "", "100.0", "99.5"]
+    assert wide[:4] + wide[5:] == ["wide", "0.001", "100.0 100.0", "25.0 35.0", "35.0", "-"]
+    assert late == ["late", "not run yet", "", "", "", "", "1.25"]
+    assert [holds for holds, _ in found.expectations(toy)] == [True, False, None]
+
+
+def test_the_page_leaves_nothing_out(folder):
+    page = report.page(found.experiments(folder))
+    wanted = [
+        "Is a &lt; b?",
+        "--config=toy.py",
+        "61 s on a pocket calculator",
+        "0123abc, 2026-11-30",
+        "1,234 parameters",
+    ]
+    wanted += ["d_model=128", "95.0 100.0", "99.5", "2 of 3", "1 of 3, 1 not run yet", 'src="toy.png"']
+    wanted += [
+        "wide: best scaled_last@32 35.0, NOT as expected: 90.0 .. 100.0",
+        "late: best scaled_last@32 not run yet",
+    ]
+    assert [text for text in wanted if text not in page] == []
+    assert "<script" not in page
+    (folder / "results" / "toy.json").unlink()
+    page = report.page(found.experiments(folder))
+    assert all(f"<td>{name}<" in page for name in ("plain", "wide", "late"))
+    assert page.count(found.MISSING) >= 3
+    assert "toy.png" not in page
+
+
+def test_a_result_whose_file_is_gone_is_shown(folder):
+    record(folder, result_of(SCORES), "gone")
+    _, gone = found.experiments(folder)
+    page = report.page([gone])
+    assert "gone: its file is gone" in page
+    assert "<td>2 of 2</td>" in page
+    assert found.overview(gone)["got"].startswith("scaled_last@32: plain 95.0 100.0, wide 25.0 35.0 (0123abc")
+    record(folder, {"benchmark": "toy", "rows": []})  # of another program
+    assert found.experiments(folder)[0].result is None
+
+
+@pytest.mark.parametrize("table", ["EXPECT = {'no': ('best loss', 0, 1)}", "PAPER = {'no': 1}"])
+def test_numbers_of_no_variant_are_refused(table, folder):
+    with open(folder / "tasks" / "toy.py", "a") as file:
+        file.write(table)
+    with pytest.raises(ValueError, match="'no', which is none of its variants"):
+        found.experiments(folder)
+
+
+def test_pictures_say_what_they_are_drawn_from_and_are_drawn_again(folder):
+    target, read = folder / "report", lambda: found.experiments(folder)
+    assert report.write(read(), target) == ["index.html", "toy.png"]
+    picture = (target / "toy.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert b"commit 0123abc, 2026-11-30" in picture
+    assert report.outdated(read(), target) == report.write(read(), target) == []
+
+    record(folder, result_of(SCORES | {"late": {1e-2: [0.5, 0.5]}}))
+    assert report.outdated(read(), target) == ["index.html", "toy.png"]
+    report.write(read(), target)
+    (folder / "results" / "toy.json").unlink()
+    assert report.write(read(), target) == ["index.html", "toy.png"]
+    assert [path.name for path in target.iterdir()] == ["index.html"]
+
+
+def test_figures_are_by_length_by_size_or_by_variant(folder, tmp_path):
+    (toy,) = found.experiments(folder)
+    drawn = metric.figure_of(toy)
+    assert drawn.lines[0] == ("plain", [8, 32], [[100.0, 100.0], [95.0, 100.0]])
+    assert (drawn.trained, drawn.chance) == (16, 0)
+
+    with open(folder / "tasks" / "toy.py", "a") as file:
+        file.write("SIZES, SIZE = {'all': {'plain': 64, 'wide': 128, 'late': 256}}, 'd_model'")
+    (by_size,) = found.experiments(folder)
+    drawn = metric.figure_of(by_size)
+    assert drawn.lines == [("all", [64, 128], [[95.0, 100.0], [25.0, 35.0]])]
+    assert drawn.across == "d_model"
+
+    result = result_of({"plain": {1e-3: [0.5, 0.6]}})
+    result["rows"][0]["loss"] = None  # it diverged
+    record(folder, result | {"metric": "loss"})
+    (folder / "tasks" / "toy.py").write_text(TOY)
+    (by_variant,) = found.experiments(folder)
+    assert metric.figure_of(by_variant).names == ("plain",)
+    for number, experiment in enumerate((toy, by_size, by_variant)):
+        metric.draw(experiment, tmp_path / f"{number}.png")
+
+
+def test_the_recorded_page_is_up_to_date():
+    assert report.outdated(found.experiments()) == [], "run python -m experiments.report"
+
+
+def test_the_readmes_have_the_report_and_the_sweeps():
+    text = (REPOSITORY / "README.md").read_text()
+    places = re.findall(r"\(experiments/report/(\S+?)\)", text)
+    assert "index.html" in places
+    assert all((report.FOLDER / place).exists() for place in places)
+    drawn = table.TABLES["experiments"]()
+    assert [sweep.question for sweep in table.sweeps() if sweep.question not in drawn] == []
