@@ -14,6 +14,7 @@ from experiments.found import Experiment
 from mamba3_jax.evaluate import comparison
 
 MARKERS = "osv^DPX*"
+STROKES = ("-", (0, (6, 2)), (0, (3, 2)), (0, (6, 2, 1, 2)), (0, (10, 3)))  # so that what lies on one line is seen to
 FEW = 8  # places across that are each named, on a logarithmic axis
 
 
@@ -74,11 +75,12 @@ def draw(experiment: Experiment, path: Path) -> None:
     for index, line in enumerate(drawn.lines):
         style = {"color": f"C{index % 10}", "marker": MARKERS[index % len(MARKERS)]}
         means = [sum(seeds) / len(seeds) for seeds in line.values]
-        axes.plot(line.at, means, color=style["color"], zorder=2)
+        stroke = {"linestyle": STROKES[index % len(STROKES)]}
+        axes.plot(line.at, means, color=style["color"], **stroke, zorder=2)
         for seed in range(max(map(len, line.values), default=0)):
             dots = [(at, seeds[seed]) for at, seeds in zip(line.at, line.values, strict=True) if seed < len(seeds)]
             axes.plot(*zip(*dots, strict=True), **style, linestyle="", markersize=4, alpha=0.6, zorder=3)
-        axes.plot([], [], **style, markersize=4, label=line.label)
+        axes.plot([], [], **style, **stroke, markersize=4, label=line.label)
     mark(axes, drawn)
     axes.set(xlabel=drawn.across, ylabel=drawn.up)
     seeds = max((len(own) for line in drawn.lines for own in line.values), default=0)
