@@ -177,7 +177,7 @@ def test_the_recorded_page_is_up_to_date():
 def test_the_readmes_have_the_report_and_the_sweeps():
     text = (REPOSITORY / "README.md").read_text()
     places = re.findall(r"\(experiments/report/(\S+?)\)", text)
-    assert "index.html" in places
+    assert {"parity.png", "index.html"} <= set(places)
     assert all((report.FOLDER / place).exists() for place in places)
     drawn = table.TABLES["experiments"]()
     assert [sweep.question for sweep in table.sweeps() if sweep.question not in drawn] == []
