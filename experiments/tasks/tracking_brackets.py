@@ -21,6 +21,7 @@ EXPECT = {
     "mamba2": ("best scaled_last@256", -0.1, 0.15),
     "gated_deltanet": ("best scaled_last@256", 0.85, 1.0),
 }
+PAPER = {"mamba3": 87.75, "rope": 2.62, "no_rotation": 0.72, "mamba2": 0.88, "gated_deltanet": 93.50}
 
 
 def get_config() -> Config:

@@ -11,7 +11,7 @@ from absl import flags
 
 from experiments import found
 from experiments.tasks import parity
-from launch import sweep
+from launch import experiment
 from mamba3_jax.config import with_fields
 from mamba3_jax.evaluate import tasks
 from mamba3_jax.model import LanguageModel, boxed_shapes
@@ -36,7 +36,7 @@ def test_every_file_can_be_swept(path: Path):
     assert path.stem == config.name, "a result is found by the config's name"
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-    plan = sweep.read_plan(str(path), config)
+    plan = experiment.read_plan(str(path), config)
     assert list(plan.variants) == list(found.read(path, path.parent).variants)
 
 
