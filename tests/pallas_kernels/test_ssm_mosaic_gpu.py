@@ -68,6 +68,62 @@ def test_lowers_for_cuda(shape, starts, splits):
     assert count(with_gradients) > splits
 
 
+def many(shape, members: int):
+    """Inputs of members, stacked, but for what they share: the values."""
+    drawn = [draw(shape, seed) for seed in range(members)]
+    tokens, heads, state = jax.tree.map(lambda *arrays: np.stack(arrays), *drawn)
+    batched = (jax.tree.map(lambda _: 0, tokens)._replace(v_BLHP=None), 0, 0)
+    return (bfloat16(tokens._replace(v_BLHP=tokens.v_BLHP[0])), heads, state), batched
+
+
+@pytest.mark.parametrize("shape", [SISO_LARGE, MIMO_LARGE], ids=["siso", "mimo"])
+def test_a_population_is_one_launch_of_each_kernel(shape):
+    """Lowered for CUDA: over members, and over members of members, there are as many kernels as of one alone."""
+
+    def op(tokens, heads, state):
+        return mosaic_gpu(tokens, heads, state, rotation=shape.rotation, anywhere=True)
+
+    def with_gradients(*inputs):
+        results, pull = jax.vjp(op, *inputs)
+        return results, pull(results)
+
+    def count(run, *inputs):
+        with use_abstract_mesh(GPU):
+            lowered = jax.jit(run).trace(*inputs).lower(lowering_platforms=("cuda",))
+            return lowered.as_text().count("stablehlo.custom_call @mosaic_gpu")
+
+    inputs, batched = many(shape, 2)
+    tokens, heads, state = draw(shape)
+    alone = count(with_gradients, bfloat16(tokens), heads, state)
+    assert alone > 2
+    over = jax.vmap(with_gradients, in_axes=batched)
+    assert count(over, *inputs) == alone
+    again = jax.tree.map(lambda array: np.stack([array] * 3), inputs)
+    assert count(jax.vmap(over), *again) == alone
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("shape", "splits"), [(SISO_LARGE._replace(length=70), 2), (MIMO1, 1)], ids=["siso", "mimo"])
+def test_a_member_of_a_population_is_computed_as_alone(shape, splits):
+    """Values and gradients: members' programs are those of one alone, and only sums around them have another order."""
+
+    def op(tokens, heads, state):
+        return mosaic_gpu(tokens, heads, state, rotation=shape.rotation, splits=splits, interpret=INTERPRET)
+
+    def with_gradients(*inputs):
+        results, pull = jax.vjp(op, *inputs)
+        return results, pull(results)
+
+    inputs, batched = many(shape, 2)
+    got = jax.jit(jax.vmap(with_gradients, in_axes=batched))(*inputs)
+    for member in range(2):
+        tokens, heads, state = draw(shape, member)
+        tokens = bfloat16(tokens)._replace(v_BLHP=inputs[0].v_BLHP)
+        alone = jax.jit(with_gradients)(tokens, heads, state)
+        errors = jax.tree.map(lambda all_M, one: rel_rms(all_M[member], one), got, alone)  # noqa: B023
+        assert max(jax.tree.leaves(errors)) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("shape", "starts", "splits"),
     [

@@ -597,6 +597,8 @@ def call_scan(
 def call(kernel, *, name: str, operands, out, scratch, grid: dict[str, int], interpret, sums: bool = True):
     """Run `kernel(operands, out, *scratch)`, trees of refs, for every point of the grid, whose last axis runs fastest.
 
+    Under `jax.vmap` the grid gets one more axis, over which the kernel runs as it is: one launch for all.
+
     Args:
         out: a tree of shapes and dtypes, returned as arrays.
         scratch: trees of what a program has in shared memory, and its barriers.
@@ -611,18 +613,42 @@ def call(kernel, *, name: str, operands, out, scratch, grid: dict[str, int], int
         operands = jax.tree.unflatten(tree, refs[: len(arrays)])
         pl.run_scoped(functools.partial(kernel, operands, jax.tree.unflatten(out_tree, refs[len(arrays) :])), *scratch)
 
-    outputs = plgpu.kernel(
-        body,
-        out_type=out_types,
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
-        compiler_params=plgpu.CompilerParams(
+    how = {
+        "compiler_params": plgpu.CompilerParams(
             approx_math=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             unsafe_no_auto_barriers=True,  # commit_smem stands wherever warps exchange something
             **({"reduction_scratch_bytes": 512} if sums else {}),
         ),
-        kernel_name=name,
+        "kernel_name": name,
         **({} if interpret is None else {"interpret": interpret}),
-    )(*arrays)
-    return jax.tree.unflatten(out_tree, outputs)
+    }
+    return jax.tree.unflatten(out_tree, mapped(body, out_types, grid, how)(*arrays))
+
+
+def mapped(body, out_types: list, grid: dict[str, int], how: dict, batched: tuple[tuple[bool, ...], ...] = ()):
+    """Return the function of arrays that runs `body(*refs)` over a grid, and that `jax.vmap` can batch.
+
+    Args:
+        batched: of every `jax.vmap` so far, the outermost first, which arrays have its axis; the outputs all have it.
+            Its axis of the grid is called "vmap", and a number from the innermost on.
+    """
+
+    def at_its_place(*refs):
+        flags = [*zip(*batched, strict=True)] if batched else [()] * (len(refs) - len(out_types))
+        flags += [(True,) * len(batched)] * len(out_types)
+        place = [lax.axis_index(f"vmap{len(batched) - level}") for level in range(len(batched))]
+        indices = [tuple(index for index, has in zip(place, of, strict=True) if has) for of in flags]
+        body(*(ref.at[index] if index else ref for ref, index in zip(refs, indices, strict=True)))
+
+    run = jax.custom_batching.custom_vmap(
+        plgpu.kernel(at_its_place, out_type=out_types, grid=tuple(grid.values()), grid_names=tuple(grid), **how)
+    )
+
+    @run.def_vmap
+    def over_one_more(size, in_batched, *arrays):
+        outer = [jax.ShapeDtypeStruct((size, *out.shape), out.dtype) for out in out_types]
+        wider = {f"vmap{len(batched) + 1}": size, **grid}
+        return mapped(body, outer, wider, how, (tuple(in_batched), *batched))(*arrays), [True] * len(out_types)
+
+    return run
