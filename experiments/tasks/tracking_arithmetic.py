@@ -25,4 +25,4 @@ PAPER = {"mamba3": 98.51, "rope": 20.70, "no_rotation": 1.49, "mamba2": 47.81, "
 
 
 def get_config() -> Config:
-    return tracking.config("tracking_arithmetic", "arithmetic", vocab_size=len(FLAT), layers=3, d_ff=128, steps=10000)
+    return tracking.config("tracking_arithmetic", "arithmetic", vocab_size=len(FLAT), layers=3, d_ff=128, steps=4000)

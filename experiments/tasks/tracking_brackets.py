@@ -26,5 +26,5 @@ PAPER = {"mamba3": 87.75, "rope": 2.62, "no_rotation": 0.72, "mamba2": 0.88, "ga
 
 def get_config() -> Config:
     return tracking.config(
-        "tracking_brackets", "arithmetic_brackets", len(NESTED), layers=3, d_ff=128, steps=10000, labels="answer"
+        "tracking_brackets", "arithmetic_brackets", len(NESTED), layers=3, d_ff=128, steps=4000, labels="answer"
     )

@@ -23,4 +23,4 @@ PAPER = {"mamba3": 100.0, "rope": 1.56, "no_rotation": 2.27, "mamba2": 0.9, "gat
 
 
 def get_config() -> Config:
-    return tracking.config("tracking_parity", "parity", vocab_size=2, layers=1, d_ff=0, steps=10000)
+    return tracking.config("tracking_parity", "parity", vocab_size=2, layers=1, d_ff=0, steps=4000)
