@@ -5,11 +5,12 @@
 W_1, W_2, ... are rows of the matrix; one call has several such products, each with outputs of its own.
 
 The matrix's bytes are the floor, and those of one token are few for a GPU: what counts is that all of them are on their
-way at once, to every multiprocessor. So a program has some columns of one product, over all of K, and asks for all of
-its weights before it does anything else. Every program computes the norm for itself, of a few kilobytes that are in the
-cache. x' is rounded to the matrix's dtype, sums are float32.
+way at once, to every multiprocessor. So a program has some columns of one product, over all of K. x' is rounded to the
+matrix's dtype, sums are float32.
 
-Threads multiply and add row after row, or tensor cores multiply 16 rows, or they do so in a loop over K: `tiles`.
+Threads multiply and add row after row: a program asks for all of its weights before it does anything else, and computes
+the norm for itself, of a few kilobytes that are in the cache. Or tensor cores multiply 16 rows or more in a loop over
+K, whose loads run some steps ahead; the norm is then XLA's. `tiles` chooses.
 
 Letters: B rows, K entries of a row, M rows of the matrix, N columns of a product, A blocks of K.
 """
@@ -94,7 +95,7 @@ def few_rows(
         raise ValueError(f"few_rows {wish}")
     (rows, size), first = x_BK.shape, 0
     tile = tile or default_tile(rows, size, kind_of(products, scale_K is not None), weight_MK.dtype) or Tile()
-    if tile.dot and tile.stages and scale_K is not None:
+    if tile.dot and scale_K is not None:
         # The loop would go over every row twice, and convert it for each program.
         x_BK, scale_K = _rms_norm(x_BK, scale_K, eps).astype(weight_MK.dtype), None
     programs = []  # of every product, the first program and the columns of one
@@ -107,7 +108,7 @@ def few_rows(
         tuple(jax.ShapeDtypeStruct((rows, product.columns), dtype) for dtype in product.dtypes) for product in products
     ]
     whole = lambda array: pl.BlockSpec(array.shape, lambda *_, axes=array.ndim: (0,) * axes)  # noqa: E731
-    how = {"compiler_params": plt.CompilerParams(num_warps=tile.warps, num_stages=max(tile.stages, 1))}
+    how = {"compiler_params": plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages if tile.dot else 1)}
     body = functools.partial(_kernel, products=products, programs=programs, last=first, eps=eps, tile=tile)
     (outputs,) = pl.pallas_call(
         functools.partial(body, interpret=interpret),
@@ -128,7 +129,7 @@ def _rms_norm(x_BK, scale_K, eps: float):
 
 def _kernel(x_ref, scale_ref, w_ref, vectors, outs, *, products, programs, last, eps, tile: Tile, interpret: bool):
     program = pl.program_id(0)
-    sums_of = _row_by_row if not tile.dot else _in_a_loop if tile.stages else _at_once
+    sums_of = _in_a_loop if tile.dot else _row_by_row
     operands = Operands(x_ref, scale_ref, w_ref, eps=eps, tile=tile, interpret=interpret)
     ends = [first for first, _ in programs[1:]] + [last]
     for product, (first, columns), end, v_refs, out_refs in zip(products, programs, ends, vectors, outs, strict=True):
@@ -181,10 +182,9 @@ class Operands:
         return [_load(self.scale_ref, (k_K,), inside_K) for k_K, inside_K in self.blocks()]
 
     def normed(self, x, scales):
-        """Return all blocks of a row, or of some (B, K), after their norm and in the matrix's dtype."""
+        """Return all blocks of a row after its norm and in the matrix's dtype."""
         if scales is not None:
-            over_rms = lax.rsqrt(jnp.sum(sum(block * block for block in x), axis=-1) / self.size + self.eps)
-            over_rms = over_rms[:, None] if over_rms.ndim else over_rms
+            over_rms = lax.rsqrt(jnp.sum(sum(block * block for block in x)) / self.size + self.eps)
             x = [block * over_rms * scale_K for block, scale_K in zip(x, scales, strict=True)]
         return [block.astype(self.w_ref.dtype) for block in x]
 
@@ -206,21 +206,11 @@ def _row_by_row(operands: Operands, product: Product, n_N):
         yield (b, n_N), n_N < product.columns, [jnp.sum(sum_NK, axis=1) for sum_NK in sums]
 
 
-def _at_once(operands: Operands, product: Product, n_N):
-    """Yield where the outputs of all rows of a program are, which of them are there, and their sums over K."""
-    weights, scales = operands.all_weights(product, n_N), operands.scales()
-    b_B1, inside_B1 = operands.b_B1, operands.inside_B1
-    x = []
-    for k_K, inside_K in operands.blocks():
-        inside = inside_B1 if inside_K is None else inside_B1 & inside_K[None]
-        x.append(_load(operands.x_ref, (b_B1, k_K[None]), inside, None if scales is None else jnp.float32))
-    x = operands.normed(x, scales)
-    sums = [sum(operands.dot(x_BK, w_NK) for x_BK, w_NK in zip(x, w, strict=True)) for w in weights]
-    yield (b_B1, n_N[None]), inside_B1 & (n_N < product.columns)[None], sums
-
-
 def _in_a_loop(operands: Operands, product: Product, n_N):
-    """Yield what `_at_once` yields, of a matrix and of rows that stream through shared memory."""
+    """Yield where the outputs of all rows of a program are, which of them are there, and their sums over K.
+
+    The matrix and the rows stream through shared memory.
+    """
     b_B1, inside_B1 = operands.b_B1, operands.inside_B1
     inside_N = n_N < product.columns
 

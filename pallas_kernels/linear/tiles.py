@@ -4,15 +4,20 @@ One layer of siso-180m reads 3,432, 768, 3,072 and 768 matrix rows: 5.3, 2.4, 4.
 TB/s take 1.2, 0.6, 1.1 and 0.6 us. A launch takes about 2 us. What the four kernels took, in us:
 
     rows   tile                                           in, gate, out, back        XLA's products, with what is around
-       1   rows, 8 columns, 4 warps (gate: 16, 8)         4.1   3.7   2.8   2.9      11 kernels
+       1   rows, 8 columns, 4 warps (gate: 16, 8)         4.1   3.7   2.8   3.0      11 kernels
        8   rows, the same                                 20.7  10.2   8.5   8.7     6.2 + 4.7, 3.3 x 2, 3.0, 3.0
-       8   loop of 128, 32 columns, 4 warps, 4 stages     11.4   9.1   5.4   5.6
-     128   loop of 64, 32 columns, 4 warps, 4 stages       9.4   7.8   9.3   8.4     out and back 4.7
+       8   loop of 128, 32 columns, 4 warps, 6 stages     7.2   5.4   5.0   5.2      (out, back: 16 columns, 8 stages)
+       8   loop of 128, 16 columns, 4 warps, 6 stages     6.3   5.3   4.3   4.5      (out, back: a loop of 256)
+       8   loop of 128, 16 columns, 2 warps, 6 stages     5.5   4.4   4.3   4.5      (out, back: a loop of 256)
+       8   loop of 256, 16 columns, 4 warps, 3 stages     5.9   5.2   4.1   4.4      (out, back: 8 columns, 6 stages)
+       8   loop of 64, 16 columns, 4 warps, 8 stages      7.0   5.4   4.5   4.8      (out, back: of 128, 8 columns)
+       8   all of K in registers, 16 columns, 4 warps     15.8  8.1   5.2   5.5      (out, back: 8 columns)
+     128   loop of 64, 32 columns, 4 warps, 4 stages       9.6  13.1   9.3   8.4     out and back 5.5
 
-Row by row costs 2.4 us more with every row, so it is for two at most. The loop had 24 programs of `out` for 132
-multiprocessors, and a sum over threads in each of its steps, for the norm. Up to 16 rows a program therefore takes
-fewer columns, so that 96 to 215 programs run, and asks for all of their weights before it does anything: a
-multiprocessor that has 24 KB on their way is at the memory's speed. What that takes was not measured yet.
+Row by row costs 2.4 us more with every row, so it is for two at most. Of more rows, narrow programs are many (24 to 215
+of `in` and `out` for 132 multiprocessors), and a loop whose stages reach over all or most of K has its weights on their
+way at once without a register for them; two warps read the rows half as often as four. With all of K in registers, of
+which each warp needs all rows, a program of `in` spilled 544 bytes a thread. The loop's norm is a kernel of 1.6 us.
 """
 
 import dataclasses
@@ -27,29 +32,26 @@ class Tile:
     columns: int = 8  # of all products that one epilogue takes, a program
     block: int = 512  # entries of K at a time, at most
     warps: int = 4
-    dot: bool = False  # whether tensor cores multiply, and not threads row after row
+    dot: bool = False  # whether tensor cores multiply in a loop over K, and not threads row after row
     rows: int = 16  # a program, at most: of tensor cores alone
-    stages: int = 0  # how many steps ahead a loop over K loads: of tensor cores alone; 0: all of K at once
+    stages: int = 4  # how many steps of the loop are on their way
 
 
 # By the most rows that they are for. A product is "normed", "gated" (normed, of two matrices) or "bare". None: XLA's.
 TILES = {
     2: {"normed": Tile(), "gated": Tile(columns=16, warps=8), "bare": Tile()},
     16: {
-        "normed": Tile(dot=True, columns=16, block=256),
-        "gated": Tile(dot=True, columns=16, block=256),
-        "bare": Tile(dot=True, columns=8),
+        "normed": Tile(dot=True, columns=16, block=128, warps=2, stages=6),
+        "gated": Tile(dot=True, columns=16, block=128, warps=2, stages=6),
+        "bare": Tile(dot=True, columns=8, block=256, stages=6),
     },
     256: {
-        "normed": Tile(dot=True, columns=32, block=64, rows=128, stages=4),
-        "gated": Tile(dot=True, columns=64, block=64, rows=128, stages=4),
+        "normed": Tile(dot=True, columns=32, block=64, rows=128),
+        "gated": Tile(dot=True, columns=64, block=64, rows=128),
         "bare": None,
     },
 }
-LOOP = Tile(dot=True, columns=32, block=256, stages=4)  # of some rows, where all of K is too much for registers
-# The longest K that is not: a thread then holds up to 192 registers of operands, rows before their norm in float32.
-AT_ONCE = {"normed": 1024, "gated": 1024, "bare": 2048}
-ROW = 2048  # and of rows one by one by four warps
+ROW = 2048  # the longest K of rows one by one by four warps
 
 
 def kind_of(products, normed: bool) -> str:
@@ -62,12 +64,10 @@ def kind_of(products, normed: bool) -> str:
 def default_tile(rows: int, size: int, kind: str, dtype) -> Tile | None:
     """Choose a tile for so many rows of K entries; None: XLA's own product is faster, or not measured against.
 
-    A program holds its columns of the matrix in registers. Of a long K more threads do, or it is taken in a loop.
+    Row by row, a program holds its columns of the matrix in registers: of a long K more threads do.
     """
     most = next((most for most in TILES if rows <= most), None)
     tile = None if most is None else TILES[most][kind]
     if tile is None or (tile.dot and jnp.dtype(dtype) == jnp.float32):  # there is no tensor core for true float32
         return None
-    if tile.dot:
-        return tile if tile.stages or size <= AT_ONCE[kind] else dataclasses.replace(LOOP, rows=tile.rows)
-    return tile if size <= ROW else dataclasses.replace(tile, warps=8)
+    return tile if tile.dot or size <= ROW else dataclasses.replace(tile, warps=8)

@@ -16,8 +16,8 @@ from tests.pallas_kernels.family import GPU
 
 MODES = {
     "rows": Tile(columns=4, block=32),
-    "at_once": Tile(columns=8, block=32, dot=True),
-    "loop": Tile(columns=16, block=32, dot=True, rows=32, stages=2),
+    "loop": Tile(columns=8, block=32, dot=True),
+    "wide_loop": Tile(columns=16, block=32, dot=True, rows=32, stages=2),
 }
 # A GPU's compiler leaves out roundings to bfloat16 of an interpreted kernel (`xla_allow_excess_precision`).
 INTERPRET = jax.default_backend() == "cpu"
@@ -103,7 +103,7 @@ def check(mode: str, size: str, kind: str, dtype, *, normed: bool):
         *((mode, "even", "gated", True) for mode in MODES),
         *((mode, "odd", "epilogues", False) for mode in MODES),
         *((mode, "odd", "gated", True) for mode in MODES),
-        *((mode, "many", "epilogues", True) for mode in ("at_once", "loop")),  # in several programs
+        *((mode, "many", "epilogues", True) for mode in ("loop", "wide_loop")),  # in several programs
     ],
 )
 def test_is_its_definition(mode, size, kind, normed, dtype):
@@ -152,7 +152,6 @@ def test_tiles_by_rows():
     tile = linear.default_tile
     assert not tile(2, 768, "normed", jnp.bfloat16).dot
     assert tile(3, 768, "normed", jnp.bfloat16).dot
-    assert tile(8, 4096, "bare", jnp.bfloat16).stages
     assert tile(2, 768, "gated", jnp.float32) is not None
     assert tile(3, 768, "gated", jnp.float32) is None
     assert tile(1000, 768, "gated", jnp.bfloat16) is None
