@@ -81,7 +81,9 @@ class ModelConfig(Section):
     a_floor: float = number(1e-4, "(0, inf)")
     discretization: str = "exponential_trapezoidal"  # a row of DISCRETIZATIONS in ops/discretize.py
     angles: str = "data"  # data | rope (fixed angles t * 10000^(-i/S), not data dependent) | none
-    bc_bias: bool = True  # the biases of B and C (paper table 5a without: False)
+    bc_bias: str = "both"  # which of B and C (here k and q) have a bias: both | b | c | none (paper table 5a without)
+    bc_bias_initial: float = number(1.0, "(-inf, inf)")
+    bc_bias_frozen: bool = False  # biases keep their initial values
 
     # Mamba-2, Mamba-1 and gated DeltaNet
     d_conv: int = size(4, 2, 16)  # tokens that the short convolution sees
@@ -228,7 +230,10 @@ RENAMED_FIELDS = {
     "parity_steps": ("task_steps", {}),
     "scan_layers": ("unroll", {True: 0, False: LAYERS}),
 }
-RENAMED = {"discretization": {"trapezoid": "exponential_trapezoidal", "euler": "exponential_euler"}}
+RENAMED = {
+    "discretization": {"trapezoid": "exponential_trapezoidal", "euler": "exponential_euler"},
+    "bc_bias": {True: "both", False: "none"},
+}
 
 
 def from_dict(values: dict) -> Config:

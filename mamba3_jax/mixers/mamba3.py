@@ -36,6 +36,7 @@ def no_angle(theta_BLS, dt_BLH):
 
 
 ANGLES = {"data": data_angle, "rope": rope_angle, "none": no_angle}
+BIASED = {"both": ("k_bias", "q_bias"), "b": ("k_bias",), "c": ("q_bias",), "none": ()}  # the parameters that there are
 
 
 class Sizes(NamedTuple):
@@ -74,7 +75,7 @@ class Mamba3(Mixer):
 
     letter = "M"
     matrices = ("in_zx", "in_dt_a_trap", "in_kq_angle", "out")
-    official: ClassVar = {"discretization": "exponential_trapezoidal", "angles": "data", "bc_bias": True}
+    official: ClassVar = {"discretization": "exponential_trapezoidal", "angles": "data", "bc_bias": "both"}
 
     def setup(self):
         config, size = self.config, sizes(self.config)
@@ -88,9 +89,7 @@ class Mamba3(Mixer):
         self.in_dt_a_trap = self.named("in_dt_a_trap", into, embed=d_model, pair=3, heads=heads)
         self.in_kq_angle = self.named("in_kq_angle", into, embed=d_model, shared=columns)
         self.dt_bias = self.named("dt_bias", dt, heads=heads)
-        if config.bc_bias:
-            self.k_bias = self.named("k_bias", ones, heads=heads, rank=size.rank, state=size.d_state)
-            self.q_bias = self.named("q_bias", ones, heads=heads, rank=size.rank, state=size.d_state)
+        self.biases = {name: self.bias(name) for name in BIASED[config.bc_bias]}
         self.k_norm = self.named("k_norm", ones, state=size.d_state)
         self.q_norm = self.named("q_norm", ones, state=size.d_state)
         self.skip = self.named("skip", ones, heads=heads)
@@ -102,6 +101,13 @@ class Mamba3(Mixer):
         if config.out_norm:
             self.norm = self.named("norm", ones, heads=heads, head_dim=width)
         self.out = self.named("out", out, heads=heads, head_dim=width, embed=d_model)
+
+    def bias(self, name: str):
+        """Return a bias of keys or queries; frozen, it has no gradient, and the optimizer decays no bias."""
+        config, size = self.config, sizes(self.config)
+        initial = nn.initializers.constant(config.bc_bias_initial)
+        bias_HRN = self.named(name, initial, heads=size.heads, rank=size.rank, state=size.d_state)
+        return jax.lax.stop_gradient(bias_HRN) if config.bc_bias_frozen else bias_HRN
 
     def __call__(self, x_BLD, state: State | None = None, start_BL=None):
         config = self.config
@@ -139,8 +145,8 @@ class Mamba3(Mixer):
         """Return the learned arrays of the op."""
         size = sizes(self.config)
         return Heads(
-            q_bias_HRN=self.q_bias if self.config.bc_bias else None,
-            k_bias_HRN=self.k_bias if self.config.bc_bias else None,
+            q_bias_HRN=self.biases.get("q_bias"),
+            k_bias_HRN=self.biases.get("k_bias"),
             skip_H=self.skip,
             v_rank_HRP=self.v_rank if size.mimo else None,
             gate_rank_HRP=self.gate_rank if size.mimo else None,
@@ -174,6 +180,8 @@ class Mamba3(Mixer):
             raise ValueError(f"{config.discretization=} is not one of {sorted(DISCRETIZATIONS)}")
         if config.angles not in ANGLES:
             raise ValueError(f"{config.angles=} is not one of {sorted(ANGLES)}")
+        if config.bc_bias not in BIASED:
+            raise ValueError(f"{config.bc_bias=} is not one of {sorted(BIASED)}")
 
     @staticmethod
     def state_flops(config: ModelConfig, length: int) -> float:

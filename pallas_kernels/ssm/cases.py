@@ -25,6 +25,7 @@ class Case(NamedTuple):
     ranked: bool = False  # v_rank and out_rank; always where rank > 1
     gate_ranked: bool = False
     bias: bool = True
+    biased: str = "kq"  # where there is a bias, what has one: k, q or both
     looks_back: bool = True  # beta, and the state's k and v
     turns: bool = True  # angle, dt, and the state's angle
     dtype: str = "float32"  # of q, k, v and gate
@@ -39,7 +40,8 @@ class Case(NamedTuple):
         there = {
             **dict.fromkeys(("dt_BLH", "angle_BLHS", "angle_BHS"), self.turns),
             **dict.fromkeys(("beta_BLH", "k_BRHN", "v_BHP"), self.looks_back),
-            **dict.fromkeys(("q_bias_HRN", "k_bias_HRN"), self.bias),
+            "q_bias_HRN": self.bias and "q" in self.biased,
+            "k_bias_HRN": self.bias and "k" in self.biased,
             **dict.fromkeys(("v_rank_HRP", "out_rank_HRP"), self.ranked or self.rank > 1),
             "gate_BLHP": self.gate,
             "gate_rank_HRP": self.gate and self.gate_ranked,
@@ -76,7 +78,7 @@ SSD = SISO._replace(gate=False, skip=False, bias=False, looks_back=False, turns=
 LEFT_OUT = {
     "ssd": SSD,
     "ssd_in_ranks": SSD._replace(rank=2, ranked=True),
-    "no_rotation": SISO._replace(turns=False),
-    "first_order": MIMO._replace(rank=2, looks_back=False),
+    "no_rotation": SISO._replace(turns=False, biased="q"),
+    "first_order": MIMO._replace(rank=2, looks_back=False, biased="k"),
     "no_bias": SISO._replace(bias=False, rotation="half", shared_angle=False),
 }

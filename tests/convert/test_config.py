@@ -157,7 +157,7 @@ def test_what_is_not_supported_says_so(official, named):
     [
         ("discretization", "exponential_euler"),
         ("angles", "rope"),
-        ("bc_bias", False),
+        ("bc_bias", "c"),
         ("d_ff", 100),
         ("attn_rope_theta", 1e4),
     ],

@@ -34,7 +34,7 @@ NAMED = dataclasses.replace(SMALL, implementation=NORMED)  # who takes it
 CONFIGS = {
     "siso": {"pattern": "MM", "out_norm": True},
     "mimo": {"mimo_rank": 2, "tie_embeddings": False, "discretization": "midpoint"},
-    "hybrid": {"pattern": "MAM", "bc_bias": False, "rope_fraction": 1.0, "discretization": "exponential_euler"},
+    "hybrid": {"pattern": "MAM", "bc_bias": "none", "rope_fraction": 1.0, "discretization": "exponential_euler"},
 }
 TOLERANCE = 2**-8  # as of `LanguageModel`'s (test_decoding.py): one rounding of bfloat16
 

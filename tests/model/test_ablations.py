@@ -64,17 +64,28 @@ def test_no_angles_is_no_rotation():
 
 
 @pytest.mark.full
-def test_without_bc_bias_is_a_bias_of_zero():
+@pytest.mark.parametrize(("bc_bias", "left"), [("none", ()), ("b", ("k_bias",)), ("c", ("q_bias",))])
+def test_without_bc_bias_is_a_bias_of_zero(bc_bias, left):
     params, _, _ = outputs()
-    zero = params | {name: jnp.zeros_like(params[name]) for name in ("k_bias", "q_bias")}
-    without = {name: array for name, array in params.items() if name not in ("k_bias", "q_bias")}
+    gone = {"k_bias", "q_bias"} - {*left}
+    zero = params | {name: jnp.zeros_like(params[name]) for name in gone}
+    without = {name: array for name, array in params.items() if name not in gone}
     _, wanted_BLD, _ = outputs(zero)
-    _, got_BLD, _ = outputs(without, bc_bias=False)
+    _, got_BLD, _ = outputs(without, bc_bias=bc_bias)
     assert rel_rms(got_BLD, wanted_BLD) < 1e-6
 
 
+def test_a_frozen_bias_has_a_gradient_of_zero_and_says_the_same():
+    params, wanted_BLD, _ = outputs()
+    gradient = jax.jit(jax.grad(lambda p: jnp.sum(outputs_of(p, bc_bias_frozen=True))))(params)
+    for name in ("k_bias", "q_bias"):
+        assert not np.any(gradient[name])
+    assert np.any(gradient["k_norm"])
+    np.testing.assert_array_equal(outputs(params, bc_bias_frozen=True)[1], wanted_BLD)
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("option", [{"angles": "none"}, {"discretization": "exponential_euler"}, {"bc_bias": False}])
+@pytest.mark.parametrize("option", [{"angles": "none"}, {"discretization": "exponential_euler"}, {"bc_bias": "none"}])
 def test_what_an_ablation_does_not_use_gets_a_zero_gradient_and_no_state(option):
     params, _, state = outputs(**option)
     empty = Mamba3.empty_state(ModelConfig(**SMALL, **option), batch=2, capacity=1)
@@ -92,7 +103,7 @@ def test_what_an_ablation_does_not_use_gets_a_zero_gradient_and_no_state(option)
 def test_a_model_of_what_is_left_out_carries_a_smaller_state():
     """Pieces of a row with the state carried are the row, from `empty_state` or from none, over scanned layers."""
     config = ModelConfig(
-        **SMALL, vocab_size=8, pattern="MM", angles="none", discretization="zero_order_hold", bc_bias=False
+        **SMALL, vocab_size=8, pattern="MM", angles="none", discretization="zero_order_hold", bc_bias="none"
     )
     model, tokens_BL = LanguageModel(config), np.arange(18, dtype=np.int32).reshape(2, 9) % 8
     params = jax.jit(model.init)(jax.random.key(0), tokens_BL)
@@ -116,6 +127,8 @@ def test_names_of_earlier_versions_are_read():
         "midpoint": "midpoint",
     }.items():
         assert from_dict({"model": {"discretization": old}}).model.discretization == new
+    for old, new in {True: "both", False: "none", "b": "b"}.items():
+        assert from_dict({"model": {"bc_bias": old}}).model.bc_bias == new
 
 
 @pytest.mark.parametrize("u", [-1e4, -3.0, 0.0, 1.0, 50.0])

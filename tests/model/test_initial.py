@@ -8,6 +8,7 @@ import pytest
 
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.model import init_params
+from tests.helpers import first
 
 D_MODEL, D_FF, LAYERS, HEADS = 128, 96, 3, 16
 CONFIG = ModelConfig(
@@ -95,6 +96,12 @@ def test_dt_is_log_uniform():
     np.testing.assert_allclose(np.log1p(np.exp(floored)), 1e-4, rtol=1e-3)
 
 
-def test_without_bc_bias_there_are_no_such_parameters():
-    without = init_params(dataclasses.replace(CONFIG, pattern="M", bc_bias=False), jax.random.key(0))
-    assert not {"k_bias", "q_bias"} & without["segment_0"]["block_0"]["mixer"].keys()
+BIASES = {"c": {"q_bias"}, "none": set(), "b": {"k_bias"}, "both": {"k_bias", "q_bias"}}
+
+
+@pytest.mark.parametrize("bc_bias", first(BIASES))
+def test_biases_are_those_that_are_wanted_and_begin_as_they_should(bc_bias):
+    config = dataclasses.replace(CONFIG, pattern="M", bc_bias=bc_bias, bc_bias_initial=-0.5)
+    mixer = init_params(config, jax.random.key(0))["segment_0"]["block_0"]["mixer"]
+    assert {"k_bias", "q_bias"} & mixer.keys() == BIASES[bc_bias]
+    assert all((np.asarray(mixer[name]) == -0.5).all() for name in BIASES[bc_bias])

@@ -20,7 +20,7 @@ CHUNK = 8  # tokens, where a test does not say
 
 def whole(shape: Case) -> Case:
     """With all that `LEFT_OUT` may lack but what changes the result."""
-    return shape._replace(bias=True, looks_back=True, turns=True)
+    return shape._replace(bias=True, biased="kq", looks_back=True, turns=True)
 
 
 def draw(shape: Case, seed: int = 0, dtype=np.float32) -> tuple[Tokens, Heads, State]:

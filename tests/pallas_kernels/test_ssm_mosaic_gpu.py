@@ -130,7 +130,7 @@ def test_a_member_of_a_population_is_computed_as_alone(shape, splits):
         (SISO_LARGE, (), 1),
         (SISO_LARGE._replace(batch=2, d_state=128, planes=32, groups=2, norm=True, rotation="half"), (0, 5, 64), 2),
         (MIMO_LARGE, (), 1),
-        (MIMO_LARGE._replace(heads=1, rank=2, length=70, width=24, d_state=50, planes=5), (3, 16, 40), 3),
+        (MIMO_LARGE._replace(heads=1, rank=2, length=70, width=24, d_state=50, planes=5, biased="k"), (3, 16, 40), 3),
         (MIMO1, (), 1),
     ],
     ids=["siso", "siso_packed", "mimo", "mimo_padded", "mimo_of_one_rank"],
@@ -169,7 +169,7 @@ def test_documents_do_not_see_each_other():
 @pytest.mark.parametrize(
     ("shape", "starts", "splits", "interval"),
     [
-        (SISO_LARGE._replace(length=40, heads=1, d_state=32, width=16, planes=8), (5, 20), 1, 1024),
+        (SISO_LARGE._replace(length=40, heads=1, d_state=32, width=16, planes=8, biased="q"), (5, 20), 1, 1024),
         (SISO_LARGE._replace(length=200, heads=1), (), 1, 64),
         (SISO_LARGE._replace(length=230, heads=1), (70,), 1, 128),
         (MIMO_LARGE._replace(length=70, heads=1, d_state=16, width=16, planes=4), (20,), 2, 1024),

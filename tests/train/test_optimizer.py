@@ -1,13 +1,17 @@
 """Schedule at its landmarks, AdamW against its equations in numpy, which parameters decay."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
 from mamba3_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from mamba3_jax.train.optimizer import decays, optimizer, schedule, validate
-from tests.helpers import rel_rms
-from tests.train.tiny import random_params
+from mamba3_jax.train.step import train_step
+from tests.helpers import first, rel_rms
+from tests.train.test_step import fresh
+from tests.train.tiny import get_config, random_batch, random_params
 
 PEAK, STEPS = 2e-3, 1000
 
@@ -118,3 +122,19 @@ def test_decay_mask():
 def test_what_cannot_be_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         validate(OptimizerConfig(**options))
+
+
+@pytest.mark.parametrize("name", first(["adamw", "muon"]))
+def test_frozen_biases_keep_their_bits(name):
+    """Through steps with weight decay and without clipping; every other parameter moves."""
+    config = get_config()
+    config.model.bc_bias_frozen = True
+    config.optimizer.name, config.optimizer.weight_decay, config.optimizer.clip = name, 0.5, 0.0
+    state = before = fresh(config)
+    step = jax.jit(functools.partial(train_step, config))
+    for seed in range(3):
+        state, _ = step(state, random_batch(config, seed))
+    for path, moved in jax.tree_util.tree_leaves_with_path(
+        jax.tree.map(lambda a, b: np.any(a != b), state.params, before.params)
+    ):
+        assert moved == (path[-1].key not in ("k_bias", "q_bias")), path
