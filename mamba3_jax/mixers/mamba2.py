@@ -8,23 +8,21 @@ import jax.numpy as jnp
 
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.mixers.mixer import Mixer, both, check_op, head_count
+from mamba3_jax.mixers.rates import A_RANGE
+from mamba3_jax.mixers.short_convolution import Window, channels, convolution_flops, convolved, empty_window, taps_of
 from mamba3_jax.nn.initial import inverse_softplus_dt, linear, log_uniform
 from mamba3_jax.nn.norm import rms_norm
 from mamba3_jax.nn.precision import DTYPES
-from mamba3_jax.ops.convolve import convolve
 from mamba3_jax.ops.discretize import exponential_euler
 from mamba3_jax.ops.einsum import einsum
 from mamba3_jax.ops.ssm import Heads, State, Tokens
-
-A_RANGE = (1.0, 16.0)  # -A of the heads before training, uniform
 
 
 class Carried(NamedTuple):
     """What a sequence leaves behind: the op's state, and what the convolution of the next tokens sees."""
 
     ssm: State
-    x_BWHP: jax.Array  # before the convolution, of the last W = d_conv - 1 tokens; 0 of what is of another document
-    kq_BWE: jax.Array
+    window: Window
 
 
 class Mamba2(Mixer):
@@ -42,20 +40,15 @@ class Mamba2(Mixer):
 
     def setup(self):
         config = self.config
-        d_model, heads, width, groups = config.d_model, head_count(config), config.head_dim, config.n_groups
-        columns = 2 * groups * config.d_state
+        d_model, heads, width = config.d_model, head_count(config), config.head_dim
         ones, into = nn.initializers.ones, linear(d_model)
         out = linear(heads * width, len(config.pattern) ** -0.5)
         dt = inverse_softplus_dt(config.dt_min, config.dt_max, config.dt_init_floor)
-        taps = linear(config.d_conv)
 
         self.in_zx = self.named("in_zx", into, embed=d_model, pair=2, heads=heads, head_dim=width)
-        self.in_kq = self.named("in_kq", into, embed=d_model, shared=columns)
+        self.in_kq = self.named("in_kq", into, embed=d_model, shared=channels(config)["shared"])
         self.in_dt = self.named("in_dt", into, embed=d_model, heads=heads)
-        self.conv_x = self.named("conv_x", taps, heads=heads, head_dim=width, taps=config.d_conv)
-        self.conv_x_bias = self.named("conv_x_bias", taps, heads=heads, head_dim=width)
-        self.conv_kq = self.named("conv_kq", taps, shared=columns, taps=config.d_conv)
-        self.conv_kq_bias = self.named("conv_kq_bias", taps, shared=columns)
+        self.taps = taps_of(self, config.d_conv, **channels(config))
         self.dt_bias = self.named("dt_bias", dt, heads=heads)
         self.a_log = self.named("a_log", log_uniform(*A_RANGE), heads=heads)
         self.skip = self.named("skip", ones, heads=heads)
@@ -65,14 +58,12 @@ class Mamba2(Mixer):
     def __call__(self, x_BLD, state: Carried | None = None, start_BL=None):
         config, dtype = self.config, DTYPES[self.config.compute_dtype]
         batch, length, groups = *x_BLD.shape[:2], config.n_groups
-        before = self.empty_state(config, batch, 0) if state is None else state
-        document_BL = None if start_BL is None else jnp.cumsum(start_BL, axis=1, dtype=jnp.int32)
+        before, window = (None, None) if state is None else (state.ssm, state.window)
 
         z_BLHP, x_BLHP = both(x_BLD, self.in_zx, dtype)
         kq_BLE = einsum("bld,de->ble", x_BLD, self.in_kq, dtype=dtype)
         dt_BLH = einsum("bld,dh->blh", x_BLD, self.in_dt, dtype=dtype, out=jnp.float32)
-        x_BLHP, x_BWHP = convolve(x_BLHP, self.conv_x, self.conv_x_bias, before.x_BWHP, document_BL)
-        kq_BLE, kq_BWE = convolve(kq_BLE, self.conv_kq, self.conv_kq_bias, before.kq_BWE, document_BL)
+        x_BLHP, kq_BLE, window = convolved(self.taps, x_BLHP, kq_BLE, window, start_BL)
         kq = kq_BLE.reshape(batch, length, 2, 1, groups, config.d_state)
 
         dt_BLH = jax.nn.softplus(dt_BLH + self.dt_bias)
@@ -86,21 +77,19 @@ class Mamba2(Mixer):
             gamma_BLH=gamma_BLH,
             start_BL=start_BL,
         )
-        y_BLHP, ssm = self.op("adjacent")(tokens, Heads(skip_H=self.skip), None if state is None else state.ssm)
+        y_BLHP, ssm = self.op("adjacent")(tokens, Heads(skip_H=self.skip), before)
         y_BLHP = y_BLHP.astype(jnp.float32) * jax.nn.silu(z_BLHP.astype(jnp.float32))
         by_group = rms_norm(y_BLHP.reshape(batch, length, groups, -1), self.norm.reshape(groups, -1))
         y_BLHP = by_group.reshape(y_BLHP.shape).astype(dtype)
-        return einsum("blhp,hpd->bld", y_BLHP, self.out, dtype=dtype), Carried(ssm, x_BWHP, kq_BWE)
+        return einsum("blhp,hpd->bld", y_BLHP, self.out, dtype=dtype), Carried(ssm, window)
 
     @staticmethod
     def empty_state(config: ModelConfig, batch: int, capacity: int) -> Carried:
         """Zeros; `capacity` has no meaning for a state of fixed size."""
-        heads, window, dtype = head_count(config), config.d_conv - 1, DTYPES[config.compute_dtype]
-        ssm_BHPN = jnp.zeros((batch, heads, config.head_dim, config.d_state), jnp.float32)
+        ssm_BHPN = jnp.zeros((batch, head_count(config), config.head_dim, config.d_state), jnp.float32)
         return Carried(
             ssm=State(angle_BHS=None, ssm_BHPN=ssm_BHPN),
-            x_BWHP=jnp.zeros((batch, window, heads, config.head_dim), dtype),
-            kq_BWE=jnp.zeros((batch, window, 2 * config.n_groups * config.d_state), dtype),
+            window=empty_window(config.d_conv, batch, DTYPES[config.compute_dtype], **channels(config)),
         )
 
     @staticmethod
@@ -112,7 +101,7 @@ class Mamba2(Mixer):
     def state_flops(config: ModelConfig, length: int) -> float:
         """2 H P N to write the state and as much to read it, and the convolution's 2 K a channel."""
         inner = head_count(config) * config.head_dim
-        return 4 * inner * config.d_state + 2 * config.d_conv * (inner + 2 * config.n_groups * config.d_state)
+        return 4 * inner * config.d_state + convolution_flops(config.d_conv, **channels(config))
 
     @staticmethod
     def fused(config: ModelConfig) -> dict[str, tuple[int, ...]]:
