@@ -84,6 +84,13 @@ class ModelConfig(Section):
     bc_bias: str = "both"  # which of B and C (here k and q) have a bias: both | b | c | none (paper table 5a without)
     bc_bias_initial: float = number(1.0, "(-inf, inf)")
     bc_bias_frozen: bool = False  # biases keep their initial values
+    bc_norm: bool = True  # RMSNorm of k and q before their biases
+    conv: int = size(0, 0, 16)  # tokens that a short convolution of v, k and q with SiLU sees, as Mamba-2's; 0: none
+    # The decay rate -A: heavy_tail(u) of the token's own u | softplus(u) (the paper's) | learned, one number a head
+    a_form: str = "heavy_tail"
+    # Which entries of the state rotate together: adjacent | half a state apart; "": as in official layers, whose MIMO
+    # has half and SISO adjacent
+    pairing: str = ""
 
     # Mamba-2, Mamba-1 and gated DeltaNet
     d_conv: int = size(4, 2, 16)  # tokens that the short convolution sees

@@ -6,13 +6,16 @@ A product has in its kernel the norm before it and what is made of it after (`op
 kernel reads are one array, each output a row of it, so that all of them are read once and none is copied.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mamba3_jax.config import ModelConfig
-from mamba3_jax.mixers.mamba3 import Mamba3, Sizes, heavy_tail, sizes
+from mamba3_jax.mixers.choices import Sizes, pairing, sizes
+from mamba3_jax.mixers.mamba3 import Mamba3
+from mamba3_jax.mixers.rates import heavy_tail
 from mamba3_jax.nn.precision import DTYPES
 from mamba3_jax.ops import kernels, projections
 from mamba3_jax.ops.discretize import DISCRETIZATIONS, uses_previous
@@ -44,6 +47,9 @@ def refused(config: ModelConfig) -> str | None:
         "norm": ("rms",),
         "residual_in_fp32": (True,),
         "angles": ("data",),
+        "bc_norm": (True,),
+        "conv": (0,),
+        "a_form": ("heavy_tail",),
         "discretization": RULES,
         "compute_dtype": ("bfloat16",),
         # By name alone, until all of it has been timed on a GPU: the draft took 0.28 ms a token of siso-180m for 0.69.
@@ -115,9 +121,9 @@ def step(config: ModelConfig, layer: Layer, residual_BD, state: State, start_B, 
         return y_BD
 
     tokens = tokens_of(config, layer, residual_BD, start_B, **how)
-    rotation = "half" if config.mimo_rank > 0 else "adjacent"
     norms = layer.q_norm_N, layer.k_norm_N
-    y_BLHP, state = kernels.normed_step(tokens, layer.heads, state, norms, rotation=rotation, interpret=interpret)
+    run = functools.partial(kernels.normed_step, rotation=pairing(config), interpret=interpret)
+    y_BLHP, state = run(tokens, layer.heads, state, norms)
     residual_BD = added("out", y_BLHP.reshape(len(residual_BD), -1), layer.out_DI)
     into = Product(config.d_ff, (dtype,), (0, config.d_ff), gated)
     ((f_BF,),) = project(residual_BD, layer.value_gate_FD, [into], layer.norm2_D, name="gate", **how)

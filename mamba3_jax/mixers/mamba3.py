@@ -5,12 +5,15 @@ from typing import ClassVar, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mamba3_jax.config import ModelConfig
-from mamba3_jax.mixers.mixer import Mixer, both, check_op, head_count
+from mamba3_jax.mixers import choices
+from mamba3_jax.mixers.choices import ANGLES, BIASED, pairing, sizes
+from mamba3_jax.mixers.mixer import Mixer, both
 from mamba3_jax.mixers.official import Piece, Row, same, weight
-from mamba3_jax.nn.initial import inverse_softplus_dt, linear
+from mamba3_jax.mixers.rates import A_FORMS, A_RANGE
+from mamba3_jax.mixers.short_convolution import Window, channels, convolution_flops, convolved, empty_window, taps_of
+from mamba3_jax.nn.initial import inverse_softplus_dt, linear, log_uniform
 from mamba3_jax.nn.norm import rms_norm
 from mamba3_jax.nn.precision import DTYPES
 from mamba3_jax.ops.discretize import DISCRETIZATIONS, uses_previous
@@ -18,50 +21,21 @@ from mamba3_jax.ops.einsum import einsum
 from mamba3_jax.ops.ssm import Heads, State, Tokens
 
 
-def data_angle(theta_BLS, dt_BLH):
-    """pi tanh(theta) radians per unit dt, shared by the heads."""
-    return jnp.pi * jnp.tanh(theta_BLS)[:, :, None]
+class Carried(NamedTuple):
+    """What a sequence leaves behind where it is more than the op's state."""
+
+    ssm: State | None
+    window: Window | None = None  # of a convolution
 
 
-def rope_angle(theta_BLS, dt_BLH):
-    """10000^(-i/S) radians a token whatever the data: the op multiplies by dt, so divided by it here."""
-    planes = theta_BLS.shape[-1]
-    frequency_S = 10000.0 ** (-np.arange(planes, dtype=np.float32) / planes)
-    return frequency_S / jnp.maximum(dt_BLH, 1e-15)[..., None]  # a dt that underflowed: no turn, not 0 * inf
+def opened(state: State | Carried | None) -> Carried:
+    """Return the parts of a state; None: it is empty."""
+    return state if isinstance(state, Carried) else Carried(ssm=state)
 
 
-def no_angle(theta_BLS, dt_BLH):
-    """None: no rotation."""
-    return
-
-
-ANGLES = {"data": data_angle, "rope": rope_angle, "none": no_angle}
-BIASED = {"both": ("k_bias", "q_bias"), "b": ("k_bias",), "c": ("q_bias",), "none": ()}  # the parameters that there are
-
-
-class Sizes(NamedTuple):
-    """What a config implies for one layer."""
-
-    heads: int
-    head_dim: int
-    groups: int
-    rank: int  # 1 for SISO
-    d_state: int
-    planes: int
-    mimo: bool
-
-
-def sizes(config: ModelConfig) -> Sizes:
-    """H = expand D / P heads; S planes = half of the rotated part of the state."""
-    return Sizes(
-        heads=head_count(config),
-        head_dim=config.head_dim,
-        groups=config.n_groups,
-        rank=max(config.mimo_rank, 1),
-        d_state=config.d_state,
-        planes=int(config.d_state * config.rope_fraction) // 2,
-        mimo=config.mimo_rank > 0,
-    )
+def closed(carried: Carried) -> State | Carried:
+    """Return the state of these parts: the op's own where there is nothing else."""
+    return carried.ssm if carried.window is None else carried
 
 
 class Mamba3(Mixer):
@@ -69,13 +43,21 @@ class Mamba3(Mixer):
 
     The projection is three parameters, so that tensor parallelism shards what is per head and replicates what heads
     share: in_zx and in_dt_a_trap, and in_kq_angle (whose columns are k, q, theta: the paper's B, C, angle). The
-    ablations keep every parameter but the biases, so that variants differ in nothing else; what they do not use gets
-    a zero gradient.
+    ablations keep every matrix, so that variants differ in nothing else; what they do not use gets a zero gradient.
+    Biases and norms of k and q, a_log and the convolution are there where they are used.
     """
 
     letter = "M"
     matrices = ("in_zx", "in_dt_a_trap", "in_kq_angle", "out")
-    official: ClassVar = {"discretization": "exponential_trapezoidal", "angles": "data", "bc_bias": "both"}
+    official: ClassVar = {
+        "discretization": "exponential_trapezoidal",
+        "angles": "data",
+        "pairing": "",
+        "bc_bias": "both",
+        "bc_norm": True,
+        "conv": 0,
+        "a_form": "heavy_tail",
+    }
 
     def setup(self):
         config, size = self.config, sizes(self.config)
@@ -90,8 +72,9 @@ class Mamba3(Mixer):
         self.in_kq_angle = self.named("in_kq_angle", into, embed=d_model, shared=columns)
         self.dt_bias = self.named("dt_bias", dt, heads=heads)
         self.biases = {name: self.bias(name) for name in BIASED[config.bc_bias]}
-        self.k_norm = self.named("k_norm", ones, state=size.d_state)
-        self.q_norm = self.named("q_norm", ones, state=size.d_state)
+        if config.bc_norm:
+            self.k_norm = self.named("k_norm", ones, state=size.d_state)
+            self.q_norm = self.named("q_norm", ones, state=size.d_state)
         self.skip = self.named("skip", ones, heads=heads)
         if size.mimo:
             mean = nn.initializers.constant(1 / size.rank)
@@ -101,6 +84,10 @@ class Mamba3(Mixer):
         if config.out_norm:
             self.norm = self.named("norm", ones, heads=heads, head_dim=width)
         self.out = self.named("out", out, heads=heads, head_dim=width, embed=d_model)
+        if config.a_form == "learned":
+            self.a_log = self.named("a_log", log_uniform(*A_RANGE), heads=heads)
+        if config.conv:
+            self.taps = taps_of(self, config.conv, **channels(config, size.rank))
 
     def bias(self, name: str):
         """Return a bias of keys or queries; frozen, it has no gradient, and the optimizer decays no bias."""
@@ -109,28 +96,39 @@ class Mamba3(Mixer):
         bias_HRN = self.named(name, initial, heads=size.heads, rank=size.rank, state=size.d_state)
         return jax.lax.stop_gradient(bias_HRN) if config.bc_bias_frozen else bias_HRN
 
-    def __call__(self, x_BLD, state: State | None = None, start_BL=None):
-        config = self.config
-        op = self.op("half" if config.mimo_rank > 0 else "adjacent")
-        y_BLHP, state = op(self.tokens(x_BLD, start_BL), self.heads(), state)
-        return einsum("blhp,hpd->bld", y_BLHP, self.out, dtype=DTYPES[config.compute_dtype]), state
+    def __call__(self, x_BLD, state: State | Carried | None = None, start_BL=None):
+        before = opened(state)
+        tokens, after = self.tokens(x_BLD, start_BL, before)
+        y_BLHP, ssm = self.op(pairing(self.config))(tokens, self.heads(), before.ssm)
+        y_BLD = einsum("blhp,hpd->bld", y_BLHP, self.out, dtype=DTYPES[self.config.compute_dtype])
+        return y_BLD, closed(after._replace(ssm=ssm))
 
-    def tokens(self, x_BLD, start_BL) -> Tokens:
-        """SPEC sections 2 and 3, and the norm of 4: everything about a token that the op needs."""
+    def tokens(self, x_BLD, start_BL, before: Carried) -> tuple[Tokens, Carried]:
+        """SPEC sections 2 and 3, and the norm of 4: everything about a token that the op needs.
+
+        Returns what the tokens leave behind, too, but for the op's state.
+        """
         config, size, dtype = self.config, sizes(self.config), DTYPES[self.config.compute_dtype]
         gate_BLHP, v_BLHP = both(x_BLD, self.in_zx, dtype)
         dt_a_trap = einsum("bld,dch->blch", x_BLD, self.in_dt_a_trap, dtype=dtype, out=jnp.float32)
         kq_angle = einsum("bld,de->ble", x_BLD, self.in_kq_angle, dtype=dtype, out=jnp.float32)
 
         dt_BLH = jax.nn.softplus(dt_a_trap[:, :, 0] + self.dt_bias)
-        a_BLH = -jnp.maximum(heavy_tail(dt_a_trap[:, :, 1]), config.a_floor)
-        kq, theta_BLS = jnp.split(kq_angle, [kq_angle.shape[-1] - size.planes], axis=-1)
-        kq = kq.reshape(*kq.shape[:2], 2, size.rank, size.groups, size.d_state)
+        a_log_H = self.a_log if config.a_form == "learned" else None
+        a_BLH = -jnp.maximum(A_FORMS[config.a_form](dt_a_trap[:, :, 1], a_log_H), config.a_floor)
+        kq_BLE, theta_BLS = jnp.split(kq_angle, [kq_angle.shape[-1] - size.planes], axis=-1)
+        window = None
+        if config.conv:
+            v_BLHP, kq_BLE, window = convolved(self.taps, v_BLHP, kq_BLE.astype(dtype), before.window, start_BL)
+        kq = kq_BLE.reshape(*kq_BLE.shape[:2], 2, size.rank, size.groups, size.d_state)
+        k_BLRGN, q_BLRGN = kq[:, :, 0], kq[:, :, 1]
+        if config.bc_norm:
+            k_BLRGN, q_BLRGN = rms_norm(k_BLRGN, self.k_norm), rms_norm(q_BLRGN, self.q_norm)
         log_a_BLH, gamma_BLH, beta_BLH = DISCRETIZATIONS[config.discretization](dt_BLH, a_BLH, dt_a_trap[:, :, 2])
         angle_BLHS = ANGLES[config.angles](theta_BLS, dt_BLH)
-        return Tokens(
-            q_BLRGN=rms_norm(kq[:, :, 1], self.q_norm).astype(dtype),
-            k_BLRGN=rms_norm(kq[:, :, 0], self.k_norm).astype(dtype),
+        tokens = Tokens(
+            q_BLRGN=q_BLRGN.astype(dtype),
+            k_BLRGN=k_BLRGN.astype(dtype),
             v_BLHP=v_BLHP,
             dt_BLH=None if angle_BLHS is None else dt_BLH,
             log_a_BLH=log_a_BLH,
@@ -140,6 +138,7 @@ class Mamba3(Mixer):
             gate_BLHP=gate_BLHP,
             start_BL=start_BL,
         )
+        return tokens, Carried(ssm=None, window=window)
 
     def heads(self) -> Heads:
         """Return the learned arrays of the op."""
@@ -155,39 +154,27 @@ class Mamba3(Mixer):
         )
 
     @staticmethod
-    def empty_state(config: ModelConfig, batch: int, capacity: int) -> State:
+    def empty_state(config: ModelConfig, batch: int, capacity: int) -> State | Carried:
         """Zeros; `capacity` has no meaning for a state of fixed size."""
         size, dtype = sizes(config), DTYPES[config.compute_dtype]
         turns, looks_back = config.angles != "none", uses_previous(config.discretization)
-        return State(
+        ssm = State(
             angle_BHS=jnp.zeros((batch, size.heads, size.planes), jnp.float32) if turns else None,
             ssm_BHPN=jnp.zeros((batch, size.heads, size.head_dim, size.d_state), jnp.float32),
             k_BRHN=jnp.zeros((batch, size.rank, size.heads, size.d_state), dtype) if looks_back else None,
             v_BHP=jnp.zeros((batch, size.heads, size.head_dim), dtype) if looks_back else None,
         )
+        window = empty_window(config.conv, batch, dtype, **channels(config, size.rank)) if config.conv else None
+        return closed(Carried(ssm=ssm, window=window))
 
-    @staticmethod
-    def check(config: ModelConfig) -> None:
-        """Raise ValueError for sizes or choices that no Mamba-3 layer can have."""
-        check_op(config)
-        if config.rope_fraction not in (0.5, 1.0):
-            raise ValueError(f"{config.rope_fraction=} is neither 0.5 nor 1.0")
-        if config.d_state % 2:
-            raise ValueError(f"{config.d_state=} is not an even number")
-        if not sizes(config).planes:
-            raise ValueError(f"{config.d_state=} is too small to rotate {config.rope_fraction=} of it")
-        if config.discretization not in DISCRETIZATIONS:
-            raise ValueError(f"{config.discretization=} is not one of {sorted(DISCRETIZATIONS)}")
-        if config.angles not in ANGLES:
-            raise ValueError(f"{config.angles=} is not one of {sorted(ANGLES)}")
-        if config.bc_bias not in BIASED:
-            raise ValueError(f"{config.bc_bias=} is not one of {sorted(BIASED)}")
+    check = staticmethod(choices.check)
 
     @staticmethod
     def state_flops(config: ModelConfig, length: int) -> float:
-        """2 H P N R to write the state and as much to read it."""
+        """2 H P N R to write the state and as much to read it, and the convolution's."""
         size = sizes(config)
-        return 4 * size.heads * size.head_dim * size.d_state * size.rank
+        state = 4 * size.heads * size.head_dim * size.d_state * size.rank
+        return state + convolution_flops(config.conv, **channels(config, size.rank))
 
     @staticmethod
     def fused(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -226,9 +213,3 @@ class Mamba3(Mixer):
         if config.out_norm:
             rows["norm.weight"] = same("norm", (heads, head_dim), (inner,))
         return rows | {"out_proj.weight": weight(inner, width, Piece("out", (heads, head_dim, width)))}
-
-
-def heavy_tail(u):
-    """f(u) = 1 + u for u >= 0, 1 / (1 - u) below: positive, and slow to reach 0 or infinity."""
-    # the branch not taken must stay finite, or its gradient is 0 * inf
-    return jnp.where(u >= 0, 1 + u, 1 / (1 - jnp.minimum(u, 0)))

@@ -158,6 +158,10 @@ def test_what_is_not_supported_says_so(official, named):
         ("discretization", "exponential_euler"),
         ("angles", "rope"),
         ("bc_bias", "c"),
+        ("bc_norm", False),
+        ("conv", 4),
+        ("a_form", "softplus"),
+        ("pairing", "half"),
         ("d_ff", 100),
         ("attn_rope_theta", 1e4),
     ],
@@ -193,6 +197,11 @@ def test_a_damaged_record_says_so(damage, tmp_path):
 def test_a_record_of_before_peeling_is_read(tmp_path):
     (tmp_path / "official.json").write_text(json.dumps({key: GOOD[key] for key in ("config", "dtypes", "files")}))
     assert Origin.load(tmp_path)._asdict() == GOOD | {"peeled": []}
+
+
+def test_how_biases_begin_and_whether_they_move_is_no_concern_of_the_official_code():
+    model = ModelConfig(bc_bias_initial=0.5, bc_bias_frozen=True)
+    assert to_official(model) == to_official(ModelConfig())
 
 
 def test_attention_defaults():

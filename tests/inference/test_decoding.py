@@ -34,6 +34,7 @@ CONFIGS = {
     "mimo": {"pattern": "MM", "mimo_rank": 2},
     "delta": {"pattern": "MG", "delta_head_dim": 16},
     "mamba1": {"pattern": "M1"},
+    "conv": {"pattern": "MM", "conv": 4, "a_form": "learned", "bc_norm": False},
     "narrow": {"pattern": "MM", "residual_in_fp32": False},
 }
 

@@ -33,8 +33,14 @@ SMALL = ModelConfig(
 NAMED = dataclasses.replace(SMALL, implementation=NORMED)  # who takes it
 CONFIGS = {
     "siso": {"pattern": "MM", "out_norm": True},
-    "mimo": {"mimo_rank": 2, "tie_embeddings": False, "discretization": "midpoint"},
-    "hybrid": {"pattern": "MAM", "bc_bias": "none", "rope_fraction": 1.0, "discretization": "exponential_euler"},
+    "mimo": {"mimo_rank": 2, "bc_bias": "b", "tie_embeddings": False, "discretization": "midpoint"},
+    "hybrid": {
+        "pattern": "MAM",
+        "bc_bias": "none",
+        "pairing": "half",
+        "rope_fraction": 1.0,
+        "discretization": "exponential_euler",
+    },
 }
 TOLERANCE = 2**-8  # as of `LanguageModel`'s (test_decoding.py): one rounding of bfloat16
 
@@ -137,6 +143,9 @@ def test_not_over_a_mesh(hopper, monkeypatch):
         ({"norm": "layer"}, "wants norm in"),
         ({"residual_in_fp32": False}, "wants residual_in_fp32 in"),
         ({"angles": "rope"}, "wants angles in"),
+        ({"bc_norm": False}, "wants bc_norm in"),
+        ({"conv": 4}, "wants conv in"),
+        ({"a_form": "softplus"}, "wants a_form in"),
         ({"discretization": "zero_order_hold"}, "wants discretization in"),
         ({"compute_dtype": "float32"}, "wants compute_dtype in"),
         ({"implementation": ""}, "wants implementation in"),

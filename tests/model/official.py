@@ -3,7 +3,7 @@
 import numpy as np
 
 from mamba3_jax.config import ModelConfig
-from mamba3_jax.mixers.mamba3 import sizes
+from mamba3_jax.mixers.choices import sizes
 
 # official layer_config key -> ours; chunk_size is a performance parameter
 FIELDS = {

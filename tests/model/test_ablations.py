@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from mamba3_jax.config import ModelConfig, from_dict
-from mamba3_jax.mixers.mamba3 import ANGLES, Mamba3, heavy_tail
+from mamba3_jax.mixers.choices import ANGLES
+from mamba3_jax.mixers.mamba3 import Mamba3
+from mamba3_jax.mixers.rates import heavy_tail
 from mamba3_jax.model import LanguageModel
 from mamba3_jax.ops.discretize import DISCRETIZATIONS
 from tests.helpers import rel_rms

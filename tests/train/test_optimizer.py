@@ -90,7 +90,7 @@ def test_decay_mask():
     config = Config(model=ModelConfig(pattern="M2AG1", d_model=16, d_state=8, head_dim=8, attn_head_dim=8, d_ff=8))
     config.model.delta_head_dim = 8
     config.model.mimo_rank, config.model.out_norm, config.model.attn_bias, config.model.norm = 2, True, True, "layer"
-    config.model.tie_embeddings = False
+    config.model.tie_embeddings, config.model.conv, config.model.a_form = False, 4, "learned"
     mask = jax.tree_util.tree_leaves_with_path(decays(random_params(config)))
     names = {flag: {path[-1].key for path, got in mask if got is flag} for flag in (True, False)}
     assert names[True] == {
