@@ -10,6 +10,8 @@ Array names end in the letters of their axes; numbers have no such ending (`d_st
     T attended tokens   E attention head width   K kv heads, candidates of sampling   I Mamba-1's channels
     Z splits of the length over programs or devices
 
+Where the state rotates by quaternions, S counts groups of four entries, as it counts pairs elsewhere.
+
 Other letters are local to a file.
 
 The paper's symbols (arXiv 2603.15569) and ours:

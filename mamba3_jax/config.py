@@ -80,7 +80,9 @@ class ModelConfig(Section):
     out_norm: bool = False  # RMSNorm of each head before the gate ("pre-gate grouped")
     a_floor: float = number(1e-4, "(0, inf)")
     discretization: str = "exponential_trapezoidal"  # a row of DISCRETIZATIONS in ops/discretize.py
-    angles: str = "data"  # data | rope (fixed angles t * 10000^(-i/S), not data dependent) | none
+    # How the state rotates: data: pairs of entries, by angles of the data | rope: pairs, by t * 10000^(-i/S) whatever
+    # the data | none | quaternion: groups of four, by unit quaternions of the data, whose order matters
+    angles: str = "data"
     bc_bias: str = "both"  # which of B and C (here k and q) have a bias: both | b | c | none (paper table 5a without)
     bc_bias_initial: float = number(1.0, "(-inf, inf)")
     bc_bias_frozen: bool = False  # biases keep their initial values

@@ -254,15 +254,15 @@ class LanguageModel(nn.Module):
         """Return the state before any token, with room for `capacity` tokens in every attention cache."""
         validate(self.config)
 
-        def zeros(unit, *repeats):
+        def empty(unit, *repeats):
             names = enumerate(mixer_names(unit))
             state = {f"block_{j}": MIXERS[mixer].empty_state(self.config, batch, capacity) for j, mixer in names}
-            return jax.tree.map(lambda x: jnp.zeros((*repeats, *x.shape), x.dtype), state)
+            return jax.tree.map(lambda x: jnp.broadcast_to(x, (*repeats, *x.shape)), state)
 
         return {
-            f"segment_{i}": zeros(unit, repeats)
+            f"segment_{i}": empty(unit, repeats)
             if self.stacked
-            else {f"repeat_{r}": zeros(unit) for r in range(repeats)}
+            else {f"repeat_{r}": empty(unit) for r in range(repeats)}
             for i, (unit, repeats) in enumerate(segments(self.config.pattern))
         }
 

@@ -29,7 +29,8 @@ def no_angle(theta_BLS, dt_BLH):
     return
 
 
-ANGLES = {"data": data_angle, "rope": rope_angle, "none": no_angle}
+# What the op rotates by; with quaternions nothing, since keys and queries come to it rotated.
+ANGLES = {"data": data_angle, "rope": rope_angle, "none": no_angle, "quaternion": no_angle}
 BIASED = {"both": ("k_bias", "q_bias"), "b": ("k_bias",), "c": ("q_bias",), "none": ()}  # the parameters that there are
 
 
@@ -41,19 +42,23 @@ class Sizes(NamedTuple):
     groups: int
     rank: int  # 1 for SISO
     d_state: int
-    planes: int
+    planes: int  # of two entries that rotate together; with quaternions groups of four
+    thetas: int  # columns of theta
     mimo: bool
 
 
 def sizes(config: ModelConfig) -> Sizes:
-    """H = expand D / P heads; S planes = half of the rotated part of the state."""
+    """H = expand D / P heads; S planes = half of the rotated part of the state, or a quarter with quaternions."""
+    quaternion = config.angles == "quaternion"
+    planes = int(config.d_state * config.rope_fraction) // (4 if quaternion else 2)
     return Sizes(
         heads=head_count(config),
         head_dim=config.head_dim,
         groups=config.n_groups,
         rank=max(config.mimo_rank, 1),
         d_state=config.d_state,
-        planes=int(config.d_state * config.rope_fraction) // 2,
+        planes=planes,
+        thetas=3 * planes if quaternion else planes,
         mimo=config.mimo_rank > 0,
     )
 
@@ -76,6 +81,8 @@ def check(config: ModelConfig) -> None:
         raise ValueError(f"{config.discretization=} is not one of {sorted(DISCRETIZATIONS)}")
     if config.angles not in ANGLES:
         raise ValueError(f"{config.angles=} is not one of {sorted(ANGLES)}")
+    if config.angles == "quaternion" and config.pairing == "half":
+        raise ValueError(f"{config.pairing=} has no quaternions: wanted '' or 'adjacent' for {config.angles=}")
     if config.pairing and config.pairing not in ROTATIONS:
         raise ValueError(f"{config.pairing=} is not '' or one of {sorted(ROTATIONS)}")
     if config.bc_bias not in BIASED:

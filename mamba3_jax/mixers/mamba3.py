@@ -16,9 +16,12 @@ from mamba3_jax.mixers.short_convolution import Window, channels, convolution_fl
 from mamba3_jax.nn.initial import inverse_softplus_dt, linear, log_uniform
 from mamba3_jax.nn.norm import rms_norm
 from mamba3_jax.nn.precision import DTYPES
+from mamba3_jax.ops import quaternion
 from mamba3_jax.ops.discretize import DISCRETIZATIONS, uses_previous
 from mamba3_jax.ops.einsum import einsum
+from mamba3_jax.ops.quaternion import Quaternion
 from mamba3_jax.ops.ssm import Heads, State, Tokens
+from mamba3_jax.ops.state import per_head
 
 
 class Carried(NamedTuple):
@@ -26,6 +29,7 @@ class Carried(NamedTuple):
 
     ssm: State | None
     window: Window | None = None  # of a convolution
+    rotation: Quaternion | None = None  # running products, (B, H, S) each
 
 
 def opened(state: State | Carried | None) -> Carried:
@@ -35,7 +39,7 @@ def opened(state: State | Carried | None) -> Carried:
 
 def closed(carried: Carried) -> State | Carried:
     """Return the state of these parts: the op's own where there is nothing else."""
-    return carried.ssm if carried.window is None else carried
+    return carried.ssm if carried.window is None and carried.rotation is None else carried
 
 
 class Mamba3(Mixer):
@@ -62,7 +66,7 @@ class Mamba3(Mixer):
     def setup(self):
         config, size = self.config, sizes(self.config)
         d_model, (heads, width) = config.d_model, (size.heads, size.head_dim)
-        columns = 2 * size.rank * size.groups * size.d_state + size.planes
+        columns = 2 * size.rank * size.groups * size.d_state + size.thetas
         ones, into = nn.initializers.ones, linear(d_model)
         out = linear(heads * width, len(config.pattern) ** -0.5)
         dt = inverse_softplus_dt(config.dt_min, config.dt_max, config.dt_init_floor)
@@ -116,7 +120,7 @@ class Mamba3(Mixer):
         dt_BLH = jax.nn.softplus(dt_a_trap[:, :, 0] + self.dt_bias)
         a_log_H = self.a_log if config.a_form == "learned" else None
         a_BLH = -jnp.maximum(A_FORMS[config.a_form](dt_a_trap[:, :, 1], a_log_H), config.a_floor)
-        kq_BLE, theta_BLS = jnp.split(kq_angle, [kq_angle.shape[-1] - size.planes], axis=-1)
+        kq_BLE, theta_BLS = jnp.split(kq_angle, [kq_angle.shape[-1] - size.thetas], axis=-1)
         window = None
         if config.conv:
             v_BLHP, kq_BLE, window = convolved(self.taps, v_BLHP, kq_BLE.astype(dtype), before.window, start_BL)
@@ -124,6 +128,12 @@ class Mamba3(Mixer):
         k_BLRGN, q_BLRGN = kq[:, :, 0], kq[:, :, 1]
         if config.bc_norm:
             k_BLRGN, q_BLRGN = rms_norm(k_BLRGN, self.k_norm), rms_norm(q_BLRGN, self.q_norm)
+        rotation = None
+        if config.angles == "quaternion":
+            step = quaternion.exponential(quaternion.axis(theta_BLS), dt_BLH)
+            running = quaternion.running(step, before.rotation, start_BL)
+            k_BLRGN, q_BLRGN = self.rotated(k_BLRGN, "k_bias", running), self.rotated(q_BLRGN, "q_bias", running)
+            rotation = jax.tree.map(lambda part_BLHS: part_BLHS[:, -1], running)
         log_a_BLH, gamma_BLH, beta_BLH = DISCRETIZATIONS[config.discretization](dt_BLH, a_BLH, dt_a_trap[:, :, 2])
         angle_BLHS = ANGLES[config.angles](theta_BLS, dt_BLH)
         tokens = Tokens(
@@ -138,14 +148,21 @@ class Mamba3(Mixer):
             gate_BLHP=gate_BLHP,
             start_BL=start_BL,
         )
-        return tokens, Carried(ssm=None, window=window)
+        return tokens, Carried(ssm=None, window=window, rotation=rotation)
+
+    def rotated(self, x_BLRGN, bias: str, running: Quaternion):
+        """Return keys or queries of every head, biased and rotated by the running products of quaternions."""
+        x_BLHRN = per_head(x_BLRGN.astype(jnp.float32), sizes(self.config).heads)
+        x_BLHRN = x_BLHRN + self.biases.get(bias, 0)
+        return jnp.swapaxes(quaternion.rotate(x_BLHRN, jax.tree.map(lambda x: x[..., None, :], running)), 2, 3)
 
     def heads(self) -> Heads:
         """Return the learned arrays of the op."""
         size = sizes(self.config)
+        biases = {} if self.config.angles == "quaternion" else self.biases  # which has added them already
         return Heads(
-            q_bias_HRN=self.biases.get("q_bias"),
-            k_bias_HRN=self.biases.get("k_bias"),
+            q_bias_HRN=biases.get("q_bias"),
+            k_bias_HRN=biases.get("k_bias"),
             skip_H=self.skip,
             v_rank_HRP=self.v_rank if size.mimo else None,
             gate_rank_HRP=self.gate_rank if size.mimo else None,
@@ -157,7 +174,7 @@ class Mamba3(Mixer):
     def empty_state(config: ModelConfig, batch: int, capacity: int) -> State | Carried:
         """Zeros; `capacity` has no meaning for a state of fixed size."""
         size, dtype = sizes(config), DTYPES[config.compute_dtype]
-        turns, looks_back = config.angles != "none", uses_previous(config.discretization)
+        turns, looks_back = config.angles in ("data", "rope"), uses_previous(config.discretization)
         ssm = State(
             angle_BHS=jnp.zeros((batch, size.heads, size.planes), jnp.float32) if turns else None,
             ssm_BHPN=jnp.zeros((batch, size.heads, size.head_dim, size.d_state), jnp.float32),
@@ -165,7 +182,8 @@ class Mamba3(Mixer):
             v_BHP=jnp.zeros((batch, size.heads, size.head_dim), dtype) if looks_back else None,
         )
         window = empty_window(config.conv, batch, dtype, **channels(config, size.rank)) if config.conv else None
-        return closed(Carried(ssm=ssm, window=window))
+        rotation = quaternion.identity((batch, size.heads, size.planes)) if config.angles == "quaternion" else None
+        return closed(Carried(ssm=ssm, window=window, rotation=rotation))
 
     check = staticmethod(choices.check)
 
@@ -181,20 +199,21 @@ class Mamba3(Mixer):
         """k, q and angle."""
         size = sizes(config)
         shared = size.rank * size.groups * size.d_state
-        return {"in_kq_angle": (shared, shared, size.planes)}
+        return {"in_kq_angle": (shared, shared, size.thetas)}
 
     @staticmethod
     def official_rows(config: ModelConfig) -> dict[str, Row]:
         """List the official tensors of a Mamba-3 layer (SPEC section 10)."""
-        width, (heads, head_dim, groups, ranks, state, planes, mimo) = config.d_model, sizes(config)
-        inner, shared = heads * head_dim, 2 * ranks * groups * state
+        width, size = config.d_model, sizes(config)
+        heads, head_dim, ranks, state, planes = size.heads, size.head_dim, size.rank, size.d_state, size.planes
+        inner, shared = heads * head_dim, 2 * ranks * size.groups * state
         kq_angle = (width, shared + planes)
         rows = {
             "dt_bias": same("dt_bias", (heads,)),
             "B_bias": same("k_bias", (heads, ranks, state)),
             "C_bias": same("q_bias", (heads, ranks, state)),
         }
-        if mimo:
+        if size.mimo:
             per_rank = {"mimo_x": "v_rank", "mimo_z": "gate_rank", "mimo_o": "out_rank"}
             rows |= {name: same(ours, (heads, ranks, head_dim)) for name, ours in per_rank.items()}
         rows |= {

@@ -157,6 +157,7 @@ def test_what_is_not_supported_says_so(official, named):
     [
         ("discretization", "exponential_euler"),
         ("angles", "rope"),
+        ("angles", "quaternion"),
         ("bc_bias", "c"),
         ("bc_norm", False),
         ("conv", 4),

@@ -35,6 +35,7 @@ CONFIGS = {
     "delta": {"pattern": "MG", "delta_head_dim": 16},
     "mamba1": {"pattern": "M1"},
     "conv": {"pattern": "MM", "conv": 4, "a_form": "learned", "bc_norm": False},
+    "quaternion": {"pattern": "MM", "angles": "quaternion"},
     "narrow": {"pattern": "MM", "residual_in_fp32": False},
 }
 

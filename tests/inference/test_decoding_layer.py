@@ -143,6 +143,7 @@ def test_not_over_a_mesh(hopper, monkeypatch):
         ({"norm": "layer"}, "wants norm in"),
         ({"residual_in_fp32": False}, "wants residual_in_fp32 in"),
         ({"angles": "rope"}, "wants angles in"),
+        ({"angles": "quaternion"}, "wants angles in"),
         ({"bc_norm": False}, "wants bc_norm in"),
         ({"conv": 4}, "wants conv in"),
         ({"a_form": "softplus"}, "wants a_form in"),

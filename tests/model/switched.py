@@ -58,7 +58,7 @@ def turns(config: ModelConfig, theta, dt_BLH):
         return plane_turns(config, jnp.broadcast_to(frequency_S, (*dt_BLH.shape, len(frequency_S))))
     if config.angles == "data":
         return plane_turns(config, jnp.pi * jnp.tanh(theta)[:, :, None] * dt_BLH[..., None])
-    theta = theta.reshape(*theta.shape[:2], 1, -1, 3)
+    theta = jnp.moveaxis(theta.reshape(*theta.shape[:2], 1, 3, -1), 3, 4)
     length = jnp.sqrt(jnp.sum(theta**2, axis=-1, keepdims=True))
     return quaternion_turns(config, jnp.pi * jnp.tanh(length) * theta / length * dt_BLH[..., None, None])
 

@@ -119,7 +119,7 @@ def test_a_model_of_what_is_left_out_carries_a_smaller_state():
 
 def test_tables_name_what_the_config_says():
     assert ModelConfig().discretization in DISCRETIZATIONS
-    assert set(ANGLES) == {"data", "rope", "none"}
+    assert set(ANGLES) == {"data", "rope", "none", "quaternion"}
 
 
 def test_names_of_earlier_versions_are_read():

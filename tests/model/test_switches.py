@@ -10,9 +10,9 @@ import pytest
 
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.mixers.mamba3 import Mamba3
-from mamba3_jax.model import validate
+from mamba3_jax.model import LanguageModel, init_params, validate
 from mamba3_jax.train.flops import flops_per_token
-from tests.helpers import first, rel_rms
+from tests.helpers import rel_rms
 from tests.model.alone import BATCH, FORWARD, LENGTH, Alone, start_row
 from tests.model.switched import equations
 
@@ -21,16 +21,22 @@ SIZES = {"vocab_size": 8, "d_model": 16, "pattern": "M", "d_state": 8, "head_dim
 VARIANTS = {
     "conv": {"conv": 4, "bc_norm": False, "bc_bias": "b", "a_form": "softplus", "pairing": "half"},
     "mimo": {"conv": 2, "mimo_rank": 2, "bc_bias": "c", "a_form": "learned", "pairing": "adjacent", "out_norm": True},
+    "quaternion": {"angles": "quaternion", "bc_bias": "b", "conv": 4},
     "siso": {"bc_bias": "none", "angles": "rope", "rope_fraction": 1.0},
+    "quaternion_mimo": {"angles": "quaternion", "d_state": 10, "rope_fraction": 1.0, "mimo_rank": 2, "n_groups": 1},
     "plain": {"angles": "none", "bc_norm": False, "a_form": "learned"},
 }
 GRADIENT = 1e-4
-every_variant = pytest.mark.parametrize("name", first(VARIANTS))
+QUICK = ("conv", "quaternion")
+every_variant = pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.full) for name in VARIANTS if name not in QUICK)]
+)
+ONE_GROUP = Alone(Mamba3, ModelConfig(**SIZES, angles="quaternion"))
 
 
 @functools.cache
 def alone(name: str) -> Alone:
-    return Alone(Mamba3, ModelConfig(**SIZES, **VARIANTS[name]))
+    return Alone(Mamba3, ModelConfig(**SIZES | VARIANTS[name]))
 
 
 def wanted(name: str, params, x_BLD, start_BL, run=equations):
@@ -110,6 +116,20 @@ def test_bfloat16_is_close_and_keeps_its_dtypes(name):
     layer.check_bfloat16(wanted(name, layer.params(), layer.inputs(), None))
 
 
+@pytest.mark.full
+def test_a_model_carries_what_its_switches_need():
+    """From `empty_state` or from none, over scanned layers."""
+    model = LanguageModel(ModelConfig(**SIZES | VARIANTS["quaternion"] | {"pattern": "MM"}))
+    tokens_BL = np.random.default_rng(0).integers(0, 8, (2, 9))
+    params, run = {"params": init_params(model.config, jax.random.key(0))}, jax.jit(model.apply)
+    whole_BLV, _ = run(params, tokens_BL)
+    first_BLV, state = run(params, tokens_BL[:, :4], model.empty_state(2, 9))
+    rest_BLV, state = run(params, tokens_BL[:, 4:], state)
+    assert rel_rms(np.concatenate([first_BLV, rest_BLV], axis=1), whole_BLV) < FORWARD
+    shapes = functools.partial(jax.tree.map, lambda x: (x.shape, x.dtype))
+    assert shapes(state) == shapes(model.empty_state(2, 9))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -117,6 +137,8 @@ def test_bfloat16_is_close_and_keeps_its_dtypes(name):
         ({"conv": 17}, r"config.model.conv=17 is not in 0 .. 16"),
         ({"a_form": "exp"}, r"config.a_form='exp' is not one of .'heavy_tail', 'learned', 'softplus'."),
         ({"pairing": "thirds"}, r"config.pairing='thirds' is not '' or one of .'adjacent', 'half'."),
+        ({"angles": "quaternion", "pairing": "half"}, r"config.pairing='half' has no quaternions"),
+        ({"angles": "quaternion", "d_state": 6}, r"config.d_state=6 is too small to rotate config.rope_fraction=0.5"),
         ({"bc_norm": "rms"}, r"config.model.bc_norm='rms' is not of type bool"),
     ],
 )
@@ -125,7 +147,36 @@ def test_what_cannot_be_is_named(changes, message):
         validate(dataclasses.replace(ModelConfig(**SIZES), **changes))
 
 
+def test_quaternions_of_one_axis_are_adjacent_pairs():
+    """All multiples of i: theta of a group is that of both its planes."""
+    layer = ONE_GROUP
+    params, x_BLD = layer.params(), layer.inputs()
+    wide, theta = np.split(params["in_kq_angle"], [-3], axis=1)
+    still = params | {"in_kq_angle": np.concatenate([wide, theta * [[1, 0, 0]]], axis=1, dtype=np.float32)}
+    pairs = params | {"in_kq_angle": np.concatenate([wide, theta[:, [0, 0]]], axis=1)}
+    for start_BL in (None, start_row()):
+        got_BLD, _ = layer.compiled()(still, x_BLD, None, start_BL)
+        want_BLD, _ = layer.compiled(angles="data", pairing="adjacent")(pairs, x_BLD, None, start_BL)
+        assert rel_rms(got_BLD, want_BLD) < FORWARD
+        other_BLD, _ = layer.compiled()(params, x_BLD, None, start_BL)
+        assert rel_rms(other_BLD, want_BLD) > 1e-2
+
+
+def test_no_rotation_is_where_theta_is_zero_and_its_gradient_is_a_number():
+    layer, still = ONE_GROUP, ONE_GROUP.compiled(angles="none")
+    params, x_BLD = layer.params(), layer.inputs()
+    params["in_kq_angle"][:, -3:] = 0
+    loss = lambda params: jnp.sum(jnp.sin(layer.compiled()(params, x_BLD, None, None)[0]))  # noqa: E731
+    gradient = jax.jit(jax.grad(loss))(params)
+    assert all(np.isfinite(array).all() for array in jax.tree.leaves(gradient))
+    assert (np.abs(gradient["in_kq_angle"][:, -3:]).max(axis=0) > 1e-3).all()
+    got_BLD, _ = layer.compiled()(params, x_BLD, None, None)
+    without = params | {"in_kq_angle": params["in_kq_angle"][:, :-1]}  # a column fewer: two planes
+    want_BLD, _ = still(without, x_BLD, None, None)
+    assert rel_rms(got_BLD, want_BLD) < FORWARD
+
+
 def test_flops_of_the_convolution():
-    with_conv = ModelConfig(**SIZES, **VARIANTS["mimo"])
+    with_conv = ModelConfig(**SIZES | VARIANTS["mimo"])
     without = dataclasses.replace(with_conv, conv=0)
     assert flops_per_token(with_conv, 64) - flops_per_token(without, 64) == 3 * 2 * 2 * (32 + 2 * 2 * 2 * 8)

@@ -103,7 +103,8 @@ def by_hand(config: Config, name: str, momenta, splits=flat_matrices):
 # Each of the five steps of Newton and Schulz multiplies what is small, roundings of float32 among it, by up to 3.4445.
 ORTHOGONAL = 3.4445**5 * 2**-24
 
-FULL = [pytest.param(options, marks=pytest.mark.full) for options in ({"rank": 0}, {"pattern": "A2G1", "rank": 0})]
+VARIANTS = ({"rank": 0}, {"pattern": "A2G1", "rank": 0}, {"pattern": "M", "angles": "quaternion", "conv": 2})
+FULL = [pytest.param(options, marks=pytest.mark.full) for options in VARIANTS]
 
 
 @pytest.mark.parametrize("options", [{"rank": 2}, *FULL])
@@ -146,7 +147,7 @@ def test_every_matrix_is_orthogonalised_alone(options):
         checked.add(name.split("/")[-1])
     others = (
         {"q", "k", "v", "in_kq", "in_dt", "in_qk", "in_zv", "in_ab"}
-        if options.get("pattern")
+        if "G" in options.get("pattern", "")
         else {"in_dt_a_trap", "in_kq_angle"}
     )
     assert checked >= others | {"in_zx"}

@@ -1,0 +1,131 @@
+"""Rotation by unit quaternions, on every four entries of the state: rotations whose order matters, as permutations'.
+
+    u_t = exp(dt_t axis_t),   P_t = P_{t-1} u_t,   q'_t = P_t q_t,   k'_t = P_t k_t
+
+The op without angles, of q' and k', is the recurrence whose state rotates (rows of h times L(u), the matrix of the
+product by u from the left):
+
+    h_t = a_t (h_{t-1} + beta_t v_{t-1} k_{t-1}^T) L(u_t) + gamma_t v_t k_t^T,   y_t = h_t q_t
+
+since <P_t q, P_s k> = <q, (u_{s+1} ... u_t)^-1 k>: a running product takes the place of the running sum of angles, and
+no kernel has to know it. It lies in a fixed frame, so P, of length 1, is all that has to be carried beside the op's
+state, and k' is what the op carries. Axes that are all multiples of i rotate adjacent pairs, as `rotary` does. S counts
+groups of four entries here; entries past them do not rotate.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+class Quaternion(NamedTuple):
+    """w + x i + y j + z k; the entries of a group of four in this order."""
+
+    w: jax.Array
+    x: jax.Array
+    y: jax.Array
+    z: jax.Array
+
+
+class Axis(NamedTuple):
+    """x i + y j + z k."""
+
+    x: jax.Array
+    y: jax.Array
+    z: jax.Array
+
+
+def product(p: Quaternion, q: Quaternion) -> Quaternion:
+    """Return p q."""
+    return Quaternion(
+        w=p.w * q.w - p.x * q.x - p.y * q.y - p.z * q.z,
+        x=p.w * q.x + p.x * q.w + p.y * q.z - p.z * q.y,
+        y=p.w * q.y - p.x * q.z + p.y * q.w + p.z * q.x,
+        z=p.w * q.z + p.x * q.y - p.y * q.x + p.z * q.w,
+    )
+
+
+def unit(p: Quaternion) -> Quaternion:
+    """p / |p|."""
+    scale = jax.lax.rsqrt(sum(jnp.square(part) for part in p))
+    return Quaternion(*(part * scale for part in p))
+
+
+def identity(shape: tuple[int, ...]) -> Quaternion:
+    """Return 1 in every place: no rotation."""
+    nothing = jnp.zeros(shape, jnp.float32)
+    return Quaternion(w=nothing + 1, x=nothing, y=nothing, z=nothing)
+
+
+def axis(theta_BLE: Float[Array, "B L E"]) -> Axis:
+    """pi tanh(|theta|) theta / |theta| radians per unit dt; columns of theta are x of every group, all y, all z."""
+    x, y, z = jnp.split(theta_BLE, 3, axis=-1)
+    scale = jnp.pi * over_length(jnp.tanh, (1, -1 / 3, 2 / 15), x * x + y * y + z * z)
+    return Axis(x=scale * x, y=scale * y, z=scale * z)
+
+
+def exponential(axis_BLS: Axis, dt_BLH: Float[Array, "B L H"]) -> Quaternion:
+    """cos(|dt axis|) + sin(|dt axis|) axis / |axis|, a head each: an entry rotates by |dt axis| radians."""
+    x, y, z = (part[:, :, None] * dt_BLH[..., None] for part in axis_BLS)
+    square = x * x + y * y + z * z
+    near, length = apart(square)
+    w = jnp.where(near, 1 - square / 2 + square**2 / 24, jnp.cos(length))
+    sinc = over_length(jnp.sin, (1, -1 / 6, 1 / 120), square)
+    return Quaternion(w=w, x=sinc * x, y=sinc * y, z=sinc * z)
+
+
+def over_length(odd, series: tuple[float, float, float], square):
+    """odd(r) / r of r = sqrt(square), by its series in `square` where r is small: smooth at 0, its gradient too."""
+    near, length = apart(square)
+    first, second, third = series
+    return jnp.where(near, first + square * (second + square * third), odd(length) / length)
+
+
+def apart(square):
+    """Return where a square is so small that a series takes over, and its root, 1 there: a root has no slope at 0."""
+    near = square < 1e-4  # the series' next terms are below 1e-13
+    return near, jnp.sqrt(jnp.where(near, 1, square))
+
+
+def running(step: Quaternion, before: Quaternion | None, start_BL: Bool[Array, "B L"] | None) -> Quaternion:
+    """P_t = P_{t-1} u_t, P_t = u_t at the first token of a document; of length 1.
+
+    Args:
+        step: u, parts (B, L, H, S).
+        before: P before the first token, parts (B, H, S); None: 1.
+        start_BL: true at the first token of a document; None: nowhere.
+    """
+    if start_BL is None:
+        result = jax.lax.associative_scan(product, step, axis=1)
+    else:
+
+        def join(left, right):
+            (left_start, p), (right_start, q) = left, right
+            return left_start | right_start, chosen(right_start, q, product(p, q))
+
+        _, result = jax.lax.associative_scan(join, (start_BL[..., None, None], step), axis=1)
+    if before is not None:
+        continued = product(Quaternion(*(part[:, None] for part in before)), result)
+        started = False if start_BL is None else (jnp.cumsum(start_BL, axis=1) > 0)[..., None, None]
+        result = chosen(started, result, continued)
+    return unit(result)
+
+
+def chosen(condition, p: Quaternion, q: Quaternion) -> Quaternion:
+    """Return p where the condition holds, q elsewhere."""
+    return jax.tree.map(lambda of_p, of_q: jnp.where(condition, of_p, of_q), p, q)
+
+
+def rotate(x_N: Float[Array, "*d N"], p: Quaternion) -> Float[Array, "*d N"]:
+    """Return p x of every group of four entries; those past the last group pass through.
+
+    Args:
+        x_N: keys or queries, any leading axes.
+        p: parts (..., S), broadcast against the leading axes of x_N.
+    """
+    groups = p.w.shape[-1]
+    x_NS4, rest_N = x_N[..., : 4 * groups].reshape(*x_N.shape[:-1], groups, 4), x_N[..., 4 * groups :]
+    rotated = jnp.stack(product(p, Quaternion(*jnp.unstack(x_NS4, axis=-1))), axis=-1)
+    return jnp.concatenate([rotated.reshape(*rotated.shape[:-2], 4 * groups), rest_N], axis=-1)
