@@ -257,7 +257,8 @@ class LanguageModel(nn.Module):
         def empty(unit, *repeats):
             names = enumerate(mixer_names(unit))
             state = {f"block_{j}": MIXERS[mixer].empty_state(self.config, batch, capacity) for j, mixer in names}
-            return jax.tree.map(lambda x: jnp.broadcast_to(x, (*repeats, *x.shape)), state)
+            # Copies, so that no two are one array: a loop that updates them in place may be given none twice.
+            return jax.tree.map(lambda x: jnp.array(jnp.broadcast_to(x, (*repeats, *x.shape))), state)
 
         return {
             f"segment_{i}": empty(unit, repeats)
