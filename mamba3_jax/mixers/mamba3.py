@@ -124,10 +124,7 @@ class Mamba3(Mixer):
         window = None
         if config.conv:
             v_BLHP, kq_BLE, window = convolved(self.taps, v_BLHP, kq_BLE.astype(dtype), before.window, start_BL)
-        kq = kq_BLE.reshape(*kq_BLE.shape[:2], 2, size.rank, size.groups, size.d_state)
-        k_BLRGN, q_BLRGN = kq[:, :, 0], kq[:, :, 1]
-        if config.bc_norm:
-            k_BLRGN, q_BLRGN = rms_norm(k_BLRGN, self.k_norm), rms_norm(q_BLRGN, self.q_norm)
+        k_BLRGN, q_BLRGN = self.keys_and_queries(kq_BLE)
         rotation = None
         if config.angles == "quaternion":
             step = quaternion.exponential(quaternion.axis(theta_BLS), dt_BLH)
@@ -149,6 +146,14 @@ class Mamba3(Mixer):
             start_BL=start_BL,
         )
         return tokens, Carried(ssm=None, window=window, rotation=rotation)
+
+    def keys_and_queries(self, kq_BLE):
+        """Return keys and queries of every group, normalised, before bias and rotation."""
+        size = sizes(self.config)
+        kq = kq_BLE.reshape(*kq_BLE.shape[:2], 2, size.rank, size.groups, size.d_state)
+        if not self.config.bc_norm:
+            return kq[:, :, 0], kq[:, :, 1]
+        return rms_norm(kq[:, :, 0], self.k_norm), rms_norm(kq[:, :, 1], self.q_norm)
 
     def rotated(self, x_BLRGN, bias: str, running: Quaternion):
         """Return keys or queries of every head, biased and rotated by the running products of quaternions."""
@@ -172,7 +177,7 @@ class Mamba3(Mixer):
 
     @staticmethod
     def empty_state(config: ModelConfig, batch: int, capacity: int) -> State | Carried:
-        """Zeros; `capacity` has no meaning for a state of fixed size."""
+        """Zeros, rotated by nothing; `capacity` has no meaning for a state of fixed size."""
         size, dtype = sizes(config), DTYPES[config.compute_dtype]
         turns, looks_back = config.angles in ("data", "rope"), uses_previous(config.discretization)
         ssm = State(
