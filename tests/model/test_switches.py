@@ -11,6 +11,8 @@ import pytest
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.mixers.mamba3 import Mamba3
 from mamba3_jax.model import LanguageModel, init_params, validate
+from mamba3_jax.ops import kernels
+from mamba3_jax.ops.ssm import IMPLEMENTATIONS
 from mamba3_jax.train.flops import flops_per_token
 from tests.helpers import rel_rms
 from tests.model.alone import BATCH, FORWARD, LENGTH, Alone, start_row
@@ -26,7 +28,7 @@ VARIANTS = {
     "quaternion_mimo": {"angles": "quaternion", "d_state": 10, "rope_fraction": 1.0, "mimo_rank": 2, "n_groups": 1},
     "plain": {"angles": "none", "bc_norm": False, "a_form": "learned"},
 }
-GRADIENT = 1e-4
+GRADIENT = 1e-5
 QUICK = ("conv", "quaternion")
 every_variant = pytest.mark.parametrize(
     "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.full) for name in VARIANTS if name not in QUICK)]
@@ -60,6 +62,20 @@ def test_is_the_equations(name, packed):
         wrong = array * (1 + np.float32(1e-3) * signs.choice([-1, 1], array.shape))  # not a scale, which norms undo
         wrong_BLD = wanted(name, params | {parameter: wrong}, x_BLD, start_BL)
         assert rel_rms(wrong_BLD, want_BLD) > FORWARD, parameter
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("implementation", ["recurrent", "associative", "triton", "mosaic_tpu"])
+@pytest.mark.parametrize("name", ["conv", "mimo", "quaternion_mimo"])
+def test_switches_are_those_of_every_implementation(name, implementation, monkeypatch):
+    """Kernels in an interpreter."""
+    if implementation in kernels.BACKENDS and jax.default_backend() == "cpu":
+        run = functools.partial(kernels.IMPLEMENTATIONS[implementation], interpret=True)
+        monkeypatch.setitem(IMPLEMENTATIONS, implementation, run)
+    layer, start_BL = alone(name), start_row()
+    params, x_BLD = layer.params(), layer.inputs()
+    y_BLD, _ = layer.compiled(implementation=implementation)(params, x_BLD, None, start_BL)
+    assert rel_rms(y_BLD, wanted(name, params, x_BLD, start_BL)) < FORWARD
 
 
 def gradients_of(fields, params, x_BLD, start_BL):
