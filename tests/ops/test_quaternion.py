@@ -72,7 +72,7 @@ def test_exponentials_are_smooth_in_theta(size):
 
 @functools.cache
 def constant_and_random(length: int):
-    """Steps of one row: a rotation of no period, the same at every token; and any."""
+    """Steps of two heads: a rotation of no period, the same at every token; and any."""
     axis = Axis(*(jnp.full((1, length, 1), value) for value in (0.3, -0.2, 0.5)))
     same = quaternion.exponential(axis, jnp.full((1, length, 1), jnp.float32(0.9)))
     other = drawn(1, length, 1, 1)
@@ -83,9 +83,9 @@ def test_a_long_row_stays_a_rotation_and_its_tokens_see_each_other_exactly():
     """131,072 tokens: lengths are 1, and what a query sees of a key is the product of the steps between, by float64."""
     step, length = constant_and_random(2**17), 2**17
     running = jax.jit(quaternion.running)(step, None, None)
-    p = np.stack([np.asarray(part, np.float64)[0, :, 0] for part in running], axis=-1)  # L, two rows, 4
+    p = np.stack([np.asarray(part, np.float64)[0, :, :, 0] for part in running], axis=-1)  # L, H, 4
     assert np.abs((p**2).sum(axis=-1) - 1).max() < 1e-6
-    u = np.stack([np.asarray(part, np.float64)[0, :, 0] for part in step], axis=-1)
+    u = np.stack([np.asarray(part, np.float64)[0, :, :, 0] for part in step], axis=-1)
     u /= np.sqrt((u**2).sum(axis=-1, keepdims=True))
     for last in (length // 2, length - 1):
         between = np.eye(4)
