@@ -45,8 +45,9 @@ class Stopped(Exception):
         self.number = number
 
 
-def validate(config: Config, mesh: Mesh) -> None:
-    """Raise ValueError, naming the value and the wish, for a config that cannot be trained on this mesh."""
+def validate(config: Config, mesh: Mesh | None = None) -> None:
+    """Raise ValueError, naming the value and the wish, for a config that cannot be trained on a mesh (None: its own)."""
+    mesh = mesh or make_mesh(config.train.mesh)
     model.validate(config.model)
     optimizer.validate(config.optimizer)
     parts = mesh.shape.get("data", 1) * config.optimizer.accumulate
