@@ -1,7 +1,7 @@
 """Generation: a token of the decode loop, the draw alone, and the prefill, beside the bytes that a token must move.
 
     python -m experiments.benchmarks.decode --name=decode_h200
-    python -m experiments.benchmarks.decode --models=siso-1.5b --batches=1,128 --samplings=plain
+    python -m experiments.benchmarks.decode --models=siso-1.5b --batches=1,128 --samplings=plain --what=decode
     python -m experiments.benchmarks.decode --models=tiny --batches=1,3         in small, on a CPU too
 
 Models have random parameters, float32 as `mamba3_jax.load` gives them. `loop` is what `mamba3_jax.generate` runs; its
@@ -14,6 +14,7 @@ single piece.
 """
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,7 @@ SAMPLINGS = {
     "top_k+top_p": Sampling(top_k=50, top_p=0.95),
     "top_p": Sampling(top_p=0.95),
 }
+WHAT = ("decode", "draw", "prefill")
 CHECKED = 16  # tokens before the one whose logits are compared
 PIECE = 2048
 # Rounding of the same numbers in another order, through all layers.
@@ -282,19 +284,28 @@ COLUMNS = {
 }
 
 
-def rows_of(model: str, batches: list[int], samplings: list[str], tokens: int, prompt: int, copy_gb_s: float):
+def programs_of(model: str, batches: list[int], samplings: list[str], tokens: int, prompt: int, copy_gb_s: float):
+    """Return the programs of a model, by what they do."""
+    prefills = [prefill_programs(model, batch, max(prompt // batch, 1)) for batch in batches]
+    return {
+        "decode": [p for batch in batches for p in decode_programs(model, batch, samplings, tokens, copy_gb_s)],
+        "draw": list(draw_programs(model, max(batches), samplings, tokens)),
+        "prefill": list(itertools.chain(*prefills)),
+    }
+
+
+def rows_of(model: str, programs: list[Program]) -> Iterator[dict]:
     """Yield a row a program, all of them compiled before one is timed."""
-    paths = [path for path in paths_of(model) if path != "former"]
-    for path in paths:
-        prepared_of(model, path)  # kept from now on: made while something is traced, it would be no array
-    decodes = [p for batch in batches for p in decode_programs(model, batch, samplings, tokens, copy_gb_s)]
-    draws_ = list(draw_programs(model, max(batches), samplings, tokens))
-    prefills = [p for batch in batches for p in prefill_programs(model, batch, max(prompt // batch, 1))]
+    decodes = dict.fromkeys((p.row["path"], p.row["batch"]) for p in programs if p.row["what"] == "decode")
+    checked = [(path, batch) for path, batch in decodes if path != "former"]
+    params_of(model)  # these are kept from now on: made while something is traced, they would be no arrays
+    for path, _ in checked:
+        prepared_of(model, path)
     with ThreadPoolExecutor() as pool:
-        compiled = list(pool.map(Program.compile, (*decodes, *draws_, *prefills)))
-    errors = {(path, batch): check_logits(model, batch, path) for path in paths for batch in batches}
+        compiled = list(pool.map(Program.compile, programs))
+    errors = {(path, batch): check_logits(model, batch, path) for path, batch in checked}
     whole = None
-    for program, binary in zip((*decodes, *draws_, *prefills), compiled, strict=True):
+    for program, binary in zip(programs, compiled, strict=True):
         row = program.row
         if row["what"] == "decode":
             row["error"] = errors.get((row["path"], row["batch"]), 0.0)
@@ -311,12 +322,14 @@ def main(argv):
     platform = jax.default_backend()
     models = ssm.chosen("models", FLAGS.models or DEFAULT[platform], MODELS)
     samplings = ssm.chosen("samplings", FLAGS.samplings or list(SAMPLINGS), SAMPLINGS)
+    what = ssm.chosen("what", FLAGS.what or list(WHAT), WHAT)
     batches = [int(batch) for batch in FLAGS.batches]
     origin = provenance(FLAGS.commit)
     best = {"copy_gb_s": ssm.ceilings("float32")["copy_gb_s"]}
     rows = []
     for model in models:
-        for row in rows_of(model, batches, samplings, FLAGS.tokens, FLAGS.prompt, best["copy_gb_s"]):
+        programs = programs_of(model, batches, samplings, FLAGS.tokens, FLAGS.prompt, best["copy_gb_s"])
+        for row in rows_of(model, [program for each in what for program in programs[each]]):
             rows.append(row)
             print(common.table([row], COLUMNS).splitlines()[-1], flush=True)
             # After every row: a program that is stopped leaves what it has.
@@ -329,6 +342,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("models", [], "names in presets, or tiny; empty: those for this device")
     flags.DEFINE_list("batches", ["1", "8", "128"], "rows at once")
     flags.DEFINE_list("samplings", [], f"of {', '.join(SAMPLINGS)}; empty: all")
+    flags.DEFINE_list("what", [], f"of {', '.join(WHAT)}; empty: all")
     flags.DEFINE_integer("tokens", 64, "tokens decoded in a call", lower_bound=1)
     flags.DEFINE_integer("prompt", 32768, "tokens of the prompts of all rows", lower_bound=1)
     flags.DEFINE_string("name", "", "of the result file; empty: decode_PLATFORM")

@@ -1,6 +1,7 @@
 """The benchmark of generation, in small on any device: what it times agrees, or it is not timed."""
 
 import dataclasses
+import itertools
 
 import jax
 import pytest
@@ -25,7 +26,9 @@ def small(monkeypatch):
 
 @pytest.mark.full
 def test_every_row_is_checked_and_timed():
-    rows = list(decode.rows_of("tiny", [2], ["plain", "top_p"], tokens=3, prompt=16, copy_gb_s=1.0))
+    programs = decode.programs_of("tiny", [2], ["plain", "top_p"], tokens=3, prompt=16, copy_gb_s=1.0)
+    assert tuple(programs) == decode.WHAT
+    rows = list(decode.rows_of("tiny", list(itertools.chain(*programs.values()))))
     named = [(row["what"], row["path"], row.get("sampling")) for row in rows]
     assert named == [
         ("decode", "loop", "plain"),
