@@ -46,7 +46,7 @@ class Stopped(Exception):
 
 
 def validate(config: Config, mesh: Mesh | None = None) -> None:
-    """Raise ValueError, naming the value and the wish, for a config that cannot be trained on a mesh (None: its own)."""
+    """Raise ValueError, naming value and wish, for a config that cannot be trained on a mesh (None: its own)."""
     mesh = mesh or make_mesh(config.train.mesh)
     model.validate(config.model)
     optimizer.validate(config.optimizer)
