@@ -29,13 +29,19 @@ def unstacked(config: ModelConfig, tree):
     return cut
 
 
-def prepare(config: ModelConfig, params):
+def prepare(config: ModelConfig, params, *, fused: bool = False):
     """Return parameters as `step` takes them: unstacked, and in the compute dtype those that are only read in it.
 
     A tied head becomes an array of its own: the look-up reads rows of the table in float32, the head reads all of it
-    in the compute dtype. Where `decoding_layer` runs, each of its layers is what it reads.
+    in the compute dtype.
+
+    Args:
+        config: the model's.
+        params: as `LanguageModel` has them.
+        fused: makes of each layer what `decoding_layer` reads, where that runs. Not the default before the logits of
+            whole models have been seen to be right on a GPU.
     """
-    fused = on_one_device(params) and decoding_layer.refused(config) is None
+    fused = fused and on_one_device(params) and decoding_layer.refused(config) is None
     if config.tie_embeddings:
         params = params | {"head": params["embedding"]}
     cast = functools.partial(jax.tree.map, lambda x, dtype: x if x.dtype == dtype else x.astype(dtype))

@@ -29,7 +29,6 @@ from launch.provenance import provenance
 from mamba3_jax import decoding, decoding_layer, generate
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.model import LanguageModel, init_params
-from mamba3_jax.ops.kernels import NORMED
 from mamba3_jax.presets import PRESETS
 from mamba3_jax.sampling import Sampling, draw
 
@@ -94,17 +93,12 @@ def params_of(model: str):
 
 @lru_cache(maxsize=2)  # of one model at a time, in both arrangements
 def prepared_of(model: str, path: str = "loop"):
-    return decoding.prepare(config_of(model, path), params_of(model))
-
-
-def config_of(model: str, path: str) -> ModelConfig:
-    """Return a model's config; the path `fused` names the implementation whose layers are arranged for few kernels."""
-    return dataclasses.replace(MODELS[model], implementation=NORMED) if path == "fused" else MODELS[model]
+    return decoding.prepare(MODELS[model], params_of(model), fused=path == "fused")
 
 
 def paths_of(model: str) -> list[str]:
     """Return the ways to decode that there are on this device, the former one last."""
-    fused = decoding_layer.refused(config_of(model, "fused")) is None
+    fused = decoding_layer.refused(MODELS[model]) is None
     return ["loop", *["fused"] * fused, "former"]
 
 
@@ -185,7 +179,7 @@ def check_logits(model: str, batch: int, path: str) -> float:
         _, state = plain(params, tokens_BL[:, place : place + 1], state)
     want_BLV, _ = plain(params, tokens_BL[:, CHECKED:], state)
     state = jax.jit(partial(decoding.unstacked, config))(state)
-    got_BV, _ = jax.jit(partial(decoding.step, config_of(model, path)))(
+    got_BV, _ = jax.jit(partial(decoding.step, config))(
         prepared_of(model, path), tokens_BL[:, CHECKED], state, jnp.zeros(batch, bool)
     )
     error = common.rel_rms(got_BV, want_BLV[:, 0, : config.vocab_size])
@@ -207,7 +201,7 @@ def decode_programs(model: str, batch: int, samplings: list[str], tokens: int, c
             row = {"model": model, "what": "decode", "batch": batch, "path": path, "sampling": sampling}
             yield Program(
                 row=row | {"floor_ms": floor_ms},
-                function=partial(function, config_of(model, path), SAMPLINGS[sampling], tokens),
+                function=partial(function, MODELS[model], SAMPLINGS[sampling], tokens),
                 prepare=partial(prepare, path),
                 tokens=tokens,
             )

@@ -13,7 +13,6 @@ from mamba3_jax.config import ModelConfig
 from mamba3_jax.decoding_layer import RULES, Layer
 from mamba3_jax.model import LanguageModel, init_params
 from mamba3_jax.ops import projections
-from mamba3_jax.ops.kernels import NORMED
 from mamba3_jax.presets import PRESETS
 from pallas_kernels.ssm import mosaic_gpu
 from tests.helpers import rel_rms
@@ -30,7 +29,6 @@ SMALL = ModelConfig(
     attn_head_dim=16,
     compute_dtype="bfloat16",
 )
-NAMED = dataclasses.replace(SMALL, implementation=NORMED)  # who takes it
 CONFIGS = {
     "siso": {"pattern": "MM", "out_norm": True},
     "mimo": {"mimo_rank": 2, "bc_bias": "b", "tie_embeddings": False, "discretization": "midpoint"},
@@ -98,7 +96,7 @@ def hopper(monkeypatch):
 
 
 def is_arranged(config: ModelConfig, params) -> bool:
-    prepared = jax.eval_shape(functools.partial(decoding.prepare, config), params)
+    prepared = jax.eval_shape(functools.partial(decoding.prepare, config, fused=True), params)
     block = prepared["segment_0"]["repeat_0"]["block_0"]
     return isinstance(block, Layer)
 
@@ -106,7 +104,7 @@ def is_arranged(config: ModelConfig, params) -> bool:
 def test_layers_are_arranged_where_they_run(monkeypatch):
     monkeypatch.setattr(decoding_layer, "refused", lambda config: None)
     config, params = params_of("hybrid")
-    prepared = jax.eval_shape(functools.partial(decoding.prepare, config), params)
+    prepared = jax.eval_shape(functools.partial(decoding.prepare, config, fused=True), params)
     units = [unit for name in prepared if name.startswith("segment") for unit in prepared[name].values()]
     kinds = [type(block) for unit in units for block in unit.values()]
     assert kinds.count(Layer) == 2
@@ -115,25 +113,27 @@ def test_layers_are_arranged_where_they_run(monkeypatch):
     assert layer.in_MD.dtype == layer.back_DF.dtype == jnp.bfloat16
     assert layer.dt_bias_H.dtype == layer.norm1_D.dtype == layer.q_norm_N.dtype == jnp.float32
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(params)), "the public tree is as it was"
+    plain = jax.eval_shape(functools.partial(decoding.prepare, config), params)
+    assert not any(map(decoding.is_arranged, jax.tree.leaves(plain, is_leaf=decoding.is_arranged))), "unasked, none is"
 
 
 def test_not_on_another_device():
     if jax.default_backend() == "cpu":
-        assert decoding_layer.refused(NAMED) == "wants a GPU, not cpu"
+        assert decoding_layer.refused(SMALL) == "wants a GPU, not cpu"
         assert not is_arranged(*params_of("siso"))
 
 
 def test_not_on_another_gpu(hopper, monkeypatch):
-    assert decoding_layer.refused(NAMED) is None
+    assert decoding_layer.refused(SMALL) is None
     monkeypatch.setattr(mosaic_gpu, "available", lambda: "needs a Hopper GPU")
-    assert decoding_layer.refused(NAMED) == "needs a Hopper GPU"
+    assert decoding_layer.refused(SMALL) == "needs a Hopper GPU"
     assert not is_arranged(*params_of("siso"))
 
 
 def test_not_over_a_mesh(hopper, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     with use_abstract_mesh(AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,))):
-        assert decoding_layer.refused(NAMED) == "wants one device, not 2"
+        assert decoding_layer.refused(SMALL) == "wants one device, not 2"
         assert not is_arranged(*params_of("siso"))
 
 
@@ -149,7 +149,7 @@ def test_not_over_a_mesh(hopper, monkeypatch):
         ({"a_form": "softplus"}, "wants a_form in"),
         ({"discretization": "zero_order_hold"}, "wants discretization in"),
         ({"compute_dtype": "float32"}, "wants compute_dtype in"),
-        ({"implementation": ""}, "wants implementation in"),
+        ({"implementation": "triton"}, "wants implementation in"),
         ({"d_ff": 0}, "wants a feed-forward, not d_ff=0"),
         ({"mimo_rank": 8}, "wants a rank of 1, 2 or 4"),
         ({"head_dim": 96}, "P up to 64"),
@@ -158,7 +158,7 @@ def test_not_over_a_mesh(hopper, monkeypatch):
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
 def test_what_takes_todays_path(hopper, changes, why):
-    assert why in decoding_layer.refused(dataclasses.replace(NAMED, **changes))
+    assert why in decoding_layer.refused(dataclasses.replace(SMALL, **changes))
 
 
 def lowered(config: ModelConfig, batch: int) -> str:
