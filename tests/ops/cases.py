@@ -61,10 +61,16 @@ def cotangents(shape: Case, seed: int = 1, dtype=np.float32) -> tuple[np.ndarray
     return tokens.v_BLHP, state
 
 
+def compiled(call, **how):
+    """`call` as one program that gives NumPy's arrays: each slice of one of jax's would be a program of its own."""
+    run = jax.jit(call, **how)
+    return lambda *inputs: jax.tree.map(np.asarray, run(*inputs))
+
+
 @functools.cache
 def forward(implementation: str, rotation: str, chunk: int | None = CHUNK):
     """(tokens, heads, state) -> y, state, compiled."""
-    return jax.jit(functools.partial(ssm, rotation=rotation, implementation=implementation, chunk=chunk))
+    return compiled(functools.partial(ssm, rotation=rotation, implementation=implementation, chunk=chunk))
 
 
 def with_gradients(op):
@@ -74,7 +80,7 @@ def with_gradients(op):
         results, pull = jax.vjp(lambda tokens, *others: op(tokens._replace(start_BL=start_BL), *others), *inputs)
         return results, pull(jax.tree.map(lambda x, like: x.astype(like.dtype), cotangent, results))
 
-    return jax.jit(call)
+    return compiled(call)
 
 
 @functools.cache
@@ -89,8 +95,7 @@ def reference(inputs, start_BL, cotangent, rotation: str):
         start_BL = np.zeros(inputs[0].log_a_BLH.shape[:2], bool)
     with jax.enable_x64(True):
         inputs, cotangent = jax.tree.map(lambda array: np.asarray(array, np.float64), (inputs, cotangent))
-        results, gradients = pulled("recurrent", rotation)(inputs, start_BL, cotangent)
-        return jax.tree.map(np.asarray, (results, gradients))
+        return pulled("recurrent", rotation)(inputs, start_BL, cotangent)
 
 
 def named(tree) -> dict:
@@ -140,4 +145,4 @@ def rows(tree, begin: int, end: int):
 def bfloat16(tokens: Tokens) -> Tokens:
     """Tokens with q, k, v and gate rounded to bfloat16."""
     narrow = {name: getattr(tokens, name) for name in ("q_BLRGN", "k_BLRGN", "v_BLHP", "gate_BLHP")}
-    return tokens._replace(**jax.tree.map(lambda array: jnp.asarray(array, jnp.bfloat16), narrow))
+    return tokens._replace(**jax.tree.map(lambda array: array.astype(jnp.bfloat16), narrow))

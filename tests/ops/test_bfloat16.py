@@ -56,7 +56,7 @@ def narrow(inputs):
     """Tokens and what a state holds of them in bfloat16."""
     tokens, heads, state = inputs
     before = {"k_BRHN": state.k_BRHN, "v_BHP": state.v_BHP}
-    return bfloat16(tokens), heads, state._replace(**jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), before))
+    return bfloat16(tokens), heads, state._replace(**jax.tree.map(lambda x: x.astype(jnp.bfloat16), before))
 
 
 def drawn(shape):
@@ -109,7 +109,7 @@ def test_agrees_with_the_definition(name, packed, implementation):
         return
     inputs = drawn(shape)
     y, after = cases.cotangents(shape)
-    cotangent = (jnp.asarray(y, jnp.bfloat16), narrow((inputs[0], None, after))[2])
+    cotangent = (y.astype(jnp.bfloat16), narrow((inputs[0], None, after))[2])
     start_BL = start_of(shape, packed)
     want = cases.reference(inputs, start_BL, cotangent, shape.rotation)
     results, gradients = pulled(implementation, shape)(inputs, start_BL, cotangent)
@@ -126,7 +126,7 @@ def test_an_error_of_one_part_in_a_hundred_is_caught(implementation):
     inputs = drawn(shape)
     wrong = (inputs[0]._replace(dt_BLH=inputs[0].dt_BLH * np.float32(1.01)), *inputs[1:])
     y, after = cases.cotangents(shape)
-    cotangent = (jnp.asarray(y, jnp.bfloat16), narrow((inputs[0], None, after))[2])
+    cotangent = (y.astype(jnp.bfloat16), narrow((inputs[0], None, after))[2])
     want = cases.reference(inputs, None, cotangent, shape.rotation)
     results, _ = pulled(implementation, shape)(wrong, None, cotangent)
     with pytest.raises(AssertionError, match="is not below"):
@@ -174,7 +174,7 @@ def check_sums(call, shape, tolerance: float):
     """The gradients that add up over the row."""
     inputs = drawn(shape)
     y, after = cases.cotangents(shape)
-    cotangent = (jnp.asarray(y, jnp.bfloat16), narrow((inputs[0], None, after))[2])
+    cotangent = (y.astype(jnp.bfloat16), narrow((inputs[0], None, after))[2])
     want = cases.reference(inputs, None, cotangent, shape.rotation)
     _, gradients = call(inputs, None, cotangent)
     of_sums = lambda tree: {k: v for k, v in cases.named(tree).items() if k.endswith(ADD_UP)}  # noqa: E731
@@ -190,7 +190,7 @@ def test_the_same_bits_whatever_memory_held(shape, implementation):
     shape = shape._replace(length=1000, heads=8)
     inputs, start_BL = drawn(shape), start_of(shape, True)
     y, after = cases.cotangents(shape)
-    cotangent = (jnp.asarray(y, jnp.bfloat16), narrow((inputs[0], None, after))[2])
+    cotangent = (y.astype(jnp.bfloat16), narrow((inputs[0], None, after))[2])
     call, found = pulled(implementation, shape), []
     for poison in (np.nan, 1e30):
         spoilt = [jnp.full(2**27, poison, jnp.float32).block_until_ready() for _ in range(16)]

@@ -18,6 +18,7 @@ from mamba3_jax.ops.discretize import exponential_trapezoidal
 from mamba3_jax.ops.kernels import BACKENDS
 from mamba3_jax.ops.ssm import Heads, State, Tokens, ssm
 from tests.helpers import AS_USERS, GOLDEN, golden, rel_rms
+from tests.ops import cases
 from tests.ops.cases import FLOAT32
 
 CASES = [case for case in json.loads((GOLDEN / "manifest.json").read_text())["cases"] if case["kind"].startswith("op_")]
@@ -132,13 +133,6 @@ def check_outputs(got: dict, arrays: dict, tolerance: float, prefix: str = "fina
         assert error < tolerance, f"{key}: {error:.2e} is not below {tolerance}"
 
 
-def loss_and_outputs(leaves, case, cotangents, implementation, packed=False):
-    got = run(leaves, case, implementation)
-    if packed:  # only the last document's state comes out
-        cotangents = {key: array for key, array in cotangents.items() if key == "y"}
-    return sum(jnp.sum(cotangents[key] * got[key]) for key in cotangents), got
-
-
 @functools.cache
 def compiled(name, implementation, as_users=False):
     """leaves -> outputs and gradients (empty where none were recorded) of one case."""
@@ -155,7 +149,7 @@ def compiled(name, implementation, as_users=False):
         (_, got), gradient = jax.value_and_grad(loss_and_outputs, has_aux=True)(leaves)
         return got, gradient
 
-    return jax.jit(outputs_and_gradients, compiler_options=AS_USERS if as_users else None)
+    return cases.compiled(outputs_and_gradients, compiler_options=AS_USERS if as_users else None)
 
 
 def check_gradients(gradient: dict, arrays: dict, tolerance: float):
@@ -209,13 +203,13 @@ def test_recorded_case_in_bfloat16(name, implementation):
     """q, k, v and gate rounded: outputs and gradients of the definition in float64 on the same numbers."""
     _, leaves, _ = recorded(name)
     narrow = {
-        key: jnp.asarray(leaves[key], jnp.bfloat16) for key in ("B", "C", "x", "z", "init_k", "init_v") if key in leaves
+        key: leaves[key].astype(jnp.bfloat16) for key in ("B", "C", "x", "z", "init_k", "init_v") if key in leaves
     }
     leaves |= narrow
     got, gradient = compiled(name, implementation)(leaves)
     with jax.enable_x64(True):
         exact = {key: np.asarray(array, np.float64) for key, array in leaves.items()}
-        want, want_gradient = jax.tree.map(np.asarray, compiled(name, "recurrent")(exact))
+        want, want_gradient = compiled(name, "recurrent")(exact)
     for values, wanted, tolerance in ((got, want, 5e-3), (gradient, want_gradient, 1e-2)):
         largest = max((np.sqrt(np.mean(np.square(array))) for array in wanted.values()), default=0)
         for key, value in values.items():
@@ -232,10 +226,10 @@ def test_recorded_case_in_bfloat16(name, implementation):
 @pytest.mark.parametrize("implementation", FLOAT32)
 def test_state_at_the_end_of_every_recorded_document(implementation):
     case, leaves, arrays = recorded("mimo_r4_varlen3")
-    tokens, heads, _ = op_inputs(leaves)
+    tokens, heads, _ = cases.compiled(op_inputs)(leaves)
     ends = np.cumsum(case["lens"])
     tokens = tokens._replace(start_BL=starts(ends))
-    call = jax.jit(functools.partial(ssm, rotation="half", implementation=implementation, chunk=8))
+    call = cases.forward(implementation, "half")
     for row, end in enumerate(ends[:-1]):
         y, state = call(jax.tree.map(lambda array: array[:, :end], tokens), heads)  # noqa: B023
         at_end = {f"final.{key}": arrays[f"final.{key}"][row : row + 1] for key in STATE}
@@ -247,10 +241,9 @@ def test_state_at_the_end_of_every_recorded_document(implementation):
 def test_recorded_decoding(name, implementation):
     """Prefill, then token by token: outputs, and the state after the prefill, the first step and the last."""
     case, leaves, arrays = recorded(name)
-    tokens, heads, _ = op_inputs(leaves)
+    tokens, heads, _ = cases.compiled(op_inputs)(leaves)
     prefill, mimo = case["prefill_len"], "mimo" in case["kind"]
-    call = functools.partial(ssm, rotation=ROTATIONS[case["rotation"]], implementation=implementation, chunk=8)
-    step = jax.jit(call)
+    step = cases.forward(implementation, ROTATIONS[case["rotation"]])
 
     y, state = step(jax.tree.map(lambda array: array[:, :prefill], tokens), heads)
     check_outputs(outputs(y, state, mimo), {**arrays, "out.y": arrays["out.prefill_y"]}, FORWARD, "prefill.")

@@ -51,7 +51,7 @@ def wanted(shape: Case, starts, narrow: bool):
 def narrow_state(state):
     """With keys and values as tokens of bfloat16 leave them."""
     left = {"k_BRHN": state.k_BRHN, "v_BHP": state.v_BHP}
-    return state._replace(**jax.tree.map(lambda array: jnp.asarray(array, jnp.bfloat16), left))
+    return state._replace(**jax.tree.map(lambda array: array.astype(jnp.bfloat16), left))
 
 
 class Decoding:
