@@ -52,6 +52,13 @@ def params_of(config_name: str):
     return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params)
 
 
+@functools.cache
+def prepared_of(name: str):
+    """What `decoding.prepare` makes of the parameters, shapes alone: nothing is compiled."""
+    config = config_of(name)
+    return jax.eval_shape(lambda: decoding.prepare(config, init_params(config, jax.random.key(0))))
+
+
 def some_state(config: ModelConfig):
     """A state as one that some tokens left: random numbers, and places in the caches."""
     state = LanguageModel(config).empty_state(BATCH, TOKENS)
@@ -88,10 +95,8 @@ def test_a_step_is_the_models(name, dtype):
 
 @pytest.mark.parametrize("name", first(CONFIGS))
 def test_matrices_are_stored_in_the_compute_dtype_and_the_rest_is_not(name):
-    config = config_of(name)
-    shapes = jax.eval_shape(functools.partial(decoding.prepare, config), params_of(name))
-    by_dtype = {}
-    for path, shape in jax.tree_util.tree_leaves_with_path(shapes):
+    config, by_dtype = config_of(name), {}
+    for path, shape in jax.tree_util.tree_leaves_with_path(prepared_of(name)):
         by_dtype.setdefault(str(shape.dtype), set()).add("/".join(key.key for key in path[-2:]))
     matrices = {"mixer/in_zx", "mixer/in_dt_a_trap", "mixer/in_kq_angle", "mixer/out"}
     matrices |= {"mlp/value", "mlp/gate", "mlp/out", "head/embedding" if config.tie_embeddings else "head/kernel"}
@@ -135,9 +140,8 @@ def casts(jaxpr, of: set) -> list[str]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_no_parameter_is_cast_in_the_loop(name):
-    config = config_of(name)
+    config, prepared = config_of(name), prepared_of(name)
     loop = functools.partial(generate.decode, config, Sampling(top_p=0.9), ())
-    prepared = jax.eval_shape(functools.partial(decoding.prepare, config), params_of(name))
     matrices = {x.shape for x in jax.tree.leaves(prepared) if x.dtype == jnp.bfloat16}
     matrices |= {shape[::-1] for shape in matrices if len(shape) == 2}
     assert not casts(jax.make_jaxpr(loop)(*shapes_of(config, prepared)).jaxpr, matrices)
@@ -154,8 +158,7 @@ def body_of_the_loop(hlo: str, shape: str) -> list[str]:
 @pytest.mark.full
 @pytest.mark.parametrize(("name", "layers"), [("siso", 2), ("hybrid", 1)])
 def test_the_compiled_loop_writes_each_state_once_in_its_place(name, layers):
-    config = config_of(name)
-    prepared = jax.eval_shape(functools.partial(decoding.prepare, config), params_of(name))
+    config, prepared = config_of(name), prepared_of(name)
     loop = jax.jit(functools.partial(generate.decode, config, Sampling(0.0), ()), donate_argnums=2)
     compiled = loop.lower(*shapes_of(config, prepared)).compile()
     (shape,) = {x.shape for x in jax.tree.leaves(some_state(config)) if x.ndim == 5 and x.dtype == jnp.float32}

@@ -9,8 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mamba3_jax.sampling import Sampling, best_of_likeliest, draw, largest
+from mamba3_jax import sampling as sampler
+from mamba3_jax.sampling import Sampling, best_of_likeliest
 from tests.helpers import first
+
+# Compiled, as they always are in use.
+draw = jax.jit(sampler.draw, static_argnames="sampling")
+largest = jax.jit(sampler.largest, static_argnames="count")
 
 P = np.array([0.05, 0.4, 0.15, 0.3, 0.1])
 LOGITS = jnp.log(jnp.asarray(P, jnp.float32))[None]

@@ -153,8 +153,13 @@ def test_what_cudnn_is_asked_is_attention(documents, asked):
 
     def run(implementation, start_BL, params=params):
         conf = dataclasses.replace(NARROW, attn_implementation=implementation)
-        y_BLD, pull = jax.vjp(lambda params, x_BLD: apply(conf, params, x_BLD, None, start_BL)[0], params, x_BLD)
-        return jax.tree.leaves((y_BLD, pull(jnp.ones_like(y_BLD))))
+
+        @jax.jit
+        def call(params, x_BLD):
+            y_BLD, pull = jax.vjp(lambda params, x_BLD: apply(conf, params, x_BLD, None, start_BL)[0], params, x_BLD)
+            return y_BLD, pull(jnp.ones_like(y_BLD))
+
+        return jax.tree.leaves(call(params, x_BLD))
 
     got, want = run("cudnn", start_BL), run("plain", start_BL)
     assert asked[-1] == ("cudnn", True, documents)

@@ -1,5 +1,6 @@
 """The loss against float64 numpy, what it leaves out, and that it never holds all logits."""
 
+import functools
 import math
 
 import jax
@@ -26,8 +27,15 @@ def case(seed=0):
     return logits_BLV, batch
 
 
+@jax.jit
 def of(logits_BLV, batch) -> Sums:
-    return sums(jnp.asarray(logits_BLV), batch.targets_BL, batch.weights_BL, VOCAB)
+    return sums(logits_BLV, batch.targets_BL, batch.weights_BL, VOCAB)
+
+
+@jax.jit
+def gradient_of(logits_BLV, batch):
+    """The objective and its gradient."""
+    return jax.value_and_grad(lambda logits_BLV: objective(of(logits_BLV, batch), Z))(logits_BLV)
 
 
 def reference(logits_BLV, batch):
@@ -60,15 +68,14 @@ def test_sums_are_those_of_numpy():
 
 def test_gradient_is_softmax_minus_target():
     logits_BLV, batch = case()
-    got = jax.grad(lambda logits_BLV: objective(of(logits_BLV, batch), Z))(jnp.float32(logits_BLV))
-    got = np.asarray(got, np.float64)
+    got = np.asarray(gradient_of(np.float32(logits_BLV), batch)[1], np.float64)
     assert rel_rms(got, logits_gradient(logits_BLV, batch, Z)) < 1e-6
     assert rel_rms(got, logits_gradient(logits_BLV, batch, 1.1 * Z)) > 1e-4
 
 
 def test_bfloat16_logits_are_summed_in_float32():
     logits_BLV, batch = case()
-    rounded_BLV = jnp.bfloat16(logits_BLV)
+    rounded_BLV = logits_BLV.astype(jnp.bfloat16)
     got = np.array(of(rounded_BLV, batch))
     assert got.dtype == np.float32
     assert rel_rms(got, reference(np.asarray(rounded_BLV, np.float64), batch)) < 1e-6
@@ -82,8 +89,8 @@ def test_of_equal_logits_the_first_is_the_likeliest():
         (np.nan, [False] * 4),
         (1e30, [True, False, False, False]),
     ):
-        found = scores(jnp.full((1, 4, 5), logit), targets_BL, 5)
-        np.testing.assert_array_equal(found.correct_BL[0], correct)
+        found = jax.jit(scores, static_argnums=2)(np.full((1, 4, 5), logit, np.float32), targets_BL, 5)
+        np.testing.assert_array_equal(np.asarray(found.correct_BL)[0], correct)
 
 
 def test_a_token_without_weight_does_not_count_whatever_its_logits():
@@ -99,8 +106,7 @@ def test_a_target_outside_the_vocabulary_counts_as_nan_and_without_weight_not_at
     scored_BL = batch.weights_BL > 0
     for where_BL, finite in ((~scored_BL, True), (scored_BL & (np.cumsum(scored_BL).reshape(B, L) == 1), False)):
         wrong = batch._replace(targets_BL=np.where(where_BL, target, batch.targets_BL).astype(np.int32))
-        total = lambda logits_BLV: objective(of(logits_BLV, wrong), Z)  # noqa: B023, E731
-        loss, gradient = jax.value_and_grad(total)(jnp.float32(logits_BLV))
+        loss, gradient = gradient_of(np.float32(logits_BLV), wrong)
         assert np.isfinite(loss) == finite
         assert not finite or np.isfinite(gradient).all()
     clean, same = (
@@ -124,19 +130,27 @@ TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-8}
 def linear_case(dtype, seed=0):
     """x and head as the op sees them, and the same numbers in float64 as the logits that they make."""
     rng = np.random.default_rng(seed)
-    x_BLD = jnp.asarray(rng.standard_normal((B, L, D)), dtype)
-    head_DV = jnp.asarray(rng.standard_normal((D, V)), jnp.float32)
+    x_BLD = rng.standard_normal((B, L, D)).astype(jnp.dtype(dtype))
+    head_DV = rng.standard_normal((D, V)).astype(np.float32)
     exact = [np.asarray(x, np.float64) for x in (x_BLD, head_DV.astype(dtype))]
     return x_BLD, head_DV, exact, case(seed)[1]
 
 
 def linear_gradients(x_BLD, head_DV, batch, tiles, z_loss=Z, scale=1.0):
-    def loss(x_BLD, head_DV):
+    gradients, (found, parts) = gradients_with(tiles, z_loss, cross_entropy.REACH)(x_BLD, head_DV, batch, scale)
+    return found, parts, gradients
+
+
+@functools.cache
+def gradients_with(tiles, z_loss, reach):
+    """One program for all tests, of every `REACH` that one sets."""
+    del reach
+
+    def loss(x_BLD, head_DV, batch, scale):
         found, parts = linear_cross_entropy(x_BLD, head_DV, batch.targets_BL, batch.weights_BL, VOCAB, z_loss, tiles)
         return scale * found, (found, parts)
 
-    gradients, (found, parts) = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(x_BLD, head_DV)
-    return found, parts, gradients
+    return jax.jit(jax.grad(loss, (0, 1), has_aux=True))
 
 
 def check_linear(got, exact, batch, tolerance, z_loss=Z):
@@ -203,14 +217,14 @@ def test_both_ways_to_the_gradients_agree(monkeypatch, dtype):
 
 def test_a_gradient_near_certainty_is_not_lost_in_rounding():
     """(p - 1) x in bfloat16 where p is 0.999 and more: not a difference of two rounded numbers."""
-    x_BLD = jnp.ones((1, 4, 1), jnp.bfloat16)
-    head_DV = jnp.array([[7.0, 0.0, 0.0, -1.0]])
-    batch = Batch(None, jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4)), None)
+    x_BLD = np.ones((1, 4, 1), jnp.bfloat16)
+    head_DV = np.float32([[7.0, 0.0, 0.0, -1.0]])
+    batch = Batch(None, np.zeros((1, 4), np.int32), np.ones((1, 4), np.float32), None)
     loss = lambda head_DV: linear_cross_entropy(x_BLD, head_DV, batch.targets_BL, batch.weights_BL, 4)[0]  # noqa: E731
     p_V = np.exp(np.float64([7.0, 0.0, 0.0, -1.0]))
     want_V = 4 * (p_V / p_V.sum() - np.eye(4)[0])
     assert abs(want_V[0]) < 0.01
-    np.testing.assert_allclose(jax.grad(loss)(head_DV)[0], want_V, rtol=2**-8)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(head_DV)[0], want_V, rtol=2**-8)
 
 
 def test_a_scale_of_the_objective_scales_its_gradients():

@@ -41,16 +41,16 @@ def integrated(rule: str, steps: int, *, logit=lambda dt: 0.0, rate_at: float = 
     """h(END), the rate of a step taken at this part of it."""
     dt = END / steps
     t_L = dt * np.arange(1, steps + 1)
-    scalar = lambda x_L: jnp.asarray(np.broadcast_to(x_L, t_L.shape))[None, :, None]  # noqa: E731
+    scalar = lambda x_L: np.broadcast_to(x_L, t_L.shape)[None, :, None]  # noqa: E731
     numbers = scalar(dt), scalar(rate(t_L - (1 - rate_at) * dt)), scalar(logit(dt))
-    log_a_BLH, gamma_BLH, beta_BLH = DISCRETIZATIONS[rule](*numbers)
-    ones_BLRGN = jnp.ones((1, steps, 1, 1, 2))
+    log_a_BLH, gamma_BLH, beta_BLH = jax.jit(DISCRETIZATIONS[rule])(*numbers)
+    ones_BLRGN = np.ones((1, steps, 1, 1, 2))
     tokens = Tokens(ones_BLRGN, ones_BLRGN, scalar(drive(t_L))[..., None], None, log_a_BLH, gamma_BLH, beta_BLH)
-    state = State(None, jnp.ones((1, 1, 1, 2)))
+    state = State(None, np.ones((1, 1, 1, 2)))
     if beta_BLH is not None:
-        state = state._replace(k_BRHN=jnp.ones((1, 1, 1, 2)), v_BHP=jnp.full((1, 1, 1), drive(0.0)))
+        state = state._replace(k_BRHN=np.ones((1, 1, 1, 2)), v_BHP=np.full((1, 1, 1), drive(0.0)))
     _, after = jax.jit(recurrent, static_argnames="rotation")(tokens, Heads(), state, rotation="adjacent")
-    return float(after.ssm_BHPN[0, 0, 0, 0])
+    return float(np.asarray(after.ssm_BHPN)[0, 0, 0, 0])
 
 
 def order(rule: str, **how) -> list[float]:
@@ -100,10 +100,12 @@ def test_weights_and_their_gradients_in_float32(rule):
 
 def test_zero_order_hold_at_no_rate_and_no_step():
     """Where expm1(dt a) / a would be 0 / 0."""
+    rule = DISCRETIZATIONS["zero_order_hold"]
+    weights, gradients = jax.jit(rule), jax.jit(jax.grad(lambda dt, a: rule(dt, a, 0.0)[1], argnums=(0, 1)))
     for dt, a in ((0.1, 0.0), (0.0, -1.0), (0.0, 0.0)):
-        log_a, gamma, beta = DISCRETIZATIONS["zero_order_hold"](dt, a, 0.0)
-        assert (log_a, float(gamma), beta) == (0, np.float32(dt), None)
-        slopes = jax.grad(lambda dt, a: DISCRETIZATIONS["zero_order_hold"](dt, a, 0.0)[1], argnums=(0, 1))(dt, a)
+        log_a, gamma, beta = weights(dt, a, 0.0)
+        assert (float(log_a), float(gamma), beta) == (0, np.float32(dt), None)
+        slopes = gradients(dt, a)
         np.testing.assert_allclose(slopes, (1, dt**2 / 2), rtol=1e-6)
 
 
@@ -117,8 +119,7 @@ def test_who_looks_back():
 def test_later_weight():
     gamma, beta = np.float32([[[1], [2], [4]]]), np.float32([[[10], [20], [40]]])
     start = np.array([[False, False, True]])
-    kappa, first = later_weight(jnp.asarray(gamma), jnp.asarray(beta))
-    assert (kappa.ravel().tolist(), first.tolist()) == ([21, 42, 4], [[10]])
-    kappa, first = later_weight(jnp.asarray(gamma), jnp.asarray(beta), jnp.asarray(start))
-    assert (kappa.ravel().tolist(), first.tolist()) == ([21, 2, 4], [[10]])
+    for starts, want in (([], [21, 42, 4]), ([start], [21, 2, 4])):
+        kappa, first = map(np.asarray, jax.jit(later_weight)(gamma, beta, *starts))
+        assert (kappa.ravel().tolist(), first.tolist()) == (want, [[10]])
     assert later_weight(gamma, None, start) == (None, None)
