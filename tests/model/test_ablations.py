@@ -46,13 +46,16 @@ def test_fixed_angles_turn_by_a_constant_a_token_whatever_the_data():
     wanted = np.broadcast_to((X_BLD.shape[1] * frequency_S) % (2 * np.pi), state.angle_BHS.shape)
     np.testing.assert_allclose(state.angle_BHS, wanted, atol=1e-5)
 
-    gradient = jax.grad(lambda p: jnp.sum(outputs_of(p, angles="rope")))(params)["in_kq_angle"]
+    gradient = gradient_of(params, angles="rope")["in_kq_angle"]
     assert np.abs(gradient[:, -planes:]).max() == 0
     assert np.abs(gradient[:, :-planes]).max() > 0
 
 
-def outputs_of(params, **options):
-    return Mamba3(ModelConfig(**SMALL, **options)).apply({"params": params}, X_BLD)[0]
+def gradient_of(params, **options):
+    """The gradient of the sum of the outputs, as NumPy's arrays."""
+    layer = Mamba3(ModelConfig(**SMALL, **options))
+    total = lambda params: jnp.sum(layer.apply({"params": params}, X_BLD)[0])  # noqa: E731
+    return jax.tree.map(np.asarray, jax.jit(jax.grad(total))(params))
 
 
 @pytest.mark.full
@@ -92,7 +95,7 @@ def test_what_an_ablation_does_not_use_gets_a_zero_gradient_and_no_state(option)
     params, _, state = outputs(**option)
     empty = Mamba3.empty_state(ModelConfig(**SMALL, **option), batch=2, capacity=1)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), empty) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
-    gradient = jax.grad(lambda p: jnp.sum(outputs_of(p, **option)))(params)
+    gradient = gradient_of(params, **option)
     unused = {
         "angles": ("in_kq_angle", np.s_[:, -2:]),
         "discretization": ("in_dt_a_trap", np.s_[:, 2]),

@@ -280,10 +280,10 @@ def test_a_full_cache_is_an_error_where_it_is_known_and_nan_where_not():
 
 @pytest.mark.full
 def test_no_attention_needs_no_room():
-    model, variables = LanguageModel(SMALL), {"params": init_params(SMALL, jax.random.key(0))}
-    _, state = model.apply(variables, np.array([[1, 2]]))
-    want_BLV, _ = model.apply(variables, np.array([[1, 2, 3]]))
-    got_BLV, _ = model.apply(variables, np.array([[3]]), state)
+    run, variables = jax.jit(LanguageModel(SMALL).apply), {"params": init_params(SMALL, jax.random.key(0))}
+    _, state = run(variables, np.array([[1, 2]]))
+    want_BLV, _ = run(variables, np.array([[1, 2, 3]]))
+    got_BLV, _ = run(variables, np.array([[3]]), state)
     assert rel_rms(got_BLV[:, 0], want_BLV[:, 2]) < FORWARD
 
 

@@ -1,5 +1,7 @@
 """The decode step's kernel in Pallas's interpreter against `recurrent`, and lowered for CUDA: no Triton compiler."""
 
+import functools
+
 import jax
 import pytest
 from jax.sharding import use_abstract_mesh
@@ -43,19 +45,23 @@ def shape_of(rank: int):
     return (MIMO if rank > 1 else SISO)._replace(rank=rank, **SIZED)
 
 
+@functools.cache
+def compiled(tile: str, rank: int):
+    """One program of a tile for both tests."""
+    return jax.jit(step(shape_of(rank), tile=TILES[tile]))
+
+
 @pytest.mark.parametrize("rank", [1, 4, 16])
 @pytest.mark.parametrize("tile", TILES)
 def test_every_tile_is_recurrent(tile, rank):
     shape = shape_of(rank)
     inputs = drawn(shape, start=True)
-    got = jax.jit(step(shape, tile=TILES[tile]))(*inputs)
-    cases.check_results(got, double(inputs, shape), 1e-6)
+    cases.check_results(compiled(tile, rank)(*inputs), double(inputs, shape), 1e-6)
 
 
 @pytest.mark.parametrize("tile", ["fma", "fma_rows", "dot_columns", "fused"])
 def test_every_tile_forgets_exactly(tile):
-    run = jax.jit(step(shape_of(4), tile=TILES[tile]))
-    check_forgets(lambda inputs: run(*inputs), shape_of(4))
+    check_forgets(lambda inputs: compiled(tile, 4)(*inputs), shape_of(4))
 
 
 @pytest.mark.quick
