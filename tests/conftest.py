@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-# Machine code left unoptimised computes the same programs in a third of the compile time, processes that tests start
-# included. `helpers.AS_USERS` compiles as users do.
+# Machine code left unoptimised computes the same programs in a third of the compile time, and in a fifth less of that
+# where it is not cut into pieces for more cores than a worker has; processes that tests start included.
+# `helpers.AS_USERS` compiles as users do.
 QUICK = {"xla_backend_optimization_level": "0", "xla_cpu_parallel_codegen_split_count": "1"}
 if version("jax") < "0.11":  # later ones do not know it
     QUICK["xla_cpu_use_fusion_emitters"] = "false"

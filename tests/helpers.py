@@ -11,8 +11,10 @@ import pytest
 GOLDEN = Path(__file__).parent / "golden"
 # Compiler options that undo those of conftest.py.
 AS_USERS = {"xla_backend_optimization_level": 3}
-if jax.default_backend() == "cpu" and jax.__version_info__ < (0, 11):
-    AS_USERS["xla_cpu_use_fusion_emitters"] = True
+if jax.default_backend() == "cpu":
+    AS_USERS["xla_cpu_parallel_codegen_split_count"] = 32
+    if jax.__version_info__ < (0, 11):
+        AS_USERS["xla_cpu_use_fusion_emitters"] = True
 
 
 def devices(count: int) -> dict[str, str]:
