@@ -46,6 +46,7 @@ def config_of(name: str, dtype: str = "bfloat16") -> ModelConfig:
 
 
 def to_numpy(tree):
+    """NumPy's arrays in the place of jax's, of which every operation is compiled."""
     return jax.tree.map(np.asarray, tree)
 
 

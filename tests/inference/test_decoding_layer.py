@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 
@@ -16,6 +17,7 @@ from mamba3_jax.ops import projections
 from mamba3_jax.presets import PRESETS
 from pallas_kernels.ssm import mosaic_gpu
 from tests.helpers import rel_rms
+from tests.inference.test_decoding import to_numpy
 from tests.pallas_kernels.family import GPU
 
 SMALL = ModelConfig(
@@ -46,17 +48,17 @@ TOLERANCE = 2**-8  # as of `LanguageModel`'s (test_decoding.py): one rounding of
 @functools.cache
 def params_of(config_name: str, pattern: str | None = None):
     config = dataclasses.replace(SMALL, **CONFIGS[config_name] | ({"pattern": pattern} if pattern else {}))
-    params = init_params(config, jax.random.key(0))
+    params, random = to_numpy(init_params(config, jax.random.key(0))), np.random.default_rng(1)
     # Away from the initial 0 and 1, so that all count.
-    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
-    return config, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params)
+    away = lambda x: jnp.asarray(x + np.float32(0.1) * random.standard_normal(x.shape, np.float32))  # noqa: E731
+    return config, jax.tree.map(away, params)
 
 
 def some_state(config: ModelConfig, batch: int):
     """A state as one that some tokens left: random numbers, and places in the caches."""
-    state = LanguageModel(config, stacked=False).empty_state(batch, 8)
-    draw = lambda x: jax.random.normal(jax.random.key(x.size), x.shape).astype(x.dtype)  # noqa: E731
-    return jax.tree.map(lambda x: jnp.full_like(x, 3) if x.dtype == jnp.int32 else draw(x), state)
+    state, random = LanguageModel(config, stacked=False).empty_state(batch, 8), np.random.default_rng(2)
+    draw = lambda x: random.standard_normal(x.shape).astype(x.dtype)  # noqa: E731
+    return jax.tree.map(lambda x: np.full_like(x, 3) if x.dtype == np.int32 else draw(x), to_numpy(state))
 
 
 def check_step(config: ModelConfig, params, batch: int):
@@ -65,9 +67,10 @@ def check_step(config: ModelConfig, params, batch: int):
     prepared = decoding.prepare(config, params)
     want = jax.jit(functools.partial(decoding.step, config))(prepared, token_B, state, start_B)
     run = jax.jit(functools.partial(decoding.step, config, interpret=True))
+    arranged = jax.jit(functools.partial(decoding.arranged, config))
 
     def errors(prepared):
-        got = run(jax.jit(functools.partial(decoding.arranged, config))(prepared), token_B, state, start_B)
+        got = run(arranged(prepared), token_B, state, start_B)
         return [rel_rms(*pair) for pair in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)]
 
     assert max(errors(prepared)) < TOLERANCE
