@@ -22,8 +22,8 @@ PARALLEL = ("associative", "chunked")  # a GPU's or TPU's kernel is compiled for
 SISO = Case(batch=1, heads=2, groups=1, d_state=16, width=8, planes=4)
 MIMO = SISO._replace(rank=4, rotation="half")
 FLOAT = 4  # bytes
-# The matrices of a chunk, 512 KiB whatever the length, are planned into arrays of a row that nobody reads any more. On a
-# GPU there is no room for them in those of 2,048 tokens, which are as small: so memory is measured of longer rows.
+# The matrices of a chunk, 512 KiB whatever the length, are planned into arrays of a row that nobody reads any more. On
+# a GPU there is no room for them in those of 2,048 tokens, which are as small: so memory is measured of longer rows.
 LONG = (8192, 32768, 131072, 524288)
 UNTIMED = {"xla_gpu_autotune_level": 0}
 
