@@ -2,6 +2,7 @@
 
 names.py      the one table of tensor names, and the layout of each
 config.py     config.json <-> ModelConfig
+ssm_cfg.py    what its ssm_cfg says, by official class of layers
 torch_zip.py  pytorch_model.bin without torch
 shards.py     what is no file of its kind, and files in shards
 peel.py       wrappers, prefixes and buffers around the official tensors

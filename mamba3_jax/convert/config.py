@@ -1,14 +1,15 @@
-"""The official `config.json` <-> `ModelConfig`. Keys and defaults are those of `MambaConfig`, `Mamba3` and `MHA`.
+"""The official `config.json` <-> `ModelConfig`. Keys and defaults are those of `MambaConfig` and `MHA`.
 
-A key that changes what is computed and that we do not have is an error; one that only picks a kernel is dropped.
+Those of `Mamba3` and `Mamba2` stand in ssm_cfg.py. A key that changes what is computed and that we do not have is an
+error; one that only picks a kernel or initial values is dropped.
 """
 
 import math
 
 from mamba3_jax.config import LAYERS, ModelConfig, listed
+from mamba3_jax.convert.ssm_cfg import CLASSES, Layer, check_must, fields_of, ssm_of
 from mamba3_jax.mixers import MIXERS
 from mamba3_jax.mixers.attention import Attention, head_counts
-from mamba3_jax.mixers.mamba3 import Mamba3
 from mamba3_jax.model import mixer_names, validate
 
 MLP_MULTIPLE = 128  # the official feed-forward rounds its width up to this
@@ -27,24 +28,7 @@ MODEL_KEYS = {
     "pad_vocab_size_multiple": 8,
     "tie_embeddings": True,
 }
-SSM_KEYS = {
-    "layer": "Mamba1",
-    "d_state": 128,
-    "expand": 2,
-    "headdim": 64,
-    "ngroups": 1,
-    "rope_fraction": 0.5,
-    "dt_min": 0.001,
-    "dt_max": 0.1,
-    "dt_init_floor": 1e-4,
-    "A_floor": 1e-4,
-    "is_outproj_norm": False,
-    "is_mimo": False,
-    "mimo_rank": 4,
-    "chunk_size": 64,  # performance only
-    "fuse_pregate_headwise_norm": True,  # a kernel choice
-    "dropout": 0.0,  # read and ignored by the official layer
-}
+DEFAULT_CLASS = "Mamba1"  # of layers
 ATTENTION_KEYS = {
     "num_heads": None,  # required
     "num_heads_kv": None,  # num_heads
@@ -67,7 +51,7 @@ WHOLE, POSITIVE, NUMBER, FLAG = (
 )
 # What the values that we compute with must be
 KINDS = {
-    **dict.fromkeys(["d_intermediate", "mimo_rank"], WHOLE),
+    **dict.fromkeys(["d_intermediate", "mimo_rank", "d_conv"], WHOLE),
     **dict.fromkeys(["d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple"], POSITIVE),
     **dict.fromkeys(["d_state", "headdim", "ngroups", "num_heads", "num_heads_kv", "head_dim"], POSITIVE),
     **dict.fromkeys(["expand", "rope_fraction", "dt_min", "dt_max", "dt_init_floor", "A_floor"], NUMBER),
@@ -101,8 +85,8 @@ def is_kind(value, kind: str) -> bool:
     return isinstance(value, int) and value >= (kind == POSITIVE)
 
 
-def check_kind(official: dict) -> None:
-    """Raise ValueError where a config is of another program or of another layer, before its keys are looked at."""
+def layer_class(official: dict) -> Layer:
+    """Return what a config's layers are, looking at no other key; raises for another program's, or another layer."""
     if "model_type" in official or "architectures" in official:
         held = {key: official.get(key) for key in ("model_type", "architectures")}
         raise ValueError(
@@ -111,35 +95,25 @@ def check_kind(official: dict) -> None:
         )
     ssm = official.get("ssm_cfg", {})
     if not isinstance(ssm, dict):
-        return  # `filled` says so
-    layer = ssm.get("layer", SSM_KEYS["layer"])
-    if layer != "Mamba3":
+        raise ValueError(f"config.json: ssm_cfg is {ssm!r}, wanted an object")
+    name = ssm.get("layer", DEFAULT_CLASS)
+    if name not in list(CLASSES):
         default = "" if "layer" in ssm else ", the default,"
-        raise ValueError(f"config.json: ssm_cfg.layer{default} is {layer!r}, wanted 'Mamba3'")
+        raise ValueError(f"config.json: ssm_cfg.layer{default} is {name!r}, wanted {' or '.join(map(repr, CLASSES))}")
+    return CLASSES[name]
 
 
 def from_official(official: dict) -> ModelConfig:
     """Return the `ModelConfig` that computes what an official `config.json` says.
 
     Raises:
-        ValueError: an unknown key, a value that is not of its kind, a layer that is not Mamba3, an attention option
-            that ours does not have, or sizes that do not fit each other.
+        ValueError: an unknown key, a value that is not of its kind, a layer that is none of `CLASSES`, an option that
+            ours does not have, or sizes that do not fit each other.
     """
-    check_kind(official)
+    layer = layer_class(official)
     model = filled(official, MODEL_KEYS, "config.json")
-    ssm = filled(model["ssm_cfg"], SSM_KEYS, "config.json: ssm_cfg")
-    if ssm["rope_fraction"] not in (0.5, 1.0):
-        raise ValueError(f"config.json: ssm_cfg.rope_fraction is {ssm['rope_fraction']}, wanted 0.5 or 1.0")
-    if ssm["is_mimo"] and ssm["mimo_rank"] < 1:
-        raise ValueError(f"config.json: ssm_cfg.mimo_rank is {ssm['mimo_rank']}, wanted at least 1")
-    if ssm["expand"] != int(ssm["expand"]) or int(ssm["expand"]) * model["d_model"] % ssm["headdim"]:
-        raise ValueError(
-            f"config.json: ssm_cfg.expand is {ssm['expand']}, wanted a whole number that makes "
-            f"expand * {model['d_model']} a multiple of headdim {ssm['headdim']}"
-        )
-    heads = int(ssm["expand"]) * model["d_model"] // ssm["headdim"]
-    if heads % ssm["ngroups"]:
-        raise ValueError(f"config.json: ssm_cfg.ngroups is {ssm['ngroups']}, wanted a divisor of the {heads} heads")
+    ssm = filled(model["ssm_cfg"], {"layer": DEFAULT_CLASS} | layer.keys, "config.json: ssm_cfg")
+    fields = fields_of(layer, ssm, model["d_model"])
     layers, attends = model["n_layer"], attention_layers(model)
     if layers > LAYERS:
         raise ValueError(f"config.json: n_layer is {layers}, wanted at most {LAYERS}")
@@ -147,22 +121,12 @@ def from_official(official: dict) -> ModelConfig:
         vocab_size=model["vocab_size"],
         pad_vocab_to=model["pad_vocab_size_multiple"],
         d_model=model["d_model"],
-        pattern="".join((Attention if layer in attends else Mamba3).letter for layer in range(layers)),
+        pattern="".join((Attention if index in attends else layer.mixer).letter for index in range(layers)),
         d_ff=-(-model["d_intermediate"] // MLP_MULTIPLE) * MLP_MULTIPLE,
         tie_embeddings=model["tie_embeddings"],
         norm="rms" if model["rms_norm"] else "layer",
         residual_in_fp32=model["residual_in_fp32"],
-        d_state=ssm["d_state"],
-        expand=int(ssm["expand"]),
-        head_dim=ssm["headdim"],
-        n_groups=ssm["ngroups"],
-        mimo_rank=ssm["mimo_rank"] if ssm["is_mimo"] else 0,
-        rope_fraction=float(ssm["rope_fraction"]),
-        out_norm=ssm["is_outproj_norm"],
-        a_floor=ssm["A_floor"],
-        dt_min=ssm["dt_min"],
-        dt_max=ssm["dt_max"],
-        dt_init_floor=ssm["dt_init_floor"],
+        **fields,
         **(attention_from_official(model) if attends else {}),
     )
     validate(converted)
@@ -182,9 +146,7 @@ def attention_layers(model: dict) -> list[int]:
 def attention_from_official(model: dict) -> dict:
     """Return the attention fields of `ModelConfig`; raises for what ours does not have."""
     given = filled(model["attn_cfg"], ATTENTION_KEYS, "config.json: attn_cfg")
-    for key, wanted in ATTENTION_MUST.items():
-        if given[key] != wanted:
-            raise ValueError(f"config.json: attn_cfg.{key} is {given[key]!r}; only {wanted!r} is supported")
+    check_must(given, ATTENTION_MUST, "config.json: attn_cfg")
     heads = given["num_heads"]
     if not heads:
         raise ValueError("config.json: attn_cfg.num_heads is missing, but attn_layer_idx names attention layers")
@@ -220,21 +182,6 @@ def to_official(model: ModelConfig) -> dict:
     if model.d_ff % MLP_MULTIPLE:
         raise ValueError(f"d_ff={model.d_ff} has no official counterpart; only multiples of {MLP_MULTIPLE} have")
     attends = [index for index, mixer in enumerate(mixers) if mixer == "attention"]
-    ssm = {
-        "layer": "Mamba3",
-        "d_state": model.d_state,
-        "expand": model.expand,
-        "headdim": model.head_dim,
-        "ngroups": model.n_groups,
-        "rope_fraction": model.rope_fraction,
-        "dt_min": model.dt_min,
-        "dt_max": model.dt_max,
-        "dt_init_floor": model.dt_init_floor,
-        "A_floor": model.a_floor,
-        "is_outproj_norm": model.out_norm,
-        "is_mimo": model.mimo_rank > 0,
-        "chunk_size": max(64 // max(model.mimo_rank, 1), 16),  # what the official warning asks for
-    }
     heads, kv_heads = head_counts(model)
     attention = {
         "num_heads": heads,
@@ -249,7 +196,7 @@ def to_official(model: ModelConfig) -> dict:
         "d_intermediate": model.d_ff,
         "n_layer": len(model.pattern),
         "vocab_size": model.vocab_size,
-        "ssm_cfg": ssm | ({"mimo_rank": model.mimo_rank} if model.mimo_rank else {}),
+        "ssm_cfg": ssm_of(class_of(mixers), model),
         "attn_layer_idx": attends,
         "attn_cfg": attention if attends else {},
         "rms_norm": model.norm == "rms",
@@ -258,3 +205,11 @@ def to_official(model: ModelConfig) -> dict:
         "pad_vocab_size_multiple": model.pad_vocab_to,
         "tie_embeddings": model.tie_embeddings,
     }
+
+
+def class_of(mixers: list[str]) -> str:
+    """Return the one official class of all layers but attention: the first of `CLASSES` where there are no others."""
+    held = [name for name, layer in CLASSES.items() if layer.mixer in [MIXERS[mixer] for mixer in mixers]]
+    if len(held) > 1:
+        raise ValueError(f"layers of {' and '.join(held)} in one model have no official counterpart; only one kind has")
+    return [*held, *CLASSES][0]

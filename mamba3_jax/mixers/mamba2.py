@@ -1,6 +1,6 @@
 """The Mamba-2 mixer (arXiv:2405.21060): a short convolution, and the op without rotation, biases or a look back."""
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.mixers.mixer import Mixer, both, check_op, head_count
+from mamba3_jax.mixers.official import Piece, Row, same, weight
 from mamba3_jax.mixers.rates import A_RANGE
 from mamba3_jax.mixers.short_convolution import Window, channels, convolution_flops, convolved, empty_window, taps_of
 from mamba3_jax.nn.initial import inverse_softplus_dt, linear, log_uniform
@@ -37,6 +38,7 @@ class Mamba2(Mixer):
 
     letter = "2"
     matrices = ("in_zx", "in_kq", "in_dt", "out")
+    official: ClassVar = {}  # it has all that can be chosen here
 
     def setup(self):
         config = self.config
@@ -107,3 +109,26 @@ class Mamba2(Mixer):
     def fused(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         """B and C."""
         return {"in_kq": (config.n_groups * config.d_state,) * 2}
+
+    @staticmethod
+    def official_rows(config: ModelConfig) -> dict[str, Row]:
+        """List the official tensors of a Mamba-2 layer; in_proj is z | x | B | C | dt, conv1d is over x | B | C."""
+        width, heads, head_dim, taps = config.d_model, head_count(config), config.head_dim, config.d_conv
+        inner, shared = heads * head_dim, channels(config)["shared"]
+        inputs = [
+            Piece("in_zx", (width, 2, heads, head_dim)),
+            Piece("in_kq", (width, shared)),
+            Piece("in_dt", (width, heads)),
+        ]
+        weights = (Piece("conv_x", (heads, head_dim, taps)), Piece("conv_kq", (shared, taps)))
+        biases = (Piece("conv_x_bias", (heads, head_dim)), Piece("conv_kq_bias", (shared,)))
+        return {
+            "dt_bias": same("dt_bias", (heads,)),
+            "A_log": same("a_log", (heads,)),
+            "D": same("skip", (heads,)),
+            "in_proj.weight": weight(width, 2 * inner + shared + heads, *inputs),
+            "conv1d.weight": Row((inner + shared, 1, taps), 0, weights),
+            "conv1d.bias": Row((inner + shared,), 0, biases),
+            "norm.weight": same("norm", (heads, head_dim), (inner,)),
+            "out_proj.weight": weight(inner, width, Piece("out", (heads, head_dim, width))),
+        }

@@ -104,9 +104,9 @@ def pure(**ssm):
     [
         (PURE | {"d_modl": 3}, "d_modl"),
         (pure(d_conv=4), "ssm_cfg has unknown keys .'d_conv'"),
-        (pure(layer="Mamba2"), "'Mamba2', wanted 'Mamba3'"),
-        (PURE | {"ssm_cfg": {}}, "ssm_cfg.layer, the default, is 'Mamba1', wanted 'Mamba3'"),
-        (pure(layer="Mamba2", d_conv=4, D_has_hdim=False), "ssm_cfg.layer is 'Mamba2', wanted 'Mamba3'"),
+        (PURE | {"ssm_cfg": {}}, "ssm_cfg.layer, the default, is 'Mamba1', wanted 'Mamba3' or 'Mamba2'"),
+        (pure(layer="Mamba1", d_conv=4, dt_rank="auto"), "ssm_cfg.layer is 'Mamba1', wanted 'Mamba3' or 'Mamba2'"),
+        (pure(layer=["Mamba2"]), "ssm_cfg.layer is .'Mamba2'., wanted"),
         ({"d_model": 64, "n_layer": 2, "vocab_size": 93, "ssm_cfg": {"d_conv": 4}}, "the default, is 'Mamba1'"),
         (
             {"model_type": "mamba2", "architectures": ["Mamba2ForCausalLM"]},
