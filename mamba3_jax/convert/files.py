@@ -112,10 +112,19 @@ def is_official(path: Path) -> bool:
     return any(is_there(path / name) for name in FORMATS)
 
 
+def without_infinity(config: dict, say: Callable[[str], None]) -> dict:
+    """Return a config.json that is supported without `dt_limit`: its one value has an Infinity, which JSON has not."""
+    ssm = config.get("ssm_cfg", {})
+    if "dt_limit" not in ssm:
+        return config
+    say("left ssm_cfg.dt_limit, which says the default, out of config.json")
+    return config | {"ssm_cfg": {key: value for key, value in ssm.items() if key != "dt_limit"}}
+
+
 def read(directory: str | os.PathLike) -> tuple[ModelConfig, dict, Origin]:
     """Return the config, the float32 parameters and the rest of an official directory; safetensors first of both files.
 
-    `Origin.peeled` says what was joined, unwrapped, renamed, ignored or taken from another tensor.
+    `Origin.peeled` says what was joined, unwrapped, renamed, ignored, left out or taken from another tensor.
 
     Raises:
         FileNotFoundError: no config.json or no tensors, saying what there is.
@@ -130,6 +139,7 @@ def read(directory: str | os.PathLike) -> tuple[ModelConfig, dict, Origin]:
         )
     config = read_json(directory / "config.json")
     model, path, peeled = from_official(config), directory / found[0], []
+    config = without_infinity(config, peeled.append)
     memory.fit(memory.parameters(model), "this machine", memory.free_on_host())
     tensors = read_file(path, FORMATS[found[0]].read, peeled.append)
     try:

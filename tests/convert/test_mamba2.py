@@ -151,6 +151,18 @@ def test_files_come_back_bit_for_bit(dtype, names, tmp_path):
     assert (back / names[0]).read_bytes() == (source / names[0]).read_bytes()
 
 
+def test_an_infinity_in_config_json_is_left_out_aloud(tmp_path):
+    source = directory_of(tmp_path / "source", np.float32, ["model.safetensors"])
+    said = json.loads((source / "config.json").read_text())
+    limited = said | {"ssm_cfg": said["ssm_cfg"] | {"dt_limit": [0.0, math.inf]}}
+    (source / "config.json").write_text(json.dumps(limited))
+    model, params, origin = convert.read(source)
+    assert origin.peeled == ["left ssm_cfg.dt_limit, which says the default, out of config.json"]
+    origin.save(tmp_path)
+    convert.write(tmp_path, model, params, files.Origin.load(tmp_path))
+    assert json.loads((tmp_path / "config.json").read_text()) == said
+
+
 def test_ours_come_back_through_files(tmp_path):
     """Ours -> official -> ours, by `load`, with every field of an official Mamba-2 at a value that is no default."""
     model = ModelConfig(
