@@ -35,13 +35,18 @@ PRESETS = {
     "siso-1.5b": paper(2048, 24, 4096),
     "mimo-1.5b": paper(2048, 24, 3840, mimo_rank=4),
 }
-# Baselines, which have no released checkpoints: attention with RoPE, or gated DeltaNet with keys of 128 and values of
-# 256, in place of every Mamba-3 layer. The paper does not give their feed-forwards; these, multiples of 128 again, give
-# models of as many parameters.
+# Baselines, which have no released checkpoints: attention with RoPE, Mamba-2, or gated DeltaNet with keys of 128 and
+# values of 256, in place of every Mamba-3 layer. The paper does not give their feed-forwards; these, multiples of 128
+# again, give models of as many parameters.
 PRESETS |= {
     "transformer-180m": dataclasses.replace(paper(768, 12, 2176), pattern="A" * 12, attn_rope_theta=10000.0),
+    "mamba2-180m": dataclasses.replace(paper(768, 12, 1536), pattern="2" * 12),
     "gdn-180m": dataclasses.replace(paper(768, 12, 1152), pattern="G" * 12),
 }
+# The paper's hybrids at the size of the others (it has them at 1.5B alone): after five layers of Mamba-3 one of
+# attention without positions; "norm" has the grouped norm before the gate, which retrieves past the trained length.
+HYBRID = dataclasses.replace(paper(768, 12, 1664), pattern="MMMMMA" * 2)
+PRESETS |= {"hybrid-180m": HYBRID, "hybrid-180m-norm": dataclasses.replace(HYBRID, out_norm=True)}
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from mamba3_jax.model import validate
 from mamba3_jax.presets import PRESETS, parameter_count
 
 EXACT = {"siso-180m": 186_849_600, "mimo-180m": 187_291_968}
@@ -30,6 +31,21 @@ def test_parameters_are_those_of_the_paper(name):
 @pytest.mark.parametrize("name", sorted({*PRESETS} - {*EXACT, *MILLIONS}))
 def test_baselines_have_as_many_parameters(name):
     assert abs(parameter_count(PRESETS[name]) / EXACT["siso-180m"] - 1) < 5e-3
+
+
+def test_hybrids_attend_in_every_sixth_layer_and_know_no_positions():
+    plain, norm = PRESETS["hybrid-180m"], PRESETS["hybrid-180m-norm"]
+    assert [place for place, letter in enumerate(plain.pattern) if letter == "A"] == [5, 11]
+    assert set(plain.pattern) == {"M", "A"}
+    assert (plain.attn_rope_theta, plain.out_norm, norm.out_norm) == (0.0, False, True)
+    assert parameter_count(norm) - parameter_count(plain) == 10 * 2 * 768  # a weight a channel of Mamba-3
+    mixers = 10 * (768 * 3432 + 1536 * 768 + 2 * 24 * 128 + 2 * 128 + 2 * 24) + 2 * 4 * 768**2
+    assert parameter_count(plain) == 128256 * 768 + mixers + 12 * (3 * 768 * 1664 + 2 * 768) + 768
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_be(name):
+    validate(PRESETS[name])
 
 
 def test_one_more_column_of_feed_forward_is_seen():
