@@ -1,8 +1,13 @@
 """Official Mamba-2 models: a float64 model by hand from the official tensors, bits that come back, and refusals."""
 
+import dataclasses
 import functools
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -18,6 +23,7 @@ from mamba3_jax.model import LanguageModel, boxed_shapes
 from tests.convert.by_hand import logits
 from tests.helpers import rel_rms
 
+ROOT = Path(__file__).parents[2]
 FORWARD = 1e-5  # float32 against float64, as in test_official.py
 # As state-spaces/mamba2-130m has it, but small; with groups, a feed-forward and attention. All else is the default.
 CONFIG = {
@@ -232,3 +238,33 @@ def test_how_a_new_layer_begins_and_how_it_is_run_change_nothing():
 def test_both_kinds_of_layers_in_one_model_are_refused():
     with pytest.raises(ValueError, match="layers of Mamba3 and Mamba2 in one model have no official counterpart"):
         convert.to_official(ModelConfig(pattern="M2A"))
+
+
+@pytest.mark.full
+def test_the_command_converts_there_and_back(tmp_path):
+    names = ["model.safetensors", "pytorch_model.bin"]
+    source, run, back = (
+        directory_of(tmp_path / "source", ml_dtypes.bfloat16, names),
+        tmp_path / "run",
+        tmp_path / "back",
+    )
+    for here, there in ((source, run), (run, back)):
+        line = [sys.executable, "-m", "launch.convert", f"--source={here}", f"--target={there}"]
+        subprocess.run(line, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=True)
+    for name in names:
+        assert (back / name).read_bytes() == (source / name).read_bytes()
+    loaded = [mamba3_jax.load(path)[0].apply({"params": mamba3_jax.load(path)[1]}, TOKENS)[0] for path in (source, run)]
+    np.testing.assert_array_equal(*loaded)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("implementation", ["recurrent", "associative", "chunked"])
+def test_tokens_one_by_one_are_those_by_hand(implementation):
+    config = dataclasses.replace(convert.from_official(CONFIG), implementation=implementation)
+    model, params = LanguageModel(config), convert.to_params(official(), config)
+    step = jax.jit(lambda tokens_BL, state: model.apply({"params": params}, tokens_BL, state))
+    state, out = model.empty_state(1, TOKENS.shape[1]), []
+    for place in range(TOKENS.shape[1]):
+        logits_BLV, state = step(TOKENS[:, place : place + 1], state)
+        out.append(logits_BLV)
+    assert rel_rms(np.concatenate(out, axis=1), by_hand()) < FORWARD
