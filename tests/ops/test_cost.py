@@ -25,7 +25,6 @@ FLOAT = 4  # bytes
 # The matrices of a chunk, 512 KiB whatever the length, are planned into arrays of a row that nobody reads any more. On
 # a GPU there is no room for them in those of 2,048 tokens, which are as small: so memory is measured of longer rows.
 LONG = (8192, 32768, 131072, 524288)
-UNTIMED = {"xla_gpu_autotune_level": 0}
 
 
 def abstract(shape: Case, length: int):
