@@ -59,7 +59,7 @@ def figure_of(experiment: Experiment) -> Figure:
         lines = [Line(variant, [at], [values(variant, metric)]) for at, variant in enumerate(grouped)]
         return Figure(lines, "", f"{metric}{unit}", chance=chance, names=tuple(grouped))
     lines = [Line(variant, lengths, [values(variant, f"{name}@{at}") for at in lengths]) for variant in grouped]
-    return Figure(lines, "length, tokens", f"{name}{unit}", experiment.trained, chance)
+    return Figure(lines, "length, tokens", f"{name}{unit}", trained=experiment.trained, chance=chance)
 
 
 def source(experiment: Experiment) -> str:
