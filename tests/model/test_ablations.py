@@ -82,7 +82,7 @@ def test_without_bc_bias_is_a_bias_of_zero(bc_bias, left):
 
 def test_a_frozen_bias_has_a_gradient_of_zero_and_says_the_same():
     params, wanted_BLD, _ = outputs()
-    gradient = jax.jit(jax.grad(lambda p: jnp.sum(outputs_of(p, bc_bias_frozen=True))))(params)
+    gradient = gradient_of(params, bc_bias_frozen=True)
     for name in ("k_bias", "q_bias"):
         assert not np.any(gradient[name])
     assert np.any(gradient["k_norm"])
