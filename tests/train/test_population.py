@@ -9,6 +9,7 @@ import pytest
 
 from mamba3_jax.config import Config
 from mamba3_jax.train import metrics
+from mamba3_jax.train import population as module
 from mamba3_jax.train.loop import Diverged, Trainer
 from mamba3_jax.train.population import Member, Population, SeedsLoader, member_config, member_mesh, members
 from tests.helpers import rel_rms
@@ -27,8 +28,16 @@ def config() -> Config:
     return got
 
 
+@pytest.fixture(scope="module", autouse=True)
+def side_by_side():
+    """As on accelerators, but where a test says otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "together", lambda: True)
+        yield
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, side_by_side):
     """The population, its summaries and where it wrote."""
     workdir = tmp_path_factory.mktemp("population")
     with Population(config(), GROUP, workdir, report=lambda _: None) as population:
@@ -57,6 +66,16 @@ def test_a_member_is_the_run_of_the_trainer(index, trained, tmp_path):
         got, want = ([line[name] for line in of if name in line] for of in (ours, lines))
         assert rel_rms(got, want) < 10 * TOLERANCE, name
     assert summaries[index]["loss"] == pytest.approx(summary["loss"], rel=10 * TOLERANCE)
+
+
+def test_one_after_another_members_are_the_runs_of_the_trainer_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "together", lambda: False)
+    with Population(config(), GROUP[:2], tmp_path / "population", report=lambda _: None) as population:
+        population.run()
+    with Trainer(member_config(config(), GROUP[1]), tmp_path / "alone", report=lambda _: None) as trainer:
+        trainer.run()
+    errors = jax.tree.map(lambda all_M, one: rel_rms(all_M[1], one), population.state.params, trainer.state.params)
+    assert max(jax.tree.leaves(errors)) < TOLERANCE
 
 
 def test_a_member_that_diverges_stops_and_changes_no_other(trained):
