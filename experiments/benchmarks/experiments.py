@@ -143,6 +143,14 @@ def text_scores(result: dict) -> str:
     return f"{', '.join(bits)}; trained in {result['seconds']['train']:.0f} s"
 
 
+def population_speed(result: dict) -> str:
+    """Read how many times as fast the largest population of each kind is as one run at a time."""
+    largest = {(row["mixer"], row["dtype"], row["implementation"]): row for row in result["rows"]}
+    return ", ".join(
+        f"{' '.join(kind)}, {row['members']} members: {significant(row['over_one'])}x" for kind, row in largest.items()
+    )
+
+
 EXPERIMENTS = (
     Experiment(
         question="What does a small model learn of real text in minutes on a CPU (bits per byte, held out)?",
@@ -228,6 +236,14 @@ EXPERIMENTS = (
         expected="batches far over 500,000 tokens/s; tokenising, once a run, as fast as the package `tokenizers`",
         result="benchmarks/results/pipeline_cpu.json",
         got=pipeline_speed,
+    ),
+    Experiment(
+        question="What do many runs in one compiled step give over one run at a time?",
+        command="python -m experiments.benchmarks.population --name=population_cpu --members=1,4,8 --rows=8",
+        cost="2 minutes, 2 cores",
+        expected="about 1x on a CPU, which is full with one; several times as much on a GPU",
+        result="benchmarks/results/population_cpu.json",
+        got=population_speed,
     ),
     Experiment(
         question="How fast are the generated tasks drawn (batch 256, length 160), which a GPU must not wait for?",

@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import app, flags
 
 from experiments import found
-from experiments.benchmarks import common, decode, depth, layer, ssm, tpu_aot, train
+from experiments.benchmarks import common, decode, depth, layer, population, ssm, tpu_aot, train
 from experiments.benchmarks.experiments import EXPERIMENTS, HEADLINES
 from launch.provenance import REPOSITORY
 from mamba3_jax.evaluate import language
@@ -107,6 +107,7 @@ TABLES = {
     "decode": table_of("decode", decode.COLUMNS),
     "growth": table_of("growth", ssm.GROWTH_COLUMNS),
     "depth": table_of("depth", depth.COLUMNS),
+    "population": table_of("population", population.COLUMNS),
     "tpu_aot": table_of("tpu", tpu_aot.COLUMNS),
     "experiments": experiments_table,
     "results": results_table,

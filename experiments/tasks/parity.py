@@ -6,7 +6,7 @@ Label y_t = x_1 + .. + x_t mod 2 of fresh random bits, at every position. One la
 variants that differ in nothing else, three seeds each in one compiled step; seed s of all variants sees the same
 strings. Documents grow from 16 to 256 tokens while the steps go by, packed into rows of one shape.
 
-Cost: 5 to 10 minutes on 2 CPU cores. Expect, in percent of the way from chance to perfect, 95 to 100 of Mamba-3 at
+Cost: 4 minutes on 2 CPU cores. Expect, in percent of the way from chance to perfect, 95 to 100 of Mamba-3 at
 length 256, 85 to 100 of Euler, and about 0, already at 40, without rotation and with fixed RoPE angles: what solves it
 is the data-dependent rotation, not the trapezoid. Past the trained length even Mamba-3 fails step by step.
 """
