@@ -90,15 +90,16 @@ def expectations(experiment: Experiment) -> str:
 
 def section(experiment: Experiment) -> str:
     """Return all of one experiment."""
-    picture = ""
-    if experiment.result:
-        told = f"{experiment.name}: {experiment.result['metric'].partition('@')[0]} of every variant and seed"
-        picture = f'<figure><img src="{escape(experiment.name)}.png" alt="{escape(told)}"></figure>'
+    drawn = metric.pictures(experiment) if experiment.result else {}
+    pictures = [
+        f'<figure><img src="{escape(name)}" alt="{escape(figure.up)} by {escape(figure.across or "variant")}"></figure>'
+        for name, figure in drawn.items()
+    ]
     parts = [
         f'<h2 id="{escape(experiment.name)}">{escape(experiment.name)}</h2>',
         f"<p>{escape(experiment.question)}</p>",
         facts(experiment),
-        picture,
+        *pictures,
         comparison_table(experiment),
         expectations(experiment),
     ]
@@ -138,27 +139,33 @@ def page(experiments: list[Experiment]) -> str:
     return "\n".join(parts)
 
 
+def pictures(experiments: list[Experiment]) -> dict[str, tuple[Experiment, metric.Figure]]:
+    """Return what is drawn, by the name of the file."""
+    run = [experiment for experiment in experiments if experiment.result]
+    return {name: (experiment, drawn) for experiment in run for name, drawn in metric.pictures(experiment).items()}
+
+
 def outdated(experiments: list[Experiment], folder: Path = FOLDER) -> list[str]:
     """Return the names of files in the folder that are not what the results say, or that nothing is drawn in."""
-    run = {f"{experiment.name}.png": experiment for experiment in experiments if experiment.result}
+    run = pictures(experiments)
     index = folder / "index.html"
     names = [] if index.exists() and index.read_text() == page(experiments) else [index.name]
-    for name, experiment in run.items():
+    for name, (experiment, drawn) in run.items():
         path = folder / name
-        if not path.exists() or metric.source(experiment).encode() not in path.read_bytes():
+        if not path.exists() or metric.source(experiment, drawn).encode() not in path.read_bytes():
             names.append(name)
     return names + sorted({path.name for path in folder.glob("*.png")} - set(run))
 
 
 def write(experiments: list[Experiment], folder: Path = FOLDER) -> list[str]:
     """Bring the folder up to date; return what was written or removed."""
-    changed, known = outdated(experiments, folder), {f"{experiment.name}.png": experiment for experiment in experiments}
+    changed, known = outdated(experiments, folder), pictures(experiments)
     folder.mkdir(parents=True, exist_ok=True)
     for name in changed:
         if name == "index.html":
             (folder / name).write_text(page(experiments))
-        elif name in known and known[name].result:
-            metric.draw(known[name], folder / name)
+        elif name in known:
+            metric.draw(*known[name], folder / name)
         else:
             (folder / name).unlink()
     return changed

@@ -150,12 +150,12 @@ def run_variant(plan: Plan, name: str, folder: Path, commit: str, report) -> dic
             population.run()
         except Diverged as error:  # of every member: a finding too
             report(str(error))
-        summaries, params = population.summaries(), population.params()
+        summaries, curves, params = population.summaries(), population.curves(), population.params()
     trained = time.perf_counter()
     found = scores(config, plan.members, params, plan.lengths)
     rows = [
-        {"variant": name, **member._asdict(), **or_null(summary), "scores": or_null(own)}
-        for member, summary, own in zip(plan.members, summaries, found, strict=True)
+        {"variant": name, **member._asdict(), **or_null(summary), "scores": or_null(own), "curve": curve}
+        for member, summary, own, curve in zip(plan.members, summaries, found, curves, strict=True)
     ]
     best = comparison.best(rows, plan.metric)
     shutil.rmtree(folder / "best", ignore_errors=True)

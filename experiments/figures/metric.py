@@ -1,6 +1,7 @@
-"""One kind of figure for every experiment: a metric by length or by size, a line a variant, a dot a seed."""
+"""One kind of figure for every experiment: a metric by length, by size or by step, a line a variant, a dot a seed."""
 
 import hashlib
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ class Figure(NamedTuple):
     trained: float = 0  # the longest length trained; 0: no lengths are drawn
     chance: float | None = None
     names: tuple[str, ...] = ()  # of places that are not numbers
+    curves: bool = False  # seeds are thin lines, not dots
 
 
 def figure_of(experiment: Experiment) -> Figure:
@@ -62,15 +64,33 @@ def figure_of(experiment: Experiment) -> Figure:
     return Figure(lines, "length, tokens", f"{name}{unit}", trained=experiment.trained, chance=chance)
 
 
-def source(experiment: Experiment) -> str:
+def curves_of(experiment: Experiment) -> Figure | None:
+    """Return how every seed trained at its variant's best rate: a task's accuracy, else loss; None: not recorded."""
+    metric, lines = experiment.result["metric"], []
+    is_task = comparison.sign(metric) > 0
+    name, factor = ("accuracy", 100) if is_task else ("loss", 1)
+    for variant, rows in comparison.by_variant(experiment.rows).items():
+        curves = [row["curve"] for row in comparison.at_best_rate(rows, metric) if row.get("curve")]
+        if curves:
+            values = [[factor * (math.nan if x is None else x) for x in curve[name]] for curve in curves]
+            lines.append(Line(variant, curves[0]["step"], [list(seeds) for seeds in zip(*values, strict=True)]))
+    return Figure(lines, "step", f"{name} in training{', %' if is_task else ''}", curves=True) if lines else None
+
+
+def pictures(experiment: Experiment) -> dict[str, Figure]:
+    """Return what is drawn of an experiment that has a result, by the picture's name."""
+    drawn = {experiment.name: figure_of(experiment), f"{experiment.name}_curves": curves_of(experiment)}
+    return {f"{name}.png": figure for name, figure in drawn.items() if figure}
+
+
+def source(experiment: Experiment, drawn: Figure) -> str:
     """Return what a picture is drawn from, as it says itself: commit, date and a digest of what is drawn."""
-    digest = hashlib.sha256(repr(figure_of(experiment)).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(repr(drawn).encode()).hexdigest()[:12]
     return f"commit {experiment.origins('commit')}, {experiment.origins('date')}, {digest}"
 
 
-def draw(experiment: Experiment, path: Path) -> None:
-    """Write the picture of an experiment that has a result, PNG."""
-    drawn = figure_of(experiment)
+def draw(experiment: Experiment, drawn: Figure, path: Path) -> None:
+    """Write a picture of an experiment that has a result, PNG."""
     figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
     for index, line in enumerate(drawn.lines):
         style = {"color": f"C{index % 10}", "marker": MARKERS[index % len(MARKERS)]}
@@ -79,15 +99,19 @@ def draw(experiment: Experiment, path: Path) -> None:
         axes.plot(line.at, means, color=style["color"], **stroke, zorder=2)
         for seed in range(max(map(len, line.values), default=0)):
             dots = [(at, seeds[seed]) for at, seeds in zip(line.at, line.values, strict=True) if seed < len(seeds)]
-            axes.plot(*zip(*dots, strict=True), **style, linestyle="", markersize=4, alpha=0.6, zorder=3)
+            if drawn.curves:
+                axes.plot(*zip(*dots, strict=True), color=style["color"], linewidth=0.8, alpha=0.5, zorder=1)
+            else:
+                axes.plot(*zip(*dots, strict=True), **style, linestyle="", markersize=4, alpha=0.6, zorder=3)
         axes.plot([], [], **style, **stroke, markersize=4, label=line.label)
     mark(axes, drawn)
     axes.set(xlabel=drawn.across, ylabel=drawn.up)
     seeds = max((len(own) for line in drawn.lines for own in line.values), default=0)
-    axes.set_title(f"{experiment.name}: mean of {seeds} seeds, a dot a seed" if seeds > 1 else experiment.name)
+    each = "a thin line" if drawn.curves else "a dot"
+    axes.set_title(f"{experiment.name}: mean of {seeds} seeds, {each} a seed" if seeds > 1 else experiment.name)
     figure.legend(loc="outside lower center", ncols=min(4, len(drawn.lines)), frameon=False)
     # Without the version of matplotlib: only what is drawn changes the file.
-    figure.savefig(path, dpi=110, metadata={"Description": source(experiment), "Software": None})
+    figure.savefig(path, dpi=110, metadata={"Description": source(experiment, drawn), "Software": None})
     plt.close(figure)
 
 
@@ -102,7 +126,7 @@ def mark(axes, drawn: Figure) -> None:
     if drawn.names:
         axes.set_xticks(range(len(drawn.names)), drawn.names)
         axes.margins(x=0.2)
-    elif places and places[0] > 0 and len(places) <= FEW:
+    elif not drawn.curves and places and places[0] > 0 and len(places) <= FEW:
         axes.set_xscale("log", base=2)
         axes.set_xticks(places)
         axes.xaxis.set_major_formatter(ScalarFormatter())

@@ -205,6 +205,15 @@ class Population(Trainer):
             for own, diverged in zip(lines, diverged_M.tolist(), strict=True)
         ]
 
+    def curves(self, points: int = 30) -> list[dict[str, list]]:
+        """Return, of every member, step, loss and accuracy where they were logged, at most at `points` steps."""
+        found = []
+        for folder in self._runs():
+            lines = [line for line in metrics.read(folder / metrics.FILE) if "loss" in line]
+            kept = lines[:: -max(1, -(-len(lines) // points))][::-1]  # the last one among them
+            found.append({name: [line[name] for line in kept] for name in ("step", "loss", "accuracy")})
+        return found
+
     def params(self) -> dict:
         """Return the parameters on the host, the leading axis the members."""
         return jax.device_get(self.state.params)

@@ -167,7 +167,20 @@ def test_figures_are_by_length_by_size_or_by_variant(folder, tmp_path):
     (by_variant,) = found.experiments(folder)
     assert metric.figure_of(by_variant).names == ("plain",)
     for number, experiment in enumerate((toy, by_size, by_variant)):
-        metric.draw(experiment, tmp_path / f"{number}.png")
+        metric.draw(experiment, metric.figure_of(experiment), tmp_path / f"{number}.png")
+
+
+def test_curves_have_every_seed_where_they_are_recorded(folder):
+    result = result_of(SCORES)
+    for index, row in enumerate(result["rows"]):
+        row["curve"] = {"step": [5, 10], "loss": [2.0, None], "accuracy": [0.25, 0.5 + index / 100]}
+    record(folder, result)
+    (toy,) = found.experiments(folder)
+    assert list(metric.pictures(toy)) == ["toy.png", "toy_curves.png"]
+    drawn = metric.curves_of(toy)
+    assert drawn.lines[0] == ("plain", [5, 10], [[25.0, 25.0], [52.0, 53.0]])  # of the better rate
+    assert 'src="toy_curves.png"' in report.page([toy])
+    assert report.write([toy], folder / "report") == ["index.html", "toy.png", "toy_curves.png"]
 
 
 def test_the_recorded_page_is_up_to_date():
