@@ -15,7 +15,7 @@ one. Calls take turns on several copies of small inputs, so that a device's cach
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache, partial
 
@@ -35,17 +35,25 @@ def with_mimo(cases: dict[str, Case]) -> dict[str, Case]:
     return cases | {f"mimo4{name.removeprefix('siso')}": varied(case, rank=4) for name, case in cases.items()}
 
 
+def with_mamba2(cases: dict[str, Case], names: Sequence[str]) -> dict[str, Case]:
+    """And those of these names as Mamba-2 calls the op."""
+    return cases | {f"mamba2{name.removeprefix('siso')}": varied(cases[name], mixer="mamba2") for name in names}
+
+
 LARGE = of_layer(batch=16, length=2048, heads=32, width=64, d_state=128, dtype="bfloat16")
 SMALL = of_layer(batch=2, length=2048, heads=8, width=64, d_state=64)
 CASES = {
-    "gpu": with_mimo(
-        {
-            "siso": LARGE,
-            "siso_b2_l16384": varied(LARGE, batch=2, length=16384),
-            "siso_b1_l131072": varied(LARGE, batch=1, length=131072),
-            "siso_b1_l2048": varied(LARGE, batch=1),
-            "siso_decode": varied(LARGE, batch=128, length=1, heads=64),
-        }
+    "gpu": with_mamba2(
+        with_mimo(
+            {
+                "siso": LARGE,
+                "siso_b2_l16384": varied(LARGE, batch=2, length=16384),
+                "siso_b1_l131072": varied(LARGE, batch=1, length=131072),
+                "siso_b1_l2048": varied(LARGE, batch=1),
+                "siso_decode": varied(LARGE, batch=128, length=1, heads=64),
+            }
+        ),
+        ["siso", "siso_decode"],
     ),
     "tpu": with_mimo(
         {
@@ -54,7 +62,7 @@ CASES = {
             "siso_decode": varied(LARGE, batch=128, length=1),
         }
     ),
-    "cpu": with_mimo({"siso": SMALL}),
+    "cpu": with_mamba2(with_mimo({"siso": SMALL}), ["siso"]),
 }
 # Those for this device where none are named.
 IMPLEMENTATIONS_OF = {
@@ -83,18 +91,18 @@ def inputs(case: Case, seed: int = 0) -> tuple[Tokens, Heads]:
         return None if shape is None else jax.random.normal(key, shape, jnp.float32).astype(dtype)
 
     def uniform(low, high):
-        return jax.random.uniform(next(keys), case.shape_of("dt_BLH"), jnp.float32, low, high)
+        return jax.random.uniform(next(keys), case.shape_of("log_a_BLH"), jnp.float32, low, high)
 
     dt_BLH = jnp.exp(uniform(np.log(1e-3), np.log(1e-1)))
     tokens = Tokens(
         q_BLRGN=normal("q_BLRGN"),
         k_BLRGN=normal("k_BLRGN"),
         v_BLHP=normal("v_BLHP"),
-        dt_BLH=dt_BLH,
+        dt_BLH=dt_BLH if case.turns else None,
         log_a_BLH=-dt_BLH * uniform(0.5, 2.0),
         gamma_BLH=(gamma_BLH := dt_BLH * uniform(0.0, 1.0)),
-        beta_BLH=dt_BLH - gamma_BLH,
-        angle_BLHS=jnp.pi * jnp.tanh(normal("angle_BLHS", "float32")),
+        beta_BLH=dt_BLH - gamma_BLH if case.looks_back else None,
+        angle_BLHS=jnp.pi * jnp.tanh(normal("angle_BLHS", "float32")) if case.turns else None,
         gate_BLHP=normal("gate_BLHP"),
     )
     means = dict.fromkeys(("v_rank_HRP", "out_rank_HRP"), 1 / case.rank)

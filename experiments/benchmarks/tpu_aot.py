@@ -83,7 +83,7 @@ PASSES = {"bfloat16": 1, "float32": 6}
 LARGE = of_layer(batch=16, length=2048, heads=32, width=64, d_state=128, dtype="bfloat16")
 LONG = varied(LARGE, batch=1, length=32768)
 STEP = varied(LARGE, batch=128, length=1)
-CASES = ssm.with_mimo({"siso": LARGE, "siso_decode": STEP})
+CASES = ssm.with_mamba2(ssm.with_mimo({"siso": LARGE, "siso_decode": STEP}), ["siso", "siso_decode"])
 FULL = {
     f"{name}_h{heads}_{dtype}": varied(case, heads=heads, dtype=dtype)
     for dtype in PASSES
@@ -282,7 +282,7 @@ def profiled(text: str) -> tuple[str, int]:
 def only(sizes: str, implementation: str, what: str, chip: str) -> None:
     """Compiles one call, for what the compiler leaves in the folder that its flags name."""
     given = dict(part.split("=") for part in sizes.split(","))
-    case = of_layer(**{name: value if name == "dtype" else int(value) for name, value in given.items()})
+    case = of_layer(**{name: int(value) if value.isdecimal() else value for name, value in given.items()})
     Target(chip).compile(ssm.Task("only", case, implementation, what))
 
 

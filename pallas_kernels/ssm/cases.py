@@ -29,11 +29,12 @@ class Case(NamedTuple):
     looks_back: bool = True  # beta, and the state's k and v
     turns: bool = True  # angle, dt, and the state's angle
     dtype: str = "float32"  # of q, k, v and gate
+    mixer: str = "mamba3"  # whose layer makes this call: mamba3 | mamba2
 
     def sizes(self) -> dict:
         """Return what `of_layer` takes: what result files say of a case."""
         names = ("batch", "length", "heads", "width", "d_state", "groups", "rank", "dtype")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, *(["mixer"] if self.mixer != "mamba3" else []))}
 
     def shape_of(self, name: str) -> tuple[int, ...] | None:
         """Return the shape of `q_BLRGN`, or of any other array, by the letters of its name; None: it is not there."""
@@ -57,11 +58,19 @@ class Case(NamedTuple):
         return tuple(letters[letter] for letter in name.rsplit("_", 1)[1])
 
 
-def of_layer(*, batch, length, heads, width, d_state, groups=1, rank=1, dtype="float32") -> Case:
-    """Return the call that a layer makes by default: a gate, a skip, no norm, half of the state rotated."""
+# What is None in the call of another layer than Mamba-3's.
+LEFT_OUT_BY = {"mamba3": {}, "mamba2": dict.fromkeys(("gate", "bias", "looks_back", "turns"), False)}
+
+
+def of_layer(*, batch, length, heads, width, d_state, groups=1, rank=1, dtype="float32", mixer: str = "mamba3") -> Case:
+    """Return the call that a layer makes by default: a gate, a skip, no norm, half of the state rotated.
+
+    Mamba-2's has the skip alone: its gate and norm come after the op.
+    """
     sizes = {"batch": batch, "length": length, "heads": heads, "width": width, "d_state": d_state, "groups": groups}
     rotation = "adjacent" if rank == 1 else "half"
-    return Case(**sizes, rank=rank, planes=d_state // 4, rotation=rotation, gate_ranked=rank > 1, dtype=dtype)
+    case = Case(**sizes, rank=rank, planes=d_state // 4, rotation=rotation, gate_ranked=rank > 1, dtype=dtype)
+    return case._replace(mixer=mixer, **LEFT_OUT_BY[mixer])
 
 
 def varied(case: Case, **sizes) -> Case:
