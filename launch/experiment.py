@@ -30,6 +30,20 @@ from mamba3_jax.train.population import Member, Population, member_config, membe
 
 KEPT = ("commit", "date", "device", "parameters", "best", "resumed_after", "seconds", "asked")  # of a variant's result
 SCORED_TOKENS = 131072  # of text, about, at each length
+# What a file may say beside get_config(), and its types.
+SAYS = {
+    "VARIANTS": dict,
+    "SEEDS": int,
+    "LEARNING_RATES": (tuple, list),
+    "LENGTHS": (tuple, list),
+    "METRIC": str,
+    "SHOWN": (tuple, list),
+    "EXPECT": dict,
+}
+# Names of metrics: of a run's training, and at a length.
+OF_TRAINING = ("loss", "loss_last", "valid_loss", "valid_accuracy", "skipped")
+OF_TASKS = ("accuracy", "last", "scaled_last")
+OF_TEXT = ("loss", "perplexity", "bits_per_byte", "accuracy")
 
 
 class Plan(NamedTuple):
@@ -59,6 +73,11 @@ def read_plan(
         ValueError: a variant, field, length, rate or metric that cannot be; it names which.
     """
     given = runpy.run_path(path)
+    for name, kind in SAYS.items():
+        if not isinstance(given.get(name, kind() if isinstance(kind, type) else ()), kind):
+            raise ValueError(f"{path}: {name}={given[name]!r} is not what launch.sweep wants: see its --help")
+    if given.get("SEEDS", 1) < 1:
+        raise ValueError(f"{path}: SEEDS={given['SEEDS']} is less than 1")
     variants = given.get("VARIANTS", {config.name: {}})
     if unknown := [name for name in only if name not in variants]:
         raise ValueError(f"there is no variant {unknown[0]!r}, only {', '.join(variants)}")
@@ -102,11 +121,27 @@ def check_plan(plan: Plan) -> None:
                 validate(own, member_mesh(len(plan.members)))
             except ValueError as error:
                 raise ValueError(f"variant {name}: {error}") from None
-    for metric in (plan.metric, *plan.shown, *(wanted.partition(" ")[2] for wanted, *_ in plan.expect.values())):
-        if (length := metric.partition("@")[2]) and length not in map(str, plan.lengths):
-            raise ValueError(f"{metric}: length {length} is not scored, only {', '.join(map(str, plan.lengths))}")
+    for word, _, metric in (wanted.partition(" ") for wanted, *_ in plan.expect.values()):
+        if word not in comparison.STATISTICS:
+            raise ValueError(
+                f"EXPECT has {word + ' ' + metric!r}: wanted {', '.join(comparison.STATISTICS)}, a blank, a metric"
+            )
+        check_metric(plan, metric)
+    for metric in (plan.metric, *plan.shown):
+        check_metric(plan, metric)
     if unknown := sorted(set(plan.expect) - set(plan.variants)):
         raise ValueError(f"EXPECT has {unknown[0]!r}, which is none of VARIANTS")
+
+
+def check_metric(plan: Plan, metric: str) -> None:
+    """Raise ValueError for a metric that no row will have."""
+    name, _, length = metric.partition("@")
+    if length and length not in map(str, plan.lengths):
+        raise ValueError(f"{metric}: length {length} is not scored, only {', '.join(map(str, plan.lengths))}")
+    tasks_only = all(config.data.source in TASKS for config in plan.variants.values())
+    names = (OF_TASKS if tasks_only else OF_TEXT) if length else OF_TRAINING
+    if name not in names:
+        raise ValueError(f"{metric}: there is no {name!r}{' at a length' if length else ''}, only {', '.join(names)}")
 
 
 def scores(config: Config, group: list[Member], params, lengths: tuple[int, ...]) -> list[list[dict]]:
@@ -194,7 +229,7 @@ def recorded(path: Path, plan: Plan) -> dict[str, dict]:
     """Return the results of the variants that a result file has just as the plan asks for them.
 
     Raises:
-        ValueError: a file that is not a sweep's.
+        ValueError: a file that is not a sweep's, or has other results that this run would not replace.
     """
     if not path.exists():
         return {}
@@ -204,10 +239,13 @@ def recorded(path: Path, plan: Plan) -> dict[str, dict]:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(file, dict) or not {"variants", "rows"} <= file.keys():
         raise ValueError(f"{path} is not a result of launch.sweep: it would be overwritten")
+    same = {name for name in plan.variants if file["variants"].get(name, {}).get("asked") == asked_of(plan, name)}
+    if lost := [name for name in file["variants"] if name not in same and name not in plan.chosen]:
+        raise ValueError(f"{path} has {', '.join(lost)} of another plan, which would be lost: move the file away")
     return {
-        name: {"variant": name, **result, "rows": [row for row in file["rows"] if row["variant"] == name]}
-        for name, result in file["variants"].items()
-        if name in plan.variants and result["asked"] == asked_of(plan, name)
+        name: {"variant": name, **file["variants"][name], "rows": [r for r in file["rows"] if r["variant"] == name]}
+        for name in plan.variants
+        if name in same
     }
 
 

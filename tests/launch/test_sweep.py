@@ -47,6 +47,13 @@ def test_the_plan_is_the_files_and_the_flags(tmp_path):
         ("METRIC = 'scaled_last@64'", {}, "scaled_last@64: length 64 is not scored, only 16, 32"),
         ("EXPECT = {'y': ('best scaled_last@32', 0.0, 1.0)}", {}, "EXPECT has 'y'"),
         ("LENGTHS = (0,)", {}, "0 is less than"),
+        ("METRIC = 'scaled@32'", {}, "scaled@32: there is no 'scaled' at a length, only accuracy, last, scaled_last"),
+        ("SHOWN = ('los',)", {}, "los: there is no 'los', only loss, "),
+        ("EXPECT = {'still': ('median loss', 0.0, 1.0)}", {}, "EXPECT has 'median loss': wanted worst, mean, best"),
+        ("EXPECT = {'still': ('best lost', 0.0, 1.0)}", {}, "lost: there is no 'lost', only loss"),
+        ("SEEDS = 0", {}, "SEEDS=0 is less than 1"),
+        ("SEEDS = '3'", {}, "SEEDS='3' is not what launch.sweep wants"),
+        ("VARIANTS = ['a']", {}, "VARIANTS=.* is not what launch.sweep wants"),
     ],
 )
 def test_what_cannot_be_swept_is_refused(source, values, message, tmp_path):
@@ -67,9 +74,11 @@ def test_recorded_variants_are_kept_while_they_are_asked_for_alike(tmp_path):
     found = {name: {"asked": experiment.asked_of(plan, name)} for name in plan.variants}
     found["mamba3"]["asked"]["config"]["model"]["d_state"] += 1
     (tmp_path / "x.json").write_text(json.dumps({"variants": found, "rows": rows}))
-    known = experiment.recorded(tmp_path / "x.json", plan)
+    known = experiment.recorded(tmp_path / "x.json", plan)  # it trains mamba3 anew
     assert list(known) == ["still"]
     assert known["still"]["rows"] == [{"variant": "still"}]
+    with pytest.raises(ValueError, match=r"x.json has mamba3 of another plan, which would be lost"):
+        experiment.recorded(tmp_path / "x.json", plan_of(tmp_path, "", only=["still"]))
 
 
 def start(workdir, environment, *arguments):
