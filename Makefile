@@ -7,7 +7,8 @@
 # make test-all these and the rest: every property of every kernel in an interpreter, every TPU compile
 # make test-gpu the op and its kernels on this machine's GPU, with the python that has jax for it
 # make time-gpu every figure of a GPU in the tables, what matters most first: each is written as it comes
-# All but the last two install into .venv first.
+# make track    the state-tracking experiments on this machine's GPU, each variant written as it comes: the same command goes on
+# All but the last three install into .venv first.
 
 PYTHON ?= python3
 WORKDIR ?= runs/text
@@ -15,7 +16,7 @@ PYTEST ?= -n auto --maxprocesses=8 --dist=worksteal
 BIN := .venv/bin
 GPU_PYTEST := $(PYTHON) -m pytest tests/ops tests/pallas_kernels --ignore-glob="*tpu*"
 
-.PHONY: run parity test test-all test-gpu time-gpu install clean
+.PHONY: run parity test test-all test-gpu time-gpu track install clean
 
 run: install
 	$(BIN)/python -m launch.train --config=experiments/text.py --workdir=$(WORKDIR)
@@ -37,7 +38,14 @@ time-gpu:
 	$(PYTHON) -m experiments.benchmarks.train
 	$(PYTHON) -m experiments.benchmarks.decode --name=decode_h200
 	$(PYTHON) -m experiments.benchmarks.profile --name=profile_hopper --implementation=mosaic_gpu
+	$(PYTHON) -m experiments.benchmarks.population --name=population_h200 --implementations=float32:,bfloat16:mosaic_gpu
 	$(PYTHON) -m experiments.benchmarks.tune
+
+TRACKED := tracking_parity tracking_arithmetic tracking_brackets horizon_z2 horizon_z6 horizon_s3
+
+track:
+	for name in $(TRACKED); do $(PYTHON) -m launch.sweep --config=experiments/tasks/$$name.py --workdir=runs/$$name \
+		--results=experiments/results || exit; done
 
 test: .venv/installed build/libtpu/installed
 	@$(BIN)/python -c "import importlib.util as u, sys; sys.exit(u.find_spec('libtpu') and 'libtpu is in .venv: make clean')"
