@@ -7,7 +7,7 @@
 # make test-all these and the rest: every property of every kernel in an interpreter, every TPU compile
 # make test-gpu the op and its kernels on this machine's GPU, with the python that has jax for it
 # make time-gpu every figure of a GPU in the tables, what matters most first: each is written as it comes
-# make track    the state-tracking experiments on this machine's GPU, each variant written as it comes: the same command goes on
+# make track    the state-tracking table on this machine's GPU, each variant written as it comes: the same command goes on
 # All but the last three install into .venv first.
 
 PYTHON ?= python3
@@ -41,7 +41,7 @@ time-gpu:
 	$(PYTHON) -m experiments.benchmarks.population --name=population_h200 --implementations=float32:,bfloat16:mosaic_gpu
 	$(PYTHON) -m experiments.benchmarks.tune
 
-TRACKED := tracking_parity tracking_arithmetic tracking_brackets horizon_z2 horizon_z6 horizon_s3
+TRACKED := tracking_parity tracking_arithmetic tracking_brackets
 
 track:
 	for name in $(TRACKED); do $(PYTHON) -m launch.sweep --config=experiments/tasks/$$name.py --workdir=runs/$$name \

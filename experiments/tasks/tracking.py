@@ -25,16 +25,7 @@ def variants(layers: int) -> dict[str, dict]:
     }
 
 
-def config(
-    name: str,
-    task: str,
-    vocab_size: int,
-    layers: int,
-    d_ff: int,
-    steps: int,
-    labels: str = "every",
-    longest: tuple[int, int] = (40, 160),
-) -> Config:
+def config(name: str, task: str, vocab_size: int, layers: int, d_ff: int, steps: int, labels: str = "every") -> Config:
     """Return the config of a task: `steps` steps of 10,240 tokens, packed with documents whose longest grows."""
     return Config(
         name=name,
@@ -61,7 +52,7 @@ def config(
             batch=64,
             valid_rows=2048,
             task_min_length=3,
-            task_lengths=longest,
+            task_lengths=(40, 160),
             task_steps=(steps, 0),
             labels=labels,
         ),
