@@ -114,13 +114,15 @@ def variant(config: Config, name: str, fields: dict) -> Config:
 
 def check_plan(plan: Plan) -> None:
     """Raise ValueError for a member that cannot be trained, and for a metric that its scores will not have."""
+    mesh = member_mesh(len(plan.members))
     for name, config in plan.variants.items():
-        for member in plan.members:
-            try:
-                check(own := member_config(config, member))
-                validate(own, member_mesh(len(plan.members)))
-            except ValueError as error:
-                raise ValueError(f"variant {name}: {error}") from None
+        try:
+            check(config)
+            for member in plan.members:
+                check(member_config(config, member))
+            validate(config, mesh)  # which may read a tokenizer: members differ in numbers alone
+        except ValueError as error:
+            raise ValueError(f"variant {name}: {error}") from None
     for word, _, metric in (wanted.partition(" ") for wanted, *_ in plan.expect.values()):
         if word not in comparison.STATISTICS:
             raise ValueError(
