@@ -184,15 +184,16 @@ def run_variant(plan: Plan, name: str, folder: Path, commit: str, report) -> dic
     with population:
         first = population.step
         try:
-            population.run()
+            summaries = population.run()
         except Diverged as error:  # of every member: a finding too
             report(str(error))
-        summaries, curves, params = population.summaries(), population.curves(), population.params()
+            summaries = population.summaries()
+        params = population.params()
     trained = time.perf_counter()
     found = scores(config, plan.members, params, plan.lengths)
     rows = [
-        {"variant": name, **member._asdict(), **or_null(summary), "scores": or_null(own), "curve": curve}
-        for member, summary, own, curve in zip(plan.members, summaries, found, curves, strict=True)
+        {"variant": name, **member._asdict(), **or_null(summary), "scores": or_null(own)}
+        for member, summary, own in zip(plan.members, summaries, found, strict=True)
     ]
     best = comparison.best(rows, plan.metric)
     shutil.rmtree(folder / "best", ignore_errors=True)

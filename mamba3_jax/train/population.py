@@ -35,7 +35,7 @@ class Member(NamedTuple):
 
 
 def members(seeds: int, learning_rates: tuple[float, ...]) -> list[Member]:
-    """Every seed at every learning rate, seeds together."""
+    """List every seed at every learning rate, seeds together."""
     return [Member(seed, rate) for rate in learning_rates for seed in range(seeds)]
 
 
@@ -63,6 +63,13 @@ def together() -> bool:
     took 163 ms a step side by side and 111 one after another (2 cores, experiments.benchmarks.population).
     """
     return jax.default_backend() != "cpu"
+
+
+def curve(lines: list[dict], points: int = 30) -> dict[str, list]:
+    """Return step, loss and accuracy where a run logged them, at most at `points` steps, the last one among them."""
+    logged = [line for line in lines if "loss" in line]
+    kept = logged[:: -max(1, -(-len(logged) // points))][::-1]
+    return {name: [line[name] for line in kept] for name in ("step", "loss", "accuracy")}
 
 
 class SeedsLoader:
@@ -197,22 +204,13 @@ class Population(Trainer):
         return self.summaries()
 
     def summaries(self) -> list[dict]:
-        """Return, of every member, the numbers that a run's table has, and whether its last updates were skipped."""
+        """Return, of every member, what a run's table has, whether its last updates were skipped, and its curve."""
         lines = [metrics.read(folder / metrics.FILE, self.report) for folder in self._runs()]
         diverged_M = np.asarray(self.state.bad) >= self.config.train.max_bad_steps
         return [
-            metrics.summary(own, self.config) | {"diverged": diverged}
+            metrics.summary(own, self.config) | {"diverged": diverged, "curve": curve(own)}
             for own, diverged in zip(lines, diverged_M.tolist(), strict=True)
         ]
-
-    def curves(self, points: int = 30) -> list[dict[str, list]]:
-        """Return, of every member, step, loss and accuracy where they were logged, at most at `points` steps."""
-        found = []
-        for folder in self._runs():
-            lines = [line for line in metrics.read(folder / metrics.FILE) if "loss" in line]
-            kept = lines[:: -max(1, -(-len(lines) // points))][::-1]  # the last one among them
-            found.append({name: [line[name] for line in kept] for name in ("step", "loss", "accuracy")})
-        return found
 
     def params(self) -> dict:
         """Return the parameters on the host, the leading axis the members."""
