@@ -15,7 +15,7 @@ class Layer(NamedTuple):
     mixer: type[Mixer]
     keys: dict
     fields: dict[str, str]  # keys whose values are those of our fields
-    must: dict  # keys that change what is computed, and the only value that ours computes the same with
+    must: tuple[str, ...]  # keys that change what is computed: ours computes the same with their defaults alone
 
 
 # Both classes read these.
@@ -52,7 +52,7 @@ CLASSES = {
             "dropout": 0.0,  # read and ignored by the official layer
         },
         fields=FIELDS | {"rope_fraction": "rope_fraction", "A_floor": "a_floor", "is_outproj_norm": "out_norm"},
-        must={},
+        must=(),
     ),
     "Mamba2": Layer(
         mixer=Mamba2,
@@ -73,14 +73,7 @@ CLASSES = {
             "sequence_parallel": True,  # over several processes
         },
         fields=FIELDS | {"d_conv": "d_conv"},
-        must={
-            "D_has_hdim": False,
-            "rmsnorm": True,
-            "norm_before_gate": False,
-            "dt_limit": [0.0, math.inf],
-            "bias": False,
-            "conv_bias": True,
-        },
+        must=("D_has_hdim", "rmsnorm", "norm_before_gate", "dt_limit", "bias", "conv_bias"),
     ),
 }
 
@@ -99,7 +92,7 @@ def fields_of(layer: Layer, ssm: dict, d_model: int) -> dict:
         ValueError: an option that our layer does not have, or sizes that do not fit each other.
     """
     where = "config.json: ssm_cfg"
-    check_must(ssm, layer.must, where)
+    check_must(ssm, {key: layer.keys[key] for key in layer.must}, where)
     check_sizes(ssm, d_model, where)
     # JSON may have a 1 for our 1.0, and a 2.0 for our 2
     fields = {ours: type(layer.keys[key])(ssm[key]) for key, ours in layer.fields.items()}
