@@ -44,7 +44,7 @@ def load() -> float:
 
 
 def provenance(commit: str = "") -> dict:
-    """Where and when a figure was taken. `commit` stands in where the code runs outside its checkout."""
+    """Return where and when a figure was taken. `commit` stands in where the code runs outside its checkout."""
     return {
         "commit": commit or git_commit(),
         "date": datetime.date.today().isoformat(),
@@ -58,7 +58,7 @@ def provenance(commit: str = "") -> dict:
 
 
 def command_line() -> str:
-    """How this program was called, as one would type it from the repository's root."""
+    """Return how this program was called, as one would type it from the repository's root."""
     program = Path(sys.argv[0]).resolve()
     if not program.is_relative_to(REPOSITORY):
         return " ".join(["python", program.name, *sys.argv[1:]])

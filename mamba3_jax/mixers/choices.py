@@ -25,7 +25,7 @@ def rope_angle(theta_BLS, dt_BLH):
 
 
 def no_angle(theta_BLS, dt_BLH):
-    """None: no rotation."""
+    """Return None: no rotation."""
     return
 
 

@@ -56,7 +56,7 @@ def sharded(op, batch: str | None, split: str | None):
 
 
 def undivided(*axes: str | None) -> bool:
-    """Whether nothing is split over these mesh axes: no mesh in context, no axis given, or `jax.shard_map` around."""
+    """Tell whether nothing is split over these axes: no mesh in context, none given, or `jax.shard_map` around."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.size <= 1 or not any(axes) or AxisType.Manual in mesh.axis_types
 

@@ -154,7 +154,7 @@ def progress(step: int, steps: int, values: dict, seconds_a_step: float) -> str:
 
 
 def progress_of_many(step: int, steps: int, each: list[dict], seconds_a_step: float) -> str:
-    """One line for people, of many runs: step, spread of loss and accuracy, tokens/s of all together, time to go."""
+    """Write one line for people, of many runs: step, spread of loss and accuracy, tokens/s of all, time to go."""
     parts = [
         f"step {step:{len(str(steps))}}/{steps}",
         f"loss {spread([values['loss'] for values in each])}",

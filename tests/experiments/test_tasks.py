@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from absl import flags
 
 from experiments import found
 from experiments.tasks import parity
@@ -34,8 +33,6 @@ def test_every_file_can_be_swept(path: Path):
     """Its plan is made, which checks every member; its metrics are of lengths that are scored."""
     config = runpy.run_path(str(path))["get_config"]()
     assert path.stem == config.name, "a result is found by the config's name"
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
     plan = experiment.read_plan(str(path), config)
     assert list(plan.variants) == list(found.read(path, path.parent).variants)
 
