@@ -239,6 +239,7 @@ class LanguageModel(nn.Module):
                 in_axes=(0, nn.broadcast),
                 length=repeats,
                 unroll=min(config.unroll or turns_at_once(repeats), repeats),
+                check_constancy_invariants=False,  # it traces all once more, where kernels that write in place fail
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             before, mixers = None if state is None else state[name], tuple(mixer_names(unit))

@@ -78,9 +78,9 @@ def normed_step(tokens: Tokens, heads: Heads, state: State, norms: tuple, *, rot
         rotation: as for `ssm`.
         interpret: as for `kernels`.
     """
-    step = _module(NORMED).step
-    last, o_BHP = step(normed_token(tokens, heads, state, norms), rotation=rotation, interpret=interpret)
-    return o_BHP[:, None], State(last.angle_BHS, last.h_BHPN, last.k_BRHN, last.v_BHP)
+    token = normed_token(tokens, heads, state, norms)
+    state, o_BHP = _step_in_place(NORMED, token, rotation=rotation, interpret=interpret)
+    return o_BHP[:, None], state
 
 
 def refused_normed(tokens: Tokens, heads: Heads, state: State, norms: tuple) -> str | None:
@@ -126,8 +126,7 @@ def _steps(tokens: Tokens, heads: Heads, state: State, backend: str, how):
     """Take one token after another, all of the state in place where it is donated."""
     outputs = []
     for place in range(tokens.log_a_BLH.shape[1]):
-        last, o_BHP = _module(backend).step(_token(tokens, heads, state, place), **dict(how))
-        state = State(last.angle_BHS, last.h_BHPN, last.k_BRHN, last.v_BHP)
+        state, o_BHP = _step_in_place(backend, _token(tokens, heads, state, place), **dict(how))
         outputs.append(o_BHP)
     return jnp.stack(outputs, axis=1), state
 
@@ -143,6 +142,16 @@ def _steps_bwd(backend, how, inputs, cotangents):
 
 
 _steps.defvjp(_steps_fwd, _steps_bwd)
+
+
+def _step_in_place(backend: str, token, **how):
+    """Return (state, o_BHP) after a token.
+
+    Its kernel writes over what it reads. XLA for GPUs would fuse it with slices of stacked layers around it (dynamic
+    slice fusion) and give it other memory to write to than it was told: barriers keep them apart.
+    """
+    last, o_BHP = jax.lax.optimization_barrier(_module(backend).step(jax.lax.optimization_barrier(token), **how))
+    return State(last.angle_BHS, last.h_BHPN, last.k_BRHN, last.v_BHP), o_BHP
 
 
 def _token(tokens: Tokens, heads: Heads, state: State, place: int):
