@@ -118,6 +118,26 @@ class Decoding:
             outputs.append(y_BLHP)
         cases.check_results((np.concatenate(outputs, axis=1), state), want, 2e-6)
 
+    @pytest.mark.parametrize("unroll", [1, 3])
+    def test_layers_in_a_scan(self, one_of_pair, unroll):
+        """Each with a state of its own, which XLA for GPUs would cut out inside the kernel that writes over it."""
+        shape = self.shapes[one_of_pair]
+        tokens, heads, state = draw(shape)
+        states = jax.tree.map(lambda array: jnp.stack([array, array / 2, -array]), state)
+
+        def layer(v_BLHP, state):
+            y_BLHP, state = self.step(shape)(tokens._replace(v_BLHP=v_BLHP), heads, state)
+            return y_BLHP, (y_BLHP, state)
+
+        run = jax.jit(lambda v_BLHP, states: jax.lax.scan(layer, v_BLHP, states, unroll=unroll)[1])
+        ys, after = run(tokens.v_BLHP, states)
+        v_BLHP = tokens.v_BLHP
+        for index in range(3):
+            given = tokens._replace(v_BLHP=v_BLHP), heads, jax.tree.map(lambda array: array[index], states)  # noqa: B023
+            got = ys[index], jax.tree.map(lambda array: array[index], after)  # noqa: B023
+            cases.check_results(got, double(given, shape), 1e-6)
+            v_BLHP = ys[index]
+
     def test_bfloat16(self, one_of_pair):
         """q, k, v and gate of 8 bits: the state is as exact as ever, y and the key left behind are rounded once."""
         tokens, heads, state = drawn(self.shapes[one_of_pair], start=True)
