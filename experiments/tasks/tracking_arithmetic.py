@@ -16,12 +16,20 @@ LEARNING_RATES, METRIC, SHOWN = tracking.RATES, tracking.METRIC, tracking.SHOWN
 LENGTHS = tracking.LENGTHS
 EXPECT = {
     "mamba3": ("best scaled_last@256", 0.985, 1.0),
+    "softplus": ("best scaled_last@256", 0.985, 1.0),
     "rope": ("best scaled_last@256", -0.1, 0.4),
     "no_rotation": ("best scaled_last@256", -0.1, 0.2),
     "mamba2": ("best scaled_last@256", 0.2, 0.7),
     "gated_deltanet": ("best scaled_last@256", 0.95, 1.0),
 }
-PAPER = {"mamba3": 98.51, "rope": 20.70, "no_rotation": 1.49, "mamba2": 47.81, "gated_deltanet": 99.25}
+PAPER = {
+    "mamba3": 98.51,
+    "softplus": 98.51,
+    "rope": 20.70,
+    "no_rotation": 1.49,
+    "mamba2": 47.81,
+    "gated_deltanet": 99.25,
+}
 
 
 def get_config() -> Config:

@@ -16,12 +16,13 @@ LEARNING_RATES, METRIC, SHOWN = tracking.RATES, tracking.METRIC, tracking.SHOWN
 LENGTHS = tracking.LENGTHS
 EXPECT = {
     "mamba3": ("best scaled_last@256", 0.878, 1.0),
+    "softplus": ("best scaled_last@256", 0.878, 1.0),
     "rope": ("best scaled_last@256", -0.1, 0.15),
     "no_rotation": ("best scaled_last@256", -0.1, 0.15),
     "mamba2": ("best scaled_last@256", -0.1, 0.15),
     "gated_deltanet": ("best scaled_last@256", 0.85, 1.0),
 }
-PAPER = {"mamba3": 87.75, "rope": 2.62, "no_rotation": 0.72, "mamba2": 0.88, "gated_deltanet": 93.50}
+PAPER = {"mamba3": 87.75, "softplus": 87.75, "rope": 2.62, "no_rotation": 0.72, "mamba2": 0.88, "gated_deltanet": 93.50}
 
 
 def get_config() -> Config:

@@ -13,13 +13,14 @@ VARIANTS = tracking.variants(layers=1)
 LEARNING_RATES, LENGTHS, METRIC, SHOWN = tracking.RATES, tracking.LENGTHS, tracking.METRIC, tracking.SHOWN
 EXPECT = {
     "mamba3": ("best scaled_last@256", 0.99, 1.0),
+    "softplus": ("best scaled_last@256", 0.99, 1.0),
     "rope": ("best scaled_last@256", -0.1, 0.1),
     "no_rotation": ("best scaled_last@256", -0.1, 0.1),
     "mamba2": ("best scaled_last@256", -0.1, 0.1),
     "gated_deltanet": ("best scaled_last@256", 0.99, 1.0),
     "transformer": ("best scaled_last@256", -0.1, 0.1),
 }
-PAPER = {"mamba3": 100.0, "rope": 1.56, "no_rotation": 2.27, "mamba2": 0.9, "gated_deltanet": 100.0}
+PAPER = {"mamba3": 100.0, "softplus": 100.0, "rope": 1.56, "no_rotation": 2.27, "mamba2": 0.9, "gated_deltanet": 100.0}
 
 
 def get_config() -> Config:
