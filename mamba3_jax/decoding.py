@@ -29,7 +29,7 @@ def unstacked(config: ModelConfig, tree):
     return cut
 
 
-def prepare(config: ModelConfig, params, *, fused: bool = False):
+def prepare(config: ModelConfig, params, *, fused: bool = True):
     """Return parameters as `step` takes them: unstacked, and in the compute dtype those that are only read in it.
 
     A tied head becomes an array of its own: the look-up reads rows of the table in float32, the head reads all of it
@@ -38,8 +38,7 @@ def prepare(config: ModelConfig, params, *, fused: bool = False):
     Args:
         config: the model's.
         params: as `LanguageModel` has them.
-        fused: makes of each layer what `decoding_layer` reads, where that runs. Not the default before the logits of
-            whole models have been seen to be right on a GPU.
+        fused: makes of each layer what `decoding_layer` reads, where that runs.
     """
     fused = fused and on_one_device(params) and decoding_layer.refused(config) is None
     if config.tie_embeddings:

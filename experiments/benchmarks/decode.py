@@ -4,13 +4,13 @@
     python -m experiments.benchmarks.decode --models=siso-1.5b --batches=1,128 --samplings=plain --what=decode
     python -m experiments.benchmarks.decode --models=tiny --batches=1,3         in small, on a CPU too
 
-Models have random parameters, float32 as `mamba3_jax.load` gives them. `loop` is what `mamba3_jax.generate` runs; its
-logits are first compared with those of `LanguageModel`, which it has to meet before it is timed. `former` is the loop
-as it was: a scan over stacked layers, parameters cast in every token; `fused`, where it runs, a layer in five kernels
-(`mamba3_jax.decoding_layer`). The floor is the weights in the compute dtype read once and the state read and written,
-at the bandwidth of a copy measured in the same run. `draw` is a token drawn of random logits, by `mamba3_jax.sampling`
-and, as `sort`, as it was. A prefill in several pieces is first compared, by the state that it leaves, with the one in a
-single piece.
+Models have random parameters, float32 as `mamba3_jax.load` gives them. `mamba3_jax.generate` runs `fused`, a layer in
+five kernels (`mamba3_jax.decoding_layer`), or where that does not run `loop`; their logits are first compared with
+those of `LanguageModel`, which they have to meet before they are timed. `former` is the loop as it was: a scan over
+stacked layers, parameters cast in every token. The floor is the weights in the compute dtype read once and the state
+read and written, at the bandwidth of a copy measured in the same run. `draw` is a token drawn of random logits, by
+`mamba3_jax.sampling` and, as `sort`, as it was. A prefill in several pieces is first compared, by the state that it
+leaves, with the one in a single piece.
 """
 
 import dataclasses
