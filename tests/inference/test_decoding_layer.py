@@ -99,7 +99,7 @@ def hopper(monkeypatch):
 
 
 def is_arranged(config: ModelConfig, params) -> bool:
-    prepared = jax.eval_shape(functools.partial(decoding.prepare, config, fused=True), params)
+    prepared = jax.eval_shape(functools.partial(decoding.prepare, config), params)
     block = prepared["segment_0"]["repeat_0"]["block_0"]
     return isinstance(block, Layer)
 
@@ -107,7 +107,7 @@ def is_arranged(config: ModelConfig, params) -> bool:
 def test_layers_are_arranged_where_they_run(monkeypatch):
     monkeypatch.setattr(decoding_layer, "refused", lambda config: None)
     config, params = params_of("hybrid")
-    prepared = jax.eval_shape(functools.partial(decoding.prepare, config, fused=True), params)
+    prepared = jax.eval_shape(functools.partial(decoding.prepare, config), params)
     units = [unit for name in prepared if name.startswith("segment") for unit in prepared[name].values()]
     kinds = [type(block) for unit in units for block in unit.values()]
     assert kinds.count(Layer) == 2
@@ -116,8 +116,8 @@ def test_layers_are_arranged_where_they_run(monkeypatch):
     assert layer.in_MD.dtype == layer.back_DF.dtype == jnp.bfloat16
     assert layer.dt_bias_H.dtype == layer.norm1_D.dtype == layer.q_norm_N.dtype == jnp.float32
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(params)), "the public tree is as it was"
-    plain = jax.eval_shape(functools.partial(decoding.prepare, config), params)
-    assert not any(map(decoding.is_arranged, jax.tree.leaves(plain, is_leaf=decoding.is_arranged))), "unasked, none is"
+    plain = jax.eval_shape(functools.partial(decoding.prepare, config, fused=False), params)
+    assert not any(map(decoding.is_arranged, jax.tree.leaves(plain, is_leaf=decoding.is_arranged)))
 
 
 def test_not_on_another_device():
