@@ -1,8 +1,8 @@
 """What the commands share: the --config flag, and errors that a user can mend as one line instead of a traceback.
 
-Exit status of every command: 0 done; 1 a bug, with its traceback; 2 a mistake in flags, config, files or input.
-`launch.train` adds 3 (stopped after too many non-finite updates), and with `launch.sweep` 128 + n (saved and stopped on
-signal n).
+Exit status of every command: 0 done; 1 a bug, with its traceback; 2 a mistake in flags, config, files or input; 4
+another process of the run is gone (`launch/hosts.py`). `launch.train` adds 3 (stopped after too many non-finite
+updates), and with `launch.sweep` 128 + n (saved and stopped on signal n).
 """
 
 import contextlib
@@ -17,20 +17,23 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from launch import xla
+from launch import hosts, xla
+from launch.hosts import USER_ERROR
 from mamba3_jax.config import Config, DataConfig, check, no_field
 from mamba3_jax.data import tokenizer, tokenizer_copy
 
 flags.disclaim_key_flags()  # those defined here are the calling program's, and in its --help
-USER_ERROR = 2
 MODULE = "config_config"  # the name that ml_collections gives to the file of the flag --config
 
 
 def fail(message, status: int = USER_ERROR) -> typing.NoReturn:
     """Print one line and exit."""
     sys.unraisablehook = lambda _: None  # what the reads below leave unfinished ends at exit
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    raise SystemExit(status)
+    line = " ".join(str(message).split())
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    error = SystemExit(status)
+    error.add_note(line)  # which the other processes of a run say too
+    raise error
 
 
 def warn(message) -> None:
@@ -50,10 +53,16 @@ def user_errors():
         fail(error)
 
 
-def run(main) -> None:
+def run(main, *, alone: bool = False, saves: bool = False) -> None:
     """`absl.app.run`, with mistakes in the flags as one line, and libraries' logs from warnings on (--verbosity).
 
-    What XLA compiles, it compiles with the device's flags, and keeps (`launch/xla.py`).
+    What XLA compiles, it compiles with the device's flags, and keeps (`launch/xla.py`). Where there are several
+    processes, they have joined before `main` (`launch/hosts.py`).
+
+    Args:
+        main: of absl.
+        alone: it is a program for one process, and stops where there are several.
+        saves: a SIGTERM to any process is for `main` to see; else it ends them.
     """
     xla.set_flags()
     # Where one array of a checkpoint cannot be read, the reads of the others end after the event loop that Orbax ran
@@ -61,15 +70,20 @@ def run(main) -> None:
     sys.unraisablehook = _unraisable
     stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
     logging.get_absl_logger().addFilter(_is_news)
-    app.run(_with_cache(main), flags_parser=_parse)
+    app.run(_opened(main, alone, saves), flags_parser=_parse)
 
 
-def _with_cache(main):
-    """Return `main` after the cache is opened: not for --help, nor for a mistake in the flags."""
+def _opened(main, alone: bool, saves: bool):
+    """Return `main` with its company and the cache: not for --help, nor for a mistake in the flags."""
 
     def opened(argv):
-        xla.use_cache(warn)
-        return main(argv)
+        with user_errors():
+            if alone and (here := hosts.place()):
+                raise ValueError(f"this is {here}, and the command is for one: --processes=1 runs it alone")
+            company = hosts.join(saves)
+        with company or contextlib.nullcontext():
+            xla.use_cache(warn)
+            return main(argv)
 
     return opened
 

@@ -103,4 +103,4 @@ def main(_argv):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, alone=True)

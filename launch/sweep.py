@@ -71,4 +71,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.run(main, alone=True)

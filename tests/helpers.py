@@ -37,6 +37,11 @@ def rel_rms(got, want) -> float:
     return float(difference / np.sqrt(np.mean(np.square(want)))) if difference != 0 else 0.0
 
 
+def without_times(metrics: dict) -> dict:
+    """Metrics, or a result's row, without those that depend on the clock."""
+    return {name: value for name, value in metrics.items() if not name.startswith(("tokens_per_second", "seconds_"))}
+
+
 def golden(name: str) -> tuple[dict, dict[str, np.ndarray]]:
     """The manifest entry and the arrays of one recorded case (tests/golden/manifest.json says how it was made)."""
     cases = json.loads((GOLDEN / "manifest.json").read_text())["cases"]

@@ -68,6 +68,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, workdir, report=say):
+        self.spent = metrics.Spent()
         given, config = config, resume.with_own_tokenizer(config, workdir)
         check(config)
         self.mesh = self._mesh(config)
@@ -89,6 +90,7 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             if self.chief:
                 stack.enter_context(resume.alone(self.workdir))
+            resume.check_shared(self.workdir)
             self.data = stack.enter_context(contextlib.closing(self._training_data(host)))
             self.checkpoints = stack.enter_context(Checkpoints(self.workdir, config))
             self.best = self.checkpoints.best_loss()
@@ -106,6 +108,7 @@ class Trainer:
         self.means = [metrics.Mean() for _ in self._runs()]
         self.flops = flops.flops_per_token(config.model, config.data.length)
         self.peak = flops.peak_flops(config.train.peak_tflops)
+        self.spent.count("starting")
 
     def _mesh(self, config: Config) -> Mesh:
         return make_mesh(config.train.mesh)
@@ -168,17 +171,29 @@ class Trainer:
             raise self._failure(error) from error
 
     def _train(self) -> None:
+        first = self.step
         with using(self.mesh), resume.Signals() as signals:
-            self.compile()
+            with self.spent.on("compiling"):
+                self.compile()
             while self.step < self.config.train.steps:
                 self._advance()
-                stop = signals.caught or self.checkpoints.reached_preemption(self.step)
+                stop = signals.stop(self.checkpoints, self.step)
                 self._evaluate_and_save(stop)
                 if stop:
-                    self.checkpoints.wait()
+                    self._wait()
                     path = self.checkpoints.directory / str(self.step)
-                    raise Stopped(signals.caught, f"stopped by signal; saved {path}: the same command resumes")
+                    raise Stopped(stop, f"stopped by signal; saved {path}: the same command resumes")
+            if self.step > first:  # else there is nothing new to say of a run that is done
+                self._wait()
+
+    def _wait(self) -> None:
+        """Wait for the last save, and write down how long it took."""
+        with self.spent.on("saving"):
             self.checkpoints.wait()
+        self._write_spent()
+
+    def _write_spent(self) -> None:
+        self._write(self.step, [self.spent.take()] * len(self.means))
 
     def _failure(self, error: OSError) -> Failed:
         with contextlib.suppress(OSError):
@@ -233,9 +248,13 @@ class Trainer:
             for field, (old, new) in self.changes.items():
                 self.report(f"  config.{field} was {old!r}, is {new!r}")
         else:
-            self.state = jax.jit(self._initial(), out_shardings=shardings)()
-            if self.start_params is not None:
-                self.state = self.state._replace(params=self.start_params)
+            start, self.start_params = self.start_params, None
+            # Parameters to start from are not made a second time beside them.
+            initial = self._initial() if start is None else lambda: self._initial()()._replace(params=None)
+            placed = shardings if start is None else shardings._replace(params=None)
+            self.state = jax.jit(initial, out_shardings=placed)()
+            if start is not None:
+                self.state = self.state._replace(params=start)
             try:
                 check_finite("the initial state", self.state._asdict())
             except ValueError as error:
@@ -271,7 +290,9 @@ class Trainer:
 
     def _advance(self) -> None:
         """Hands one step to the device, and takes in the metrics of the step before the last two."""
-        self.state, got = self.update(self.state, self._put(next(self.data)))
+        with self.spent.on("data"):
+            batch = next(self.data)
+        self.state, got = self.update(self.state, self._put(batch))
         self.step += 1
         self.pending.append((self.step, got))
         while len(self.pending) > AHEAD:
@@ -304,7 +325,7 @@ class Trainer:
         rates = {"tokens_per_second": rate}
         return rates | {"mfu": len(self.means) * rate * self.flops / self.peak} if self.peak else rates
 
-    def _evaluate_and_save(self, stop: bool) -> None:
+    def _evaluate_and_save(self, stop: int) -> None:
         """Whichever is due after this step. If the best is kept, a step better than any before is saved too."""
         train = self.config.train
         last = self.step == train.steps
@@ -314,12 +335,17 @@ class Trainer:
             return
         while self.pending:
             self._receive()
-        loss = self._validate() if evaluate else math.inf
+        loss = math.inf
+        if evaluate:
+            with self.spent.on("evaluating"):
+                loss = self._validate()
         if save or (train.keep_best and loss < self.best):
+            self._write_spent()
             for log in self.logs:
                 log.flush()  # a resumed run drops later lines, but cannot bring back earlier ones
             rest = self.state._asdict()
-            self.checkpoints.save(self.step, rest.pop("params"), rest, self.data.get_state(), loss)
+            with self.spent.on("saving"):
+                self.checkpoints.save(self.step, rest.pop("params"), rest, self.data.get_state(), loss)
         self.best = min(self.best, loss)
         self.since = (time.perf_counter(), self.step)
 
@@ -348,7 +374,7 @@ class Trainer:
         if not self.chief:
             return {}
         lines = metrics.read(self.workdir / metrics.FILE, self.report)
-        summary = metrics.summary(lines, self.config)
+        summary = metrics.summary(lines, self.config) | metrics.goodput(lines)
         metrics.draw_curve(self.workdir / "curve.png", lines, self.config)
         files = {"checkpoint": self.checkpoints.directory / str(self.step), "curve": self.workdir / "curve.png"}
         self.report(metrics.table(summary | files))

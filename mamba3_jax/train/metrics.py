@@ -1,5 +1,6 @@
 """What a run writes about itself: metrics.jsonl, TensorBoard, progress lines, the curve, the final table."""
 
+import contextlib
 import io
 import json
 import math
@@ -69,6 +70,45 @@ class Mean:
         means = {name: total / count if count else math.nan for name, (total, count) in self._sums.items()}
         self._sums = dict(self.nothing)
         return values | means | {"loss_last": values["loss"]}
+
+
+class Spent:
+    """Where a run's seconds go; what is spent on nothing else goes into training."""
+
+    kinds = ("training", "starting", "compiling", "data", "evaluating", "saving")  # data: waiting for it
+
+    def __init__(self):
+        self._seconds, self._since = dict.fromkeys(self.kinds, 0.0), time.perf_counter()
+
+    @contextlib.contextmanager
+    def on(self, kind: str):
+        """Count what is done inside as this."""
+        self.count("training")
+        try:
+            yield
+        finally:
+            self.count(kind)
+
+    def count(self, kind: str) -> None:
+        """Count the time since the last count as this."""
+        now = time.perf_counter()
+        self._seconds[kind] += now - self._since
+        self._since = now
+
+    def take(self) -> dict:
+        """Return the seconds since the last time, as metrics, and begin anew."""
+        self.count("training")
+        taken = {f"seconds_{kind}": round(seconds, 6) for kind, seconds in self._seconds.items()}
+        self._seconds = dict.fromkeys(self.kinds, 0.0)
+        return taken
+
+
+def goodput(lines: list[dict]) -> dict:
+    """Return the seconds of all lines together, and the part of them that was training: of what no kill undid."""
+    names = [f"seconds_{kind}" for kind in Spent.kinds]
+    total = {name: sum(line.get(name) or 0.0 for line in lines) for name in names}
+    everything = sum(total.values())
+    return {"goodput": total["seconds_training"] / everything} | total if everything else {}
 
 
 class Log:

@@ -6,7 +6,11 @@ import fcntl
 import signal
 from pathlib import Path
 
-from mamba3_jax.checkpoint import all_steps
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mamba3_jax.checkpoint import Checkpoints, all_steps
 from mamba3_jax.config import Config, to_dict
 from mamba3_jax.data import tokenizer_copy
 
@@ -81,19 +85,41 @@ def alone(workdir: Path):
         yield
 
 
-class Signals:
-    """Notes SIGTERM and SIGINT instead of dying, so that the run can save first; a second one ends it at once."""
+def check_shared(workdir: Path) -> None:
+    """Raise ValueError unless all processes see one directory: the first one's lock, which it holds, and checkpoints.
 
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    Disks of their own would get a part of each checkpoint, and none of them a whole one.
+    """
+    steps = multihost_utils.process_allgather(np.int32(max(all_steps(workdir), default=-1))).reshape(-1).tolist()
+    if len(set(steps)) > 1 or not (workdir / "lock").exists():
+        found = ", ".join("none" if step < 0 else str(step) for step in steps)
+        raise ValueError(f"{workdir} is not one directory on all hosts: newest checkpoints by process are {found}")
+
+
+class Signals:
+    """Notes SIGTERM and SIGINT instead of dying, so that the run can save first; a second one ends it at once.
+
+    With several processes a SIGTERM is jax's to note: it tells all of them, and after which step they stop.
+    """
 
     def __enter__(self):
         self.caught = 0
-        self._before = {number: signal.signal(number, self._note) for number in self.numbers}
+        self._several = jax.process_count() > 1
+        numbers = (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def _note(self, number, frame):
         self.caught = number
         signal.signal(number, signal.SIG_DFL)
+        if self._several:
+            signal.raise_signal(signal.SIGTERM)
+
+    def stop(self, checkpoints: Checkpoints, step: int) -> int:
+        """Return the number of the signal to stop on after this step, the same step in every process; 0: go on."""
+        if not self._several:
+            return self.caught
+        return (self.caught or signal.SIGTERM) if checkpoints.reached_preemption(step) else 0
 
     def __exit__(self, *exception):
         for number, handler in self._before.items():

@@ -9,7 +9,7 @@ import pytest
 
 from launch import experiment
 from mamba3_jax.checkpoint import load_config
-from tests.helpers import devices, rel_rms
+from tests.helpers import devices, rel_rms, without_times
 from tests.launch import tiny_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -96,7 +96,7 @@ def output_of(process) -> str:
 def rows_of(workdir) -> list[dict]:
     """Every member's row, without what depends on the clock."""
     rows = json.loads((workdir / "results.json").read_text())["rows"]
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+    return [without_times(row) for row in rows]
 
 
 @pytest.mark.full

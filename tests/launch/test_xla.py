@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch import xla
+from tests.helpers import without_times
 
 ROOT = Path(__file__).parents[2]
 FONTS = os.environ["XDG_CACHE_HOME"]  # matplotlib has a cache in the same place, and words of its own
@@ -42,7 +43,7 @@ def train(workdir, home, *flags, **environment):
 
 def timeless(workdir):
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+    return [without_times(line) for line in lines]
 
 
 @pytest.mark.full

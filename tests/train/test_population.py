@@ -12,7 +12,7 @@ from mamba3_jax.train import metrics
 from mamba3_jax.train import population as module
 from mamba3_jax.train.loop import Diverged, Trainer
 from mamba3_jax.train.population import Member, Population, SeedsLoader, member_config, member_mesh, members
-from tests.helpers import rel_rms
+from tests.helpers import rel_rms, without_times
 from tests.train.tiny import get_config
 
 # After the last one's first update no loss is finite.
@@ -110,10 +110,9 @@ def test_a_run_in_two_parts_is_the_run_in_one(trained, tmp_path, monkeypatch):
     whole, _, workdir = trained
     for got, want in zip(jax.tree.leaves(population.state), jax.tree.leaves(whole.state), strict=True):
         np.testing.assert_array_equal(got, want)
-    timeless = lambda line: {name: value for name, value in line.items() if name != "tokens_per_second"}  # noqa: E731
     for member in GROUP:
         ours, theirs = (metrics.read(f / "members" / member.name / metrics.FILE) for f in (tmp_path, workdir))
-        assert list(map(timeless, ours)) == list(map(timeless, theirs))
+        assert list(map(without_times, ours)) == list(map(without_times, theirs))
 
 
 def test_seeds_see_the_rows_of_their_seed_at_every_rate():

@@ -1,0 +1,250 @@
+"""Several processes as one run: how they find one another, and how one that fails or is lost ends the others.
+
+jax says who they are on TPU pods, GKE, Slurm, Open MPI and Kubernetes Jobs and JobSets; elsewhere flags do:
+
+    python -m launch.train --coordinator=HOST:PORT --processes=2 --process=0 ...     and --process=1 on the other host
+
+Before jax starts, process 0 calls the roll on the coordinator's port and names who is missing; afterwards these
+connections stay open, unused. One that breaks means that its process is gone: all others end within seconds, where a
+collective would wait for ever, and a restart resumes. A process that should have company never runs alone.
+"""
+
+import contextlib
+import json
+import os
+import re
+import selectors
+import socket
+import sys
+import threading
+import time
+import traceback
+from typing import NamedTuple
+
+import jax
+from absl import flags, logging
+from jax._src.clusters import ClusterEnv  # jax's own detection: its public call starts at once, and dies of a timeout
+
+flags.disclaim_key_flags()
+COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where the platform does not say it")
+PROCESSES = flags.DEFINE_integer("processes", None, "how many there are; 1: alone, whatever the platform says", 1)
+PROCESS = flags.DEFINE_integer("process", None, "which of them this is, from 0", 0)
+JOIN_TIMEOUT = flags.DEFINE_integer("join_timeout", 300, "seconds in which all processes have to be there", 1)
+
+USER_ERROR, LOST = 2, 4  # exit statuses: see launch/common.py
+HEARTBEAT = 40  # seconds after which jax gives up a host that vanished without closing its connections
+GRACE = 5  # seconds in which word of a lost process arrives, when a collective has failed
+# Variables that speak of several processes, and how many.
+CLAIMS = {
+    "SLURM_NTASKS": int,
+    "OMPI_COMM_WORLD_SIZE": int,
+    "PMI_SIZE": int,
+    "WORLD_SIZE": int,
+    "MEGASCALE_NUM_SLICES": int,
+    "TPU_WORKER_HOSTNAMES": lambda value: len(value.split(",")),
+    "JOB_COMPLETION_INDEX": lambda value: 2,  # of an indexed Kubernetes Job, which does not say how many
+}
+
+
+class Place(NamedTuple):
+    """Which process this is."""
+
+    address: str  # of process 0: host:port
+    count: int
+    index: int
+
+    def __str__(self) -> str:
+        return f"process {self.index} of {self.count} ({socket.gethostname()})"
+
+
+def place() -> Place | None:
+    """Return which process this is by the flags and jax's detection; None: it is alone.
+
+    Raises:
+        ValueError: the platform speaks of several processes and does not say how to join them, or half of it is given.
+    """
+    if PROCESSES.value == 1:
+        return None
+    given = (COORDINATOR.value or os.environ.get("JAX_COORDINATOR_ADDRESS"), PROCESSES.value, PROCESS.value)
+    try:
+        found = ClusterEnv.auto_detect_unset_distributed_params(*given, None, None, JOIN_TIMEOUT.value)[:3]
+    except Exception as error:  # of any type, by platform
+        raise ValueError(f"the platform does not say how to join: {type(error).__name__}: {error}") from error
+    if found == (None, None, None):
+        for name, count in CLAIMS.items():
+            if (value := os.environ.get(name)) and count(value) > 1:
+                raise ValueError(
+                    f"{name}={value} speaks of several processes, and jax finds no way to join them: start them with "
+                    "srun, mpirun or a JobSet, give --coordinator, --processes and --process, or --processes=1 for one"
+                )
+        return None
+    found = Place(*found)
+    if None in found or not re.fullmatch(r".+:\d+", found.address) or not found.index < found.count:
+        raise ValueError(
+            f"--coordinator={found.address}, --processes={found.count}, --process={found.index}: where the platform "
+            "does not say them, wanted are HOST:PORT, how many, and which from 0"
+        )
+    return None if found.count == 1 else found
+
+
+def join(saves: bool):
+    """Return the `Company` of this process, with jax started in all of them; None: it is alone.
+
+    `saves`: jax notes a SIGTERM to any of them (see train/resume.py); else it ends them.
+
+    Raises:
+        ValueError: some did not come in time; it names them.
+    """
+    if (here := place()) is None:
+        return None
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, _Labelled(getattr(sys, name), f"[{here.index} {socket.gethostname()}] "))
+    logging.get_absl_handler().python_handler.stream = sys.stderr
+    company = Company(here, JOIN_TIMEOUT.value)
+    jax.config.update("jax_enable_preemption_service", saves)
+    times = {"initialization_timeout": JOIN_TIMEOUT.value, "heartbeat_timeout_seconds": HEARTBEAT}
+    jax.distributed.initialize(*here, **times)
+    return company
+
+
+class _Labelled:
+    """A stream whose lines begin with who wrote them."""
+
+    def __init__(self, stream, label: str):
+        self._stream, self._label, self._begins = stream, label, True
+
+    def write(self, text: str) -> int:
+        if text:
+            label = self._label if self._begins else ""
+            self._stream.write(label + text[:-1].replace("\n", f"\n{self._label}") + text[-1])
+            self._begins = text[-1] == "\n"
+        return len(text)
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
+class Company:
+    """The other processes of this run. Process 0 has a connection to each, which it passes last words on by.
+
+    As a context manager around the program it ends all of them with it, unless all come to the same end anyway.
+    """
+
+    def __init__(self, here: Place, seconds: float):
+        self._here, self._ending, self._leaving = here, threading.Lock(), threading.Event()
+        deadline = time.monotonic() + seconds
+        late = f"within {seconds} s: --join_timeout waits longer"
+        self._peers = self._call_the_roll(deadline, late) if here.index == 0 else self._answer(deadline, late)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _call_the_roll(self, deadline: float, late: str) -> dict[socket.socket, str]:
+        port, there = int(self._here.address.rsplit(":", 1)[1]), {}
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        try:
+            door = socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=self._here.count)
+        except OSError as error:
+            raise ValueError(f"{self._here} cannot listen on port {port}: {error}") from error
+        with door:
+            while len(there) < self._here.count - 1 and (left := deadline - time.monotonic()) > 0:
+                door.settimeout(left)
+                with contextlib.suppress(OSError, ValueError):  # what is not one of us is not answered
+                    peer, _ = door.accept()
+                    peer.settimeout(GRACE)
+                    words = _hear(peer, "process", "processes", "host")
+                    there[words["process"]] = (peer, words)
+        missing = sorted(set(range(1, self._here.count)) - set(there))
+        others = {words["processes"] for _, words in there.values()} - {self._here.count}
+        if missing or others:
+            text = f"process {', '.join(map(str, missing))} of {self._here.count} did not join {self._here} {late}"
+            if others:
+                text = f"{self._here} was told of {self._here.count} processes, another one of {others.pop()}"
+            self._peers = {peer: "" for peer, _ in there.values()}
+            self._tell(USER_ERROR, text)
+            raise ValueError(text)
+        for peer, _ in there.values():
+            peer.settimeout(None)
+            _say(peer, status=0, text="all are there")
+        return {peer: f"process {index} ({words['host']})" for index, (peer, words) in there.items()}
+
+    def _answer(self, deadline: float, late: str) -> dict[socket.socket, str]:
+        host, port = self._here.address.rsplit(":", 1)
+        why = ""
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                peer = socket.create_connection((host.strip("[]"), int(port)), timeout=left)
+                _say(peer, process=self._here.index, processes=self._here.count, host=socket.gethostname())
+                peer.settimeout(left + GRACE)  # process 0 names who is missing, and may have begun later
+                words = _hear(peer, "status", "text")
+            except (OSError, ValueError) as error:  # it is not up yet, or what is there is the end of another run
+                why = str(error)
+                time.sleep(0.2)
+                continue
+            if words["status"]:
+                raise ValueError(words["text"])
+            peer.settimeout(None)
+            return {peer: f"process 0 ({host})"}
+        raise ValueError(f"process 0 did not answer {self._here} at {self._here.address} {late} ({why})")
+
+    def _watch(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for peer in self._peers:
+                selector.register(peer, selectors.EVENT_READ)
+            while True:
+                for key, _ in selector.select():
+                    try:
+                        words = _hear(key.fileobj, "status", "text")
+                    except ValueError:
+                        if self._leaving.is_set():
+                            return
+                        gone = f"{self._peers[key.fileobj]} is gone, killed or lost with its host; all others end too"
+                        words = {"status": LOST, "text": f"{gone}: the same command goes on after the last checkpoint"}
+                    self._end(**words)
+
+    def _tell(self, status: int, text: str) -> None:
+        for peer in self._peers:
+            with contextlib.suppress(OSError):
+                _say(peer, status=status, text=text)
+
+    def _end(self, status: int, text: str, said: bool = False) -> None:
+        """End this process and, through process 0, all others. Nothing of jax's is waited for: it might for ever."""
+        self._ending.acquire()  # and never given back
+        self._tell(status, text)
+        if not said:
+            print(f"error: {text}", file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        one_sided = not isinstance(error, SystemExit) or error.code == USER_ERROR
+        if error is None or not one_sided:
+            self._leaving.set()
+            jax.distributed.shutdown()
+        elif isinstance(error, SystemExit):  # its line stands there already
+            self._end(USER_ERROR, f"{self._here}: {' '.join(getattr(error, '__notes__', []))}", said=True)
+        else:
+            if isinstance(error, Exception):
+                time.sleep(GRACE)  # where another process is behind it, `_watch` says which
+            traceback.print_exception(error)
+            last = f"{self._here}: {''.join(traceback.format_exception_only(error)).splitlines()[0]}"
+            self._end(1 if isinstance(error, Exception) else 130, last, said=True)
+
+
+def _say(peer: socket.socket, **words) -> None:
+    peer.sendall(json.dumps(words).encode() + b"\n")
+
+
+def _hear(peer: socket.socket, *names: str) -> dict:
+    """Return what the other side says; ValueError where it is gone, or is none of us and so has no such names."""
+    try:
+        words = json.loads(peer.makefile("rb", buffering=0).readline(2**16) or "null")
+    except OSError as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(words, dict) or words.keys() != set(names):
+        raise ValueError(f"it said {words!r}")
+    return words
