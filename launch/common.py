@@ -1,8 +1,8 @@
 """What the commands share: the --config flag, and errors that a user can mend as one line instead of a traceback.
 
 Exit status of every command: 0 done; 1 a bug, with its traceback; 2 a mistake in flags, config, files or input; 4
-another process of the run is gone (`launch/hosts.py`). `launch.train` adds 3 (stopped after too many non-finite
-updates), and with `launch.sweep` 128 + n (saved and stopped on signal n).
+another process of the run is gone or did not come (`launch/hosts.py`). `launch.train` adds 3 (stopped after too many
+non-finite updates), and with `launch.sweep` 128 + n (saved and stopped on signal n).
 """
 
 import contextlib
@@ -80,7 +80,10 @@ def _opened(main, alone: bool, saves: bool):
         with user_errors():
             if alone and (here := hosts.place()):
                 raise ValueError(f"this is {here}, and the command is for one: --processes=1 runs it alone")
-            company = hosts.join(saves)
+            try:
+                company = hosts.join(saves)
+            except hosts.Missing as error:
+                fail(error, hosts.LOST)
         with company or contextlib.nullcontext():
             xla.use_cache(warn)
             return main(argv)

@@ -5,7 +5,8 @@
 
 Prints a table (text: loss, perplexity, bits per byte, loss by position, past the trained length too; a task: accuracy
 by length), then writes it to PATH, by default DIR/evaluation/step_N.json; a score that is not finite is null there.
-DIR may be a directory in the official layout, and may be read-only where PATH is given.
+DIR may be a directory in the official layout, and may be read-only where PATH is given. Of several processes
+(`launch/hosts.py`) each scores a part of the rows.
 """
 
 import dataclasses
@@ -79,8 +80,11 @@ def main(_argv):
         target = Path(OUTPUT.value or f"{WORKDIR.value}/evaluation/step_{step}.json").expanduser()
 
     kind, trained = (tasks, data.task_lengths[-1]) if data.source in TASKS else (language, data.length)
-    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    chief = jax.process_index() == 0
+    say = (lambda line: print(line, file=sys.stderr, flush=True)) if chief else None
     results = kind.evaluate(model, params, data, lengths=wanted, max_tokens=TOKENS.value, say=say)
+    if not chief:
+        return
     print(f"{WORKDIR.value}, step {step}\n{kind.table(results, trained)}", flush=True)
     report = {
         "command": " ".join(["python -m launch.evaluate", *sys.argv[1:]]),

@@ -12,6 +12,7 @@ An empty prompt starts from a document's end, where the model is weak: training 
 
 import os
 
+import jax
 from absl import flags
 
 from launch.common import codec_of, data_with, define_path, fail, run, user_errors
@@ -108,6 +109,8 @@ def main(_argv):
         result = generate(model, params, prompts, seed=SEED.value, stop=stop, **options)
     except FloatingPointError as error:
         fail(f"{WORKDIR.value}: {error}")
+    if jax.process_index():  # of several processes all have the same rows
+        return
     for echo, prompt, row in zip(echoes_of(codec), prompts, result.ids, strict=True):
         print(show(codec, echo, prompt, row, stops), flush=True)
     print(f"[{result}]", flush=True)

@@ -46,6 +46,10 @@ CLAIMS = {
 }
 
 
+class Missing(Exception):
+    """Some processes did not come in time. The message is for the user."""
+
+
 class Place(NamedTuple):
     """Which process this is."""
 
@@ -93,7 +97,8 @@ def join(saves: bool):
     `saves`: jax notes a SIGTERM to any of them (see train/resume.py); else it ends them.
 
     Raises:
-        ValueError: some did not come in time; it names them.
+        ValueError: see `place`; or they do not agree on how many they are.
+        Missing: some did not come in time; it names them.
     """
     if (here := place()) is None:
         return None
@@ -111,14 +116,18 @@ class _Labelled:
     """A stream whose lines begin with who wrote them."""
 
     def __init__(self, stream, label: str):
-        self._stream, self._label, self._begins = stream, label, True
+        self._stream, self._label, self._held = stream, label, ""
 
     def write(self, text: str) -> int:
-        if text:
-            label = self._label if self._begins else ""
-            self._stream.write(label + text[:-1].replace("\n", f"\n{self._label}") + text[-1])
-            self._begins = text[-1] == "\n"
+        whole, newline, self._held = (self._held + text).rpartition("\n")
+        if newline:  # in one piece: others may write to the same place
+            self._stream.write(self._label + whole.replace("\n", f"\n{self._label}") + newline)
         return len(text)
+
+    def flush(self) -> None:
+        if self._held:
+            self.write("\n")
+        self._stream.flush()
 
     def __getattr__(self, name):
         return getattr(self._stream, name)
@@ -134,10 +143,11 @@ class Company:
         self._here, self._ending, self._leaving = here, threading.Lock(), threading.Event()
         deadline = time.monotonic() + seconds
         late = f"within {seconds} s: --join_timeout waits longer"
-        self._peers = self._call_the_roll(deadline, late) if here.index == 0 else self._answer(deadline, late)
+        self._peers: dict[socket.socket, str] = {}
+        (self._call_the_roll if here.index == 0 else self._answer)(deadline, late)
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def _call_the_roll(self, deadline: float, late: str) -> dict[socket.socket, str]:
+    def _call_the_roll(self, deadline: float, late: str) -> None:
         port, there = int(self._here.address.rsplit(":", 1)[1]), {}
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
@@ -153,21 +163,20 @@ class Company:
                     peer.settimeout(GRACE)
                     words = _hear(peer, "process", "processes", "host")
                     there[words["process"]] = (peer, words)
-        missing = sorted(set(range(1, self._here.count)) - set(there))
-        others = {words["processes"] for _, words in there.values()} - {self._here.count}
-        if missing or others:
-            text = f"process {', '.join(map(str, missing))} of {self._here.count} did not join {self._here} {late}"
-            if others:
-                text = f"{self._here} was told of {self._here.count} processes, another one of {others.pop()}"
-            self._peers = {peer: "" for peer, _ in there.values()}
+        self._peers = {peer: f"process {index} ({words['host']})" for index, (peer, words) in there.items()}
+        if others := {words["processes"] for _, words in there.values()} - {self._here.count}:
+            text = f"{self._here} was told of {self._here.count} processes, another one of {others.pop()}"
             self._tell(USER_ERROR, text)
             raise ValueError(text)
+        if missing := sorted(set(range(1, self._here.count)) - set(there)):
+            text = f"process {', '.join(map(str, missing))} of {self._here.count} did not join {self._here} {late}"
+            self._tell(LOST, text)
+            raise Missing(text)
         for peer, _ in there.values():
             peer.settimeout(None)
             _say(peer, status=0, text="all are there")
-        return {peer: f"process {index} ({words['host']})" for index, (peer, words) in there.items()}
 
-    def _answer(self, deadline: float, late: str) -> dict[socket.socket, str]:
+    def _answer(self, deadline: float, late: str) -> None:
         host, port = self._here.address.rsplit(":", 1)
         why = ""
         while (left := deadline - time.monotonic()) > 0:
@@ -181,10 +190,11 @@ class Company:
                 time.sleep(0.2)
                 continue
             if words["status"]:
-                raise ValueError(words["text"])
+                raise (Missing if words["status"] == LOST else ValueError)(words["text"])
             peer.settimeout(None)
-            return {peer: f"process 0 ({host})"}
-        raise ValueError(f"process 0 did not answer {self._here} at {self._here.address} {late} ({why})")
+            self._peers = {peer: f"process 0 ({host})"}
+            return
+        raise Missing(f"process 0 did not answer {self._here} at {self._here.address} {late} ({why})")
 
     def _watch(self) -> None:
         with selectors.DefaultSelector() as selector:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data import Batch, loader
@@ -75,15 +76,17 @@ class Scorer:
     ) -> Iterator[Scored]:
         """Return batches of the "valid" split, about `max_tokens` tokens (0: all), of as many rows as that takes.
 
-        `say` gets a line now and then.
+        Each of several processes scores a part of a batch's rows and returns them all. `say` gets a line now and then.
         """
-        if max_tokens:
-            data = dataclasses.replace(data, batch=max(1, min(data.batch, max_tokens // data.length)))
+        host = (jax.process_index(), jax.process_count())
+        rows = min(data.batch, max_tokens // data.length) if max_tokens else data.batch
+        data = dataclasses.replace(data, batch=max(1, rows // host[1]) * host[1])
         size = data.batch * data.length
         batches = -(-max_tokens // size)
-        source = loader(data, "valid", vocab_size=self.model.config.vocab_size)
+        source = loader(data, "valid", vocab_size=self.model.config.vocab_size, host=host)
         for index, batch in enumerate(source):
-            yield self.batch(batch)._replace(bytes_BL=source.target_bytes())
+            part = self.batch(batch)._replace(bytes_BL=source.target_bytes())
+            yield multihost_utils.process_allgather(part, tiled=True) if host[1] > 1 else part
             now = time.perf_counter()
             if not index:  # the first one compiles
                 begin = said = now

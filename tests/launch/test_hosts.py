@@ -8,16 +8,20 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from launch import hosts
 from mamba3_jax.checkpoint import all_steps, load_model
-from mamba3_jax.train import metrics
+from mamba3_jax.train import metrics, resume
 from tests.helpers import devices, rel_rms, without_times
+from tests.launch import saves
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -173,8 +177,8 @@ def test_a_killed_process_ends_the_others_and_a_restart_resumes(alone, tmp_path,
     assert statuses == ([-signal.SIGKILL, hosts.LOST] if victim == 0 else [hosts.LOST, -signal.SIGKILL])
     other = 1 - victim
     where = "localhost" if victim == 0 else NAME  # process 0 is known by its address
-    gone = f"process {victim} ({where}) is gone, killed or lost with its host; all others end too: the same command goes on"
-    assert two.errors(other) == f"[{other} {NAME}] error: {gone} after the last checkpoint"
+    gone = f"process {victim} ({where}) is gone, killed or lost with its host; all others end too: "
+    assert two.errors(other) == f"[{other} {NAME}] error: {gone}the same command goes on after the last checkpoint"
 
     again = hosts_of()
     again.run("launch.train", *FLAGS, f"--workdir={run}")
@@ -184,16 +188,183 @@ def test_a_killed_process_ends_the_others_and_a_restart_resumes(alone, tmp_path,
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_one_host_saves_on_all_and_one_process_goes_on(alone, tmp_path, hosts_of, number):
-    """At the same step; the checkpoint of two processes is read by one process of four devices."""
-    run = tmp_path / "run"
+@pytest.mark.parametrize(("number", "to"), [(signal.SIGTERM, [1]), (signal.SIGINT, [0, 1])])
+def test_a_signal_saves_on_all_and_one_process_goes_on(tmp_path, hosts_of, number, to):
+    """To one host or to all, at the same step; the checkpoint of two processes is read by one of four devices."""
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    # A learning rate that does not depend on the number of steps.
+    flags = [*FLAGS, "--config.optimizer.schedule=constant", "--config.optimizer.warmup=0"]
     two = hosts_of()
-    two.run("launch.train", *FLAGS, f"--workdir={run}", "--config.train.steps=2000")
+    two.run("launch.train", *flags, f"--workdir={run}", "--config.train.steps=2000")
     two.at(0, "step    7/")
-    two.processes[1].send_signal(number)
-    assert two.wait(60) == [128 + signal.SIGTERM, 128 + number]
+    for index in to:
+        two.processes[index].send_signal(number)
+    assert two.wait(60) == [128 + (number if index in to else signal.SIGTERM) for index in (0, 1)]
     step = all_steps(run)[-1]
     assert step >= 7
     for index in (0, 1):
         assert f"[{index} {NAME}] stopped by signal; saved {run}/checkpoints/{step}: the same" in two.output(index)
+
+    one = hosts_of()
+    for workdir in (run, straight):
+        more = [f"--workdir={workdir}", f"--config.train.steps={step + 3}"]
+        one.start(sys.executable, "-m", "launch.train", *flags, *more)
+    one.finish()
+    assert f"resuming after step {step}" in one.output(0)
+    assert_same_run(run, straight)
+
+
+@pytest.mark.full
+def test_two_processes_evaluate_and_generate_as_one(alone, tmp_path, hosts_of):
+    two, one, report = hosts_of(), hosts_of(), tmp_path / "report.json"
+    evaluate = [f"--workdir={alone}", "--lengths=16,48", "--tokens=2048"]
+    two.run("launch.evaluate", *evaluate, f"--output={report}")
+    one.start(sys.executable, "-m", "launch.evaluate", *evaluate)
+    two.finish()
+    one.finish()
+    ours, theirs = (json.loads(path.read_text())["results"] for path in (report, *alone.glob("evaluation/*.json")))
+    assert ours == [pytest.approx(their, rel=1e-6) for their in theirs]
+    assert two.output(1).replace("[Gloo]", "").count("length") == 0
+
+    two, one = hosts_of(), hosts_of()
+    generate = [f"--workdir={alone}", "--prompt_ids=1,0,1", "--tokens=20"]
+    two.run("launch.generate", *generate)
+    one.start(sys.executable, "-m", "launch.generate", *generate)
+    two.finish()
+    one.finish()
+    assert two.output(0).splitlines()[0] == f"[0 {NAME}] {one.output(0).splitlines()[0]}"
+    assert two.output(1) == ""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("chief", [True, False])
+def test_who_does_not_come_is_named(tmp_path, hosts_of, chief):
+    """By its number, on every host, before anything is computed."""
+    flags = [*FLAGS, f"--workdir={tmp_path / 'run'}", "--join_timeout=5"]
+    some = hosts_of()
+    some.run("launch.train", *flags, count=4, present=(0, 2) if chief else (1, 2))
+    assert some.wait(60) == [hosts.LOST] * 2
+    for index, number in enumerate((0, 2) if chief else (1, 2)):
+        said = (
+            f"process 1, 3 of 4 did not join process 0 of 4 ({NAME}) within 5 s"
+            if chief
+            else f"process 0 did not answer process {number} of 4 ({NAME}) at localhost:"
+        )
+        assert some.errors(index).startswith(f"[{number} {NAME}] error: {said}")
+        assert some.errors(index).count("\n") == 0
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.full
+def test_an_error_on_one_host_ends_all_with_its_line(tmp_path, hosts_of):
+    """A workdir that is not shared is seen; one that another run holds is seen by the first process alone."""
+    two = hosts_of()
+    two.run("launch.train", *FLAGS, each=lambda index: [f"--workdir={tmp_path / str(index)}"])
+    assert two.wait(60) == [hosts.USER_ERROR] * 2
+    said = f"{tmp_path / '1'} is not one directory on all hosts: newest checkpoints by process are none, none"
+    assert two.errors(1) == f"[1 {NAME}] error: {said}"
+    assert two.errors(0) == f"[0 {NAME}] error: process 1 of 2 ({NAME}): {said}"
+
+    two, held = hosts_of(), tmp_path / "held"
+    held.mkdir()
+    with resume.alone(held):
+        two.run("launch.train", *FLAGS, f"--workdir={held}")
+        assert two.wait(60) == [hosts.USER_ERROR] * 2
+    assert f"error: another run is at work in {held}" in two.errors(0)
+    assert f"error: process 0 of 2 ({NAME}): another run is at work in {held}" in two.errors(1)
+
+
+@pytest.mark.full
+def test_one_process_restores_what_two_saved_and_holds_it_once(tmp_path, hosts_of):
+    """Bit for bit, arrays that lay over the devices of both."""
+    two, want = hosts_of(), saves.params()
+    two.run("tests.launch.saves", f"--workdir={tmp_path / 'run'}")
+    two.finish()
+    held, before, done = [], in_use(), threading.Event()
+
+    def watch():
+        while not done.wait(0.001):
+            held.append(in_use() - before)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    _, got = load_model(tmp_path / "run")
+    jax.block_until_ready(got)
+    done.set()
+    watching.join()
+    assert got.keys() == want.keys()
+    assert all(np.array_equal(got[name], want[name]) for name in want)
+    size = sum(array.nbytes for array in want.values())
+    assert size <= max(held) < 1.01 * size
+    assert len(held) > 20
+
+
+def in_use() -> int:
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+# What one process tells of the others, without them.
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"SLURM_NTASKS": "2"}, "SLURM_NTASKS=2 speaks of several processes, and jax finds no way to join them: start"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE=4 speaks of several"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_HOSTNAMES=a,b speaks of several"),
+        ({"JOB_COMPLETION_INDEX": "0"}, "JOB_COMPLETION_INDEX=0 speaks of several"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "--coordinator=a:1, --processes=None, --process=None: where"),
+        ({"SLURM_NTASKS": "1", "WORLD_SIZE": "1", "TPU_WORKER_HOSTNAMES": "a"}, None),
+        ({}, None),
+    ],
+)
+def test_a_process_with_company_never_runs_alone(monkeypatch, environment, message):
+    clean(monkeypatch, environment)
+    if message:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            hosts.place()
+        hosts.PROCESSES.value = 1
+    assert hosts.place() is None
+
+
+def clean(monkeypatch, environment: dict, **values) -> None:
+    """This environment, and these flags."""
+    for name in (*hosts.CLAIMS, "JAX_COORDINATOR_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for name in ("coordinator", "processes", "process", "join_timeout"):
+        monkeypatch.setattr(hosts, name.upper(), types.SimpleNamespace(value=values.get(name)))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"coordinator": "a", "processes": 2, "process": 1},
+        {"coordinator": "a:1", "processes": 2, "process": 2},
+        {"processes": 2, "process": 1},
+        {"coordinator": "a:1", "processes": 2},
+    ],
+)
+def test_flags_that_say_half_are_refused(monkeypatch, values):
+    clean(monkeypatch, {}, **values)
+    with pytest.raises(ValueError, match="where the platform does not say them, wanted are HOST:PORT, how many"):
+        hosts.place()
+
+
+def test_slurm_says_who_they_are(monkeypatch):
+    given = {"JOB_ID": "7", "STEP_NODELIST": "node[003-004]", "NTASKS": "16", "PROCID": "9", "LOCALID": "1"}
+    clean(monkeypatch, {f"SLURM_{name}": value for name, value in given.items()})
+    address, *rest = hosts.place()
+    assert (address.split(":")[0], *rest) == ("node003", 16, 9)
+    clean(monkeypatch, {}, processes=1)
+    assert hosts.place() is None
+
+
+def test_lines_are_labelled_in_one_piece(tmp_path):
+    with (tmp_path / "log").open("w") as file:
+        stream = hosts._Labelled(file, "[1 b] ")
+        print("a\nb", file=stream)
+        print("c", end="", file=stream, flush=True)
+        print(file=stream)
+    assert (tmp_path / "log").read_text() == "[1 b] a\n[1 b] b\n[1 b] c\n[1 b] \n"

@@ -91,6 +91,30 @@ def test_what_the_run_leaves(run):
     assert lines[-1] == "2 of 20 updates were skipped: loss, gradient or result was not finite"
 
 
+def test_where_the_time_went_is_counted_once(run):
+    spent = [line for line in metrics.read(run[0] / "metrics.jsonl") if "seconds_training" in line]
+    assert [line["step"] for line in spent] == [5, 10, 15, 20, 20]
+    found = metrics.goodput(spent)
+    assert found["goodput"] == found["seconds_training"] / sum(found[f"seconds_{kind}"] for kind in metrics.Spent.kinds)
+    assert all(found[f"seconds_{kind}"] > 0 for kind in metrics.Spent.kinds)
+
+
+def test_seconds_are_those_of_the_clock(monkeypatch):
+    times = iter([0.0, 1.0, 4.0, 5.0, 5.5, 8.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(times))
+    spent = metrics.Spent()
+    spent.count("starting")  # 1
+    with spent.on("compiling"):  # at 4
+        pass  # 1
+    assert spent.take() == dict.fromkeys([f"seconds_{kind}" for kind in spent.kinds], 0.0) | {
+        "seconds_starting": 1.0,
+        "seconds_training": 3.5,
+        "seconds_compiling": 1.0,
+    }
+    assert spent.take()["seconds_training"] == 2.5
+    assert metrics.goodput([{"step": 1}]) == {}
+
+
 @pytest.mark.full
 def test_a_finished_run_has_nothing_to_do(run):
     before = (run[0] / "metrics.jsonl").read_bytes()

@@ -1,0 +1,32 @@
+"""Run by test_hosts.py in two processes: saves parameters that lie over the devices of both."""
+
+import jax
+import numpy as np
+from absl import flags
+from jax.sharding import NamedSharding, PartitionSpec
+
+from launch.common import define_path, run
+from mamba3_jax.checkpoint import Checkpoints
+from tests.train.tiny import get_config
+
+WORKDIR = define_path("workdir", None, "of the checkpoint", required=True)
+SHAPES = {"rows": (16, 2**20), "columns": (1000, 24), "scalar": ()}  # 64 MB
+
+
+def params() -> dict[str, np.ndarray]:
+    """Numbers of which none is another's, on every process the same."""
+    rng = np.random.default_rng(0)
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
+
+
+def main(_):
+    mesh = jax.make_mesh((8,), ("x",))
+    specs = {"rows": PartitionSpec("x"), "columns": PartitionSpec(None, "x"), "scalar": PartitionSpec()}
+    placed = {name: jax.device_put(array, NamedSharding(mesh, specs[name])) for name, array in params().items()}
+    assert not placed["rows"].is_fully_addressable
+    with Checkpoints(flags.FLAGS.workdir, get_config()) as checkpoints:
+        checkpoints.save(3, placed)
+
+
+if __name__ == "__main__":
+    run(main)
