@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import selectors
 import socket
 import sys
@@ -73,7 +74,8 @@ def place() -> Place | None:
     try:
         found = ClusterEnv.auto_detect_unset_distributed_params(*given, None, None, JOIN_TIMEOUT.value)[:3]
     except Exception as error:  # of any type, by platform
-        raise ValueError(f"the platform does not say how to join: {type(error).__name__}: {error}") from error
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"the platform does not say how to join: {why} (--processes=1 runs it alone)") from error
     if found == (None, None, None):
         for name, count in CLAIMS.items():
             if (value := os.environ.get(name)) and count(value) > 1:
@@ -149,6 +151,7 @@ class Company:
 
     def _call_the_roll(self, deadline: float, late: str) -> None:
         port, there = int(self._here.address.rsplit(":", 1)[1]), {}
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)  # thousands
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
         try:

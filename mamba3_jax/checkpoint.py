@@ -17,6 +17,8 @@ import dataclasses
 import json
 import math
 import shutil
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +142,7 @@ class Checkpoints:
             best_mode="min",
             preservation_policy=NewestAndBest(config.train.keep, config.train.keep_best),
             todelete_subdir=TRASH,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier()) if jax.process_count() > 1 else None,
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -210,6 +213,21 @@ class Checkpoints:
         if jax.process_index() == 0:
             for path in self.directory.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _barrier():
+    """Return how the threads of a save wait for those of other processes: not where their own part has failed.
+
+    The others wait for that part, and Orbax would for them, for twenty minutes; so this process can say what failed.
+    """
+    wait = ocp.multihost.get_barrier_sync_fn()
+
+    def sync(*, key: str, timeout_ms: int) -> None:
+        if (failure := sys.exception()) and threading.current_thread() is not threading.main_thread():
+            raise failure
+        wait(key=key, timeout_ms=timeout_ms)
+
+    return sync
 
 
 @dataclasses.dataclass

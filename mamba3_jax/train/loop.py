@@ -148,6 +148,8 @@ class Trainer:
         return self
 
     def __exit__(self, *exception):
+        if jax.process_count() > 1 and not isinstance(exception[1], Stopped | Diverged | None):
+            return  # what closing waits for, other processes may not come to
         try:
             self._open.close()
         except OSError as error:
@@ -196,8 +198,9 @@ class Trainer:
         self._write(self.step, [self.spent.take()] * len(self.means))
 
     def _failure(self, error: OSError) -> Failed:
-        with contextlib.suppress(OSError):
-            self.checkpoints.wait()  # a save under way may still become the last good one
+        if jax.process_count() == 1:
+            with contextlib.suppress(OSError):
+                self.checkpoints.wait()  # a save under way may still become the last good one
         return Failed(f"{error}; {self._last_good()}: once that is mended, the same command goes on")
 
     def _last_good(self) -> str:

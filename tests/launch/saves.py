@@ -1,4 +1,4 @@
-"""Run by test_hosts.py in two processes: saves parameters that lie over the devices of both."""
+"""Run by test_hosts.py in two processes: saves parameters that lie over the devices of both, or has a bug in one."""
 
 import jax
 import numpy as np
@@ -10,6 +10,7 @@ from mamba3_jax.checkpoint import Checkpoints
 from tests.train.tiny import get_config
 
 WORKDIR = define_path("workdir", None, "of the checkpoint", required=True)
+BUG = flags.DEFINE_integer("bug", None, "the process that has one")
 SHAPES = {"rows": (16, 2**20), "columns": (1000, 24), "scalar": ()}  # 64 MB
 
 
@@ -20,11 +21,13 @@ def params() -> dict[str, np.ndarray]:
 
 
 def main(_):
+    if jax.process_index() == BUG.value:
+        raise KeyError("a bug")
     mesh = jax.make_mesh((8,), ("x",))
     specs = {"rows": PartitionSpec("x"), "columns": PartitionSpec(None, "x"), "scalar": PartitionSpec()}
     placed = {name: jax.device_put(array, NamedSharding(mesh, specs[name])) for name, array in params().items()}
     assert not placed["rows"].is_fully_addressable
-    with Checkpoints(flags.FLAGS.workdir, get_config()) as checkpoints:
+    with Checkpoints(WORKDIR.value, get_config()) as checkpoints:
         checkpoints.save(3, placed)
 
 

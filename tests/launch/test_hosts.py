@@ -40,8 +40,8 @@ class Hosts:
     def __init__(self, folder: Path, environment: dict):
         self.folder, self.environment, self.processes = folder, devices(4) | environment, []
 
-    def start(self, *command: str, **environment: str) -> int:
-        """Start one more; return its number."""
+    def start(self, *command: str, **environment: str) -> None:
+        """Start one more."""
         index = len(self.processes)
         with (self.folder / f"{index}.out").open("w") as out, (self.folder / f"{index}.err").open("w") as err:
             self.processes.append(
@@ -54,10 +54,11 @@ class Hosts:
                     start_new_session=True,
                 )
             )
-        return index
 
-    def run(self, program: str, *flags: str, count: int = 2, present=None, each=lambda index: ()) -> None:
-        """Start a program of several processes, those that are `present` of them."""
+    def run(
+        self, program: str, *flags: str, count=2, present=None, each=lambda index: (), under=None, **environment: str
+    ) -> None:
+        """Start a program of several processes, those that are `present`, with flags for `each`, `under` commands."""
         whole = [
             sys.executable,
             "-m",
@@ -67,7 +68,7 @@ class Hosts:
             f"--processes={count}",
         ]
         for index in range(count) if present is None else present:
-            self.start(*whole, f"--process={index}", *each(index))
+            self.start(*(under or {}).get(index, ()), *whole, f"--process={index}", *each(index), **environment)
 
     def output(self, index: int, kind: str = "out") -> str:
         return (self.folder / f"{index}.{kind}").read_text()
@@ -168,7 +169,8 @@ def test_two_processes_train_as_one(alone, tmp_path, hosts_of):
 def test_a_killed_process_ends_the_others_and_a_restart_resumes(alone, tmp_path, hosts_of, victim):
     run = tmp_path / "run"
     two = hosts_of()
-    two.run("launch.train", *FLAGS, f"--workdir={run}")
+    workers = [] if victim else ["--config.data.workers=1"]  # which may not keep its connections open
+    two.run("launch.train", *FLAGS, f"--workdir={run}", *workers)
     two.at(0, "step  7/")
     begin = time.monotonic()
     two.processes[victim].kill()
@@ -297,6 +299,31 @@ def test_one_process_restores_what_two_saved_and_holds_it_once(tmp_path, hosts_o
     size = sum(array.nbytes for array in want.values())
     assert size <= max(held) < 1.01 * size
     assert len(held) > 20
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_bug_on_one_host_is_a_traceback_there_and_a_line_on_others(tmp_path, hosts_of, victim):
+    two = hosts_of()
+    two.run("tests.launch.saves", f"--workdir={tmp_path / 'run'}", f"--bug={victim}")
+    assert two.wait(60) == [1, 1]
+    assert f"\n[{victim} {NAME}] KeyError: 'a bug'" in two.errors(victim)
+    assert two.errors(1 - victim) == f"[{1 - victim} {NAME}] error: process {victim} of 2 ({NAME}): KeyError: 'a bug'"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_full_disk_on_one_host_ends_all(tmp_path, hosts_of, victim):
+    """No file of one process may have more than 8 kB, which is less than the state; programs are not kept, then."""
+    two, run = hosts_of(), tmp_path / "run"
+    limited = {victim: ["bash", "-c", 'ulimit -f 8; exec "$@"', "--"]}
+    off = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    two.run("launch.train", *FLAGS, f"--workdir={run}", under=limited, **off)
+    assert two.wait(90) == [hosts.USER_ERROR] * 2
+    said = f"{run}/checkpoints/5 cannot be written: "
+    assert f"[{victim} {NAME}] error: {said}" in two.errors(victim)
+    assert f"[{1 - victim} {NAME}] error: process {victim} of 2 ({NAME}): {said}" in two.errors(1 - victim)
+    assert all_steps(run) == []
 
 
 def in_use() -> int:
