@@ -65,6 +65,8 @@ def run(main, *, alone: bool = False, saves: bool = False) -> None:
         saves: a SIGTERM to any process is for `main` to see; else it ends them.
     """
     xla.set_flags()
+    if not alone:
+        flags.adopt_module_key_flags(hosts)  # for --help
     # Where one array of a checkpoint cannot be read, the reads of the others end after the event loop that Orbax ran
     # them in: from tensorstore's threads as "Event loop is closed", from asyncio as "never retrieved", at any time.
     sys.unraisablehook = _unraisable

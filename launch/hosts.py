@@ -26,7 +26,8 @@ import jax
 from absl import flags, logging
 from jax._src.clusters import ClusterEnv  # jax's own detection: its public call starts at once, and dies of a timeout
 
-flags.disclaim_key_flags()
+from mamba3_jax.config import listed
+
 COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where the platform does not say it")
 PROCESSES = flags.DEFINE_integer("processes", None, "how many there are; 1: alone, whatever the platform says", 1)
 PROCESS = flags.DEFINE_integer("process", None, "which of them this is, from 0", 0)
@@ -172,7 +173,7 @@ class Company:
             self._tell(USER_ERROR, text)
             raise ValueError(text)
         if missing := sorted(set(range(1, self._here.count)) - set(there)):
-            text = f"process {', '.join(map(str, missing))} of {self._here.count} did not join {self._here} {late}"
+            text = f"process {listed(missing)} of {self._here.count} did not join {self._here} {late}"
             self._tell(LOST, text)
             raise Missing(text)
         for peer, _ in there.values():

@@ -5,7 +5,7 @@ A field that does not exist, a number out of its range (mamba3_jax/config.py), w
 that cannot fit into memory are one line and exit status 2, before anything is written. So is a file that cannot be
 written later on (a full disk): the last good checkpoint is named, and the same command resumes. SIGTERM and SIGINT save
 first; the exit status is then 128 + the signal's number: 143, 130. Exit status 3: loss, gradient or update was not
-finite in max_bad_steps steps in a row.
+finite in max_bad_steps steps in a row. Several processes, on one host or many, are one run: see launch/hosts.py.
 """
 
 import sys

@@ -77,6 +77,7 @@ def alone(workdir: Path):
 
     Raises ValueError if another run holds it: the two would delete each other's checkpoints.
     """
+    (workdir / "lock").touch()  # and close it: other hosts may see a bucket's files only then (`check_shared`)
     with (workdir / "lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

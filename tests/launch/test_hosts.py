@@ -388,6 +388,32 @@ def test_slurm_says_who_they_are(monkeypatch):
     assert hosts.place() is None
 
 
+def test_the_roll_is_called_whoever_else_knocks():
+    """Late ones are waited for; what is not one of them is not answered, and keeps none of them out."""
+    port, found = free_port(), {}
+
+    def come(index: int, after: float) -> None:
+        time.sleep(after)
+        found[index] = hosts.Company(hosts.Place(f"localhost:{port}", 9, index), 20)
+
+    threads = [threading.Thread(target=come, args=(index, index / 50)) for index in range(9)]
+    for thread in threads[:-1]:
+        thread.start()
+    for knock in (b"", b"GET / HTTP/1.1\r\n\r\n", b'{"process": 8}\n'):
+        with contextlib.suppress(OSError), socket.create_connection(("localhost", port), timeout=5) as stranger:
+            stranger.sendall(knock)
+    threads[-1].start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(found) == list(range(9))
+    assert sorted(found[0]._peers.values()) == [f"process {index} ({NAME})" for index in range(1, 9)]
+    for company in found.values():
+        company._leaving.set()
+    for company in found.values():
+        for peer in company._peers:
+            peer.close()
+
+
 def test_lines_are_labelled_in_one_piece(tmp_path):
     with (tmp_path / "log").open("w") as file:
         stream = hosts._Labelled(file, "[1 b] ")
