@@ -152,7 +152,8 @@ class Company:
 
     def _call_the_roll(self, deadline: float, late: str) -> None:
         port, there = int(self._here.address.rsplit(":", 1)[1]), {}
-        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)  # thousands
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection each, and there may be thousands
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
         try:
@@ -176,9 +177,9 @@ class Company:
             text = f"process {listed(missing)} of {self._here.count} did not join {self._here} {late}"
             self._tell(LOST, text)
             raise Missing(text)
-        for peer, _ in there.values():
-            peer.settimeout(None)
-            _say(peer, status=0, text="all are there")
+        for peer in self._peers:
+            _keep(peer)
+        self._tell(0, "all are there")  # who has gone meanwhile, `_watch` finds
 
     def _answer(self, deadline: float, late: str) -> None:
         host, port = self._here.address.rsplit(":", 1)
@@ -195,7 +196,7 @@ class Company:
                 continue
             if words["status"]:
                 raise (Missing if words["status"] == LOST else ValueError)(words["text"])
-            peer.settimeout(None)
+            _keep(peer)
             self._peers = {peer: f"process 0 ({host})"}
             return
         raise Missing(f"process 0 did not answer {self._here} at {self._here.address} {late} ({why})")
@@ -235,18 +236,26 @@ class Company:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        one_sided = not isinstance(error, SystemExit) or error.code == USER_ERROR
-        if error is None or not one_sided:
+        if error is None or (isinstance(error, SystemExit) and error.code != USER_ERROR):  # as all others end
             self._leaving.set()
             jax.distributed.shutdown()
-        elif isinstance(error, SystemExit):  # its line stands there already
-            self._end(USER_ERROR, f"{self._here}: {' '.join(getattr(error, '__notes__', []))}", said=True)
-        else:
-            if isinstance(error, Exception):
-                time.sleep(GRACE)  # where another process is behind it, `_watch` says which
+            return
+        status, words = USER_ERROR, getattr(error, "__notes__", [])  # of `common.fail`, which has printed them
+        if not isinstance(error, SystemExit):
+            status = 1 if isinstance(error, Exception) else 130  # Ctrl-C
+            if status == 1:
+                time.sleep(GRACE)  # where another process is behind it, `_watch` knows by then
             traceback.print_exception(error)
-            last = f"{self._here}: {''.join(traceback.format_exception_only(error)).splitlines()[0]}"
-            self._end(1 if isinstance(error, Exception) else 130, last, said=True)
+            words = traceback.format_exception_only(error)[:1]
+        self._end(status, f"{self._here}: {' '.join(words).strip()}", said=True)
+
+
+def _keep(peer: socket.socket) -> None:
+    """Let a connection stay idle for days: firewalls forget one after minutes in which nothing went over it."""
+    peer.settimeout(None)
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):  # Linux; elsewhere the first sign of life is after two hours
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
 
 
 def _say(peer: socket.socket, **words) -> None:

@@ -78,7 +78,7 @@ class Hosts:
         lines = self.output(index, "err").splitlines()
         return "\n".join(line for line in lines if line.startswith("[") and not line.startswith("[Gloo]"))
 
-    def at(self, index: int, text: str, seconds: float = 120) -> None:
+    def at(self, index: int, text: str, seconds: float = 240) -> None:
         """Wait until a process has printed this."""
         end = time.monotonic() + seconds
         while text not in self.output(index):
@@ -86,12 +86,12 @@ class Hosts:
             assert time.monotonic() < end, f"no {text!r} in {self.output(index)}"
             time.sleep(0.02)
 
-    def wait(self, seconds: float = 120) -> list[int]:
+    def wait(self, seconds: float = 240) -> list[int]:
         """Return the exit statuses."""
         end = time.monotonic() + seconds
         return [process.wait(max(0.1, end - time.monotonic())) for process in self.processes]
 
-    def finish(self, seconds: float = 120) -> None:
+    def finish(self, seconds: float = 240) -> None:
         """Wait for a good end of all."""
         statuses = self.wait(seconds)
         assert statuses == [0] * len(statuses), [self.output(index, "err") for index in range(len(statuses))]
@@ -124,7 +124,7 @@ def alone(tmp_path_factory, compiled):
     """The same run by one process of eight devices."""
     folder = tmp_path_factory.mktemp("alone")
     command = [sys.executable, "-m", "launch.train", *FLAGS, f"--workdir={folder / 'run'}"]
-    subprocess.run(command, cwd=ROOT, env=devices(8) | compiled, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, cwd=ROOT, env=devices(8) | compiled, check=True, capture_output=True, timeout=240)
     return folder / "run"
 
 
@@ -201,7 +201,7 @@ def test_a_signal_saves_on_all_and_one_process_goes_on(tmp_path, hosts_of, numbe
     two.at(0, "step    7/")
     for index in to:
         two.processes[index].send_signal(number)
-    assert two.wait(60) == [128 + (number if index in to else signal.SIGTERM) for index in (0, 1)]
+    assert two.wait(120) == [128 + (number if index in to else signal.SIGTERM) for index in (0, 1)]
     step = all_steps(run)[-1]
     assert step >= 7
     for index in (0, 1):

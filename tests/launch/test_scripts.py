@@ -84,7 +84,7 @@ def test_slurm_runs_two_processes(tmp_path, compiled):
         }
     )
     command = ["bash", LAUNCH / "slurm.sh", *FLAGS, f"--workdir={tmp_path / 'run'}"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "8 x cpu, mesh {'data': 8}" in done.stdout
     assert lines_of(tmp_path / "run")[-1]["step"] == STEPS
