@@ -197,6 +197,19 @@ def test_starts_from_parameters_alone(tmp_path):
         Trainer(other, tmp_path)
 
 
+@pytest.mark.full
+def test_the_first_state_has_the_parameters_to_start_from(tmp_path):
+    start = config()
+    save_model(tmp_path, start, random_params(start))
+    with Trainer(start, tmp_path, report=lambda *_: None) as trainer, using(trainer.mesh):
+        given = trainer.start_params
+        trainer.compile()
+        assert all(
+            ours is theirs for ours, theirs in zip(*map(jax.tree.leaves, (trainer.state.params, given)), strict=True)
+        )
+        assert not any(leaf.any() for leaf in leaves(trainer.state.opt_state))
+
+
 @pytest.mark.parametrize(
     ("section", "changes", "message"),
     [
