@@ -29,6 +29,7 @@ MODULE = "config_config"  # the name that ml_collections gives to the file of th
 def fail(message, status: int = USER_ERROR) -> typing.NoReturn:
     """Print one line and exit."""
     sys.unraisablehook = lambda _: None  # what the reads below leave unfinished ends at exit
+    hosts.pause()
     line = " ".join(str(message).split())
     print(f"error: {line}", file=sys.stderr, flush=True)
     error = SystemExit(status)

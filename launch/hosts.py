@@ -35,7 +35,7 @@ JOIN_TIMEOUT = flags.DEFINE_integer("join_timeout", 300, "seconds in which all p
 
 USER_ERROR, LOST = 2, 4  # exit statuses: see launch/common.py
 HEARTBEAT = 40  # seconds after which jax gives up a host that vanished without closing its connections
-GRACE = 5  # seconds in which word of a lost process arrives, when a collective has failed
+GRACE = 3  # seconds in which word of a lost process arrives, where something has failed
 # Variables that speak of several processes, and how many.
 CLAIMS = {
     "SLURM_NTASKS": int,
@@ -113,6 +113,12 @@ def join(saves: bool):
     times = {"initialization_timeout": JOIN_TIMEOUT.value, "heartbeat_timeout_seconds": HEARTBEAT}
     jax.distributed.initialize(*here, **times)
     return company
+
+
+def pause() -> None:
+    """Wait before this process says that it has failed: where the loss of another is behind it, it ends meanwhile."""
+    if jax.distributed.is_initialized():
+        time.sleep(GRACE)
 
 
 class _Labelled:
@@ -244,7 +250,7 @@ class Company:
         if not isinstance(error, SystemExit):
             status = 1 if isinstance(error, Exception) else 130  # Ctrl-C
             if status == 1:
-                time.sleep(GRACE)  # where another process is behind it, `_watch` knows by then
+                pause()
             traceback.print_exception(error)
             words = traceback.format_exception_only(error)[:1]
         self._end(status, f"{self._here}: {' '.join(words).strip()}", said=True)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from launch import hosts
-from mamba3_jax.checkpoint import all_steps, load_model
+from mamba3_jax.checkpoint import UNFINISHED, all_steps, load_model
 from mamba3_jax.train import metrics, resume
 from tests.helpers import devices, rel_rms, without_times
 from tests.launch import saves
@@ -187,6 +187,22 @@ def test_a_killed_process_ends_the_others_and_a_restart_resumes(alone, tmp_path,
     again.finish()
     assert "resuming after step" in again.output(0)
     assert_same_run(run, alone)
+
+
+@pytest.mark.full
+def test_a_process_lost_in_a_save_is_what_all_others_say(tmp_path, hosts_of):
+    """Not that a file could not be written, which a restart would not mend."""
+    three, run = hosts_of(), tmp_path / "run"
+    flags = [*FLAGS, "--config.data.batch=6", f"--workdir={run}"]
+    three.run("launch.train", *flags, count=3, XLA_FLAGS=devices(1)["XLA_FLAGS"])
+    three.at(0, "step  3/")
+    while not any((run / "checkpoints").glob("*" + UNFINISHED)):
+        assert three.processes[1].poll() is None
+        time.sleep(0.001)
+    three.processes[1].kill()
+    assert three.wait(60) == [hosts.LOST, -signal.SIGKILL, hosts.LOST]
+    for other in (0, 2):
+        assert three.errors(other).startswith(f"[{other} {NAME}] error: process 1 ({NAME}) is gone, killed or lost")
 
 
 @pytest.mark.full
