@@ -265,7 +265,7 @@ def _keep(peer: socket.socket) -> None:
 
 
 def _say(peer: socket.socket, **words) -> None:
-    peer.sendall(json.dumps(words).encode() + b"\n")
+    peer.sendall(json.dumps(words, allow_nan=False).encode() + b"\n")
 
 
 def _hear(peer: socket.socket, *names: str) -> dict:
