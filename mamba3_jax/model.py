@@ -8,6 +8,7 @@ import numpy as np
 from mamba3_jax.block import Block
 from mamba3_jax.config import ModelConfig, check
 from mamba3_jax.mixers import MIXERS, letters
+from mamba3_jax.mixers.mixer import OBSERVED
 from mamba3_jax.nn.initial import linear
 from mamba3_jax.nn.norm import NORMS
 from mamba3_jax.nn.precision import DTYPES
@@ -234,7 +235,7 @@ class LanguageModel(nn.Module):
             name = f"segment_{index}"
             scanned = nn.scan(
                 Unit,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, OBSERVED: 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast),
                 length=repeats,

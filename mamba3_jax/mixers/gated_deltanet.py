@@ -80,6 +80,7 @@ class GatedDeltaNet(Mixer):
             b_BLH=jax.nn.sigmoid(ab[:, :, 1]) * (2 if config.delta_negative else 1),
             start_BL=start_BL,
         )
+        self.observe(log_a=tokens.log_a_BLH, b=tokens.b_BLH)
         op = jax.checkpoint(delta, static_argnums=2) if config.remat in KEPT else delta
         y_BLHP, h_BHPN = op(tokens, before.h_BHPN, config.chunk or None)
         y_BLHP = rms_norm(y_BLHP, self.norm) * jax.nn.silu(z_BLHP.astype(jnp.float32))
@@ -97,6 +98,11 @@ class GatedDeltaNet(Mixer):
             k_BWHN=keys,
             v_BWHP=jnp.zeros((batch, config.d_conv - 1, heads, width), dtype),
         )
+
+    @staticmethod
+    def memory(state: Carried):
+        """Return h."""
+        return state.h_BHPN
 
     @staticmethod
     def check(config: ModelConfig) -> None:

@@ -71,7 +71,9 @@ class Mamba1(Mixer):
             start_BL=start_BL,
         )
         op = jax.checkpoint(selective, static_argnums=3) if config.remat in KEPT else selective
-        y_BLI, h_BIN = op(tokens, -jnp.exp(self.a_log), before.h_BIN, config.chunk or None)
+        a_IN = -jnp.exp(self.a_log)
+        self.observe(dt=tokens.dt_BLI, a=a_IN)
+        y_BLI, h_BIN = op(tokens, a_IN, before.h_BIN, config.chunk or None)
         y_BLI = y_BLI.astype(jnp.float32) + self.skip * x_BLI.astype(jnp.float32)
         y_BLI = (y_BLI * jax.nn.silu(z_BLI.astype(jnp.float32))).astype(dtype)
         return einsum("bli,id->bld", y_BLI, self.out, dtype=dtype), Carried(h_BIN=h_BIN, x_BWI=x_BWI)
@@ -84,6 +86,11 @@ class Mamba1(Mixer):
             h_BIN=jnp.zeros((batch, size.channels, size.d_state), jnp.float32),
             x_BWI=jnp.zeros((batch, config.d_conv - 1, size.channels), dtype),
         )
+
+    @staticmethod
+    def memory(state: Carried):
+        """Return h, a row a channel."""
+        return state.h_BIN
 
     @staticmethod
     def check(config: ModelConfig) -> None:

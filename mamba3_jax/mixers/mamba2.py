@@ -70,6 +70,7 @@ class Mamba2(Mixer):
 
         dt_BLH = jax.nn.softplus(dt_BLH + self.dt_bias)
         log_a_BLH, gamma_BLH, _ = exponential_euler(dt_BLH, -jnp.exp(self.a_log), None)
+        self.observe(dt=dt_BLH, log_a=log_a_BLH, gamma=gamma_BLH)
         tokens = Tokens(
             q_BLRGN=kq[:, :, 1],
             k_BLRGN=kq[:, :, 0],
@@ -93,6 +94,11 @@ class Mamba2(Mixer):
             ssm=State(angle_BHS=None, ssm_BHPN=ssm_BHPN),
             window=empty_window(config.d_conv, batch, DTYPES[config.compute_dtype], **channels(config)),
         )
+
+    @staticmethod
+    def memory(state: Carried):
+        """Return h."""
+        return state.ssm.ssm_BHPN
 
     @staticmethod
     def check(config: ModelConfig) -> None:

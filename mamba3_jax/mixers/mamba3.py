@@ -125,7 +125,7 @@ class Mamba3(Mixer):
         if config.conv:
             v_BLHP, kq_BLE, window = convolved(self.taps, v_BLHP, kq_BLE.astype(dtype), before.window, start_BL)
         k_BLRGN, q_BLRGN = self.keys_and_queries(kq_BLE)
-        rotation = None
+        rotation = step = None
         if config.angles == "quaternion":
             step = quaternion.exponential(quaternion.axis(theta_BLS), dt_BLH)
             running = quaternion.running(step, before.rotation, start_BL)
@@ -133,6 +133,7 @@ class Mamba3(Mixer):
             rotation = jax.tree.map(lambda part_BLHS: part_BLHS[:, -1], running)
         log_a_BLH, gamma_BLH, beta_BLH = DISCRETIZATIONS[config.discretization](dt_BLH, a_BLH, dt_a_trap[:, :, 2])
         angle_BLHS = ANGLES[config.angles](theta_BLS, dt_BLH)
+        self.observe(dt=dt_BLH, log_a=log_a_BLH, gamma=gamma_BLH, beta=beta_BLH, angle=angle_BLHS, step=step)
         tokens = Tokens(
             q_BLRGN=q_BLRGN.astype(dtype),
             k_BLRGN=k_BLRGN.astype(dtype),
@@ -191,6 +192,11 @@ class Mamba3(Mixer):
         return closed(Carried(ssm=ssm, window=window, rotation=rotation))
 
     check = staticmethod(choices.check)
+
+    @staticmethod
+    def memory(state: State | Carried):
+        """Return h."""
+        return opened(state).ssm.ssm_BHPN
 
     @staticmethod
     def state_flops(config: ModelConfig, length: int) -> float:

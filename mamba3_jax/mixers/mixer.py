@@ -16,6 +16,7 @@ from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
 # By config.remat: what the backward pass keeps of the op beside its inputs, by the names that kernels give. What has no
 # such names (plain XLA) keeps nothing.
 KEPT = {"op": (), "rotation": ("ssm_y", "ssm_states")}
+OBSERVED = "intermediates"  # the collection of what layers show of themselves, by `mamba3_jax/analysis`
 
 
 class Mixer(nn.Module):
@@ -38,6 +39,15 @@ class Mixer(nn.Module):
     def named(self, name: str, initializer, **axes: int):
         """Return a parameter whose axes are given by logical name and size."""
         return self.param(name, nn.with_logical_partitioning(initializer, tuple(axes)), tuple(axes.values()))
+
+    def observe(self, **arrays) -> None:
+        """Show arrays, by name, to a call that asks for the collection `OBSERVED`; any other program is the same.
+
+        `analysis.observe` says which names mean what. What is None is not there.
+        """
+        for name, array in arrays.items():
+            if array is not None:
+                self.sow(OBSERVED, name, array)
 
     def op(self, rotation: str):
         """Return `ssm` as the config has it run: by what, in which chunks, over the mesh, keeping what for backward."""
@@ -74,6 +84,11 @@ class Mixer(nn.Module):
     @staticmethod
     def room(state) -> tuple | None:
         """Return (tokens held, an array; tokens that fit in all) of a state, None where any number fits."""
+        return None
+
+    @staticmethod
+    def memory(state):
+        """Return the matrix that a layer remembers by, (..., H, P, N) or one for all heads, None where it has none."""
         return None
 
     @staticmethod
