@@ -28,6 +28,12 @@ def lengths_of(data: DataConfig, lengths: Sequence[int]) -> list[int]:
     return lengths
 
 
+def of_length(data: DataConfig, length: int) -> DataConfig:
+    """Return the data of a task with one document of this length a row."""
+    whole = {"task_lengths": (length,), "task_steps": (0,), "task_min_length": 0, "length": length}
+    return dataclasses.replace(data, **whole, batch=min(data.batch, data.valid_rows))
+
+
 def evaluate(
     model,
     params,
@@ -63,8 +69,7 @@ def evaluate(
     scorer, chance = Scorer(model, params, max(64, min(lengths)), members), TASKS[data.source].chance
     results = []
     for length in lengths:
-        whole = {"task_lengths": (length,), "task_steps": (0,), "task_min_length": 0, "length": length}
-        rows = dataclasses.replace(data, **whole, batch=min(data.batch, data.valid_rows))
+        rows = of_length(data, length)
         sequences, scored, right, right_last = 0, 0, 0, 0
         for found in scorer.score(rows, max_tokens=max_tokens, say=say):
             counts_BL = found.batch.weights_BL > 0

@@ -1,0 +1,298 @@
+"""How far past its trained length a model follows a group's running product, predicted from the trained length alone.
+
+A layer that follows z_t, the product of the first t elements, by rotations adds for every token what makes the past
+telescope: from w_t = c - a_t z_t c follows h_t = c - (a_1 .. a_t) (z_1 .. z_t) c. So what a state knows of the product
+is the memory of the row's beginning. In the op's own frame, where keys rotate and the state does not, this memory
+stands still and decays by a_1 .. a_t, beside what later tokens add. Two things end it:
+
+  - forgetting: it becomes too small for a readout that was trained at the sizes of the trained length;
+  - angles: what rotations miss a token adds up, until a product looks like another.
+
+`predictions` asks the model itself which comes first: it takes the states that rows of the trained length leave, lets
+their memory of the beginning alone decay, or turn, or both, as over k more tokens, and has the last token read them.
+The simple rule beside it says where angles alone have missed half a step between two products (arXiv:2605.07755 has
+the frame: a recurrence that nothing corrects).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mamba3_jax.analysis.observe import memories, shown_by
+from mamba3_jax.config import DataConfig
+from mamba3_jax.data import Batch, loader
+from mamba3_jax.data.synthetic import GROUPS, TASKS
+from mamba3_jax.evaluate import tasks
+from mamba3_jax.mixers import MIXERS
+from mamba3_jax.mixers.choices import pairing
+from mamba3_jax.model import LanguageModel, mixer_names, segments
+from mamba3_jax.ops.rotary import rotate, to_planes
+
+ROWS = 512  # that predictions are made from
+OCTAVES = 5  # past the trained length that predictions reach, eight lengths each
+MEASURED = (1, 1.25, 1.5, 1.75, 2, 3, 4, 8)  # times the trained length
+HALF = 0.5  # of the way from chance to always right: where a model is said to fail
+CAUSES = {"forgetting": (1, 0), "angles": (0, 1), "both": (1, 1)}  # whether memory decays, whether it turns
+
+
+def group_of(source: str) -> str:
+    """Return the name in `GROUPS` of the group whose running product a task asks for; "" of other tasks."""
+    name = "Z2" if source == "parity" else source.removesuffix("_generators")
+    return name if name in GROUPS else ""
+
+
+def horizon(model: LanguageModel, params, data: DataConfig, lengths: Sequence[int] = ()) -> dict | None:
+    """Return where a model fails on words over a group, measured and predicted; None for data that is not that.
+
+    Args:
+        model: a `LanguageModel`.
+        params: its parameters.
+        data: the task; the last of its lengths is the trained one, all that predictions are made from.
+        lengths: measured at; () is `MEASURED` times the trained one.
+
+    Returns:
+        trained; measured, the scores by length; fails, the length at which the last answer is halfway to chance (the
+        first one scored, where that is further down; inf: at none of them); and `predictions`.
+    """
+    if not (name := group_of(data.source)):
+        return None
+    trained = data.task_lengths[-1]
+    measured = tasks.evaluate(model, params, data, lengths=lengths or [int(trained * times) for times in MEASURED])
+    rows = dataclasses.replace(tasks.of_length(data, trained), batch=min(ROWS, data.valid_rows))
+    batch = next(loader(rows, "valid", vocab_size=model.config.vocab_size))
+    order = len(GROUPS[name].names) if name.startswith("Z") else 0
+    return {
+        "trained": trained,
+        "measured": measured,
+        "fails": crossing([(score["length"], score["scaled_last"]) for score in measured]),
+        "predicted": predictions(model, params, batch, TASKS[data.source].chance, order),
+    }
+
+
+def crossing(points: Sequence[tuple[float, float]]) -> float:
+    """Return the length at which accuracies by length fall under `HALF`, linear between two; see `horizon`."""
+    before = None
+    for length, accuracy in points:
+        if accuracy < HALF:
+            if before is None:
+                return float(length)
+            share = (before[1] - HALF) / (before[1] - accuracy)
+            return before[0] + share * (length - before[0])
+        before = (length, accuracy)
+    return math.inf
+
+
+class Change(NamedTuple):
+    """What a token more does to the memory of the beginning in a layer."""
+
+    log_a_H: jax.Array
+    angle_HS: jax.Array | None  # by which rotations miss, radians; None: the layer does not rotate planes by angles
+
+
+def predictions(model: LanguageModel, params, batch: Batch, chance: float, order: int) -> dict:
+    """Return, for each of `CAUSES`, scaled accuracies of the last token by length, and where they fall under `HALF`.
+
+    The memory of the beginning is the mean state of the rows that begin with the same token: what others add has mean
+    0, as elements are uniform. Its k tokens more are those of a row of length + k.
+
+    Args:
+        model: a `LanguageModel`.
+        params: its parameters.
+        batch: rows of the trained length.
+        chance: accuracy of a guess.
+        order: n of the cyclic group Z_n whose sums are asked for, so that angles have what to miss; 0: another group.
+
+    Returns:
+        {"forgetting": {"fails", "points"}, ...}, "half_step" with its own `fails` and the planes that it is about; of
+        what cannot be predicted {"absent": why}.
+    """
+    length = batch.tokens_BL.shape[1]
+    before = batch._replace(tokens_BL=batch.tokens_BL[:, :-1], start_BL=batch.start_BL[:, :-1])
+    state, shown = jax.jit(functools.partial(shown_by, model))(params, before.tokens_BL, before.start_BL, None)
+    for mixer, layer in zip(mixer_names(model.config.pattern), shown, strict=True):
+        if "log_a" not in layer or "b" in layer:
+            why = {"absent": f"the memory of {mixer} is not one that decays head by head and else stands still"}
+            return dict.fromkeys([*CAUSES, "half_step"], why)
+    planes = planes_of(model, state, shown, before, order) if order else []
+    changes = changes_of(shown, planes)
+    chosen = carriers(planes, order)
+
+    @jax.jit
+    def right(params, state, changes, decayed, turned):
+        moved = with_memory_moved(model, state, changes, decayed, turned, batch.tokens_BL[:, 0])
+        logits_BLV, _ = model.apply({"params": params}, batch.tokens_BL[:, -1:], moved, None)
+        likeliest_B = jnp.argmax(logits_BLV[:, 0, : model.config.vocab_size], axis=-1)
+        return jnp.mean(likeliest_B == batch.targets_BL[:, -1])
+
+    found = {"half_step": half_step(chosen, shown, order)}
+    lengths = sorted({round(length * 2 ** (step / 8)) for step in range(8 * OCTAVES + 1)})
+    for cause, (decays, turns) in CAUSES.items():
+        if turns and not chosen:
+            found[cause] = {"absent": found["half_step"]["absent"]}
+            continue
+        points = []
+        for x in lengths:
+            accuracy = float(right(params, state, changes, decays * (x - length), turns * (x - length)))
+            points.append((x, (accuracy - chance) / (1 - chance)))
+        found[cause] = {"fails": crossing(points), "points": points}
+    return found
+
+
+def with_memory_moved(model: LanguageModel, state, changes: list[Change], decayed, turned, first_B):
+    """Return the state with the memory of the beginning as it is after `decayed` and `turned` tokens more.
+
+    A query sees keys by the angle between them, so that of which rotations miss an angle appears turned back by it.
+    """
+    new, layer = {}, 0
+    for index, (unit, repeats) in enumerate(segments(model.config.pattern)):
+        name, new[f"segment_{index}"] = f"segment_{index}", {}
+        for place, mixer in enumerate(mixer_names(unit)):
+            before = state[name][f"block_{place}"]
+            own = changes[layer + place : layer + len(unit) * repeats : len(unit)]
+            change = jax.tree.map(lambda *each: jnp.stack(each), *own)  # of the repeats
+            h = MIXERS[mixer].memory(before)  # (repeats, B, H, P, N)
+            memory = beginning(h, first_B)
+            after = jnp.exp(decayed * change.log_a_H)[:, None, :, None, None] * memory
+            if change.angle_HS is not None:
+                after = rotate(after, -turned * change.angle_HS[:, None, :, None], pairing(model.config))
+            new[name][f"block_{place}"] = jax.tree.map(lambda x: h - memory + after if x is h else x, before)  # noqa: B023
+        layer += len(unit) * repeats
+    return new
+
+
+def beginning(h, first_B):
+    """Return the mean of h (..., B, H, P, N) over the rows that begin with the same token, in each of them."""
+    alike_BB = (first_B[:, None] == first_B).astype(h.dtype)
+    return jnp.einsum("bc,...chpn->...bhpn", alike_BB / alike_BB.sum(axis=1, keepdims=True), h, precision="highest")
+
+
+def changes_of(shown: list[dict], planes: list[dict]) -> list[Change]:
+    """Return every layer's change a token: its mean decay, and what those of `planes` miss that turn at all."""
+    drift = {(plane["layer"], plane["head"], plane["plane"]): plane["drift"] for plane in planes if tells(plane)}
+    changes = []
+    for index, layer in enumerate(shown):
+        angle_HS = None
+        if "angle" in layer:
+            sizes = (layer["log_a"].shape[2], layer["angle"].shape[3])
+            angle_HS = np.array([drift.get((index, *at), 0.0) for at in np.ndindex(sizes)], np.float32).reshape(sizes)
+        changes.append(Change(log_a_H=layer["log_a"].mean(axis=(0, 1)), angle_HS=angle_HS))
+    return changes
+
+
+def planes_of(model: LanguageModel, state, shown: list[dict], batch: Batch, order: int) -> list[dict]:
+    """Return every plane that rotates by angles: where it is, how much it remembers, what its angles miss of Z_n."""
+    found = []
+    for index, (layer, h_BHPN) in enumerate(zip(shown, memories(model.config, state), strict=True)):
+        if "angle" in layer:
+            rotation_BLHS = np.asarray(layer["angle"] * layer["dt"][..., None], np.float64)
+            errors = angle_errors(rotation_BLHS, np.asarray(batch.tokens_BL), order)
+            first_B, planes = jnp.asarray(batch.tokens_BL[:, 0]), rotation_BLHS.shape[3]
+            memory_HS, whole_HS = (
+                energy_HS(to_planes(x, planes, pairing(model.config)), planes)
+                for x in (beginning(h_BHPN, first_B), h_BHPN)
+            )
+            for head, plane in np.ndindex(memory_HS.shape):
+                share = float(memory_HS[head, plane] / whole_HS[head, plane]) if whole_HS[head, plane] else 0.0
+                place = {"layer": index, "head": head, "plane": plane, "memory": share}
+                found.append(place | errors.of_plane(head, plane))
+    return found
+
+
+def energy_HS(x_BHPN, planes: int) -> np.ndarray:
+    """Return the mean square of every plane of (B, H, P, N) in plane order."""
+    x_BHPN = np.square(np.asarray(x_BHPN))
+    return (x_BHPN[..., :planes] + x_BHPN[..., planes : 2 * planes]).mean(axis=(0, 2))
+
+
+class AngleErrors(NamedTuple):
+    """What rotations miss of multiples of a turn / n, a plane each, in radians."""
+
+    order: int
+    multiple_HS: np.ndarray  # m: element g turns by about m g turns / n
+    turn_VHS: np.ndarray  # mean rotation of each element; NaN of one that is not there
+    worst_HS: np.ndarray  # the largest error of an element's mean
+    drift_HS: np.ndarray  # mean error a token
+    spread_HS: np.ndarray  # times sqrt(L): the standard deviation of the sum over L tokens
+
+    def of_plane(self, head: int, plane: int) -> dict:
+        """Return one plane, with the length at which drift and a standard deviation have added up to half a step."""
+        at = (head, plane)
+        multiple, drift, spread = int(self.multiple_HS[at]), float(self.drift_HS[at]), float(self.spread_HS[at])
+        products = self.order // math.gcd(multiple, self.order)  # that the plane tells apart
+        return {
+            "multiple": multiple,
+            "products": products,
+            "turns": (self.turn_VHS[:, head, plane] / (2 * np.pi)).tolist(),
+            "worst": float(self.worst_HS[at]),
+            "drift": drift,
+            "spread": spread,
+            "fails": adds_up(abs(drift), spread, np.pi / products),
+        }
+
+
+def angle_errors(rotation_BLHS: np.ndarray, tokens_BL: np.ndarray, order: int) -> AngleErrors:
+    """Compare the rotations of planes with the multiples m g / n of a turn that are nearest to them.
+
+    The first token of a row has nothing before it to rotate, so it does not count.
+    """
+    rotation_BLHS, tokens_BL = rotation_BLHS[:, 1:], tokens_BL[:, 1:]
+    here_V = np.unique(tokens_BL)
+    turn_VHS = np.full((order, *rotation_BLHS.shape[2:]), np.nan)
+    for element in here_V:
+        turn_VHS[element] = rotation_BLHS[tokens_BL == element].mean(axis=0)
+    wanted_MV = 2 * np.pi / order * np.multiply.outer(np.arange(order), here_V)
+    missed_MVHS = within_half(turn_VHS[here_V] - wanted_MV[..., None, None])
+    multiple_HS = np.argmin(np.square(missed_MVHS).mean(axis=1), axis=0)
+    error_BLHS = within_half(rotation_BLHS - 2 * np.pi / order * multiple_HS * tokens_BL[..., None, None])
+    sum_BHS, length = error_BLHS.sum(axis=1), tokens_BL.shape[1]
+    return AngleErrors(
+        order=order,
+        multiple_HS=multiple_HS,
+        turn_VHS=turn_VHS,
+        worst_HS=np.take_along_axis(abs(missed_MVHS).max(axis=1), multiple_HS[None], axis=0)[0],
+        drift_HS=sum_BHS.mean(axis=0) / length,
+        spread_HS=sum_BHS.std(axis=0) / math.sqrt(length),
+    )
+
+
+def within_half(angle):
+    """Return angles modulo a turn, in [-pi, pi)."""
+    return (angle + np.pi) % (2 * np.pi) - np.pi
+
+
+def adds_up(drift: float, spread: float, half: float) -> float:
+    """Return the length L at which drift L + spread sqrt(L) = half; inf where nothing adds up."""
+    if drift:
+        return ((math.sqrt(spread**2 + 4 * drift * half) - spread) / (2 * drift)) ** 2
+    return (half / spread) ** 2 if spread else math.inf
+
+
+def tells(plane: dict) -> bool:
+    """Say whether a plane tells some products apart: it turns, and misses no element by half a step or more."""
+    return plane["products"] > 1 and plane["worst"] < np.pi / plane["products"]
+
+
+def carriers(planes: Sequence[dict], order: int) -> list[dict]:
+    """Return the planes with the most memory that together tell n products apart; [] where none do."""
+    chosen, apart = [], 1
+    for plane in sorted(filter(tells, planes), key=lambda plane: -plane["memory"]):
+        if (known := math.lcm(apart, plane["products"])) > apart:
+            chosen, apart = [*chosen, plane], known
+    return chosen if apart == order else []
+
+
+def half_step(chosen: list[dict], shown: list[dict], order: int) -> dict:
+    """Return the simple rule: where the first of the planes that carry the sum misses half a step between products."""
+    if chosen:
+        return {"fails": min(plane["fails"] for plane in chosen), "planes": chosen}
+    if not order:
+        return {"absent": "the group is not cyclic"}
+    if not any("angle" in layer for layer in shown):
+        return {"absent": "no layer rotates planes by angles"}
+    return {"absent": f"no planes turn by multiples of a turn / {order} that tell all sums apart"}
