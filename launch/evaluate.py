@@ -18,9 +18,8 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from launch.common import codec_of, data_with, define_path, fail, run, user_errors
+from launch.common import define_path, fail, held_out, run, user_errors
 from mamba3_jax import checkpoint, memory
-from mamba3_jax.data import loader
 from mamba3_jax.data.synthetic import TASKS
 from mamba3_jax.evaluate import language, tasks
 from mamba3_jax.finite import or_null
@@ -37,19 +36,6 @@ TOKENIZER = define_path("tokenizer", None, "tokenizer.json instead of the checkp
 EOS = flags.DEFINE_string("eos", None, "the token, or its id, that ends a document; default as data.eos of the config")
 OUTPUT = define_path("output", None, "where the report goes; default evaluation/step_N.json in the workdir")
 COMPUTE_DTYPE = flags.DEFINE_string("compute_dtype", None, "float32 or bfloat16; default as trained")
-
-
-def data_of(config):
-    """Return the run's data as the flags change it, checked before anything is compiled."""
-    data = config.data
-    if VALID_GLOB.value:
-        data = dataclasses.replace(data, source="text", valid_glob=VALID_GLOB.value)
-    data = data_with(data, TOKENIZER.value, EOS.value)
-    if not data.tokenizer:
-        raise ValueError("this checkpoint names no tokenizer: give --tokenizer=tokenizer.json")
-    codec_of(data, config.model.vocab_size)
-    next(loader(data, "valid", vocab_size=config.model.vocab_size))
-    return data
 
 
 def lengths() -> list[int]:
@@ -75,7 +61,8 @@ def main(_argv):
         steps = checkpoint.all_steps(WORKDIR.value)
         config, params = load_run(WORKDIR.value, step=STEP.value)
         model = build(config, **({"compute_dtype": COMPUTE_DTYPE.value} if COMPUTE_DTYPE.value else {}))
-        data, step = data_of(config), STEP.value if STEP.value is not None else (steps[-1] if steps else 0)
+        data = held_out(config, VALID_GLOB.value, TOKENIZER.value, EOS.value)
+        step = STEP.value if STEP.value is not None else (steps[-1] if steps else 0)
         check_memory(model, data, wanted)
         target = Path(OUTPUT.value or f"{WORKDIR.value}/evaluation/step_{step}.json").expanduser()
 

@@ -145,6 +145,42 @@ def test_evaluate_prints_before_it_writes(text_run, tmp_path):
     assert out.endswith(f"written to {tmp_path}/reports/3.json\n")
 
 
+PICTURES = ("eigenvalues", "layers", "state")
+
+
+@pytest.mark.parametrize("other", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_inspect(text_run, tmp_path, other):
+    arguments = [f"--workdir={text_run}", f"--out={tmp_path}/seen", "--rows=2"]
+    status, out, err = command("inspect", *arguments, *([f"--other={text_run}", "--layer=0"] if other else []))
+    assert status == 0, err
+    assert out.splitlines()[0] == "2 rows of 32 tokens of text, held out"
+    assert "mamba3 has no delta" in out
+    report = json.loads((tmp_path / "seen/inspection.json").read_text())
+    assert len(report["checkpoints"]) == 1 + other
+    found = report["checkpoints"][0]["layers"]
+    for horizon in (choose(head["horizon"] for head in found[0]["heads"]) for choose in (min, max)):
+        assert f"{horizon:.1f}" in out
+    assert report["checkpoints"][-1]["layers"] == found  # on the same rows
+    for name in PICTURES:
+        assert (tmp_path / f"seen/{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert out.endswith(f"written to {tmp_path}/seen\n")
+
+
+@pytest.mark.full
+def test_inspect_an_official_directory(tmp_path):
+    """Its layers are Mamba-3 and attention, which has nothing of what is looked for; the tokenizer is given."""
+    made = Tokenizer(models.WordLevel({f"w{i}": i for i in range(93)}, unk_token="w92"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.save(str(tmp_path / "tokenizer.json"))
+    arguments = [f"--tokenizer={tmp_path}/tokenizer.json", f"--valid_glob={ROOT}/README.md", "--eos=w0", "--length=64"]
+    for name in ("lm_hybrid_attn", "lm_siso_mlp"):
+        official = GOLDEN / name
+        status, out, err = command("inspect", f"--workdir={official}", f"--out={tmp_path}/seen", *arguments)
+        assert status == 0, err
+        assert ("attention has no dt, log_a" in out) == (name == "lm_hybrid_attn")
+        assert json.loads((tmp_path / "seen/inspection.json").read_text())["checkpoints"][0]["horizon"] is None
+
+
 def test_a_score_that_is_not_finite_is_null(tmp_path):
     evaluate.write(tmp_path / "report.json", {"results": [{"loss": float("nan"), "tokens": 3}]})
     assert json.loads((tmp_path / "report.json").read_text()) == {"results": [{"loss": None, "tokens": 3}]}
@@ -229,8 +265,15 @@ def test_convert_says_what_it_peeled(tmp_path):
         ("generate", ["--workdir={run}", "--prompt_ids=1,300"], "token id 300 at place 1"),
         ("generate", ["--workdir={run}", "--prompt=x", "--prompt=a\udcff"], r"--prompt=b'a\xff' is not UTF-8"),
         ("evaluate", ["--workdir={run}", "--step=4"], "no checkpoint of step 4"),
+        ("inspect", ["--workdir={run}", "--step=4"], "no checkpoint of step 4"),
+        ("inspect", ["--workdir=/nowhere/at/all"], "/nowhere/at/all"),
+        ("inspect", ["--workdir={run}", "--layer=1"], "--layer=1 is not a layer of {run}, step 3: wanted 0 to 0"),
+        ("inspect", ["--workdir={run}", "--length=1"], "length 1 is less than 2"),
+        ("inspect", ["--workdir={official}"], "names no tokenizer"),
+        ("inspect", ["--workdir={run}", "--other={official}"], "has another vocabulary than --workdir={run}"),
         ("evaluate", ["--workdir={official}", "--tokenizer=bytes"], "ids up to 255, the model's vocabulary is 93"),
     ],
 )
 def test_mistakes_are_one_line(text_run, name, arguments, named):
-    assert named in mistake(name, *(part.format(run=text_run, official=OFFICIAL) for part in arguments))
+    places = {"run": text_run, "official": OFFICIAL}
+    assert named.format_map(places) in mistake(name, *(part.format_map(places) for part in arguments))
