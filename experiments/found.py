@@ -39,6 +39,7 @@ class Experiment:
     metric: str = ""  # "": the result says which
     trained: int = 0  # longest length that was trained; 0: not known
     result: dict | None = None
+    predicted: dict | None = None  # what `experiments/horizons.py` recorded
 
     @property
     def rows(self) -> list[dict]:
@@ -81,6 +82,7 @@ def read(path: Path, results: Path) -> Experiment:
         re.search(r"^ +(python -m .*)$", text, re.M),
         re.search(r"^Cost: (.+?)(?:[.;,] |[.;]$| \(|$)", text, re.M),
     )
+    predicted = results / f"{config.name}_predicted.json"
     return Experiment(
         name=config.name,
         question=text.split("\n")[0],
@@ -95,6 +97,7 @@ def read(path: Path, results: Path) -> Experiment:
         metric=given.get("METRIC", ""),
         trained=config.data.task_lengths[-1] if config.data.source in TASKS else config.data.length,
         result=result_of(results / f"{config.name}.json", config),
+        predicted=json.loads(predicted.read_text()) if predicted.exists() else None,
     )
 
 

@@ -31,6 +31,7 @@ th { font-weight: 600; } img { max-width: 100%; } figure { margin: 1rem 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; } dt { color: #666; } dd { margin: 0; }
 .no { color: #b00020; font-weight: 600; } .yes { color: #1b7a36; } .missing { color: #777; font-style: italic; }
 """
+CAUSES = {"forgetting": "forgetting", "angles": "angles", "both": "both", "half_step": "half a step"}
 INTRODUCTION = """
 <p>Drawn by <code>python -m experiments.report</code> from <code>experiments/results/*.json</code>, which the programs
 that measured wrote. A variant is shown at its best learning rate, with a number for every seed; the last column of a
@@ -81,6 +82,32 @@ def facts(experiment: Experiment) -> str:
     return "<dl>" + "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in known.items()) + "</dl>"
 
 
+def predictions(experiment: Experiment) -> str:
+    """Return where the best members fail beside where that was predicted; "-" is what cannot be predicted of one."""
+    if not experiment.predicted:
+        return ""
+    lines = []
+    for row in experiment.predicted["rows"]:
+        parts = [row, *(row["predicted"][cause] for cause in CAUSES)]
+        cells = ["-" if "absent" in part else shown_length(part["fails"], row["trained"]) for part in parts]
+        lines.append([escape(row["variant"]), *cells])
+    origin = experiment.predicted
+    said = (
+        "<p>The length at which the last answer of the best member is halfway to chance, and the same predicted from "
+        "rows of the trained length alone: by the decay of the memory of the row's beginning, by what its rotations "
+        "miss a token, by both, and by the rule of half a step between two products "
+        f"(<code>{escape(origin['command'])}</code>, {escape(origin['commit'])}, {escape(origin['date'])}):</p>"
+    )
+    return said + table(["variant", "measured", *CAUSES.values()], lines)
+
+
+def shown_length(fails: float | None, trained: int) -> str:
+    """Write a length at which a model fails."""
+    if fails is None:
+        return "at none asked"
+    return f"{trained} or before" if fails <= trained else f"{fails:.0f}"
+
+
 def expectations(experiment: Experiment) -> str:
     """Return the expectations of the file with what was found."""
     looks = {True: "yes", False: "no", None: "missing"}
@@ -101,6 +128,7 @@ def section(experiment: Experiment) -> str:
         facts(experiment),
         *pictures,
         comparison_table(experiment),
+        predictions(experiment),
         expectations(experiment),
     ]
     return "\n".join(part for part in parts if part)

@@ -1,0 +1,56 @@
+"""Predicts where the best members of a recorded horizon sweep fail, and records it beside where they do.
+
+    python -m experiments.horizons --config=experiments/tasks/horizon_z6.py --sweep=runs/horizon_z6
+
+Reads SWEEP/VARIANT/best, which `launch.sweep` left, and writes experiments/results/NAME_predicted.json. A row is a
+variant: the length where its last answer is halfway to chance, measured, and predicted from rows of the trained length
+alone (`mamba3_jax/analysis/horizon.py`); null stands where that is at no length asked.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from experiments.benchmarks import common
+from launch.common import config_path, define_config, define_path, experiment, run, user_errors
+from launch.experiment import read_plan
+from launch.provenance import provenance
+from mamba3_jax.analysis.horizon import group_of, horizon
+from mamba3_jax.finite import or_null
+from mamba3_jax.load import build, load_run
+
+CONFIG = define_config()
+SWEEP = define_path("sweep", None, "the workdir of the sweep", required=True)
+RESULTS = Path(__file__).parent / "results"
+
+
+def row(variant: str, member: str, config, params) -> dict:
+    """Return what is found of one variant's best member; the curves are launch.inspect's to show."""
+    found = horizon(build(config), params, config.data)
+    curves = found["predicted"]
+    found["predicted"] = {
+        cause: {name: part[name] for name in part if name != "points"} for cause, part in curves.items()
+    }
+    return or_null({"variant": variant, "member": member, **found})
+
+
+def main(_):
+    config, begin, origin = experiment(CONFIG), time.perf_counter(), provenance()
+    with user_errors():
+        if not group_of(config.data.source):
+            raise ValueError(f"{config.data.source=} asks for no group's product")
+        folders = {name: Path(SWEEP.value).expanduser() / name for name in read_plan(config_path(), config).variants}
+        members = {name: json.loads((folder / "result.json").read_text())["best"] for name, folder in folders.items()}
+        loaded = {name: load_run(folder / "best") for name, folder in folders.items()}
+    rows = []
+    for variant, (own, params) in loaded.items():
+        rows.append(row(variant, members[variant], own, params))
+        fails = {cause: part.get("fails", "absent") for cause, part in rows[-1]["predicted"].items()}
+        print(f"{variant}: fails at {rows[-1]['fails']}, predicted {fails}", file=sys.stderr, flush=True)
+    seconds = round(time.perf_counter() - begin, 1)
+    print(f"written to {common.write(f'{config.name}_predicted', origin, rows, RESULTS, seconds=seconds)}")
+
+
+if __name__ == "__main__":
+    run(main)
