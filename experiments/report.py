@@ -90,15 +90,18 @@ def predictions(experiment: Experiment) -> str:
     for row in experiment.predicted["rows"]:
         parts = [row, *(row["predicted"][cause] for cause in CAUSES)]
         cells = ["-" if "absent" in part else shown_length(part["fails"], row["trained"]) for part in parts]
-        lines.append([escape(row["variant"]), *cells])
+        back = row["restored"]
+        shares = "-" if "absent" in back else f"{100 * back['as_it_is']:.1f}, {100 * back['scaled_back']:.1f}"
+        lines.append([escape(row["variant"]), *cells, shares])
     origin = experiment.predicted
     said = (
         "<p>The length at which the last answer of the best member is halfway to chance, and the same predicted from "
         "rows of the trained length alone: by the decay of the memory of the row's beginning, by what its rotations "
-        "miss a token, by both, and by the rule of half a step between two products "
+        "miss a token, by both, and by the rule of half a step between two products. Last: scaled accuracy at half as "
+        "long again as trained, as it is and with the memory of the beginning as large as at the trained length "
         f"(<code>{escape(origin['command'])}</code>, {escape(origin['commit'])}, {escape(origin['date'])}):</p>"
     )
-    return said + table(["variant", "measured", *CAUSES.values()], lines)
+    return said + table(["variant", "measured", *CAUSES.values(), "memory restored"], lines)
 
 
 def shown_length(fails: float | None, trained: int) -> str:

@@ -158,6 +158,11 @@ def said(found: dict) -> list[str]:
         f"predicted from length {found['trained']}: {', '.join(by)}",
     ]
     lines += sorted({f"absent: {part['absent']}" for part in predicted.values() if "absent" in part})
+    if "length" in (restored := found["restored"]):
+        lines.append(
+            f"at length {restored['length']} scaled accuracy is {restored['as_it_is']:.2f}, and "
+            f"{restored['scaled_back']:.2f} with the memory of the beginning as large as at {found['trained']}"
+        )
     for plane in predicted["half_step"].get("planes", []):
         lines.append(
             f"layer {plane['layer']} head {plane['head']} plane {plane['plane']} tells {plane['products']} apart: "

@@ -10,7 +10,8 @@ stands still and decays by a_1 .. a_t, beside what later tokens add. Two things 
 
 `predictions` asks the model itself which comes first: it takes the states that rows of the trained length leave, lets
 their memory of the beginning alone decay, or turn, or both, as over k more tokens, and has the last token read them.
-The simple rule beside it says where angles alone have missed half a step between two products (arXiv:2605.07755 has
+`restored` asks the other way round: rows that are too long are read again with the memory as large as it was before.
+The simple rule beside them says where angles alone have missed half a step between two products (arXiv:2605.07755 has
 the frame: a recurrence that nothing corrects).
 """
 
@@ -58,20 +59,24 @@ def horizon(model: LanguageModel, params, data: DataConfig, lengths: Sequence[in
 
     Returns:
         trained; measured, the scores by length; fails, the length at which the last answer is halfway to chance (the
-        first one scored, where that is further down; inf: at none of them); and `predictions`.
+        first one scored, where that is further down; inf: at none of them); predicted, see `predictions`; and restored.
     """
     if not (name := group_of(data.source)):
         return None
-    trained = data.task_lengths[-1]
+    trained, chance = data.task_lengths[-1], TASKS[data.source].chance
     measured = tasks.evaluate(model, params, data, lengths=lengths or [int(trained * times) for times in MEASURED])
-    rows = dataclasses.replace(tasks.of_length(data, trained), batch=min(ROWS, data.valid_rows))
-    batch = next(loader(rows, "valid", vocab_size=model.config.vocab_size))
+
+    def batch(length: int) -> Batch:
+        rows = dataclasses.replace(tasks.of_length(data, length), batch=min(ROWS, data.valid_rows))
+        return next(loader(rows, "valid", vocab_size=model.config.vocab_size))
+
     order = len(GROUPS[name].names) if name.startswith("Z") else 0
     return {
         "trained": trained,
         "measured": measured,
         "fails": crossing([(score["length"], score["scaled_last"]) for score in measured]),
-        "predicted": predictions(model, params, batch, TASKS[data.source].chance, order),
+        "predicted": predictions(model, params, batch(trained), chance, order),
+        "restored": restored(model, params, batch(3 * trained // 2), chance, trained),
     }
 
 
@@ -112,36 +117,63 @@ def predictions(model: LanguageModel, params, batch: Batch, chance: float, order
         {"forgetting": {"fails", "points"}, ...}, "half_step" with its own `fails` and the planes that it is about; of
         what cannot be predicted {"absent": why}.
     """
-    length = batch.tokens_BL.shape[1]
-    before = batch._replace(tokens_BL=batch.tokens_BL[:, :-1], start_BL=batch.start_BL[:, :-1])
-    state, shown = jax.jit(functools.partial(shown_by, model))(params, before.tokens_BL, before.start_BL, None)
-    for mixer, layer in zip(mixer_names(model.config.pattern), shown, strict=True):
-        if "log_a" not in layer or "b" in layer:
-            why = {"absent": f"the memory of {mixer} is not one that decays head by head and else stands still"}
-            return dict.fromkeys([*CAUSES, "half_step"], why)
+    length, (before, state, shown) = batch.tokens_BL.shape[1], before_last(model, params, batch)
+    if why := no_memory(model, shown):
+        return {name: {"absent": why} for name in (*CAUSES, "half_step")}
     planes = planes_of(model, state, shown, before, order) if order else []
-    changes = changes_of(shown, planes)
-    chosen = carriers(planes, order)
-
-    @jax.jit
-    def right(params, state, changes, decayed, turned):
-        moved = with_memory_moved(model, state, changes, decayed, turned, batch.tokens_BL[:, 0])
-        logits_BLV, _ = model.apply({"params": params}, batch.tokens_BL[:, -1:], moved, None)
-        likeliest_B = jnp.argmax(logits_BLV[:, 0, : model.config.vocab_size], axis=-1)
-        return jnp.mean(likeliest_B == batch.targets_BL[:, -1])
-
+    changes, chosen, read = changes_of(shown, planes), carriers(planes, order), reader(model, batch, chance)
     found = {"half_step": half_step(chosen, shown, order)}
     lengths = sorted({round(length * 2 ** (step / 8)) for step in range(8 * OCTAVES + 1)})
     for cause, (decays, turns) in CAUSES.items():
         if turns and not chosen:
             found[cause] = {"absent": found["half_step"]["absent"]}
             continue
-        points = []
-        for x in lengths:
-            accuracy = float(right(params, state, changes, decays * (x - length), turns * (x - length)))
-            points.append((x, (accuracy - chance) / (1 - chance)))
+        more = [(x, x - length) for x in lengths]
+        points = [(x, read(params, state, changes, decays * k, turns * k)) for x, k in more]
         found[cause] = {"fails": crossing(points), "points": points}
     return found
+
+
+def restored(model: LanguageModel, params, batch: Batch, chance: float, trained: int) -> dict:
+    """Return scaled accuracies of the last token of rows past the trained length: as it is, and with memory as it was.
+
+    The memory of the beginning is scaled back to its size at the trained length, in heads that have lost less than e^2
+    of it since then if rows are half as long again: of what a faster one has left nothing can be brought back.
+    """
+    length, (_, state, shown) = batch.tokens_BL.shape[1], before_last(model, params, batch)
+    if why := no_memory(model, shown):
+        return {"absent": why}
+    changes = [Change(jnp.where(x.log_a_H > -4 / trained, x.log_a_H, 0), None) for x in changes_of(shown, [])]
+    read = reader(model, batch, chance)
+    as_it_is, scaled_back = (read(params, state, changes, k, 0) for k in (0, trained - length))
+    return {"length": length, "as_it_is": as_it_is, "scaled_back": scaled_back}
+
+
+def before_last(model: LanguageModel, params, batch: Batch) -> tuple[Batch, dict, list[dict]]:
+    """Return rows without their last token, the state that they leave, and what every layer shows."""
+    before = Batch._make(x[:, :-1] for x in batch)
+    return before, *jax.jit(functools.partial(shown_by, model))(params, before.tokens_BL, before.start_BL, None)
+
+
+def no_memory(model: LanguageModel, shown: list[dict]) -> str:
+    """Return why the memory of the beginning is not known: a layer of which it does more than decay; "" where it is."""
+    for mixer, layer in zip(mixer_names(model.config.pattern), shown, strict=True):
+        if "log_a" not in layer or "b" in layer:
+            return f"the memory of {mixer} is not one that decays head by head and else stands still"
+    return ""
+
+
+def reader(model: LanguageModel, batch: Batch, chance: float):
+    """Return a function of what `with_memory_moved` takes: scaled accuracy of the last token, read from that state."""
+
+    @jax.jit
+    def right(params, state, changes, decayed, turned):
+        moved = with_memory_moved(model, state, changes, decayed, turned, batch.tokens_BL[:, 0])
+        logits_BLV, _ = model.apply({"params": params}, batch.tokens_BL[:, -1:], moved, None)
+        likeliest_B = jnp.argmax(logits_BLV[:, 0, : model.config.vocab_size], axis=-1)
+        return (jnp.mean(likeliest_B == batch.targets_BL[:, -1]) - chance) / (1 - chance)
+
+    return lambda *given: float(right(*given))
 
 
 def with_memory_moved(model: LanguageModel, state, changes: list[Change], decayed, turned, first_B):
