@@ -90,18 +90,21 @@ def predictions(experiment: Experiment) -> str:
     for row in experiment.predicted["rows"]:
         parts = [row, *(row["predicted"][cause] for cause in CAUSES)]
         cells = ["-" if "absent" in part else shown_length(part["fails"], row["trained"]) for part in parts]
-        back = row["restored"]
-        shares = "-" if "absent" in back else f"{100 * back['as_it_is']:.1f}, {100 * back['scaled_back']:.1f}"
-        lines.append([escape(row["variant"]), *cells, shares])
+        lines.append([escape(row["variant"]), *cells, *map(restored_cell, row["restored"])])
     origin = experiment.predicted
     said = (
         "<p>The length at which the last answer of the best member is halfway to chance, and the same predicted from "
         "rows of the trained length alone: by the decay of the memory of the row's beginning, by what its rotations "
-        "miss a token, by both, and by the rule of half a step between two products. Last: scaled accuracy at half as "
-        "long again as trained, as it is and with the memory of the beginning as large as at the trained length "
+        "miss a token, by both, and by the rule of half a step between two products. Last: scaled accuracy at 1.5 and "
+        "2 times the trained length, as it is, and with the memory of the beginning as large as at the trained length "
         f"(<code>{escape(origin['command'])}</code>, {escape(origin['commit'])}, {escape(origin['date'])}):</p>"
     )
-    return said + table(["variant", "measured", *CAUSES.values(), "memory restored"], lines)
+    return said + table(["variant", "measured", *CAUSES.values(), "restored at 1.5", "restored at 2"], lines)
+
+
+def restored_cell(part: dict) -> str:
+    """Write scaled accuracies of one length, in percent: as it is, and with the memory as large as before."""
+    return "-" if "absent" in part else f"{100 * part['as_it_is']:.1f}, {100 * part['scaled_back']:.1f}"
 
 
 def shown_length(fails: float | None, trained: int) -> str:

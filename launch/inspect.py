@@ -158,11 +158,12 @@ def said(found: dict) -> list[str]:
         f"predicted from length {found['trained']}: {', '.join(by)}",
     ]
     lines += sorted({f"absent: {part['absent']}" for part in predicted.values() if "absent" in part})
-    if "length" in (restored := found["restored"]):
-        lines.append(
-            f"at length {restored['length']} scaled accuracy is {restored['as_it_is']:.2f}, and "
-            f"{restored['scaled_back']:.2f} with the memory of the beginning as large as at {found['trained']}"
-        )
+    lines += [
+        f"at length {part['length']} scaled accuracy is {part['as_it_is']:.2f}, and {part['scaled_back']:.2f} with the "
+        f"memory of the beginning as large as at {found['trained']}"
+        for part in found["restored"]
+        if "length" in part
+    ]
     for plane in predicted["half_step"].get("planes", []):
         lines.append(
             f"layer {plane['layer']} head {plane['head']} plane {plane['plane']} tells {plane['products']} apart: "

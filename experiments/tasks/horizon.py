@@ -1,7 +1,8 @@
 """What the horizons of three groups share: a model of parity's size with a feed-forward, trained to 64 tokens.
 
 How far past the trained length a layer follows a product of group elements says what it tracks and how its state drifts
-(the frame of arXiv:2605.07755: a recurrence that nothing corrects follows until its classes meet).
+(the frame of arXiv:2605.07755: a recurrence that nothing corrects follows until its classes meet). `launch.inspect` and
+`experiments.horizons` predict where a member fails from rows of the trained length, and by what.
 """
 
 import dataclasses

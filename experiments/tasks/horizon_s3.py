@@ -6,6 +6,10 @@ Words over all 6 elements, trained to 64 and scored to 512 tokens. Predicted bef
 commute, so one layer of Mamba-3 does not follow it past the trained length; two layers may (S3 is solvable), and
 quaternions, which do not commute, may in one; one reflection a token does not reach S3 either.
 
+Looked into (experiments/results/horizon_s3_predicted.json, by `experiments.horizons`): forgetting, which explains sums
+mod 6, does not explain this. Two layers, right to 0.57 of the way at 64, fall under half at 70 where forgetting says
+87, and their memory scaled back to its size at 64 is not read again.
+
 Cost: 10 minutes on 2 CPU cores.
 """
 

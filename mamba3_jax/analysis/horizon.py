@@ -76,7 +76,7 @@ def horizon(model: LanguageModel, params, data: DataConfig, lengths: Sequence[in
         "measured": measured,
         "fails": crossing([(score["length"], score["scaled_last"]) for score in measured]),
         "predicted": predictions(model, params, batch(trained), chance, order),
-        "restored": restored(model, params, batch(3 * trained // 2), chance, trained),
+        "restored": [restored(model, params, batch(x), chance, trained) for x in (3 * trained // 2, 2 * trained)],
     }
 
 
@@ -137,8 +137,8 @@ def predictions(model: LanguageModel, params, batch: Batch, chance: float, order
 def restored(model: LanguageModel, params, batch: Batch, chance: float, trained: int) -> dict:
     """Return scaled accuracies of the last token of rows past the trained length: as it is, and with memory as it was.
 
-    The memory of the beginning is scaled back to its size at the trained length, in heads that have lost less than e^2
-    of it since then if rows are half as long again: of what a faster one has left nothing can be brought back.
+    The memory of the beginning is scaled back to its size at the trained length, in heads whose horizon is over a
+    quarter of that: what a faster one still has of it is less than the noise of the mean.
     """
     length, (_, state, shown) = batch.tokens_BL.shape[1], before_last(model, params, batch)
     if why := no_memory(model, shown):

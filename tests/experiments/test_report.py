@@ -126,12 +126,12 @@ def test_a_result_whose_file_is_gone_is_shown(folder):
 def test_predictions_stand_beside_what_they_predict(folder):
     predicted = {"forgetting": {"fails": 30.4}, "angles": {"absent": "why"}, "both": {"fails": None}}
     row = {"variant": "plain", "trained": 16, "fails": 32.0, "predicted": predicted | {"half_step": {"fails": 9.0}}}
-    row |= {"restored": {"length": 24, "as_it_is": 0.25, "scaled_back": 0.75}}
+    row |= {"restored": [{"length": 24, "as_it_is": 0.25, "scaled_back": 0.75}, {"absent": "why"}]}
     origin = {"command": "python -m a", "commit": "4567def", "date": "2026-11-30"}
     record(folder, origin | {"benchmark": "toy_predicted", "rows": [row]}, "toy_predicted")
     (toy,) = found.experiments(folder)
     page = report.page([toy])
-    cells = ("plain", "32", "30", "-", "at none asked", "16 or before", "25.0, 75.0")
+    cells = ("plain", "32", "30", "-", "at none asked", "16 or before", "25.0, 75.0", "-")
     assert "".join(f"<td>{cell}</td>" for cell in cells) in page
     assert "4567def" in page
 
