@@ -111,7 +111,7 @@ def shown_length(fails: float | None, trained: int) -> str:
     """Write a length at which a model fails."""
     if fails is None:
         return "at none asked"
-    return f"{trained} or before" if fails <= trained else f"{fails:.0f}"
+    return f"{trained} or before" if fails == trained else f"{fails:.0f}"
 
 
 def expectations(experiment: Experiment) -> str:

@@ -148,13 +148,18 @@ def absences(layers: list[dict]) -> list[str]:
 def said(found: dict) -> list[str]:
     """Return the lines about a horizon: where the model fails, where it was predicted to, and what carries the sum."""
     predicted = found["predicted"]
-    where = lambda fails: "nowhere asked" if math.isinf(fails) else f"{fails:.0f}"  # noqa: E731
+
+    def where(fails: float) -> str:
+        if math.isinf(fails):
+            return "no length asked"
+        return f"{fails:.0f} or before" if fails == found["trained"] else f"{fails:.0f}"
+
     by = [
         f"{cause} {where(predicted[cause]['fails'])}" if "fails" in predicted[cause] else f"{cause} absent"
         for cause in (*CAUSES, "half_step")
     ]
     lines = [
-        f"the last answer is halfway to chance at length {where(found['fails'])}, trained to {found['trained']}",
+        f"trained to {found['trained']}, it fails (the last answer is halfway to chance) at {where(found['fails'])}",
         f"predicted from length {found['trained']}: {', '.join(by)}",
     ]
     lines += sorted({f"absent: {part['absent']}" for part in predicted.values() if "absent" in part})
@@ -168,7 +173,7 @@ def said(found: dict) -> list[str]:
         lines.append(
             f"layer {plane['layer']} head {plane['head']} plane {plane['plane']} tells {plane['products']} apart: "
             f"{plane['drift']:+.4f} radians a token off, {plane['spread']:.4f} sqrt(L) about it, "
-            f"half a step at {where(plane['fails'])}"
+            f"half a step at {plane['fails']:.0f}"
         )
     lengths = [score["length"] for score in found["measured"]]
     lines.append(f"  length {''.join(f'{length:7d}' for length in lengths)}")

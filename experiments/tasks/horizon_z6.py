@@ -7,10 +7,10 @@ follows it as it follows parity, but fails a third as far out, where its angles'
 reflection a token has no eigenvalue of order 6, so gated DeltaNet fails.
 
 Looked into (experiments/results/horizon_z6_predicted.json, by `experiments.horizons`): what rotations miss is not what
-fails first. The memory of the row's beginning decays, and the readout was never trained on so little of it: letting that
-alone go on in rows of 64 tokens says 90, 108 and 70 for one layer, two layers and quaternions, which fail at 92, 116
-and 75; angles alone would fail at 117 and 207, and their rule of half a step says 52 and 36. Scaled back to its size at
-64, the memory is read again past the failing length.
+fails first. The memory of the row's beginning decays, and the readout was never trained on so little of it. Letting it
+decay on, in rows of 64 tokens, says 90, 108 and 70 for one layer, two layers and quaternions, which fail at 92, 116 and
+75. Angles alone would fail at 117 and 207, and their rule of half a step says 52 and 36. Scaled back to its size at 64,
+the memory is read again past the failing length.
 
 Cost: 10 minutes on 2 CPU cores.
 """

@@ -131,7 +131,7 @@ def test_predictions_stand_beside_what_they_predict(folder):
     record(folder, origin | {"benchmark": "toy_predicted", "rows": [row]}, "toy_predicted")
     (toy,) = found.experiments(folder)
     page = report.page([toy])
-    cells = ("plain", "32", "30", "-", "at none asked", "16 or before", "25.0, 75.0", "-")
+    cells = ("plain", "32", "30", "-", "at none asked", "9", "25.0, 75.0", "-")
     assert "".join(f"<td>{cell}</td>" for cell in cells) in page
     assert "4567def" in page
 
