@@ -45,6 +45,7 @@ VALID_GLOB = define_path("valid_glob", None, "text files to look at instead of t
 TOKENIZER = define_path("tokenizer", None, "tokenizer.json instead of the checkpoint's own")
 EOS = flags.DEFINE_string("eos", None, "the token, or its id, that ends a document; default as data.eos of the config")
 
+POINTS = 400  # eigenvalues drawn of a layer
 # Columns of the table: what of a head, its width and format.
 COLUMNS = {"horizon": "9.1f", "dt": "8.4f", "lambda": "7.3f", "rotation": "9.4f", "norm": "8.2f", "rank": "6.1f"}
 
@@ -227,7 +228,7 @@ def drawn(layers: dict, found: dict, horizons: dict) -> dict[str, bytes]:
     """Return the pictures by name."""
     from mamba3_jax.analysis import pictures  # matplotlib is slow to import, and mistakes need none
 
-    eigenvalues = {name: [layer.eigenvalues_BLHK for layer in own] for name, own in layers.items()}
+    eigenvalues = {name: [observe.some_eigenvalues(layer, POINTS) for layer in own] for name, own in layers.items()}
     made = {
         "eigenvalues": pictures.eigenvalues(eigenvalues),
         "layers": pictures.by_layer(found),

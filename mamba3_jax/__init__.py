@@ -30,7 +30,7 @@ exponential_trapezoidal: gamma = lambda dt, beta = (1 - lambda) dt. With beta No
 
 Public names: `load`, `Config`, `ModelConfig`, and, imported when first used, `LanguageModel`, `init_params`, `ssm`,
 `transition`, `compose`.
-The rest by module: generate, ops, mixers, nn, data, train, evaluate, convert, checkpoint.
+The rest by module: generate, ops, mixers, nn, data, train, evaluate, analysis, convert, checkpoint.
 """
 
 import importlib

@@ -36,6 +36,7 @@ from mamba3_jax.model import LanguageModel, mixer_names, segments
 from mamba3_jax.train.step import gradients
 
 PLACES = 32  # of a row at which the state is looked at
+TOKENS = 4096  # that quantities are kept of, evenly spaced in each piece of a row
 ENTRIES = 256  # of Mamba-1's state that are looked at, evenly spaced
 QUANTITIES = ("dt", "log_a", "gamma", "beta", "lambda", "rotation", "delta")  # that a layer may have a token
 OF_STATE = ("norm", "rank")
@@ -45,8 +46,8 @@ class Layer(NamedTuple):
     """One layer on some rows; a mixer without heads counts as one head."""
 
     mixer: str
-    tokens: dict[str, np.ndarray]  # of `QUANTITIES`, (B, L, H, ...)
-    eigenvalues_BLHK: np.ndarray  # complex; no entry of an absent decay
+    tokens: dict[str, np.ndarray]  # of `QUANTITIES`, (B, L, H, ...), of about `TOKENS` tokens
+    d_state: int  # columns of the state; 0: the layer has no state matrix
     norm_BCH: np.ndarray | None  # of the state after every piece of the row; None: the layer has no state matrix
     rank_BH: np.ndarray | None  # effective rank of the last of these states
     gradient: float  # norm over the layer's parameters, of the mean loss of the rows
@@ -56,7 +57,8 @@ def observe(config: Config, model: LanguageModel, params, batch: Batch) -> list[
     """Return every layer on these rows, run in pieces with the state carried; what fills no piece is left out."""
     rows, length = batch.tokens_BL.shape
     piece = max(1, length // PLACES)
-    run, state, parts = jax.jit(functools.partial(look, model)), model.empty_state(rows, length), []
+    every = min(piece, -(-rows * length // TOKENS))
+    run, state, parts = jax.jit(functools.partial(look, model, every)), model.empty_state(rows, length), []
     for first in range(0, length - piece + 1, piece):
         tokens_BL, start_BL = (x[:, first : first + piece] for x in (batch.tokens_BL, batch.start_BL))
         state, shown = run(params, tokens_BL, start_BL, state)
@@ -73,10 +75,10 @@ def observe(config: Config, model: LanguageModel, params, batch: Batch) -> list[
     ]
 
 
-def look(model: LanguageModel, params, tokens_BL, start_BL, state):
-    """Return the state after some tokens, and of every layer its quantities and the norm of its state (B, H)."""
+def look(model: LanguageModel, every: int, params, tokens_BL, start_BL, state):
+    """Return the state after some tokens; of every layer quantities of each `every`th, and its state's norm (B, H)."""
     state, shown = shown_by(model, params, tokens_BL, start_BL, state)
-    layers = [quantities(layer) for layer in shown]
+    layers = [{name: array[:, ::every] for name, array in quantities(layer).items()} for layer in shown]
     for layer, h_BHPN in zip(layers, memories(model.config, state), strict=True):
         if h_BHPN is not None:
             layer["norm"] = jnp.sqrt(jnp.sum(jnp.square(h_BHPN), axis=(-2, -1)))
@@ -147,6 +149,11 @@ def eigenvalues(tokens: dict[str, np.ndarray], d_state: int) -> np.ndarray:
     return np.exp(log_a + 1j * phase)
 
 
+def some_eigenvalues(layer: Layer, count: int) -> np.ndarray:
+    """Return so many of a layer's eigenvalues, drawn at random: evenly spaced ones would be of few planes."""
+    return np.random.default_rng(0).permutation(eigenvalues(layer.tokens, layer.d_state).ravel())[:count]
+
+
 def layer_of(mixer: str, pieces: tuple[dict, ...], h_BHPN, gradient: float) -> Layer:
     """Put the pieces of a row together."""
     joined = {name: np.concatenate([part[name] for part in pieces], axis=1) for name in QUANTITIES if name in pieces[0]}
@@ -154,7 +161,7 @@ def layer_of(mixer: str, pieces: tuple[dict, ...], h_BHPN, gradient: float) -> L
     return Layer(
         mixer=mixer,
         tokens=joined,
-        eigenvalues_BLHK=eigenvalues(joined, h_BHPN.shape[-1] if has_state else 0),
+        d_state=h_BHPN.shape[-1] if has_state else 0,
         norm_BCH=np.stack([part["norm"] for part in pieces], axis=1) if has_state else None,
         rank_BH=effective_rank(h_BHPN) if has_state else None,
         gradient=gradient,
@@ -205,18 +212,14 @@ def summary(layers: list[Layer], start_BL: np.ndarray) -> list[dict]:
         absent += [name for name in OF_STATE if has[name] is None]
         norms = [] if layer.norm_BCH is None else norms_by_position(layer.norm_BCH, start_BL)
         facts = {"layer": index, "mixer": layer.mixer, "gradient_norm": layer.gradient, "absent": absent}
-        found.append(facts | {"norm_by_position": norms, "heads": [of_head(layer, head) for head in heads(layer)]})
+        eigenvalues_BLHK = eigenvalues(layer.tokens, layer.d_state)
+        heads = [of_head(layer, head, eigenvalues_BLHK[:, :, head]) for head in range(eigenvalues_BLHK.shape[2])]
+        found.append(facts | {"norm_by_position": norms, "heads": heads})
     return found
 
 
-def heads(layer: Layer) -> range:
-    """Return the numbers of a layer's heads; of a layer that shows nothing there are none."""
-    return range(layer.eigenvalues_BLHK.shape[2])
-
-
-def of_head(layer: Layer, head: int) -> dict:
+def of_head(layer: Layer, head: int, eigenvalues_BLK: np.ndarray) -> dict:
     """Return a head: its decay horizon 1 / -mean(log_a) in tokens, and its quantities' spreads, rotation's size."""
-    eigenvalues_BLK = layer.eigenvalues_BLHK[:, :, head]
     mean = -float(layer.tokens["log_a"][:, :, head].mean(dtype=np.float64))
     facts = {"head": head, "horizon": 1 / mean if mean else math.inf}
     own = {name: array[:, :, head] for name, array in layer.tokens.items()}

@@ -17,7 +17,6 @@ from matplotlib.ticker import MaxNLocator
 from mamba3_jax.analysis.observe import number
 
 MOST = 12  # layers that are drawn one by one, evenly chosen
-POINTS = 400  # eigenvalues drawn of a layer
 BY_LAYER = {  # panels: what of a head, and the label
     "horizon": "decay horizon, tokens",
     "dt": "dt",
@@ -46,7 +45,7 @@ def names_of(figure, names: list[str]) -> None:
 
 
 def eigenvalues(checkpoints: dict[str, list[np.ndarray]]) -> bytes:
-    """Draw the eigenvalues of every layer on the unit disc, a panel a layer: of each checkpoint arrays of any shape."""
+    """Draw eigenvalues on the unit disc, a panel a layer; each checkpoint has an array a layer."""
     deepest = max(len(layers) for layers in checkpoints.values())
     shown = np.unique(np.linspace(0, deepest - 1, min(MOST, deepest)).astype(int)).tolist()
     across = min(4, len(shown))
@@ -60,8 +59,7 @@ def eigenvalues(checkpoints: dict[str, list[np.ndarray]]) -> bytes:
     for panel, layer in zip(axes.flat, shown, strict=False):
         panel.plot(turn.real, turn.imag, color="0.7", linewidth=0.8)
         for index, layers in enumerate(checkpoints.values()):
-            points = layers[layer].ravel() if layer < len(layers) else np.zeros(0)
-            points = np.random.default_rng(0).permutation(points)[:POINTS]  # evenly spaced ones would be of few planes
+            points = layers[layer] if layer < len(layers) else np.zeros(0)
             panel.plot(points.real, points.imag, ".", color=f"C{index}", markersize=2, alpha=0.5)
             if not points.size:
                 panel.text(0, -0.3 * index, "none", color=f"C{index}", ha="center")

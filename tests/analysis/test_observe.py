@@ -89,7 +89,7 @@ def test_every_mixer_is_looked_at():
 
 def test_pictures_of_every_mixer():
     found = {"a": observe.summary(observed(), rows().start_BL), "b": observe.summary(observed()[:2], rows().start_BL)}
-    eigenvalues = {"a": [layer.eigenvalues_BLHK for layer in observed()], "b": [np.zeros((0, 0, 0, 0), complex)]}
+    eigenvalues = {"a": [observe.some_eigenvalues(layer, 50) for layer in observed()], "b": [np.zeros(0, complex)]}
     for image in (pictures.eigenvalues(eigenvalues), pictures.by_layer(found), pictures.state_by_position(found)):
         assert image.startswith(b"\x89PNG")
 
@@ -163,3 +163,15 @@ def test_effective_rank(h_PN, rank):
 def test_effective_rank_of_unequal_parts():
     """Shares 3/4 and 1/4: exp of their entropy, 4 / 3^(3/4)."""
     assert observe.effective_rank(np.diag([3.0, 1.0])) == pytest.approx(4 / 3**0.75)
+
+
+def test_of_many_tokens_some_are_kept(monkeypatch):
+    """Of 128 tokens in pieces of 2 the first of each where 64 are to be kept; states are looked at as before."""
+    monkeypatch.setattr(observe, "TOKENS", 64)
+    config = dataclasses.replace(SMALL, pattern="M")
+    params = init_params(config, jax.random.key(0))
+    (some,) = observe.observe(Config(model=config), LanguageModel(config), params, rows())
+    monkeypatch.setattr(observe, "TOKENS", 128)
+    (every,) = observe.observe(Config(model=config), LanguageModel(config), params, rows())
+    assert rel_rms(some.tokens["rotation"], every.tokens["rotation"][:, ::2]) < 1e-6
+    assert rel_rms(some.norm_BCH, every.norm_BCH) < 1e-6
