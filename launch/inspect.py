@@ -250,4 +250,4 @@ def write(folder: Path, report: dict, images: dict[str, bytes]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, alone=True)
