@@ -227,7 +227,7 @@ class LanguageModel(nn.Module):
         embedding_VD = Embedding(padded_vocab(config), config.d_model, config.embedding_std, name="embedding")()
         residual_BLD = jnp.take(embedding_VD, known_or_past(tokens_BL, config), axis=0)  # past the table: NaN
         residual_BLD = residual_BLD.astype(jnp.float32 if config.residual_in_fp32 else dtype)
-        residual_BLD = nn.with_logical_constraint(residual_BLD, ("batch", "length", "embed"))
+        residual_BLD = nn.with_logical_constraint(residual_BLD, ("batch", "length", None))
 
         new_state = {}
         for index, (unit, repeats) in enumerate(segments(config.pattern)):

@@ -13,7 +13,7 @@ from mamba3_jax.data.batch import Batch
 from mamba3_jax.finite import all_finite
 from mamba3_jax.model import init_params
 from mamba3_jax.ops.cross_entropy import Sums, objective
-from mamba3_jax.sharding import batch_sharding, param_shardings
+from mamba3_jax.sharding import batch_sharding, loading, param_shardings
 from mamba3_jax.train.loss import batch_loss, means
 from mamba3_jax.train.optimizer import optimizer, schedule
 
@@ -142,6 +142,11 @@ def batch_shapes(config: DataConfig, mesh: Mesh) -> Batch:
 
 
 def put(batch: Batch, mesh: Mesh) -> Batch:
-    """Return this host's rows as its part of the global batch on the mesh."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    """Return the rows that this process loads (`sharding.loading`), whole, as its part of the global batch."""
+    sharding, (_, count) = batch_sharding(mesh), loading(mesh)
+
+    def place(x_BL):
+        shape = (x_BL.shape[0] * count, *x_BL.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, x_BL, shape)
+
+    return jax.tree.map(place, batch)
