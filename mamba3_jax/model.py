@@ -11,6 +11,7 @@ from mamba3_jax.mixers import MIXERS, letters
 from mamba3_jax.nn.initial import linear
 from mamba3_jax.nn.norm import NORMS
 from mamba3_jax.nn.precision import DTYPES
+from mamba3_jax.ops.device import device
 from mamba3_jax.ops.einsum import einsum
 
 REMATS = ("", "none", "rotation", "op", "block")
@@ -79,7 +80,7 @@ def turns_at_once(repeats: int) -> int:
     All of them on GPUs, where what crosses turns is copied: a sixth of a training step, for which 12 layers on an H200
     compile 20 to 30 s longer. One elsewhere.
     """
-    return repeats if jax.default_backend() == "gpu" else 1
+    return repeats if device().platform == "gpu" else 1
 
 
 def padded_vocab(config: ModelConfig) -> int:

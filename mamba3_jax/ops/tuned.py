@@ -7,8 +7,7 @@ import math
 import re
 from pathlib import Path
 
-import jax
-
+from mamba3_jax.ops.device import device
 from mamba3_jax.ops.types import Tokens, product_dtype
 
 PATH = Path(__file__).with_name("tuned.json")
@@ -61,8 +60,8 @@ def choose(device: str, tokens: Tokens) -> Choice | None:
 
 
 def config(implementation: str, tokens: Tokens) -> dict:
-    """Return what the table tells this implementation for these inputs on this process's devices; mostly nothing."""
-    entry = choose(jax.devices()[0].device_kind, tokens)
+    """Return what the table tells this implementation for these inputs on this device; mostly nothing."""
+    entry = choose(device().device_kind, tokens)
     told = entry.launch.get(implementation, {}) if entry else {}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
 

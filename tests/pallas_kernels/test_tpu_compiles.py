@@ -6,7 +6,6 @@ A kernel of each kind for each chip at once; heads, lengths and dtypes in all co
 import dataclasses
 import functools
 import re
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -119,14 +118,11 @@ OF_TOKENS = OF_TOKENS._replace(**dict.fromkeys(("q_BLRGN", "k_BLRGN", "angle_BLH
 OF_STATE = State(**dict.fromkeys(State._fields, Spec("data", "tensor")))._replace(k_BRHN=Spec("data", None, "tensor"))
 
 
-def compiled_over(topology: str, case: Case, monkeypatch) -> str:
+def compiled_over(topology: str, case: Case) -> str:
     """The default, forward and backward (one token: forward), over a mesh of all of a topology's devices."""
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
     axes = ("data", "tensor")
     mesh = Mesh(np.array(devices).reshape(MESHES[topology]), axes, axis_types=(AxisType.Auto,) * 2)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    monkeypatch.setattr(jax, "device_count", lambda: len(devices))
-    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=devices[0].device_kind)] * len(devices))
 
     def call(tokens, heads, state):
         run = sharded(functools.partial(op, rotation=case.rotation), *axes)
@@ -150,10 +146,10 @@ def compiled_over(topology: str, case: Case, monkeypatch) -> str:
     "topology", [name if name == "v5e:2x4" else pytest.param(name, marks=pytest.mark.slow) for name in MESHES]
 )
 @pytest.mark.parametrize(("length", "rank"), [(1, 1), (512, 1), pytest.param(512, 4, marks=pytest.mark.slow)])
-def test_compiles_over_a_mesh(topology, length, rank, monkeypatch):
+def test_compiles_over_a_mesh(topology, length, rank):
     """The kernels are in it. Nothing is gathered: only gradients of what is shared are summed, over either axis."""
     case = of_layer(batch=8, length=length, heads=32, width=64, d_state=128, rank=rank, groups=1, dtype="bfloat16")
-    text = compiled_over(topology, case, monkeypatch)
+    text = compiled_over(topology, case)
     check_kernels(text, "decode" if length == 1 else "forward+backward")
     moved = set(re.findall(r"\b(all-[a-z]+|collective-[a-z]+|reduce-scatter)(?:-start)?\(", text))
     assert moved == (set() if length == 1 else {"all-reduce"})
@@ -164,7 +160,7 @@ def test_what_is_gathered_is_seen(monkeypatch):
     """Beside the test above: outputs that every device is to have whole."""
     case = of_layer(batch=8, length=1, heads=32, width=64, d_state=128, dtype="bfloat16")
     monkeypatch.setitem(globals(), "sharded", lambda run, *axes: whole(sharded_of(run, *axes)))
-    assert "all-gather" in compiled_over("v5e:2x4", case, monkeypatch)
+    assert "all-gather" in compiled_over("v5e:2x4", case)
 
 
 sharded_of = sharded
