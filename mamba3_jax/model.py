@@ -13,6 +13,7 @@ from mamba3_jax.nn.norm import NORMS
 from mamba3_jax.nn.precision import DTYPES
 from mamba3_jax.ops.device import device
 from mamba3_jax.ops.einsum import einsum
+from mamba3_jax.ops.look_up import Split, look_up
 
 REMATS = ("", "none", "rotation", "op", "block")
 
@@ -130,6 +131,11 @@ def check_room(pattern, state, length: int, capacity: int | None) -> None:
             )
 
 
+def table_split() -> Split:
+    """Return how tokens and the table of their vectors lie on the mesh in context, by its rules (`sharding.using`)."""
+    return Split(*nn.logical_to_mesh_axes(("batch", "length")), *nn.logical_to_mesh_axes(("embed", "vocab")))
+
+
 def is_known(array) -> bool:
     """Tells whether the values are at hand: not in a compiled program, and not on other hosts."""
     return not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True)
@@ -226,7 +232,7 @@ class LanguageModel(nn.Module):
             state = self.empty_state(tokens_BL.shape[0], capacity)
         dtype = DTYPES[config.compute_dtype]
         embedding_VD = Embedding(padded_vocab(config), config.d_model, config.embedding_std, name="embedding")()
-        residual_BLD = jnp.take(embedding_VD, known_or_past(tokens_BL, config), axis=0)  # past the table: NaN
+        residual_BLD = look_up(embedding_VD, known_or_past(tokens_BL, config), table_split())  # past the table: NaN
         residual_BLD = residual_BLD.astype(jnp.float32 if config.residual_in_fp32 else dtype)
         residual_BLD = nn.with_logical_constraint(residual_BLD, ("batch", "length", None))
 

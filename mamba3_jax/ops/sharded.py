@@ -57,10 +57,15 @@ def sharded(op, batch: Axes, split: str | None):
     return call
 
 
+def axes_of(axes: Axes) -> tuple[str, ...]:
+    """Return the mesh axes as a tuple, however few."""
+    return (axes,) if isinstance(axes, str) else axes or ()
+
+
 def size_of(axes: Axes) -> int:
-    """Return how many devices of the mesh in context an axis of an array is split over; None: 1."""
+    """Return how many devices of the mesh in context an axis of an array is split over."""
     mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+    return math.prod(mesh.shape[axis] for axis in axes_of(axes))
 
 
 def undivided(*axes: Axes) -> bool:

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from mamba3_jax.ops.cross_entropy import linear_cross_entropy
+from mamba3_jax.ops.look_up import Split
 from mamba3_jax.ops.sharded import one_device, sharded
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
 from mamba3_jax.sharding import make_mesh
@@ -73,7 +74,8 @@ def check_cross_entropy():
     head_DV = random.standard_normal((width, vocab), np.float32)
     targets_BL = random.integers(0, vocab, (batch, length), np.int32)
     weights_BL = random.random((batch, length), np.float32)
-    loss = functools.partial(linear_cross_entropy, vocab_size=vocab, z_loss=0.01, tiles=4)
+    split = Split(batch="data", vocab="tensor")
+    loss = functools.partial(linear_cross_entropy, vocab_size=vocab, z_loss=0.01, tiles=4, split=split)
     run = jax.jit(jax.value_and_grad(lambda *arrays: loss(*arrays), (0, 1), has_aux=True))
     want = run(x_BLD, head_DV, targets_BL, weights_BL)
     with jax.set_mesh(mesh := mesh_of("data:2,tensor:4")):
