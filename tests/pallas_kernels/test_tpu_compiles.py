@@ -16,10 +16,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, use_abstract_mesh
 from jax.sharding import PartitionSpec as Spec
 
 from experiments.benchmarks import hlo, ssm, tpu_aot
+from mamba3_jax.config import Config, ModelConfig
 from mamba3_jax.ops.kernels import kernels
 from mamba3_jax.ops.sharded import sharded
 from mamba3_jax.ops.ssm import Heads, State, Tokens
 from mamba3_jax.ops.ssm import ssm as op
+from mamba3_jax.sharding import loading, make_mesh, using
+from mamba3_jax.train.step import batch_shapes, state_shapes, train_step
 from pallas_kernels.ssm.cases import Case, of_layer, varied
 from pallas_kernels.ssm.mosaic_tpu.config import default
 
@@ -168,3 +171,43 @@ sharded_of = sharded
 
 def whole(run):
     return lambda *inputs: jax.lax.with_sharding_constraint(run(*inputs)[0], Spec())
+
+
+@pytest.mark.full
+@pytest.mark.libtpu
+def test_a_training_step_over_a_mesh():
+    """By kernels. Over tensor two sums a layer cross forward and two backward; no activation is gathered, nor a table.
+
+    The loss has its sum in both of its branches.
+    """
+    mesh = make_mesh("data:2,fsdp:2,tensor:2", topologies.get_topology_desc("v5e:2x4", platform="tpu").devices)
+    config = Config(model=ModelConfig(vocab_size=4096, d_model=256, d_ff=384, d_state=64, head_dim=32, pattern="MM"))
+    config.model.compute_dtype, config.data.batch, config.data.length = "bfloat16", 4, 96
+    shapes = state_shapes(config, mesh)
+    shardings = jax.tree.map(lambda shape: shape.sharding, shapes)
+    with using(mesh):
+        step = jax.jit(functools.partial(train_step, config), out_shardings=(shardings, None), donate_argnums=0)
+        text = step.lower(shapes, batch_shapes(config.data, mesh)).compile().as_text()
+    check_kernels(text, "forward+backward")
+    moved = re.findall(r"= \(?(.*?) (all-reduce|all-gather)(?:-start)?\(", text)
+    shapes = [(kind, shape) for found, kind in moved for shape in re.findall(r"\w+\[([\d,]*)\]", found)]
+    assert shapes.count(("all-reduce", "1,96,256")) == 2 * 2 + 2
+    # Of one device 1 x 96 x 256, of all 4 x 96 x 256; the table is gathered over fsdp, once.
+    assert [shape for kind, shape in shapes if kind == "all-gather" and shape.endswith("96,256")] == []
+    assert {shape for kind, shape in shapes if kind == "all-gather" and re.search(r"4096|2048", shape)} <= {"256,2048"}
+
+
+@pytest.mark.libtpu
+@pytest.mark.parametrize(
+    ("topology", "spec"),
+    [("v5p:4x4x4", "data:32,tensor:2"), ("v6e:8x8", "data:16,tensor:4"), ("v5e:16x16", "data:2,fsdp:16,tensor:8")],
+)
+def test_a_torus_has_axes_of_any_size(topology, spec):
+    """Parts of a physical axis too; and every host is fed, those that share rows alike."""
+    mesh = make_mesh(spec, topologies.get_topology_desc(topology, platform="tpu").devices)
+    assert ",".join(f"{name}:{size}" for name, size in mesh.shape.items()) == spec
+    hosts = {device.process_index for device in mesh.devices.flat}
+    loaded = [loading(mesh, host) for host in sorted(hosts)]
+    (count,) = {count for _, count in loaded}
+    shares = [index for index, _ in loaded]
+    assert {shares.count(index) for index in range(count)} == {len(hosts) // count}
