@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.model import boxed_shapes
+from mamba3_jax.ops.sharded import Axes, axes_of
 
 # Logical axes that are split, and over which axes of the mesh; every other is whole on every device. What heads share
 # (the columns of in_kq_angle, norms) is not here: tensor parallelism replicates it. `embed` is the model's width in a
@@ -55,18 +56,24 @@ def make_mesh(spec: str, devices=None) -> Mesh:
     return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def rules(mesh: Mesh) -> tuple[tuple[str, str | tuple[str, ...] | None], ...]:
+def rules(mesh: Mesh) -> tuple[tuple[str, Axes], ...]:
     """`RULES` for flax: of the axes that split a logical one those of this mesh; none of them, and it is not split.
 
     A mesh that splits none has no rules: flax then constrains nothing.
     """
     if not set(AXES) & set(mesh.axis_names):
         return ()
-    return tuple((name, _one_or_all([axis for axis in RULES[name] if axis in mesh.axis_names])) for name in RULES)
+    return tuple((name, _one_or_all(axis for axis in RULES[name] if axis in mesh.axis_names)) for name in RULES)
 
 
-def _one_or_all(axes: list[str]) -> str | tuple[str, ...] | None:
-    return tuple(axes) if len(axes) > 1 else next(iter(axes), None)
+def without(axes: Axes, axis: str) -> Axes:
+    """Return the axes but one."""
+    return _one_or_all(other for other in axes_of(axes) if other != axis)
+
+
+def _one_or_all(axes) -> Axes:
+    axes = tuple(axes)
+    return axes if len(axes) > 1 else next(iter(axes), None)
 
 
 def parts(mesh: Mesh, name: str) -> int:

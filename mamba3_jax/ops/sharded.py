@@ -69,9 +69,10 @@ def size_of(axes: Axes) -> int:
 
 
 def undivided(*axes: Axes) -> bool:
-    """Tell whether nothing is split over these axes: no mesh in context, none given, or `jax.shard_map` around."""
+    """Tell whether nothing is split over these axes: no mesh in context, none given, or `jax.shard_map` over all."""
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh.size <= 1 or not any(axes) or AxisType.Manual in mesh.axis_types
+    given = {axis for some in axes for axis in axes_of(some)}
+    return mesh.size <= 1 or given <= set(mesh.manual_axes)
 
 
 def one_device() -> bool:

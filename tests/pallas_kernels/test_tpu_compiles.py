@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import re
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -17,11 +18,12 @@ from jax.sharding import PartitionSpec as Spec
 
 from experiments.benchmarks import hlo, ssm, tpu_aot
 from mamba3_jax.config import Config, ModelConfig
+from mamba3_jax.model import boxed_shapes
 from mamba3_jax.ops.kernels import kernels
 from mamba3_jax.ops.sharded import sharded
 from mamba3_jax.ops.ssm import Heads, State, Tokens
 from mamba3_jax.ops.ssm import ssm as op
-from mamba3_jax.sharding import loading, make_mesh, using
+from mamba3_jax.sharding import loading, make_mesh, parts, using
 from mamba3_jax.train.step import batch_shapes, state_shapes, train_step
 from pallas_kernels.ssm.cases import Case, of_layer, varied
 from pallas_kernels.ssm.mosaic_tpu.config import default
@@ -173,6 +175,24 @@ def whole(run):
     return lambda *inputs: jax.lax.with_sharding_constraint(run(*inputs)[0], Spec())
 
 
+STEP = ModelConfig(vocab_size=4096, d_model=256, d_ff=384, d_state=64, head_dim=32, compute_dtype="bfloat16")
+
+
+def moved_by_a_step(spec: str, accumulate: int = 1) -> tuple[str, list[tuple[str, str]]]:
+    """A training step compiled for 8 chips, and what its gathers and sums move: (kind, shape) of each array."""
+    mesh = make_mesh(spec, topologies.get_topology_desc("v5e:2x4", platform="tpu").devices)
+    config = Config(model=STEP)
+    config.optimizer.accumulate = accumulate
+    config.data.batch, config.data.length = parts(mesh, "batch") * accumulate, 96
+    shapes = state_shapes(config, mesh)
+    shardings = jax.tree.map(lambda shape: shape.sharding, shapes)
+    with using(mesh):
+        step = jax.jit(functools.partial(train_step, config), out_shardings=(shardings, None), donate_argnums=0)
+        text = step.lower(shapes, batch_shapes(config.data, mesh)).compile().as_text()
+    moved = re.findall(r"= \(?(.*?) (all-reduce|all-gather)(?:-start)?\(", text)
+    return text, [(kind, shape) for found, kind in moved for shape in re.findall(r"\w+\[([\d,]*)\]", found)]
+
+
 @pytest.mark.full
 @pytest.mark.libtpu
 def test_a_training_step_over_a_mesh():
@@ -180,21 +200,22 @@ def test_a_training_step_over_a_mesh():
 
     The loss has its sum in both of its branches.
     """
-    mesh = make_mesh("data:2,fsdp:2,tensor:2", topologies.get_topology_desc("v5e:2x4", platform="tpu").devices)
-    config = Config(model=ModelConfig(vocab_size=4096, d_model=256, d_ff=384, d_state=64, head_dim=32, pattern="MM"))
-    config.model.compute_dtype, config.data.batch, config.data.length = "bfloat16", 4, 96
-    shapes = state_shapes(config, mesh)
-    shardings = jax.tree.map(lambda shape: shape.sharding, shapes)
-    with using(mesh):
-        step = jax.jit(functools.partial(train_step, config), out_shardings=(shardings, None), donate_argnums=0)
-        text = step.lower(shapes, batch_shapes(config.data, mesh)).compile().as_text()
+    text, shapes = moved_by_a_step("data:2,fsdp:2,tensor:2")
     check_kernels(text, "forward+backward")
-    moved = re.findall(r"= \(?(.*?) (all-reduce|all-gather)(?:-start)?\(", text)
-    shapes = [(kind, shape) for found, kind in moved for shape in re.findall(r"\w+\[([\d,]*)\]", found)]
     assert shapes.count(("all-reduce", "1,96,256")) == 2 * 2 + 2
     # Of one device 1 x 96 x 256, of all 4 x 96 x 256; the table is gathered over fsdp, once.
     assert [shape for kind, shape in shapes if kind == "all-gather" and shape.endswith("96,256")] == []
     assert {shape for kind, shape in shapes if kind == "all-gather" and re.search(r"4096|2048", shape)} <= {"256,2048"}
+
+
+@pytest.mark.full
+@pytest.mark.libtpu
+def test_micro_batches_over_data_are_summed_once():
+    """Each gradient, that of the table too, which has two parts: XLA would sum in every turn of the loop, both."""
+    text, shapes = moved_by_a_step("data:8", accumulate=4)
+    check_kernels(text, "forward+backward")
+    params = jax.tree.leaves(nn.meta.unbox(boxed_shapes(STEP)))
+    assert sorted(shape for _, shape in shapes if shape) == sorted(",".join(map(str, x.shape)) for x in params)
 
 
 @pytest.mark.libtpu
