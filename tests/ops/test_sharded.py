@@ -25,6 +25,7 @@ def test_several_devices_compute_what_one_does():
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == [
         "cross_entropy",
+        "look_up",
         "a_group_on_two_devices 4 21 1 4",
         "one_row 1 21 2 4",
         "mamba2 2 21 2 4",
