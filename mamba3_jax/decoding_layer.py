@@ -18,10 +18,10 @@ from mamba3_jax.mixers.mamba3 import Mamba3
 from mamba3_jax.mixers.rates import heavy_tail
 from mamba3_jax.nn.precision import DTYPES
 from mamba3_jax.ops import kernels, projections
-from mamba3_jax.ops.device import device
 from mamba3_jax.ops.discretize import DISCRETIZATIONS, uses_previous
 from mamba3_jax.ops.projections import Product, project
 from mamba3_jax.ops.sharded import one_device
+from mamba3_jax.ops.tuned import device
 from mamba3_jax.ops.types import Heads, State, Tokens
 
 RULES = ("exponential_trapezoidal", "midpoint", "exponential_euler")  # which Triton has been seen to lower

@@ -11,9 +11,9 @@ from mamba3_jax.mixers import MIXERS, letters
 from mamba3_jax.nn.initial import linear
 from mamba3_jax.nn.norm import NORMS
 from mamba3_jax.nn.precision import DTYPES
-from mamba3_jax.ops.device import device
 from mamba3_jax.ops.einsum import einsum
 from mamba3_jax.ops.look_up import Split, look_up
+from mamba3_jax.ops.tuned import device
 
 REMATS = ("", "none", "rotation", "op", "block")
 

@@ -5,8 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mamba3_jax.ops.device import device
 from mamba3_jax.ops.scan_chunks import Chunk, over_chunks
+from mamba3_jax.ops.tuned import device
 from mamba3_jax.ops.types import Heads, State, Tokens
 
 

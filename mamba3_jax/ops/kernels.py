@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from mamba3_jax.ops import tuned
-from mamba3_jax.ops.device import device
 from mamba3_jax.ops.discretize import later_weight
 from mamba3_jax.ops.recurrent import recurrent
 from mamba3_jax.ops.state import incoming, last_state
+from mamba3_jax.ops.tuned import device
 from mamba3_jax.ops.types import Heads, State, Tokens, empty_state
 
 BACKENDS = {  # in order of preference where nothing was measured

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from mamba3_jax.ops import kernels, tuned
 from mamba3_jax.ops.associative import associative
 from mamba3_jax.ops.chunked import chunked
-from mamba3_jax.ops.device import device
 from mamba3_jax.ops.recurrent import recurrent
 from mamba3_jax.ops.rotary import ROTATIONS
 from mamba3_jax.ops.sharded import one_device
 from mamba3_jax.ops.transition import compose, of_run
+from mamba3_jax.ops.tuned import device
 from mamba3_jax.ops.types import Heads, State, Tokens, Transition, accumulator, empty_state
 
 __all__ = ["IMPLEMENTATIONS", "Heads", "State", "Tokens", "Transition", "compose", "empty_state", "ssm", "transition"]

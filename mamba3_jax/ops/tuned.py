@@ -7,7 +7,8 @@ import math
 import re
 from pathlib import Path
 
-from mamba3_jax.ops.device import device
+import jax
+
 from mamba3_jax.ops.types import Tokens, product_dtype
 
 PATH = Path(__file__).with_name("tuned.json")
@@ -34,6 +35,11 @@ class Choice:
     implementation: str
     launch: dict = dataclasses.field(default_factory=dict)  # by implementation: what it is told beside the inputs
     measured: dict = dataclasses.field(default_factory=dict)  # ms of forward+backward by implementation, commit, date
+
+
+def device():
+    """Return a device of the mesh in context, or else of the process. Of a mesh only kind and platform are known."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def choose(device: str, tokens: Tokens) -> Choice | None:
