@@ -26,5 +26,5 @@ class Block(nn.Module):
             mlp = SwiGLU(config.d_ff, dtype, out_scale=len(config.pattern) ** -0.5, name="mlp")
             y_BLD = mlp(norm(dtype, name="norm2")(residual_BLD))
             residual_BLD += y_BLD.astype(residual_BLD.dtype)
-        residual_BLD = nn.with_logical_constraint(residual_BLD, ("batch", "length", "embed"))
+        residual_BLD = nn.with_logical_constraint(residual_BLD, ("batch", "length", None))
         return residual_BLD, state

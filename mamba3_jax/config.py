@@ -189,7 +189,9 @@ class TrainConfig(Section):
     keep_best: bool = True  # and the one of the lowest validation loss
     z_loss: float = number(0.0)
     max_bad_steps: int = size(10, 1, COUNT)  # non-finite updates in a row before the run stops
-    mesh: str = "data:-1"  # axis:size, comma separated; -1: the devices that are left
+    # Axis:size, comma separated; -1: the devices that are left. data: splits rows | fsdp: rows, parameters, moments |
+    # tensor: heads, the feed-forward and the vocabulary | sequence: the length
+    mesh: str = "data:-1"
     peak_tflops: float = number(
         0.0
     )  # of one device, for model-FLOPs utilisation; 0: from the device table, else left out

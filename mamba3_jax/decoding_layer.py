@@ -21,6 +21,7 @@ from mamba3_jax.ops import kernels, projections
 from mamba3_jax.ops.discretize import DISCRETIZATIONS, uses_previous
 from mamba3_jax.ops.projections import Product, project
 from mamba3_jax.ops.sharded import one_device
+from mamba3_jax.ops.tuned import device
 from mamba3_jax.ops.types import Heads, State, Tokens
 
 RULES = ("exponential_trapezoidal", "midpoint", "exponential_euler")  # which Triton has been seen to lower
@@ -60,9 +61,9 @@ def refused(config: ModelConfig) -> str | None:
     if not config.d_ff:
         return "wants a feed-forward, not d_ff=0"
     if not one_device():
-        return f"wants one device, not {jax.device_count()}"
-    if jax.default_backend() != "gpu":
-        return f"wants a GPU, not {jax.default_backend()}"
+        return "wants one device, not several"
+    if device().platform != "gpu":
+        return f"wants a GPU, not {device().platform}"
     return projections.refused() or kernels.refused_normed(*jax.eval_shape(lambda: zeros(config)))
 
 

@@ -13,6 +13,8 @@ from mamba3_jax.nn.initial import linear
 from mamba3_jax.nn.norm import NORMS
 from mamba3_jax.nn.precision import DTYPES
 from mamba3_jax.ops.einsum import einsum
+from mamba3_jax.ops.look_up import Split, look_up
+from mamba3_jax.ops.tuned import device
 
 REMATS = ("", "none", "rotation", "op", "block")
 
@@ -80,7 +82,7 @@ def turns_at_once(repeats: int) -> int:
     All of them on GPUs, where what crosses turns is copied: a sixth of a training step, for which 12 layers on an H200
     compile 20 to 30 s longer. One elsewhere.
     """
-    return repeats if jax.default_backend() == "gpu" else 1
+    return repeats if device().platform == "gpu" else 1
 
 
 def padded_vocab(config: ModelConfig) -> int:
@@ -128,6 +130,11 @@ def check_room(pattern, state, length: int, capacity: int | None) -> None:
                 f"{length} more tokens do not fit in the state of {mixer}, which holds {held} of {most}: make the "
                 f"state with capacity={held + length} or more"
             )
+
+
+def table_split() -> Split:
+    """Return how tokens and the table of their vectors lie on the mesh in context, by its rules (`sharding.using`)."""
+    return Split(*nn.logical_to_mesh_axes(("batch", "length")), *nn.logical_to_mesh_axes(("embed", "vocab")))
 
 
 def is_known(array) -> bool:
@@ -226,9 +233,9 @@ class LanguageModel(nn.Module):
             state = self.empty_state(tokens_BL.shape[0], capacity)
         dtype = DTYPES[config.compute_dtype]
         embedding_VD = Embedding(padded_vocab(config), config.d_model, config.embedding_std, name="embedding")()
-        residual_BLD = jnp.take(embedding_VD, known_or_past(tokens_BL, config), axis=0)  # past the table: NaN
+        residual_BLD = look_up(embedding_VD, known_or_past(tokens_BL, config), table_split())  # past the table: NaN
         residual_BLD = residual_BLD.astype(jnp.float32 if config.residual_in_fp32 else dtype)
-        residual_BLD = nn.with_logical_constraint(residual_BLD, ("batch", "length", "embed"))
+        residual_BLD = nn.with_logical_constraint(residual_BLD, ("batch", "length", None))
 
         new_state = {}
         for index, (unit, repeats) in enumerate(segments(config.pattern)):

@@ -5,28 +5,45 @@ import math
 
 import flax.linen as nn
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.model import boxed_shapes
+from mamba3_jax.ops.sharded import Axes, axes_of
 
-# Logical axes that are split, each over one axis of the mesh; every other is whole on every device. What heads share
-# (the columns of in_kq_angle, norms, the state) is not here: tensor parallelism replicates it.
-RULES = {"batch": "data", "heads": "tensor", "kv_heads": "tensor", "ff": "tensor", "vocab": "tensor"}
+# Logical axes that are split, and over which axes of the mesh; every other is whole on every device. What heads share
+# (the columns of in_kq_angle, norms) is not here: tensor parallelism replicates it. `embed` is the model's width in a
+# parameter, by which fsdp splits all large ones, their gradients and the optimizer's moments; in activations it has no
+# name, since fsdp splits their rows.
+RULES = {
+    "batch": ("data", "fsdp"),
+    "length": ("sequence",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "ff": ("tensor",),
+    "vocab": ("tensor",),
+}
+AXES = tuple(dict.fromkeys(axis for axes in RULES.values() for axis in axes))
+LETTERS = {"B": "batch", "H": "heads", "K": "kv_heads", "I": "ff"}  # that names of a state's arrays end with: ssm_BHPN
 
 
 def make_mesh(spec: str, devices=None) -> Mesh:
-    """Return the mesh of "axis:size, ..." over all devices, e.g. "data:-1" or "data:2,tensor:4"; -1 takes what is left.
+    """Return the mesh of "axis:size, ..." over all devices, e.g. "data:-1" or "fsdp:2,tensor:4"; -1 takes what is left.
+
+    On a torus an axis may be any part of the physical ones.
 
     Raises:
         ValueError: an unknown axis, or sizes that do not make up the devices there are.
     """
     devices = jax.devices() if devices is None else devices
-    axes = sorted(set(RULES.values()))
     sizes = {}
     for part in spec.split(","):
         name, _, size = part.strip().partition(":")
-        if name not in axes or name in sizes or not size.lstrip("-").isdigit() or (int(size) < 1 and int(size) != -1):
+        if name not in AXES or name in sizes or not size.lstrip("-").isdigit() or (int(size) < 1 and int(size) != -1):
+            axes = ", ".join(AXES)
             raise ValueError(f"mesh={spec!r}: {part.strip()!r} is not axis:size with an axis of {axes}, each once")
         sizes[name] = int(size)
     if list(sizes.values()).count(-1) > 1:
@@ -35,17 +52,56 @@ def make_mesh(spec: str, devices=None) -> Mesh:
     sizes = {name: len(devices) // known if size == -1 else size for name, size in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(f"mesh={spec!r} does not make up the {len(devices)} devices there are")
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=devices)
+    placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def rules(mesh: Mesh) -> tuple[tuple[str, str | None], ...]:
-    """`RULES` for flax: a logical axis whose mesh axis is not in this mesh is not split.
+def rules(mesh: Mesh) -> tuple[tuple[str, Axes], ...]:
+    """`RULES` for flax: of the axes that split a logical one those of this mesh; none of them, and it is not split.
 
     A mesh that splits none has no rules: flax then constrains nothing.
     """
-    if not set(RULES.values()) & set(mesh.axis_names):
+    if not set(AXES) & set(mesh.axis_names):
         return ()
-    return tuple((name, axis if axis in mesh.axis_names else None) for name, axis in RULES.items())
+    return tuple((name, _one_or_all(axis for axis in RULES[name] if axis in mesh.axis_names)) for name in RULES)
+
+
+def without(axes: Axes, axis: str) -> Axes:
+    """Return the axes but one."""
+    return _one_or_all(other for other in axes_of(axes) if other != axis)
+
+
+def _one_or_all(axes) -> Axes:
+    axes = tuple(axes)
+    return axes if len(axes) > 1 else next(iter(axes), None)
+
+
+def parts(mesh: Mesh, name: str) -> int:
+    """Return into how many parts a logical axis is split."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in RULES[name])
+
+
+def spec_of(names, mesh: Mesh) -> PartitionSpec:
+    """Return how an array lies whose axes have these logical names, None for one that has none.
+
+    Raises:
+        ValueError: two of its axes that one axis of the mesh would split.
+    """
+    split, by = dict(rules(mesh)), {}
+    for name in names:
+        for axis in RULES.get(name, ()):
+            if axis in mesh.axis_names and axis in by:
+                raise ValueError(f"{by[axis]!r} and {name!r} are axes of one array, and both are split over {axis!r}")
+            by[axis] = name
+    return PartitionSpec(*(split.get(name) for name in names))
+
+
+def split_over(mesh: Mesh, *names: str | None) -> NamedSharding:
+    """Return the sharding of arrays whose first axes have these logical names; the others are whole."""
+    spec = list(spec_of(names, mesh))
+    while spec and spec[-1] is None:
+        spec.pop()
+    return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 @contextlib.contextmanager
@@ -59,26 +115,72 @@ def param_shardings(config: ModelConfig, mesh: Mesh):
     """Return a NamedSharding for every parameter, in the shape of the parameter tree.
 
     Raises:
-        ValueError: an axis that its mesh axis does not divide.
+        ValueError: an axis that those of the mesh do not divide; a mesh that splits the length.
     """
-    shapes = boxed_shapes(config)
-    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(shapes), mesh, rules(mesh))
+    if parts(mesh, "length") > 1:
+        raise ValueError(f"the mesh has sequence={mesh.shape['sequence']}, but no mixer can split its rows: wanted 1")
+    boxed = boxed_shapes(config)
 
-    def check(path, shape, sharding):
-        for size, axis in zip(shape.shape, sharding.spec, strict=False):
-            if axis is not None and size % mesh.shape[axis]:
-                name = jax.tree_util.keystr(path, simple=True, separator="/")
-                raise ValueError(f"{name} has an axis of {size}, not a multiple of {axis}={mesh.shape[axis]}")
+    def place(path, names, shape):
+        try:
+            return sharding_of(names, shape.shape, mesh)
+        except ValueError as error:
+            raise ValueError(f"{jax.tree_util.keystr(path, simple=True, separator='/')}: {error}") from None
 
-    jax.tree_util.tree_map_with_path(check, nn.meta.unbox(shapes), shardings)
-    return shardings
+    names = nn.get_partition_spec(boxed)
+    return jax.tree_util.tree_map_with_path(
+        place, names, nn.meta.unbox(boxed), is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
+
+
+def sharding_of(names, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Return the sharding of one array.
+
+    Raises:
+        ValueError: see `spec_of`; an axis that those of the mesh do not divide.
+    """
+    spec = spec_of(names, mesh)
+    for name, size in zip(names, shape, strict=True):
+        if name in RULES and size % parts(mesh, name):
+            over = ", ".join(f"{axis}={mesh.shape[axis]}" for axis in RULES[name] if axis in mesh.axis_names)
+            raise ValueError(f"{name!r} is an axis of {size}, not a multiple of the mesh's {over}")
+    return NamedSharding(mesh, spec)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of arrays whose first axis is the batch: tokens, targets, weights, start, logits."""
-    return NamedSharding(mesh, PartitionSpec(dict(rules(mesh)).get("batch")))
+    """Of arrays (B, L, ...): tokens, targets, weights, start, logits."""
+    return split_over(mesh, "batch", "length")
 
 
-def state_sharding(mesh: Mesh) -> NamedSharding:
-    """Of every array of a model's state: first the repeats, then the batch."""
-    return NamedSharding(mesh, PartitionSpec(None, dict(rules(mesh)).get("batch")))
+def state_shardings(state, mesh: Mesh):
+    """Return a NamedSharding for every array of a model's state, given with its shapes: rows and heads are split.
+
+    The letters of a field name its last axes; what is before them are repeats. Without letters an array is whole, and
+    so is an axis that the mesh does not divide: rows fewer than devices, say.
+    """
+
+    def place(path, array):
+        letters = getattr(path[-1], "name", "").rpartition("_")[2]
+        letters = letters if letters.isupper() else ""
+        names = [None] * (array.ndim - len(letters)) + [LETTERS.get(letter) for letter in letters]
+        pairs = zip(names, array.shape, strict=True)
+        return split_over(mesh, *(name if name and size % parts(mesh, name) == 0 else None for name, size in pairs))
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def loading(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """Return (index, count) of a process (None: this one) among those that load different rows of a batch.
+
+    Processes whose devices hold the same rows load the same. Where those of two overlap in part, all load all.
+    """
+    rows = [axis for axis in RULES["batch"] if axis in mesh.axis_names]
+    held: dict[int, set[tuple[int, ...]]] = {}
+    for place, device in np.ndenumerate(mesh.devices):
+        by_axis = dict(zip(mesh.axis_names, place, strict=True))
+        held.setdefault(device.process_index, set()).add(tuple(by_axis[axis] for axis in rows))
+    groups = sorted({tuple(sorted(places)) for places in held.values()})
+    if sum(map(len, groups)) != parts(mesh, "batch") or len({len(group) for group in groups}) > 1:
+        return 0, 1
+    own = held[jax.process_index() if process is None else process]
+    return groups.index(tuple(sorted(own))), len(groups)

@@ -353,7 +353,6 @@ def main(argv):
     del argv
     version = libtpu_version()
     jax.config.update("jax_enable_compilation_cache", False)
-    jax.default_backend = lambda: "tpu"  # nothing runs: what is traced is for a TPU
     implementations = ssm.chosen("implementations", FLAGS.implementations, IMPLEMENTATIONS)
     chips = ssm.chosen("chips", FLAGS.chips, CHIPS)
     if FLAGS.only:

@@ -62,8 +62,8 @@ class Mamba2(Mixer):
         batch, length, groups = *x_BLD.shape[:2], config.n_groups
         before, window = (None, None) if state is None else (state.ssm, state.window)
 
+        kq_BLE = einsum("bld,de->ble", x_BLD, self.in_kq, dtype=dtype)  # first, as Mamba-3's
         z_BLHP, x_BLHP = both(x_BLD, self.in_zx, dtype)
-        kq_BLE = einsum("bld,de->ble", x_BLD, self.in_kq, dtype=dtype)
         dt_BLH = einsum("bld,dh->blh", x_BLD, self.in_dt, dtype=dtype, out=jnp.float32)
         x_BLHP, kq_BLE, window = convolved(self.taps, x_BLHP, kq_BLE, window, start_BL)
         kq = kq_BLE.reshape(batch, length, 2, 1, groups, config.d_state)

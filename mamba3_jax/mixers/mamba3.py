@@ -113,9 +113,11 @@ class Mamba3(Mixer):
         Returns what the tokens leave behind, too, but for the op's state.
         """
         config, size, dtype = self.config, sizes(self.config), DTYPES[self.config.compute_dtype]
+        # First what heads share: the others' gradients of x, which tensor parallelism sums over devices, are then added
+        # to one another first, and XLA makes one sum of them.
+        kq_angle = einsum("bld,de->ble", x_BLD, self.in_kq_angle, dtype=dtype, out=jnp.float32)
         gate_BLHP, v_BLHP = both(x_BLD, self.in_zx, dtype)
         dt_a_trap = einsum("bld,dch->blch", x_BLD, self.in_dt_a_trap, dtype=dtype, out=jnp.float32)
-        kq_angle = einsum("bld,de->ble", x_BLD, self.in_kq_angle, dtype=dtype, out=jnp.float32)
 
         dt_BLH = jax.nn.softplus(dt_a_trap[:, :, 0] + self.dt_bias)
         a_log_H = self.a_log if config.a_form == "learned" else None

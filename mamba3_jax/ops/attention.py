@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as Spec
 
 from mamba3_jax.ops.einsum import einsum
-from mamba3_jax.ops.sharded import undivided
+from mamba3_jax.ops.sharded import Axes, size_of, undivided
 
 IMPLEMENTATIONS = ("cudnn", "plain")
 QUERIES = 256  # of plain attention: queries whose scores exist at a time
@@ -89,17 +89,16 @@ def cudnn(q_BLHE, k_BLKE, v_BLKE, first_BL):
     return jax.nn.dot_product_attention(q_BLHE, k_BLKE, v_BLKE, mask=mask, is_causal=True, implementation="cudnn")
 
 
-def over_mesh(attention, batch: str | None, heads: str | None):
+def over_mesh(attention, batch: Axes, heads: str | None):
     """`attention(q, k, v, first)` over the mesh in context, each device its rows and heads; without one, itself.
 
     Kernels are not left to XLA to divide: jax can only where queries, keys and values are split alike.
     """
-    mesh = jax.sharding.get_abstract_mesh()
     if undivided(batch, heads):
         return attention
 
     def call(q_BLHE, k_BLKE, v_BLKE, first_BL):
-        row = None if batch is None or q_BLHE.shape[0] % mesh.shape[batch] else batch
+        row = None if q_BLHE.shape[0] % size_of(batch) else batch
         by = Spec(row, None, heads)
         specs = (by, by, by, None if first_BL is None else Spec(row))
         return jax.shard_map(attention, in_specs=specs, out_specs=by, check_vma=False)(q_BLHE, k_BLKE, v_BLKE, first_BL)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mamba3_jax.ops.scan_chunks import Chunk, over_chunks
+from mamba3_jax.ops.tuned import device
 from mamba3_jax.ops.types import Heads, State, Tokens
 
 
@@ -19,7 +20,7 @@ def chunked(tokens: Tokens, heads: Heads, state: State | None, *, rotation: str,
 
 def _default(rank: int) -> int:
     """Return the fastest size measured (experiments/benchmarks): an accelerator wants fewer and larger products."""
-    if jax.default_backend() == "cpu":
+    if device().platform == "cpu":
         return max(16, 64 // rank)
     return max(64, 128 // rank)
 

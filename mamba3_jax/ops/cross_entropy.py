@@ -1,12 +1,16 @@
 """Next-token cross entropy as sums over tokens, from logits or, without ever holding them all, from features."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as Spec
 
 from mamba3_jax.ops.einsum import product
+from mamba3_jax.ops.look_up import WHOLE, Split
+from mamba3_jax.ops.sharded import axes_of, size_of, undivided
 
 REACH = 2.0**60  # of a sum of exp(logit - logit[target]): a target that is less likely than e^-41 is beyond it
 TILE = 2**29  # logits that exist at a time on a device: 2 GiB in float32, 4,186 tokens of a vocabulary of 128,256
@@ -103,9 +107,16 @@ def objective(parts: Sums, z_loss: float):
     return parts.nll + z_loss * parts.z
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnames=("vocab_size", "z_loss", "tiles"))
+@functools.partial(jax.custom_vjp, nondiff_argnames=("vocab_size", "z_loss", "tiles", "split"))
 def linear_cross_entropy(
-    x_BLD, head_DV, targets_BL, weights_BL, vocab_size: int, z_loss: float = 0.0, tiles: int | None = None
+    x_BLD,
+    head_DV,
+    targets_BL,
+    weights_BL,
+    vocab_size: int,
+    z_loss: float = 0.0,
+    tiles: int | None = None,
+    split: Split = WHOLE,
 ) -> tuple[jax.Array, Sums]:
     """(objective, sums) of logits = x head, of which only those of a tile of every row exist at a time.
 
@@ -115,8 +126,11 @@ def linear_cross_entropy(
 
     so logits are computed once and the backward pass multiplies by a number. Products run in x's dtype with float32
     sums (float32: true float32 products); dlogit, over what is the same for a row, and the features, times it, are
-    rounded to x's dtype before its two. Beside the gradients, memory is a tile's logits. Columns split over a mesh axis
-    stay split: a few numbers a token cross it, and dx. (The idea is Liger's and jax-linear-attention's.)
+    rounded to x's dtype before its two. Beside the gradients, memory is a tile's logits. (The idea is Liger's and
+    jax-linear-attention's.)
+
+    Columns split over a mesh axis stay split: a few numbers a token cross it, and dx. Every device takes its own rows:
+    it gathers the head in x's dtype, once, and its gradient is summed over devices in float32, once and not a tile.
 
     Args:
         x_BLD: features, float32 or bfloat16.
@@ -126,23 +140,70 @@ def linear_cross_entropy(
         vocab_size: columns that are ids.
         z_loss: see `objective`.
         tiles: how many parts the length is cut into; None: as few as keep a device's logits within `TILE`.
+        split: how rows, length and the head's D and V lie on the mesh in context (`jax.set_mesh`).
 
     Returns:
         The objective, a float32 scalar, and the `Sums`.
     """
-    head_DV = head_DV.astype(x_BLD.dtype)
 
-    def tile(x_BLD, targets_BL, weights_BL):
-        return sums(_logits(x_BLD, head_DV), targets_BL, weights_BL, vocab_size), ()
+    def score(x_BLD, head_DV, targets_BL, weights_BL, total):
+        def tile(x_BLD, targets_BL, weights_BL):
+            return sums(_logits(x_BLD, head_DV), targets_BL, weights_BL, vocab_size), ()
 
-    parts, _ = _over_tiles(tile, tiles, head_DV, (x_BLD, targets_BL, weights_BL))
+        return total(_over_tiles(tile, tiles, head_DV, (x_BLD, targets_BL, weights_BL))[0]), None, None
+
+    parts, _, _ = _by_rows(score, split, x_BLD, head_DV.astype(x_BLD.dtype), targets_BL, weights_BL)
     return objective(parts, z_loss), parts
 
 
-def _forward(x_BLD, head_DV, targets_BL, weights_BL, vocab_size, z_loss, tiles):
+def _forward(x_BLD, head_DV, targets_BL, weights_BL, vocab_size, z_loss, tiles, split):
+    own = functools.partial(_own_rows, vocab_size=vocab_size, z_loss=z_loss, tiles=tiles, out=head_DV.dtype)
+    found = _by_rows(own, split, x_BLD, head_DV.astype(x_BLD.dtype), targets_BL, weights_BL)
+    parts, dhead_DV, dx_BLD = found
+    # XLA for CPU (jax 0.10.2) dies of a transposed bfloat16 product that is summed into float32.
+    return (objective(parts, z_loss), parts), (dx_BLD, jax.lax.optimization_barrier(dhead_DV))
+
+
+def _by_rows(run, split: Split, x_BLD, head_DV, targets_BL, weights_BL):
+    """Run on every device its rows with the whole of D; the vocabulary is XLA's to divide.
+
+    `run` is given a function that sums over all rows, and returns (sums, dhead_DV or None, dx_BLD or None).
+    """
+    rows = (*axes_of(split.batch), *axes_of(split.length))
+    if undivided(*rows) or x_BLD.shape[0] % size_of(split.batch) or x_BLD.shape[1] % size_of(split.length):
+        return run(x_BLD, head_DV, targets_BL, weights_BL, total=lambda parts: parts)
+
+    def by_columns(move, array_DV):
+        """Move each device's columns alone: XLA would first make of an array that it divides a whole one."""
+        spec = Spec(None, split.vocab)
+        run = functools.partial(jax.shard_map, in_specs=spec, out_specs=spec, axis_names={split.vocab}, check_vma=False)
+        return run(move)(array_DV) if split.vocab else move(array_DV)
+
+    def gathered(head_DV):
+        return jax.lax.all_gather(head_DV, split.width, axis=0, tiled=True) if split.width else head_DV
+
+    def own(x_BLD, head_DV, targets_BL, weights_BL):
+        head_DV = by_columns(gathered, head_DV)
+        total = lambda parts: jax.lax.psum(parts, rows)  # noqa: E731
+        parts, dhead_DV, dx_BLD = run(x_BLD, head_DV, targets_BL, weights_BL, total=total)
+        return parts, jax.tree.map(functools.partial(by_columns, over_rows), dhead_DV), dx_BLD
+
+    def over_rows(dhead_DV):
+        if split.width:
+            dhead_DV = jax.lax.psum_scatter(dhead_DV, split.width, scatter_dimension=0, tiled=True)
+        others = tuple(axis for axis in rows if axis != split.width)
+        return jax.lax.psum(dhead_DV, others) if others else dhead_DV
+
+    by_token, of_head = Spec(split.batch, split.length), Spec(split.width)
+    specs = {"in_specs": (by_token, of_head, by_token, by_token), "out_specs": (Spec(), of_head, by_token)}
+    over = jax.shard_map(own, **specs, axis_names={*rows}, check_vma=False)
+    return over(x_BLD, head_DV, targets_BL, weights_BL)
+
+
+def _own_rows(x_BLD, narrow_DV, targets_BL, weights_BL, *, vocab_size, z_loss, tiles, out, total):
+    """Return (sums, dhead_DV in `out`, dx_BLD); `total` sums over all rows what has to be the same for them."""
     dtype = x_BLD.dtype
-    narrow_DV = head_DV.astype(dtype)
-    over_tiles = functools.partial(_over_tiles, tiles=tiles, head_DV=head_DV, arrays=(x_BLD, targets_BL, weights_BL))
+    over_tiles = functools.partial(_over_tiles, tiles=tiles, head_DV=narrow_DV, arrays=(x_BLD, targets_BL, weights_BL))
 
     def near(x_BLD, targets_BL, weights_BL):
         """Form dlogit = w z / sum (exp(logit - logit[target]) - [v = target] sum / z),  z = 1 + 2 z_loss log Z.
@@ -158,7 +219,7 @@ def _forward(x_BLD, head_DV, targets_BL, weights_BL, vocab_size, z_loss, tiles):
         scale_BL1 = (weights_BL * by_z_BL / found.sum_BL)[..., None]
         dx_BLD = (scale_BL1 * product("blv,dv->bld", e_BLV, narrow_DV, jnp.float32)).astype(dtype)
         scaled_BLD = (scale_BL1 * x_BLD.astype(jnp.float32)).astype(dtype)
-        dhead_DV = product("bld,blv->dv", scaled_BLD, e_BLV, head_DV.dtype)
+        dhead_DV = product("bld,blv->dv", scaled_BLD, e_BLV, out)
         fit = jnp.all((found.sum_BL < REACH) & (by_z_BL > 1 / REACH))
         return (added(found.scores, weights_BL), dhead_DV, (~fit).astype(jnp.int32)), dx_BLD
 
@@ -171,17 +232,16 @@ def _forward(x_BLD, head_DV, targets_BL, weights_BL, vocab_size, z_loss, tiles):
         hit_BLV = jnp.arange(logits_BLV.shape[-1]) == targets_BL[..., None]
         dlogits_BLV = jnp.where(weight_BL1 == 0, 0.0, weight_BL1 * (p_BLV - hit_BLV)).astype(dtype)
         dx_BLD = product("blv,dv->bld", dlogits_BLV, narrow_DV, dtype)
-        dhead_DV = product("bld,blv->dv", x_BLD, dlogits_BLV, head_DV.dtype)
+        dhead_DV = product("bld,blv->dv", x_BLD, dlogits_BLV, out)
         return (added(found, weights_BL), dhead_DV), dx_BLD
 
     (*found, beyond), dx_BLD = over_tiles(near)
-    total, dx_BLD = jax.lax.cond(beyond == 0, lambda: (tuple(found), dx_BLD), lambda: over_tiles(far))
-    parts, dhead_DV = total
-    # XLA for CPU (jax 0.10.2) dies of a transposed bfloat16 product that is summed into float32.
-    return (objective(parts, z_loss), parts), (dx_BLD, jax.lax.optimization_barrier(dhead_DV))
+    near_enough = total(beyond) == 0  # for all rows or none: every device takes the same branch
+    (parts, dhead_DV), dx_BLD = jax.lax.cond(near_enough, lambda: (tuple(found), dx_BLD), lambda: over_tiles(far))
+    return total(parts), dhead_DV, dx_BLD
 
 
-def _backward(vocab_size, z_loss, tiles, gradients, cotangent):
+def _backward(vocab_size, z_loss, tiles, split, gradients, cotangent):
     d_objective, _ = cotangent
     dx_BLD, dhead_DV = ((d_objective * x.astype(jnp.float32)).astype(x.dtype) for x in gradients)
     return dx_BLD, dhead_DV, None, None
@@ -195,7 +255,8 @@ def _over_tiles(tile, tiles: int | None, head_DV, arrays):
     (batch, length), vocab = arrays[0].shape[:2], head_DV.shape[-1]
     if tiles is None:
         mesh = jax.sharding.get_abstract_mesh()
-        tiles = -(-batch * length * vocab // (TILE * max(mesh.size, 1)))
+        left = [size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes]  # to XLA
+        tiles = -(-batch * length * vocab // (TILE * math.prod(left)))
     each = -(-length // max(1, min(tiles, length)))
     tiles = -(-length // each)
     if tiles == 1:

@@ -14,6 +14,7 @@ from mamba3_jax.ops import tuned
 from mamba3_jax.ops.discretize import later_weight
 from mamba3_jax.ops.recurrent import recurrent
 from mamba3_jax.ops.state import incoming, last_state
+from mamba3_jax.ops.tuned import device
 from mamba3_jax.ops.types import Heads, State, Tokens, empty_state
 
 BACKENDS = {  # in order of preference where nothing was measured
@@ -43,7 +44,7 @@ def kernels(
         chunk: tokens a chunk, rounded to what the kernels can do. Performance only.
         backend: a name in `BACKENDS`.
         interpret: runs the kernels' program on any backend, slowly, for tests: True, or Pallas's parameters of it.
-        anywhere: does not ask whether this process has the device: to trace and compile for another one.
+        anywhere: does not ask which device it is for: to trace and compile for another than `device`.
         config: what the backend's `scan` or `step` is told beside. What is not given is the table's (`tuned`) or, where
             it has nothing, the backend's choice. Performance only.
 
@@ -84,7 +85,7 @@ def normed_step(tokens: Tokens, heads: Heads, state: State, norms: tuple, *, rot
 
 
 def refused_normed(tokens: Tokens, heads: Heads, state: State, norms: tuple) -> str | None:
-    """Return what keeps `normed_step` from these inputs, or their shapes, on this process's devices; None: nothing."""
+    """Return what keeps `normed_step` from these inputs, or their shapes, on this device; None: nothing."""
     if NORMED not in BACKENDS:
         return f"wants a backend {NORMED!r}"
     module = _module(NORMED)
@@ -97,10 +98,15 @@ def normed_token(tokens: Tokens, heads: Heads, state: State, norms: tuple):
     return token._replace(weights=token.weights._replace(q_norm_N=norms[0], k_norm_N=norms[1]))
 
 
+def available(backend: str) -> bool:
+    """Tell whether the device is one that a backend's kernels are for."""
+    return _module(backend).available() is None
+
+
 def refused(backend: str, tokens: Tokens) -> str | None:
-    """Return what keeps these inputs from a backend on this process's devices; None: nothing."""
+    """Return what keeps these inputs from a backend on this device; None: nothing."""
     shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), tokens)
-    return _module(backend).available() or _unsupported(backend, shapes, jax.devices()[0].device_kind)
+    return _module(backend).available() or _unsupported(backend, shapes, device().device_kind)
 
 
 def _module(backend: str):

@@ -9,15 +9,17 @@ from jax.sharding import PartitionSpec as Spec
 
 from mamba3_jax.ops.types import Heads, State, Tokens, empty_state
 
+Axes = str | tuple[str, ...] | None  # of the mesh, over which one axis of an array is split
 
-def sharded(op, batch: str | None, split: str | None):
+
+def sharded(op, batch: Axes, split: str | None):
     """`op(tokens, heads, state)`, e.g. `ssm`, over the mesh in context (`jax.set_mesh`); without one, `op` itself.
 
     XLA divides plain code over devices by itself, but not a kernel. What heads share is whole on each of them, and its
     gradient the sum of theirs.
 
     Args:
-        batch: the mesh axis that rows are split over, or None. Too few rows to split are whole on every device.
+        batch: the mesh axis or axes that rows are split over, or None. Too few rows to split are whole on every device.
         split: the mesh axis that heads are split over, or None.
 
     Raises:
@@ -32,7 +34,7 @@ def sharded(op, batch: str | None, split: str | None):
         parts = mesh.shape[split] if split else 1
         if n_heads % parts:
             raise ValueError(f"{n_heads=} is not a multiple of the mesh's {split}={parts}")
-        row = None if batch is None or rows % mesh.shape[batch] else batch
+        row = None if rows % size_of(batch) else batch
         by_group = by_angle = None
         if tokens.angle_BLHS is not None and tokens.angle_BLHS.shape[2] > 1:
             by_angle = split
@@ -55,16 +57,33 @@ def sharded(op, batch: str | None, split: str | None):
     return call
 
 
-def undivided(*axes: str | None) -> bool:
-    """Tell whether nothing is split over these axes: no mesh in context, none given, or `jax.shard_map` around."""
+def axes_of(axes: Axes) -> tuple[str, ...]:
+    """Return the mesh axes as a tuple, however few."""
+    return (axes,) if isinstance(axes, str) else axes or ()
+
+
+def size_of(axes: Axes) -> int:
+    """Return how many devices of the mesh in context an axis of an array is split over."""
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh.size <= 1 or not any(axes) or AxisType.Manual in mesh.axis_types
+    return math.prod(mesh.shape[axis] for axis in axes_of(axes))
+
+
+def undivided(*axes: Axes) -> bool:
+    """Tell whether nothing is split over these axes: no mesh in context, none given, or `jax.shard_map` over all."""
+    mesh = jax.sharding.get_abstract_mesh()
+    given = {axis for some in axes for axis in axes_of(some)}
+    return mesh.size <= 1 or given <= set(mesh.manual_axes)
 
 
 def one_device() -> bool:
-    """Whether one device computes what is traced: there is no other, or it is inside `jax.shard_map`."""
+    """Whether one device computes what is traced: its mesh has no other, or it is inside `jax.shard_map`.
+
+    Without a mesh in context arrays may lie on any of the process's devices.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return jax.device_count() == 1 or mesh.size == 1 or set(mesh.axis_types) == {AxisType.Manual}
+    if mesh.empty:
+        return jax.device_count() == 1
+    return mesh.size == 1 or set(mesh.axis_types) == {AxisType.Manual}
 
 
 def _where(arrays, specs):

@@ -1,6 +1,7 @@
 """The front door of the state space op: checks, the table of implementations, `ssm` itself and its state-only pass."""
 
-import jax
+import warnings
+
 import jax.numpy as jnp
 
 from mamba3_jax.ops import kernels, tuned
@@ -10,6 +11,7 @@ from mamba3_jax.ops.recurrent import recurrent
 from mamba3_jax.ops.rotary import ROTATIONS
 from mamba3_jax.ops.sharded import one_device
 from mamba3_jax.ops.transition import compose, of_run
+from mamba3_jax.ops.tuned import device
 from mamba3_jax.ops.types import Heads, State, Tokens, Transition, accumulator, empty_state
 
 __all__ = ["IMPLEMENTATIONS", "Heads", "State", "Tokens", "Transition", "compose", "empty_state", "ssm", "transition"]
@@ -106,19 +108,28 @@ def plain(tokens: Tokens) -> str:
 def default_implementation(tokens: Tokens) -> str:
     """Return what was measured to be the fastest on this device (`tuned`), or else kernels for it; or else plain XLA.
 
-    XLA cannot divide a kernel over devices as it divides plain code: that takes `ops.sharded`.
+    XLA cannot divide a kernel over devices as it divides plain code: that takes `ops.sharded`. Plain XLA where the
+    device has kernels says why, in a warning.
 
     Raises:
         ValueError: the table of tuned configs names an implementation that is not one.
     """
-    if not one_device():
-        return plain(tokens)
-    entry = tuned.choose(jax.devices()[0].device_kind, tokens)
+    kind = device().device_kind
+    entry = tuned.choose(kind, tokens)
     if entry is not None and entry.implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{tuned.PATH} has {entry}, whose implementation is not one of {sorted(IMPLEMENTATIONS)}")
     wanted = [*([entry.implementation] if entry else []), *kernels.BACKENDS]
-    runs = (name for name in wanted if name in PLAIN or kernels.refused(name, tokens) is None)
-    return next(runs, plain(tokens))
+    why = {}
+    for name in wanted:
+        if name in PLAIN or (wish := kernels.refused(name, tokens)) is None:
+            if name in PLAIN or one_device():
+                return name
+            wish = "wants each device's part alone, and no mesh in context says it (mamba3_jax.sharding.using)"
+        why[name] = wish
+    if left := {name: wish for name, wish in why.items() if kernels.available(name)}:
+        reasons = "; ".join(f"{name} {wish}" for name, wish in left.items())
+        warnings.warn(f"the op runs in plain XLA on {kind}, whose kernels are left out: {reasons}", stacklevel=2)
+    return plain(tokens)
 
 
 def check(tokens: Tokens, heads: Heads, state: State | None, rotation: str, chunk: int | None) -> None:

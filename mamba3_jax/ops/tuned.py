@@ -37,6 +37,11 @@ class Choice:
     measured: dict = dataclasses.field(default_factory=dict)  # ms of forward+backward by implementation, commit, date
 
 
+def device():
+    """Return a device of the mesh in context, or else of the process. Of a mesh only kind and platform are known."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+
+
 def choose(device: str, tokens: Tokens) -> Choice | None:
     """Return the entry for these inputs: of this device, or else of one of its architecture; None where nothing fits.
 
@@ -61,8 +66,8 @@ def choose(device: str, tokens: Tokens) -> Choice | None:
 
 
 def config(implementation: str, tokens: Tokens) -> dict:
-    """Return what the table tells this implementation for these inputs on this process's devices; mostly nothing."""
-    entry = choose(jax.devices()[0].device_kind, tokens)
+    """Return what the table tells this implementation for these inputs on this device; mostly nothing."""
+    entry = choose(device().device_kind, tokens)
     told = entry.launch.get(implementation, {}) if entry else {}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
 

@@ -20,7 +20,7 @@ from mamba3_jax.config import Config, check
 from mamba3_jax.data import Batch, loader, tokenizer, tokenizer_copy
 from mamba3_jax.finite import check_finite
 from mamba3_jax.ops.cross_entropy import Sums
-from mamba3_jax.sharding import make_mesh, using
+from mamba3_jax.sharding import loading, make_mesh, parts, using
 from mamba3_jax.train import flops, metrics, optimizer, resume
 from mamba3_jax.train.loss import bits_per_byte, means
 from mamba3_jax.train.step import TrainState, batch_shapes, eval_step, init_state, put, state_shapes, train_step
@@ -50,11 +50,17 @@ def validate(config: Config, mesh: Mesh | None = None) -> None:
     mesh = mesh or make_mesh(config.train.mesh)
     model.validate(config.model)
     optimizer.validate(config.optimizer)
-    parts = mesh.shape.get("data", 1) * config.optimizer.accumulate
-    if config.data.batch % parts:
+    rows, columns = parts(mesh, "batch"), parts(mesh, "length")
+    if config.data.batch % (rows * config.optimizer.accumulate):
         raise ValueError(
-            f"data.batch={config.data.batch} is not a positive multiple of {parts}: "
-            f"optimizer.accumulate={config.optimizer.accumulate} x the data axis of train.mesh={config.train.mesh!r}"
+            f"data.batch={config.data.batch} is not a positive multiple of {rows * config.optimizer.accumulate}: "
+            f"optimizer.accumulate={config.optimizer.accumulate} x the {rows} parts that rows are split into by "
+            f"train.mesh={config.train.mesh!r}"
+        )
+    if config.data.length % columns:
+        raise ValueError(
+            f"data.length={config.data.length} is not a multiple of {columns}: the parts that rows are cut into by "
+            f"train.mesh={config.train.mesh!r}"
         )
     if (ids := tokenizer(config.data).vocab_size) > config.model.vocab_size:
         raise ValueError(f"model.vocab_size={config.model.vocab_size} is less than the {ids} ids of the tokenizer")
@@ -80,11 +86,12 @@ class Trainer:
             self.report(f"tokenizer: {config.data.tokenizer}, the run's own copy of {given.data.tokenizer}")
         self.shapes, self.batch = self._shapes()
         memory.fit_device(memory.training(config, self.shapes, self.batch))
-        memory.fit(memory.validation(config, jax.process_count()), "this host", memory.free_on_host())
+        place = loading(self.mesh)
+        memory.fit(memory.validation(config, place[1]), "this host", memory.free_on_host())
         self.workdir.mkdir(parents=True, exist_ok=True)
         self._check_resume()
 
-        host = {"host": (jax.process_index(), jax.process_count()), "vocab_size": config.model.vocab_size}
+        host = {"host": place, "vocab_size": config.model.vocab_size}
         batches = config.train.eval_batches if config.train.eval_every else 0
         self.valid = list(itertools.islice(loader(config.data, "valid", **host), batches)) if batches else []
         with contextlib.ExitStack() as stack:

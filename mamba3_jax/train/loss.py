@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from mamba3_jax.config import Config, DataConfig
 from mamba3_jax.data.batch import Batch
-from mamba3_jax.model import LanguageModel
+from mamba3_jax.model import LanguageModel, table_split
 from mamba3_jax.ops.cross_entropy import Sums, linear_cross_entropy
 
 
@@ -16,7 +16,13 @@ def batch_loss(config: Config, params, batch: Batch) -> tuple[jax.Array, Sums]:
     model = LanguageModel(config.model)
     x_BLD, head_DV, _ = model.apply({"params": params}, batch.tokens_BL, None, batch.start_BL, method="features")
     return linear_cross_entropy(
-        x_BLD, head_DV, batch.targets_BL, batch.weights_BL, config.model.vocab_size, config.train.z_loss
+        x_BLD,
+        head_DV,
+        batch.targets_BL,
+        batch.weights_BL,
+        config.model.vocab_size,
+        config.train.z_loss,
+        split=table_split(),
     )
 
 

@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,7 +14,7 @@ from mamba3_jax.data.batch import Batch
 from mamba3_jax.finite import all_finite
 from mamba3_jax.model import init_params
 from mamba3_jax.ops.cross_entropy import Sums, objective
-from mamba3_jax.sharding import batch_sharding, param_shardings
+from mamba3_jax.sharding import batch_sharding, loading, param_shardings, without
 from mamba3_jax.train.loss import batch_loss, means
 from mamba3_jax.train.optimizer import optimizer, schedule
 
@@ -64,21 +65,40 @@ def gradients(config: Config, params, batch: Batch) -> tuple[Any, Sums]:
     full batch whatever weights its parts have.
     """
     count = config.optimizer.accumulate
-
     gradient = jax.grad(partial(batch_loss, config), has_aux=True)
 
-    def micro(carry, batch):
-        return jax.tree.map(jnp.add, carry, gradient(params, batch)), None
-
-    if count == 1:
-        grads, parts = gradient(params, batch)
-    else:
+    def accumulated(params, batch):
         # Micro-batch i takes rows i, i + count, ...: of every device's rows an equal part.
         split = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
         zeros = (jax.tree.map(jnp.zeros_like, params), Sums._make(jnp.zeros(len(Sums._fields))))
-        (grads, parts), _ = jax.lax.scan(micro, zeros, split)
+
+        def add(total, batch):
+            return jax.tree.map(jnp.add, total, gradient(params, batch)), None
+
+        return jax.lax.scan(add, zeros, split)[0]
+
+    grads, parts = gradient(params, batch) if count == 1 else summed_once(accumulated)(params, batch)
     weight = jnp.where(parts.weight > 0, parts.weight, 1)
     return jax.tree.map(lambda g: g / weight, grads), parts
+
+
+def summed_once(gradient):
+    """Return `gradient(params, batch)` that sums over the mesh's data axis at its end, where XLA sums at every use.
+
+    Over fsdp sums stay where they are, since no device has room for a whole gradient. Beside tensor so do all: inside
+    `jax.shard_map` XLA would divide what heads share over it too, and move that in every layer.
+    """
+    axis, mesh = "data", jax.sharding.get_abstract_mesh()
+    if mesh.shape.get(axis, 1) == 1 or mesh.shape.get("tensor", 1) > 1:
+        return gradient
+
+    def own(params, batch):
+        left = tuple((name, without(axes, axis)) for name, axes in nn.get_logical_axis_rules())
+        with nn.logical_axis_rules(left):
+            return jax.lax.psum(gradient(params, batch), axis)
+
+    specs = {"in_specs": (PartitionSpec(), PartitionSpec(axis)), "out_specs": PartitionSpec()}
+    return jax.shard_map(own, **specs, axis_names={axis}, check_vma=False)
 
 
 def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
@@ -142,6 +162,11 @@ def batch_shapes(config: DataConfig, mesh: Mesh) -> Batch:
 
 
 def put(batch: Batch, mesh: Mesh) -> Batch:
-    """Return this host's rows as its part of the global batch on the mesh."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    """Return the rows that this process loads (`sharding.loading`), whole, as its part of the global batch."""
+    sharding, (_, count) = batch_sharding(mesh), loading(mesh)
+
+    def place(x_BL):
+        shape = (x_BL.shape[0] * count, *x_BL.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, x_BL, shape)
+
+    return jax.tree.map(place, batch)

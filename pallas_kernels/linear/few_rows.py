@@ -25,6 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.device import target
 from pallas_kernels.linear.tiles import Tile, default_tile, kind_of
 
 NORM_EPS = 1e-5
@@ -46,8 +47,8 @@ class Product:
 
 
 def available() -> str | None:
-    """Return what the kernel wants of this process's devices, and what it got; None: nothing."""
-    device = jax.devices()[0].device_kind
+    """Return what the kernel wants of the device, and what it got; None: nothing."""
+    device = target().device_kind
     return None if "NVIDIA" in device else f"needs an NVIDIA GPU, not {device!r}"
 
 

@@ -2,7 +2,7 @@
 
 A backend is a package of this folder with four functions and a number:
 
-    available() -> str | None                 what it wants of this process's devices, and what it got; None: it can run
+    available() -> str | None                 what it wants of the device, and what it got; None: it can run
     unsupported(inputs) -> str | None         likewise of a `Row` or a `Token`; arrays may be `jax.ShapeDtypeStruct`
     scan(row, rotation, *, interpret, **config) -> Scanned
     step(token, rotation, *, interpret, **config) -> Stepped

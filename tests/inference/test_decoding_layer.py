@@ -13,7 +13,6 @@ from mamba3_jax import decoding, decoding_layer
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.decoding_layer import RULES, Layer
 from mamba3_jax.model import LanguageModel, init_params
-from mamba3_jax.ops import projections
 from mamba3_jax.presets import PRESETS
 from pallas_kernels.ssm import mosaic_gpu
 from tests.helpers import rel_rms
@@ -90,12 +89,10 @@ def test_a_step_is_todays(name, batch):
 
 
 @pytest.fixture
-def hopper(monkeypatch):
-    """A process that has a Hopper GPU, as far as it is asked."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for module in (projections, decoding_layer.projections):
-        monkeypatch.setattr(module, "refused", lambda: None)
-    monkeypatch.setattr(mosaic_gpu, "available", lambda: None)
+def hopper():
+    """A Hopper GPU that programs are for."""
+    with use_abstract_mesh(GPU):
+        yield
 
 
 def is_arranged(config: ModelConfig, params) -> bool:
@@ -133,10 +130,9 @@ def test_not_on_another_gpu(hopper, monkeypatch):
     assert not is_arranged(*params_of("siso"))
 
 
-def test_not_over_a_mesh(hopper, monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: 2)
-    with use_abstract_mesh(AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,))):
-        assert decoding_layer.refused(SMALL) == "wants one device, not 2"
+def test_not_over_a_mesh():
+    with use_abstract_mesh(AbstractMesh((2,), ("data",), (AxisType.Auto,), abstract_device=GPU.abstract_device)):
+        assert decoding_layer.refused(SMALL) == "wants one device, not several"
         assert not is_arranged(*params_of("siso"))
 
 

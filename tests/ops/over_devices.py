@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from mamba3_jax.ops.cross_entropy import linear_cross_entropy
+from mamba3_jax.ops.look_up import Split, look_up
 from mamba3_jax.ops.sharded import one_device, sharded
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
 from mamba3_jax.sharding import make_mesh
@@ -73,7 +74,8 @@ def check_cross_entropy():
     head_DV = random.standard_normal((width, vocab), np.float32)
     targets_BL = random.integers(0, vocab, (batch, length), np.int32)
     weights_BL = random.random((batch, length), np.float32)
-    loss = functools.partial(linear_cross_entropy, vocab_size=vocab, z_loss=0.01, tiles=4)
+    split = Split(batch="data", vocab="tensor")
+    loss = functools.partial(linear_cross_entropy, vocab_size=vocab, z_loss=0.01, tiles=4, split=split)
     run = jax.jit(jax.value_and_grad(lambda *arrays: loss(*arrays), (0, 1), has_aux=True))
     want = run(x_BLD, head_DV, targets_BL, weights_BL)
     with jax.set_mesh(mesh := mesh_of("data:2,tensor:4")):
@@ -98,8 +100,35 @@ def check_cross_entropy():
     print("cross_entropy")
 
 
+def check_look_up():
+    """Rows, width and entries split: one device's rows to the bit, NaN past the table, and its gradient."""
+    random = np.random.default_rng(0)
+    table_VD, dx_BLD = random.standard_normal((12, 8), np.float32), random.standard_normal((8, 6, 8), np.float32)
+    tokens_BL = random.integers(0, 12, (8, 6), np.int32)
+    tokens_BL[3, 2] = 12
+
+    def run(split, table_VD):
+        x_BLD, pull = jax.vjp(lambda table_VD: look_up(table_VD, tokens_BL, split), table_VD)
+        return x_BLD, pull(dx_BLD)[0]
+
+    want = jax.jit(functools.partial(run, Split()))(table_VD)
+    assert np.isnan(want[0][3, 2]).all()
+    with jax.set_mesh(mesh := make_mesh("data:2,fsdp:2,tensor:2")):
+        split = Split(batch=("data", "fsdp"), width="fsdp", vocab="tensor")
+        place = NamedSharding(mesh, Spec("tensor", "fsdp"))
+        compiled = jax.jit(functools.partial(run, split), out_shardings=(None, place)).lower(table_VD).compile()
+        got = compiled(jax.device_put(table_VD, place))
+    np.testing.assert_array_equal(got[0], want[0])
+    assert rel_rms(got[1], want[1]) < 1e-6
+    gathered = re.findall(r"= (\w+)\[[\d,]*\]\S* all-gather\(", compiled.as_text())
+    assert gathered, "tokens"
+    assert set(gathered) == {"s32"}, "and neither the table nor rows"
+    print("look_up")
+
+
 def main():
     check_cross_entropy()
+    check_look_up()
     for name in ("triton", "mosaic_tpu"):
         # Not the TPU's interpreter: of several devices side by side, that can wait for itself (jax 0.10).
         IMPLEMENTATIONS[name] = functools.partial(IMPLEMENTATIONS[name], interpret=True)

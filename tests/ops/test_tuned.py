@@ -1,5 +1,6 @@
 """The table of what was measured to be the fastest: which entry serves, and that what cannot be is refused."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import use_abstract_mesh
 
 from mamba3_jax.ops import kernels, ssm, tuned
 from mamba3_jax.ops.tuned import Choice, choose
@@ -16,6 +18,7 @@ from mamba3_jax.ops.types import Heads
 from pallas_kernels.ssm.cases import SISO
 from pallas_kernels.ssm.triton.config import Launch, Tile, order_of, tile_of
 from tests.ops.cases import bfloat16, draw
+from tests.pallas_kernels.family import GPU, mesh_of
 
 SHAPE = SISO._replace(batch=2, length=48, heads=32, groups=1, d_state=128, width=64, planes=32)
 ENTRY = Choice("NVIDIA H200", 1, "bfloat16", width=64, d_state=128, heads=64, length=48, implementation="triton")
@@ -56,8 +59,9 @@ def test_the_nearest_entry_serves(table):
 
 
 @pytest.fixture
-def on_h200(monkeypatch):
-    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H200")])
+def on_h200():
+    with use_abstract_mesh(GPU):
+        yield
 
 
 def test_the_default_implementation(table, on_h200, monkeypatch):
@@ -88,16 +92,14 @@ def test_the_default_implementation(table, on_h200, monkeypatch):
 
 @pytest.fixture
 def on_tpu(monkeypatch):
-    """Makes this process's device a TPU of some kind."""
+    """Programs are for a TPU of some kind, or several."""
+    monkeypatch.setitem(ssm.IMPLEMENTATIONS, "mosaic_tpu", kernels.IMPLEMENTATIONS["mosaic_tpu"])  # not interpreted
+    with contextlib.ExitStack() as stack:
 
-    def become(kind: str, devices: int = 1):
-        monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-        monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)] * devices)
-        monkeypatch.setattr(jax, "device_count", lambda: devices)
-        monkeypatch.setitem(ssm.IMPLEMENTATIONS, "mosaic_tpu", kernels.IMPLEMENTATIONS["mosaic_tpu"])  # not interpreted
-        kernels._unsupported.cache_clear()  # of the device before
+        def become(kind: str, devices: int = 1):
+            stack.enter_context(use_abstract_mesh(mesh_of(kind, "tpu", cores=1, devices=devices)))
 
-    return become
+        yield become
 
 
 @pytest.mark.full
@@ -163,13 +165,16 @@ def draw_shapes(shape):
 
 def test_where_a_tpu_has_no_default_kernel(on_tpu):
     """One that is not known; several, which XLA would have to divide a kernel over."""
-    on_tpu("TPU v3")
-    assert ssm.default_implementation(tokens_of()) == "chunked"
-    with pytest.raises(ValueError, match=r"device 'TPU v3' is not one of .*: pass tiles"):
-        jax.eval_shape(named, *draw_shapes(SHAPE))
+    with use_abstract_mesh(mesh_of("TPU v3", "tpu", cores=1)):
+        assert ssm.default_implementation(tokens_of()) == "chunked"
+        with pytest.raises(ValueError, match=r"device 'TPU v3' is not one of .*: pass tiles"):
+            jax.eval_shape(named, *draw_shapes(SHAPE))
     on_tpu("TPU v5 lite", devices=4)
-    assert ssm.default_implementation(tokens_of()) == "chunked"
-    assert ssm.default_implementation(tokens_of(SHAPE._replace(length=1))) == "recurrent"
+    for shape, plain in ((SHAPE, "chunked"), (SHAPE._replace(length=1), "recurrent")):
+        with pytest.warns(UserWarning, match=r"XLA on TPU v5 lite, .* left out: mosaic_tpu wants each device's part"):
+            assert ssm.default_implementation(tokens_of(shape)) == plain
+    with pytest.warns(UserWarning, match="left out: mosaic_tpu wants a rank of 1, 2, 4, 8, not rank=3"):
+        assert ssm.default_implementation(tokens_of(SHAPE._replace(rank=3))) == "chunked"
 
 
 def tile(tokens, config) -> Tile:

@@ -23,10 +23,10 @@ TOKENS = {
 }
 
 
-def mesh_of(kind: str, platform: str, cores: int | None = None) -> AbstractMesh:
-    """One device that this process does not have: programs are lowered for it."""
+def mesh_of(kind: str, platform: str, cores: int | None = None, devices: int = 1) -> AbstractMesh:
+    """Devices that this process does not have: programs are lowered for them."""
     device = AbstractDevice(device_kind=kind, num_cores=cores, platform=platform)
-    return AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=device)
+    return AbstractMesh((devices,), ("device",), axis_types=(AxisType.Auto,), abstract_device=device)
 
 
 GPU = mesh_of("NVIDIA H200", "gpu")

@@ -89,16 +89,17 @@ def test_what_it_cannot_run():
         jax.eval_shape(step(large, tile=Tile(heads=64, vmem=4)), *draw(large))
 
 
-def test_what_it_refuses(monkeypatch):
+def test_what_it_refuses():
     """Asked before it runs, of steps too: dtypes, and heads that do not divide and take more VMEM than there is."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     shape = SISO._replace(batch=1, heads=96, width=64, d_state=128, looks_back=True)
     for heads, wish in ((96, None), (100, r"tile\.heads=100 takes .* MiB of VMEM, over tile\.vmem=14")):
         tokens = drawn(shape._replace(heads=heads, groups=1), start=True)[0]
-        found = refused("mosaic_tpu", tokens)
+        with use_abstract_mesh(TPU):
+            found = refused("mosaic_tpu", tokens)
         assert found is None if wish is None else re.search(wish, found)
     half = tokens._replace(q_BLRGN=tokens.q_BLRGN.astype(np.float16))
-    assert refused("mosaic_tpu", half) == "wants float32 or bfloat16, not ['float16', 'float32']"
+    with use_abstract_mesh(TPU):
+        assert refused("mosaic_tpu", half) == "wants float32 or bfloat16, not ['float16', 'float32']"
 
 
 def lower(shape, *, start: bool, narrow: bool):

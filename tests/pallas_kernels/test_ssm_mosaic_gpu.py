@@ -237,9 +237,9 @@ def test_a_named_implementation_runs_or_raises(monkeypatch):
     if jax.default_backend() == "cpu":
         with pytest.raises(ValueError, match=r"implementation='mosaic_gpu' needs a Hopper GPU .* not cpu"):
             ssm(bfloat16(tokens), heads, state, implementation="mosaic_gpu")
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for capability, wish in (("8.0", "needs a Hopper GPU .* not a GPU of compute capability 8.0"), ("9.0", None)):
-        monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=capability)])  # noqa: B023
+        gpu = SimpleNamespace(platform="gpu", device_kind=f"GPU {capability}", compute_capability=capability)
+        monkeypatch.setattr(jax, "devices", lambda: [gpu])  # noqa: B023
         found = refused("mosaic_gpu", bfloat16(tokens))
         assert re.search(wish, found) if wish else found is None
     assert "wants q, k and v in bfloat16, not float32" in refused("mosaic_gpu", tokens)

@@ -6,8 +6,8 @@ A kernel of each kind for each chip at once; heads, lengths and dtypes in all co
 import dataclasses
 import functools
 import re
-from types import SimpleNamespace
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -17,10 +17,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, use_abstract_mesh
 from jax.sharding import PartitionSpec as Spec
 
 from experiments.benchmarks import hlo, ssm, tpu_aot
+from mamba3_jax.config import Config, ModelConfig
+from mamba3_jax.model import boxed_shapes
 from mamba3_jax.ops.kernels import kernels
 from mamba3_jax.ops.sharded import sharded
 from mamba3_jax.ops.ssm import Heads, State, Tokens
 from mamba3_jax.ops.ssm import ssm as op
+from mamba3_jax.sharding import loading, make_mesh, parts, using
+from mamba3_jax.train.step import batch_shapes, state_shapes, train_step
 from pallas_kernels.ssm.cases import Case, of_layer, varied
 from pallas_kernels.ssm.mosaic_tpu.config import default
 
@@ -119,14 +123,11 @@ OF_TOKENS = OF_TOKENS._replace(**dict.fromkeys(("q_BLRGN", "k_BLRGN", "angle_BLH
 OF_STATE = State(**dict.fromkeys(State._fields, Spec("data", "tensor")))._replace(k_BRHN=Spec("data", None, "tensor"))
 
 
-def compiled_over(topology: str, case: Case, monkeypatch) -> str:
+def compiled_over(topology: str, case: Case) -> str:
     """The default, forward and backward (one token: forward), over a mesh of all of a topology's devices."""
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
     axes = ("data", "tensor")
     mesh = Mesh(np.array(devices).reshape(MESHES[topology]), axes, axis_types=(AxisType.Auto,) * 2)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    monkeypatch.setattr(jax, "device_count", lambda: len(devices))
-    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=devices[0].device_kind)] * len(devices))
 
     def call(tokens, heads, state):
         run = sharded(functools.partial(op, rotation=case.rotation), *axes)
@@ -150,10 +151,10 @@ def compiled_over(topology: str, case: Case, monkeypatch) -> str:
     "topology", [name if name == "v5e:2x4" else pytest.param(name, marks=pytest.mark.slow) for name in MESHES]
 )
 @pytest.mark.parametrize(("length", "rank"), [(1, 1), (512, 1), pytest.param(512, 4, marks=pytest.mark.slow)])
-def test_compiles_over_a_mesh(topology, length, rank, monkeypatch):
+def test_compiles_over_a_mesh(topology, length, rank):
     """The kernels are in it. Nothing is gathered: only gradients of what is shared are summed, over either axis."""
     case = of_layer(batch=8, length=length, heads=32, width=64, d_state=128, rank=rank, groups=1, dtype="bfloat16")
-    text = compiled_over(topology, case, monkeypatch)
+    text = compiled_over(topology, case)
     check_kernels(text, "decode" if length == 1 else "forward+backward")
     moved = set(re.findall(r"\b(all-[a-z]+|collective-[a-z]+|reduce-scatter)(?:-start)?\(", text))
     assert moved == (set() if length == 1 else {"all-reduce"})
@@ -164,7 +165,7 @@ def test_what_is_gathered_is_seen(monkeypatch):
     """Beside the test above: outputs that every device is to have whole."""
     case = of_layer(batch=8, length=1, heads=32, width=64, d_state=128, dtype="bfloat16")
     monkeypatch.setitem(globals(), "sharded", lambda run, *axes: whole(sharded_of(run, *axes)))
-    assert "all-gather" in compiled_over("v5e:2x4", case, monkeypatch)
+    assert "all-gather" in compiled_over("v5e:2x4", case)
 
 
 sharded_of = sharded
@@ -172,3 +173,62 @@ sharded_of = sharded
 
 def whole(run):
     return lambda *inputs: jax.lax.with_sharding_constraint(run(*inputs)[0], Spec())
+
+
+STEP = ModelConfig(vocab_size=4096, d_model=256, d_ff=384, d_state=64, head_dim=32, compute_dtype="bfloat16")
+
+
+def moved_by_a_step(spec: str, accumulate: int = 1) -> tuple[str, list[tuple[str, str]]]:
+    """A training step compiled for 8 chips, and what its gathers and sums move: (kind, shape) of each array."""
+    mesh = make_mesh(spec, topologies.get_topology_desc("v5e:2x4", platform="tpu").devices)
+    config = Config(model=STEP)
+    config.optimizer.accumulate = accumulate
+    config.data.batch, config.data.length = parts(mesh, "batch") * accumulate, 96
+    shapes = state_shapes(config, mesh)
+    shardings = jax.tree.map(lambda shape: shape.sharding, shapes)
+    with using(mesh):
+        step = jax.jit(functools.partial(train_step, config), out_shardings=(shardings, None), donate_argnums=0)
+        text = step.lower(shapes, batch_shapes(config.data, mesh)).compile().as_text()
+    moved = re.findall(r"= \(?(.*?) (all-reduce|all-gather)(?:-start)?\(", text)
+    return text, [(kind, shape) for found, kind in moved for shape in re.findall(r"\w+\[([\d,]*)\]", found)]
+
+
+@pytest.mark.full
+@pytest.mark.libtpu
+def test_a_training_step_over_a_mesh():
+    """By kernels. Over tensor two sums a layer cross forward and two backward; no activation is gathered, nor a table.
+
+    The loss has its sum in both of its branches.
+    """
+    text, shapes = moved_by_a_step("data:2,fsdp:2,tensor:2")
+    check_kernels(text, "forward+backward")
+    assert shapes.count(("all-reduce", "1,96,256")) == 2 * 2 + 2
+    # Of one device 1 x 96 x 256, of all 4 x 96 x 256; the table is gathered over fsdp, once.
+    assert [shape for kind, shape in shapes if kind == "all-gather" and shape.endswith("96,256")] == []
+    assert {shape for kind, shape in shapes if kind == "all-gather" and re.search(r"4096|2048", shape)} <= {"256,2048"}
+
+
+@pytest.mark.full
+@pytest.mark.libtpu
+def test_micro_batches_over_data_are_summed_once():
+    """Each gradient, that of the table too, which has two parts: XLA would sum in every turn of the loop, both."""
+    text, shapes = moved_by_a_step("data:8", accumulate=4)
+    check_kernels(text, "forward+backward")
+    params = jax.tree.leaves(nn.meta.unbox(boxed_shapes(STEP)))
+    assert sorted(shape for _, shape in shapes if shape) == sorted(",".join(map(str, x.shape)) for x in params)
+
+
+@pytest.mark.libtpu
+@pytest.mark.parametrize(
+    ("topology", "spec"),
+    [("v5p:4x4x4", "data:32,tensor:2"), ("v6e:8x8", "data:16,tensor:4"), ("v5e:16x16", "data:2,fsdp:16,tensor:8")],
+)
+def test_a_torus_has_axes_of_any_size(topology, spec):
+    """Parts of a physical axis too; and every host is fed, those that share rows alike."""
+    mesh = make_mesh(spec, topologies.get_topology_desc(topology, platform="tpu").devices)
+    assert ",".join(f"{name}:{size}" for name, size in mesh.shape.items()) == spec
+    hosts = {device.process_index for device in mesh.devices.flat}
+    loaded = [loading(mesh, host) for host in sorted(hosts)]
+    (count,) = {count for _, count in loaded}
+    shares = [index for index, _ in loaded]
+    assert {shares.count(index) for index in range(count)} == {len(hosts) // count}

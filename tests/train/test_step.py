@@ -3,6 +3,8 @@
 import functools
 import math
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from mamba3_jax.ops.ssm import IMPLEMENTATIONS
 from mamba3_jax.sharding import make_mesh
 from mamba3_jax.train.optimizer import optimizer
 from mamba3_jax.train.step import TrainState, batch_shapes, gradients, init_state, train_step, update
-from tests.helpers import rel_rms
+from tests.helpers import devices, rel_rms
 from tests.pallas_kernels.family import GPU
 from tests.train.tiny import get_config, random_batch, random_params
 
@@ -99,6 +101,18 @@ def test_ids_outside_the_vocabulary_skip_the_step():
             assert not np.isfinite(metrics["loss"]), (name, wrong)
             assert (int(state.step), int(state.skipped)) == (1, 1)
             assert flat(state.params).tobytes() == flat(before.params).tobytes()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("exact", [False, True], ids=["float32", "float64"])
+def test_several_devices_compute_what_one_does(exact):
+    """Loss, gradients, updates, tokens after a prefill; and checkpoints of any mesh are any other's."""
+    meshes = ["data:4,fsdp:2", "data:2,tensor:4", "fsdp:4,tensor:2", "data:2,fsdp:2,tensor:2"]
+    environment = devices(8) | {"JAX_ENABLE_X64": str(int(exact))}
+    command = [sys.executable, "-m", "tests.train.over_meshes", *meshes]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == meshes
 
 
 @pytest.mark.full

@@ -15,6 +15,7 @@ multiprocessor, and one computes while the other waits.
 
 import dataclasses
 import functools
+import re
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.device import target
 from pallas_kernels.ssm.contract import (
     NORM_EPS,
     Carry,
@@ -70,14 +72,17 @@ from pallas_kernels.ssm.mosaic_gpu.tiles import (
 from pallas_kernels.ssm.operands import Operands, combine_splits, operands_of, scanned
 from pallas_kernels.ssm.order import Order
 
+HOPPER = re.compile(r"\b(H100|H200|H800|H20|GH200)\b")  # in jax's device_kind
 PROGRAMS = 264  # that fill an H200: two on each of its 132 multiprocessors
 
 
 def available() -> str | None:
-    """Return what the kernels want of this process's devices, and what they got; None: nothing."""
-    found = jax.default_backend()
+    """Return what the kernels want of the device, and what they got; None: nothing."""
+    device = target()
+    found = device.platform
     if found == "gpu":
-        capability = getattr(jax.local_devices()[0], "compute_capability", "unknown")
+        known = "9.0" if HOPPER.search(device.device_kind) else "unknown"  # of a device that is not here
+        capability = getattr(device, "compute_capability", known)
         if capability == "9.0":
             return None
         found = f"a GPU of compute capability {capability}"

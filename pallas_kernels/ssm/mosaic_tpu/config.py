@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.device import target
 from pallas_kernels.ssm.contract import Row, product_dtype, sizes_of
 from pallas_kernels.ssm.order import Order
 
@@ -46,9 +47,9 @@ class Tiles:
 
 
 def available() -> str | None:
-    """Return what the kernels want of this process's devices, and what they got; None: nothing."""
-    backend = jax.default_backend()
-    return None if backend == "tpu" else f"needs a TPU, the backend is {backend!r}"
+    """Return what the kernels want of the device, and what they got; None: nothing."""
+    platform = target().platform
+    return None if platform == "tpu" else f"needs a TPU, the backend is {platform!r}"
 
 
 def limits(row: Row) -> str | None:
@@ -122,12 +123,12 @@ def block_of_heads(n_heads: int, groups: int, width: int) -> int:
 
 
 def this_chip() -> str:
-    """Return the name in `CHIPS` of this process's TPU.
+    """Return the name in `CHIPS` of the TPU that the program is for.
 
     Raises:
         ValueError: another device.
     """
-    kind = jax.devices()[0].device_kind
+    kind = target().device_kind
     if kind not in KINDS:
         raise ValueError(f"device {kind!r} is not one of {sorted(KINDS)}: pass tiles")
     return KINDS[kind]

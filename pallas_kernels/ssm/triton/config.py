@@ -2,9 +2,9 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
+from pallas_kernels.device import target
 from pallas_kernels.ssm.contract import Row, Token, decay_dtype, product_dtype, require, sizes_of, wants_normed
 from pallas_kernels.ssm.order import Order
 
@@ -53,8 +53,8 @@ class Tile:
 
 
 def available() -> str | None:
-    """Return what the kernels want of this process's devices, and what they got; None: nothing."""
-    device = jax.devices()[0].device_kind
+    """Return what the kernels want of the device, and what they got; None: nothing."""
+    device = target().device_kind
     return None if "NVIDIA" in device else f"needs an NVIDIA GPU, not {device!r}"
 
 
