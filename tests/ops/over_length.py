@@ -1,0 +1,163 @@
+"""Run by test_context.py in a process of its own with 8 devices: prints a line a case, or raises."""
+
+import functools
+import sys
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType
+
+from mamba3_jax.ops import context
+from mamba3_jax.ops.sharded import sharded
+from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
+from pallas_kernels.ssm.cases import MIMO, SISO, SSD, Case
+from tests.ops import cases
+from tests.ops.cases import draw
+
+LENGTH, CHUNK = 32, 8
+SISO, SSD = (shape._replace(batch=4, length=LENGTH) for shape in (SISO, SSD))
+MIMO = MIMO._replace(batch=4, length=LENGTH, rank=2)
+AXES = ("data", "tensor", "sequence")
+PARTS = ("log_a_BH", "first_BH", "angle_BHS", "ssm_BHPN", "k_BRHN", "v_BHP")  # of a transition
+
+
+class Run(NamedTuple):
+    """A case: `sizes` of the mesh's axes, those of 1 left out of it."""
+
+    sizes: tuple[int, int, int]
+    shape: Case = SISO
+    layout: str = "contiguous"
+    packed: bool = True
+    state: bool = True
+    implementation: str = "chunked"
+    dtype: type = np.float64
+
+
+QUICK = {"siso": Run((1, 1, 4))}
+FULL = {
+    "two": Run((1, 1, 2), layout="zigzag"),
+    "eight": Run((1, 1, 8)),
+    "eight_zigzag": Run((1, 1, 8), layout="zigzag"),
+    "float32": Run((1, 1, 8), dtype=np.float32),
+    "one_document": Run((1, 1, 4), packed=False, state=False, dtype=np.float32),
+    "with_rows": Run((2, 1, 4), layout="zigzag"),
+    "with_heads": Run((1, 2, 4)),
+    "with_both": Run((2, 2, 2), MIMO),
+    "mimo": Run((1, 1, 8), MIMO, layout="zigzag"),
+    "mimo_float32": Run((1, 1, 4), MIMO, dtype=np.float32),
+    "mamba2": Run((1, 2, 4), SSD),
+    "recurrent": Run((1, 1, 4), implementation="recurrent"),
+    "kernels": Run((1, 2, 2), implementation="triton", dtype=np.float32),
+    "kernels_mimo": Run((2, 1, 2), MIMO, implementation="triton", dtype=np.float32),
+    "tpu_kernels": Run((2, 1, 2), implementation="mosaic_tpu", dtype=np.float32),
+    "tpu_kernels_mimo": Run((1, 1, 2), MIMO, layout="zigzag", implementation="mosaic_tpu", dtype=np.float32),
+}
+
+
+def starts(shape):
+    """Documents that begin with a device's tokens, at its last one, over several devices, and rows of one."""
+    start_BL = np.zeros((shape.batch, shape.length), bool)
+    start_BL[0, [0, 8, 15, 16]] = True
+    start_BL[1, 3] = True
+    start_BL[2, [5, 6, 29]] = True
+    return start_BL
+
+
+def mesh_of(sizes):
+    axes = {axis: size for axis, size in zip(AXES, sizes, strict=True) if size > 1}
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), (AxisType.Auto,) * len(axes))
+
+
+def order(case: Run):
+    """Which token of a row lies in which place."""
+    parts = np.arange(LENGTH).reshape(-1, LENGTH // case.sizes[2])
+    if case.layout == "zigzag":
+        runs = np.arange(LENGTH).reshape(2 * case.sizes[2], -1)
+        parts = [np.concatenate([runs[z], runs[-1 - z]]) for z in range(case.sizes[2])]
+    return np.concatenate(list(parts))
+
+
+def op_of(case: Run):
+    how = {"rotation": case.shape.rotation, "chunk": CHUNK}
+    op = functools.partial(ssm, implementation=case.implementation, **how)
+    data, tensor, sequence = (axis if size > 1 else None for axis, size in zip(AXES, case.sizes, strict=True))
+    lies = context.split_over(sequence, case.layout, LENGTH)
+    return sharded(context.across(op, lies, **how), data, tensor, sequence)
+
+
+def worst(case: Run):
+    """Raises where the op over devices is not `recurrent` on one, values and every gradient."""
+    inputs, cotangent = draw(case.shape, dtype=case.dtype), cases.cotangents(case.shape, dtype=case.dtype)
+    start_BL = starts(case.shape) if case.packed else None
+    if not case.state:
+        inputs = (*inputs[:2], None)
+    want = cases.reference(inputs, start_BL, cotangent, case.shape.rotation)
+    places = order(case)
+    back = np.argsort(places)
+    moved = lambda tree, places: jax.tree.map(lambda x: np.asarray(x)[:, places], tree)  # noqa: E731
+
+    def call(inputs, start_BL):
+        return op_of(case)(inputs[0]._replace(start_BL=start_BL), *inputs[1:])
+
+    @jax.jit
+    def run(inputs, start_BL, cotangent):
+        values, pull = jax.vjp(lambda inputs: call(inputs, start_BL), inputs)
+        return values, pull(cotangent)[0]
+
+    with jax.enable_x64(case.dtype == np.float64), jax.set_mesh(mesh_of(case.sizes)):
+        given = (moved(inputs[0], places), *inputs[1:])
+        (y_BLHP, state), gradient = run(given, moved(start_BL, places), (moved(cotangent[0], places), cotangent[1]))
+        got = (moved(y_BLHP, back), state), (moved(gradient[0], back), *gradient[1:])
+    tolerance = 1e-12 if case.dtype == np.float64 else 1e-5
+    cases.check_results(got[0], want[0], tolerance)
+    cases.check_gradients(got[1], want[1], tolerance)
+    return y_BLHP.sharding.shard_shape(y_BLHP.shape)
+
+
+def caught(part: str) -> bool:
+    """Tells whether one part in a thousand of what the second device's tokens do to a state is seen."""
+    transition, case = context.transition, QUICK["siso"]._replace(dtype=np.float32)
+
+    def spoilt(*inputs, **how):
+        of, factor = transition(*inputs, **how), 1 + 1e-3 * (jax.lax.axis_index("sequence") == 1)
+        if part in of._fields:
+            return of._replace(**{part: getattr(of, part) * factor})
+        return of._replace(state=of.state._replace(**{part: getattr(of.state, part) * factor}))
+
+    context.transition = spoilt
+    try:
+        worst(case)
+    except AssertionError:
+        return True
+    finally:
+        context.transition = transition
+    return False
+
+
+def refusals():
+    """What cannot be split, and what is not."""
+    with jax.set_mesh(mesh_of((1, 1, 4))):
+        for layout, length in (("contiguous", 6), ("zigzag", 12), ("spiral", 8)):
+            try:
+                context.split_over("sequence", layout, length)
+            except ValueError as error:
+                print(error)
+        assert context.split_over("sequence", "contiguous", 3) is None
+        assert context.split_over("sequence", "zigzag", 7) is None
+        assert context.split_over(None, "zigzag", 8) is None
+
+
+def main(which: str):
+    for name in ("triton", "mosaic_tpu"):
+        # Not the TPU's interpreter: of several devices side by side, that can wait for itself (jax 0.10).
+        IMPLEMENTATIONS[name] = functools.partial(IMPLEMENTATIONS[name], interpret=True)
+    for name, case in {"quick": QUICK, "full": FULL}[which].items():
+        print(name, *worst(case))
+    if which == "full":
+        print(*(part for part in PARTS if caught(part)))
+        refusals()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
