@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.mixers.official import Row
+from mamba3_jax.ops import context
+from mamba3_jax.ops.context import Context
 from mamba3_jax.ops.einsum import einsum
 from mamba3_jax.ops.sharded import sharded
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
@@ -39,18 +41,19 @@ class Mixer(nn.Module):
         """Return a parameter whose axes are given by logical name and size."""
         return self.param(name, nn.with_logical_partitioning(initializer, tuple(axes)), tuple(axes.values()))
 
-    def op(self, rotation: str):
+    def context(self, x_BLD, state) -> Context | None:
+        """Return how the tokens of a call lie over the mesh; None: rows are whole."""
+        return length_context(self.config, x_BLD.shape[1], state)
+
+    def op(self, rotation: str, over: Context | None):
         """Return `ssm` as the config has it run: by what, in which chunks, over the mesh, keeping what for backward."""
-        config = self.config
-        op = functools.partial(
-            ssm,
-            rotation=rotation,
-            implementation=config.implementation or None,
-            chunk=config.chunk or None,
-        )
+        config, how = self.config, {"rotation": rotation, "chunk": self.config.chunk or None}
+        op = functools.partial(ssm, implementation=config.implementation or None, **how)
         if config.remat in KEPT:
             op = jax.checkpoint(op, policy=jax.checkpoint_policies.save_only_these_names(*KEPT[config.remat]))
-        return sharded(op, *nn.logical_to_mesh_axes(("batch", "heads")))
+        if over is not None:
+            op = context.across(op, over, **how)
+        return sharded(op, *nn.logical_to_mesh_axes(("batch", "heads")), over and over.axis)
 
     @staticmethod
     def check(config: ModelConfig) -> None:
@@ -83,6 +86,16 @@ class Mixer(nn.Module):
         Needed where `official` is not None.
         """
         raise NotImplementedError
+
+
+def length_context(config: ModelConfig, length: int, state) -> Context | None:
+    """Return how tokens of a call lie over the mesh; None: rows are whole. Those that go on from a state lie in order.
+
+    Raises:
+        ValueError: see `ops.context.divide`.
+    """
+    (axis,) = nn.logical_to_mesh_axes(("length",))
+    return context.divide(axis, config.layout if state is None else "contiguous", length)
 
 
 def both(x_BLD, pair_DC, dtype):

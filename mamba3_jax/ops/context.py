@@ -7,7 +7,7 @@ from any state. So only states cross, and every implementation of the op runs on
 The scan takes ceil(log2 Z) rounds over Z devices, in each of which a device sends and holds one transition. An
 all-gather would be one round, of Z - 1 transitions that each device receives and holds.
 
-All but `split_over` is for the inside of `jax.shard_map`.
+Called outside of `jax.shard_map` are `divide`, `over`, `whole`, `laid` and `in_order`; the others inside.
 """
 
 import functools
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as Spec
 
 from mamba3_jax.ops.sharded import undivided
 from mamba3_jax.ops.ssm import transition
@@ -39,6 +40,11 @@ class Context(NamedTuple):
     def runs(self) -> int:
         return RUNS[self.layout]
 
+    def run(self, place: int):
+        """Return which of the row's runs this device has in this place."""
+        z = jax.lax.axis_index(self.axis)
+        return z if place == 0 else 2 * jax.lax.axis_size(self.axis) - 1 - z
+
     def begins(self, place: int):
         """Tell whether this device has the first of all runs in this place: they go up in place 0 and down in 1."""
         return jax.lax.axis_index(self.axis) == (0 if place == 0 else jax.lax.axis_size(self.axis) - 1)
@@ -48,7 +54,7 @@ class Context(NamedTuple):
         return jax.lax.axis_index(self.axis) == (0 if self.runs == 2 else jax.lax.axis_size(self.axis) - 1)
 
 
-def split_over(axis: str | None, layout: str, length: int) -> Context | None:
+def divide(axis: str | None, layout: str, length: int) -> Context | None:
     """Return how rows of `length` lie over an axis of the mesh in context; None: whole on every device.
 
     Rows of fewer tokens than there are runs are whole: those that decoding steps and `init` have.
@@ -154,12 +160,99 @@ def shifted(ends: list, first, context: Context) -> list:
 
 def from_one(condition, tree, axis: str):
     """Return, on every device, what lies on the one where the condition holds."""
-    return jax.tree.map(lambda x: jax.lax.psum(jnp.where(condition, x, 0), axis), tree)
+
+    def summed(x):
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # XLA for CPU dies of sums of bfloat16 over devices
+        return jax.lax.psum(jnp.where(condition, wide, 0), axis).astype(x.dtype)
+
+    return jax.tree.map(summed, tree)
 
 
 def where(condition, yes, no):
     """Return one of two trees."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def over(context: Context, function: Callable, arrays: tuple, split: tuple[bool, ...], out_split: tuple[bool, ...]):
+    """Return `function(*arrays)` of each device's tokens: what is plain XLA, so that other axes are left to XLA.
+
+    Args:
+        context: how tokens lie over the mesh.
+        function: what each device runs; it gives a tuple.
+        arrays: trees of arrays, or None.
+        split: which of the arrays are (B, L, ...), the others are whole on every device.
+        out_split: likewise of the results.
+    """
+    tokens, whole = Spec(None, context.axis), Spec()
+    in_specs, out_specs = (tuple(tokens if yes else whole for yes in which) for which in (split, out_split))
+    axes = {context.axis}
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)(*arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gather(context: Context, x_BL):
+    """Return the tokens of all devices, in the order of the row. Gradients are summed in float32."""
+    x_BL = jax.lax.all_gather(x_BL, context.axis, axis=1, tiled=True)
+    if context.runs == 1:
+        return x_BL
+    x_BZL = x_BL.reshape(x_BL.shape[0], 2 * jax.lax.axis_size(context.axis), -1, *x_BL.shape[2:])
+    return jnp.concatenate([x_BZL[:, 0::2], x_BZL[:, :0:-2]], axis=1).reshape(x_BL.shape)
+
+
+def _gather_fwd(context, x_BL):
+    return gather(context, x_BL), None
+
+
+def _gather_bwd(context, _, d_BL):
+    dtype = d_BL.dtype
+    d_BL = d_BL.astype(jnp.promote_types(dtype, jnp.float32))
+    if context.runs == 2:
+        d_BZL = d_BL.reshape(d_BL.shape[0], 2 * jax.lax.axis_size(context.axis), -1, *d_BL.shape[2:])
+        early, late = jnp.split(d_BZL, 2, axis=1)
+        d_BL = jnp.stack([early, late[:, ::-1]], axis=2).reshape(d_BL.shape)
+    return (jax.lax.psum_scatter(d_BL, context.axis, scatter_dimension=1, tiled=True).astype(dtype),)
+
+
+gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def own(context: Context, x_BL):
+    """Return this device's tokens of whole rows, in the order in which they lie."""
+    length = x_BL.shape[1] // (context.runs * jax.lax.axis_size(context.axis))
+    begins = [context.run(place) * length for place in range(context.runs)]
+    return jnp.concatenate([jax.lax.dynamic_slice_in_dim(x_BL, begin, length, axis=1) for begin in begins], axis=1)
+
+
+def whole(context: Context, x_BL):
+    """Return all tokens in the order of the row, on every device."""
+    (x_BL,) = over(context, lambda x_BL: (gather(context, x_BL),), (x_BL,), (True,), (False,))
+    return x_BL
+
+
+def laid(context: Context, x_BL):
+    """Return the tokens of rows that are in order as they lie over the mesh."""
+    (x_BL,) = over(context, lambda x_BL: (own(context, x_BL),), (x_BL,), (False,), (True,))
+    return x_BL
+
+
+def in_order(context: Context, x_BL):
+    """Return the tokens in the order of the row, split over the mesh as before: each device sends each of its runs."""
+    if context.runs == 1:
+        return x_BL
+    (x_BL,) = over(context, lambda x_BL: (_in_order(context, x_BL),), (x_BL,), (True,), (True,))
+    return x_BL
+
+
+def _in_order(context: Context, x_BL):
+    size, z = jax.lax.axis_size(context.axis), jax.lax.axis_index(context.axis)
+    early, late = jnp.split(x_BL, 2, axis=1)
+    # Of runs z and 2 Z - 1 - z one is even and one odd, and run r goes to device r // 2, where it is first if even.
+    odd = z % 2 == 1
+    even_run, odd_run = jnp.where(odd, late, early), jnp.where(odd, early, late)
+    of_even = [(d, (2 * size - 1 - d if d % 2 else d) // 2) for d in range(size)]
+    of_odd = [(d, (d if d % 2 else 2 * size - 1 - d) // 2) for d in range(size)]
+    runs = (jax.lax.ppermute(run, context.axis, to) for run, to in ((even_run, of_even), (odd_run, of_odd)))
+    return jnp.concatenate(list(runs), axis=1)
 
 
 def fold(context: Context, tree):

@@ -82,7 +82,7 @@ def op_of(case: Run):
     how = {"rotation": case.shape.rotation, "chunk": CHUNK}
     op = functools.partial(ssm, implementation=case.implementation, **how)
     data, tensor, sequence = (axis if size > 1 else None for axis, size in zip(AXES, case.sizes, strict=True))
-    lies = context.split_over(sequence, case.layout, LENGTH)
+    lies = context.divide(sequence, case.layout, LENGTH)
     return sharded(context.across(op, lies, **how), data, tensor, sequence)
 
 
@@ -140,12 +140,12 @@ def refusals():
     with jax.set_mesh(mesh_of((1, 1, 4))):
         for layout, length in (("contiguous", 6), ("zigzag", 12), ("spiral", 8)):
             try:
-                context.split_over("sequence", layout, length)
+                context.divide("sequence", layout, length)
             except ValueError as error:
                 print(error)
-        assert context.split_over("sequence", "contiguous", 3) is None
-        assert context.split_over("sequence", "zigzag", 7) is None
-        assert context.split_over(None, "zigzag", 8) is None
+        assert context.divide("sequence", "contiguous", 3) is None
+        assert context.divide("sequence", "zigzag", 7) is None
+        assert context.divide(None, "zigzag", 8) is None
 
 
 def main(which: str):

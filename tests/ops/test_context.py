@@ -39,5 +39,5 @@ def test_any_number_of_devices_computes_what_one_does():
 
 
 def test_without_a_mesh_rows_are_whole():
-    assert context.split_over("sequence", "zigzag", 64) is None
+    assert context.divide("sequence", "zigzag", 64) is None
     assert Context("sequence", "zigzag").runs == 2
