@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec as Spec
 
-from mamba3_jax.ops.sharded import undivided
+from mamba3_jax.ops.sharded import one_device, undivided
 from mamba3_jax.ops.ssm import transition
 from mamba3_jax.ops.transition import compose
 from mamba3_jax.ops.types import Heads, State, Tokens, accumulator, empty_state
@@ -140,7 +141,11 @@ def shift(tree, axis: str, distance: int, backwards: bool):
     """Return what lies on the device `distance` before this one; zeros where there is none."""
     places = range(jax.lax.axis_size(axis) - distance)
     pairs = [(z + distance, z) if backwards else (z, z + distance) for z in places]
-    return jax.tree.map(lambda x: jax.lax.ppermute(x, axis, pairs), tree)
+    send = functools.partial(jax.lax.ppermute, axis_name=axis, perm=pairs)
+    if not one_device():  # XLA splits arrays over other axes, and would gather what is made one of them
+        return jax.tree.map(send, tree)
+    sent, restored = ravel_pytree(tree)  # one message: most of a transition's parts are so small that latency counts
+    return restored(send(sent))
 
 
 def shifted(ends: list, first, context: Context) -> list:
