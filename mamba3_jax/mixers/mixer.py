@@ -1,6 +1,5 @@
 """What a mixer is. All that the rest asks of one stands in its own file; `MIXERS` in `__init__.py` has it in a line."""
 
-import functools
 from typing import ClassVar
 
 import flax.linen as nn
@@ -47,10 +46,15 @@ class Mixer(nn.Module):
 
     def op(self, rotation: str, over: Context | None):
         """Return `ssm` as the config has it run: by what, in which chunks, over the mesh, keeping what for backward."""
-        config, how = self.config, {"rotation": rotation, "chunk": self.config.chunk or None}
-        op = functools.partial(ssm, implementation=config.implementation or None, **how)
+        config = self.config
+        how = {"rotation": rotation, "implementation": config.implementation or None, "chunk": config.chunk or None}
+
+        def op(tokens, heads, state, along: str | None = None):
+            return ssm(tokens, heads, state, **how, along=along)
+
         if config.remat in KEPT:
-            op = jax.checkpoint(op, policy=jax.checkpoint_policies.save_only_these_names(*KEPT[config.remat]))
+            policy = jax.checkpoint_policies.save_only_these_names(*KEPT[config.remat])
+            op = jax.checkpoint(op, policy=policy, static_argnums=(3,))
         if over is not None:
             op = context.across(op, over, **how)
         return sharded(op, *nn.logical_to_mesh_axes(("batch", "heads")), over and over.axis)

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec as Spec
 
+from mamba3_jax.ops import kernels
 from mamba3_jax.ops.sharded import one_device, undivided
-from mamba3_jax.ops.ssm import transition
+from mamba3_jax.ops.ssm import default_implementation, transition
 from mamba3_jax.ops.transition import compose
 from mamba3_jax.ops.types import Heads, State, Tokens, accumulator, empty_state
 
@@ -76,14 +77,23 @@ def divide(axis: str | None, layout: str, length: int) -> Context | None:
     return Context(axis, layout)
 
 
-def across(op, context: Context, *, rotation: str, chunk: int | None = None):
-    """Return `op(tokens, heads, state)` of this device's tokens, as one device computes it of whole rows.
+def across(op, context: Context, *, rotation: str, chunk: int | None = None, implementation: str | None = None):
+    """Return a function that computes this device's tokens as `ssm` computes whole rows.
 
-    Costs a pass over the states alone (`ssm.transition`) beside the op's own. The state given and returned is that of
-    the whole row, the same on every device.
+    Costs a pass over the states alone (`ssm.transition`) beside the op's own; kernels that cut rows in splits anyway
+    have made it, and do the scan over devices themselves. The state given and returned is that of the whole row, the
+    same on every device.
+
+    Args:
+        op: (tokens, heads, state, along) -> y, state: `ssm`, and what is to be kept of it for backward.
+        context: how the tokens lie over the mesh.
+        rotation: as `op` has it; the next two also.
     """
 
     def call(tokens: Tokens, heads: Heads, state: State | None = None):
+        if context.runs == 1 and kernels.spans(implementation or default_implementation(tokens), tokens):
+            y_BLHP, after = op(tokens, heads, state, context.axis)
+            return y_BLHP, from_one(context.ends(), after, context.axis)
         # A key is rotated in every round, and would be rounded in each.
         wide = lambda of: of._replace(k_BRHN=None if of.k_BRHN is None else of.k_BRHN.astype(accumulator(tokens)))  # noqa: E731
         rows = fold(context, tokens)
@@ -94,7 +104,7 @@ def across(op, context: Context, *, rotation: str, chunk: int | None = None):
         join = functools.partial(compose, heads=heads, rotation=rotation)
         befores = [before.state for before in carried(join, runs, nothing, context)]
         before = jax.tree.map(lambda like, *parts: jnp.concatenate(parts).astype(like.dtype), first, *befores)
-        y_BLHP, after = op(rows, heads, before)
+        y_BLHP, after = op(rows, heads, before, None)
         return unfold(context, y_BLHP), from_one(context.ends(), apart(context, after)[-1], context.axis)
 
     return call

@@ -64,14 +64,46 @@ def to_radians(fraction):
     return lax.shift_right_logical(fraction, jnp.int32(8)).astype(jnp.float32) * (2 * math.pi / 2.0**24)
 
 
-def before_chunks(sum_BHCS, first_BHS, document_BL):
+def before_device(decay, added, axis: str, backwards: bool = False):
+    """Solve x_z = decay_z x_{z-1} + added_z over the devices of a mesh axis: return x_{z-1}, 0 on the first device.
+
+    Takes ceil(log2 Z) rounds, in each of which a device sends what it has so far as one message.
+
+    Args:
+        decay: the axes are the first ones of `added`, the dtype is the same.
+        added: of this device.
+        axis: of the mesh, inside `jax.shard_map`.
+        backwards: the last device is the first.
+    """
+    size, distance = lax.axis_size(axis), 1
+    times = lambda decay, x: decay.reshape(*decay.shape, *[1] * (x.ndim - decay.ndim)) * x  # noqa: E731
+    decay_before, before = jnp.ones_like(decay), jnp.zeros_like(added)
+    while distance < size:  # what has no device before it receives zeros
+        pairs = [(z + distance, z) if backwards else (z, z + distance) for z in range(size - distance)]
+        sent = lax.ppermute(jnp.concatenate([decay.ravel(), added.ravel()]), axis, pairs)
+        decay_left, left = sent[: decay.size].reshape(decay.shape), sent[decay.size :].reshape(added.shape)
+        decay_before, before = decay_before * decay_left, times(decay_before, left) + before
+        decay, added = decay * decay_left, times(decay, left) + added
+        distance *= 2
+    return before
+
+
+def before_chunks(sum_BHCS, first_BHS, document_BL, axis: str | None = None):
     """Return the angle before every chunk and the one after the row, 32-bit, from the sums of the chunks.
 
     Args:
         sum_BHCS: the 32-bit sum of a chunk's increments; where documents start in it, from its last start on.
         first_BHS: the angle before the row, 32-bit.
         document_BL: document starts in its chunk up to each token; None: one document.
+        axis: of the mesh, over whose devices the row goes on, `first` before the first one's and 0 on the others; None:
+            one device has all of it.
     """
+    if axis is not None:
+        _, last_BHS = before_chunks(sum_BHCS, first_BHS, document_BL)
+        carried_B = jnp.ones(sum_BHCS.shape[0], jnp.int32)
+        if document_BL is not None:
+            carried_B = jnp.all(document_BL == 0, axis=1).astype(jnp.int32)
+        first_BHS = first_BHS + before_device(carried_B, last_BHS, axis)
     up_to_BHCS = jnp.cumsum(sum_BHCS, axis=2)
     before_BHCS = up_to_BHCS - sum_BHCS
     if document_BL is None:

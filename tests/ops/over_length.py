@@ -48,8 +48,10 @@ FULL = {
     "mimo_float32": Run((1, 1, 4), MIMO, dtype=np.float32),
     "mamba2": Run((1, 2, 4), SSD),
     "recurrent": Run((1, 1, 4), implementation="recurrent"),
-    "kernels": Run((1, 2, 2), implementation="triton", dtype=np.float32),
-    "kernels_mimo": Run((2, 1, 2), MIMO, implementation="triton", dtype=np.float32),
+    "kernels": Run((1, 2, 4), implementation="triton", dtype=np.float32),
+    "kernels_mimo": Run((2, 1, 4), MIMO, implementation="triton", dtype=np.float32),
+    "kernels_mamba2": Run((1, 1, 4), SSD, state=False, implementation="triton", dtype=np.float32),
+    "kernels_zigzag": Run((1, 1, 2), layout="zigzag", implementation="triton", dtype=np.float32),
     "tpu_kernels": Run((2, 1, 2), implementation="mosaic_tpu", dtype=np.float32),
     "tpu_kernels_mimo": Run((1, 1, 2), MIMO, layout="zigzag", implementation="mosaic_tpu", dtype=np.float32),
 }
@@ -79,8 +81,8 @@ def order(case: Run):
 
 
 def op_of(case: Run):
-    how = {"rotation": case.shape.rotation, "chunk": CHUNK}
-    op = functools.partial(ssm, implementation=case.implementation, **how)
+    how = {"rotation": case.shape.rotation, "implementation": case.implementation, "chunk": CHUNK}
+    op = lambda *inputs: ssm(*inputs[:3], **how, along=inputs[3])  # noqa: E731
     data, tensor, sequence = (axis if size > 1 else None for axis, size in zip(AXES, case.sizes, strict=True))
     lies = context.divide(sequence, case.layout, LENGTH)
     return sharded(context.across(op, lies, **how), data, tensor, sequence)

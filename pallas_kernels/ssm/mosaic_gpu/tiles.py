@@ -43,6 +43,7 @@ class Tile:
     width: int = WIDTH  # entries of P that are not padding
     splits: int = 1  # parts of the length side by side, all of the same number of chunks
     residuals: bool = False  # store y too, which the backward pass reads
+    axis: str | None = None  # of the mesh, over whose devices the row goes on
     interpret: object = None  # plgpu's InterpretParams: on the CPU, for tests
 
     @property

@@ -30,6 +30,7 @@ class Tile:
     rotate_tokens: int = 16  # tokens that a program of the rotation takes
     rotate_heads: int = 8  # heads, at most, that it takes one after another
     rotate_bwd_heads: int = 16  # likewise in its backward pass, which adds up their gradients
+    axis: str | None = None  # of the mesh, over whose devices the row goes on
     checkpoint_interval: int = 512  # tokens between two states from which the backward pass begins its sums again
     rotate: Launch = Launch(2, 1)
     rotate_bwd: Launch = Launch(1, 1)
