@@ -49,7 +49,7 @@ class Mixer(nn.Module):
         config = self.config
         how = {"rotation": rotation, "implementation": config.implementation or None, "chunk": config.chunk or None}
 
-        def op(tokens, heads, state, along: str | None = None):
+        def op(tokens, heads, state, along=None):
             return ssm(tokens, heads, state, **how, along=along)
 
         if config.remat in KEPT:

@@ -91,21 +91,31 @@ def across(op, context: Context, *, rotation: str, chunk: int | None = None, imp
     """
 
     def call(tokens: Tokens, heads: Heads, state: State | None = None):
-        if context.runs == 1 and kernels.spans(implementation or default_implementation(tokens), tokens):
-            y_BLHP, after = op(tokens, heads, state, context.axis)
-            return y_BLHP, from_one(context.ends(), after, context.axis)
-        # A key is rotated in every round, and would be rounded in each.
-        wide = lambda of: of._replace(k_BRHN=None if of.k_BRHN is None else of.k_BRHN.astype(accumulator(tokens)))  # noqa: E731
         rows = fold(context, tokens)
+        y_BLHP, after = run(rows, heads, state)
+        return unfold(context, y_BLHP), from_one(context.ends(), apart(context, after)[-1], context.axis)
+
+    def run(rows: Tokens, heads: Heads, state: State | None):
+        """Compute the rows that this device's runs are; `state` is that before the whole ones."""
+        if kernels.spans(implementation or default_implementation(rows), rows):
+            from pallas_kernels.ssm.angle import Along
+
+            if state is not None and context.runs == 2:  # the late runs begin with what the early ones leave
+                state = jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x)]), state)
+            return op(rows, heads, state, Along(context.axis, context.runs == 2))
+        return op(rows, heads, begun(rows, heads, state), None)
+
+    def begun(rows: Tokens, heads: Heads, state: State | None) -> State:
+        """Return the state in which each run begins."""
+        # A key is rotated in every round, and would be rounded in each.
+        wide = lambda of: of._replace(k_BRHN=None if of.k_BRHN is None else of.k_BRHN.astype(accumulator(rows)))  # noqa: E731
         of_rows = transition(rows, heads, rotation=rotation, chunk=chunk)
         runs = apart(context, of_rows._replace(state=wide(of_rows.state)))
-        first = empty_state(tokens) if state is None else state
+        first = apart(context, empty_state(rows))[0] if state is None else state
         nothing = jax.tree.map(jnp.zeros_like, runs[0])._replace(state=wide(first))  # leaves it whatever comes before
         join = functools.partial(compose, heads=heads, rotation=rotation)
         befores = [before.state for before in carried(join, runs, nothing, context)]
-        before = jax.tree.map(lambda like, *parts: jnp.concatenate(parts).astype(like.dtype), first, *befores)
-        y_BLHP, after = op(rows, heads, before, None)
-        return unfold(context, y_BLHP), from_one(context.ends(), apart(context, after)[-1], context.axis)
+        return jax.tree.map(lambda like, *parts: jnp.concatenate(parts).astype(like.dtype), first, *befores)
 
     return call
 

@@ -35,7 +35,7 @@ def kernels(
     backend: str,
     interpret: object = None,
     anywhere: bool = False,
-    along: str | None = None,
+    along: object = None,
     **config,
 ):
     """Compute the sums of `chunked` by the kernels of a backend; a token, or a few, by its decoding step.
@@ -45,7 +45,7 @@ def kernels(
         backend: a name in `BACKENDS`.
         interpret: runs the kernels' program on any backend, slowly, for tests: True, or Pallas's parameters of it.
         anywhere: does not ask whether this process has the device: to trace and compile for another one.
-        along: inside `jax.shard_map`, the mesh axis over whose devices rows go on; of backends that `spans` names.
+        along: inside `jax.shard_map`, how rows go on over devices, `pallas_kernels.ssm.angle.Along`; where `spans`.
         config: what the backend's `scan` or `step` is told beside. What is not given is the table's (`tuned`) or, where
             it has nothing, the backend's choice. Performance only.
 
@@ -74,24 +74,24 @@ def _finished(tokens: Tokens, heads: Heads, scanned, rotation: str):
 
 
 def spans(implementation: str, tokens: Tokens) -> bool:
-    """Tell whether these are kernels that let rows like these go on over the devices of a mesh axis."""
+    """Tell whether these are kernels that let rows like these go on over devices."""
     if implementation not in BACKENDS:
         return False
     module = _module(implementation)
     return module.SPANS and tokens.log_a_BLH.shape[1] > module.STEPS
 
 
-def _along(tokens: Tokens, heads: Heads, state: State | None, backend: str, axis: str, *, rotation: str, **how):
-    """Compute this device's tokens of rows that go on over the devices of a mesh axis."""
-    z, size = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
-    row = _row(tokens, heads, state)
+def _along(tokens: Tokens, heads: Heads, state: State | None, backend: str, along, *, rotation: str, **how):
+    """Compute this device's tokens of rows that go on over devices; the state is that before the first one's."""
+    from pallas_kernels.ssm.angle import of_next_run
+
+    row, first_device = _row(tokens, heads, state), jax.lax.axis_index(along.axis) == 0
     if row.before is not None:
-        row = row._replace(before=jax.tree.map(lambda x: jnp.where(z == 0, x, 0), row.before))
+        row = row._replace(before=jax.tree.map(lambda x: jnp.where(first_device, x, 0), row.before))
     if row.kappa_BLH is not None:
         _, first_BH = later_weight(tokens.gamma_BLH, tokens.beta_BLH, tokens.start_BL)
-        next_BH = jax.lax.ppermute(first_BH, axis, [(z + 1, z) for z in range(size - 1)])  # 0 of the last
-        row = row._replace(kappa_BLH=row.kappa_BLH.at[:, -1].add(next_BH))
-    scanned = _module(backend).scan(row, rotation, **how, axis=axis)
+        row = row._replace(kappa_BLH=row.kappa_BLH.at[:, -1].add(of_next_run(first_BH, along)))
+    scanned = _module(backend).scan(row, rotation, **how, along=along)
     return _finished(tokens, heads, scanned, rotation)
 
 

@@ -28,7 +28,7 @@ def ssm(
     rotation: str = "adjacent",
     implementation: str | None = None,
     chunk: int | None = None,
-    along: str | None = None,
+    along: object = None,
 ):
     """Mamba-3 between its two projections: bias, rotation, recurrence, skip, norm, gate (SPEC 4 to 7).
 
@@ -51,8 +51,8 @@ def ssm(
         rotation: "adjacent" (SISO weights) or "half" (MIMO weights).
         implementation: a name in `IMPLEMENTATIONS`, or None for the fastest that supports the inputs here.
         chunk: tokens a chunk; performance only, results do not depend on it. None chooses.
-        along: a mesh axis, inside `jax.shard_map`, of kernels that `kernels.spans` names: these are one device's tokens
-            of rows that go on from device to device (`ops.context` does the same for every implementation).
+        along: inside `jax.shard_map`, how rows go on from device to device; for `ops.context`, and for kernels that
+            `kernels.spans` names.
 
     Returns:
         y_BLHP in v's dtype, and the `State` after the last token.
@@ -68,7 +68,7 @@ def ssm(
     more = {}
     if along is not None:
         if not kernels.spans(implementation, tokens):
-            raise ValueError(f"{implementation=} does not run {along=}, wanted kernels that `kernels.spans` names")
+            raise ValueError(f"{implementation=} does not run rows that go on over devices ({along=}), wanted None")
         more = {"along": along}
     return IMPLEMENTATIONS[implementation](tokens, heads, state, rotation=rotation, chunk=chunk, **more)
 

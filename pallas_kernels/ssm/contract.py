@@ -7,15 +7,16 @@ A backend is a package of this folder with four functions, a number and a flag:
     scan(row, rotation, *, interpret, **config) -> Scanned
     step(token, rotation, *, interpret, **config) -> Stepped
     STEPS                                     rows of up to so many tokens are steps, one after another
-    SPANS                                     whether `scan` takes `axis`, see below
+    SPANS                                     whether `scan` takes `along`, see below
 
 It owns its shapes: what it wants padded, transposed or in another order of N (`order.Order`), it pads, transposes and
 orders for itself, forward and backward. `config` is performance only; what it does not say is the backend's choice.
 `scan` and `step` raise ValueError for what is not supported. `scan` is differentiable, `step` need not be.
 
-With `axis`, inside `jax.shard_map`, rows go on over the devices of that axis of the mesh, each of which has equally
-many tokens. `row.before` is zero but on the first; the last kappa of each includes what the next device's first token
-adds; `after` is what all tokens so far leave. It costs the pass over states that splits of a row cost.
+With `along` (`angle.Along`), inside `jax.shard_map`, rows go on over the devices of an axis of the mesh, each of which
+has runs of equally many tokens. `row.before` is zero but of the first run; the last kappa of each includes what the
+next run's first token adds; `after` is what all tokens so far leave. It costs what splits of a row cost, a pass over
+states.
 
 Letters: B batch, L tokens, R rank, G groups of q/k, H heads, N state per head, P head width, S rotary pairs.
 """

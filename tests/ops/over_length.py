@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 from mamba3_jax.ops import context
 from mamba3_jax.ops.sharded import sharded
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
+from pallas_kernels.ssm import angle
 from pallas_kernels.ssm.cases import MIMO, SISO, SSD, Case
 from tests.ops import cases
 from tests.ops.cases import draw
@@ -51,7 +52,7 @@ FULL = {
     "kernels": Run((1, 2, 4), implementation="triton", dtype=np.float32),
     "kernels_mimo": Run((2, 1, 4), MIMO, implementation="triton", dtype=np.float32),
     "kernels_mamba2": Run((1, 1, 4), SSD, state=False, implementation="triton", dtype=np.float32),
-    "kernels_zigzag": Run((1, 1, 2), layout="zigzag", implementation="triton", dtype=np.float32),
+    "kernels_zigzag": Run((2, 1, 4), layout="zigzag", implementation="triton", dtype=np.float32),
     "tpu_kernels": Run((2, 1, 2), implementation="mosaic_tpu", dtype=np.float32),
     "tpu_kernels_mimo": Run((1, 1, 2), MIMO, layout="zigzag", implementation="mosaic_tpu", dtype=np.float32),
 }
@@ -119,7 +120,7 @@ def worst(case: Run):
 
 def caught(part: str) -> bool:
     """Tells whether one part in a thousand of what the second device's tokens do to a state is seen."""
-    transition, case = context.transition, QUICK["siso"]._replace(dtype=np.float32)
+    transition = context.transition
 
     def spoilt(*inputs, **how):
         of, factor = transition(*inputs, **how), 1 + 1e-3 * (jax.lax.axis_index("sequence") == 1)
@@ -127,13 +128,30 @@ def caught(part: str) -> bool:
             return of._replace(**{part: getattr(of, part) * factor})
         return of._replace(state=of.state._replace(**{part: getattr(of.state, part) * factor}))
 
-    context.transition = spoilt
+    return seen(context, "transition", spoilt, QUICK["siso"]._replace(dtype=np.float32))
+
+
+def caught_of_kernels() -> bool:
+    """Tells whether it is seen in the state that comes to the second device, or in the gradient, by kernels."""
+    before = angle._before
+
+    def spoilt(decay, added, *how):
+        x = before(decay, added, *how)
+        return x * (1 + 1e-3 * (jax.lax.axis_index("sequence") == 1)) if x.dtype == np.float32 else x
+
+    return seen(angle, "_before", spoilt, FULL["kernels"]._replace(sizes=(1, 1, 4)))
+
+
+def seen(module, name: str, spoilt, case: Run) -> bool:
+    """Tells whether a case fails with this in the place of a module's function."""
+    right = getattr(module, name)
+    setattr(module, name, spoilt)
     try:
         worst(case)
     except AssertionError:
         return True
     finally:
-        context.transition = transition
+        setattr(module, name, right)
     return False
 
 
@@ -157,7 +175,7 @@ def main(which: str):
     for name, case in {"quick": QUICK, "full": FULL}[which].items():
         print(name, *worst(case))
     if which == "full":
-        print(*(part for part in PARTS if caught(part)))
+        print(*(part for part in PARTS if caught(part)), "kernels" if caught_of_kernels() else "")
         refusals()
 
 

@@ -126,7 +126,7 @@ def _backward(tile: Tile, residuals: Residuals, cotangents):
         net_BHL=drotated.r_BHL,
         tokens=tile.tokens,
         interval=tile.checkpoint_interval,
-        axis=tile.axis,
+        along=tile.along,
     )
     over_ranks = lambda array_BHT: jnp.sum(array_BHT.reshape(*operands.gamma_BHL.shape, tile.rank), axis=-1)  # noqa: E731
     gradients = d_row._replace(

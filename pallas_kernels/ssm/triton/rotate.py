@@ -196,7 +196,7 @@ def _chunk_angles(operands: Operands, tile: Tile):
         launch=replace(tile.rotate, warps=1),
     )
     start_BHCS, last_BHS = before_chunks(
-        of_chunks.sum_BHCS, to_fraction(operands.before.angle_BHS), document_BL, tile.axis
+        of_chunks.sum_BHCS, to_fraction(operands.before.angle_BHS), document_BL, tile.along
     )
     return start_BHCS, to_radians(last_BHS)
 
