@@ -13,7 +13,7 @@ from mamba3_jax.nn.initial import linear
 from mamba3_jax.nn.norm import NORMS
 from mamba3_jax.nn.precision import DTYPES
 from mamba3_jax.ops import context as contexts
-from mamba3_jax.ops.context import RUNS
+from mamba3_jax.ops.context import RUNS, Context
 from mamba3_jax.ops.einsum import einsum
 
 REMATS = ("", "none", "rotation", "op", "block")
@@ -132,6 +132,13 @@ def check_room(pattern, state, length: int, capacity: int | None) -> None:
             )
 
 
+def check_splits_rows(config: ModelConfig, context: Context) -> None:
+    """Raise ValueError for a mixer that cannot have its rows split over devices."""
+    for mixer in sorted(set(mixer_names(config.pattern))):
+        if not MIXERS[mixer].splits_rows:
+            raise ValueError(f"{mixer} cannot split its rows over devices, wanted a mesh without {context.axis!r}")
+
+
 def is_known(array) -> bool:
     """Tells whether the values are at hand: not in a compiled program, and not on other hosts."""
     return not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True)
@@ -228,6 +235,7 @@ class LanguageModel(nn.Module):
             state = self.empty_state(tokens_BL.shape[0], capacity)
         context = length_context(config, tokens_BL.shape[1], state)
         if context is not None:
+            check_splits_rows(config, context)
             tokens_BL = contexts.laid(context, tokens_BL)
             start_BL = None if start_BL is None else contexts.laid(context, start_BL)
         dtype = DTYPES[config.compute_dtype]

@@ -62,6 +62,7 @@ class Attention(Mixer):
 
     letter = "A"
     matrices = ("q", "k", "v", "out")
+    splits_rows = True
     official: ClassVar = {"attn_rope_theta": 0.0}
 
     @nn.compact

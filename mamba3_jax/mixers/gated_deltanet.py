@@ -42,6 +42,7 @@ class GatedDeltaNet(Mixer):
 
     letter = "G"
     matrices = ("in_qk", "in_zv", "in_ab", "out")
+    splits_rows = True
 
     def setup(self):
         config, size = self.config, sizes(self.config)

@@ -36,6 +36,7 @@ class Mamba1(Mixer):
 
     letter = "1"
     matrices = ("in_zx", "in_rkq", "in_dt", "out")
+    splits_rows = True
 
     def setup(self):
         config, size = self.config, sizes(self.config)

@@ -38,6 +38,7 @@ class Mamba2(Mixer):
 
     letter = "2"
     matrices = ("in_zx", "in_kq", "in_dt", "out")
+    splits_rows = True
     official: ClassVar = {}  # it has all that can be chosen here
 
     def setup(self):

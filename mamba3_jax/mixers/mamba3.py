@@ -54,6 +54,7 @@ class Mamba3(Mixer):
 
     letter = "M"
     matrices = ("in_zx", "in_dt_a_trap", "in_kq_angle", "out")
+    splits_rows = True
     official: ClassVar = {
         "discretization": "exponential_trapezoidal",
         "angles": "data",

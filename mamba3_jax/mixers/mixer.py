@@ -33,6 +33,7 @@ class Mixer(nn.Module):
 
     letter: ClassVar[str]  # of a layer in `config.pattern`
     matrices: ClassVar[tuple[str, ...]]  # parameters that every token is multiplied by: 2 FLOPs an entry
+    splits_rows: ClassVar[bool] = False  # it asks `context` where its tokens lie, and passes on what the next ones need
     # What fields must be for the official layer to compute the same; None: there is no official layer.
     official: ClassVar[dict | None] = None
 

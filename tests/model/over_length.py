@@ -8,9 +8,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType
 
 from mamba3_jax.config import ModelConfig
+from mamba3_jax.mixers import MIXERS, Mamba2
 from mamba3_jax.model import LanguageModel, init_params
 from tests.helpers import rel_rms
 
@@ -86,9 +88,28 @@ def worst(name: str) -> float:
     return max(jax.tree.leaves(jax.tree.map(rel_rms, got, want)))
 
 
+def refusal():
+    """What a mixer says that does not ask where its tokens lie."""
+
+    class Plain(Mamba2):
+        splits_rows = False
+
+    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(jax.make_mesh((4,), ("sequence",), (AxisType.Auto,))):
+        patch.setitem(MIXERS, "mamba2", Plain)
+        model = LanguageModel(dataclasses.replace(SIZES, pattern="2"))
+        params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+        with nn.logical_axis_rules((("length", "sequence"),)):
+            try:
+                jax.eval_shape(model.apply, params, jnp.zeros((1, 8), jnp.int32))
+            except ValueError as error:
+                print(error)
+
+
 def main(which: str):
     for name in {"quick": QUICK, "full": FULL}[which]:
         print(name, worst(name))
+    if which == "quick":
+        refusal()
 
 
 if __name__ == "__main__":
