@@ -1,5 +1,6 @@
 """What a mixer is. All that the rest asks of one stands in its own file; `MIXERS` in `__init__.py` has it in a line."""
 
+import functools
 from typing import ClassVar
 
 import flax.linen as nn
@@ -51,11 +52,11 @@ class Mixer(nn.Module):
         how = {"rotation": rotation, "implementation": config.implementation or None, "chunk": config.chunk or None}
 
         def op(tokens, heads, state, along=None):
-            return ssm(tokens, heads, state, **how, along=along)
+            run = functools.partial(ssm, **how, along=along)
+            if config.remat in KEPT:
+                run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_only_these_names(*KEPT[config.remat]))
+            return run(tokens, heads, state)
 
-        if config.remat in KEPT:
-            policy = jax.checkpoint_policies.save_only_these_names(*KEPT[config.remat])
-            op = jax.checkpoint(op, policy=policy, static_argnums=(3,))
         if over is not None:
             op = context.across(op, over, **how)
         return sharded(op, *nn.logical_to_mesh_axes(("batch", "heads")), over and over.axis)

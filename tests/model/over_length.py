@@ -14,6 +14,7 @@ from jax.sharding import AxisType
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.mixers import MIXERS, Mamba2
 from mamba3_jax.model import LanguageModel, init_params
+from mamba3_jax.ops.ssm import IMPLEMENTATIONS
 from tests.helpers import rel_rms
 
 BATCH, LENGTH = 2, 32
@@ -43,6 +44,7 @@ FULL = {
     "quaternions": ({"sequence": 4}, SWITCHED | {"layout": "zigzag"}),
     "others": ({"sequence": 4}, {"pattern": "G1", "layout": "zigzag"}),
     "others_contiguous": ({"data": 2, "sequence": 4}, {"pattern": "G1"}),
+    "kernels": ({"sequence": 2}, {"pattern": "M", "remat": "rotation", "implementation": "triton"}),
     "carried": ({"sequence": 4}, {"pattern": "MA2G1"}),
     "block": ({"sequence": 2}, HYBRID | {"remat": "block"}),
     "op": ({"sequence": 2}, HYBRID | {"remat": "op", "layout": "zigzag"}),
@@ -106,6 +108,7 @@ def refusal():
 
 
 def main(which: str):
+    IMPLEMENTATIONS["triton"] = functools.partial(IMPLEMENTATIONS["triton"], interpret=True)
     for name in {"quick": QUICK, "full": FULL}[which]:
         print(name, worst(name))
     if which == "quick":

@@ -5,14 +5,16 @@ import sys
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from mamba3_jax.ops import context
+from mamba3_jax.ops import attention, context
 from mamba3_jax.ops.sharded import sharded
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
 from pallas_kernels.ssm import angle
 from pallas_kernels.ssm.cases import MIMO, SISO, SSD, Case
+from tests.helpers import rel_rms
 from tests.ops import cases
 from tests.ops.cases import draw
 
@@ -155,6 +157,32 @@ def seen(module, name: str, spoilt, case: Run) -> bool:
     return False
 
 
+def attends(layout: str):
+    """Attention's values and gradients are one device's, and it does not compute scores of runs after the queries'."""
+    attention.QUERIES = 3  # at a time, with some of padding
+    random, case = np.random.default_rng(0), Run((2, 1, 4), layout=layout)
+    q_BLHE, k_BLKE, v_BLKE = (random.standard_normal((2, LENGTH, heads, 4), np.float32) for heads in (4, 2, 2))
+    first_BL = np.where(np.arange(LENGTH) < 13, 0, 13) * np.array([[0], [1]])
+
+    def loss(split, *arrays):
+        y_BLHE = attention.rows(*arrays, first_BL[:, order(case)] if split else first_BL, context=split)
+        weights_BLHE = jnp.cos(jnp.arange(y_BLHE.size)).reshape(y_BLHE.shape)
+        return jnp.sum(y_BLHE * (weights_BLHE[:, order(case)] if split else weights_BLHE)), y_BLHE
+
+    run = lambda split: jax.jit(jax.value_and_grad(functools.partial(loss, split), (0, 1, 2), has_aux=True))  # noqa: E731
+    (_, want_BLHE), want = run(None)(q_BLHE, k_BLKE, v_BLKE)
+    with jax.set_mesh(mesh_of(case.sizes)):
+        over = run(context.divide("sequence", layout, LENGTH))
+        (_, got_BLHE), got = over(*(x[:, order(case)] for x in (q_BLHE, k_BLKE, v_BLKE)))
+        k_BLKE[:, -1] = np.nan
+        (_, spoilt_BLHE), _ = over(*(x[:, order(case)] for x in (q_BLHE, k_BLKE, v_BLKE)))
+    back = np.argsort(order(case))
+    for a, b in zip((got_BLHE, *got), (want_BLHE, *want), strict=True):
+        assert rel_rms(np.asarray(a)[:, back], b) < 1e-6
+    run_length = LENGTH // (case.sizes[2] * context.RUNS[layout])
+    assert np.isfinite(np.asarray(spoilt_BLHE)[:, back][:, :-run_length]).all()
+
+
 def refusals():
     """What cannot be split, and what is not."""
     with jax.set_mesh(mesh_of((1, 1, 4))):
@@ -175,6 +203,8 @@ def main(which: str):
     for name, case in {"quick": QUICK, "full": FULL}[which].items():
         print(name, *worst(case))
     if which == "full":
+        for layout in context.RUNS:
+            attends(layout)
         print(*(part for part in PARTS if caught(part)), "kernels" if caught_of_kernels() else "")
         refusals()
 
