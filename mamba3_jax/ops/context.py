@@ -2,7 +2,8 @@
 
 A row is cut into runs of equal length. Each device computes the `Transition` of its own run at once with the others, a
 prefix scan composes those before it into the state in which its run begins, and the op goes on from there as it does
-from any state. So only states cross, and every implementation of the op runs on every device as it is.
+from any state. So only states cross, and every implementation of the op runs on every device as it is. Kernels that
+cut rows in splits, as those for GPUs do, need no pass for it: their splits go on over devices (`kernels.spans`).
 
 The scan takes ceil(log2 Z) rounds over Z devices, in each of which a device sends and holds one transition. An
 all-gather would be one round, of Z - 1 transitions that each device receives and holds.

@@ -1,13 +1,16 @@
 """Run by test_context.py in a process of its own with 8 devices: prints a line a case, or raises."""
 
+import collections
 import functools
+import re
 import sys
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as Spec
 
 from mamba3_jax.ops import attention, context
 from mamba3_jax.ops.sharded import sharded
@@ -157,6 +160,19 @@ def seen(module, name: str, spoilt, case: Run) -> bool:
     return False
 
 
+def crossing(case: Run) -> dict[str, int]:
+    """Counts the collectives of the outputs and the gradients of everything, by kind."""
+    tokens, heads, _ = draw(case.shape)
+    with jax.set_mesh(mesh := mesh_of(case.sizes)):
+        split = NamedSharding(mesh, Spec(None, "sequence"))
+        op, tokens = op_of(case), jax.tree.map(lambda x: jax.device_put(x, split), tokens)
+        run = jax.jit(jax.value_and_grad(lambda *inputs: jnp.sum(op(*inputs)[0]), (0, 1)))
+        text = run.lower(tokens, heads).compile().as_text()
+    return collections.Counter(
+        re.findall(r" (all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(", text)
+    )
+
+
 def attends(layout: str):
     """Attention's values and gradients are one device's, and it does not compute scores of runs after the queries'."""
     attention.QUERIES = 3  # at a time, with some of padding
@@ -205,6 +221,7 @@ def main(which: str):
     if which == "full":
         for layout in context.RUNS:
             attends(layout)
+        print(dict(crossing(QUICK["siso"])), dict(crossing(FULL["eight_zigzag"])))
         print(*(part for part in PARTS if caught(part)), "kernels" if caught_of_kernels() else "")
         refusals()
 

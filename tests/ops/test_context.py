@@ -32,13 +32,15 @@ def test_four_devices_compute_what_one_does():
 @pytest.mark.full
 def test_any_number_of_devices_computes_what_one_does():
     """In both layouts, with rows and heads split too, by kernels; an error in any part of what crosses is caught."""
-    *done, caught, not_equal, not_equal_zigzag, unknown = lines("full")
+    *done, crossing, caught, not_equal, not_equal_zigzag, unknown = lines("full")
     assert [line.split()[0] for line in done] == list(over_length.FULL)
     for line in done:
         case = over_length.FULL[line.split()[0]]
         sizes = (case.shape.batch, case.shape.length, case.shape.heads)
         parts = tuple(case.sizes[place] for place in (0, 2, 1))
         assert line.split()[1:4] == [str(size // part) for size, part in zip(sizes, parts, strict=True)]
+    # Rounds of four devices, and of eight for each of two runs; as many back. A state that is not used does not cross.
+    assert crossing == "{'collective-permute': 4} {'collective-permute': 12}"
     assert caught.split() == [*over_length.PARTS, "kernels"]
     assert not_equal == "length=6 is not a multiple of 4, the runs of layout='contiguous' on sequence=4"
     assert not_equal_zigzag == "length=12 is not a multiple of 8, the runs of layout='zigzag' on sequence=4"
