@@ -122,6 +122,9 @@ class ModelConfig(Section):
     # keep; their outputs and states are kept | op: the whole op; its inputs are kept | block: the layer. "": in
     # training the first of none, rotation and block whose step fits into the device's memory
     remat: str = ""
+    # Which tokens of a row the devices have that share it (mesh axis sequence): contiguous | zigzag: an early run and a
+    # late one each, which shares out the work of attention evenly
+    layout: str = "contiguous"
     unroll: int = size(0, 0, LAYERS)  # repeats of a segment that one turn of the scan over layers runs; 0: by device
 
 

@@ -8,10 +8,12 @@ import numpy as np
 from mamba3_jax.block import Block
 from mamba3_jax.config import ModelConfig, check
 from mamba3_jax.mixers import MIXERS, letters
-from mamba3_jax.mixers.mixer import OBSERVED
+from mamba3_jax.mixers.mixer import OBSERVED, length_context
 from mamba3_jax.nn.initial import linear
 from mamba3_jax.nn.norm import NORMS
 from mamba3_jax.nn.precision import DTYPES
+from mamba3_jax.ops import context as contexts
+from mamba3_jax.ops.context import RUNS, Context
 from mamba3_jax.ops.einsum import einsum
 from mamba3_jax.ops.look_up import Split, look_up
 from mamba3_jax.ops.tuned import device
@@ -93,7 +95,7 @@ def padded_vocab(config: ModelConfig) -> int:
 def validate(config: ModelConfig) -> None:
     """Raise ValueError, naming the value and the wish, for any combination that is not a model."""
     check(config, "config.model")
-    for name, table in {"norm": NORMS, "compute_dtype": DTYPES, "remat": REMATS}.items():
+    for name, table in {"norm": NORMS, "compute_dtype": DTYPES, "remat": REMATS, "layout": RUNS}.items():
         if getattr(config, name) not in table:
             raise ValueError(f"{name}={getattr(config, name)!r} is not one of {sorted(table)}")
     for mixer in sorted(set(mixer_names(config.pattern))):
@@ -135,6 +137,13 @@ def check_room(pattern, state, length: int, capacity: int | None) -> None:
 def table_split() -> Split:
     """Return how tokens and the table of their vectors lie on the mesh in context, by its rules (`sharding.using`)."""
     return Split(*nn.logical_to_mesh_axes(("batch", "length")), *nn.logical_to_mesh_axes(("embed", "vocab")))
+
+
+def check_splits_rows(config: ModelConfig, context: Context) -> None:
+    """Raise ValueError for a mixer that cannot have its rows split over devices."""
+    for mixer in sorted(set(mixer_names(config.pattern))):
+        if not MIXERS[mixer].splits_rows:
+            raise ValueError(f"{mixer} cannot split its rows over devices, wanted a mesh without {context.axis!r}")
 
 
 def is_known(array) -> bool:
@@ -231,6 +240,11 @@ class LanguageModel(nn.Module):
             check_room(config.pattern, state, tokens_BL.shape[1], capacity)
         if capacity is not None:
             state = self.empty_state(tokens_BL.shape[0], capacity)
+        context = length_context(config, tokens_BL.shape[1], state)
+        if context is not None:
+            check_splits_rows(config, context)
+            tokens_BL = contexts.laid(context, tokens_BL)
+            start_BL = None if start_BL is None else contexts.laid(context, start_BL)
         dtype = DTYPES[config.compute_dtype]
         embedding_VD = Embedding(padded_vocab(config), config.d_model, config.embedding_std, name="embedding")()
         residual_BLD = look_up(embedding_VD, known_or_past(tokens_BL, config), table_split())  # past the table: NaN
@@ -255,6 +269,8 @@ class LanguageModel(nn.Module):
             residual_BLD, new_state[name] = layers(residual_BLD, before, start_BL)
 
         x_BLD = NORMS[config.norm](dtype, name="norm")(residual_BLD)
+        if context is not None:
+            x_BLD = contexts.in_order(context, x_BLD)
         head_DV = embedding_VD.T if config.tie_embeddings else Head(embedding_VD.shape, name="head")()
         return x_BLD, head_DV, new_state
 

@@ -115,10 +115,8 @@ def param_shardings(config: ModelConfig, mesh: Mesh):
     """Return a NamedSharding for every parameter, in the shape of the parameter tree.
 
     Raises:
-        ValueError: an axis that those of the mesh do not divide; a mesh that splits the length.
+        ValueError: an axis that those of the mesh do not divide.
     """
-    if parts(mesh, "length") > 1:
-        raise ValueError(f"the mesh has sequence={mesh.shape['sequence']}, but no mixer can split its rows: wanted 1")
     boxed = boxed_shapes(config)
 
     def place(path, names, shape):

@@ -13,6 +13,7 @@ from mamba3_jax.mixers.mixer import Mixer
 from mamba3_jax.mixers.official import Piece, Row, same, weight
 from mamba3_jax.nn.initial import linear
 from mamba3_jax.nn.precision import DTYPES
+from mamba3_jax.ops import context as contexts
 from mamba3_jax.ops.attention import IMPLEMENTATIONS, attend, rows
 from mamba3_jax.ops.einsum import einsum
 
@@ -61,6 +62,7 @@ class Attention(Mixer):
 
     letter = "A"
     matrices = ("q", "k", "v", "out")
+    splits_rows = True
     official: ClassVar = {"attn_rope_theta": 0.0}
 
     @nn.compact
@@ -76,10 +78,17 @@ class Attention(Mixer):
             raise ValueError(f"{length=} tokens do not fit in a cache of capacity {state.k_BTKE.shape[1]}")
         zero_B = jnp.zeros(batch, jnp.int32)
         position_B, first_B = (state.position_B, state.first_B) if state is not None else (zero_B, zero_B)
+        # A cache is whole, in the order of its row: only rows without one are split.
+        context = self.context(x_BLD, state) if state is None else None
+        if context is not None and start_BL is not None:
+            start_BL = contexts.whole(context, start_BL)
         place_BL = position_B[:, None] + jnp.arange(length)
         first_BL = jnp.broadcast_to(first_B[:, None], place_BL.shape)
         if start_BL is not None:
             first_BL = jax.lax.cummax(jnp.where(start_BL, place_BL, first_BL), axis=1)
+        first_B = first_BL[:, -1]
+        if context is not None:
+            place_BL, first_BL = (contexts.laid(context, x_BL) for x_BL in (place_BL, first_BL))
         if config.attn_rope_theta:
             q_BLHE = rope(q_BLHE, place_BL - first_BL, config.attn_rope_theta)
             k_BLKE = rope(k_BLKE, place_BL - first_BL, config.attn_rope_theta)
@@ -92,6 +101,7 @@ class Attention(Mixer):
                 rows,
                 implementation=config.attn_implementation,
                 split=tuple(nn.logical_to_mesh_axes(("batch", "heads"))),
+                context=context,
             )
             seen = (None if start_BL is None else first_BL,)
         else:  # a piece of a row: its queries are not as many as the cache's keys
@@ -101,7 +111,9 @@ class Attention(Mixer):
         if state is not None:
             y_BLHE = jnp.where((place_BL < k_BLKE.shape[1])[..., None, None], y_BLHE, jnp.nan)
         y_BLD = self.output(y_BLHE)
-        return y_BLD, Cache(k_BLKE, v_BLKE, position_B + length, first_BL[:, -1])
+        if context is not None:
+            k_BLKE, v_BLKE = (contexts.whole(context, x_BLKE) for x_BLKE in (k_BLKE, v_BLKE))
+        return y_BLD, Cache(k_BLKE, v_BLKE, position_B + length, first_B)
 
     def project(self, name, x_BLD, heads: int):
         """x W (+ b) -> (B, L, heads, E), in the compute dtype."""

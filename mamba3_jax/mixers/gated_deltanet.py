@@ -1,5 +1,6 @@
 """The Gated DeltaNet mixer (Yang et al. 2024, arXiv 2412.06464): short convolutions and the gated delta rule."""
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -41,6 +42,7 @@ class GatedDeltaNet(Mixer):
 
     letter = "G"
     matrices = ("in_qk", "in_zv", "in_ab", "out")
+    splits_rows = True
 
     def setup(self):
         config, size = self.config, sizes(self.config)
@@ -64,14 +66,14 @@ class GatedDeltaNet(Mixer):
     def __call__(self, x_BLD, state: Carried | None = None, start_BL=None):
         config, dtype = self.config, DTYPES[self.config.compute_dtype]
         before = self.empty_state(config, x_BLD.shape[0], 0) if state is None else state
-        document_BL = None if start_BL is None else jnp.cumsum(start_BL, axis=1, dtype=jnp.int32)
+        context = self.context(x_BLD, state)
 
         q_BLHN, k_BLHN = both(x_BLD, self.in_qk, dtype)
         z_BLHP, v_BLHP = both(x_BLD, self.in_zv, dtype)
         ab = einsum("bld,dch->blch", x_BLD, self.in_ab, dtype=dtype, out=jnp.float32)
-        q_BLHN, q_BWHN = convolve(q_BLHN, self.conv_q, 0, before.q_BWHN, document_BL)
-        k_BLHN, k_BWHN = convolve(k_BLHN, self.conv_k, 0, before.k_BWHN, document_BL)
-        v_BLHP, v_BWHP = convolve(v_BLHP, self.conv_v, 0, before.v_BWHP, document_BL)
+        q_BLHN, q_BWHN = convolve(q_BLHN, self.conv_q, 0, before.q_BWHN, start_BL, context)
+        k_BLHN, k_BWHN = convolve(k_BLHN, self.conv_k, 0, before.k_BWHN, start_BL, context)
+        v_BLHP, v_BWHP = convolve(v_BLHP, self.conv_v, 0, before.v_BWHP, start_BL, context)
         tokens = Tokens(
             q_BLHN=unit(q_BLHN),
             k_BLHN=unit(k_BLHN),
@@ -81,8 +83,9 @@ class GatedDeltaNet(Mixer):
             start_BL=start_BL,
         )
         self.observe(log_a=tokens.log_a_BLH, b=tokens.b_BLH)
-        op = jax.checkpoint(delta, static_argnums=2) if config.remat in KEPT else delta
-        y_BLHP, h_BHPN = op(tokens, before.h_BHPN, config.chunk or None)
+        op = functools.partial(delta, chunk=config.chunk or None, context=context)
+        op = jax.checkpoint(op) if config.remat in KEPT else op
+        y_BLHP, h_BHPN = op(tokens, before.h_BHPN)
         y_BLHP = rms_norm(y_BLHP, self.norm) * jax.nn.silu(z_BLHP.astype(jnp.float32))
         y_BLD = einsum("blhp,hpd->bld", y_BLHP.astype(dtype), self.out, dtype=dtype)
         return y_BLD, Carried(h_BHPN=h_BHPN, q_BWHN=q_BWHN, k_BWHN=k_BWHN, v_BWHP=v_BWHP)

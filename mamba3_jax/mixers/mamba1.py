@@ -1,5 +1,6 @@
 """The Mamba-1 mixer (Gu and Dao 2023, arXiv 2312.00752): a short convolution and the selective scan."""
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -35,6 +36,7 @@ class Mamba1(Mixer):
 
     letter = "1"
     matrices = ("in_zx", "in_rkq", "in_dt", "out")
+    splits_rows = True
 
     def setup(self):
         config, size = self.config, sizes(self.config)
@@ -56,10 +58,10 @@ class Mamba1(Mixer):
     def __call__(self, x_BLD, state: Carried | None = None, start_BL=None):
         config, size, dtype = self.config, sizes(self.config), DTYPES[self.config.compute_dtype]
         before = self.empty_state(config, x_BLD.shape[0], 0) if state is None else state
-        document_BL = None if start_BL is None else jnp.cumsum(start_BL, axis=1, dtype=jnp.int32)
+        context = self.context(x_BLD, state)
 
         z_BLI, x_BLI = both(x_BLD, self.in_zx, dtype)
-        x_BLI, x_BWI = convolve(x_BLI, self.conv_x, self.conv_x_bias, before.x_BWI, document_BL)
+        x_BLI, x_BWI = convolve(x_BLI, self.conv_x, self.conv_x_bias, before.x_BWI, start_BL, context)
         rkq = einsum("bli,ie->ble", x_BLI, self.in_rkq, dtype=dtype, out=jnp.float32)
         r_BLR, k_BLN, q_BLN = jnp.split(rkq, np.cumsum([size.rank, size.d_state]), axis=-1)
         dt_BLI = einsum("blr,ri->bli", r_BLR, self.in_dt, dtype=dtype, out=jnp.float32)
@@ -70,10 +72,11 @@ class Mamba1(Mixer):
             q_BLN=q_BLN,
             start_BL=start_BL,
         )
-        op = jax.checkpoint(selective, static_argnums=3) if config.remat in KEPT else selective
         a_IN = -jnp.exp(self.a_log)
         self.observe(dt=tokens.dt_BLI, a=a_IN)
-        y_BLI, h_BIN = op(tokens, a_IN, before.h_BIN, config.chunk or None)
+        op = functools.partial(selective, chunk=config.chunk or None, context=context)
+        op = jax.checkpoint(op) if config.remat in KEPT else op
+        y_BLI, h_BIN = op(tokens, a_IN, before.h_BIN)
         y_BLI = y_BLI.astype(jnp.float32) + self.skip * x_BLI.astype(jnp.float32)
         y_BLI = (y_BLI * jax.nn.silu(z_BLI.astype(jnp.float32))).astype(dtype)
         return einsum("bli,id->bld", y_BLI, self.out, dtype=dtype), Carried(h_BIN=h_BIN, x_BWI=x_BWI)

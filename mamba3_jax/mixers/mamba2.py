@@ -38,6 +38,7 @@ class Mamba2(Mixer):
 
     letter = "2"
     matrices = ("in_zx", "in_kq", "in_dt", "out")
+    splits_rows = True
     official: ClassVar = {}  # it has all that can be chosen here
 
     def setup(self):
@@ -61,11 +62,12 @@ class Mamba2(Mixer):
         config, dtype = self.config, DTYPES[self.config.compute_dtype]
         batch, length, groups = *x_BLD.shape[:2], config.n_groups
         before, window = (None, None) if state is None else (state.ssm, state.window)
+        context = self.context(x_BLD, state)
 
         kq_BLE = einsum("bld,de->ble", x_BLD, self.in_kq, dtype=dtype)  # first, as Mamba-3's
         z_BLHP, x_BLHP = both(x_BLD, self.in_zx, dtype)
         dt_BLH = einsum("bld,dh->blh", x_BLD, self.in_dt, dtype=dtype, out=jnp.float32)
-        x_BLHP, kq_BLE, window = convolved(self.taps, x_BLHP, kq_BLE, window, start_BL)
+        x_BLHP, kq_BLE, window = convolved(self.taps, x_BLHP, kq_BLE, window, start_BL, context)
         kq = kq_BLE.reshape(batch, length, 2, 1, groups, config.d_state)
 
         dt_BLH = jax.nn.softplus(dt_BLH + self.dt_bias)
@@ -80,7 +82,7 @@ class Mamba2(Mixer):
             gamma_BLH=gamma_BLH,
             start_BL=start_BL,
         )
-        y_BLHP, ssm = self.op("adjacent")(tokens, Heads(skip_H=self.skip), before)
+        y_BLHP, ssm = self.op("adjacent", context)(tokens, Heads(skip_H=self.skip), before)
         y_BLHP = y_BLHP.astype(jnp.float32) * jax.nn.silu(z_BLHP.astype(jnp.float32))
         by_group = rms_norm(y_BLHP.reshape(batch, length, groups, -1), self.norm.reshape(groups, -1))
         y_BLHP = by_group.reshape(y_BLHP.shape).astype(dtype)

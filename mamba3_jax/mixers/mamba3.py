@@ -17,6 +17,7 @@ from mamba3_jax.nn.initial import inverse_softplus_dt, linear, log_uniform
 from mamba3_jax.nn.norm import rms_norm
 from mamba3_jax.nn.precision import DTYPES
 from mamba3_jax.ops import quaternion
+from mamba3_jax.ops.context import Context
 from mamba3_jax.ops.discretize import DISCRETIZATIONS, uses_previous
 from mamba3_jax.ops.einsum import einsum
 from mamba3_jax.ops.quaternion import Quaternion
@@ -53,6 +54,7 @@ class Mamba3(Mixer):
 
     letter = "M"
     matrices = ("in_zx", "in_dt_a_trap", "in_kq_angle", "out")
+    splits_rows = True
     official: ClassVar = {
         "discretization": "exponential_trapezoidal",
         "angles": "data",
@@ -101,13 +103,13 @@ class Mamba3(Mixer):
         return jax.lax.stop_gradient(bias_HRN) if config.bc_bias_frozen else bias_HRN
 
     def __call__(self, x_BLD, state: State | Carried | None = None, start_BL=None):
-        before = opened(state)
-        tokens, after = self.tokens(x_BLD, start_BL, before)
-        y_BLHP, ssm = self.op(pairing(self.config))(tokens, self.heads(), before.ssm)
+        before, context = opened(state), self.context(x_BLD, state)
+        tokens, after = self.tokens(x_BLD, start_BL, before, context)
+        y_BLHP, ssm = self.op(pairing(self.config), context)(tokens, self.heads(), before.ssm)
         y_BLD = einsum("blhp,hpd->bld", y_BLHP, self.out, dtype=DTYPES[self.config.compute_dtype])
         return y_BLD, closed(after._replace(ssm=ssm))
 
-    def tokens(self, x_BLD, start_BL, before: Carried) -> tuple[Tokens, Carried]:
+    def tokens(self, x_BLD, start_BL, before: Carried, context: Context | None) -> tuple[Tokens, Carried]:
         """SPEC sections 2 and 3, and the norm of 4: everything about a token that the op needs.
 
         Returns what the tokens leave behind, too, but for the op's state.
@@ -125,14 +127,14 @@ class Mamba3(Mixer):
         kq_BLE, theta_BLS = jnp.split(kq_angle, [kq_angle.shape[-1] - size.thetas], axis=-1)
         window = None
         if config.conv:
-            v_BLHP, kq_BLE, window = convolved(self.taps, v_BLHP, kq_BLE.astype(dtype), before.window, start_BL)
+            inputs = v_BLHP, kq_BLE.astype(dtype), before.window, start_BL
+            v_BLHP, kq_BLE, window = convolved(self.taps, *inputs, context)
         k_BLRGN, q_BLRGN = self.keys_and_queries(kq_BLE)
         rotation = step = None
         if config.angles == "quaternion":
             step = quaternion.exponential(quaternion.axis(theta_BLS), dt_BLH)
-            running = quaternion.running(step, before.rotation, start_BL)
+            running, rotation = quaternion.running(step, before.rotation, start_BL, context)
             k_BLRGN, q_BLRGN = self.rotated(k_BLRGN, "k_bias", running), self.rotated(q_BLRGN, "q_bias", running)
-            rotation = jax.tree.map(lambda part_BLHS: part_BLHS[:, -1], running)
         log_a_BLH, gamma_BLH, beta_BLH = DISCRETIZATIONS[config.discretization](dt_BLH, a_BLH, dt_a_trap[:, :, 2])
         angle_BLHS = ANGLES[config.angles](theta_BLS, dt_BLH)
         self.observe(dt=dt_BLH, log_a=log_a_BLH, gamma=gamma_BLH, beta=beta_BLH, angle=angle_BLHS, step=step)

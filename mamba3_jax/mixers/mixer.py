@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.mixers.official import Row
+from mamba3_jax.ops import context
+from mamba3_jax.ops.context import Context
 from mamba3_jax.ops.einsum import einsum
 from mamba3_jax.ops.sharded import sharded
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
@@ -33,6 +35,7 @@ class Mixer(nn.Module):
 
     letter: ClassVar[str]  # of a layer in `config.pattern`
     matrices: ClassVar[tuple[str, ...]]  # parameters that every token is multiplied by: 2 FLOPs an entry
+    splits_rows: ClassVar[bool] = False  # it asks `context` where its tokens lie, and passes on what the next ones need
     # What fields must be for the official layer to compute the same; None: there is no official layer.
     official: ClassVar[dict | None] = None
 
@@ -49,18 +52,24 @@ class Mixer(nn.Module):
             if array is not None:
                 self.sow(OBSERVED, name, array)
 
-    def op(self, rotation: str):
+    def context(self, x_BLD, state) -> Context | None:
+        """Return how the tokens of a call lie over the mesh; None: rows are whole."""
+        return length_context(self.config, x_BLD.shape[1], state)
+
+    def op(self, rotation: str, over: Context | None):
         """Return `ssm` as the config has it run: by what, in which chunks, over the mesh, keeping what for backward."""
         config = self.config
-        op = functools.partial(
-            ssm,
-            rotation=rotation,
-            implementation=config.implementation or None,
-            chunk=config.chunk or None,
-        )
-        if config.remat in KEPT:
-            op = jax.checkpoint(op, policy=jax.checkpoint_policies.save_only_these_names(*KEPT[config.remat]))
-        return sharded(op, *nn.logical_to_mesh_axes(("batch", "heads")))
+        how = {"rotation": rotation, "implementation": config.implementation or None, "chunk": config.chunk or None}
+
+        def op(tokens, heads, state, along=None):
+            run = functools.partial(ssm, **how, along=along)
+            if config.remat in KEPT:
+                run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_only_these_names(*KEPT[config.remat]))
+            return run(tokens, heads, state)
+
+        if over is not None:
+            op = context.across(op, over, **how)
+        return sharded(op, *nn.logical_to_mesh_axes(("batch", "heads")), over and over.axis)
 
     @staticmethod
     def check(config: ModelConfig) -> None:
@@ -98,6 +107,16 @@ class Mixer(nn.Module):
         Needed where `official` is not None.
         """
         raise NotImplementedError
+
+
+def length_context(config: ModelConfig, length: int, state) -> Context | None:
+    """Return how tokens of a call lie over the mesh; None: rows are whole. Those that go on from a state lie in order.
+
+    Raises:
+        ValueError: see `ops.context.divide`.
+    """
+    (axis,) = nn.logical_to_mesh_axes(("length",))
+    return context.divide(axis, config.layout if state is None else "contiguous", length)
 
 
 def both(x_BLD, pair_DC, dtype):

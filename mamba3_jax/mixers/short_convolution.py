@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.mixers.mixer import Mixer, head_count
 from mamba3_jax.nn.initial import linear
+from mamba3_jax.ops.context import Context
 from mamba3_jax.ops.convolve import convolve
 
 
@@ -52,15 +53,14 @@ def empty_window(taps: int, batch: int, dtype, *, heads: int, head_dim: int, sha
     )
 
 
-def convolved(taps: Taps, x_BLHP, kq_BLE, window: Window | None, start_BL):
+def convolved(taps: Taps, x_BLHP, kq_BLE, window: Window | None, start_BL, context: Context | None):
     """Return values, keys and queries after the convolution and SiLU, and the next tokens' window; None: no tokens."""
     if window is None:
         heads, head_dim, width = taps.x_HPK.shape
         sizes = {"heads": heads, "head_dim": head_dim, "shared": kq_BLE.shape[-1]}
         window = empty_window(width, x_BLHP.shape[0], x_BLHP.dtype, **sizes)
-    document_BL = None if start_BL is None else jnp.cumsum(start_BL, axis=1, dtype=jnp.int32)
-    x_BLHP, x_BWHP = convolve(x_BLHP, taps.x_HPK, taps.x_bias_HP, window.x_BWHP, document_BL)
-    kq_BLE, kq_BWE = convolve(kq_BLE, taps.kq_EK, taps.kq_bias_E, window.kq_BWE, document_BL)
+    x_BLHP, x_BWHP = convolve(x_BLHP, taps.x_HPK, taps.x_bias_HP, window.x_BWHP, start_BL, context)
+    kq_BLE, kq_BWE = convolve(kq_BLE, taps.kq_EK, taps.kq_bias_E, window.kq_BWE, start_BL, context)
     return x_BLHP, kq_BLE, Window(x_BWHP, kq_BWE)
 
 

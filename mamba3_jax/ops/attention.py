@@ -1,9 +1,13 @@
 """Causal softmax attention over the tokens of each query's own document: in plain XLA, and by cuDNN."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as Spec
 
+from mamba3_jax.ops import context as contexts
+from mamba3_jax.ops.context import Context
 from mamba3_jax.ops.einsum import einsum
 from mamba3_jax.ops.sharded import Axes, size_of, undivided
 
@@ -14,7 +18,15 @@ WIDTH = 128  # the widest heads that cuDNN takes on every GPU
 SHORT, MASK = 128, 2**30
 
 
-def rows(q_BLHE, k_BLKE, v_BLKE, first_BL=None, implementation: str = "", split: tuple = (None, None)):
+def rows(
+    q_BLHE,
+    k_BLKE,
+    v_BLKE,
+    first_BL=None,
+    implementation: str = "",
+    split: tuple = (None, None),
+    context: Context | None = None,
+):
     """y_t = sum_s softmax_s(q_t k_s / sqrt(E)) v_s over the tokens first_t <= s <= t of whole rows.
 
     Query head h reads the keys and values of head h // (H / K). No value and no gradient crosses to another document.
@@ -27,10 +39,20 @@ def rows(q_BLHE, k_BLKE, v_BLKE, first_BL=None, implementation: str = "", split:
         implementation: "plain", "cudnn", or "" for cuDNN where it runs and is worth it. cuDNN sums the gradients of
             queries in any order, unless XLA is told otherwise (--xla_gpu_deterministic_ops=true).
         split: the mesh axes (`jax.set_mesh`) that rows and heads are split over, each may be None.
+        context: how the tokens lie over the mesh; None: whole rows. Each device then has the keys and values of all of
+            a row, and computes no scores of runs after its own queries'.
 
     Raises:
         ValueError: cuDNN is named and cannot run this here.
     """
+    if context is not None:
+        if implementation == "cudnn":
+            raise ValueError(f"attn_implementation='cudnn' does not run over {context}, wanted '' or 'plain'")
+        if first_BL is None:
+            first_BL = jnp.zeros(q_BLHE.shape[:2], jnp.int32)
+        function = functools.partial(_over_runs, context)
+        (y_BLHE,) = contexts.over(context, function, (q_BLHE, k_BLKE, v_BLKE, first_BL), (True,) * 4, (True,))
+        return y_BLHE
     chosen = choose(implementation, q_BLHE, first_BL is not None)
     if chosen == "cudnn":
         return over_mesh(cudnn, *split)(q_BLHE, k_BLKE, v_BLKE, first_BL)
@@ -129,6 +151,63 @@ def _attend(q_BLGKE, k_BTKE, v_BTKE, first_BL, last_BL):
         scores = jnp.where(seen_BLT[:, None, None], scores * q_BLGKE.shape[-1] ** -0.5, -jnp.inf)
         return einsum("bgklt,btke->blgke", jax.nn.softmax(scores), v_BTKE, dtype=dtype)
 
+    return _by_queries(block, q_BLGKE, first_BL, last_BL)
+
+
+def _over_runs(context: Context, q_BLHE, k_BLKE, v_BLKE, first_BL):
+    """Compute `rows` of this device's queries."""
+    runs = context.runs * jax.lax.axis_size(context.axis)
+    k_ZBTKE, v_ZBTKE = (
+        jnp.moveaxis(x.reshape(x.shape[0], runs, -1, *x.shape[2:]), 1, 0)
+        for x in (contexts.gather(context, k_BLKE), contexts.gather(context, v_BLKE))
+    )
+    q_BLKGE = q_BLHE.reshape(*q_BLHE.shape[:2], k_BLKE.shape[2], -1, q_BLHE.shape[3])
+    queries = contexts.fold(context, (jnp.swapaxes(q_BLKGE, 2, 3), first_BL))
+    results = []
+    for place, (q_BLGKE, first_BL) in enumerate(contexts.apart(context, queries)):
+        results.append(_up_to(context.run(place), q_BLGKE, k_ZBTKE, v_ZBTKE, first_BL))
+    y_BLGKE = jnp.concatenate(results, axis=1)
+    return (jnp.swapaxes(y_BLGKE, 2, 3).reshape(q_BLHE.shape),)
+
+
+def _up_to(run, q_BLGKE, k_ZBTKE, v_ZBTKE, first_BL):
+    """Compute `rows` of the queries of a run from the keys of all Z runs, one run of keys after the other.
+
+    With m the largest score so far, y = sum_t exp(score_t - m) v_t / sum_t exp(score_t - m), whatever m is: it has no
+    gradient. Runs of keys after the queries' cost nothing.
+    """
+    dtype, scale = v_ZBTKE.dtype, q_BLGKE.shape[-1] ** -0.5
+    n_runs, length = k_ZBTKE.shape[0], k_ZBTKE.shape[2]
+    last_BL = jnp.broadcast_to(run * length + jnp.arange(length), first_BL.shape)
+
+    def block(q_BLGKE, first_BL, last_BL):
+        def add(carry, place, k_BTKE, v_BTKE):
+            m_BGKL, sum_BGKL, y_BGKLE = carry
+            scores = einsum("blgke,btke->bgklt", q_BLGKE, k_BTKE, dtype=dtype, out=jnp.float32) * scale
+            times_T = place * length + jnp.arange(length)
+            seen_BLT = (times_T >= first_BL[..., None]) & (times_T <= last_BL[..., None])
+            scores = jnp.where(seen_BLT[:, None, None], scores, -jnp.inf)
+            larger_BGKL = jax.lax.stop_gradient(jnp.maximum(m_BGKL, jnp.max(scores, axis=-1)))
+            weights, decay_BGKL = jnp.exp(scores - larger_BGKL[..., None]), jnp.exp(m_BGKL - larger_BGKL)
+            added_BGKLE = einsum("bgklt,btke->bgkle", weights, v_BTKE, dtype=dtype, out=jnp.float32)
+            sum_BGKL = decay_BGKL * sum_BGKL + jnp.sum(weights, axis=-1)
+            return larger_BGKL, sum_BGKL, decay_BGKL[..., None] * y_BGKLE + added_BGKLE
+
+        def step(carry, part):
+            return jax.lax.cond(part[0] <= run, add, lambda carry, *_: carry, carry, *part), None
+
+        batch, length_, groups, kv_heads, width = q_BLGKE.shape
+        nothing = jnp.zeros((batch, groups, kv_heads, length_, width), jnp.float32)
+        lowest = jnp.full(nothing.shape[:-1], jnp.finfo(jnp.float32).min)  # finite: less no score, and m - m is 0
+        carry = lowest, jnp.zeros_like(lowest), nothing
+        (_, sum_BGKL, y_BGKLE), _ = jax.lax.scan(step, carry, (jnp.arange(n_runs), k_ZBTKE, v_ZBTKE))
+        return jnp.moveaxis(y_BGKLE / sum_BGKL[..., None], 3, 1).astype(dtype)
+
+    return _by_queries(block, q_BLGKE, first_BL, last_BL)
+
+
+def _by_queries(block, q_BLGKE, first_BL, last_BL):
+    """Return `block(q, first, last)` of `QUERIES` queries at a time, computed again in the backward pass."""
     length = q_BLGKE.shape[1]
     if length <= QUERIES:
         return block(q_BLGKE, first_BL, last_BL)

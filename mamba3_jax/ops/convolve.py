@@ -1,10 +1,15 @@
 """The short causal convolution before a recurrence, its window carried from piece to piece."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from mamba3_jax.ops import context as contexts
+from mamba3_jax.ops.context import Context
 
-def convolve(x, weights, bias, before, document_BL):
+
+def convolve(x, weights, bias, before, start_BL, context: Context | None = None):
     """silu(bias + sum_j weights[j] x_{t-j}) over the tokens of t's own document, and what the next tokens see.
 
     A channel sees itself alone. Sums are float32, the result has x's dtype.
@@ -13,20 +18,47 @@ def convolve(x, weights, bias, before, document_BL):
         x: (B, L, ...).
         weights: (..., K), the token's own weight last.
         bias: (...), or 0.
-        before: (B, K-1, ...), the tokens before the first.
-        document_BL: a number that grows at each document's first token, 0 where the first document goes on; or None.
+        before: (B, K-1, ...), the tokens before the first; 0 of what is of another document.
+        start_BL: true at the first token of a document, or None.
+        context: how the tokens lie over the mesh; None: whole rows. The last K-1 of each run go to the next one.
+
+    Raises:
+        ValueError: runs that are shorter than that.
     """
+    if context is None:
+        return _convolve(x, weights, bias, before, start_BL)
+    function, split = functools.partial(_over_runs, context), (True, False, False, False, True)
+    return contexts.over(context, function, (x, weights, bias, before, start_BL), split, (True, False))
+
+
+def _over_runs(context: Context, x, weights, bias, before, start_BL):
+    """Compute `convolve` of this device's tokens."""
+    x, start_BL = contexts.fold(context, (x, start_BL))
+    if x.shape[1] < before.shape[1]:
+        raise ValueError(
+            f"runs of {x.shape[1]} tokens are less than the {before.shape[1]} before that a convolution sees"
+        )
+    ends = jnp.zeros((x.shape[0], *before.shape[1:]), before.dtype)
+    _, ends = _convolve(x, weights, bias, ends, start_BL)
+    befores = contexts.shifted(contexts.apart(context, ends), before, context)
+    y, after = _convolve(x, weights, bias, jnp.concatenate(befores), start_BL)
+    last = contexts.apart(context, after)[-1]
+    return contexts.unfold(context, y), contexts.from_one(context.ends(), last, context.axis)
+
+
+def _convolve(x, weights, bias, before, start_BL):
+    """Compute `convolve` of whole rows."""
     window, length = before.shape[1], x.shape[1]
     seen = jnp.concatenate([before, x], axis=1)
+    start_BL = jnp.zeros(x.shape[:2], bool) if start_BL is None else start_BL
+    document_BL = jnp.cumsum(start_BL, axis=1, dtype=jnp.int32)  # 0 where the first document goes on
+    documents_BL = jnp.pad(document_BL, ((0, 0), (window, 0)))
 
     def same(first, of_BL):
         """Take what is of a document from `seen[:, first:]`, and 0 for the rest."""
         part = seen[:, first : first + of_BL.shape[1]]
         return jnp.where(_wide(documents_BL[:, first : first + of_BL.shape[1]] == of_BL, part), part, 0)
 
-    if document_BL is None:
-        document_BL = jnp.zeros(x.shape[:2], jnp.int32)
-    documents_BL = jnp.pad(document_BL, ((0, 0), (window, 0)))
     total = bias
     for tap in range(window + 1):
         total += same(tap, document_BL).astype(jnp.float32) * weights[..., tap]

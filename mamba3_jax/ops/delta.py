@@ -1,10 +1,13 @@
 """The gated delta rule (Yang et al. 2024, arXiv 2412.06464): token by token, which is the definition, and in chunks."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from mamba3_jax.ops import context as contexts
+from mamba3_jax.ops.context import Context
 from mamba3_jax.ops.einsum import einsum
 
 CHUNK = 64  # tokens a chunk where nothing is said
@@ -31,7 +34,14 @@ class Chunk(NamedTuple):
     decay_BH: jax.Array  # of the whole chunk, 0 where a document starts in it
 
 
-def delta(tokens: Tokens, h_BHPN, chunk: int | None = None):
+class Run(NamedTuple):
+    """What a run of tokens does to any state before it: h <- h decay + added."""
+
+    decay_BHNN: jax.Array
+    added_BHPN: jax.Array
+
+
+def delta(tokens: Tokens, h_BHPN, chunk: int | None = None, context: Context | None = None):
     """h_t = a_t h_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T,  y_t = h_t q_t.
 
     Running a sequence in two pieces with the state carried is running it whole; no value and no gradient crosses to
@@ -41,13 +51,42 @@ def delta(tokens: Tokens, h_BHPN, chunk: int | None = None):
         tokens: one entry a token.
         h_BHPN: float32, what the tokens before left.
         chunk: tokens a chunk, taken as the power of two from 2 that is not less. Performance only; None: `CHUNK`.
+        context: how the tokens lie over the mesh; None: whole rows. What each run does to a state goes to the next one,
+            for which a pass over states computes an N x N matrix more a head.
 
     Returns:
         y_BLHP in v's dtype, and h after the last token.
     """
+    if context is not None:
+        function = functools.partial(_over_runs, context, chunk)
+        return contexts.over(context, function, (tokens, h_BHPN), (True, False), (True, False))
     if tokens.v_BLHP.shape[1] == 1:
         return recurrent(tokens, h_BHPN)
     return chunked(tokens, h_BHPN, chunk or CHUNK)
+
+
+def _over_runs(context: Context, chunk: int | None, tokens: Tokens, h_BHPN):
+    """Compute `delta` of this device's tokens."""
+    rows = contexts.fold(context, tokens)
+    width, d_state = h_BHPN.shape[2:]
+    # Rows of a state do not see each other. So values of 0 after a state of 1 give what tokens do to any state.
+    wider = [(0, 0)] * 3 + [(0, d_state)]
+    start_HMN = jnp.concatenate([jnp.zeros((width, d_state), h_BHPN.dtype), jnp.eye(d_state, dtype=h_BHPN.dtype)])
+    start_BHMN = jnp.broadcast_to(start_HMN, (rows.v_BLHP.shape[0], h_BHPN.shape[1], *start_HMN.shape))
+    _, both_BHMN = delta(rows._replace(v_BLHP=jnp.pad(rows.v_BLHP, wider)), start_BHMN, chunk)
+    runs = contexts.apart(context, Run(decay_BHNN=both_BHMN[:, :, width:], added_BHPN=both_BHMN[:, :, :width]))
+    befores = contexts.carried(_join, runs, Run(jnp.zeros_like(runs[0].decay_BHNN), h_BHPN), context)
+    y_BLHP, after_BHPN = delta(rows, jnp.concatenate([run.added_BHPN for run in befores]), chunk)
+    last_BHPN = contexts.apart(context, after_BHPN)[-1]
+    return contexts.unfold(context, y_BLHP), contexts.from_one(context.ends(), last_BHPN, context.axis)
+
+
+def _join(left: Run, right: Run) -> Run:
+    product = functools.partial(jnp.matmul, precision="highest")
+    return Run(
+        decay_BHNN=product(left.decay_BHNN, right.decay_BHNN),
+        added_BHPN=product(left.added_BHPN, right.decay_BHNN) + right.added_BHPN,
+    )
 
 
 def recurrent(tokens: Tokens, h_BHPN):

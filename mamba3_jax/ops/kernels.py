@@ -36,6 +36,7 @@ def kernels(
     backend: str,
     interpret: object = None,
     anywhere: bool = False,
+    along: object = None,
     **config,
 ):
     """Compute the sums of `chunked` by the kernels of a backend; a token, or a few, by its decoding step.
@@ -45,6 +46,7 @@ def kernels(
         backend: a name in `BACKENDS`.
         interpret: runs the kernels' program on any backend, slowly, for tests: True, or Pallas's parameters of it.
         anywhere: does not ask which device it is for: to trace and compile for another than `device`.
+        along: inside `jax.shard_map`, how rows go on over devices, `pallas_kernels.ssm.angle.Along`; where `spans`.
         config: what the backend's `scan` or `step` is told beside. What is not given is the table's (`tuned`) or, where
             it has nothing, the backend's choice. Performance only.
 
@@ -58,12 +60,40 @@ def kernels(
         require(backend, module.available())
     config = tuned.config(backend, tokens) | config
     how = {"rotation": rotation, "interpret": interpret or None, **config}
+    if along is not None:
+        return _along(tokens, heads, state, backend, along, **how, chunk=chunk)
     if tokens.log_a_BLH.shape[1] <= module.STEPS:
         state = empty_state(tokens) if state is None else state
         return _steps(tokens, heads, state, backend, tuple(how.items()))
-    scanned = module.scan(_row(tokens, heads, state), **how, chunk=chunk)
+    return _finished(tokens, heads, module.scan(_row(tokens, heads, state), **how, chunk=chunk), rotation)
+
+
+def _finished(tokens: Tokens, heads: Heads, scanned, rotation: str):
+    """Return output and state of a row from what a backend gives."""
     last = tokens._replace(k_BLRGN=scanned.k_BRGN[:, None], v_BLHP=scanned.v_BHP[:, None])
     return scanned.o_BLHP, last_state(last, heads, scanned.after.angle_BHS, scanned.after.h_BHPN, rotation)
+
+
+def spans(implementation: str, tokens: Tokens) -> bool:
+    """Tell whether these are kernels that let rows like these go on over devices."""
+    if implementation not in BACKENDS:
+        return False
+    module = _module(implementation)
+    return module.SPANS and tokens.log_a_BLH.shape[1] > module.STEPS
+
+
+def _along(tokens: Tokens, heads: Heads, state: State | None, backend: str, along, *, rotation: str, **how):
+    """Compute this device's tokens of rows that go on over devices; the state is that before the first one's."""
+    from pallas_kernels.ssm.angle import of_next_run
+
+    row, first_device = _row(tokens, heads, state), jax.lax.axis_index(along.axis) == 0
+    if row.before is not None:
+        row = row._replace(before=jax.tree.map(lambda x: jnp.where(first_device, x, 0), row.before))
+    if row.kappa_BLH is not None:
+        _, first_BH = later_weight(tokens.gamma_BLH, tokens.beta_BLH, tokens.start_BL)
+        row = row._replace(kappa_BLH=row.kappa_BLH.at[:, -1].add(of_next_run(first_BH, along)))
+    scanned = _module(backend).scan(row, rotation, **how, along=along)
+    return _finished(tokens, heads, scanned, rotation)
 
 
 def normed_step(tokens: Tokens, heads: Heads, state: State, norms: tuple, *, rotation: str, interpret: object = None):

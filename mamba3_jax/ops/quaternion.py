@@ -14,11 +14,15 @@ every step is the same. Axes that are all multiples of i rotate adjacent pairs, 
 four entries here; entries past them do not rotate.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from mamba3_jax.ops import context as contexts
+from mamba3_jax.ops.context import Context
 
 
 class Quaternion(NamedTuple):
@@ -90,14 +94,61 @@ def apart(square):
     return near, jnp.sqrt(jnp.where(near, 1, square))
 
 
-def running(step: Quaternion, before: Quaternion | None, start_BL: Bool[Array, "B L"] | None) -> Quaternion:
-    """P_t = P_{t-1} u_t, P_t = u_t at the first token of a document; of length 1.
+class Run(NamedTuple):
+    """What a run of tokens does to the product before it."""
+
+    started_B: jax.Array  # bool: a document starts inside, and the product before it is gone
+    product_BHS: Quaternion  # of the run's own steps, from its last start on
+
+
+def running(
+    step: Quaternion,
+    before: Quaternion | None,
+    start_BL: Bool[Array, "B L"] | None,
+    context: Context | None = None,
+) -> tuple[Quaternion, Quaternion]:
+    """P_t = P_{t-1} u_t, P_t = u_t at the first token of a document; of length 1; and P of the last token.
 
     Args:
         step: u, parts (B, L, H, S).
         before: P before the first token, parts (B, H, S); None: 1.
         start_BL: true at the first token of a document; None: nowhere.
+        context: how the tokens lie over the mesh; None: whole rows. The product of each run goes to the next one.
     """
+    if context is None:
+        result = _running(step, before, start_BL)
+        return result, _last(result)
+    if before is None:
+        before = identity((step.w.shape[0], *step.w.shape[2:]))
+    function = functools.partial(_over_runs, context)
+    return contexts.over(context, function, (step, before, start_BL), (True, False, True), (True, False))
+
+
+def _over_runs(context: Context, step: Quaternion, before: Quaternion, start_BL):
+    """Compute `running` of this device's tokens."""
+    batch, (step, start_BL) = before.w.shape[0], contexts.fold(context, (step, start_BL))
+    started_B = jnp.zeros(step.w.shape[0], bool) if start_BL is None else jnp.any(start_BL, axis=1)
+    runs = contexts.apart(context, Run(started_B, _last(_running(step, None, start_BL))))
+    befores = contexts.carried(_join, runs, Run(jnp.zeros(batch, bool), before), context)
+    before = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(run.product_BHS for run in befores))
+    result = _running(step, before, start_BL)
+    last = contexts.apart(context, _last(result))[-1]
+    result = jax.tree.map(functools.partial(contexts.unfold, context), result)
+    return result, contexts.from_one(context.ends(), last, context.axis)
+
+
+def _join(left: Run, right: Run) -> Run:
+    both = unit(product(left.product_BHS, right.product_BHS))
+    started_B = right.started_B[:, None, None]
+    return Run(left.started_B | right.started_B, chosen(started_B, right.product_BHS, both))
+
+
+def _last(result: Quaternion) -> Quaternion:
+    return jax.tree.map(lambda part_BLHS: part_BLHS[:, -1], result)
+
+
+def _running(step: Quaternion, before: Quaternion | None, start_BL) -> Quaternion:
+    """Compute `running` of whole rows."""
     if start_BL is None:
         result = jax.lax.associative_scan(product, step, axis=1)
     else:

@@ -6,6 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mamba3_jax.ops import context as contexts
+from mamba3_jax.ops.context import Context
+
 CHUNK = 32  # tokens a chunk where nothing is said: states of so many exist at a time
 
 
@@ -19,7 +22,14 @@ class Tokens(NamedTuple):
     start_BL: jax.Array | None  # true at the first token of a document
 
 
-def selective(tokens: Tokens, a_IN, h_BIN, chunk: int | None = None):
+class Run(NamedTuple):
+    """What a run of tokens does to any state before it: h <- decay h + added."""
+
+    decay_BIN: jax.Array
+    added_BIN: jax.Array
+
+
+def selective(tokens: Tokens, a_IN, h_BIN, chunk: int | None = None, context: Context | None = None):
     """h_t = exp(dt_t a) h_{t-1} + dt_t x_t k_t^T,  y_t = h_t q_t, a state a channel: the decay is (I, N), elementwise.
 
     Running a sequence in two pieces with the state carried is running it whole; no value and no gradient crosses to
@@ -31,10 +41,15 @@ def selective(tokens: Tokens, a_IN, h_BIN, chunk: int | None = None):
         a_IN: float32, < 0.
         h_BIN: float32, what the tokens before left.
         chunk: tokens a chunk. Performance only; None: `CHUNK`.
+        context: how the tokens lie over the mesh; None: whole rows. What each run does to a state goes to the next one,
+            after a scan of its own.
 
     Returns:
         y_BLI in x's dtype, and h after the last token.
     """
+    if context is not None:
+        function = functools.partial(_over_runs, context, chunk)
+        return contexts.over(context, function, (tokens, a_IN, h_BIN), (True, False, False), (True, False))
     length = tokens.x_BLI.shape[1]
     if length == 1:
         y_BLI, h_BIN = _chunk(a_IN, h_BIN, tokens)
@@ -54,6 +69,24 @@ def selective(tokens: Tokens, a_IN, h_BIN, chunk: int | None = None):
     h_BIN, y_CBQI = jax.lax.scan(body, h_BIN, jax.tree.map(split, tokens))
     y_BCQI = jnp.swapaxes(y_CBQI, 0, 1)
     return y_BCQI.reshape(y_BCQI.shape[0], -1, y_BCQI.shape[3])[:, :length], h_BIN
+
+
+def _over_runs(context: Context, chunk: int | None, tokens: Tokens, a_IN, h_BIN):
+    """Compute `selective` of this device's tokens."""
+    rows = contexts.fold(context, tokens)
+    _, added_BIN = selective(rows, a_IN, jnp.zeros((rows.x_BLI.shape[0], *a_IN.shape), h_BIN.dtype), chunk)
+    decay_BIN = jnp.exp(jnp.sum(rows.dt_BLI, axis=1)[..., None] * a_IN)
+    if rows.start_BL is not None:
+        decay_BIN = jnp.where(jnp.any(rows.start_BL, axis=1)[:, None, None], 0, decay_BIN)
+    runs = contexts.apart(context, Run(decay_BIN, added_BIN))
+    befores = contexts.carried(_join, runs, Run(jnp.zeros_like(h_BIN), h_BIN), context)
+    y_BLI, after_BIN = selective(rows, a_IN, jnp.concatenate([run.added_BIN for run in befores]), chunk)
+    last_BIN = contexts.apart(context, after_BIN)[-1]
+    return contexts.unfold(context, y_BLI), contexts.from_one(context.ends(), last_BIN, context.axis)
+
+
+def _join(left: Run, right: Run) -> Run:
+    return Run(left.decay_BIN * right.decay_BIN, right.decay_BIN * left.added_BIN + right.added_BIN)
 
 
 def _chunk(a_IN, h_BIN, part: Tokens):

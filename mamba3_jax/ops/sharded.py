@@ -12,21 +12,23 @@ from mamba3_jax.ops.types import Heads, State, Tokens, empty_state
 Axes = str | tuple[str, ...] | None  # of the mesh, over which one axis of an array is split
 
 
-def sharded(op, batch: Axes, split: str | None):
+def sharded(op, batch: Axes, split: str | None, length: str | None = None):
     """`op(tokens, heads, state)`, e.g. `ssm`, over the mesh in context (`jax.set_mesh`); without one, `op` itself.
 
     XLA divides plain code over devices by itself, but not a kernel. What heads share is whole on each of them, and its
     gradient the sum of theirs.
 
     Args:
+        op: what each device runs.
         batch: the mesh axis or axes that rows are split over, or None. Too few rows to split are whole on every device.
         split: the mesh axis that heads are split over, or None.
+        length: the mesh axis that tokens are split over, or None; `op` is then one of `context.across`.
 
     Raises:
         ValueError: (the call) heads that their axis does not divide.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if undivided(batch, split):
+    if undivided(batch, split, length):
         return op
 
     def call(tokens: Tokens, heads: Heads, state: State | None = None):
@@ -42,11 +44,11 @@ def sharded(op, batch: Axes, split: str | None):
             by_group, copies = split, math.lcm(groups, parts) // groups
             q_BLRGN, k_BLRGN = (jnp.repeat(x, copies, axis=3) for x in (tokens.q_BLRGN, tokens.k_BLRGN))
             tokens = tokens._replace(q_BLRGN=q_BLRGN, k_BLRGN=k_BLRGN)
-        shared, own = Spec(row, None, None, by_group), Spec(row, None, split)
+        shared, own = Spec(row, length, None, by_group), Spec(row, length, split)
         of_tokens = Tokens(**dict.fromkeys(Tokens._fields, own))._replace(
-            q_BLRGN=shared, k_BLRGN=shared, angle_BLHS=Spec(row, None, by_angle), start_BL=Spec(row)
+            q_BLRGN=shared, k_BLRGN=shared, angle_BLHS=Spec(row, length, by_angle), start_BL=Spec(row, length)
         )
-        of_state = State(**dict.fromkeys(State._fields, Spec(row, split)))._replace(k_BRHN=own)
+        of_state = State(**dict.fromkeys(State._fields, Spec(row, split)))._replace(k_BRHN=Spec(row, None, split))
         of_state = _where(jax.eval_shape(empty_state, tokens), of_state)
         given = [(tokens, of_tokens), (heads, Heads(**dict.fromkeys(Heads._fields, Spec(split)))), (state, of_state)]
         specs = tuple(None if arrays is None else _where(arrays, specs) for arrays, specs in given)

@@ -30,6 +30,7 @@ def ssm(
     rotation: str = "adjacent",
     implementation: str | None = None,
     chunk: int | None = None,
+    along: object = None,
 ):
     """Mamba-3 between its two projections: bias, rotation, recurrence, skip, norm, gate (SPEC 4 to 7).
 
@@ -52,6 +53,8 @@ def ssm(
         rotation: "adjacent" (SISO weights) or "half" (MIMO weights).
         implementation: a name in `IMPLEMENTATIONS`, or None for the fastest that supports the inputs here.
         chunk: tokens a chunk; performance only, results do not depend on it. None chooses.
+        along: inside `jax.shard_map`, how rows go on from device to device; for `ops.context`, and for kernels that
+            `kernels.spans` names.
 
     Returns:
         y_BLHP in v's dtype, and the `State` after the last token.
@@ -64,7 +67,12 @@ def ssm(
         implementation = default_implementation(tokens)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{implementation=} is not one of {sorted(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[implementation](tokens, heads, state, rotation=rotation, chunk=chunk)
+    more = {}
+    if along is not None:
+        if not kernels.spans(implementation, tokens):
+            raise ValueError(f"{implementation=} does not run rows that go on over devices ({along=}), wanted None")
+        more = {"along": along}
+    return IMPLEMENTATIONS[implementation](tokens, heads, state, rotation=rotation, chunk=chunk, **more)
 
 
 def transition(

@@ -5,6 +5,7 @@ is the modulo. The increments angle dt are sums of products of 12-bit pieces, wh
 compiler fuses them with a sum or not.
 """
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -64,14 +65,82 @@ def to_radians(fraction):
     return lax.shift_right_logical(fraction, jnp.int32(8)).astype(jnp.float32) * (2 * math.pi / 2.0**24)
 
 
-def before_chunks(sum_BHCS, first_BHS, document_BL):
+@dataclasses.dataclass(frozen=True)
+class Along:
+    """How rows go on over the Z devices of a mesh axis, inside `jax.shard_map`."""
+
+    axis: str
+    # Of 2 Z runs a row, which are rows here, a device has z in the first half of the batch, 2 Z - 1 - z in the other.
+    zigzag: bool = False
+
+
+def before_device(decay, added, along: Along, backwards: bool = False):
+    """Solve x_r = decay_r x_{r-1} + added_r over the runs of all devices: return x_{r-1}, 0 of the first run.
+
+    Args:
+        decay: the axes are the first ones of `added`, the dtype is the same.
+        added: of this device's runs.
+        along: where the runs lie.
+        backwards: the last run is the first.
+    """
+    if not along.zigzag:
+        return _before(decay, added, along.axis, backwards)
+    (decay, after_decay), (added, after_added) = (jnp.split(x, 2) for x in (decay, added))
+    if backwards:
+        decay, added, after_decay, after_added = after_decay, after_added, decay, added
+    # Runs of the first half go up the devices, those of the other down; backwards the same, the halves swapped.
+    before = _before(decay, added, along.axis, False)
+    turns = lax.axis_index(along.axis) == lax.axis_size(along.axis) - 1  # has both runs where one follows the other
+    through = jnp.where(turns, _times(decay, before) + added, 0)
+    after = through + _before(after_decay, after_added + _times(after_decay, through), along.axis, True)
+    return jnp.concatenate([after, before] if backwards else [before, after])
+
+
+def of_next_run(x_B, along: Along):
+    """Return what belongs to the run after each of this device's; zeros of the last run."""
+    size = lax.axis_size(along.axis)
+    up = lambda x: lax.ppermute(x, along.axis, [(z, z + 1) for z in range(size - 1)])  # noqa: E731
+    down = lambda x: lax.ppermute(x, along.axis, [(z + 1, z) for z in range(size - 1)])  # noqa: E731
+    if not along.zigzag:
+        return down(x_B)
+    early_B, late_B = jnp.split(x_B, 2)
+    return jnp.concatenate([jnp.where(lax.axis_index(along.axis) == size - 1, late_B, down(early_B)), up(late_B)])
+
+
+def _times(decay, x):
+    return decay.reshape(*decay.shape, *[1] * (x.ndim - decay.ndim)) * x
+
+
+def _before(decay, added, axis: str, backwards: bool):
+    """Compute `before_device` of a run a device, in ceil(log2 Z) rounds, of one message each."""
+    size, distance = lax.axis_size(axis), 1
+    decay_before, before = jnp.ones_like(decay), jnp.zeros_like(added)
+    while distance < size:  # what has no device before it receives zeros
+        pairs = [(z + distance, z) if backwards else (z, z + distance) for z in range(size - distance)]
+        sent = lax.ppermute(jnp.concatenate([decay.ravel(), added.ravel()]), axis, pairs)
+        decay_left, left = sent[: decay.size].reshape(decay.shape), sent[decay.size :].reshape(added.shape)
+        decay_before, before = decay_before * decay_left, _times(decay_before, left) + before
+        decay, added = decay * decay_left, _times(decay, left) + added
+        distance *= 2
+    return before
+
+
+def before_chunks(sum_BHCS, first_BHS, document_BL, along: Along | None = None):
     """Return the angle before every chunk and the one after the row, 32-bit, from the sums of the chunks.
 
     Args:
         sum_BHCS: the 32-bit sum of a chunk's increments; where documents start in it, from its last start on.
         first_BHS: the angle before the row, 32-bit.
         document_BL: document starts in its chunk up to each token; None: one document.
+        along: how rows go on over devices, `first` before the row's first run and 0 before the others; None: one device
+            has all of them.
     """
+    if along is not None:
+        _, last_BHS = before_chunks(sum_BHCS, first_BHS, document_BL)
+        carried_B = jnp.ones(sum_BHCS.shape[0], jnp.int32)
+        if document_BL is not None:
+            carried_B = jnp.all(document_BL == 0, axis=1).astype(jnp.int32)
+        first_BHS = first_BHS + before_device(carried_B, last_BHS, along)
     up_to_BHCS = jnp.cumsum(sum_BHCS, axis=2)
     before_BHCS = up_to_BHCS - sum_BHCS
     if document_BL is None:

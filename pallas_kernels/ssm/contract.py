@@ -1,16 +1,22 @@
 """What every backend takes and gives: the same arrays, in the op's own shapes and order of axes.
 
-A backend is a package of this folder with four functions and a number:
+A backend is a package of this folder with four functions, a number and a flag:
 
     available() -> str | None                 what it wants of the device, and what it got; None: it can run
     unsupported(inputs) -> str | None         likewise of a `Row` or a `Token`; arrays may be `jax.ShapeDtypeStruct`
     scan(row, rotation, *, interpret, **config) -> Scanned
     step(token, rotation, *, interpret, **config) -> Stepped
     STEPS                                     rows of up to so many tokens are steps, one after another
+    SPANS                                     whether `scan` takes `along`, see below
 
 It owns its shapes: what it wants padded, transposed or in another order of N (`order.Order`), it pads, transposes and
 orders for itself, forward and backward. `config` is performance only; what it does not say is the backend's choice.
 `scan` and `step` raise ValueError for what is not supported. `scan` is differentiable, `step` need not be.
+
+With `along` (`angle.Along`), inside `jax.shard_map`, rows go on over the devices of an axis of the mesh, each of which
+has runs of equally many tokens. `row.before` is zero but of the first run; the last kappa of each includes what the
+next run's first token adds; `after` is what all tokens so far leave. It costs what splits of a row cost, a pass over
+states.
 
 Letters: B batch, L tokens, R rank, G groups of q/k, H heads, N state per head, P head width, S rotary pairs.
 """

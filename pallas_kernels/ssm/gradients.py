@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.ssm.angle import Along, before_device
 from pallas_kernels.ssm.operands import Operands, combine_splits, documents_in_chunks
 
 
-def combine_splits_bwd(dlast_BHPN, decay_BHZ, added_BHZPN):
+def combine_splits_bwd(dlast_BHPN, decay_BHZ, added_BHZPN, along: Along | None = None):
     """Run the scan over splits from the end: returns the gradient of the state after every split.
 
     dh_end[z] = dh_start[z + 1],   dh_start[z] = decay[z] dh_end[z] + added[z]
@@ -23,9 +24,10 @@ def combine_splits_bwd(dlast_BHPN, decay_BHZ, added_BHZPN):
     Args:
         dlast_BHPN: the gradient of the state after the row.
         added_BHZPN: what the outputs of a split add to the gradient of the state before it.
+        along: how rows go on over devices: to `dlast` comes what the tokens of the next run give.
     """
     added_BHZPN, decay_BHZ = jnp.flip(added_BHZPN, axis=2), jnp.flip(decay_BHZ, axis=2)
-    ends_BHZPN, _ = combine_splits(dlast_BHPN, decay_BHZ, added_BHZPN)
+    ends_BHZPN, _ = combine_splits(dlast_BHPN, decay_BHZ, added_BHZPN, along, backwards=True)
     return jnp.flip(ends_BHZPN, axis=2)
 
 
@@ -95,6 +97,7 @@ def over_row(
     net_BHL,
     tokens: int,
     interval: int,
+    along: Along | None = None,
 ) -> Operands:
     """Return the gradients of the decay, of angle and dt and of the first angle, in their places in `operands`.
 
@@ -102,6 +105,7 @@ def over_row(
         sums: of the angle, from each chunk; None: nothing rotates.
         dlast_BHS: of the angle after the row.
         net_BHL: see `decay_bwd`; the next two also.
+        along: how rows go on over devices: to `dlast` comes what the tokens of the next run give.
     """
     dlog_decay_BHL = decay_bwd(
         document_BL=documents_in_chunks(operands.document_BL, tokens),
@@ -113,6 +117,8 @@ def over_row(
     )
     dangle_BLHS = ddt_BHL = dfirst_BHS = None
     if sums is not None:
+        if along is not None:
+            dlast_BHS = dlast_BHS + _from_next_run(operands.document_BL, dlast_BHS, products.of_angle, along)
         dangle_BLHS, ddt_BHL, dfirst_BHS = _add_later(operands, sums, dlast_BHS, products.of_angle)
     return operands._replace(
         angle_BLHS=dangle_BLHS,
@@ -122,6 +128,15 @@ def over_row(
         document_BL=None,
         before=operands.before._replace(angle_BHS=dfirst_BHS),
     )
+
+
+def _from_next_run(document_BL, dlast_BHS, products: AngleProducts, along: Along):
+    """Return the gradient of the angle before the next run's tokens; 0 of the last run."""
+    carried_B = jnp.ones(dlast_BHS.shape[0], jnp.float32)
+    if document_BL is not None:
+        carried_B = (document_BL[:, -1] == 0).astype(jnp.float32)
+    after_BHS = carried_B[:, None, None] * (dlast_BHS - products.end_BHS)
+    return before_device(carried_B, products.starts_BHZAS[:, :, 0, 0] + after_BHS, along, backwards=True)
 
 
 def _add_later(operands: Operands, sums: AngleSums, dlast_BHS, products: AngleProducts):

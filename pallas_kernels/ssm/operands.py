@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.ssm.angle import Along, before_device
 from pallas_kernels.ssm.contract import (
     Carry,
     Row,
@@ -69,8 +70,19 @@ def log_decay(log_a_BHL, start_BL, tokens: int):
     return summed(exact_EHQ), summed(log_a_EHQ - exact_EHQ)
 
 
-def combine_splits(first_BHPN, decay_BHZ, added_BHZPN):
-    """Solves h_z = decay_z h_{z-1} + added_z: returns the states before every split, and the one after the last."""
+def combine_splits(first_BHPN, decay_BHZ, added_BHZPN, along: Along | None = None, backwards: bool = False):
+    """Solves h_z = decay_z h_{z-1} + added_z: returns the states before every split, and the one after the last.
+
+    Args:
+        first_BHPN: added to the state that the run before ends with; the first run has none before.
+        decay_BHZ: of the splits on this device.
+        added_BHZPN: likewise.
+        along: how rows go on over devices; None: they do not.
+        backwards: the last run is the first.
+    """
+    if along is not None:
+        _, end_BHPN = combine_splits(first_BHPN, decay_BHZ, added_BHZPN)
+        first_BHPN = first_BHPN + before_device(jnp.prod(decay_BHZ, axis=2), end_BHPN, along, backwards)
     decay_BHZ = jnp.pad(decay_BHZ, ((0, 0), (0, 0), (1, 0)), constant_values=1.0)
     states_BHZPN = jnp.concatenate([first_BHPN[:, :, None], added_BHZPN], axis=2)
 

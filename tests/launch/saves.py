@@ -9,8 +9,7 @@ from launch.common import define_path, run
 from mamba3_jax.checkpoint import Checkpoints
 from tests.train.tiny import get_config
 
-WORKDIR = define_path("workdir", None, "of the checkpoint", required=True)
-BUG = flags.DEFINE_integer("bug", None, "the process that has one")
+FLAGS = flags.FLAGS
 SHAPES = {"rows": (16, 2**20), "columns": (1000, 24), "scalar": ()}  # 64 MB
 
 
@@ -21,15 +20,17 @@ def params() -> dict[str, np.ndarray]:
 
 
 def main(_):
-    if jax.process_index() == BUG.value:
+    if jax.process_index() == FLAGS.bug:
         raise KeyError("a bug")
     mesh = jax.make_mesh((8,), ("x",))
     specs = {"rows": PartitionSpec("x"), "columns": PartitionSpec(None, "x"), "scalar": PartitionSpec()}
     placed = {name: jax.device_put(array, NamedSharding(mesh, specs[name])) for name, array in params().items()}
     assert not placed["rows"].is_fully_addressable
-    with Checkpoints(WORKDIR.value, get_config()) as checkpoints:
+    with Checkpoints(FLAGS.workdir, get_config()) as checkpoints:
         checkpoints.save(3, placed)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # test_hosts.py imports it beside commands with flags of these names
+    define_path("workdir", None, "of the checkpoint", required=True)
+    flags.DEFINE_integer("bug", None, "the process that has one")
     run(main)

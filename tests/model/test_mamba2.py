@@ -77,17 +77,17 @@ def test_no_value_and_no_gradient_of_another_document_reaches_a_convolution():
     random = np.random.default_rng(0)
     x_BLE, before_BWE = random.standard_normal((1, 6, 3)), random.standard_normal((1, 3, 3))
     weights, bias = random.standard_normal((3, 4)), random.standard_normal(3)
-    document_BL = np.array([[0, 0, 1, 1, 2, 2]])
+    start_BL = np.array([[0, 0, 1, 0, 1, 0]], bool)
     run = jax.jit(convolve)
-    y_BLE, last_BWE = run(x_BLE, weights, bias, before_BWE, document_BL)
+    y_BLE, last_BWE = run(x_BLE, weights, bias, before_BWE, start_BL)
     spoilt = x_BLE.copy()
     spoilt[:, :4] = np.nan
-    again_BLE, again_BWE = run(spoilt, weights, bias, np.full_like(before_BWE, np.nan), document_BL)
+    again_BLE, again_BWE = run(spoilt, weights, bias, np.full_like(before_BWE, np.nan), start_BL)
     np.testing.assert_array_equal(again_BLE[:, 4:], y_BLE[:, 4:])
     np.testing.assert_array_equal(again_BWE, last_BWE)
     np.testing.assert_array_equal(last_BWE[0, 0], 0)
     np.testing.assert_array_equal(last_BWE[0, 1:], np.float32(x_BLE[0, 4:]))
-    pull = jax.vjp(lambda x_BLE, before: run(x_BLE, weights, bias, before, document_BL)[0], x_BLE, before_BWE)[1]
+    pull = jax.vjp(lambda x_BLE, before: run(x_BLE, weights, bias, before, start_BL)[0], x_BLE, before_BWE)[1]
     of_x, of_before = pull(jnp.zeros_like(y_BLE).at[:, 4:].set(1.0))
     assert not np.any(of_x[:, :4])
     assert not np.any(of_before)

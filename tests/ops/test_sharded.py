@@ -51,7 +51,11 @@ TPU = ("TPU v5 lite", 1, "tpu", "tpu", ('"mamba3_tpu_scan"', '"mamba3_tpu_scan_b
 
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
-@pytest.mark.parametrize("axes", [{}, {"batch": "data", "heads": "tensor"}], ids=["unknown", "known"])
+@pytest.mark.parametrize(
+    "axes",
+    [{}, {"batch": "data", "heads": "tensor"}, {"batch": "data", "length": "tensor"}],
+    ids=["unknown", "known", "length"],
+)
 @pytest.mark.parametrize(("kind", "cores", "backend", "platform", "kernels"), [GPU, TPU], ids=["gpu", "tpu"])
 def test_training_on_several_devices_is_by_kernels(kind, cores, backend, platform, kernels, axes, monkeypatch):
     """By default, where the model knows the mesh's axes; else XLA would divide the op, which it can in plain code."""

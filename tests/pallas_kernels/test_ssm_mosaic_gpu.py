@@ -17,6 +17,7 @@ from jax.sharding import use_abstract_mesh
 
 from mamba3_jax.ops.kernels import kernels, refused
 from mamba3_jax.ops.ssm import ssm
+from pallas_kernels.ssm.angle import Along
 from pallas_kernels.ssm.cases import MIMO, SISO
 from pallas_kernels.ssm.contract import Carry, Weights
 from pallas_kernels.ssm.mosaic_gpu import bwd, phase, scan_fwd
@@ -142,6 +143,62 @@ def test_agrees_with_the_definition(shape, starts, splits):
     run = functools.partial(mosaic_gpu, rotation=shape.rotation, splits=splits, interpret=INTERPRET)
     results = jax.jit(run)(tokens, heads, state)
     cases.check_results(results, wanted(shape, starts, True)[0], ROUNDED)
+
+
+ALONG = Along("sequence")
+
+
+def some(x, axis_name, perm):
+    """`ppermute` for vmap, which only knows permutations of all."""
+    source = np.full(jax.lax.axis_size(axis_name), -1)
+    for sender, receiver in perm:
+        source[receiver] = sender
+    place = jnp.asarray(source)[jax.lax.axis_index(axis_name)]
+    return jnp.where(place >= 0, jax.lax.all_gather(x, axis_name)[place], 0)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("shape", "starts"),
+    [(SISO_LARGE._replace(length=256), (5, 124, 192)), (MIMO_LARGE._replace(length=64, rank=2), ())],
+    ids=["siso_packed", "mimo"],
+)
+def test_a_row_goes_on_over_devices_as_over_splits(shape, starts, monkeypatch):
+    """Values and gradients. Devices are members of a vmap here: the interpreter has one device's memory."""
+    devices, (y_BLHP, state_after) = 2, cases.cotangents(shape)
+    tokens, heads, state = draw(shape)
+    run = functools.partial(mosaic_gpu, rotation=shape.rotation, interpret=INTERPRET)
+    start_BL = start_of(shape, starts)
+
+    def pulled(op, cotangent, *inputs):
+        results, pull = jax.vjp(op, *inputs)
+        return results, pull(jax.tree.map(lambda x, like: x.astype(like.dtype), cotangent, results))
+
+    def by_splits(tokens, heads, state):
+        op = lambda tokens, *others: run(tokens._replace(start_BL=start_BL), *others, splits=devices)  # noqa: E731
+        return pulled(op, (y_BLHP, state_after), tokens, heads, state)
+
+    def by_devices(tokens, heads, state):
+        def of_one(tokens, start_BL, y_BLHP):
+            last = jax.lax.axis_index("sequence") == devices - 1
+            op = lambda tokens, *others: run(tokens._replace(start_BL=start_BL), *others, splits=1, along=ALONG)  # noqa: E731
+            of_last = jax.tree.map(lambda x: jnp.where(last, x, 0), state_after)
+            return pulled(op, (y_BLHP, of_last), tokens, heads, state)
+
+        parts = jax.tree.map(lambda x: jnp.stack(jnp.split(x, devices, axis=1)), (tokens, start_BL, y_BLHP))
+        (y_ZBLHP, after), (d_tokens, *others) = jax.vmap(of_one, axis_name="sequence")(*parts)
+        whole = lambda tree: jax.tree.map(lambda x: jnp.concatenate(list(x), axis=1), tree)  # noqa: E731
+        results = whole(y_ZBLHP), jax.tree.map(lambda x: x[-1], after)
+        return results, (whole(d_tokens), *jax.tree.map(lambda x: jnp.sum(x, axis=0), others))
+
+    monkeypatch.setattr(jax.lax, "ppermute", some)
+    inputs = bfloat16(tokens), heads, state
+    (values, gradients), (got_values, got_gradients) = (jax.jit(f)(*inputs) for f in (by_splits, by_devices))
+    assert max(jax.tree.leaves(jax.tree.map(rel_rms, got_values, values))) < 1e-6
+    errors = cases.gradient_errors(got_gradients, gradients)
+    # Sums over the row begin again at states of other dtypes: that before a split, and that after a device's tokens.
+    assert max(errors.pop("[0].log_a_BLH"), errors.pop("[2].angle_BHS")) < ROUNDED
+    assert max(errors.values()) < 1e-5, errors
 
 
 def test_documents_do_not_see_each_other():

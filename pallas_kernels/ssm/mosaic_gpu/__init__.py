@@ -7,5 +7,6 @@ Forward `phase` (the angles) and `scan_fwd` (all the rest); backward `scan_bwd`:
 from pallas_kernels.ssm.mosaic_gpu.decode import step
 from pallas_kernels.ssm.mosaic_gpu.scan_fwd import available, scan, unsupported
 
-__all__ = ["STEPS", "available", "scan", "step", "unsupported"]
+__all__ = ["SPANS", "STEPS", "available", "scan", "step", "unsupported"]
 STEPS = 1
+SPANS = True

@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssm.angle import (
     INVERSE_TURN,
+    Along,
     before_chunks,
     head,
     rounded,
@@ -135,7 +136,7 @@ class AngleProgram:
         return x if self.interpret else plgpu.layout_cast(x, self.grid.layout)
 
 
-def phase(*, angle_BLHS, dt_BHL, first_BHS, document_BL, interpret):
+def phase(*, angle_BLHS, dt_BHL, first_BHS, document_BL, interpret, along: Along | None = None):
     """Return phase_BHLS, int16, and the last angle in radians, in [0, 2 pi).
 
     Args:
@@ -143,6 +144,7 @@ def phase(*, angle_BLHS, dt_BHL, first_BHS, document_BL, interpret):
         first_BHS: radians: the angle before the row.
         document_BL: document starts in the row up to each token; None: one document.
         interpret: see `tiles.call`.
+        along: see `before_chunks`.
     """
     angle_BELS = jnp.swapaxes(angle_BLHS, 1, 2)
     grid = Grid(angle_BELS, dt_BHL)
@@ -152,7 +154,7 @@ def phase(*, angle_BLHS, dt_BHL, first_BHS, document_BL, interpret):
         flags = jnp.diff(document_BCQ, axis=2, prepend=0) == 0, document_BCQ == document_BCQ[:, :, -1:]
         goes_on_BL, in_last_BL = (x.reshape(document_BL.shape).astype(jnp.int32) for x in flags)
     sum_BHCS = _sums(grid, angle_BELS, dt_BHL, in_last_BL=in_last_BL, interpret=interpret)
-    start_BHCS, last_BHS = before_chunks(sum_BHCS, to_fraction(first_BHS), document_BL)
+    start_BHCS, last_BHS = before_chunks(sum_BHCS, to_fraction(first_BHS), document_BL, along)
     phase_BHLS = _phase(grid, angle_BELS, dt_BHL, start_BHCS, goes_on_BL=goes_on_BL, interpret=interpret)
     return phase_BHLS, to_radians(last_BHS)
 

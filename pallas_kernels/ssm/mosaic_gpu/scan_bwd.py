@@ -49,6 +49,8 @@ def gradients(operands: Operands, residuals: Residuals, cotangents, *, tile: Til
     # A norm makes the outputs' gradients small against the last state's, and what dh loses by rounding is the same for
     # many tokens: it would add up in the decay's gradient.
     exact, dh_BHZPN = weights.norm_HP is not None, _splits_bwd(refs, residuals.split_decay_BHZ, dlast_BHPN, tile)
+    if tile.along is not None:
+        dlast_BHPN = dh_BHZPN[:, :, -1]  # the next run's tokens included
     key = key_bwd(refs._replace(h_BHZPN=dh_BHZPN), tile, exact=exact)
     products = _state_products(query, key, residuals, dlast_BHPN, exact=exact)
 
@@ -60,7 +62,7 @@ def gradients(operands: Operands, residuals: Residuals, cotangents, *, tile: Til
         dphi_q_BHLS, dphi_k_BHLS = (x.dphi_BHLS.reshape(*operands.dt_BHL.shape, -1) for x in (query, key))
         of_angle = angles_bwd(operands, dphi_q_BHLS, dphi_k_BHLS, splits=tile.splits, interpret=tile.interpret)
     net_BHL = _sum_ranks(query.incoming_BHCT, operands, tile) - sums["outgoing"]
-    how = {"net_BHL": net_BHL, "tokens": tile.tokens, "interval": bwd.CHECKPOINT_INTERVAL}
+    how = {"net_BHL": net_BHL, "tokens": tile.tokens, "interval": bwd.CHECKPOINT_INTERVAL, "along": tile.along}
     d_row = over_row(operands, of_angle, dangle_BHS, products, **how)
     return d_row._replace(
         tokens=TokenArrays(
@@ -83,10 +85,10 @@ def gradients(operands: Operands, residuals: Residuals, cotangents, *, tile: Til
 
 def _splits_bwd(refs: ScanRefs, split_decay_BHZ, dlast_BHPN, tile: Tile):
     """Return the gradient of the state after every split."""
-    if tile.splits == 1:
+    if tile.splits == 1 and tile.along is None:
         return dlast_BHPN[:, :, None]
     added_BHZPN = state_bwd(refs._replace(h_BHZPN=jnp.zeros_like(refs.h_BHZPN)), tile)
-    return combine_splits_bwd(dlast_BHPN, split_decay_BHZ, added_BHZPN)
+    return combine_splits_bwd(dlast_BHPN, split_decay_BHZ, added_BHZPN, tile.along)
 
 
 def _sum_ranks(rows_BHCT, operands: Operands, tile: Tile):

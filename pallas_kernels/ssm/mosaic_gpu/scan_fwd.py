@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.device import target
+from pallas_kernels.ssm.angle import Along
 from pallas_kernels.ssm.contract import (
     NORM_EPS,
     Carry,
@@ -130,6 +131,7 @@ def scan(
     chunk: int | None = None,
     splits: int | None = None,
     programs: int | None = None,
+    along: Along | None = None,
 ) -> Scanned:
     """Compute a row in one kernel, and its angles in two before it. See `contract`.
 
@@ -139,6 +141,7 @@ def scan(
         chunk: ignored: it is always 64 rows, ranks times tokens.
         splits: how many parts of the length run side by side; None: as many as there are `programs` for.
         programs: how many fill the device; None: two on each of an H200's multiprocessors.
+        along: how rows go on over devices (`contract`).
 
     Raises:
         ValueError: q, k and v not bfloat16, a rank other than 1, 2 or 4, P over 64, or d_state over 128 with the pairs
@@ -149,7 +152,9 @@ def scan(
     size = sizes_of(row)
     order = order_of(rotation, size["N"], size["S"])
     splits = splits or splits_of(row, programs or PROGRAMS)
-    tile = Tile(rank=size["R"], width=size["P"], splits=splits, interpret=interpreter() if interpret else None)
+    tile = Tile(
+        rank=size["R"], width=size["P"], splits=splits, interpret=interpreter() if interpret else None, along=along
+    )
     unit = tile.tokens * tile.splits
     weights = jax.tree.map(lambda array: array.astype(jnp.float32), row.weights)
     given = row._replace(weights=weights)
@@ -204,8 +209,9 @@ class ScanOut(NamedTuple):
 def _forward(operands: Operands, tile: Tile):
     """Return output and state, and the residuals (y only where the tile says so).
 
-    Where heads and batch entries are too few to fill the device, a first pass leaves what every split adds to the
-    state; `combine_splits` gives the state before each, and the kernel then runs all splits at once.
+    Where heads and batch entries are too few to fill the device, or rows go on over several, a first pass leaves
+    what every split adds to the state; `combine_splits` gives the state before each, and the kernel then runs all
+    splits at once.
     """
     phase_BHLS, angle_BHS = None, None
     if operands.angle_BLHS is not None:
@@ -215,6 +221,7 @@ def _forward(operands: Operands, tile: Tile):
             first_BHS=operands.before.angle_BHS,
             document_BL=operands.document_BL,
             interpret=tile.interpret,
+            along=tile.along,
         )
     refs = ScanRefs(
         tokens=operands.tokens,
@@ -239,7 +246,7 @@ def _forward(operands: Operands, tile: Tile):
 
 def _with_starts(refs: ScanRefs, tile: Tile):
     """Return `refs` with the state before every split for the one before the row, and what each split leaves of it."""
-    if tile.splits == 1:
+    if tile.splits == 1 and tile.along is None:
         return refs, None
     batch, n_heads, _, width, d_state = refs.h_BHZPN.shape
     only_state = refs._replace(
@@ -253,7 +260,7 @@ def _with_starts(refs: ScanRefs, tile: Tile):
     if last_BHZCX.shape[-1] > len(SCALARS):  # the row is packed: the document follows
         goes_on_BHZ = jnp.all(last_BHZCX[..., len(SCALARS)] == 0, axis=-1)
         split_decay_BHZ = jnp.where(goes_on_BHZ, split_decay_BHZ, 0.0)
-    h_BHZPN, _ = combine_splits(refs.h_BHZPN[:, :, 0], split_decay_BHZ, added_BHZPN)
+    h_BHZPN, _ = combine_splits(refs.h_BHZPN[:, :, 0], split_decay_BHZ, added_BHZPN, tile.along)
     return refs._replace(h_BHZPN=h_BHZPN), split_decay_BHZ
 
 

@@ -23,6 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.ssm.angle import Along
 from pallas_kernels.ssm.contract import Weights
 from pallas_kernels.ssm.operands import Operands, TokenArrays, documents_in_chunks
 
@@ -43,6 +44,7 @@ class Tile:
     width: int = WIDTH  # entries of P that are not padding
     splits: int = 1  # parts of the length side by side, all of the same number of chunks
     residuals: bool = False  # store y too, which the backward pass reads
+    along: Along | None = None  # how rows go on over devices
     interpret: object = None  # plgpu's InterpretParams: on the CPU, for tests
 
     @property

@@ -4,4 +4,5 @@ from pallas_kernels.ssm.mosaic_tpu.config import STEPS, available
 from pallas_kernels.ssm.mosaic_tpu.decode import step
 from pallas_kernels.ssm.mosaic_tpu.op import scan, unsupported
 
-__all__ = ["STEPS", "available", "scan", "step", "unsupported"]
+__all__ = ["SPANS", "STEPS", "available", "scan", "step", "unsupported"]
+SPANS = False

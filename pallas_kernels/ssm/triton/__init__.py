@@ -7,5 +7,6 @@ from pallas_kernels.ssm.triton.config import available, unsupported
 from pallas_kernels.ssm.triton.op import scan
 from pallas_kernels.ssm.triton.step import step
 
-__all__ = ["STEPS", "available", "scan", "step", "unsupported"]
+__all__ = ["SPANS", "STEPS", "available", "scan", "step", "unsupported"]
 STEPS = 1
+SPANS = True

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from pallas_kernels.device import target
+from pallas_kernels.ssm.angle import Along
 from pallas_kernels.ssm.contract import Row, Token, decay_dtype, product_dtype, require, sizes_of, wants_normed
 from pallas_kernels.ssm.order import Order
 
@@ -30,6 +31,7 @@ class Tile:
     rotate_tokens: int = 16  # tokens that a program of the rotation takes
     rotate_heads: int = 8  # heads, at most, that it takes one after another
     rotate_bwd_heads: int = 16  # likewise in its backward pass, which adds up their gradients
+    along: Along | None = None  # how rows go on over devices
     checkpoint_interval: int = 512  # tokens between two states from which the backward pass begins its sums again
     rotate: Launch = Launch(2, 1)
     rotate_bwd: Launch = Launch(1, 1)

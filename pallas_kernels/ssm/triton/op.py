@@ -49,7 +49,7 @@ class Residuals(NamedTuple):
     start_BHCS: jax.Array | None
     y_BLHRP: jax.Array
     h_BHZPN: jax.Array  # before every split
-    decay_BHZ: jax.Array | None  # None: there is one split
+    decay_BHZ: jax.Array | None  # None: the row is one split
     last_BHPN: jax.Array
 
 
@@ -126,6 +126,7 @@ def _backward(tile: Tile, residuals: Residuals, cotangents):
         net_BHL=drotated.r_BHL,
         tokens=tile.tokens,
         interval=tile.checkpoint_interval,
+        along=tile.along,
     )
     over_ranks = lambda array_BHT: jnp.sum(array_BHT.reshape(*operands.gamma_BHL.shape, tile.rank), axis=-1)  # noqa: E731
     gradients = d_row._replace(
@@ -165,7 +166,7 @@ def _state_products(d: scan_bwd.ScanGradients, last_BHPN, dafter: Carry, tile: T
     rotates = dafter.angle_BHS is not None
     return state_products(
         [(d.query.h_BHZAPN, d.key.dh_BHZAPN)],
-        (last_BHPN, dafter.h_BHPN),
+        (last_BHPN, d.dlast_BHPN),
         (lambda x_PN: (x_PN[..., ::2], x_PN[..., 1::2])) if rotates else None,
         planes=dafter.angle_BHS.shape[-1] if rotates else 0,
         interval=tile.checkpoint_interval,

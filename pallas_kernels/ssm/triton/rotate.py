@@ -195,7 +195,9 @@ def _chunk_angles(operands: Operands, tile: Tile):
         tile=tile,
         launch=replace(tile.rotate, warps=1),
     )
-    start_BHCS, last_BHS = before_chunks(of_chunks.sum_BHCS, to_fraction(operands.before.angle_BHS), document_BL)
+    start_BHCS, last_BHS = before_chunks(
+        of_chunks.sum_BHCS, to_fraction(operands.before.angle_BHS), document_BL, tile.along
+    )
     return start_BHCS, to_radians(last_BHS)
 
 

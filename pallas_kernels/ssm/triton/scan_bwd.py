@@ -108,6 +108,7 @@ class ScanGradients(NamedTuple):
     key: KeyGradients
     value: ValueGradients
     epilogue: EpilogueGradients
+    dlast_BHPN: jax.Array  # of the state after this device's tokens, or those of each run
 
 
 def backward(operands: ScanOperands, *, decay_BHZ, y_BLHRP, do_BLHP, dlast_BHPN, tile: Tile) -> ScanGradients:
@@ -115,7 +116,7 @@ def backward(operands: ScanOperands, *, decay_BHZ, y_BLHRP, do_BLHP, dlast_BHPN,
 
     Args:
         operands: h the states before every split.
-        decay_BHZ: of every split; None: there is one.
+        decay_BHZ: of every split; None: the row is one.
         y_BLHRP: before norm and gate.
     """
     weights, dtype = operands.weights, operands.q_BHTN.dtype
@@ -158,12 +159,14 @@ def backward(operands: ScanOperands, *, decay_BHZ, y_BLHRP, do_BLHP, dlast_BHPN,
         name="mamba3_value_gradient",
         launch=tile.value,
     )
-    return ScanGradients(query, key, value, epilogue)
+    if tile.along is not None:
+        dlast_BHPN = dh_BHZPN[:, :, -1]  # the next run's tokens included
+    return ScanGradients(query=query, key=key, value=value, epilogue=epilogue, dlast_BHPN=dlast_BHPN)
 
 
 def _after_splits(scan: ScanOperands, decay_BHZ, dy_BLHRP, dlast_BHZPN, *, tile: Tile):
     """Return the gradient of the state after every split."""
-    if tile.splits == 1:
+    if tile.splits == 1 and tile.along is None:
         return dlast_BHZPN
     needed = scan._replace(k_BHTN=None, gamma_BHT=None, kappa_BHT=None, h_BHZPN=None)
     grid = ScanGrid(scan, tile)
@@ -176,7 +179,7 @@ def _after_splits(scan: ScanOperands, decay_BHZ, dy_BLHRP, dlast_BHZPN, *, tile:
         tile=tile,
         launch=tile.split_sums,
     )
-    return combine_splits_bwd(dlast_BHZPN[:, :, 0], decay_BHZ, sums.h_BHZPN)
+    return combine_splits_bwd(dlast_BHZPN[:, :, 0], decay_BHZ, sums.h_BHZPN, tile.along)
 
 
 def _dy_TP(refs: BwdOperands, index, tile: Tile):

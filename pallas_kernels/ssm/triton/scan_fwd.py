@@ -62,7 +62,7 @@ class SplitSums(NamedTuple):
 
 
 def forward(operands: ScanOperands, tile: Tile, *, residuals: bool):
-    """Return `ScanOutputs`, the state before every split, and the decay of every split (None: there is one).
+    """Return `ScanOutputs`, the state before every split, and the decay of every split (None: the row is one).
 
     Args:
         operands: h of shape (B, H, 1, P, N), the state before the row.
@@ -73,7 +73,7 @@ def forward(operands: ScanOperands, tile: Tile, *, residuals: bool):
     """
     check(operands, tile)
     grid, decay_BHZ = ScanGrid(operands, tile), None
-    if tile.splits > 1:
+    if tile.splits > 1 or tile.along is not None:
         sums = call(
             _split_sums_kernel,
             operands._replace(
@@ -90,7 +90,7 @@ def forward(operands: ScanOperands, tile: Tile, *, residuals: bool):
             launch=tile.split_sums,
         )
         decay_BHZ = sums.decay_BHZ
-        h_BHZPN, _ = combine_splits(operands.h_BHZPN[:, :, 0], decay_BHZ, sums.h_BHZPN)
+        h_BHZPN, _ = combine_splits(operands.h_BHZPN[:, :, 0], decay_BHZ, sums.h_BHZPN, tile.along)
         operands = operands._replace(h_BHZPN=h_BHZPN)
     dtype = operands.v_BLHP.dtype
     out = call(
