@@ -7,7 +7,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments.benchmarks import tpu_aot
+from launch import tpu
 
 HERE = Path(__file__).parent
 
@@ -22,9 +22,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def compiler(monkeypatch):
     """Let a test find the compiler for TPUs, which other processes should not, and tell it that there is no TPU."""
-    monkeypatch.setattr(sys, "path", [*sys.path, str(tpu_aot.LIBTPU)])
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tpu.LIBTPU)])
     pytest.importorskip("libtpu", reason="no libtpu, the compiler for TPUs")
-    for name, value in tpu_aot.ENVIRONMENT.items():
+    for name, value in tpu.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     # What is compiled for a chip that is not there is written to a cache and cannot be read back.
     jax.config.update("jax_enable_compilation_cache", False)
