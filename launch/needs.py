@@ -46,6 +46,7 @@ def measured(config: Config, topology: str, what: str = "train") -> dict:
         "outputs_gb": plan.output_size_in_bytes / 1e9,
         "aliased_gb": plan.alias_size_in_bytes / 1e9,
         "temporaries_gb": plan.temp_size_in_bytes / 1e9,
+        "peak_gb": plan.peak_memory_in_bytes / 1e9,  # as the compiler places it: not all is there at once
         "held_gb": memory.of_program(program) / 1e9,
         "kernels": sorted({re.sub(r"[.\d]+$", "", name) for name in text.kernels()}),
         "gflop": text.operations() / 1e9,
@@ -135,7 +136,7 @@ PROGRAMS = {"train": training, "decode": decode}
 
 def lines(row: dict) -> list[str]:
     """Write a row of `measured` for a reader."""
-    memory_of = {name: f"{row[f'{name}_gb']:.3g}" for name in ("arguments", "outputs", "aliased", "temporaries")}
+    kinds = ", ".join(f"{name} {row[f'{name}_gb']:.3g}" for name in ("arguments", "outputs", "aliased", "temporaries"))
     exchanged = [
         f"{kind} {counted['times']} x, {counted['gb']:.3g} GB, {counted['sent_gb']:.3g} sent"
         for kind, counted in row["collectives"].items()
@@ -143,7 +144,7 @@ def lines(row: dict) -> list[str]:
     remat = f", remat={row['remat']!r}" if row["remat"] else ""
     return [
         f"compiled in {row['compile_s']:.1f} s{remat}; of each of {row['devices']} devices, a step:",
-        f"memory       {row['held_gb']:.3g} GB: " + ", ".join(f"{name} {size}" for name, size in memory_of.items()),
+        f"memory       {row['peak_gb']:.3g} GB at the peak: {kinds}",
         f"kernels      {', '.join(row['kernels']) or 'none'}",
         f"operations   {row['gflop']:,.0f} GFLOP of products, {row['model_gflop']:,.0f} that the model needs",
         f"HBM          {row['hbm_gb']:.3g} GB read and written",

@@ -110,6 +110,7 @@ COLUMNS = {
     "compile s": "compile_s",
     "arguments": "arguments_gb",
     "temporaries": "temporaries_gb",
+    "peak": "peak_gb",
     "TFLOP": "tflop",
     "HBM": "hbm_gb",
     "gathered": "all-gather",

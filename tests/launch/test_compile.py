@@ -42,6 +42,7 @@ def test_the_step_of_training(compiler):
     given = memory.on_a_device((state, batch)) / 1e9
     assert given <= row["arguments_gb"] < 2 * given  # tiles fill up
     assert row["aliased_gb"] >= 0.99 * memory.on_a_device(state) / 1e9
+    assert row["arguments_gb"] <= row["peak_gb"] <= row["held_gb"]
     assert {"mamba3_tpu_scan", "mamba3_tpu_scan_back"} <= set(row["kernels"])
     assert {"all-gather", "all-reduce"} <= set(row["collectives"])
     parameters = memory.on_a_device(state.params) / 1e9
