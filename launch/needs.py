@@ -21,7 +21,8 @@ from mamba3_jax.train.step import batch_shapes, state_shapes, train_step
 def measured(config: Config, topology: str, what: str = "train") -> dict:
     """Compile the step, and return what it needs: of each device GB and GFLOP, times in ms.
 
-    `collectives` has of each kind how often it runs, the GB of the whole arrays, and those that a device sends.
+    `collectives` has, of each kind and number of devices that share an array, how often it runs, the GB of the whole
+    arrays, and those that a device sends.
 
     Raises:
         ValueError: the topology, the mesh or the config is none, or what must be in memory at once does not fit.
@@ -32,12 +33,6 @@ def measured(config: Config, topology: str, what: str = "train") -> dict:
     chip, begin = tpu.chip_of(topology), time.perf_counter()
     program, remat = PROGRAMS[what](config, mesh, chip)
     seconds, plan, text = time.perf_counter() - begin, program.memory_analysis(), hlo.Program(program.as_text())
-    collectives = {kind: {"times": 0, "gb": 0.0, "sent_gb": 0.0} for kind in hlo.SENT}
-    for each in text.collectives():
-        kind = collectives[each.kind]
-        kind["times"] += each.times
-        kind["gb"] += each.times * each.array_bytes / 1e9
-        kind["sent_gb"] += each.sent / 1e9
     row = {
         "devices": mesh.size,
         "remat": remat,
@@ -51,9 +46,21 @@ def measured(config: Config, topology: str, what: str = "train") -> dict:
         "kernels": sorted({re.sub(r"[.\d]+$", "", name) for name in text.kernels()}),
         "gflop": text.operations() / 1e9,
         "hbm_gb": text.cost().hbm_bytes / 1e9,
-        "collectives": {kind: counted for kind, counted in collectives.items() if counted["times"]},
+        "collectives": _added(text.collectives()),
     }
     return row | roofline(row, model_gflop(config, what) / mesh.size, chip)
+
+
+def _added(collectives: list[hlo.Collective]) -> list[dict]:
+    """Return a row of each kind and number of devices, what is sent most first."""
+    rows = {}
+    for each in collectives:
+        nothing = {"kind": each.kind, "devices": each.devices, "times": 0, "gb": 0.0, "sent_gb": 0.0}
+        row = rows.setdefault((each.kind, each.devices), nothing)
+        row["times"] += each.times
+        row["gb"] += each.times * each.array_bytes / 1e9
+        row["sent_gb"] += each.sent / 1e9
+    return sorted(rows.values(), key=lambda row: -row["sent_gb"])
 
 
 def model_gflop(config: Config, what: str) -> float:
@@ -71,7 +78,7 @@ def roofline(row: dict, gflop: float, chip: tpu.Chip) -> dict:
         gflop: of a device, what the mathematics needs.
         chip: its peaks.
     """
-    sent = sum(kind["sent_gb"] for kind in row["collectives"].values())
+    sent = sum(each["sent_gb"] for each in row["collectives"])
     times = {
         "compute_ms": row["gflop"] / chip.tera_flops,
         "hbm_ms": 1e3 * row["hbm_gb"] / chip.gb_s,
@@ -138,8 +145,8 @@ def lines(row: dict) -> list[str]:
     """Write a row of `measured` for a reader."""
     kinds = ", ".join(f"{name} {row[f'{name}_gb']:.3g}" for name in ("arguments", "outputs", "aliased", "temporaries"))
     exchanged = [
-        f"{kind} {counted['times']} x, {counted['gb']:.3g} GB, {counted['sent_gb']:.3g} sent"
-        for kind, counted in row["collectives"].items()
+        f"{each['kind']} of {each['devices']}, {each['times']} x: {each['gb']:.3g} GB, {each['sent_gb']:.3g} sent"
+        for each in row["collectives"]
     ]
     remat = f", remat={row['remat']!r}" if row["remat"] else ""
     return [

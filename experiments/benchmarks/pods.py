@@ -7,6 +7,7 @@ Nothing runs: `launch.compile` says what each figure is. A row is written as it 
 that does not fit is a row that says so.
 """
 
+import collections
 import dataclasses
 import sys
 
@@ -130,15 +131,15 @@ COLUMNS = {
 
 def drawn(rows: list[dict]) -> list[dict]:
     """Return rows for the table: collectives as the GB that a device sends of each kind, MFU in percent."""
-    return [
-        row
-        if "failed" in row
-        else row
-        | {kind: counted["sent_gb"] for kind, counted in row["collectives"].items()}
-        | {"tflop": row["gflop"] / 1e3}
-        | {"at_once": f"{row['mfu_at_once']:.0%}", "in_turn": f"{row['mfu_in_turn']:.0%}"}
-        for row in rows
-    ]
+    return [row if "failed" in row else row | _drawn(row) for row in rows]
+
+
+def _drawn(row: dict) -> dict:
+    sent = collections.Counter()
+    for each in row["collectives"]:
+        sent[each["kind"]] += each["sent_gb"]
+    in_percent = {name: f"{row[f'mfu_{name}']:.0%}" for name in ("at_once", "in_turn")}
+    return sent | in_percent | {"tflop": row["gflop"] / 1e3}
 
 
 def main(argv):
