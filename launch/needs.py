@@ -143,20 +143,27 @@ PROGRAMS = {"train": training, "decode": decode}
 
 def lines(row: dict) -> list[str]:
     """Write a row of `measured` for a reader."""
-    kinds = ", ".join(f"{name} {row[f'{name}_gb']:.3g}" for name in ("arguments", "outputs", "aliased", "temporaries"))
+
+    def size(gb: float) -> str:
+        return memory.readable(round(gb * 1e9))
+
+    kinds = ", ".join(
+        f"{name} {size(row[f'{name}_gb'])}" for name in ("arguments", "outputs", "aliased", "temporaries")
+    )
     exchanged = [
-        f"{each['kind']} of {each['devices']}, {each['times']} x: {each['gb']:.3g} GB, {each['sent_gb']:.3g} sent"
+        f"{each['kind']} of {each['devices']}, {each['times']} x: {size(each['gb'])}, {size(each['sent_gb'])} sent"
         for each in row["collectives"]
     ]
     remat = f", remat={row['remat']!r}" if row["remat"] else ""
+    times = {name: f"{row[f'{name}_ms']:.3g}" for name in ("compute", "hbm", "ici")}
     return [
         f"compiled in {row['compile_s']:.1f} s{remat}; of each of {row['devices']} devices, a step:",
-        f"memory       {row['peak_gb']:.3g} GB at the peak: {kinds}",
+        f"memory       {size(row['peak_gb'])} at the peak: {kinds}",
         f"kernels      {', '.join(row['kernels']) or 'none'}",
-        f"operations   {row['gflop']:,.0f} GFLOP of products, {row['model_gflop']:,.0f} that the model needs",
-        f"HBM          {row['hbm_gb']:.3g} GB read and written",
+        f"operations   {row['gflop'] / 1e3:.3g} TFLOP of products, {row['model_gflop'] / 1e3:.3g} that the model needs",
+        f"HBM          {size(row['hbm_gb'])} read and written",
         *(f"{'collectives' if not i else '':<12} {line}" for i, line in enumerate(exchanged or ["none"])),
-        f"least time   {row['compute_ms']:.3g} ms compute, {row['hbm_ms']:.3g} HBM, {row['ici_ms']:.3g} interconnect: "
+        f"least time   {times['compute']} ms compute, {times['hbm']} HBM, {times['ici']} interconnect: "
         f"{row['limit']} limits",
         f"MFU at most  {row['mfu_at_once']:.1%} if all is at once, {row['mfu_in_turn']:.1%} if one after the other",
     ]
