@@ -45,19 +45,20 @@ class Step:
 
 
 # Of each size and length (mesh, batch, remat) by topology. A device has 2,048 tokens of the large model where it has
-# 16 GB, else 4,096 or more; rows that are longer lie on as many devices, by tensor.
+# 16 GB, else 4,096 or more; rows that are longer lie on as many devices, by tensor. Where fsdp is over all devices of
+# 32 or more, XLA gathers weights as all-reduces of the whole, which send twice as much: so data is beside it.
 LARGE = {
     2048: {
         "v5e:16x16": ("data:4,fsdp:16,tensor:4", 256, "block"),
-        "v5p:4x4x4": ("fsdp:64", 256, "none"),
-        "v6e:8x8": ("fsdp:64", 128, "block"),
-        "tpu7x:2x2x4": ("fsdp:32", 128, "none"),
+        "v5p:4x4x4": ("data:2,fsdp:32", 256, "none"),
+        "v6e:8x8": ("data:2,fsdp:32", 128, "block"),
+        "tpu7x:2x2x4": ("data:2,fsdp:16", 128, "none"),
     },
     32768: {
         "v5e:16x16": ("fsdp:16,tensor:16", 16, "block"),
-        "v5p:4x4x4": ("fsdp:64", 64, "block"),
+        "v5p:4x4x4": ("data:2,fsdp:32", 64, "block"),
         "v6e:8x8": ("fsdp:16,tensor:4", 16, "block"),
-        "tpu7x:2x2x4": ("fsdp:32", 32, "block"),
+        "tpu7x:2x2x4": ("data:2,fsdp:16", 32, "block"),
     },
 }
 SMALL = {
@@ -93,10 +94,12 @@ def steps() -> list[Step]:
         for topology, (mesh, batch, remat) in meshes.items()
     ]
     found.sort(key=differs)
-    alone = dataclasses.replace(found[0], mesh="fsdp:256")  # without tensor
-    many = dataclasses.replace(found[0], topology="v5p:16x16x16", mesh="data:64,fsdp:64", batch=4096)
     near = [step for step in found if differs(step) < 2]
-    return [*near, alone, many, *found[len(near) :]]
+    short = [step for step in near if step.length == 2048 and step.model == "siso-1.5b"]
+    whole = {"v5e:16x16": "fsdp:256", "v5p:4x4x4": "fsdp:64", "v6e:8x8": "fsdp:64", "tpu7x:2x2x4": "fsdp:32"}
+    beside = [dataclasses.replace(step, mesh=whole[step.topology]) for step in short]
+    many = dataclasses.replace(found[0], topology="v5p:16x16x16", mesh="data:64,fsdp:64", batch=4096)
+    return [*near, *beside, many, *found[len(near) :]]
 
 
 def row_of(step: Step) -> dict:
