@@ -25,8 +25,9 @@ CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 # These move nothing, or what they move is counted where it begins.
 FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all copy-done async-done async-update slice-done "  # noqa: SIM905
-    "opt-barrier optimization-barrier partition-id replica-id add-dependency".split()
+    "call-done opt-barrier optimization-barrier partition-id replica-id add-dependency".split()
 )
+CALLS = ("call", "async-start", "call-start")  # the last on a unit of its own: the sparse cores of v5p, v6e and tpu7x
 SLICES = frozenset({"dynamic-slice", "slice", "gather"})
 # Bytes that a device sends at least, over those of the whole array, where n share it (a ring of both directions).
 SENT = {
@@ -108,11 +109,11 @@ class Program:
         if opcode in FREE or "AllocateBuffer" in instruction.attributes:
             return Cost()
         if opcode == "while":
-            trips = self.trips(instruction.called("condition"))
+            trips = self.trips(instruction)
             return Cost().plus(self.cost(instruction.called("body")), trips)
         if opcode == "conditional":
             return max(map(self.cost, self.branches(instruction)))
-        if opcode in ("call", "async-start"):
+        if opcode in CALLS:
             return self.cost(instruction.called("to_apply") or instruction.called("calls"))
         cycles = sum(map(int, CYCLES.findall(instruction.attributes)[:1]))
         operands = [body[name].shape for name in instruction.operands if name in body]
@@ -147,11 +148,11 @@ class Program:
             yield instruction, body, times
             opcode, called = instruction.opcode, instruction.called
             if opcode == "while":
-                yield from self.runs(called("body"), times * self.trips(called("condition")))
+                yield from self.runs(called("body"), times * self.trips(instruction))
             elif opcode == "conditional":
                 for name in self.branches(instruction):
                     yield from self.runs(name, times)
-            elif opcode in ("call", "async-start", "fusion"):
+            elif opcode in (*CALLS, "fusion"):
                 yield from self.runs(called("to_apply") or called("calls"), times)
 
     def collectives(self) -> list[Collective]:
@@ -190,20 +191,36 @@ class Program:
         """Count two a multiply-add of matrix products in one run of the entry; a kernel's as it estimates itself."""
         return sum(times * _operations(instruction, body) for instruction, body, times in self.runs())
 
-    def trips(self, condition: str) -> int:
-        """Of a loop that counts from 0 up to a constant.
+    def trips(self, loop: Instruction) -> int:
+        """Return how often a loop runs that counts from 0 up to a constant, by ones or more at a time.
 
         Raises:
             ValueError: the condition is another.
         """
-        found = self.computations[condition].values()
-        root = next(i for i in found if i.is_root)
-        bounds = [i for i in found if i.opcode == "constant" and re.match(r"[su]32\[\]", i.shape)]
+        condition = loop.called("condition")
+        found = self.computations[condition]
+        root = compared = next(i for i in found.values() if i.is_root)
+        bounds = [i for i in found.values() if i.opcode == "constant" and re.match(r"[su]32\[\]", i.shape)]
         if root.opcode == "fusion":  # the comparison within, the bound without
             root = next(i for i in self.computations[root.called("calls")].values() if i.is_root)
         if root.opcode != "compare" or "direction=LT" not in root.attributes or len(bounds) != 1:
             raise ValueError(f"how often a loop runs is not in its condition {condition!r}")
-        return int(re.match(r"\d+", bounds[0].operands[0]).group())
+        bound = int(re.match(r"\d+", bounds[0].operands[0]).group())
+        counters = [found[name] for name in compared.operands if found[name].opcode == "get-tuple-element"]
+        index = int(re.search(r"index=(\d+)", counters[0].attributes).group(1))
+        body = self.computations[loop.called("body")]
+        last = next(i for i in body.values() if i.is_root)
+        return -(-bound // self._step(body[last.operands[index]], body))
+
+    def _step(self, instruction: Instruction, body: dict) -> int:
+        """Return by how much a counter grows: the constant that is added to it, in a fusion or not; else 1."""
+        if instruction.opcode == "fusion":
+            body = self.computations[instruction.called("calls")]
+            instruction = next(i for i in body.values() if i.is_root)
+        added = [body[name] for name in instruction.operands if name in body and body[name].opcode == "constant"]
+        if instruction.opcode != "add" or len(added) != 1:
+            return 1
+        return int(re.match(r"\d+", added[0].operands[0]).group())
 
     def read(self, computation: str, index: int) -> int:
         """Bytes that a fused computation reads of its parameter: all, or its slices where it only slices it."""

@@ -75,6 +75,10 @@ def test_a_loop_counts_once_a_trip_and_only_what_it_moves():
     assert cost.cycles == 16 * 150
     once = hlo.Program(PROGRAM.replace("constant(16)", "constant(1)")).cost()
     assert once.cycles == 150
+    by_fours = hlo.Program(
+        PROGRAM.replace("%one = s32[]{:T(128)} constant(1)", "%one = s32[]{:T(128)} constant(4)")
+    ).cost()
+    assert by_fours.cycles == 4 * 150
 
 
 def test_vmem_is_not_hbm():

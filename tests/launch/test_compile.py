@@ -176,6 +176,12 @@ def test_a_chain_counts_once_and_a_sum_of_which_a_part_is_kept_is_a_scatter():
     assert [each.kind for each in hlo.Program(apart).collectives()] == ["all-gather"] * 2 + ["all-reduce", "all-gather"]
 
 
+def test_what_another_unit_is_called_to_exchange_counts():
+    """The sparse cores of v5p, v6e and tpu7x."""
+    called = CHAIN.replace("fusion(%b), calls=%summed", "call-start(%b), to_apply=%summed")
+    assert [each.kind for each in hlo.Program(called).collectives()] == ["all-gather", "all-reduce"]
+
+
 def test_the_roofline_is_arithmetic():
     row = {"gflop": 197.0, "hbm_gb": 0.819, "collectives": [{"sent_gb": 0.1}, {"sent_gb": 0.3}]}
     found = needs.roofline(row, 98.5, tpu.CHIPS["v5e"])
