@@ -55,11 +55,11 @@ test: .venv/installed build/libtpu/installed
 	$(BIN)/python -m experiments.report --check
 	rm -rf build/compiled
 	$(BIN)/python -m pytest $(PYTEST) -m "not slow and not full and not libtpu"
-	$(BIN)/python -m pytest $(PYTEST) tests/pallas_kernels -m "not slow and not full and libtpu"
+	$(BIN)/python -m pytest $(PYTEST) tests/pallas_kernels tests/launch -m "not slow and not full and libtpu"
 
 test-all: test
 	$(BIN)/python -m pytest $(PYTEST) -m "not slow and full and not libtpu"
-	$(BIN)/python -m pytest $(PYTEST) tests/pallas_kernels -m "not slow and full and libtpu"
+	$(BIN)/python -m pytest $(PYTEST) tests/pallas_kernels tests/launch -m "not slow and full and libtpu"
 
 install: .venv/installed
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +36,26 @@ LONGEST = {"test_killed_and_stopped_is_the_same_run"}
 def compiled(tmp_path_factory) -> dict[str, str]:
     """The environment of processes that are killed, maybe as they write to their compilation cache: one for them."""
     return {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled"))}
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Let a test find the compiler for TPUs, which other processes should not, and tell it that there is no TPU."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    from launch import tpu
+
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tpu.LIBTPU)])
+    pytest.importorskip("libtpu", reason="no libtpu, the compiler for TPUs")
+    for name, value in tpu.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    # What is compiled for a chip that is not there is written to a cache and cannot be read back.
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 @pytest.hookimpl(trylast=True)

@@ -145,6 +145,17 @@ def tpu_estimates(result: dict) -> str:
     return f"v5e, plain XLA over the roofline: {over}; cycles over plain XLA's, all chips: {spans or 'no kernel yet'}"
 
 
+def pod_steps(result: dict) -> str:
+    """Of every large model that fits, what limits its step and the most that its MFU can be."""
+    rows = [row for row in result["rows"] if row["model"].endswith("1.5b") and "failed" not in row]
+    each = [
+        f"{row['model']} {row['topology']} {row['mesh']} L {row['length']:,}: {row['limit']}, "
+        f"{100 * row['mfu_in_turn']:.0f} to {100 * row['mfu_at_once']:.0f}%"
+        for row in rows
+    ]
+    return "; ".join(each)
+
+
 def text_scores(result: dict) -> str:
     """Bits per byte at the trained length and at the longest evaluated, and how long it took."""
     first, last = result["rows"][0], result["rows"][-1]
@@ -278,6 +289,14 @@ EXPERIMENTS = (
         expected="v5e, plain XLA: a SISO step 1.9x the roofline, training more; the kernels at most half its cycles",
         result="benchmarks/results/tpu_aot.json",
         got=tpu_estimates,
+    ),
+    Experiment(
+        question="What limits a training step on a pod of TPUs, and does it fit (no TPU)?",
+        command="python -m experiments.benchmarks.pods",
+        cost="2 hours, 2 cores",
+        expected="1.5B on 256 v5e: peak at most 5 GB, 3 GB sent a step beside activations; compute limits every step",
+        result="benchmarks/results/pods.json",
+        got=pod_steps,
     ),
     Experiment(
         question="Do work and memory a token grow with the length?",

@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import app, flags
 
 from experiments import found
-from experiments.benchmarks import common, decode, depth, layer, population, ssm, tpu_aot, train
+from experiments.benchmarks import common, decode, depth, layer, pods, population, ssm, tpu_aot, train
 from experiments.benchmarks.experiments import EXPERIMENTS, HEADLINES
 from launch.provenance import REPOSITORY
 from mamba3_jax.evaluate import language
@@ -89,6 +89,15 @@ def evaluation_table() -> str:
     return "\n" + textwrap.indent(scores, "    ") + "\n"
 
 
+def pods_table() -> str:
+    """Draws the steps compiled for pods."""
+    result = common.read("pods")
+    if result is None:
+        return MISSING
+    rows = pods.drawn(result["rows"])
+    return f"{common.table(rows, used(rows, pods.COLUMNS))}\n\n{origin(result)}"
+
+
 def sweeps_table() -> str:
     """Draws the comparison of every sweep under its question."""
     return "\n\n".join(f"{sweep.question}\n\n{found.markdown(sweep)}" for sweep in sweeps()) or MISSING
@@ -109,6 +118,7 @@ TABLES = {
     "depth": table_of("depth", depth.COLUMNS),
     "population": table_of("population", population.COLUMNS),
     "tpu_aot": table_of("tpu", tpu_aot.COLUMNS),
+    "pods": pods_table,
     "experiments": experiments_table,
     "results": results_table,
     "evaluation": evaluation_table,

@@ -1,24 +1,21 @@
 """The op compiled for TPUs that need not be there: what each program moves and how long its compiler thinks it takes.
 
-    pip install --target=build/libtpu "libtpu==0.0.42.*"      with jax 0.10; 0.0.48.* with jax 0.11
     python -m experiments.benchmarks.tpu_aot                  every chip, SISO and MIMO R=4, bf16
     python -m experiments.benchmarks.tpu_aot --full           the paper's heads and lengths, bf16 and f32: hours
     python -m experiments.benchmarks.tpu_aot --implementations=mosaic_tpu --chips=v5e --cases=siso
 
-The compiler may be installed as usual too; in build/libtpu, where `make test` puts it, no other program sees it.
+`launch/tpu.py` says how to get the compiler. Nothing runs. What has one entry a token goes in and comes out as a
+model's projections leave it, (B, L, everything else): `v`, `gate` and `y` are (B, L, H P), and the op sees them
+reshaped inside the program, which moves nothing. As (B, L, H, P) arguments of their own, P = 64 would fill half of a
+tile's 128 lanes, and XLA would copy them around any program; a result file without `arguments` is of those.
 
-Nothing runs. What has one entry a token goes in and comes out as a model's projections leave it, (B, L, everything
-else): `v`, `gate` and `y` are (B, L, H P), and the op sees them reshaped inside the program, which moves nothing. As
-(B, L, H, P) arguments of their own, P = 64 would fill half of a tile's 128 lanes, and XLA would copy them around any
-program; a result file without `arguments` is of those.
-
-From the compiler: bytes moved to and from HBM and cycles (`experiments.benchmarks.hlo` says how they are added up; a
-kernel's cycles from the compiler's simulation of a smaller call, see `kernel_cycles`), temporary memory, seconds to
-compile. By arithmetic: matrix operations (of `chunked`, counted from its jaxpr, whatever the implementation), the least
-bytes (inputs and outputs once; `passes`: once in each of two passes, forward and backward, which read the inputs both),
-and the roofline, the larger of operations and least bytes over the chip's peaks. `estimate` is the largest
-of cycles over the clock (where that is known), bytes over the bandwidth and operations over the peak: good for ranking
-programs, never compared with a TPU. All per device: half a chip on v4 and Ironwood (tpu7x), a whole one on the others.
+From the compiler: bytes moved to and from HBM and cycles (`launch.hlo` says how they are added up; a kernel's cycles
+from the compiler's simulation of a smaller call, see `kernel_cycles`), temporary memory, seconds to compile. By
+arithmetic: matrix operations (of `chunked`, counted from its jaxpr, whatever the implementation), the least bytes
+(inputs and outputs once; `passes`: once in each of two passes, forward and backward, which read the inputs both), and
+the roofline, the larger of operations and least bytes over the chip's peaks. `estimate` is the largest of cycles over
+the clock (where that is known), bytes over the bandwidth and operations over the peak: good for ranking programs, never
+compared with a TPU. All per device: half a chip on v4 and Ironwood (tpu7x), a whole one on the others.
 """
 
 import dataclasses
@@ -32,51 +29,20 @@ import time
 from pathlib import Path
 from unittest import mock
 
-# Before libtpu is loaded: there is no TPU to ask, and another process may have it loaded too.
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-}
-os.environ.update(ENVIRONMENT if __name__ == "__main__" else {})
+import jax
+import numpy as np
+from absl import app, flags
+from jax.sharding import Mesh, SingleDeviceSharding
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-from absl import app, flags  # noqa: E402
-from jax.sharding import Mesh, SingleDeviceSharding  # noqa: E402
-
-from experiments.benchmarks import common, flops, hlo, ssm  # noqa: E402
-from launch.provenance import REPOSITORY, provenance  # noqa: E402
-from mamba3_jax.ops.kernels import kernels as run_kernels  # noqa: E402
-from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State  # noqa: E402
-from pallas_kernels.ssm.cases import Case, of_layer, varied  # noqa: E402
+from experiments.benchmarks import common, flops, ssm
+from launch import hlo, tpu
+from launch.provenance import REPOSITORY, provenance
+from launch.tpu import CHIPS, Chip
+from mamba3_jax.ops.kernels import kernels as run_kernels
+from mamba3_jax.ops.ssm import IMPLEMENTATIONS, Heads, State
+from pallas_kernels.ssm.cases import Case, of_layer, varied
 
 FLAGS = flags.FLAGS
-# Away from the environment: wherever libtpu can be imported, every JAX program looks for a TPU.
-LIBTPU = REPOSITORY / "build" / "libtpu"
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Public figures of one device, as JAX counts devices; source: cloud.google.com/tpu/docs, one page a generation."""
-
-    topology: str
-    tera_flops: float  # bf16
-    gb_s: float
-    # v4, v5e, v5p: the peak over what their four 128 x 128 units a core do a cycle; for the others no such figure.
-    ghz: float | None = None
-
-
-CHIPS = {
-    "v4": Chip("v4:1x1x1", 275 / 2, 1228 / 2, 1.05),
-    "v5e": Chip("v5e:1x1", 197, 819, 1.5),
-    "v5p": Chip("v5p:1x1x1", 459, 2765, 1.75),
-    "v6e": Chip("v6e:1x1", 918, 1640),
-    "tpu7x": Chip("tpu7x:1x1x1", 2307 / 2, 7380 / 2),
-}
 # A float32 product at Precision.HIGHEST is six of bfloat16.
 PASSES = {"bfloat16": 1, "float32": 6}
 
@@ -96,12 +62,9 @@ class Target:
     """One device of a chip, to compile for."""
 
     def __init__(self, name: str):
-        from jax.experimental import topologies
-
         self.name, self.chip = name, CHIPS[name]
         bounds = [1] * 3  # one chip: a kernel under plain jit needs no shard_map
-        found = topologies.get_topology_desc(self.chip.topology, platform="tpu", chips_per_host_bounds=bounds)
-        self.device = found.devices[0]
+        self.device = tpu.devices_of(self.chip.topology, chips_per_host_bounds=bounds)[0]
 
     def compile(self, task: ssm.Task):
         place = SingleDeviceSharding(self.device)
@@ -300,19 +263,6 @@ def kernels_for(chip: str):
     return implementation
 
 
-def libtpu_version() -> str:
-    """Return the version of libtpu, installed or in LIBTPU, or exits with one line that says how to get it."""
-    if str(LIBTPU) not in sys.path:
-        sys.path.append(str(LIBTPU))
-    try:
-        import libtpu
-    except ImportError:
-        wanted = "0.0.42" if jax.__version_info__ < (0, 11) else "0.0.48"
-        how = f'pip install --target={LIBTPU} "libtpu=={wanted}.*" (no TPU is needed)'
-        sys.exit(f"There is no libtpu, the compiler for TPUs: {how}.")
-    return libtpu.__version__
-
-
 COLUMNS = {
     "chip": "chip",
     "case": "case",
@@ -351,8 +301,10 @@ def kept(before: dict | None, tasks: list[tuple[str, ssm.Task]], origin: dict) -
 
 def main(argv):
     del argv
-    version = libtpu_version()
-    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        version = tpu.prepare()
+    except ValueError as error:
+        sys.exit(str(error))
     implementations = ssm.chosen("implementations", FLAGS.implementations, IMPLEMENTATIONS)
     chips = ssm.chosen("chips", FLAGS.chips, CHIPS)
     if FLAGS.only:

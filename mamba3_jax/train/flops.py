@@ -16,6 +16,7 @@ PEAK_TFLOPS = {
     "TPU v5 lite": 197,
     "TPU v5": 459,
     "TPU v6 lite": 918,
+    "TPU7x": 2307 / 2,  # a core, which is a device there
     "NVIDIA A100-SXM4-40GB": 312,
     "NVIDIA A100-SXM4-80GB": 312,
     "NVIDIA H100 80GB HBM3": 989,

@@ -66,6 +66,39 @@ def validate(config: Config, mesh: Mesh | None = None) -> None:
         raise ValueError(f"model.vocab_size={config.model.vocab_size} is less than the {ids} ids of the tokenizer")
 
 
+def fitting(update, config: Config, shapes: TrainState, batch: Batch, limit: int | None):
+    """Return (program, remat): the step with what config.model.remat names, or else the first that fits a device.
+
+    Args:
+        update: returns the step of a config, `train_step` for one run.
+        config: of the run.
+        shapes: of the state, with shardings.
+        batch: shapes of one, with shardings.
+        limit: bytes of a device; None: the compiler alone knows.
+
+    Raises:
+        Failed: none fits.
+    """
+    shardings = jax.tree.map(lambda shape: shape.sharding, shapes)
+    for remat in [config.model.remat] if config.model.remat else ["none", "rotation", "block"]:
+        run = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
+        step = jax.jit(update(run), donate_argnums=0, out_shardings=(shardings, None))
+        try:
+            compiled = step.lower(shapes, batch).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            found = f"the compiler says {str(error).splitlines()[0]}"
+            continue
+        needed = memory.of_program(compiled)
+        if limit is None or needed <= limit:
+            return compiled, remat
+        found = f"{memory.readable(needed)} needed on each device"
+    free = "" if limit is None else f", {memory.readable(limit)} there"
+    step = f"the step of data.batch={config.data.batch} with model.remat={remat!r}"
+    raise Failed(f"{step} does not fit: {found}{free}")
+
+
 class Trainer:
     """One run in one workdir; use it as a context manager.
 
@@ -277,26 +310,7 @@ class Trainer:
         self.since = (self.begin, self.step)
 
     def _fitting(self):
-        """(step, remat): compiled with what config.model.remat names, or else the first that fits into the device."""
-        config, limit = self.config, memory.of_device()
-        shardings = jax.tree.map(lambda shape: shape.sharding, self.shapes)
-        choices = [config.model.remat] if config.model.remat else ["none", "rotation", "block"]
-        for remat in choices:
-            run = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
-            update = jax.jit(self._update(run), donate_argnums=0, out_shardings=(shardings, None))
-            try:
-                compiled = update.lower(self.shapes, self.batch).compile()
-                needed = memory.of_program(compiled)
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                compiled = needed = None
-            if compiled and (limit is None or needed <= limit):
-                return compiled, remat
-        found = f"{memory.readable(needed)} needed on each device" if needed else "the compiler ran out of memory"
-        free = "" if limit is None else f", {memory.readable(limit)} there"
-        step = f"the step of data.batch={config.data.batch} with model.remat={remat!r}"
-        raise Failed(f"{step} does not fit: {found}{free}")
+        return fitting(self._update, self.config, self.shapes, self.batch, memory.of_device())
 
     def _advance(self) -> None:
         """Hands one step to the device, and takes in the metrics of the step before the last two."""

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.benchmarks import common, hlo, ssm, tpu_aot
+from experiments.benchmarks import common, ssm, tpu_aot
+from launch import hlo, tpu
 from launch.provenance import REPOSITORY
 from pallas_kernels.ssm.cases import of_layer, varied
 
@@ -74,6 +75,10 @@ def test_a_loop_counts_once_a_trip_and_only_what_it_moves():
     assert cost.cycles == 16 * 150
     once = hlo.Program(PROGRAM.replace("constant(16)", "constant(1)")).cost()
     assert once.cycles == 150
+    by_fours = hlo.Program(
+        PROGRAM.replace("%one = s32[]{:T(128)} constant(1)", "%one = s32[]{:T(128)} constant(4)")
+    ).cost()
+    assert by_fours.cycles == 4 * 150
 
 
 def test_vmem_is_not_hbm():
@@ -199,21 +204,21 @@ def test_earlier_rows_are_kept_where_versions_agree():
 def test_without_libtpu_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    with pytest.raises(SystemExit, match=r'pip install --target=\S*build/libtpu "libtpu==0\.0\.4\d\.\*"'):
-        tpu_aot.libtpu_version()
+    with pytest.raises(ValueError, match=r'pip install --target=\S*build/libtpu "libtpu==0\.0\.4\d\.\*"'):
+        tpu.prepare()
 
 
 def test_a_compiler_out_of_the_environment_is_found(monkeypatch, tmp_path):
     """As `make test` puts it; one that is installed as usual goes first."""
     monkeypatch.setitem(sys.modules, "libtpu", None)  # what the test imports in its place leaves with it
-    monkeypatch.setattr(tpu_aot, "LIBTPU", tmp_path / "built")
+    monkeypatch.setattr(tpu, "LIBTPU", tmp_path / "built")
     bare = [folder for folder in sys.path if not (Path(folder) / "libtpu").exists()]
     for name, paths in (("built", bare), ("installed", [str(tmp_path / "installed"), *bare])):
         (tmp_path / name / "libtpu").mkdir(parents=True)
         (tmp_path / name / "libtpu" / "__init__.py").write_text(f"__version__ = {name!r}")
         del sys.modules["libtpu"]
         monkeypatch.setattr(sys, "path", paths)
-        assert tpu_aot.libtpu_version() == name
+        assert tpu.prepare() == name
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
@@ -223,7 +228,7 @@ def test_make_keeps_the_compiler_out_of_the_environment():
     printed = subprocess.run(make, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
     installs = [line for line in printed.splitlines() if "requirements-test.txt" in line]
     assert installs
-    assert all(f"--target={tpu_aot.LIBTPU.relative_to(REPOSITORY)} " in line for line in installs)
+    assert all(f"--target={tpu.LIBTPU.relative_to(REPOSITORY)} " in line for line in installs)
 
 
 def test_recorded_table_has_a_commit_and_a_compiler():

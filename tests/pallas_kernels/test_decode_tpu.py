@@ -11,7 +11,8 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import use_abstract_mesh
 
-from experiments.benchmarks import hlo, ssm, tpu_aot
+from experiments.benchmarks import ssm, tpu_aot
+from launch import hlo
 from mamba3_jax.ops.kernels import refused
 from pallas_kernels.ssm.cases import MIMO, SISO, varied
 from pallas_kernels.ssm.mosaic_tpu import STEPS

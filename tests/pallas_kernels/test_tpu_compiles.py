@@ -16,7 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding, use_abstract_mesh
 from jax.sharding import PartitionSpec as Spec
 
-from experiments.benchmarks import hlo, ssm, tpu_aot
+from experiments.benchmarks import ssm, tpu_aot
+from launch import hlo
 from mamba3_jax.config import Config, ModelConfig
 from mamba3_jax.model import boxed_shapes
 from mamba3_jax.ops.kernels import kernels

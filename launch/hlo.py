@@ -4,7 +4,7 @@
 memory space (`S(1)` is VMEM; none is HBM), and a loop over chunks compares its counter with a constant. So here a body
 counts once a trip, an array counts only where it lies in HBM and as large as its tiles make it, an operand that a
 fusion slices counts as the slice, and one that it updates in place as the update. A kernel's operands and results
-count once.
+count once. Collectives and operations are counted in the same way, those inside fusions too.
 """
 
 import functools
@@ -25,9 +25,22 @@ CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 # These move nothing, or what they move is counted where it begins.
 FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all copy-done async-done async-update slice-done "  # noqa: SIM905
-    "opt-barrier optimization-barrier partition-id replica-id add-dependency".split()
+    "call-done opt-barrier optimization-barrier partition-id replica-id add-dependency".split()
 )
+CALLS = ("call", "async-start", "call-start")  # the last on a unit of its own: the sparse cores of v5p, v6e and tpu7x
 SLICES = frozenset({"dynamic-slice", "slice", "gather"})
+# Bytes that a device sends at least, over those of the whole array, where n share it (a ring of both directions).
+SENT = {
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: (n - 1) / n,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+    "ragged-all-to-all": lambda n: (n - 1) / n,
+    "collective-broadcast": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1,
+}
+CHAIN = re.compile(r'chain_id="(\d+)"')
+GROUPS = re.compile(r"replica_groups=(mesh\[[^{]*\{[^}]*\}|\[[^\]]*\]|\{\{[^}]*\})")
 
 
 class Cost(NamedTuple):
@@ -36,6 +49,21 @@ class Cost(NamedTuple):
 
     def plus(self, other: "Cost", times: int = 1) -> "Cost":
         return Cost(self.hbm_bytes + times * other.hbm_bytes, self.cycles + times * other.cycles)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One exchange between devices, and how often a run of the program makes it."""
+
+    kind: str  # a key of `SENT`
+    array_bytes: int  # of the whole: what is gathered, reduced, scattered, or sent on; without tiles' padding
+    devices: int  # that share it
+    times: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends in one run of the program."""
+        return self.times * self.array_bytes * SENT[self.kind](self.devices)
 
 
 @dataclass(frozen=True)
@@ -81,14 +109,11 @@ class Program:
         if opcode in FREE or "AllocateBuffer" in instruction.attributes:
             return Cost()
         if opcode == "while":
-            trips = self.trips(instruction.called("condition"))
+            trips = self.trips(instruction)
             return Cost().plus(self.cost(instruction.called("body")), trips)
         if opcode == "conditional":
-            branches = BRANCHES.search(instruction.attributes)
-            names = re.findall(r"[\w.\-]+", branches.group(1)) if branches else []
-            names = names or [instruction.called(f"{case}_computation") for case in ("true", "false")]
-            return max(map(self.cost, names))
-        if opcode in ("call", "async-start"):
+            return max(map(self.cost, self.branches(instruction)))
+        if opcode in CALLS:
             return self.cost(instruction.called("to_apply") or instruction.called("calls"))
         cycles = sum(map(int, CYCLES.findall(instruction.attributes)[:1]))
         operands = [body[name].shape for name in instruction.operands if name in body]
@@ -106,20 +131,96 @@ class Program:
             return Cost(2 * hbm_bytes(operands[1], anywhere=True) if hbm_bytes(shape) else 0, cycles)
         return Cost(sum(map(hbm_bytes, operands)) + hbm_bytes(shape), cycles)
 
-    def trips(self, condition: str) -> int:
-        """Of a loop that counts from 0 up to a constant.
+    @staticmethod
+    def branches(instruction: Instruction) -> list[str]:
+        """Return the computations of which a conditional runs one."""
+        branches = BRANCHES.search(instruction.attributes)
+        names = re.findall(r"[\w.\-]+", branches.group(1)) if branches else []
+        return names or [instruction.called(f"{case}_computation") for case in ("true", "false")]
+
+    def runs(self, computation: str = "", times: int = 1) -> Iterator[tuple[Instruction, dict, int]]:
+        """Yield every instruction that a computation runs with those around it and how often, fusions' own included.
+
+        Of a conditional all branches, as if each ran.
+        """
+        body = self.computations[computation or self.entry]
+        for instruction in body.values():
+            yield instruction, body, times
+            opcode, called = instruction.opcode, instruction.called
+            if opcode == "while":
+                yield from self.runs(called("body"), times * self.trips(instruction))
+            elif opcode == "conditional":
+                for name in self.branches(instruction):
+                    yield from self.runs(name, times)
+            elif opcode in (*CALLS, "fusion"):
+                yield from self.runs(called("to_apply") or called("calls"), times)
+
+    def collectives(self) -> list[Collective]:
+        """Return the exchanges of one run of the entry.
+
+        One that XLA cuts into the steps of a chain of fusions, to compute meanwhile, counts once. An all-reduce in a
+        fusion that keeps a part of it is a reduce-scatter.
+        """
+        found, chains = [], set()
+        scattering = {
+            instruction.called("calls")
+            for body in self.computations.values()
+            for instruction in body.values()
+            if instruction.opcode == "fusion" and "all-reduce-scatter" in instruction.name + instruction.called("calls")
+        }
+        scattered = {id(self.computations[name]) for name in scattering}
+        for instruction, body, times in self.runs():
+            kind = instruction.opcode.removesuffix("-start")
+            chain = CHAIN.search(instruction.attributes)
+            if kind not in SENT or (chain and chain.group(1) in chains):
+                continue
+            if chain:
+                chains.add(chain.group(1))
+            operands = [body[name].shape for name in instruction.operands if name in body]
+            # The operand is the whole but of what is gathered, whose part it is.
+            whole = sum(map(plain_bytes, operands))
+            devices = group_size(instruction.attributes)
+            if kind == "all-gather":
+                whole *= devices
+            if kind == "all-reduce" and id(body) in scattered:
+                kind = "reduce-scatter"
+            found.append(Collective(kind=kind, array_bytes=whole, devices=devices, times=times))
+        return found
+
+    def operations(self) -> int:
+        """Count two a multiply-add of matrix products in one run of the entry; a kernel's as it estimates itself."""
+        return sum(times * _operations(instruction, body) for instruction, body, times in self.runs())
+
+    def trips(self, loop: Instruction) -> int:
+        """Return how often a loop runs that counts from 0 up to a constant, by ones or more at a time.
 
         Raises:
             ValueError: the condition is another.
         """
-        found = self.computations[condition].values()
-        root = next(i for i in found if i.is_root)
-        bounds = [i for i in found if i.opcode == "constant" and re.match(r"[su]32\[\]", i.shape)]
+        condition = loop.called("condition")
+        found = self.computations[condition]
+        root = compared = next(i for i in found.values() if i.is_root)
+        bounds = [i for i in found.values() if i.opcode == "constant" and re.match(r"[su]32\[\]", i.shape)]
         if root.opcode == "fusion":  # the comparison within, the bound without
             root = next(i for i in self.computations[root.called("calls")].values() if i.is_root)
         if root.opcode != "compare" or "direction=LT" not in root.attributes or len(bounds) != 1:
             raise ValueError(f"how often a loop runs is not in its condition {condition!r}")
-        return int(re.match(r"\d+", bounds[0].operands[0]).group())
+        bound = int(re.match(r"\d+", bounds[0].operands[0]).group())
+        counters = [found[name] for name in compared.operands if found[name].opcode == "get-tuple-element"]
+        index = int(re.search(r"index=(\d+)", counters[0].attributes).group(1))
+        body = self.computations[loop.called("body")]
+        last = next(i for i in body.values() if i.is_root)
+        return -(-bound // self._step(body[last.operands[index]], body))
+
+    def _step(self, instruction: Instruction, body: dict) -> int:
+        """Return by how much a counter grows: the constant that is added to it, in a fusion or not; else 1."""
+        if instruction.opcode == "fusion":
+            body = self.computations[instruction.called("calls")]
+            instruction = next(i for i in body.values() if i.is_root)
+        added = [body[name] for name in instruction.operands if name in body and body[name].opcode == "constant"]
+        if instruction.opcode != "add" or len(added) != 1:
+            return 1
+        return int(re.match(r"\d+", added[0].operands[0]).group())
 
     def read(self, computation: str, index: int) -> int:
         """Bytes that a fused computation reads of its parameter: all, or its slices where it only slices it."""
@@ -216,3 +317,62 @@ def hbm_bytes(shape: str, anywhere: bool = False) -> int:
         bits = BITS.get(dtype) or int(re.search(r"\d+", dtype).group()) if dtype not in ("token", "opaque") else 0
         total += math.prod(sizes) * bits // 8
     return total
+
+
+def plain_bytes(shape: str) -> int:
+    """Bytes of a shape's numbers, wherever they lie and however tiles fill up."""
+    return hbm_bytes(re.sub(r"\{[^{}]*\}", "", shape), anywhere=True)
+
+
+def group_size(attributes: str) -> int:
+    """Return how many devices take part in a collective together; 1 where it names none.
+
+    Raises:
+        ValueError: groups written in a way that is not known.
+    """
+    if "source_target_pairs=" in attributes or "replica_groups=" not in attributes:
+        return 1
+    match = GROUPS.search(attributes)
+    if match is None:
+        raise ValueError(f"how many devices a collective has is not in {attributes[:200]!r}")
+    groups = match.group(1)
+    if groups.startswith("mesh"):  # mesh['a'=2,'b'=4], ... {'b'}: the axes of a group; 'b':(1)2 is a part of one
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", groups[groups.index("{") :])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    if groups.startswith("["):  # [groups, size]<=...
+        return int(groups.strip("[]").split(",")[-1])
+    return groups.count(",") + 1  # the first of {{0,1},{2,3}}
+
+
+def _operations(instruction: Instruction, body: dict) -> int:
+    if match := re.search(r'"?cost_estimate"?:\{"flops":"(\d+)"', instruction.attributes):
+        return int(match.group(1))
+    if instruction.opcode not in ("convolution", "dot"):
+        return 0
+    left, right = (sizes_of(body[name].shape) for name in instruction.operands)
+    if instruction.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes).group(1)
+        return 2 * math.prod(sizes_of(instruction.shape)) * math.prod(left[int(i)] for i in contracted.split(",") if i)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
+    arrays_of = (left, right, sizes_of(instruction.shape))
+    lhs, rhs, out = (dict(zip(names, sizes, strict=True)) for names, sizes in zip(labels, arrays_of, strict=True))
+    written = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    window = dict(re.findall(r"(\w+)=([\d_x\-]+)", written.group(1))) if written else {}
+    taps = math.prod(_taps(place, window, lhs, rhs, out) for place in lhs if place not in "bf")
+    return 2 * out["b"] * rhs["o"] * rhs["i"] * taps
+
+
+def _taps(place: str, window: dict[str, str], lhs: dict, rhs: dict, out: dict) -> int:
+    """Count the pairs of an output and a window position, along one axis, that meet a number and no padding."""
+    field = lambda name, default: window[name].split("x")[int(place)] if name in window else default  # noqa: E731
+    low = int(field("pad", "0_0").split("_")[0])
+    stride, spread, dilate = (int(field(name, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate"))
+    last = (lhs[place] - 1) * spread
+    met = (o * stride + w * dilate - low for o in range(out[place]) for w in range(rhs[place]))
+    return sum(0 <= at <= last and at % spread == 0 for at in met)
+
+
+def sizes_of(shape: str) -> list[int]:
+    """Return the sizes of an array's axes."""
+    return [int(size) for size in ARRAY.search(shape).group(2).split(",") if size]

@@ -1,0 +1,185 @@
+"""The training step of the paper's models compiled for pods of TPUs: what fits, what it moves, what limits it.
+
+    python -m experiments.benchmarks.pods                                     what the result file has not yet
+    python -m experiments.benchmarks.pods --topologies=v5e:16x16 --models=siso-1.5b --anew
+
+Nothing runs: `launch.compile` says what each figure is. A row is written as it comes, minutes each; a mesh or a batch
+that does not fit is a row that says so.
+"""
+
+import collections
+import dataclasses
+import sys
+
+from absl import app, flags
+
+from experiments.benchmarks import common, ssm
+from launch import tpu
+from launch.needs import measured
+from launch.provenance import provenance
+from mamba3_jax.config import Config, DataConfig, TrainConfig
+from mamba3_jax.presets import PRESETS
+from mamba3_jax.train.loop import Failed
+
+FLAGS = flags.FLAGS
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One program: a model on a mesh of a topology."""
+
+    model: str
+    topology: str
+    mesh: str
+    batch: int
+    length: int
+    remat: str
+
+    def config(self) -> Config:
+        return Config(
+            name=self.model,
+            model=dataclasses.replace(PRESETS[self.model], remat=self.remat),
+            data=DataConfig(batch=self.batch, length=self.length),
+            train=TrainConfig(mesh=self.mesh),
+        )
+
+
+# Of each size and length (mesh, batch, remat) by topology. A device has 2,048 tokens of the large model where it has
+# 16 GB, else 4,096 or more; rows that are longer lie on as many devices, by tensor. Where fsdp is over all devices of
+# 32 or more, XLA gathers weights as all-reduces of the whole, which send twice as much: so data is beside it.
+LARGE = {
+    2048: {
+        "v5e:16x16": ("data:4,fsdp:16,tensor:4", 256, "block"),
+        "v5p:4x4x4": ("data:2,fsdp:32", 256, "none"),
+        "v6e:8x8": ("data:2,fsdp:32", 128, "block"),
+        "tpu7x:2x2x4": ("data:2,fsdp:16", 128, "none"),
+    },
+    32768: {
+        "v5e:16x16": ("fsdp:16,tensor:16", 16, "block"),
+        "v5p:4x4x4": ("data:2,fsdp:32", 64, "block"),
+        "v6e:8x8": ("fsdp:16,tensor:4", 16, "block"),
+        "tpu7x:2x2x4": ("data:2,fsdp:16", 32, "block"),
+    },
+}
+SMALL = {
+    2048: {
+        "v5e:16x16": ("data:16,fsdp:16", 1024, "none"),
+        "v5p:4x4x4": ("data:4,fsdp:16", 1024, "none"),
+        "v6e:8x8": ("data:4,fsdp:16", 512, "none"),
+        "tpu7x:2x2x4": ("data:2,fsdp:16", 512, "none"),
+    },
+    32768: {
+        "v5e:16x16": ("fsdp:32,tensor:8", 32, "block"),
+        "v5p:4x4x4": ("data:4,fsdp:16", 64, "none"),
+        "v6e:8x8": ("data:4,fsdp:16", 64, "block"),
+        "tpu7x:2x2x4": ("data:2,fsdp:16", 32, "none"),
+    },
+}
+SIZES = {"1.5b": LARGE, "180m": SMALL}
+
+
+def differs(step: Step) -> int:
+    """Count in how much a step is another than the large SISO model's of 2,048 tokens on v5e."""
+    kind, size = step.model.split("-")
+    return (kind != "siso") + (size != "1.5b") + (step.length != 2048) + (step.topology != "v5e:16x16")
+
+
+def steps() -> list[Step]:
+    """Return all steps: the large SISO model on v5e, what differs from it in one thing, and so on."""
+    found = [
+        Step(f"{kind}-{size}", topology, mesh, batch, length=length, remat=remat)
+        for size in SIZES
+        for kind in ("siso", "mimo")
+        for length, meshes in SIZES[size].items()
+        for topology, (mesh, batch, remat) in meshes.items()
+    ]
+    found.sort(key=differs)
+    near = [step for step in found if differs(step) < 2]
+    short = [step for step in near if step.length == 2048 and step.model == "siso-1.5b"]
+    whole = {"v5e:16x16": "fsdp:256", "v5p:4x4x4": "fsdp:64", "v6e:8x8": "fsdp:64", "tpu7x:2x2x4": "fsdp:32"}
+    beside = [dataclasses.replace(step, mesh=whole[step.topology]) for step in short]
+    many = dataclasses.replace(found[0], topology="v5p:16x16x16", mesh="data:64,fsdp:64", batch=4096)
+    return [*near, *beside, many, *found[len(near) :]]
+
+
+def row_of(step: Step) -> dict:
+    """Compile one step, and return its row; what cannot be is a row too."""
+    row = dataclasses.asdict(step)
+    try:
+        return row | measured(step.config(), step.topology)
+    except (Failed, ValueError) as error:
+        return row | {"failed": " ".join(str(error).split())[:300]}
+
+
+COLUMNS = {
+    "model": "model",
+    "topology": "topology",
+    "mesh": "mesh",
+    "rows": "batch",
+    "length": "length",
+    "remat": "remat",
+    "compile s": "compile_s",
+    "arguments": "arguments_gb",
+    "temporaries": "temporaries_gb",
+    "peak": "peak_gb",
+    "TFLOP": "tflop",
+    "HBM": "hbm_gb",
+    "gathered": "all-gather",
+    "scattered": "reduce-scatter",
+    "reduced": "all-reduce",
+    "permuted": "collective-permute",
+    "sent": "sent_gb",
+    "compute ms": "compute_ms",
+    "HBM ms": "hbm_ms",
+    "ICI ms": "ici_ms",
+    "limit": "limit",
+    "MFU at once": "at_once",
+    "in turn": "in_turn",
+    "failed": "failed",
+}
+
+
+def drawn(rows: list[dict]) -> list[dict]:
+    """Return rows for the table: collectives as the GB that a device sends of each kind, MFU in percent."""
+    return [row if "failed" in row else row | _drawn(row) for row in rows]
+
+
+def _drawn(row: dict) -> dict:
+    sent = collections.Counter()
+    for each in row["collectives"]:
+        sent[each["kind"]] += each["sent_gb"]
+    in_percent = {name: f"{row[f'mfu_{name}']:.0%}" for name in ("at_once", "in_turn")}
+    return sent | in_percent | {"tflop": row["gflop"] / 1e3}
+
+
+def main(argv):
+    del argv
+    try:
+        version = tpu.prepare()
+    except ValueError as error:
+        sys.exit(str(error))
+    models, topologies = ({getattr(step, name) for step in steps()} for name in ("model", "topology"))
+    models = ssm.chosen("models", FLAGS.models or models, models)
+    topologies = ssm.chosen("topologies", FLAGS.topologies or topologies, topologies)
+    wanted = [step for step in steps() if step.model in models and step.topology in topologies]
+    origin = provenance() | {"platform": "tpu", "device": f"no TPU (libtpu {version})", "libtpu": version}
+    before = common.read("pods", FLAGS.out) or {}
+    same = all(before.get(key) == origin[key] for key in ("jax", "libtpu"))
+    fields = [field.name for field in dataclasses.fields(Step)]
+    rows = {Step(**{name: row[name] for name in fields}): row for row in (before["rows"] if same else [])}
+    for step in wanted:
+        if step in rows and not FLAGS.anew:
+            continue
+        rows[step] = row_of(step) | {"commit": origin["commit"], "date": origin["date"]}
+        print(common.table(drawn([rows[step]]), COLUMNS).splitlines()[-1], flush=True)
+        order = [each for each in steps() if each in rows]
+        chips = {name: dataclasses.asdict(chip) for name, chip in tpu.CHIPS.items()}
+        common.write("pods", origin, [rows[each] for each in order], FLAGS.out, chips=chips)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("models", [], "presets; empty: all that there are steps of")
+    flags.DEFINE_list("topologies", [], "empty: all that there are steps of")
+    flags.DEFINE_bool("anew", False, "also what the result file has")
+    flags.DEFINE_string("out", "", "directory of the result file; empty: experiments/benchmarks/results")
+    app.run(main)

@@ -1,0 +1,35 @@
+"""python -m launch.compile --config=FILE.py --topology=v5e:16x16 [--what=decode] [--config.train.mesh=... ...]
+
+Compiles the step that `launch.train` would run for TPUs that need not be there, or one that decodes a token of every
+row, and says what it needs of each device: memory, operations, bytes of HBM, collectives, and the least time that those
+take. Nothing runs, so no time is measured. A mesh that does not make up the topology, a dimension that it does not
+divide and a step that does not fit into memory are one line and exit status 2.
+
+A topology is a chip of `launch/tpu.py` and the sides of its grid: v5e:16x16 has 256 devices, v5p:4x4x4 has 64 and
+tpu7x:2x2x4 has 32, two a chip. To decode, data.batch rows have room for data.length tokens.
+"""
+
+from absl import flags
+
+from launch import common, needs, tpu
+from mamba3_jax.train.loop import Failed
+
+CONFIG = common.define_config()
+TOPOLOGY = flags.DEFINE_string("topology", None, "chip and grid: v5e:16x16, v5p:4x4x4, ...", required=True)
+WHAT = flags.DEFINE_enum("what", "train", [*needs.PROGRAMS], "the step: of training, or of decoding one token a row")
+
+
+def main(_):
+    config = common.experiment(CONFIG)
+    with common.user_errors():
+        version = tpu.prepare()
+        try:
+            row = needs.measured(config, TOPOLOGY.value, WHAT.value)
+        except Failed as error:
+            common.fail(error)
+    print(f"{config.name}, {WHAT.value}, {TOPOLOGY.value}, mesh {config.train.mesh!r}, libtpu {version}")
+    print("\n".join(needs.lines(row)))
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,169 @@
+"""A step compiled for TPUs that need not be there, and what its program needs of each of them. Nothing runs."""
+
+import functools
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from launch import hlo, tpu
+from mamba3_jax import decoding, memory
+from mamba3_jax.config import Config, ModelConfig
+from mamba3_jax.model import LanguageModel, segments
+from mamba3_jax.sharding import make_mesh, param_shardings, split_over, state_shardings, using
+from mamba3_jax.train.flops import flops_per_token
+from mamba3_jax.train.loop import Failed, fitting, validate
+from mamba3_jax.train.step import batch_shapes, state_shapes, train_step
+
+
+def measured(config: Config, topology: str, what: str = "train") -> dict:
+    """Compile the step, and return what it needs: of each device GB and GFLOP, times in ms.
+
+    `collectives` has, of each kind and number of devices that share an array, how often it runs, the GB of the whole
+    arrays, and those that a device sends.
+
+    Raises:
+        ValueError: the topology, the mesh or the config is none, or what must be in memory at once does not fit.
+        Failed: the program does not fit.
+    """
+    mesh = make_mesh(config.train.mesh, tpu.devices_of(topology))
+    validate(config, mesh)
+    chip, begin = tpu.chip_of(topology), time.perf_counter()
+    program, remat = PROGRAMS[what](config, mesh, chip)
+    seconds, plan, text = time.perf_counter() - begin, program.memory_analysis(), hlo.Program(program.as_text())
+    row = {
+        "devices": mesh.size,
+        "remat": remat,
+        "compile_s": seconds,
+        "arguments_gb": plan.argument_size_in_bytes / 1e9,
+        "outputs_gb": plan.output_size_in_bytes / 1e9,
+        "aliased_gb": plan.alias_size_in_bytes / 1e9,
+        "temporaries_gb": plan.temp_size_in_bytes / 1e9,
+        "peak_gb": plan.peak_memory_in_bytes / 1e9,  # as the compiler places it: not all is there at once
+        "held_gb": memory.of_program(program) / 1e9,
+        "kernels": sorted({re.sub(r"[.\d]+$", "", name) for name in text.kernels()}),
+        "gflop": text.operations() / 1e9,
+        "hbm_gb": text.cost().hbm_bytes / 1e9,
+        "collectives": _added(text.collectives()),
+    }
+    return row | roofline(row, model_gflop(config, what) / mesh.size, chip)
+
+
+def _added(collectives: list[hlo.Collective]) -> list[dict]:
+    """Return a row of each kind and number of devices, what is sent most first."""
+    rows = {}
+    for each in collectives:
+        nothing = {"kind": each.kind, "devices": each.devices, "times": 0, "gb": 0.0, "sent_gb": 0.0}
+        row = rows.setdefault((each.kind, each.devices), nothing)
+        row["times"] += each.times
+        row["gb"] += each.times * each.array_bytes / 1e9
+        row["sent_gb"] += each.sent / 1e9
+    return sorted(rows.values(), key=lambda row: -row["sent_gb"])
+
+
+def model_gflop(config: Config, what: str) -> float:
+    """Return what the mathematics of a step needs, in GFLOP of all devices."""
+    tokens = config.data.batch * (config.data.length if what == "train" else 1)
+    passes = 1 if what == "train" else 1 / 3  # forward alone
+    return passes * tokens * flops_per_token(config.model, config.data.length) / 1e9
+
+
+def roofline(row: dict, gflop: float, chip: tpu.Chip) -> dict:
+    """Return the least time of each resource in ms, and the MFU if they are used at once and one after the other.
+
+    Args:
+        row: `gflop`, `hbm_gb` and `collectives`, of a device.
+        gflop: of a device, what the mathematics needs.
+        chip: its peaks.
+    """
+    sent = sum(each["sent_gb"] for each in row["collectives"])
+    times = {
+        "compute_ms": row["gflop"] / chip.tera_flops,
+        "hbm_ms": 1e3 * row["hbm_gb"] / chip.gb_s,
+        "ici_ms": 1e3 * sent / chip.ici_gb_s,
+    }
+    needed = gflop / chip.tera_flops
+    return times | {
+        "model_gflop": gflop,
+        "sent_gb": sent,
+        "limit": max(times, key=times.get).removesuffix("_ms"),
+        "mfu_at_once": needed / max(times.values()),
+        "mfu_in_turn": needed / sum(times.values()),
+    }
+
+
+def training(config: Config, mesh: Mesh, chip: tpu.Chip):
+    """Return (program, remat) of the step as `Trainer` compiles it."""
+    shapes, batch = state_shapes(config, mesh), batch_shapes(config.data, mesh)
+    where = f"each of {mesh.size} devices {mesh.devices.flat[0].device_kind}"
+    memory.fit(memory.training(config, shapes, batch), where, int(chip.hbm_gb * 2**30))
+    with using(mesh):
+        return fitting(lambda run: functools.partial(train_step, run), config, shapes, batch, limit=None)
+
+
+def decode(config: Config, mesh: Mesh, chip: tpu.Chip):
+    """Return (program, "") of `decoding.step` as `generate` has it: parameters prepared, the state in place."""
+    model, rows = config.model, config.data.batch
+    shardings = _prepared(model, mesh)
+    params = jax.eval_shape(functools.partial(decoding.prepare, model), state_shapes(config, mesh).params)
+    state = jax.eval_shape(lambda: LanguageModel(model, stacked=False).empty_state(rows, config.data.length))
+    given = {"token_B": jax.ShapeDtypeStruct((rows,), jnp.int32), "start_B": jax.ShapeDtypeStruct((rows,), bool)}
+    params, state, given = jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        (params, state, given),
+        (shardings, state_shardings(state, mesh), dict.fromkeys(given, split_over(mesh, "batch"))),
+    )
+    held = {"parameters": memory.on_a_device(params), "state": memory.on_a_device(state)}
+    memory.fit(held, f"each of {mesh.size} devices", int(chip.hbm_gb * 2**30))
+    step = jax.jit(functools.partial(decoding.step, model), donate_argnums=2)
+    try:
+        with using(mesh):
+            return step.lower(params, given["token_B"], state, given["start_B"]).compile(), ""
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise Failed(f"decoding data.batch={rows} does not fit: {str(error).splitlines()[0]}") from error
+
+
+def _prepared(config: ModelConfig, mesh: Mesh) -> dict:
+    """Return where prepared parameters lie: as the public ones, without the axis of repeats."""
+    public = param_shardings(config, mesh)
+    shardings = public | ({"head": public["embedding"]} if config.tie_embeddings else {})
+    for index, (_, repeats) in enumerate(segments(config.pattern)):
+        name = f"segment_{index}"
+        one = jax.tree.map(lambda stacked: NamedSharding(mesh, PartitionSpec(*stacked.spec[1:])), public[name])
+        shardings[name] = {f"repeat_{repeat}": one for repeat in range(repeats)}
+    return shardings
+
+
+PROGRAMS = {"train": training, "decode": decode}
+
+
+def lines(row: dict) -> list[str]:
+    """Write a row of `measured` for a reader."""
+
+    def size(gb: float) -> str:
+        return memory.readable(round(gb * 1e9))
+
+    kinds = ", ".join(
+        f"{name} {size(row[f'{name}_gb'])}" for name in ("arguments", "outputs", "aliased", "temporaries")
+    )
+    exchanged = [
+        f"{each['kind']} of {each['devices']}, {each['times']} x: {size(each['gb'])}, {size(each['sent_gb'])} sent"
+        for each in row["collectives"]
+    ]
+    remat = f", remat={row['remat']!r}" if row["remat"] else ""
+    times = {name: f"{row[f'{name}_ms']:.3g}" for name in ("compute", "hbm", "ici")}
+    return [
+        f"compiled in {row['compile_s']:.1f} s{remat}; of each of {row['devices']} devices, a step:",
+        f"memory       {size(row['peak_gb'])} at the peak: {kinds}",
+        f"kernels      {', '.join(row['kernels']) or 'none'}",
+        f"operations   {row['gflop'] / 1e3:.3g} TFLOP of products, {row['model_gflop'] / 1e3:.3g} that the model needs",
+        f"HBM          {size(row['hbm_gb'])} read and written",
+        *(f"{'collectives' if not i else '':<12} {line}" for i, line in enumerate(exchanged or ["none"])),
+        f"least time   {times['compute']} ms compute, {times['hbm']} HBM, {times['ici']} interconnect: "
+        f"{row['limit']} limits",
+        f"MFU at most  {row['mfu_at_once']:.1%} if all is at once, {row['mfu_in_turn']:.1%} if one after the other",
+    ]

@@ -1,0 +1,46 @@
+"""The steps that are compiled for pods, and their table; nothing here needs the TPU compiler."""
+
+import dataclasses
+import math
+
+import pytest
+
+from experiments.benchmarks import common, pods
+from launch import tpu
+from mamba3_jax.presets import PRESETS
+
+
+@pytest.mark.parametrize("step", pods.steps(), ids=lambda step: f"{step.model}-{step.topology}-{step.length}")
+def test_a_step_fills_its_topology(step):
+    grid = math.prod(map(int, step.topology.partition(":")[2].split("x")))
+    axes = {name: int(size) for name, size in (axis.split(":") for axis in step.mesh.split(","))}
+    assert math.prod(axes.values()) == grid * (2 if step.topology.startswith("tpu7x") else 1)
+    assert step.batch % (axes.get("data", 1) * axes.get("fsdp", 1)) == 0
+    assert tpu.chip_of(step.topology)
+    assert step.model in PRESETS
+
+
+def test_the_steps_that_say_most_are_first():
+    steps = pods.steps()
+    assert len(set(steps)) == len(steps)
+    assert {step.topology for step in steps[:4]} == {"v5e:16x16", "v5p:4x4x4", "v6e:8x8", "tpu7x:2x2x4"}
+
+
+def test_a_row_is_drawn_by_kind():
+    sent = [
+        {"kind": "all-reduce", "devices": 4, "times": 1, "gb": 1.0, "sent_gb": 1.5},
+        {"kind": "all-reduce", "devices": 2, "times": 1, "gb": 1.0, "sent_gb": 1.0},
+    ]
+    row = {"collectives": sent, "mfu_at_once": 0.5, "mfu_in_turn": 0.25, "gflop": 1500.0}
+    drawn, failed = pods.drawn([row, {"failed": "too large"}])
+    assert (drawn["all-reduce"], drawn["at_once"], drawn["in_turn"], drawn["tflop"]) == (2.5, "50%", "25%", 1.5)
+    assert failed == {"failed": "too large"}
+
+
+def test_recorded_rows_have_a_commit_and_a_compiler():
+    result = common.read("pods")
+    if result is not None:
+        assert result["libtpu"] in result["device"]
+        fields = [field.name for field in dataclasses.fields(pods.Step)]
+        assert {pods.Step(**{name: row[name] for name in fields}) for row in result["rows"]} <= set(pods.steps())
+        assert all(row["commit"] for row in result["rows"])
