@@ -32,4 +32,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.run(main, alone=True)
