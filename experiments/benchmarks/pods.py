@@ -45,8 +45,9 @@ class Step:
 
 
 # Of each size and length (mesh, batch, remat) by topology. A device has 2,048 tokens of the large model where it has
-# 16 GB, else 4,096 or more; rows that are longer lie on as many devices, by tensor. Where fsdp is over all devices of
-# 32 or more, XLA gathers weights as all-reduces of the whole, which send twice as much: so data is beside it.
+# 16 GB, else 4,096 or more; rows that are longer lie on as many devices, by tensor, and those of a million tokens by
+# sequence. Where fsdp is over all devices of 32 or more, XLA gathers weights as all-reduces of the whole, which send
+# twice as much: so data is beside it.
 LARGE = {
     2048: {
         "v5e:16x16": ("data:4,fsdp:16,tensor:4", 256, "block"),
@@ -59,6 +60,12 @@ LARGE = {
         "v5p:4x4x4": ("data:2,fsdp:32", 64, "block"),
         "v6e:8x8": ("fsdp:16,tensor:4", 16, "block"),
         "tpu7x:2x2x4": ("data:2,fsdp:16", 32, "block"),
+    },
+    1048576: {
+        "v5e:16x16": ("fsdp:4,sequence:64", 4, "block"),
+        "v5p:4x4x4": ("fsdp:4,sequence:16", 4, "block"),
+        "v6e:8x8": ("fsdp:2,sequence:32", 2, "block"),
+        "tpu7x:2x2x4": ("fsdp:4,sequence:8", 4, "block"),
     },
 }
 SMALL = {
@@ -73,6 +80,12 @@ SMALL = {
         "v5p:4x4x4": ("data:4,fsdp:16", 64, "none"),
         "v6e:8x8": ("data:4,fsdp:16", 64, "block"),
         "tpu7x:2x2x4": ("data:2,fsdp:16", 32, "none"),
+    },
+    1048576: {
+        "v5e:16x16": ("fsdp:4,sequence:64", 4, "block"),
+        "v5p:4x4x4": ("fsdp:4,sequence:16", 4, "block"),
+        "v6e:8x8": ("fsdp:4,sequence:16", 4, "block"),
+        "tpu7x:2x2x4": ("fsdp:4,sequence:8", 4, "block"),
     },
 }
 SIZES = {"1.5b": LARGE, "180m": SMALL}
