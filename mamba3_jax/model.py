@@ -261,7 +261,8 @@ class LanguageModel(nn.Module):
                 in_axes=(0, nn.broadcast),
                 length=repeats,
                 unroll=min(config.unroll or turns_at_once(repeats), repeats),
-                check_constancy_invariants=False,  # it traces all once more, where kernels that write in place fail
+                # It traces all once more, and so has its part in what is drawn. Kernels that write in place fail in it.
+                check_constancy_invariants=self.is_initializing(),
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             before, mixers = None if state is None else state[name], tuple(mixer_names(unit))

@@ -59,7 +59,8 @@ class Mixer(nn.Module):
     def op(self, rotation: str, over: Context | None):
         """Return `ssm` as the config has it run: by what, in which chunks, over the mesh, keeping what for backward."""
         config = self.config
-        how = {"rotation": rotation, "implementation": config.implementation or None, "chunk": config.chunk or None}
+        implementation = "recurrent" if self.is_initializing() else config.implementation or None
+        how = {"rotation": rotation, "implementation": implementation, "chunk": config.chunk or None}
 
         def op(tokens, heads, state, along=None):
             run = functools.partial(ssm, **how, along=along)
