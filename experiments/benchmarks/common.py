@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+
+from launch import tpu
 
 RESULTS = Path(__file__).parent / "results"
 _ONE_THREAD = threading.RLock()
@@ -25,6 +28,15 @@ def tracing():
     """
     with _ONE_THREAD:
         yield
+
+
+def prepare_tpu() -> dict:
+    """Make the TPU compiler ready, and return what a result file says of it; where there is none, exit with a line."""
+    try:
+        version = tpu.prepare()
+    except ValueError as error:
+        sys.exit(str(error))
+    return {"platform": "tpu", "device": f"no TPU (libtpu {version})", "libtpu": version}
 
 
 @dataclasses.dataclass(frozen=True)

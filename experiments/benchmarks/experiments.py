@@ -146,7 +146,7 @@ def tpu_estimates(result: dict) -> str:
 
 
 def pod_steps(result: dict) -> str:
-    """Of every large model that fits, what limits its step and the most that its MFU can be."""
+    """Return, of every large model that fits, what limits its step and the most that its MFU can be."""
     rows = [row for row in result["rows"] if row["model"].endswith("1.5b") and "failed" not in row]
     each = [
         f"{row['model']} {row['topology']} {row['mesh']} L {row['length']:,}: {row['limit']}, "

@@ -9,7 +9,6 @@ that does not fit is a row that says so.
 
 import collections
 import dataclasses
-import sys
 
 from absl import app, flags
 
@@ -167,15 +166,12 @@ def _drawn(row: dict) -> dict:
 
 def main(argv):
     del argv
-    try:
-        version = tpu.prepare()
-    except ValueError as error:
-        sys.exit(str(error))
+    compiler = common.prepare_tpu()
     models, topologies = ({getattr(step, name) for step in steps()} for name in ("model", "topology"))
     models = ssm.chosen("models", FLAGS.models or models, models)
     topologies = ssm.chosen("topologies", FLAGS.topologies or topologies, topologies)
     wanted = [step for step in steps() if step.model in models and step.topology in topologies]
-    origin = provenance() | {"platform": "tpu", "device": f"no TPU (libtpu {version})", "libtpu": version}
+    origin = provenance() | compiler
     before = common.read("pods", FLAGS.out) or {}
     same = all(before.get(key) == origin[key] for key in ("jax", "libtpu"))
     fields = [field.name for field in dataclasses.fields(Step)]

@@ -301,10 +301,7 @@ def kept(before: dict | None, tasks: list[tuple[str, ssm.Task]], origin: dict) -
 
 def main(argv):
     del argv
-    try:
-        version = tpu.prepare()
-    except ValueError as error:
-        sys.exit(str(error))
+    compiler = common.prepare_tpu()
     implementations = ssm.chosen("implementations", FLAGS.implementations, IMPLEMENTATIONS)
     chips = ssm.chosen("chips", FLAGS.chips, CHIPS)
     if FLAGS.only:
@@ -313,7 +310,7 @@ def main(argv):
     names = ssm.chosen("cases", FLAGS.cases or list(cases), cases)
     tasks = [(chip, t) for chip in chips for name in names for t in tasks_of(name, cases[name], implementations)]
     tasks = [(chip, task) for chip, task in tasks if FLAGS.what in ("", task.what)]
-    origin = provenance() | {"platform": "tpu", "device": f"no TPU (libtpu {version})", "libtpu": version}
+    origin = provenance() | compiler
     origin |= {"arguments": "joined: (B, L, H P), as a model has them"}
     rows = kept(common.read(FLAGS.name, FLAGS.out) if FLAGS.keep else None, tasks, origin)
     sizes = {name: case.sizes() for name, case in (CASES | FULL).items()}
