@@ -2,19 +2,19 @@
 
 import dataclasses
 import functools
+import math
 import sys
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 
 from mamba3_jax.config import ModelConfig
 from mamba3_jax.mixers import MIXERS, Mamba2
 from mamba3_jax.model import LanguageModel, init_params
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS
+from mamba3_jax.sharding import make_mesh, using
 from tests.helpers import rel_rms
 
 BATCH, LENGTH = 2, 32
@@ -32,7 +32,6 @@ SIZES = ModelConfig(
     delta_head_dim=4,
     mamba1_state=4,
 )
-RULES = {"batch": "data", "length": "sequence", "heads": "tensor", "kv_heads": "tensor", "ff": "tensor"}
 HYBRID = {"pattern": "MMA"}
 SWITCHED = {"pattern": "M", "angles": "quaternion", "conv": 4, "mimo_rank": 2}
 QUICK = {"hybrid": ({"sequence": 4}, HYBRID | {"layout": "zigzag"})}
@@ -49,6 +48,12 @@ FULL = {
     "block": ({"sequence": 2}, HYBRID | {"remat": "block"}),
     "op": ({"sequence": 2}, HYBRID | {"remat": "op", "layout": "zigzag"}),
 }
+
+
+def mesh_of(sizes: dict[str, int]):
+    """A mesh of the first devices, as many as its axes have."""
+    spec = ",".join(f"{axis}:{size}" for axis, size in sizes.items())
+    return make_mesh(spec, jax.devices()[: math.prod(sizes.values())])
 
 
 def starts():
@@ -77,14 +82,12 @@ def worst(name: str) -> float:
     config = dataclasses.replace(SIZES, **changes)
     params = init_params(config, jax.random.key(0))
     tokens_BL = jax.random.randint(jax.random.key(1), (BATCH, LENGTH), 0, config.vocab_size)
-    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes))
-    rules = tuple((logical, axis if axis in sizes else None) for logical, axis in RULES.items())
     run, state = jax.jit(functools.partial(step, config)), None
     if name == "carried":
         (_, state), _ = run(params, tokens_BL, starts(), LanguageModel(config).empty_state(BATCH, 2 * LENGTH))
     inputs = params, tokens_BL, starts(), state
     want = run(*inputs)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+    with using(mesh_of(sizes)):
         got = run(*inputs)
     assert got[0][0].sharding.shard_shape(got[0][0].shape)[1] == LENGTH // sizes["sequence"]
     return max(jax.tree.leaves(jax.tree.map(rel_rms, got, want)))
@@ -96,11 +99,11 @@ def refusal():
     class Plain(Mamba2):
         splits_rows = False
 
-    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(jax.make_mesh((4,), ("sequence",), (AxisType.Auto,))):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MIXERS, "mamba2", Plain)
         model = LanguageModel(dataclasses.replace(SIZES, pattern="2"))
         params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-        with nn.logical_axis_rules((("length", "sequence"),)):
+        with using(mesh_of({"sequence": 4})):
             try:
                 jax.eval_shape(model.apply, params, jnp.zeros((1, 8), jnp.int32))
             except ValueError as error:
