@@ -56,7 +56,7 @@ def figure_of(experiment: Experiment) -> Figure:
             known = {variant: size for variant, size in sizes.items() if variant in grouped}
             lines.append(Line(label, list(known.values()), [values(variant, metric) for variant in known]))
         return Figure(lines, experiment.size, f"{metric}{unit}", chance=chance)
-    lengths = [score["length"] for score in experiment.rows[0]["scores"]]
+    lengths = [score["length"] for score in experiment.rows[0]["scores"] if "pairs" not in score]
     if not length or len(lengths) == 1:
         lines = [Line(variant, [at], [values(variant, metric)]) for at, variant in enumerate(grouped)]
         return Figure(lines, "", f"{metric}{unit}", chance=chance, names=tuple(grouped))

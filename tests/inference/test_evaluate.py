@@ -18,7 +18,7 @@ from mamba3_jax.data.batch import Documents
 from mamba3_jax.data.synthetic import TASKS, Task
 from mamba3_jax.evaluate import language, tasks
 from mamba3_jax.evaluate.score import Scored, Scorer, positions
-from tests.data.by_hand import BY_HAND
+from tests.data.by_hand import ANSWER, BY_HAND
 from tests.helpers import rel_rms
 from tests.inference.tiny import tiny
 
@@ -259,17 +259,20 @@ def test_every_task_is_scored_by_length(source):
         fields = {"length": 40, "batch": 16, "valid_rows": 32, "labels": labels}
         data = DataConfig(source=source, task_lengths=(40,), task_steps=(0,), task_min_length=3, **fields)
         (result,) = tasks.evaluate(Oracle(source), {}, data, lengths=[37])
-        assert (result["length"], result["sequences"], result["last"]) == (37, 32, 0.5)
+        assert (result["length"], result["sequences"], result["last"], result["exact"]) == (37, 32, 0.5, 0.5)
         chance = TASKS[source].chance
         assert result["scaled_last"] == pytest.approx((0.5 - chance) / (1 - chance))
-        assert 0.5 < result["accuracy"] < 1 if labels == "every" else result["accuracy"] == 0.5
+        one = labels == "answer" and source not in ANSWER
+        assert result["accuracy"] == 0.5 if one else 0.5 < result["accuracy"] < 1
+        if TASKS[source].depth:
+            assert np.mean(result["exact_by_depth"]) == pytest.approx(0.5, abs=0.3)
 
 
 def test_lengths_of_tasks():
     data = DataConfig(source="arithmetic_brackets", labels="answer", task_lengths=(160,), task_steps=(0,), length=160)
-    assert tasks.lengths_of(data, []) == [40, 80, 160, 256, 320, 640, 1280]
+    assert list(map(tasks.written, tasks.settings_of(data, []))) == [40, 80, 160, 256, 320, 640, 1280]
     short = dataclasses.replace(data, task_lengths=(8,))
-    assert tasks.lengths_of(short, []) == [5, 8, 16, 32, 64, 256]
+    assert list(map(tasks.written, tasks.settings_of(short, []))) == [5, 8, 16, 32, 64, 256]
     with pytest.raises(ValueError, match=r"^length 4 is less than 5, the shortest of arithmetic_brackets$"):
         tasks.evaluate(None, {}, data, lengths=[4, 40])
 
