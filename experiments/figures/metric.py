@@ -17,6 +17,7 @@ from mamba3_jax.evaluate import comparison
 MARKERS = "osv^DPX*"
 STROKES = ("-", (0, (6, 2)), (0, (3, 2)), (0, (6, 2, 1, 2)), (0, (10, 3)))  # so that what lies on one line is seen to
 FEW = 8  # places across that are each named, on a logarithmic axis
+FAR = 16  # times as far out as the first is the last of more places than that: the axis is logarithmic too
 
 
 class Line(NamedTuple):
@@ -131,6 +132,9 @@ def mark(axes, drawn: Figure) -> None:
         axes.set_xticks(places)
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_locator(NullLocator())
+    elif not drawn.curves and places and places[-1] > FAR * places[0] > 0:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
     if drawn.trained and places[-1] > drawn.trained:
         right = axes.get_xlim()[1]
         axes.axvspan(drawn.trained, right, color="0.93", zorder=0)
