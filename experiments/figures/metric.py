@@ -57,12 +57,15 @@ def figure_of(experiment: Experiment) -> Figure:
             known = {variant: size for variant, size in sizes.items() if variant in grouped}
             lines.append(Line(label, list(known.values()), [values(variant, metric) for variant in known]))
         return Figure(lines, experiment.size, f"{metric}{unit}", chance=chance)
-    lengths = [score["length"] for score in experiment.rows[0]["scores"] if "pairs" not in score]
+    _, _, pairs = length.partition(":")
+    scores = [score for score in experiment.rows[0]["scores"] if str(score.get("pairs", "")) == pairs]
+    lengths, places = [score["length"] for score in scores], [comparison.place(score) for score in scores]
     if not length or len(lengths) == 1:
         lines = [Line(variant, [at], [values(variant, metric)]) for at, variant in enumerate(grouped)]
         return Figure(lines, "", f"{metric}{unit}", chance=chance, names=tuple(grouped))
-    lines = [Line(variant, lengths, [values(variant, f"{name}@{at}") for at in lengths]) for variant in grouped]
-    return Figure(lines, "length, tokens", f"{name}{unit}", trained=experiment.trained, chance=chance)
+    lines = [Line(variant, lengths, [values(variant, f"{name}@{at}") for at in places]) for variant in grouped]
+    across = f"length, tokens{f' with {pairs} pairs' if pairs else ''}"
+    return Figure(lines, across, f"{name}{unit}", trained=experiment.trained, chance=chance)
 
 
 def curves_of(experiment: Experiment) -> Figure | None:
