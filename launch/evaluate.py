@@ -20,6 +20,7 @@ from absl import flags
 
 from launch.common import define_path, fail, held_out, run, user_errors
 from mamba3_jax import checkpoint, memory
+from mamba3_jax.config import DataConfig
 from mamba3_jax.data.synthetic import TASKS
 from mamba3_jax.evaluate import language, tasks
 from mamba3_jax.finite import or_null
@@ -27,7 +28,11 @@ from mamba3_jax.load import build, load_run
 
 WORKDIR = define_path("workdir", None, "a workdir, or a directory in the official layout", required=True)
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; default the newest")
-LENGTHS = flags.DEFINE_list("lengths", [], "lengths in tokens, comma-separated; default multiples of the trained one")
+LENGTHS = flags.DEFINE_list(
+    "lengths",
+    [],
+    "lengths in tokens, or LENGTH:PAIRS of a task with pairs, comma-separated; default multiples of the trained one",
+)
 TOKENS = flags.DEFINE_integer(
     "tokens", 131072, "about how many to score for each length, in whole rows; 0: all there are"
 )
@@ -38,30 +43,37 @@ OUTPUT = define_path("output", None, "where the report goes; default evaluation/
 COMPUTE_DTYPE = flags.DEFINE_string("compute_dtype", None, "float32 or bfloat16; default as trained")
 
 
-def lengths() -> list[int]:
-    """--lengths as numbers."""
+def lengths(data: DataConfig) -> list[int | str]:
+    """--lengths as numbers; of a task with pairs "LENGTH:PAIRS" too."""
+    if not LENGTHS.value:
+        return []
     try:
-        return language.check_lengths([int(part) for part in LENGTHS.value]) if LENGTHS.value else []
+        if data.source in TASKS:
+            return [tasks.written(setting) for setting in tasks.settings_of(data, LENGTHS.value)]
+        return language.check_lengths([int(part) for part in LENGTHS.value])
     except ValueError as error:
         raise ValueError(f"--lengths={','.join(LENGTHS.value)}: {error}") from None
 
 
-def check_memory(model, data, wanted: list[int]) -> None:
+def check_memory(model, data, wanted: list[int | str]) -> None:
     """Raise ValueError where rows of the longest length do not fit beside the parameters, or a task has none such."""
-    longest = max(tasks.lengths_of(data, wanted)) if data.source in TASKS else max(wanted, default=4 * data.length)
+    if data.source in TASKS:
+        longest = max(tasks.settings_of(data, wanted)).length
+    else:
+        longest = max(wanted, default=4 * data.length)
     rows = max(1, min(data.batch, TOKENS.value // longest)) if TOKENS.value else data.batch
     memory.fit_device(memory.carrying(model, rows, longest))
 
 
 def main(_argv):
     with user_errors():
-        wanted = lengths()
         if TOKENS.value < 0:
             raise ValueError(f"--tokens={TOKENS.value} is negative; 0 takes all")
         steps = checkpoint.all_steps(WORKDIR.value)
         config, params = load_run(WORKDIR.value, step=STEP.value)
         model = build(config, **({"compute_dtype": COMPUTE_DTYPE.value} if COMPUTE_DTYPE.value else {}))
         data = held_out(config, VALID_GLOB.value, TOKENIZER.value, EOS.value)
+        wanted = lengths(data)
         step = STEP.value if STEP.value is not None else (steps[-1] if steps else 0)
         check_memory(model, data, wanted)
         target = Path(OUTPUT.value or f"{WORKDIR.value}/evaluation/step_{step}.json").expanduser()

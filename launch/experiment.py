@@ -42,7 +42,7 @@ SAYS = {
 }
 # Names of metrics: of a run's training, and at a length.
 OF_TRAINING = ("loss", "loss_last", "valid_loss", "valid_accuracy", "skipped")
-OF_TASKS = ("accuracy", "last", "scaled_last")
+OF_TASKS = ("accuracy", "last", "scaled_last", "exact")
 OF_TEXT = ("loss", "perplexity", "bits_per_byte", "accuracy")
 
 
@@ -52,7 +52,7 @@ class Plan(NamedTuple):
     variants: dict[str, Config]  # all of the file
     chosen: tuple[str, ...]  # those to train
     members: list[Member]
-    lengths: tuple[int, ...]
+    lengths: tuple[int | str, ...]  # tokens, or "LENGTH:PAIRS"
     metric: str
     shown: tuple[str, ...]
     expect: dict[str, tuple[str, float, float]]
@@ -84,7 +84,7 @@ def read_plan(
     rates = tuple(rates or given.get("LEARNING_RATES", ())) or (config.optimizer.learning_rate,)
     lengths = tuple(given.get("LENGTHS", ()))
     if config.data.source in TASKS:
-        lengths = tuple(tasks.lengths_of(config.data, lengths))
+        lengths = tuple(map(tasks.written, tasks.settings_of(config.data, lengths)))
         metric = given.get("METRIC", f"scaled_last@{config.data.task_lengths[-1]}")
     else:
         lengths = tuple(language.check_lengths(lengths or (config.data.length,)))
@@ -146,7 +146,7 @@ def check_metric(plan: Plan, metric: str) -> None:
         raise ValueError(f"{metric}: there is no {name!r}{' at a length' if length else ''}, only {', '.join(names)}")
 
 
-def scores(config: Config, group: list[Member], params, lengths: tuple[int, ...]) -> list[list[dict]]:
+def scores(config: Config, group: list[Member], params, lengths: tuple[int | str, ...]) -> list[list[dict]]:
     """Return, of every member, its scores at each length."""
     model, data = LanguageModel(config.model), config.data
     if data.source in TASKS:

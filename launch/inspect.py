@@ -88,8 +88,8 @@ def check(runs: list[Run], data: DataConfig, length: int) -> None:
 def rows_of(data: DataConfig) -> DataConfig:
     """Return the data in rows of --length; of a task one document each."""
     if data.source in TASKS:
-        (length,) = tasks.lengths_of(data, [LENGTH.value or data.task_lengths[-1]])
-        rows = tasks.of_length(data, length)
+        (setting,) = tasks.settings_of(data, [LENGTH.value or data.task_lengths[-1]])
+        rows = tasks.of_setting(data, *setting)
         return dataclasses.replace(rows, batch=min(ROWS.value, data.valid_rows))
     (length,) = language.check_lengths([LENGTH.value or data.length])
     return dataclasses.replace(data, length=length, batch=ROWS.value)

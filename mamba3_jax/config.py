@@ -153,6 +153,10 @@ class DataConfig(Section):
     # Over 0: each step's documents have a length drawn between this and a longest one, which rises linearly from
     # task_lengths[i] to the next over task_steps[i] steps. The paper: 3, (40, 160), (10000, 0)
     task_min_length: int = size(0, 0, LENGTH)
+    # Each step's stage is drawn, task_steps[i] in their sum the chance of stage i; else one follows the other
+    task_mixed: bool = False
+    # Key-value pairs of a stage's documents, of tasks that have them; 0 or (): as the task has it for a length
+    task_pairs: tuple[int, ...] = size((), 0, LENGTH)
     task_packed: bool = True  # rows are full of documents; False: one a row, and padding that is not scored
     labels: str = "every"  # of a generated task's tokens, which are scored: every (that has a target) | answer
     valid_rows: int = size(256, 1, COUNT)  # of a generated task; text has as many as it has

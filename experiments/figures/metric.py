@@ -17,6 +17,7 @@ from mamba3_jax.evaluate import comparison
 MARKERS = "osv^DPX*"
 STROKES = ("-", (0, (6, 2)), (0, (3, 2)), (0, (6, 2, 1, 2)), (0, (10, 3)))  # so that what lies on one line is seen to
 FEW = 8  # places across that are each named, on a logarithmic axis
+FAR = 16  # times as far out as the first is the last of more places than that: the axis is logarithmic too
 
 
 class Line(NamedTuple):
@@ -56,12 +57,15 @@ def figure_of(experiment: Experiment) -> Figure:
             known = {variant: size for variant, size in sizes.items() if variant in grouped}
             lines.append(Line(label, list(known.values()), [values(variant, metric) for variant in known]))
         return Figure(lines, experiment.size, f"{metric}{unit}", chance=chance)
-    lengths = [score["length"] for score in experiment.rows[0]["scores"]]
+    _, _, pairs = length.partition(":")
+    scores = [score for score in experiment.rows[0]["scores"] if str(score.get("pairs", "")) == pairs]
+    lengths, places = [score["length"] for score in scores], [comparison.place(score) for score in scores]
     if not length or len(lengths) == 1:
         lines = [Line(variant, [at], [values(variant, metric)]) for at, variant in enumerate(grouped)]
         return Figure(lines, "", f"{metric}{unit}", chance=chance, names=tuple(grouped))
-    lines = [Line(variant, lengths, [values(variant, f"{name}@{at}") for at in lengths]) for variant in grouped]
-    return Figure(lines, "length, tokens", f"{name}{unit}", trained=experiment.trained, chance=chance)
+    lines = [Line(variant, lengths, [values(variant, f"{name}@{at}") for at in places]) for variant in grouped]
+    across = f"length, tokens{f' with {pairs} pairs' if pairs else ''}"
+    return Figure(lines, across, f"{name}{unit}", trained=experiment.trained, chance=chance)
 
 
 def curves_of(experiment: Experiment) -> Figure | None:
@@ -131,6 +135,9 @@ def mark(axes, drawn: Figure) -> None:
         axes.set_xticks(places)
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_locator(NullLocator())
+    elif not drawn.curves and places and places[-1] > FAR * places[0] > 0:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
     if drawn.trained and places[-1] > drawn.trained:
         right = axes.get_xlim()[1]
         axes.axvspan(drawn.trained, right, color="0.93", zorder=0)

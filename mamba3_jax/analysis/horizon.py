@@ -67,7 +67,7 @@ def horizon(model: LanguageModel, params, data: DataConfig, lengths: Sequence[in
     measured = tasks.evaluate(model, params, data, lengths=lengths or [int(trained * times) for times in MEASURED])
 
     def batch(length: int) -> Batch:
-        rows = dataclasses.replace(tasks.of_length(data, length), batch=min(ROWS, data.valid_rows))
+        rows = dataclasses.replace(tasks.of_setting(data, length), batch=min(ROWS, data.valid_rows))
         return next(loader(rows, "valid", vocab_size=model.config.vocab_size))
 
     order = len(GROUPS[name].names) if name.startswith("Z") else 0

@@ -20,4 +20,4 @@ class Documents(NamedTuple):
     tokens_BL: np.ndarray  # int32
     targets_BL: np.ndarray  # int32: what the model should say at each token; anything where it is not scored
     scored_BL: np.ndarray  # bool: the target is defined there
-    answer: int  # the place of the last target of every document, which answers all of it
+    answer: int  # the place from which on targets answer all of a document

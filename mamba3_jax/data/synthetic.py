@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mamba3_jax.config import DataConfig
-from mamba3_jax.data import arithmetic, flip_flop
+from mamba3_jax.data import arithmetic, flip_flop, recall
 from mamba3_jax.data.batch import Batch, Documents
 from mamba3_jax.data.packing import Rows
 from mamba3_jax.data.words import Group, alternating, cyclic, symmetric, words
@@ -17,18 +17,35 @@ SPLIT_KEYS = {"train": 0, "valid": 1}
 LENGTHS_KEY = 2
 
 LABELS = ("every", "answer")
-CHOICES = ("labels", "task_min_length", "task_packed")  # what rows are, beside source, lengths and steps
+CHOICES = (
+    "labels",
+    "task_min_length",
+    "task_packed",
+    "task_mixed",
+    "task_pairs",
+)  # what rows are, beside source, lengths and steps
+
+
+class Setting(NamedTuple):
+    """What documents are drawn at, beside the task."""
+
+    length: int  # tokens
+    pairs: int = 0  # of keys and values, in tasks that have them; 0: as the task has it for this length
 
 
 class Task(NamedTuple):
     """What a task is: documents of any one length."""
 
-    documents: Callable[[np.ndarray], Documents]  # numbers_BL, uniform in [0, 1) -> B documents of L tokens
+    # numbers_BL, uniform in [0, 1) -> B documents of L tokens; of a task that has pairs also their number
+    documents: Callable[..., Documents]
     chance: float  # accuracy of a uniform guess; of arithmetic, which has more 0 than 1/5, as its source scales it
     symbols: str | tuple[str, ...]  # the name of each id, and so the vocabulary
     least: int = 1  # tokens in the shortest document
     pad: int = 0  # the id of tokens after the documents of a row
     labels: tuple[str, ...] = LABELS  # which `data.labels` it has
+    most_pairs: Callable[[int], int] | None = None  # that a document of so many tokens holds; None: it has no pairs
+    pairs: int = 0  # of a document whose setting names none; 0: as many as it holds
+    depth: Callable[[np.ndarray], np.ndarray] | None = None  # tokens_BL -> how deep in it the answer lies (B,), 0 to 1
 
 
 def word_task(group: Group, over_generators: bool) -> Task:
@@ -63,6 +80,32 @@ def flip_flop_task(frequencies: dict[str, float]) -> Task:
     return Task(documents=documents, chance=0.5, symbols=symbols, least=4, pad=symbols.index("i"))
 
 
+def mqar_task(vocab_size: int, noise: bool = True) -> Task:
+    """Make the recall of values by many keys, see `recall.mqar`; chance guesses one of the values there are."""
+    return Task(
+        documents=functools.partial(recall.mqar, vocab_size=vocab_size, noise=noise),
+        chance=2 / vocab_size,
+        symbols=recall.mqar_symbols(vocab_size),
+        least=4,
+        labels=("every",),  # the last query stands anywhere
+        most_pairs=lambda length: min(length // 4, vocab_size // 2 - 1),
+    )
+
+
+def needle_task(alike: bool) -> Task:
+    """Make the recall of one value of several tokens, see `recall.needle`."""
+    return Task(
+        documents=functools.partial(recall.needle, alike=alike),
+        chance=1 / recall.WORDS,
+        symbols=recall.NEEDLE_SYMBOLS,
+        least=recall.NEEDLE + recall.QUESTION,
+        labels=("answer",),
+        most_pairs=lambda length: min((length - recall.QUESTION) // recall.NEEDLE, recall.KEYS),
+        pairs=1,
+        depth=recall.needle_depth,
+    )
+
+
 GROUPS = {
     "Z2": cyclic(2),
     "Z6": cyclic(6),
@@ -82,22 +125,50 @@ TASKS = {
     },
     "flip_flop": flip_flop_task(flip_flop.PLAIN),
     "flip_flop_undo": flip_flop_task(flip_flop.UNDO),
+    "mqar": mqar_task(8192),
+    "mqar_blank": mqar_task(8192, noise=False),
+    "mqar_64": mqar_task(64),
+    "needle": needle_task(alike=False),
+    "needle_alike": needle_task(alike=True),
 }
 
 
-def document_length(config: DataConfig, step: int) -> int:
-    """Follow the curriculum: how many tokens the documents of a step have.
+def document_setting(config: DataConfig, step: int) -> Setting:
+    """Follow the curriculum: what the documents of a step are drawn at.
 
-    Without `task_min_length`, `task_lengths[i]` for `task_steps[i]` steps; the last goes on. With it, a length drawn
-    for the step between it and a longest one, which goes linearly from `task_lengths[i]` to the next over
-    `task_steps[i]` steps.
+    Without `task_min_length`, stage i has `task_lengths[i]` and `task_pairs[i]` and lasts `task_steps[i]` steps; the
+    last goes on. `task_mixed` draws the step's stage instead, as often as `task_steps` are to each other. With
+    `task_min_length`, a length is drawn for the step between it and a longest one, which goes linearly from
+    `task_lengths[i]` to the next over `task_steps[i]` steps.
     """
-    if not config.task_min_length:
-        stage = int(np.searchsorted(np.cumsum(config.task_steps), step, side="right"))
-        return config.task_lengths[min(stage, len(config.task_lengths) - 1)]
-    longest = int(np.interp(step, np.cumsum([0, *config.task_steps[:-1]]), config.task_lengths))
-    generator = np.random.Generator(np.random.Philox(key=[config.seed, LENGTHS_KEY], counter=[0, 0, 0, step]))
-    return int(generator.integers(config.task_min_length, longest, endpoint=True))
+    ends, generator = np.cumsum(config.task_steps), functools.partial(_of_step, config.seed, step)
+    if config.task_min_length:
+        longest = int(np.interp(step, [0, *ends[:-1]], config.task_lengths))
+        return Setting(int(generator().integers(config.task_min_length, longest, endpoint=True)))
+    place = generator().random() * ends[-1] if config.task_mixed else step
+    stage = min(int(np.searchsorted(ends, place, side="right")), len(ends) - 1)
+    return stages(config)[stage]
+
+
+def _of_step(seed: int, step: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed, LENGTHS_KEY], counter=[0, 0, 0, step]))
+
+
+def stages(config: DataConfig) -> list[Setting]:
+    """List the settings of the curriculum."""
+    pairs = config.task_pairs or (0,) * len(config.task_lengths)
+    return [Setting(*stage) for stage in zip(config.task_lengths, pairs, strict=True)]
+
+
+def check_setting(source: str, setting: Setting) -> None:
+    """Raise ValueError for a length or pairs that the documents of a task cannot have."""
+    task = TASKS[source]
+    if setting.length < task.least:
+        raise ValueError(f"length {setting.length} is less than {task.least}, the shortest of {source}")
+    if setting.pairs and not task.most_pairs:
+        raise ValueError(f"{setting.pairs} pairs: {source} has none")
+    if task.most_pairs and setting.pairs > (most := task.most_pairs(setting.length)):
+        raise ValueError(f"{setting.pairs} pairs: {setting.length} tokens of {source} hold {most}")
 
 
 def _check(config: DataConfig) -> None:
@@ -107,17 +178,26 @@ def _check(config: DataConfig) -> None:
             f"data.task_lengths={tuple(lengths)} and data.task_steps={tuple(steps)} want one length and "
             "one number of steps a stage"
         )
+    if config.task_pairs and len(config.task_pairs) != len(lengths):
+        raise ValueError(f"data.task_pairs={tuple(config.task_pairs)} wants one number of pairs for each of {lengths}")
+    if least and (config.task_mixed or config.task_pairs):
+        field = "task_mixed" if config.task_mixed else "task_pairs"
+        raise ValueError(f"data.{field} is of stages, and data.task_min_length={least} draws lengths between them")
+    if config.task_mixed and not sum(steps):
+        raise ValueError(f"data.task_steps={tuple(steps)} gives data.task_mixed no stage to draw")
     if config.labels not in LABELS:
         raise ValueError(f"data.labels={config.labels!r} is not one of {', '.join(LABELS)}")
     if config.labels not in task.labels:
-        raise ValueError(
-            f"data.labels={config.labels!r} is not defined for {config.source}, as a prefix has no value: "
-            f"it has {', '.join(task.labels)}"
-        )
+        raise ValueError(f"data.labels={config.labels!r} is not defined for {config.source}: {_why(task)}")
     if min(lengths) < task.least:
         raise ValueError(
             f"data.task_lengths={tuple(lengths)} has a length under {task.least}, the shortest of {config.source}"
         )
+    for stage in stages(config):
+        try:
+            check_setting(config.source, stage)
+        except ValueError as error:
+            raise ValueError(f"data.task_pairs={tuple(config.task_pairs)}: {error}") from None
     if min(lengths) < least:
         raise ValueError(f"data.task_min_length={least} is over a length of data.task_lengths={tuple(lengths)}")
     if max(lengths) > config.length and (config.labels == "answer" or not config.task_packed):
@@ -126,11 +206,17 @@ def _check(config: DataConfig) -> None:
         )
 
 
+def _why(task: Task) -> str:
+    """Say why a task does not have all labels, and which it has."""
+    reason = "a prefix has no value" if "answer" in task.labels else "its last target has no place of its own"
+    return f"{reason}: it has {', '.join(task.labels)}"
+
+
 def synthetic_rows(config: DataConfig, split: str) -> Rows:
     """Rows of the task named `config.source`. Row r is drawn from (seed, split, r) alone, whoever asks for it.
 
     Training rows never end and follow the curriculum: row r belongs to step r // batch. Validation has
-    `config.valid_rows` rows of the last length.
+    `config.valid_rows` rows of the last stage.
 
     Raises:
         ValueError: the fields of `config` do not go together.
@@ -139,22 +225,31 @@ def synthetic_rows(config: DataConfig, split: str) -> Rows:
     task = TASKS[config.source]
     count = None if split == "train" else config.valid_rows
 
-    def lengths(row_B: np.ndarray) -> np.ndarray:
-        """Find the length of each row's documents."""
+    def settings(row_B: np.ndarray) -> tuple[list[Setting], np.ndarray]:
+        """Find the different settings of rows, and which of them each row has."""
         if split != "train":
-            return np.full(len(row_B), config.task_lengths[-1])
+            return [stages(config)[-1]], np.zeros(len(row_B), int)
         steps, step_B = np.unique(row_B // config.batch, return_inverse=True)
-        return np.array([max(task.least, document_length(config, int(step))) for step in steps])[step_B]
+        each = [document_setting(config, int(step)) for step in steps]
+        each = [setting._replace(length=max(task.least, setting.length)) for setting in each]
+        different = sorted(set(each))
+        return different, np.array([different.index(setting) for setting in each])[step_B]
 
     def gather(row_B: np.ndarray) -> Batch:
         row_B = np.asarray(row_B)
-        numbers_BL, length_B = uniform(config.seed, split, row_B, config.length), lengths(row_B)
+        different, setting_B = settings(row_B)
+        # What pairs and queries are drawn from has to be there for a document that the row's end cuts, too.
+        whole = max(-(-config.length // setting.length) * setting.length for setting in different)
+        numbers_BL = uniform(config.seed, split, row_B, whole if task.most_pairs else config.length)
         real_B = np.ones(len(row_B), bool) if count is None else row_B < count
-        parts = {length: np.flatnonzero(length_B == length) for length in np.unique(length_B).tolist()}
-        filled = [fill(task, config, numbers_BL[at], real_B[at], length) for length, at in parts.items()]
+        parts = [np.flatnonzero(setting_B == index) for index in range(len(different))]
+        filled = [
+            fill(task, config, numbers_BL[at], real_B[at], setting)
+            for at, setting in zip(parts, different, strict=True)
+        ]
         if len(filled) == 1:  # the rows of one step
             return filled[0]
-        order_B = np.argsort(np.concatenate([*parts.values()]))
+        order_B = np.argsort(np.concatenate(parts))
         return Batch._make(np.concatenate(arrays)[order_B] for arrays in zip(*filled, strict=True))
 
     said = [f"{name}={getattr(config, name)}" for name in CHOICES if getattr(config, name) != getattr(DataConfig, name)]
@@ -177,18 +272,19 @@ def uniform(seed: int, split: str, row_B: np.ndarray, length: int) -> np.ndarray
     return bits_BW.view("<u4")[:, :length] * 2.0**-32
 
 
-def fill(task: Task, config: DataConfig, numbers_BL: np.ndarray, real_B: np.ndarray, length: int) -> Batch:
-    """Fill rows with documents of `length` tokens, scored where the row is `real`.
+def fill(task: Task, config: DataConfig, numbers_BL: np.ndarray, real_B: np.ndarray, setting: Setting) -> Batch:
+    """Fill rows with documents of one setting, scored where the row is `real`.
 
     Packed, documents follow each other, the last one cut where the row ends; else there is one, and padding after it.
     """
-    rows, width = numbers_BL.shape
+    rows, width, length = len(numbers_BL), config.length, setting.length
     count = -(-width // length) if config.task_packed else 1
     total = count * length
-    documents = task.documents(_to_width(numbers_BL, total, 0).reshape(rows * count, length))
+    how = {"pairs": setting.pairs or task.pairs or task.most_pairs(length)} if task.most_pairs else {}
+    documents = task.documents(_to_width(numbers_BL, total, 0).reshape(rows * count, length), **how)
     scored_BL = documents.scored_BL
     if config.labels == "answer":
-        scored_BL = scored_BL & (np.arange(length) == documents.answer)
+        scored_BL = scored_BL & (np.arange(length) >= documents.answer)
     scored_BL = _to_width(scored_BL.reshape(rows, total), width, False) & real_B[:, None]
     start_L = (np.arange(width) % length == 0) & (np.arange(width) < total)
     return Batch(

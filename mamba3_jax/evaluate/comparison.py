@@ -2,7 +2,7 @@
 
 A row is one member: variant, seed, learning_rate, numbers of its training (loss, skipped, ...), and `scores`, what
 `evaluate` returned at each length. A metric is a name in a row ("loss") or NAME@LENGTH in its scores
-("scaled_last@256", "loss@1024").
+("scaled_last@256", "loss@1024"), NAME@LENGTH:PAIRS where a number of pairs was asked for ("accuracy@64:4").
 """
 
 import math
@@ -24,7 +24,7 @@ def value(row: dict, metric: str) -> float:
     name, _, length = metric.partition("@")
     found = row
     if length:
-        scores = {str(score["length"]): score for score in row["scores"]}
+        scores = {place(score): score for score in row["scores"]}
         if length not in scores:
             raise ValueError(f"{metric}: length {length} was not scored, only {', '.join(scores)}")
         found = scores[length]
@@ -32,6 +32,11 @@ def value(row: dict, metric: str) -> float:
         raise ValueError(f"{metric}: there is no {name}, only {', '.join(found)}")
     number = found[name]
     return math.nan if number is None else number
+
+
+def place(score: dict) -> str:
+    """Name what a score was taken at, as metrics do."""
+    return f"{score['length']}:{score['pairs']}" if "pairs" in score else str(score["length"])
 
 
 def sign(metric: str) -> int:

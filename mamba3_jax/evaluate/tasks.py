@@ -1,4 +1,4 @@
-"""Accuracy of a task by length, the lengths past the trained one among them."""
+"""Accuracy of a task by length, or length and pairs, the lengths past the trained one among them."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mamba3_jax.config import LENGTH, DataConfig
-from mamba3_jax.data.synthetic import TASKS
+from mamba3_jax.data.synthetic import TASKS, Setting, check_setting
 from mamba3_jax.evaluate.language import check_lengths, past
-from mamba3_jax.evaluate.score import Scorer
+from mamba3_jax.evaluate.score import Scored, Scorer
 
 PAPER_LENGTH = 256  # which the paper trains up to 160 for (arXiv:2603.15569, table 5b)
+DEPTHS = 10  # parts of a document in which an answer's depth is counted
 
 
 def default_lengths(data: DataConfig) -> list[int]:
@@ -20,18 +21,79 @@ def default_lengths(data: DataConfig) -> list[int]:
     return sorted({min(LENGTH, max(least, length)) for length in parts})
 
 
-def lengths_of(data: DataConfig, lengths: Sequence[int]) -> list[int]:
-    """Sorted lengths to evaluate at, `default_lengths` for none; ValueError for one that the task cannot have."""
-    lengths, least = check_lengths(lengths or default_lengths(data)), TASKS[data.source].least
-    if lengths[0] < least:
-        raise ValueError(f"length {lengths[0]} is less than {least}, the shortest of {data.source}")
-    return lengths
+def read_setting(text: int | str) -> Setting:
+    """Read "64", 64 tokens with as many pairs as the task has then, or "64:4", with four.
+
+    Raises:
+        ValueError: text that is neither.
+    """
+    length, colon, pairs = str(text).partition(":")
+    if not (length.isdecimal() and pairs.isdecimal() == bool(colon)) or (colon and not int(pairs)):
+        raise ValueError(f"{text!r} is neither a length nor LENGTH:PAIRS")
+    return Setting(int(length), int(pairs or 0))
 
 
-def of_length(data: DataConfig, length: int) -> DataConfig:
-    """Return the data of a task with one document of this length a row."""
+def written(setting: Setting) -> int | str:
+    """Invert `read_setting`: a number where it names no pairs."""
+    return f"{setting.length}:{setting.pairs}" if setting.pairs else setting.length
+
+
+def settings_of(data: DataConfig, lengths: Sequence[int | str]) -> list[Setting]:
+    """Sorted settings to evaluate at, `default_lengths` for none; ValueError for one that the task cannot have."""
+    settings = sorted(set(map(read_setting, lengths or default_lengths(data))))
+    check_lengths([setting.length for setting in settings])
+    for setting in settings:
+        check_setting(data.source, setting)
+    return settings
+
+
+def of_setting(data: DataConfig, length: int, pairs: int = 0) -> DataConfig:
+    """Return the data of a task with one document of this length, and pairs, a row."""
     whole = {"task_lengths": (length,), "task_steps": (0,), "task_min_length": 0, "length": length}
+    whole |= {"task_pairs": (pairs,) if pairs else (), "task_mixed": False}
     return dataclasses.replace(data, **whole, batch=min(data.batch, data.valid_rows))
+
+
+class Counts:
+    """What is right at one setting, of one model or, with a leading axis M, of several."""
+
+    def __init__(self, depth: Callable[[np.ndarray], np.ndarray] | None):
+        self.depth = depth
+        self.sequences = self.scored = self.right = self.last = self.whole = 0
+        self.at_depth, self.whole_at_depth = np.zeros(DEPTHS, int), 0
+
+    def add(self, found: Scored) -> None:
+        """Count one more batch."""
+        counts_BL = found.batch.weights_BL > 0
+        real_B = counts_BL.any(axis=1)
+        counts_BL, correct_BL = counts_BL[real_B], found.correct_BL[..., real_B, :]
+        last_B = counts_BL.shape[1] - 1 - counts_BL[:, ::-1].argmax(axis=1)
+        whole_B = (correct_BL | ~counts_BL).all(axis=-1)
+        self.sequences += len(counts_BL)
+        self.scored += int(counts_BL.sum())
+        self.right += (correct_BL & counts_BL).sum(axis=(-2, -1))
+        self.last += correct_BL[..., np.arange(len(last_B)), last_B].sum(axis=-1)
+        self.whole += whole_B.sum(axis=-1)
+        if self.depth:
+            depth_B = np.minimum(DEPTHS - 1, self.depth(found.batch.tokens_BL[real_B]) * DEPTHS).astype(int)
+            one_BX = depth_B[:, None] == np.arange(DEPTHS)
+            self.at_depth += one_BX.sum(axis=0)
+            self.whole_at_depth += whole_B @ one_BX.astype(int)
+
+    def result(self, setting: Setting, chance: float) -> dict:
+        """Return what `evaluate` does of a setting."""
+        last = self.last / self.sequences
+        result = {"length": setting.length} | ({"pairs": setting.pairs} if setting.pairs else {})
+        result |= {
+            "sequences": self.sequences,
+            "accuracy": (self.right / self.scored).tolist(),
+            "last": last.tolist(),
+            "scaled_last": ((last - chance) / (1 - chance)).tolist(),
+            "exact": (self.whole / self.sequences).tolist(),
+        }
+        if self.depth:
+            result["exact_by_depth"] = (self.whole_at_depth / np.maximum(1, self.at_depth)).tolist()
+        return result
 
 
 def evaluate(
@@ -39,7 +101,7 @@ def evaluate(
     params,
     data: DataConfig,
     *,
-    lengths: Sequence[int] = (),
+    lengths: Sequence[int | str] = (),
     max_tokens: int = 0,
     members: int = 0,
     say: Callable[[str], None] | None = None,
@@ -50,53 +112,38 @@ def evaluate(
         model: a `LanguageModel`.
         params: its parameters.
         data: the task; the last of its lengths is taken to be the one trained at.
-        lengths: in tokens; () is `default_lengths`.
+        lengths: in tokens, or "LENGTH:PAIRS" of a task that has pairs; () is `default_lengths`.
         max_tokens: about how many for each length; 0 is `data.valid_rows` sequences.
         members: of several models scored at once, which the leading axis of `params` counts; 0: it is one.
         say: called with a line of progress now and then.
 
     Returns:
-        Dicts of length, sequences, accuracy (of all scored positions), last (accuracy of the last of these, which is
-        the answer) and scaled_last: last with chance at 0 and always right at 1. Of several members the last three are
-        lists.
+        Dicts of length, pairs (where they were asked for), sequences, accuracy (of all scored positions), last
+        (accuracy of the last of these of each sequence), scaled_last: last with chance at 0 and always right at 1, and
+        exact: the share of sequences of which all scored positions are right; where the task has a depth, also
+        exact_by_depth, in ten equal parts of it. Of several members all after sequences are lists.
 
     Raises:
-        ValueError: data that is not a task, or a length below 2 or the task's least.
+        ValueError: data that is not a task, or a length or pairs that it cannot have.
     """
     if data.source not in TASKS:
         raise ValueError(f"data.source={data.source!r} is not one of the tasks {sorted(TASKS)}")
-    lengths = lengths_of(data, lengths)
-    scorer, chance = Scorer(model, params, max(64, min(lengths)), members), TASKS[data.source].chance
+    settings, task = settings_of(data, lengths), TASKS[data.source]
+    scorer = Scorer(model, params, max(64, min(setting.length for setting in settings)), members)
     results = []
-    for length in lengths:
-        rows = of_length(data, length)
-        sequences, scored, right, right_last = 0, 0, 0, 0
-        for found in scorer.score(rows, max_tokens=max_tokens, say=say):
-            counts_BL = found.batch.weights_BL > 0
-            real_B = counts_BL.any(axis=1)
-            counts_BL, correct_BL = counts_BL[real_B], found.correct_BL[..., real_B, :]
-            answer = np.flatnonzero(counts_BL.any(axis=0))[-1]  # at one place in all documents of a length
-            sequences += len(counts_BL)
-            scored += int(counts_BL.sum())
-            right += (correct_BL & counts_BL).sum(axis=(-2, -1))
-            right_last += correct_BL[..., answer].sum(axis=-1)
-        last = right_last / sequences
-        results.append(
-            {
-                "length": length,
-                "sequences": sequences,
-                "accuracy": (right / scored).tolist(),
-                "last": last.tolist(),
-                "scaled_last": ((last - chance) / (1 - chance)).tolist(),
-            }
-        )
+    for setting in settings:
+        counts = Counts(task.depth)
+        for found in scorer.score(of_setting(data, *setting), max_tokens=max_tokens, say=say):
+            counts.add(found)
+        results.append(counts.result(setting, task.chance))
     return results
 
 
 def table(results: Sequence[dict], trained: int) -> str:
     """Return the results as text, a line a length."""
-    lines = ["  length  sequences  accuracy  last position  scaled"]
+    lines = ["  length  sequences  accuracy  last position  scaled  all right"]
     for r in results:
-        scores = f"{r['accuracy']:9.4f} {r['last']:14.4f} {r['scaled_last']:7.4f}"
-        lines.append(f"{r['length']:8d} {r['sequences']:10d} {scores}{past(r['length'], trained)}")
+        place = written(Setting(r["length"], r.get("pairs", 0)))
+        scores = f"{r['accuracy']:9.4f} {r['last']:14.4f} {r['scaled_last']:7.4f} {r['exact']:10.4f}"
+        lines.append(f"{place:>8} {r['sequences']:10d} {scores}{past(r['length'], trained)}")
     return "\n".join(lines)

@@ -66,11 +66,31 @@ def flip_flop_by_hand(names):
     return wanted
 
 
+def mqar_by_hand(names):
+    """A dictionary, filled by as many pairs as there is room for, so that every second place after them is a query."""
+    context = 2 * (len(names) // 4)
+    values = dict(zip(names[:context:2], names[1:context:2], strict=True))
+    return {place: values[names[place]] for place in range(context, len(names) - 1, 2)}
+
+
+def needle_by_hand(names):
+    """Python's own search for the mark and the key that the question ends with."""
+    question = names.index("?")
+    key = names[question + 1]
+    place = next(i for i in range(question) if names[i : i + 2] == ["!", key])
+    return {question + 1 + i: names[place + 2 + i] for i in range(4)}
+
+
+# How many of a document's last targets answer all of it, where that is not one.
+ANSWER = {"needle": 4, "needle_alike": 4}
+
 BY_HAND = {
     "parity": parity_by_hand,
     "arithmetic": arithmetic_by_hand,
     **dict.fromkeys(("arithmetic_brackets", "arithmetic_brackets_times"), brackets_by_hand),
     **dict.fromkeys(("flip_flop", "flip_flop_undo"), flip_flop_by_hand),
+    **dict.fromkeys(("mqar", "mqar_blank", "mqar_64"), mqar_by_hand),
+    **dict.fromkeys(("needle", "needle_alike"), needle_by_hand),
     **{name: sum_by_hand(int(name[1])) for name in TASKS if name[0] == "Z"},
     **{name: word_by_hand for name in TASKS if name[0] in "SA"},
 }

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import jax
@@ -13,12 +14,12 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from mamba3_jax.config import DataConfig
-from mamba3_jax.data import Batch, loader, tokenizer
+from mamba3_jax.data import Batch, loader, recall, tokenizer
 from mamba3_jax.data.batch import Documents
-from mamba3_jax.data.synthetic import TASKS, Task
-from mamba3_jax.evaluate import language, tasks
+from mamba3_jax.data.synthetic import TASKS, Setting, Task
+from mamba3_jax.evaluate import comparison, language, tasks
 from mamba3_jax.evaluate.score import Scored, Scorer, positions
-from tests.data.by_hand import BY_HAND
+from tests.data.by_hand import ANSWER, BY_HAND
 from tests.helpers import rel_rms
 from tests.inference.tiny import tiny
 
@@ -259,17 +260,82 @@ def test_every_task_is_scored_by_length(source):
         fields = {"length": 40, "batch": 16, "valid_rows": 32, "labels": labels}
         data = DataConfig(source=source, task_lengths=(40,), task_steps=(0,), task_min_length=3, **fields)
         (result,) = tasks.evaluate(Oracle(source), {}, data, lengths=[37])
-        assert (result["length"], result["sequences"], result["last"]) == (37, 32, 0.5)
+        assert (result["length"], result["sequences"], result["last"], result["exact"]) == (37, 32, 0.5, 0.5)
         chance = TASKS[source].chance
         assert result["scaled_last"] == pytest.approx((0.5 - chance) / (1 - chance))
-        assert 0.5 < result["accuracy"] < 1 if labels == "every" else result["accuracy"] == 0.5
+        one = labels == "answer" and source not in ANSWER
+        assert result["accuracy"] == 0.5 if one else 0.5 < result["accuracy"] < 1
+        if TASKS[source].depth:
+            assert np.mean(result["exact_by_depth"]) == pytest.approx(0.5, abs=0.3)
+
+
+def mqar_data(**fields):
+    return DataConfig(
+        source="mqar_64", length=32, batch=16, valid_rows=32, task_lengths=(32,), task_steps=(0,), **fields
+    )
+
+
+def test_settings_have_names():
+    """A length alone has as many pairs as it holds; with pairs it has a name of its own, which metrics ask by."""
+    for text, setting in {64: (64, 0), "64": (64, 0), "64:4": (64, 4)}.items():
+        assert tasks.read_setting(text) == setting
+        assert str(tasks.written(Setting(*setting))) == str(text)
+    for text in ("64:", ":4", "64:0", "64:4:2", "-64", "6.4", "x", ""):
+        with pytest.raises(ValueError, match=f"^{re.escape(repr(text))} is neither a length nor LENGTH:PAIRS$"):
+            tasks.read_setting(text)
+    for data, text, message in (
+        (mqar_data(), "64:17", "17 pairs: 64 tokens of mqar_64 hold 16"),
+        (DataConfig(source="parity"), "64:4", "4 pairs: parity has none"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            tasks.evaluate(None, {}, data, lengths=[text])
+
+    found = tasks.evaluate(
+        Oracle("mqar_64"), {}, mqar_data(task_pairs=(4,), task_mixed=False), lengths=["8:2", 8, "16"]
+    )
+    assert [comparison.place(score) for score in found] == ["8", "8:2", "16"]
+    assert found[0] == {name: value for name, value in found[1].items() if name != "pairs"}  # 8 tokens hold 2 pairs
+    row = {"scores": found}
+    assert comparison.value(row, "exact@8:2") == 0.5
+    assert comparison.value(row, "accuracy@16") == 1 - 1 / 8  # one of four, in every other row
+    with pytest.raises(ValueError, match="length 16:2 was not scored, only 8, 8:2, 16"):
+        comparison.value(row, "accuracy@16:2")
+    lines = tasks.table(found, 8).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["8", "8:2", "16"]
+
+
+class NearSighted(Oracle):
+    """Answers what stands in the later half of the haystack, and one token of four of the rest."""
+
+    def apply(self, _, tokens_BL, state, start_BL):
+        def say(tokens_BL):
+            said_BL = np.zeros_like(tokens_BL)
+            deep_B = recall.needle_depth(tokens_BL) >= 0.5
+            for row, tokens_L in enumerate(tokens_BL.tolist()):
+                for place, name in BY_HAND[self.source]([self.symbols[token] for token in tokens_L]).items():
+                    if deep_B[row] or place == tokens_BL.shape[1] - 1:
+                        said_BL[row, place] = self.symbols.index(name)
+            return said_BL
+
+        said_BL = jax.pure_callback(say, jax.ShapeDtypeStruct(tokens_BL.shape, jnp.int32), tokens_BL)
+        return jax.nn.one_hot(said_BL, len(self.symbols)), state
+
+
+def test_a_value_is_right_as_a_whole_and_by_depth():
+    fields = {"length": 64, "batch": 64, "valid_rows": 256, "labels": "answer", "task_steps": (0,)}
+    data = DataConfig(source="needle", task_lengths=(64,), **fields)
+    (found,) = tasks.evaluate(NearSighted("needle"), {}, data, lengths=[64])
+    assert found["last"] == 1
+    assert found["exact_by_depth"] == [0] * 5 + [1] * 5
+    assert found["exact"] == pytest.approx(0.5, abs=5 * 0.5 / math.sqrt(256))
+    assert found["accuracy"] == pytest.approx(found["exact"] + (1 - found["exact"]) / 4)
 
 
 def test_lengths_of_tasks():
     data = DataConfig(source="arithmetic_brackets", labels="answer", task_lengths=(160,), task_steps=(0,), length=160)
-    assert tasks.lengths_of(data, []) == [40, 80, 160, 256, 320, 640, 1280]
+    assert list(map(tasks.written, tasks.settings_of(data, []))) == [40, 80, 160, 256, 320, 640, 1280]
     short = dataclasses.replace(data, task_lengths=(8,))
-    assert tasks.lengths_of(short, []) == [5, 8, 16, 32, 64, 256]
+    assert list(map(tasks.written, tasks.settings_of(short, []))) == [5, 8, 16, 32, 64, 256]
     with pytest.raises(ValueError, match=r"^length 4 is less than 5, the shortest of arithmetic_brackets$"):
         tasks.evaluate(None, {}, data, lengths=[4, 40])
 
