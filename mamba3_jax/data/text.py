@@ -179,6 +179,11 @@ def _corpus(split: str, **fields: str) -> Corpus:
     return concatenate(codec.encode_all(texts), codec, f"the {len(paths)} files of the {split} split")
 
 
+def corpus(config: DataConfig, split: str) -> Corpus:
+    """Return the tokens of a split, of the documents that `read` finds. Tokenised once a process, then kept."""
+    return _corpus(split, **{name: getattr(config, name) for name in FIELDS})
+
+
 def text_rows(config: DataConfig, split: str) -> Rows:
-    """Return the rows of a split, of the documents that `read` finds. Tokenised once a process, then kept in memory."""
-    return rows(_corpus(split, **{name: getattr(config, name) for name in FIELDS}), config.length)
+    """Return the rows of a split of text files."""
+    return rows(corpus(config, split), config.length)

@@ -1,0 +1,299 @@
+"""Builds the data of the language ablations from Debian packages: English prose, C, and a genome.
+
+    python -m experiments.corpus [--folder=build/corpus] [--pack=PATH]
+    python -m experiments.corpus --unpack=PATH [--folder=build/corpus]       on a host without apt or network
+
+Cost: 184 MB of downloads, 4 minutes on 2 cores. Needs apt-get and dpkg-deb with the lists of Debian 12, not root.
+
+    FOLDER/train.jsonl  valid.jsonl   a document a line, {"name", "text"}: one name in twenty held out, by its hash
+          /tokenizer.json             byte-level BPE of the training documents; tokenizer_config.json names its end
+          /dna/train.txt  valid.txt   the bases of one chromosome of E. coli, its last tenth held out
+          /corpus.json                versions, sizes and hashes of all this; written last
+          /downloads                  the packages
+
+The same command goes on with the packages that are there, and builds nothing where all is whole. Debian's versions
+come and go, and other versions are another text: compare results of equal hashes alone.
+"""
+
+import contextlib
+import hashlib
+import json
+import platform
+import re
+import shutil
+import tarfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import tokenizers
+from absl import flags
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from experiments import packages
+from experiments.packages import Source, entries, page_text
+from launch.common import define_path, run, user_errors
+from mamba3_jax.checkpoint import replace, writing
+from mamba3_jax.config import DataConfig
+from mamba3_jax.data import text
+from mamba3_jax.train.loop import say
+from mamba3_jax.train.resume import alone
+
+KERNEL_C = "mm|fs|net|lib|crypto|block|security|io_uring|include/linux"
+SOURCES = (
+    Source("linux-doc", "linux-source-6.1", r"[^/]+/Documentation/((?!translations/).*\.(?:rst|txt))"),
+    Source("linux", "linux-source-6.1", rf"[^/]+/((?:{KERNEL_C})/.*\.[ch])"),
+    Source("gcide", "dict-gcide", r".*/(gcide)\.dict\.dz", split=entries),
+    Source("anarchism", "anarchism", r".*/markdown/(.*\.md)(?:\.gz)?"),
+    Source("python", "python3.11-doc", r".*/_sources/(.*)\.txt"),
+    Source("postgresql", "postgresql-doc-15", r".*/html/(.*\.html)", page_text),
+    Source("libreoffice", "libreoffice-help-en-us", r".*/en-US/text/(.*\.html)", page_text),
+)
+GENOME = Source("e-coli", "bowtie-examples", r".*/genomes/(NC_008253)\.fna\.gz")
+VOCABULARY, END = 8192, "<|endoftext|>"
+DIGITS = 0.2  # of a document's characters: with more it is a table, of fonts or code pages, and nothing to learn
+HELD_OUT = 10  # one base in so many, the last ones
+SPLITS = ("train", "valid")
+TEXTS = ("train.jsonl", "valid.jsonl", "dna/train.txt", "dna/valid.txt")
+FILES = (*TEXTS, "tokenizer.json", "tokenizer_config.json")
+RECORD, DOWNLOADS, PARTIAL = "corpus.json", "downloads", ".partial"
+
+
+def kept(documents: Iterable[tuple[str, str]], seen: set[bytes]) -> Iterator[tuple[str, str]]:
+    """Yield the (name, text) of those that have text, are no table of numbers and are not `seen`, which grows."""
+    for name, content in documents:
+        digest = hashlib.sha256(content.encode()).digest()
+        if content.strip() and len(re.findall("[0-9]", content)) <= DIGITS * len(content) and digest not in seen:
+            seen.add(digest)
+            yield name, content
+
+
+def write_documents(folder: Path, downloads: Path) -> tuple[list[dict], dict[str, dict]]:
+    """Write train.jsonl and valid.jsonl; return a row a source, and documents and bytes by split."""
+    rows, seen = [], set()
+    splits = {split: {"documents": 0, "bytes": 0} for split in SPLITS}
+    paths = {split: folder / f"{split}.jsonl" for split in SPLITS}
+    with paths["train"].open("w") as train, paths["valid"].open("w") as valid:
+        streams = {"train": train, "valid": valid}
+        for package in dict.fromkeys(source.package for source in SOURCES):
+            fetched = packages.fetch(package, downloads, say)
+            say(f"reading {package} {fetched.version}")
+            found = packages.documents(fetched, [source for source in SOURCES if source.package == package])
+            for source, documents in found.items():
+                row = {"source": source, "package": package, "version": fetched.version, "documents": 0, "bytes": 0}
+                for name, content in kept(documents, seen):
+                    split = SPLITS[text.in_valid(name)]
+                    line = json.dumps({"name": name, "text": content}, ensure_ascii=False) + "\n"
+                    with writing(paths[split]):
+                        streams[split].write(line)
+                    for counted in (row, splits[split]):
+                        counted["documents"] += 1
+                        counted["bytes"] += len(content.encode())
+                rows.append(row | {"left_out": len(documents) - row["documents"]})
+        for split, stream in streams.items():
+            with writing(paths[split]):
+                stream.flush()
+    return rows, splits
+
+
+def write_genome(folder: Path, downloads: Path) -> dict:
+    """Write the bases of GENOME, one byte each, the last tenth apart; return its row."""
+    fetched = packages.fetch(GENOME.package, downloads, say)
+    ((_, fasta),) = packages.documents(fetched, [GENOME])[GENOME.name]
+    header, *lines = fasta.splitlines()
+    bases = "".join(lines)
+    if not header.startswith(">") or not re.fullmatch("[ACGTRYSWKMBDHVN]+", bases):
+        raise ValueError(f"{fetched.path}: NC_008253.fna is not one sequence of bases in FASTA")
+    cut = len(bases) - len(bases) // HELD_OUT
+    (folder / "dna").mkdir()
+    replace(folder / "dna/train.txt", bases[:cut])
+    replace(folder / "dna/valid.txt", bases[cut:])
+    row = {"source": GENOME.name, "package": GENOME.package, "version": fetched.version}
+    return row | {"documents": 1, "bytes": len(bases), "left_out": 0}
+
+
+def byte_level_bpe(vocabulary: int) -> tuple[Tokenizer, trainers.BpeTrainer]:
+    """Return a byte-level BPE without merges, and what trains it to so many words."""
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    options = {"special_tokens": [END], "initial_alphabet": alphabet, "show_progress": False}
+    return model, trainers.BpeTrainer(vocab_size=vocabulary, **options)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write the tokenizer of the training documents, and the file that names its end of a document."""
+    model, trainer = byte_level_bpe(VOCABULARY)
+    model.train_from_iterator(text.read({"": folder / "train.jsonl"}), trainer)
+    replace(folder / "tokenizer.json", model.to_str(pretty=True))
+    replace(folder / "tokenizer_config.json", json.dumps({"eos_token": END}) + "\n")
+
+
+def data_config(folder: Path) -> DataConfig:
+    """Return the data of the corpus in a folder, as a config names it."""
+    train, valid, tokenizer = (str(folder / name) for name in ("train.jsonl", "valid.jsonl", "tokenizer.json"))
+    return DataConfig(train_glob=train, valid_glob=valid, tokenizer=tokenizer)
+
+
+def build(folder: Path) -> dict:
+    """Build the corpus and return its record; what goes wrong leaves none of it but the downloads."""
+    partial, downloads, begin = folder / PARTIAL, folder / DOWNLOADS, time.perf_counter()
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        sources, splits = write_documents(partial, downloads)
+        sources.append(write_genome(partial, downloads))
+        say(f"training a tokenizer of {VOCABULARY:,} words on {splits['train']['bytes'] / 1e6:.0f} MB")
+        write_tokenizer(partial)
+        say("counting its tokens")
+        for split in SPLITS:
+            config = data_config(partial)
+            splits[split] |= {"tokens": len(text.corpus(config, split).ids_T)}
+            splits[split] |= {"identity": text.text_rows(config, split).identity}
+        made_by = {"python": platform.python_version(), "tokenizers": tokenizers.__version__}
+        record = {"sources": sources, "splits": splits, "files": files_of(partial), "made_by": made_by}
+        publish(partial, folder, record)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    say(f"built in {time.perf_counter() - begin:.0f} s")
+    return record
+
+
+def files_of(folder: Path) -> dict[str, dict]:
+    """Return size and hash of every file of a corpus."""
+    found = {}
+    for name in FILES:
+        with (folder / name).open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        found[name] = {"bytes": (folder / name).stat().st_size, "sha256": digest}
+    return found
+
+
+def publish(partial: Path, folder: Path, record: dict) -> None:
+    """Move the files to their places, the record last: where it is, all are."""
+    (folder / RECORD).unlink(missing_ok=True)
+    for name in FILES:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (partial / name).replace(folder / name)
+    replace(folder / RECORD, json.dumps(record, indent=1) + "\n")
+
+
+def whole(folder: Path) -> dict | None:
+    """Return the record of a folder whose files are as it says; None, and why, if they are not or there is none."""
+    if not (folder / RECORD).exists():
+        return None
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        if record["files"] == files_of(folder):
+            return record
+        why = "is not of the files beside it"
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        why = f"cannot be gone by: {error}"
+    say(f"{folder / RECORD} {why}")
+    return None
+
+
+def text_hash(record: dict) -> str:
+    """Return the hash of the text alone: of the lines that `sha256sum` prints of its files."""
+    return hashlib.sha256("".join(f"{record['files'][name]['sha256']}  {name}\n" for name in TEXTS).encode()).hexdigest()
+
+
+def pack(folder: Path, record: dict, path: Path) -> None:
+    """Write the archive of a corpus, the record first; equal corpora have equal archives."""
+    begin, partial = time.perf_counter(), path.with_name(f"{path.name}.partial")
+    say(f"packing {path}")
+    with writing(path):
+        try:
+            with tarfile.open(partial, "w:xz", format=tarfile.USTAR_FORMAT) as archive:
+                for name in (RECORD, *FILES):
+                    member = tarfile.TarInfo(name)  # without times and owners
+                    member.size = (folder / name).stat().st_size
+                    with (folder / name).open("rb") as stream:
+                        archive.addfile(member, stream)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    say(f"packed {path.stat().st_size / 1e6:.1f} MB in {time.perf_counter() - begin:.0f} s")
+
+
+def unpack(path: Path, folder: Path) -> dict:
+    """Bring the corpus of an archive into a folder and return its record.
+
+    Raises:
+        ValueError: the archive is damaged or not one of `pack`, or the folder has another corpus.
+    """
+    partial = folder / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with tarfile.open(path, "r|xz") as archive:
+            record = _record_of(archive, path)
+            if (there := whole(folder)) and there != record:
+                raise ValueError(f"{folder} has another corpus than {path}: name another --folder")
+            if there:
+                return record
+            (partial / "dna").mkdir(parents=True)
+            for member in archive:
+                if member.isfile() and member.name in FILES:  # and nothing outside the folder
+                    with (partial / member.name).open("wb") as stream:
+                        shutil.copyfileobj(archive.extractfile(member), stream)
+        if files_of(partial) != record["files"]:
+            raise ValueError(f"{path} is damaged: its files are not those that its {RECORD} says")
+        publish(partial, folder, record)
+    except packages.DAMAGED as error:
+        raise ValueError(f"{path} is damaged, or no archive of --pack: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return record
+
+
+def _record_of(archive: tarfile.TarFile, path: Path) -> dict:
+    first = archive.next()
+    record = {}
+    if first is not None and first.isfile() and first.name == RECORD:
+        with contextlib.suppress(ValueError):
+            record = json.loads(archive.extractfile(first).read())
+    if not isinstance(record, dict) or set(record.get("files", ())) != set(FILES):
+        raise ValueError(f"{path} is no archive of --pack: it does not begin with the {RECORD} of a corpus")
+    return record
+
+
+def described(record: dict) -> str:
+    """Return the tables of a corpus: where its text is from, its splits, its files."""
+    lines = [f"{'source':12} {'package':22} {'version':22} {'documents':>9} {'left out':>8} {'MB':>7}"]
+    total = {name: sum(row[name] for row in record["sources"]) for name in ("documents", "left_out", "bytes")}
+    for row in (*record["sources"], {"source": "all", "package": "", "version": "", **total}):
+        numbers = f"{row['documents']:9,} {row['left_out']:8,} {row['bytes'] / 1e6:7.2f}"
+        lines.append(f"{row['source']:12} {row['package']:22} {row['version']:22} {numbers}")
+    for split, of in record["splits"].items():
+        tokens = f"{of['tokens']:,} tokens of {of['bytes'] / of['tokens']:.3f} bytes"
+        lines.append(f"{split}: {of['documents']:,} documents, {of['bytes'] / 1e6:.2f} MB, {tokens} ({of['identity']})")
+    lines += [f"{file['sha256']}  {name} ({file['bytes'] / 1e6:.2f} MB)" for name, file in record["files"].items()]
+    return "\n".join([*lines, f"{text_hash(record)}  the text of all"])
+
+
+def main(_):
+    folder = Path(flags.FLAGS.folder).expanduser()
+    archive = flags.FLAGS.pack and Path(flags.FLAGS.pack).expanduser()
+    with user_errors():
+        if archive and flags.FLAGS.unpack:
+            raise ValueError("--pack and --unpack are two commands")
+        if archive and not archive.parent.is_dir():
+            raise ValueError(f"--pack={archive}: there is no folder {archive.parent}")
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone(folder):
+            if flags.FLAGS.unpack:
+                record = unpack(Path(flags.FLAGS.unpack).expanduser(), folder)
+            elif record := whole(folder):
+                say(f"built already: {folder}")
+            else:
+                record = build(folder)
+            say(described(record))
+            if archive:
+                pack(folder, record, archive)
+
+
+if __name__ == "__main__":
+    define_path("folder", "build/corpus", "where the corpus is, or will be")
+    define_path("pack", None, "archive to write, to bring to hosts without apt or network")
+    define_path("unpack", None, "archive to read in place of building")
+    run(main, alone=True)
