@@ -195,7 +195,9 @@ def whole(folder: Path) -> dict | None:
 
 def text_hash(record: dict) -> str:
     """Return the hash of the text alone: of the lines that `sha256sum` prints of its files."""
-    return hashlib.sha256("".join(f"{record['files'][name]['sha256']}  {name}\n" for name in TEXTS).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(f"{record['files'][name]['sha256']}  {name}\n" for name in TEXTS).encode()
+    ).hexdigest()
 
 
 def pack(folder: Path, record: dict, path: Path) -> None:

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from mamba3_jax.config import DataConfig, listed
+from mamba3_jax.config import DataConfig, listed, what_builds
 from mamba3_jax.data.packing import Corpus, Rows, concatenate, rows
 from mamba3_jax.data.vocabulary import tokenizer
 
@@ -63,7 +63,7 @@ def _hint(pattern: str) -> str:
     if folders := [path for path in glob.glob(pattern, recursive=True) if Path(path).is_dir()]:
         inside = f"{pattern.removesuffix('**').rstrip('/')}/**/*"
         return f": {folders[0]} is a directory; for the files in it write {inside!r}"
-    return ""
+    return what_builds(pattern)
 
 
 def files(config: DataConfig, split: str) -> dict[str, Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Encoding, Tokenizer, decoders
 
-from mamba3_jax.config import DataConfig, listed
+from mamba3_jax.config import DataConfig, listed, what_builds
 from mamba3_jax.data.synthetic import TASKS
 
 # A tokenizer.json does not say which token ends a document. These files beside it may, the first that does.
@@ -89,7 +89,8 @@ class HuggingFace:
 
     def __init__(self, path: str, eos: str = ""):
         if not Path(path).is_file():
-            hint = f"; it is a directory: write {path.rstrip('/')}/tokenizer.json" if Path(path).is_dir() else ""
+            inside = f"; it is a directory: write {path.rstrip('/')}/tokenizer.json"
+            hint = inside if Path(path).is_dir() else what_builds(path)
             raise FileNotFoundError(f"data.tokenizer={path!r} is neither 'bytes' nor a file{hint}")
         try:
             self._tokenizer = Tokenizer.from_file(path)
@@ -138,7 +139,9 @@ class HuggingFace:
         """List the bytes that each id of a byte-level vocabulary spells."""
         words = [NO_TEXT] * self.vocab_size
         for word, token in self._tokenizer.get_vocab(with_added_tokens=False).items():
-            words[token] = bytes(BYTE_LETTERS[letter] for letter in word) if BYTE_LETTERS.keys() >= set(word) else NO_TEXT
+            words[token] = (
+                bytes(BYTE_LETTERS[letter] for letter in word) if BYTE_LETTERS.keys() >= set(word) else NO_TEXT
+            )
         for token, added in self._tokenizer.get_added_tokens_decoder().items():
             words[token] = added.content.encode()
         return words
