@@ -72,9 +72,8 @@ def write_documents(folder: Path, downloads: Path) -> tuple[list[dict], dict[str
     """Write train.jsonl and valid.jsonl; return a row a source, and documents and bytes by split."""
     rows, seen = [], set()
     splits = {split: {"documents": 0, "bytes": 0} for split in SPLITS}
-    paths = {split: folder / f"{split}.jsonl" for split in SPLITS}
-    with paths["train"].open("w") as train, paths["valid"].open("w") as valid:
-        streams = {"train": train, "valid": valid}
+    with contextlib.ExitStack() as stack:
+        streams = {split: stack.enter_context((folder / f"{split}.jsonl").open("wb")) for split in SPLITS}
         for package in dict.fromkeys(source.package for source in SOURCES):
             fetched = packages.fetch(package, downloads, say)
             say(f"reading {package} {fetched.version}")
@@ -84,15 +83,11 @@ def write_documents(folder: Path, downloads: Path) -> tuple[list[dict], dict[str
                 for name, content in kept(documents, seen):
                     split = SPLITS[text.in_valid(name)]
                     line = json.dumps({"name": name, "text": content}, ensure_ascii=False) + "\n"
-                    with writing(paths[split]):
-                        streams[split].write(line)
+                    streams[split].write(line.encode())
                     for counted in (row, splits[split]):
                         counted["documents"] += 1
                         counted["bytes"] += len(content.encode())
                 rows.append(row | {"left_out": len(documents) - row["documents"]})
-        for split, stream in streams.items():
-            with writing(paths[split]):
-                stream.flush()
     return rows, splits
 
 
@@ -105,7 +100,6 @@ def write_genome(folder: Path, downloads: Path) -> dict:
     if not header.startswith(">") or not re.fullmatch("[ACGTRYSWKMBDHVN]+", bases):
         raise ValueError(f"{fetched.path}: NC_008253.fna is not one sequence of bases in FASTA")
     cut = len(bases) - len(bases) // HELD_OUT
-    (folder / "dna").mkdir()
     replace(folder / "dna/train.txt", bases[:cut])
     replace(folder / "dna/valid.txt", bases[cut:])
     row = {"source": GENOME.name, "package": GENOME.package, "version": fetched.version}
@@ -135,26 +129,36 @@ def data_config(folder: Path) -> DataConfig:
     return DataConfig(train_glob=train, valid_glob=valid, tokenizer=tokenizer)
 
 
+@contextlib.contextmanager
+def filling(folder: Path):
+    """Give a folder beside the files of a corpus, which `publish` moves; it is gone afterwards, whatever happened."""
+    partial = folder / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    try:
+        (partial / "dna").mkdir(parents=True)
+        yield partial
+    except OSError as error:
+        raise OSError(f"{folder} cannot be filled: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def build(folder: Path) -> dict:
     """Build the corpus and return its record; what goes wrong leaves none of it but the downloads."""
-    partial, downloads, begin = folder / PARTIAL, folder / DOWNLOADS, time.perf_counter()
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    begin, downloads = time.perf_counter(), folder / DOWNLOADS
+    with filling(folder) as partial:
         sources, splits = write_documents(partial, downloads)
         sources.append(write_genome(partial, downloads))
         say(f"training a tokenizer of {VOCABULARY:,} words on {splits['train']['bytes'] / 1e6:.0f} MB")
         write_tokenizer(partial)
         say("counting its tokens")
+        config = data_config(partial)
         for split in SPLITS:
-            config = data_config(partial)
             splits[split] |= {"tokens": len(text.corpus(config, split).ids_T)}
             splits[split] |= {"identity": text.text_rows(config, split).identity}
         made_by = {"python": platform.python_version(), "tokenizers": tokenizers.__version__}
         record = {"sources": sources, "splits": splits, "files": files_of(partial), "made_by": made_by}
         publish(partial, folder, record)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     say(f"built in {time.perf_counter() - begin:.0f} s")
     return record
 
@@ -224,27 +228,25 @@ def unpack(path: Path, folder: Path) -> dict:
     Raises:
         ValueError: the archive is damaged or not one of `pack`, or the folder has another corpus.
     """
-    partial = folder / PARTIAL
-    shutil.rmtree(partial, ignore_errors=True)
     try:
         with tarfile.open(path, "r|xz") as archive:
             record = _record_of(archive, path)
-            if (there := whole(folder)) and there != record:
-                raise ValueError(f"{folder} has another corpus than {path}: name another --folder")
-            if there:
+            if there := whole(folder):
+                if there != record:
+                    raise ValueError(f"{folder} has another corpus than {path}: name another --folder")
                 return record
-            (partial / "dna").mkdir(parents=True)
-            for member in archive:
-                if member.isfile() and member.name in FILES:  # and nothing outside the folder
-                    with (partial / member.name).open("wb") as stream:
-                        shutil.copyfileobj(archive.extractfile(member), stream)
-        if files_of(partial) != record["files"]:
-            raise ValueError(f"{path} is damaged: its files are not those that its {RECORD} says")
-        publish(partial, folder, record)
+            with filling(folder) as partial:
+                names = set()
+                for member in archive:
+                    if member.isfile() and member.name in FILES:  # and nothing outside the folder
+                        names.add(member.name)
+                        with (partial / member.name).open("wb") as stream:
+                            shutil.copyfileobj(archive.extractfile(member), stream)
+                if names != set(FILES) or files_of(partial) != record["files"]:
+                    raise ValueError(f"{path} is damaged: its files are not those that its {RECORD} says")
+                publish(partial, folder, record)
     except packages.DAMAGED as error:
         raise ValueError(f"{path} is damaged, or no archive of --pack: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return record
 
 
@@ -273,25 +275,33 @@ def described(record: dict) -> str:
     return "\n".join([*lines, f"{text_hash(record)}  the text of all"])
 
 
+def command(folder: Path, archive: Path | None, source: Path | None) -> None:
+    """Build the corpus, or take it from the archive `source`; print what it is; write `archive`.
+
+    Raises:
+        ValueError, OSError: something is missing, damaged or cannot be written; no half of a corpus is left.
+    """
+    if archive and source:
+        raise ValueError("--pack and --unpack are two commands")
+    if archive and not archive.parent.is_dir():
+        raise ValueError(f"--pack={archive}: there is no folder {archive.parent}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        if source:
+            record = unpack(source, folder)
+        elif record := whole(folder):
+            say(f"built already: {folder}")
+        else:
+            record = build(folder)
+        say(described(record))
+        if archive:
+            pack(folder, record, archive)
+
+
 def main(_):
-    folder = Path(flags.FLAGS.folder).expanduser()
-    archive = flags.FLAGS.pack and Path(flags.FLAGS.pack).expanduser()
+    paths = (flags.FLAGS.folder, flags.FLAGS.pack, flags.FLAGS.unpack)
     with user_errors():
-        if archive and flags.FLAGS.unpack:
-            raise ValueError("--pack and --unpack are two commands")
-        if archive and not archive.parent.is_dir():
-            raise ValueError(f"--pack={archive}: there is no folder {archive.parent}")
-        folder.mkdir(parents=True, exist_ok=True)
-        with alone(folder):
-            if flags.FLAGS.unpack:
-                record = unpack(Path(flags.FLAGS.unpack).expanduser(), folder)
-            elif record := whole(folder):
-                say(f"built already: {folder}")
-            else:
-                record = build(folder)
-            say(described(record))
-            if archive:
-                pack(folder, record, archive)
+        command(*(path and Path(path).expanduser() for path in paths))
 
 
 if __name__ == "__main__":

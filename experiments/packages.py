@@ -132,7 +132,8 @@ def _download(package: str, folder: Path, say) -> Path:
 def _damaged(path: Path, why) -> ValueError:
     """Delete a download that cannot be read."""
     path.unlink(missing_ok=True)
-    return ValueError(f"{path} was damaged ({str(why).strip()}) and is deleted: the same command downloads it again")
+    why = " ".join(str(why).split())
+    return ValueError(f"{path} was damaged ({why}) and is deleted: the same command downloads it again")
 
 
 def documents(package: Package, sources: list[Source]) -> dict[str, list[tuple[str, str]]]:
