@@ -169,6 +169,8 @@ def test_mistakes_are_named(tmp_path):
         tokenizer(DataConfig(tokenizer="byte"))
     with pytest.raises(FileNotFoundError, match=rf"it is a directory: write {tmp_path}/tokenizer.json"):
         tokenizer(DataConfig(tokenizer=f"{tmp_path}/"))
+    with pytest.raises(FileNotFoundError, match=r"nor a file: `python -m experiments.corpus` builds it"):
+        tokenizer(DataConfig(tokenizer=f"{tmp_path}/build/corpus/tokenizer.json"))
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match=r"bad.json is not a Hugging Face tokenizer.json"):
         tokenizer(DataConfig(tokenizer=str(tmp_path / "bad.json")))

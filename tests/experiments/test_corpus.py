@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import corpus, packages
+from experiments import archive, corpus, packages
+from experiments.archive import FILES, PARTIAL, RECORD, whole
 from launch.provenance import REPOSITORY
 from mamba3_jax.data import text
 from mamba3_jax.data.pipeline import identities
@@ -99,10 +100,10 @@ def apt(tmp_path, mirror, monkeypatch) -> Path:
     return tmp_path / "downloads"
 
 
-def build(folder: Path, archive: Path | None = None) -> dict:
+def build(folder: Path, pack: Path | None = None) -> dict:
     text._corpus.cache_clear()
-    corpus.command(folder, archive, None)
-    return json.loads((folder / corpus.RECORD).read_text())
+    corpus.command(folder, pack, None)
+    return json.loads((folder / RECORD).read_text())
 
 
 def documents(folder: Path, split: str) -> dict[str, str]:
@@ -156,23 +157,23 @@ def test_twice_is_the_same_and_nothing_is_done_twice(tmp_path, apt, capsys):
 
 
 def test_an_archive_brings_all_of_it_where_nothing_is(tmp_path, monkeypatch, capsys):
-    archive, target = tmp_path / "corpus.tar.xz", tmp_path / "there"
-    record = build(tmp_path / "here", archive)
+    path, target = tmp_path / "corpus.tar.xz", tmp_path / "there"
+    record = build(tmp_path / "here", path)
     monkeypatch.setenv("PATH", "")
     for said in ("train:", "train:"):  # the second finds it there
-        corpus.command(target, None, archive)
+        corpus.command(target, None, path)
         assert said in capsys.readouterr().out
-    assert json.loads((target / corpus.RECORD).read_text()) == record == corpus.whole(target)
-    assert not (target / corpus.PARTIAL).exists()
+    assert json.loads((target / RECORD).read_text()) == record == whole(target)
+    assert not (target / PARTIAL).exists()
 
     (target / "valid.jsonl").write_text("{}\n")  # damaged: it is brought anew
-    corpus.command(target, None, archive)
-    assert corpus.whole(target) == record
-    other = json.loads((target / corpus.RECORD).read_text())
+    corpus.command(target, None, path)
+    assert whole(target) == record
+    other = json.loads((target / RECORD).read_text())
     other["splits"]["train"]["documents"] += 1
-    (target / corpus.RECORD).write_text(json.dumps(other))
+    (target / RECORD).write_text(json.dumps(other))
     with pytest.raises(ValueError, match=r"there has another corpus than .*corpus.tar.xz: name another --folder"):
-        corpus.command(target, None, archive)
+        corpus.command(target, None, path)
 
 
 def packed(path: Path, **files: bytes) -> Path:
@@ -186,22 +187,25 @@ def packed(path: Path, **files: bytes) -> Path:
 
 def test_what_is_no_whole_archive_leaves_nothing(tmp_path):
     path, target = tmp_path / "corpus.tar.xz", tmp_path / "there"
-    record = build(tmp_path / "here", path)
-    data, held = path.read_bytes(), (tmp_path / "here" / corpus.RECORD).read_bytes()
+    build(tmp_path / "here", path)
+    data, held = path.read_bytes(), (tmp_path / "here" / RECORD).read_bytes()
     spoilt = bytearray(data)
     spoilt[len(data) // 2] ^= 1
     for wrong in (spoilt, data[: len(data) // 2], b"no archive", b""):
         (tmp_path / "wrong").write_bytes(wrong)
         with pytest.raises(ValueError, match="wrong is damaged"):
             corpus.command(target, None, tmp_path / "wrong")
-    record["files"]["valid.jsonl"]["sha256"] = "0" * 64
+    files = {name: (tmp_path / "here" / name).read_bytes() for name in FILES}
+    changed = files | {"valid.jsonl": files["valid.jsonl"].replace(b"the", b"teh", 1)}
     for content, message in (
         ({"a.txt": b"text"}, "wrong is no archive of --pack"),
-        ({corpus.RECORD: b"{}"}, "wrong is no archive of --pack"),
-        ({corpus.RECORD: b"[]"}, "wrong is no archive of --pack"),
+        ({RECORD: b"{}"}, "wrong is no archive of --pack"),
+        ({RECORD: b"[]"}, "wrong is no archive of --pack"),
+        ({RECORD: json.dumps({"files": json.loads(held)["files"]}).encode()}, "wrong is no archive of --pack"),
         ({}, "wrong is no archive of --pack"),
-        ({corpus.RECORD: held}, "wrong is damaged: its files are not those"),
-        ({corpus.RECORD: held, "../train.jsonl": b""}, "wrong is damaged: its files are not those"),
+        ({RECORD: held, **changed}, "wrong is damaged: its files are not those"),
+        ({RECORD: held}, "wrong is damaged: its files are not those"),
+        ({RECORD: held, "../train.jsonl": b""}, "wrong is damaged: its files are not those"),
     ):
         packed(tmp_path / "wrong", **content)
         with pytest.raises(ValueError, match=message):
@@ -212,7 +216,7 @@ def test_what_is_no_whole_archive_leaves_nothing(tmp_path):
     assert not (tmp_path / "train.jsonl").exists()
 
 
-@pytest.mark.parametrize("place", ["write_genome", "write_tokenizer", "files_of", "publish", "second", "record"])
+@pytest.mark.parametrize("place", ["write_tokenizer", "publish", "second", "record"])
 def test_an_interrupted_build_is_no_corpus_and_goes_on(place, tmp_path, apt, monkeypatch):
     folder, rename, count = tmp_path / "corpus", Path.replace, iter(range(100))
 
@@ -227,29 +231,29 @@ def test_an_interrupted_build_is_no_corpus_and_goes_on(place, tmp_path, apt, mon
             patch.setattr(Path, "replace", stop_at_second)
         elif place == "record":
             patch.setattr(
-                corpus,
+                archive,
                 "replace",
-                lambda path, content: stop() if path.name == corpus.RECORD else path.write_text(content),
+                lambda path, content: stop() if path.name == RECORD else path.write_text(content),
             )
         else:
             patch.setattr(corpus, place, stop)
         with pytest.raises(KeyboardInterrupt):
             build(folder)
-    assert not (folder / corpus.RECORD).exists()
-    assert corpus.whole(folder) is None
-    (folder / corpus.PARTIAL).mkdir()  # as a kill leaves it
-    (folder / corpus.PARTIAL / "train.jsonl").write_text("{")
+    assert not (folder / RECORD).exists()
+    assert whole(folder) is None
+    (folder / PARTIAL).mkdir()  # as a kill leaves it
+    (folder / PARTIAL / "train.jsonl").write_text("{")
     record = build(folder)
-    assert record == corpus.whole(folder) == build(tmp_path / "straight")
+    assert record == whole(folder) == build(tmp_path / "straight")
     assert apt.read_text().splitlines().count("linux-source-6.1") == 2  # one of them for the other folder
 
 
 def test_a_corpus_that_has_changed_is_built_anew(tmp_path, capsys):
     record = build(tmp_path / "corpus")
-    for name, content in (("train.jsonl", '{"text": "a"}\n'), (corpus.RECORD, "{"), (corpus.RECORD, "[]")):
+    for name, content in (("train.jsonl", '{"text": "a"}\n'), (RECORD, "{"), (RECORD, "[]")):
         (tmp_path / "corpus" / name).write_text(content)
         assert build(tmp_path / "corpus") == record
-        assert f"{tmp_path / 'corpus' / corpus.RECORD} " in capsys.readouterr().out
+        assert f"{tmp_path / 'corpus' / RECORD} " in capsys.readouterr().out
 
 
 def test_what_keeps_a_package_away_is_one_line(tmp_path, mirror, monkeypatch):
@@ -259,8 +263,8 @@ def test_what_keeps_a_package_away_is_one_line(tmp_path, mirror, monkeypatch):
         with pytest.raises(ValueError, match=r"^`apt-get download gone` failed: E: Unable to locate package gone \(no"):
             build(folder)
     deb = next((folder / "downloads").glob("anarchism_*"))
-    whole = deb.read_bytes()
-    for wrong in (whole[: len(whole) // 2], whole[:-40] + bytes(40), b"", b"no package"):
+    data = deb.read_bytes()
+    for wrong in (data[: len(data) // 2], data[:-40] + bytes(40), b"", b"no package"):
         deb.write_bytes(wrong)
         with pytest.raises(ValueError, match=rf"{deb.name} was damaged \(.*\) and is deleted: the same command"):
             build(folder)
@@ -273,24 +277,24 @@ def test_what_keeps_a_package_away_is_one_line(tmp_path, mirror, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match="apt-get is not here: the corpus is built on Debian or Ubuntu"):
         build(tmp_path / "other")
-    assert not (folder / corpus.RECORD).exists()
+    assert not (folder / RECORD).exists()
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     """A limit on the size of a file stands for the disk's end."""
     monkeypatch.setattr(corpus, "say", lambda _: None)  # into a file as well
-    archive = tmp_path / "corpus.tar.xz"
-    build(tmp_path / "here", archive)
+    path = tmp_path / "corpus.tar.xz"
+    build(tmp_path / "here", path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
         (tmp_path / "full").mkdir()
         shutil.copytree(tmp_path / "here" / "downloads", tmp_path / "full" / "downloads")
-        for folder, source in (("full", None), ("there", archive)):
+        for folder, source in (("full", None), ("there", path)):
             with pytest.raises(OSError, match=rf"{folder} cannot be filled: .*File too large") as error:
                 corpus.command(tmp_path / folder, None, source)
             assert "\n" not in str(error.value)
-            assert {path.name for path in (tmp_path / folder).iterdir()} <= {"lock", "downloads"}
+            assert {inside.name for inside in (tmp_path / folder).iterdir()} <= {"lock", "downloads"}
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limits[1]))
         with pytest.raises(OSError, match=r"other.tar.xz cannot be written"):
             corpus.command(tmp_path / "here", tmp_path / "other.tar.xz", None)
