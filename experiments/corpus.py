@@ -35,6 +35,7 @@ from launch.common import define_path, run, user_errors
 from mamba3_jax.checkpoint import replace
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data import text
+from mamba3_jax.data.pipeline import SPLITS
 from mamba3_jax.train.loop import say
 from mamba3_jax.train.resume import alone
 
@@ -52,7 +53,6 @@ GENOME = Source("e-coli", "bowtie-examples", r".*/genomes/(NC_008253)\.fna\.gz")
 VOCABULARY, END = 8192, "<|endoftext|>"
 DIGITS = 0.2  # of a document's characters: with more it is a table, of fonts or code pages, and nothing to learn
 HELD_OUT = 10  # one base in so many, the last ones
-SPLITS = ("train", "valid")
 DOWNLOADS = "downloads"
 
 
@@ -78,7 +78,7 @@ def write_documents(folder: Path, downloads: Path) -> tuple[list[dict], dict[str
             for source, documents in found.items():
                 row = {"source": source, "package": package, "version": fetched.version, "documents": 0, "bytes": 0}
                 for name, content in kept(documents, seen):
-                    split = SPLITS[text.in_valid(name)]
+                    split = "valid" if text.in_valid(name) else "train"
                     line = json.dumps({"name": name, "text": content}, ensure_ascii=False) + "\n"
                     streams[split].write(line.encode())
                     for counted in (row, splits[split]):

@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
@@ -117,16 +116,21 @@ def fetch(package: str, folder: Path, say: Callable[[str], None]) -> Package:
 def _download(package: str, folder: Path, say) -> Path:
     """Download a package beside its place and move it there when apt has checked it."""
     say(f"downloading {package}")
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
+    partial = folder / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir()
+    try:
         command = ["apt-get", *APT_OPTIONS, "--quiet", "download", package]
         done = subprocess.run(command, cwd=partial, capture_output=True, text=True, env=os.environ | {"LC_ALL": "C"})
-        paths = list(Path(partial).glob("*.deb"))
+        paths = list(partial.glob("*.deb"))
         if done.returncode or len(paths) != 1:
             why = [line for line in done.stderr.splitlines() if line.startswith("E: ")] or [done.stderr]
             raise ValueError(
                 f"`apt-get download {package}` failed: {' '.join(why)} (no network, or `apt-get update` is due)"
             )
         return paths[0].rename(folder / paths[0].name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _damaged(path: Path, why) -> ValueError:

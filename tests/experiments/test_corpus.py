@@ -258,6 +258,8 @@ def test_a_corpus_that_has_changed_is_built_anew(tmp_path, capsys):
 
 def test_what_keeps_a_package_away_is_one_line(tmp_path, mirror, monkeypatch):
     folder = tmp_path / "corpus"
+    (folder / "downloads" / ".partial").mkdir(parents=True)  # as a kill leaves it
+    (folder / "downloads" / ".partial" / "old.deb").write_bytes(b"")
     with monkeypatch.context() as patch:
         patch.setattr(corpus, "GENOME", corpus.GENOME._replace(package="gone"))
         with pytest.raises(ValueError, match=r"^`apt-get download gone` failed: E: Unable to locate package gone \(no"):
