@@ -54,6 +54,15 @@ class Experiment:
         """List the commits, dates or devices of the variants, each once."""
         return ", ".join(dict.fromkeys(variant[what] for variant in self.result["variants"].values()))
 
+    @property
+    def data(self) -> str:
+        """Identity of the text that the variants were trained and scored on, each once; "" for generated tasks."""
+        each = [
+            variant.get("data") or variant.get("asked", {}).get("data") for variant in self.result["variants"].values()
+        ]
+        said = [", ".join(f"{split} {identity}" for split, identity in data.items()) for data in each if data]
+        return "; ".join(dict.fromkeys(said))
+
 
 def experiments(folder: Path = FOLDER) -> list[Experiment]:
     """Return every experiment of a folder: those of its files, then sweeps whose file is gone."""

@@ -3,7 +3,8 @@
     python -m experiments.record --config=experiments/text.py --workdir=runs/text_recorded
 
 Writes experiments/results/NAME.json, NAME being the config's: the evaluation at every length, the wall time of both
-commands (compilation included), commit, device and date. The workdir must be new: the time is that of a whole run.
+commands (compilation included), the identity of the data, commit, device and date. The workdir must be new: the time is
+that of a whole run.
 """
 
 import json
@@ -19,6 +20,7 @@ from experiments.benchmarks import common
 from launch.common import define_path, run
 from launch.provenance import REPOSITORY, git_commit, load, provenance
 from mamba3_jax.checkpoint import all_steps, load_config
+from mamba3_jax.data.pipeline import identities
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -48,8 +50,9 @@ def main(_):
     }
     step = all_steps(workdir)[-1]
     evaluation = json.loads((workdir / "evaluation" / f"step_{step}.json").read_text())
-    name, origin = load_config(workdir).name, provenance(commit) | {"load_before": load_before}
-    path = common.write(name, origin, evaluation["results"], RESULTS, seconds=seconds, step=step)
+    config, origin = load_config(workdir), provenance(commit) | {"load_before": load_before}
+    of = {"seconds": seconds, "step": step, "data": identities(config.data)}
+    path = common.write(config.name, origin, evaluation["results"], RESULTS, **of)
     print(f"written to {path}")
 
 

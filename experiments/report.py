@@ -69,7 +69,7 @@ def comparison_table(experiment: Experiment) -> str:
 
 
 def facts(experiment: Experiment) -> str:
-    """Return the command and what it cost, where and when."""
+    """Return the command, what it cost, where and when, and the identity of its text."""
     result = experiment.result
     known = {"command": f"<code>{escape(result['command'] if result else experiment.command)}</code>"}
     if experiment.cost:
@@ -77,6 +77,8 @@ def facts(experiment: Experiment) -> str:
     if result:
         known["took"] = f"{result['seconds']:,.0f} s on {escape(experiment.origins('device'))}"
         known["commit"] = escape(f"{experiment.origins('commit')}, {experiment.origins('date')}, jax {result['jax']}")
+        if experiment.data:
+            known["data"] = escape(experiment.data)
     else:
         known["result"] = cell(MISSING)
     return "<dl>" + "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in known.items()) + "</dl>"

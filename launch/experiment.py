@@ -19,7 +19,8 @@ import jax
 from launch import common
 from launch.provenance import provenance
 from mamba3_jax.checkpoint import replace, save_model
-from mamba3_jax.config import Config, check, to_dict, with_fields
+from mamba3_jax.config import Config, check, from_dict, to_dict, with_fields
+from mamba3_jax.data.pipeline import identities
 from mamba3_jax.data.synthetic import TASKS
 from mamba3_jax.evaluate import comparison, language, tasks
 from mamba3_jax.evaluate.score import Scorer
@@ -162,24 +163,51 @@ def scores(config: Config, group: list[Member], params, lengths: tuple[int | str
 
 
 def asked_of(plan: Plan, name: str) -> dict:
-    """Return all that a variant's result depends on, as JSON has it."""
+    """Return all that a variant's result depends on, as JSON has it; text is read and tokenised for it."""
     asked = {
         "config": to_dict(plan.variants[name]),
         "members": [member._asdict() for member in plan.members],
         "lengths": plan.lengths,
         "metric": plan.metric,
     }
+    if data := identities(plan.variants[name].data):
+        asked["data"] = data
     return json.loads(json.dumps(asked, allow_nan=False))
+
+
+def renewed(asked: dict) -> dict:
+    """Return what an earlier version asked, fields that came since at their defaults, as `from_dict` reads a config."""
+    try:
+        config = to_dict(from_dict(asked["config"]))
+    except ValueError:  # it has a field that is gone: another config
+        return asked
+    return json.loads(json.dumps(asked | {"config": config}))
+
+
+def other_data(before: dict, asked: dict) -> str:
+    """Return what tells the data of two results apart; "" where it is the same."""
+    had, have = (of.get("data", {}) for of in (before, asked))
+    return "" if had == have else f"its data was {listed_data(had)}, and is {listed_data(have)}"
+
+
+def listed_data(data: dict[str, str]) -> str:
+    """Return the identities of splits in words."""
+    return ", ".join(f"{split} {identity}" for split, identity in data.items()) or "not recorded"
 
 
 def run_variant(plan: Plan, name: str, folder: Path, commit: str, report) -> dict:
     """Train and score the members of a variant; return and write its result. One that is done is returned as it is."""
-    config, done, asked = plan.variants[name], folder / "result.json", asked_of(plan, name)
-    if done.exists() and (result := json.loads(done.read_text()))["asked"] == asked:
-        report(f"done before, in {folder}")
-        return result
     begin, origin = time.perf_counter(), provenance(commit)
+    config, done = plan.variants[name], folder / "result.json"
     with common.user_errors():
+        asked = asked_of(plan, name)
+        if done.exists():
+            result = json.loads(done.read_text())
+            if renewed(result["asked"]) == asked:
+                report(f"done before, in {folder}")
+                return result
+            if other := other_data(result["asked"], asked):
+                raise ValueError(f"{folder} has a result of other data: {other}; use another workdir")
         population = Population(config, plan.members, folder, report)
     with population:
         first = population.step
@@ -229,7 +257,7 @@ def summary(name: str, plan: Plan, results: list[dict], origin: dict) -> dict:
 
 
 def recorded(path: Path, plan: Plan) -> dict[str, dict]:
-    """Return the results of the variants that a result file has just as the plan asks for them.
+    """Return the results of the variants that a result file has just as the plan asks for them, of the same data.
 
     Raises:
         ValueError: a file that is not a sweep's, or has other results that this run would not replace.
@@ -242,7 +270,13 @@ def recorded(path: Path, plan: Plan) -> dict[str, dict]:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(file, dict) or not {"variants", "rows"} <= file.keys():
         raise ValueError(f"{path} is not a result of launch.sweep: it would be overwritten")
-    same = {name for name in plan.variants if file["variants"].get(name, {}).get("asked") == asked_of(plan, name)}
+    same = set()
+    for name in plan.variants:
+        before, asked = file["variants"].get(name, {}).get("asked"), asked_of(plan, name)
+        if before and renewed(before) == asked:
+            same.add(name)
+        elif before and (other := other_data(before, asked)):
+            say(f"{name}: {path} has a result of other data, which does not count: {other}")
     if lost := [name for name in file["variants"] if name not in same and name not in plan.chosen]:
         raise ValueError(f"{path} has {', '.join(lost)} of another plan, which would be lost: move the file away")
     return {

@@ -54,6 +54,8 @@ def main(_):
         rates = learning_rates()
         how = {"only": VARIANTS.value, "seeds": SEEDS.value or 0, "rates": rates}
         plan = experiment.read_plan(common.config_path(), config, **how)
+        for name in plan.chosen:  # data that is not there ends it here, before anything is trained
+            experiment.asked_of(plan, name)
         workdir.mkdir(parents=True, exist_ok=True)
         kept = Path(RESULTS.value).expanduser() / f"{config.name}.json" if RESULTS.value else None
         known = experiment.recorded(kept, plan) if kept else {}

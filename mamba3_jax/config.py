@@ -162,6 +162,15 @@ class DataConfig(Section):
     valid_rows: int = size(256, 1, COUNT)  # of a generated task; text has as many as it has
 
 
+BUILT = {"build/corpus/": "python -m experiments.corpus"}  # data that a command of the project makes, by its place
+
+
+def what_builds(path: str) -> str:
+    """Says which command makes a file of data that is not there, if one does."""
+    commands = [command for place, command in BUILT.items() if place in path]
+    return f": `{commands[0]}` builds it" if commands else ""
+
+
 @dataclass
 class OptimizerConfig(Section):
     """The optimizer and its schedule."""

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 from absl import app, flags
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from experiments.benchmarks import common
+from experiments.corpus import byte_level_bpe
 from launch.provenance import provenance
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data import loader, tokenizer
@@ -35,10 +36,7 @@ FLAGS = flags.FLAGS
 
 def train_tokenizer(path: Path) -> str:
     """Write a byte-level BPE of the training files; returns the path."""
-    model = Tokenizer(models.BPE())
-    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    model, trainer = byte_level_bpe(VOCABULARY)
     model.train([str(file) for file in files(DataConfig(), "train").values()], trainer)
     model.save(str(path))
     return str(path)

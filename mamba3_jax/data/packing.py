@@ -47,7 +47,9 @@ def concatenate(documents: Iterable[tuple[np.ndarray, np.ndarray | None]], codec
         raise ValueError(f"{what}: there is no text")
     first_T = np.zeros(sum(lengths), bool)
     first_T[np.cumsum([0, *lengths[:-1]])] = True
-    return Corpus(np.concatenate(pieces), first_T, np.concatenate(spelt) if spelt else None)
+    ids_T = np.concatenate(pieces)
+    pieces.clear()  # hundreds of megabytes
+    return Corpus(ids_T, first_T, np.concatenate(spelt) if spelt else None)
 
 
 def rows(corpus: Corpus, length: int) -> Rows:

@@ -108,6 +108,15 @@ def sources() -> dict:
     return SOURCES | dict.fromkeys(TASKS, synthetic_rows)
 
 
+def identities(config: DataConfig) -> dict[str, str]:
+    """Return the identity of the rows of each split; {} for a generated task, of which the config says all."""
+    if config.source in TASKS:
+        return {}
+    for split in SPLITS:
+        _check(config, split, (0, 1))
+    return {split: sources()[config.source](config, split).identity for split in SPLITS}
+
+
 def loader(config: DataConfig, split: str, *, vocab_size: int, host: tuple[int, int] = (0, 1)) -> Loader:
     """Return this host's rows of each batch of `split`.
 

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from mamba3_jax.config import DataConfig, listed
+from mamba3_jax.config import DataConfig, listed, what_builds
 from mamba3_jax.data.packing import Corpus, Rows, concatenate, rows
 from mamba3_jax.data.vocabulary import tokenizer
 
@@ -63,7 +63,7 @@ def _hint(pattern: str) -> str:
     if folders := [path for path in glob.glob(pattern, recursive=True) if Path(path).is_dir()]:
         inside = f"{pattern.removesuffix('**').rstrip('/')}/**/*"
         return f": {folders[0]} is a directory; for the files in it write {inside!r}"
-    return ""
+    return what_builds(pattern)
 
 
 def files(config: DataConfig, split: str) -> dict[str, Path]:
@@ -179,6 +179,11 @@ def _corpus(split: str, **fields: str) -> Corpus:
     return concatenate(codec.encode_all(texts), codec, f"the {len(paths)} files of the {split} split")
 
 
+def corpus(config: DataConfig, split: str) -> Corpus:
+    """Return the tokens of a split, of the documents that `read` finds. Tokenised once a process, then kept."""
+    return _corpus(split, **{name: getattr(config, name) for name in FIELDS})
+
+
 def text_rows(config: DataConfig, split: str) -> Rows:
-    """Return the rows of a split, of the documents that `read` finds. Tokenised once a process, then kept in memory."""
-    return rows(_corpus(split, **{name: getattr(config, name) for name in FIELDS}), config.length)
+    """Return the rows of a split of text files."""
+    return rows(corpus(config, split), config.length)

@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data import tokenizer
+from mamba3_jax.data.vocabulary import BYTE_LETTERS
 
 TEXT = 'Grüße, 世界! "naïve"\n\tx = 1 + 2\r\n'
 
@@ -141,11 +142,35 @@ def test_the_bytes_that_tokens_spell_are_the_text(make, tmp_path):
         assert max(spelt) > 1
 
 
+@pytest.mark.parametrize("changed", [{}, {"normalizer": normalizers.NFC()}, {"prefix": True}, {"drops": True}])
+def test_bytes_by_the_words_are_those_by_the_offsets(changed, tmp_path):
+    """Of byte-level tokenizers; where the words are not the text, the offsets have the say."""
+    assert set(BYTE_LETTERS) == set(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer.from_file(train(tmp_path / "tokenizer.json", ["</s>"]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space="prefix" in changed)
+    if "drops" in changed:
+        made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), made.pre_tokenizer])
+    if "normalizer" in changed:
+        made.normalizer = changed["normalizer"]
+    made.save(str(tmp_path / "tokenizer.json"))
+    texts = [TEXT, "x = 1", "  é e\u0301 ", "世界🙂🙂 a", "a </s> é", " ", "", "\0\x7f\xad\u07ff\uffff"]
+    by_words, by_offsets = (tokenizer(DataConfig(tokenizer=str(tmp_path / "tokenizer.json"))) for _ in range(2))
+    by_offsets._words = []
+    for text, one, other in zip(texts, by_words.encode_all(texts), by_offsets.encode_all(texts), strict=True):
+        assert [array.tolist() for array in one] == [array.tolist() for array in other], text
+        assert [array.dtype for array in one] == [array.dtype for array in other], text
+    taken = [by_words._by_words(text, by_words._encode([text], offsets=False)[0].ids) for text in texts]
+    assert (taken[1] is None) == ("prefix" in changed or "drops" in changed)
+    assert taken[4] is None or 1 not in taken[4][0]
+
+
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data.tokenizer='byte' is neither 'bytes' nor a file"):
         tokenizer(DataConfig(tokenizer="byte"))
     with pytest.raises(FileNotFoundError, match=rf"it is a directory: write {tmp_path}/tokenizer.json"):
         tokenizer(DataConfig(tokenizer=f"{tmp_path}/"))
+    with pytest.raises(FileNotFoundError, match=r"nor a file: `python -m experiments.corpus` builds it"):
+        tokenizer(DataConfig(tokenizer=f"{tmp_path}/build/corpus/tokenizer.json"))
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match=r"bad.json is not a Hugging Face tokenizer.json"):
         tokenizer(DataConfig(tokenizer=str(tmp_path / "bad.json")))

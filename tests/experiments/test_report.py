@@ -112,6 +112,19 @@ def test_the_page_leaves_nothing_out(folder):
     assert "toy.png" not in page
 
 
+def test_the_page_says_which_text_it_was(folder):
+    assert "<dt>data</dt>" not in report.page(found.experiments(folder))
+    result = result_of(SCORES)
+    for variant in result["variants"].values():
+        variant["asked"] = {"data": {"train": "9 tokens 01ab", "valid": "3 tokens 02cd"}}
+    record(folder, result)
+    page = report.page(found.experiments(folder))
+    assert "<dt>data</dt><dd>train 9 tokens 01ab, valid 3 tokens 02cd</dd>" in page
+    result["variants"]["wide"]["asked"]["data"]["valid"] = "4 tokens 03ef"
+    record(folder, result)
+    assert "valid 3 tokens 02cd; train 9 tokens 01ab, valid 4 tokens 03ef" in report.page(found.experiments(folder))
+
+
 def test_a_result_whose_file_is_gone_is_shown(folder):
     record(folder, result_of(SCORES), "gone")
     _, gone = found.experiments(folder)

@@ -9,6 +9,7 @@ import pytest
 
 from launch import experiment
 from mamba3_jax.checkpoint import load_config
+from mamba3_jax.data import text
 from tests.helpers import devices, rel_rms, without_times
 from tests.launch import tiny_sweep
 
@@ -79,6 +80,52 @@ def test_recorded_variants_are_kept_while_they_are_asked_for_alike(tmp_path):
     assert known["still"]["rows"] == [{"variant": "still"}]
     with pytest.raises(ValueError, match=r"x.json has mamba3 of another plan, which would be lost"):
         experiment.recorded(tmp_path / "x.json", plan_of(tmp_path, "", only=["still"]))
+
+
+def record(path: Path, plan) -> None:
+    found = {name: {"asked": experiment.asked_of(plan, name)} for name in plan.variants}
+    path.write_text(json.dumps({"variants": found, "rows": [{"variant": name} for name in plan.variants]}))
+
+
+def test_a_field_that_came_since_leaves_a_result_what_it_is(tmp_path):
+    plan, path = plan_of(tmp_path, ""), tmp_path / "x.json"
+    record(path, plan)
+    file = json.loads(path.read_text())
+    assert file["variants"]["mamba3"]["asked"]["config"]["model"].pop("layout")  # at its default
+    assert file["variants"]["still"]["asked"]["config"]["model"].pop("angles")  # which is not that of the plan
+    path.write_text(json.dumps(file))
+    assert list(experiment.recorded(path, plan)) == ["mamba3"]
+    file["variants"]["mamba3"]["asked"]["config"]["gone"] = 1
+    path.write_text(json.dumps(file))
+    assert list(experiment.recorded(path, plan)) == []
+
+
+def test_results_of_other_text_are_told_apart(tmp_path, capsys):
+    """By its tokens, whatever the files are called; those of a task by its config alone."""
+    assert "data" not in experiment.asked_of(plan_of(tmp_path, ""), "mamba3")
+    for split, content in (("train", "one two " * 20), ("valid", "three " * 20)):
+        (tmp_path / f"{split}.txt").write_text(content)
+    config = tiny_sweep.get_config()
+    config.model.vocab_size = 256
+    config.data.source, config.data.tokenizer, config.data.length = "text", "bytes", 8
+    config.data.train_glob, config.data.valid_glob = (f"{tmp_path}/{split}.txt" for split in ("train", "valid"))
+    (tmp_path / "file.py").write_text("VARIANTS = {'a': {}, 'b': {'model.angles': 'none'}}")
+    plan = experiment.read_plan(str(tmp_path / "file.py"), config)
+    path, done = tmp_path / "x.json", tmp_path / "a" / "result.json"
+    record(path, plan)
+    done.parent.mkdir()
+    done.write_text(json.dumps({"asked": experiment.asked_of(plan, "a")}))
+    assert list(experiment.recorded(path, plan)) == ["a", "b"]
+    assert experiment.run_variant(plan, "a", done.parent, "", print)["asked"]["data"]["train"].startswith("161 tokens")
+
+    (tmp_path / "valid.txt").write_text("other " * 20)
+    text._corpus.cache_clear()
+    assert experiment.recorded(path, plan) == {}
+    assert "a result of other data, which does not count: its data was train 161 tokens" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        experiment.run_variant(plan, "a", done.parent, "", print)
+    assert "has a result of other data: its data was train 161 tokens" in capsys.readouterr().err
+    assert done.exists()
 
 
 def start(workdir, environment, *arguments):

@@ -1,0 +1,135 @@
+"""Keeps the files of a corpus: all of them whole, with a record, or none; and one archive of them."""
+
+import contextlib
+import hashlib
+import json
+import shutil
+import tarfile
+import time
+from pathlib import Path
+
+from experiments.packages import DAMAGED
+from mamba3_jax.checkpoint import replace, writing
+from mamba3_jax.train.loop import say
+
+TEXTS = ("train.jsonl", "valid.jsonl", "dna/train.txt", "dna/valid.txt")
+FILES = (*TEXTS, "tokenizer.json", "tokenizer_config.json")
+RECORD, PARTIAL = "corpus.json", ".partial"
+
+
+@contextlib.contextmanager
+def filling(folder: Path):
+    """Give a folder beside the files of a corpus, which `publish` moves; it is gone afterwards, whatever happened."""
+    partial = folder / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    try:
+        (partial / "dna").mkdir(parents=True)
+        yield partial
+    except OSError as error:
+        raise OSError(f"{folder} cannot be filled: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def files_of(folder: Path) -> dict[str, dict]:
+    """Return size and hash of every file of a corpus."""
+    found = {}
+    for name in FILES:
+        with (folder / name).open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        found[name] = {"bytes": (folder / name).stat().st_size, "sha256": digest}
+    return found
+
+
+def publish(partial: Path, folder: Path, record: dict) -> None:
+    """Move the files to their places, the record last: where it is, all are."""
+    (folder / RECORD).unlink(missing_ok=True)
+    for name in FILES:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (partial / name).replace(folder / name)
+    replace(folder / RECORD, json.dumps(record, indent=1) + "\n")
+
+
+def whole(folder: Path) -> dict | None:
+    """Return the record of a folder whose files are as it says; None, and why, if they are not or there is none."""
+    if not (folder / RECORD).exists():
+        return None
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        if is_record(record) and record["files"] == files_of(folder):
+            return record
+        why = "is not of the files beside it"
+    except (ValueError, OSError) as error:
+        why = f"cannot be gone by: {error}"
+    say(f"{folder / RECORD} {why}")
+    return None
+
+
+def is_record(record) -> bool:
+    """Tell what `build` records of a corpus from any other JSON."""
+    parts = {"sources", "splits", "files", "made_by"}
+    return isinstance(record, dict) and record.keys() >= parts and set(record["files"] or ()) == set(FILES)
+
+
+def text_hash(record: dict) -> str:
+    """Return the hash of the text alone: of the lines that `sha256sum` prints of its files."""
+    return hashlib.sha256(
+        "".join(f"{record['files'][name]['sha256']}  {name}\n" for name in TEXTS).encode()
+    ).hexdigest()
+
+
+def pack(folder: Path, record: dict, path: Path) -> None:
+    """Write the archive of a corpus, the record first; equal corpora have equal archives."""
+    begin, partial = time.perf_counter(), path.with_name(f"{path.name}.partial")
+    say(f"packing {path}")
+    with writing(path):
+        try:
+            with tarfile.open(partial, "w:xz", format=tarfile.USTAR_FORMAT) as archive:
+                for name in (RECORD, *FILES):
+                    member = tarfile.TarInfo(name)  # without times and owners
+                    member.size = (folder / name).stat().st_size
+                    with (folder / name).open("rb") as stream:
+                        archive.addfile(member, stream)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    say(f"packed {path.stat().st_size / 1e6:.1f} MB in {time.perf_counter() - begin:.0f} s")
+
+
+def unpack(path: Path, folder: Path) -> dict:
+    """Bring the corpus of an archive into a folder and return its record.
+
+    Raises:
+        ValueError: the archive is damaged or not one of `pack`, or the folder has another corpus.
+    """
+    try:
+        with tarfile.open(path, "r|xz") as archive:
+            record = _record_of(archive, path)
+            if there := whole(folder):
+                if there != record:
+                    raise ValueError(f"{folder} has another corpus than {path}: name another --folder")
+                return record
+            with filling(folder) as partial:
+                names = set()
+                for member in archive:
+                    if member.isfile() and member.name in FILES:  # and nothing outside the folder
+                        names.add(member.name)
+                        with (partial / member.name).open("wb") as stream:
+                            shutil.copyfileobj(archive.extractfile(member), stream)
+                if names != set(FILES) or files_of(partial) != record["files"]:
+                    raise ValueError(f"{path} is damaged: its files are not those that its {RECORD} says")
+                publish(partial, folder, record)
+    except DAMAGED as error:
+        raise ValueError(f"{path} is damaged, or no archive of --pack: {error}") from None
+    return record
+
+
+def _record_of(archive: tarfile.TarFile, path: Path) -> dict:
+    first = archive.next()
+    record = None
+    if first is not None and first.isfile() and first.name == RECORD:
+        with contextlib.suppress(ValueError):
+            record = json.loads(archive.extractfile(first).read())
+    if not is_record(record):
+        raise ValueError(f"{path} is no archive of --pack: it does not begin with the {RECORD} of a corpus")
+    return record
