@@ -1,7 +1,7 @@
 """The training step of the paper's models compiled for pods of TPUs: what fits, what it moves, what limits it.
 
     python -m experiments.benchmarks.pods                                     what the result file has not yet
-    python -m experiments.benchmarks.pods --topologies=v5e:16x16 --models=siso-1.5b --anew
+    python -m experiments.benchmarks.pods --topologies=v5e:16x16 --models=siso-1.5b --lengths=2048 --anew
 
 Nothing runs: `launch.compile` says what each figure is. A row is written as it comes, minutes each; a mesh or a batch
 that does not fit is a row that says so.
@@ -15,7 +15,7 @@ from absl import app, flags
 from experiments.benchmarks import common, ssm
 from launch import tpu
 from launch.needs import measured
-from launch.provenance import provenance
+from launch.provenance import load, provenance
 from mamba3_jax.config import Config, DataConfig, TrainConfig
 from mamba3_jax.presets import PRESETS
 from mamba3_jax.train.loop import Failed
@@ -131,6 +131,7 @@ COLUMNS = {
     "length": "length",
     "remat": "remat",
     "compile s": "compile_s",
+    "load": "load_before",
     "arguments": "arguments_gb",
     "temporaries": "temporaries_gb",
     "peak": "peak_gb",
@@ -170,7 +171,10 @@ def main(argv):
     models, topologies = ({getattr(step, name) for step in steps()} for name in ("model", "topology"))
     models = ssm.chosen("models", FLAGS.models or models, models)
     topologies = ssm.chosen("topologies", FLAGS.topologies or topologies, topologies)
+    lengths = {str(step.length) for step in steps()}
+    lengths = ssm.chosen("lengths", FLAGS.lengths or lengths, lengths)
     wanted = [step for step in steps() if step.model in models and step.topology in topologies]
+    wanted = [step for step in wanted if str(step.length) in lengths]
     origin = provenance() | compiler
     before = common.read("pods", FLAGS.out) or {}
     same = all(before.get(key) == origin[key] for key in ("jax", "libtpu"))
@@ -179,7 +183,8 @@ def main(argv):
     for step in wanted:
         if step in rows and not FLAGS.anew:
             continue
-        rows[step] = row_of(step) | {"commit": origin["commit"], "date": origin["date"]}
+        begun = {"commit": origin["commit"], "date": origin["date"], "load_before": load()}
+        rows[step] = row_of(step) | begun
         print(common.table(drawn([rows[step]]), COLUMNS).splitlines()[-1], flush=True)
         order = [each for each in steps() if each in rows]
         chips = {name: dataclasses.asdict(chip) for name, chip in tpu.CHIPS.items()}
@@ -189,6 +194,7 @@ def main(argv):
 if __name__ == "__main__":
     flags.DEFINE_list("models", [], "presets; empty: all that there are steps of")
     flags.DEFINE_list("topologies", [], "empty: all that there are steps of")
+    flags.DEFINE_list("lengths", [], "tokens of a row; empty: all that there are steps of")
     flags.DEFINE_bool("anew", False, "also what the result file has")
     flags.DEFINE_string("out", "", "directory of the result file; empty: experiments/benchmarks/results")
     app.run(main)
