@@ -106,12 +106,10 @@ def steps() -> list[Step]:
     ]
     found.sort(key=differs)
     near = [step for step in found if differs(step) < 2]
-    short = [step for step in near if step.length == 2048 and step.model == "siso-1.5b"]
-    whole = {"v5e:16x16": "fsdp:256", "v5p:4x4x4": "fsdp:64", "v6e:8x8": "fsdp:64", "tpu7x:2x2x4": "fsdp:32"}
-    beside = [dataclasses.replace(step, mesh=whole[step.topology]) for step in short]
+    whole = dataclasses.replace(found[0], topology="v5p:4x4x4", mesh="fsdp:64", remat="none")
     two = dataclasses.replace(found[0], topology="2xv5e:16x16", mesh="data:8,fsdp:16,tensor:4", batch=512)
     many = dataclasses.replace(found[0], topology="v5p:16x16x16", mesh="data:256,fsdp:16", batch=4096)
-    return [*near, two, *found[len(near) :], *beside, many]
+    return [*near, two, *found[len(near) :], whole, many]
 
 
 def row_of(step: Step) -> dict:
