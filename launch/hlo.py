@@ -245,7 +245,7 @@ class Program:
         body = self.computations[computation]
         source = next(i for i in body.values() if i.opcode == "parameter" and i.operands == (str(index),))
         whole, total = hbm_bytes(source.shape, anywhere=True), 0
-        for user, place in users(body, source.name):
+        for user, place in self.users(body, source.name):
             if user.opcode in SLICES and place == 0:
                 total += hbm_bytes(user.shape, anywhere=True)
             elif user.opcode == "fusion":
@@ -253,6 +253,24 @@ class Program:
             elif user.opcode != "dynamic-update-slice" or place:
                 return whole
         return min(total, whole)
+
+    def users(self, body: dict, name: str) -> Iterator[tuple[Instruction, int]]:
+        """Yield who uses an instruction of a fused computation and as which operand.
+
+        What only lays it out anew, as tpu7x does before a slice of another tiling, is passed through: its users count.
+        """
+        for instruction in body.values():
+            for place, operand in enumerate(instruction.operands):
+                if operand == name and self._lays_out(instruction):
+                    yield from self.users(body, instruction.name)
+                elif operand == name:
+                    yield instruction, place
+
+    def _lays_out(self, instruction: Instruction) -> bool:
+        if instruction.opcode == "fusion":
+            inner = self.computations[instruction.called("calls")].values()
+            return all(each.opcode in ("parameter", "copy", "bitcast") for each in inner)
+        return instruction.opcode in ("copy", "bitcast")
 
     def written(self, computation: str, shape: str) -> int:
         """Bytes that a fusion writes: of a result that is an update in place, the update."""
@@ -271,16 +289,6 @@ class Program:
         if result.opcode == "fusion":
             return self.written(result.called("calls"), re.sub(r"S\(\d+\)", "", result.shape))
         return hbm_bytes(result.shape, anywhere=True)
-
-
-def users(body: dict, name: str) -> Iterator[tuple[Instruction, int]]:
-    """Who uses an instruction and as which operand; a bitcast's users are its source's."""
-    for instruction in body.values():
-        for place, operand in enumerate(instruction.operands):
-            if operand == name and instruction.opcode == "bitcast":
-                yield from users(body, instruction.name)
-            elif operand == name:
-                yield instruction, place
 
 
 def parse(line: str) -> Instruction:

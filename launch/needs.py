@@ -12,10 +12,14 @@ from launch import hlo, tpu
 from mamba3_jax import decoding, memory
 from mamba3_jax.config import Config, ModelConfig
 from mamba3_jax.model import LanguageModel, segments
-from mamba3_jax.sharding import make_mesh, param_shardings, split_over, state_shardings, using
+from mamba3_jax.sharding import make_mesh, param_shardings, parts, split_over, state_shardings, using
 from mamba3_jax.train.flops import flops_per_token
 from mamba3_jax.train.loop import Failed, fitting, validate
 from mamba3_jax.train.step import batch_shapes, state_shapes, train_step
+
+# Of the width that fsdp leaves a device, or a multiple. With 64 or 192 v5e's compiler summed the gradients of matrices
+# whose last axis it is on every device, twice what scattering them sends; with 128 and 256 it scattered all.
+LANES = 128
 
 
 def measured(config: Config, topology: str, what: str = "train") -> dict:
@@ -36,6 +40,7 @@ def measured(config: Config, topology: str, what: str = "train") -> dict:
     row = {
         "devices": mesh.size,
         "remat": remat,
+        "width": config.model.d_model // fsdp if (fsdp := parts(mesh, "embed")) > 1 else None,
         "compile_s": seconds,
         "arguments_gb": plan.argument_size_in_bytes / 1e9,
         "outputs_gb": plan.output_size_in_bytes / 1e9,
@@ -160,6 +165,9 @@ def lines(row: dict) -> list[str]:
     remat = f", remat={row['remat']!r}" if row["remat"] else ""
     times = {name: f"{row[f'{name}_ms']:.3g}" for name in ("compute", "hbm", "ici", "dcn")}
     abroad = f", {times['dcn']} between slices" if row["dcn_gb"] else ""
+    narrow = (
+        f"fsdp         leaves a device {row['width']} of the width; of multiples of {LANES} XLA scatters all gradients"
+    )
     return [
         f"compiled in {row['compile_s']:.1f} s{remat}; of each of {row['devices']} devices, a step:",
         f"memory       {size(row['peak_gb'])} at the peak: {kinds}",
@@ -167,6 +175,7 @@ def lines(row: dict) -> list[str]:
         f"operations   {row['gflop'] / 1e3:.3g} TFLOP of products, {row['model_gflop'] / 1e3:.3g} that the model needs",
         f"HBM          {size(row['hbm_gb'])} read and written",
         *(f"{'collectives' if not i else '':<12} {line}" for i, line in enumerate(exchanged or ["none"])),
+        *([narrow] if row["width"] and row["width"] % LANES else []),
         f"least time   {times['compute']} ms compute, {times['hbm']} HBM, {times['ici']} interconnect{abroad}: "
         f"{row['limit']} limits",
         f"MFU at most  {row['mfu_at_once']:.1%} if all is at once, {row['mfu_in_turn']:.1%} if one after the other",

@@ -12,7 +12,6 @@ import sys
 
 import jax
 
-from launch import xla
 from launch.provenance import REPOSITORY
 from mamba3_jax.train.flops import PEAK_TFLOPS
 
@@ -73,7 +72,6 @@ def prepare() -> str:
         how = f'pip install --target={LIBTPU} "libtpu=={wanted}.*" (no TPU is needed)'
         raise ValueError(f"there is no libtpu, the compiler for TPUs: {how}") from None
     os.environ.update(ENVIRONMENT)
-    xla.set_flags("tpu")
     jax.config.update("jax_platforms", ENVIRONMENT["JAX_PLATFORMS"])
     # What is compiled for a chip that is not there is written to a cache and cannot be read back.
     jax.config.update("jax_enable_compilation_cache", False)

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import jax
 
-# Every name is in the jaxlib (of a TPU in the libtpu) of 0.10.2 and of 0.11.2: XLA ends the process at a flag that it
-# does not know.
+# Every name is in the jaxlib of 0.10.2 and of 0.11.2: XLA ends the process at a flag that it does not know.
 FLAGS = {
     "gpu": {
         # Collectives run beside what does not wait for them (JAX's "GPU performance tips"; NVIDIA's images set it).
@@ -18,14 +17,9 @@ FLAGS = {
         # Which products are Triton's and which cuBLAS's stays the autotuner's choice (xla_gpu_triton_gemm_any has it
         # try more of them): the layers' products ran at 652 TFLOP/s so.
     },
-    "tpu": {
-        # No product is cut into windows of what it gathers: their partial sums are read from HBM and written back once
-        # a window, which on tpu7x doubles what a step moves (experiments/README.md has it with and without).
-        "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
-    },
+    "tpu": {},
     "cpu": {},
 }
-VARIABLES = {"tpu": "LIBTPU_INIT_ARGS"}  # libtpu's own compiler reads its flags there, and jaxlib's knows none of them
 DEVICES = Path("/dev")
 CACHE_BYTES = 4 * 2**30  # a training step is 1 to 20 MB: some hundred runs; what was not used for longest goes
 
@@ -39,15 +33,13 @@ def platform() -> str:
     return "tpu" if any(DEVICES.glob("accel[0-9]*")) or any(DEVICES.glob("vfio/[0-9]*")) else "cpu"
 
 
-def set_flags(name: str = "") -> None:
-    """Add the flags of a platform (by default the one that jax will take) to their variable, where it has them not."""
-    name = name or platform()
-    variable = VARIABLES.get(name, "XLA_FLAGS")
-    given = os.environ.get(variable, "").split()
+def set_flags() -> None:
+    """Add the platform's flags to XLA_FLAGS, but for those that it has already."""
+    given = os.environ.get("XLA_FLAGS", "").split()
     there = {flag.lstrip("-").split("=")[0] for flag in given}
-    ours = FLAGS.get(name, {}).items()
+    ours = FLAGS.get(platform(), {}).items()
     if added := [f"--{name}={value}" for name, value in ours if name not in there]:
-        os.environ[variable] = " ".join([*given, *added])
+        os.environ["XLA_FLAGS"] = " ".join([*given, *added])
 
 
 def cache_folder() -> Path:

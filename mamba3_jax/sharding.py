@@ -17,7 +17,8 @@ from mamba3_jax.ops.sharded import Axes, axes_of
 # Logical axes that are split, and over which axes of the mesh; every other is whole on every device. What heads share
 # (the columns of in_kq_angle, norms) is not here: tensor parallelism replicates it. `embed` is the model's width in a
 # parameter, by which fsdp splits all large ones, their gradients and the optimizer's moments; in activations it has no
-# name, since fsdp splits their rows.
+# name, since fsdp splits their rows. On TPUs a device's part of it should be a multiple of 128, the lanes of a
+# register: else XLA sums whole gradients over fsdp, where it would scatter them.
 RULES = {
     "batch": ("data", "fsdp"),
     "length": ("sequence",),

@@ -16,9 +16,9 @@ exchanged over fsdp) are read from the program recorded for that chip, g (bytes 
 over tensor) from the one that has such an axis, and k (how often what a device has of the gradients crosses slices)
 from the one of several slices; without one, k is 1. Gradients are float32 and summed over data in a ring: 8 bytes a
 parameter. The mesh is the one whose longest time is the least, of those that fit into memory, 16 P/(f t) + m T bytes
-with moments and gradients, have a row of 2,048 tokens for each of S d f groups, and leave each device `NARROWEST` of
-the width. Compute covers what is sent from the T on from which it takes longer. The links of one axis are taken for all
-links of a chip, and no time is that of a latency: these are bounds.
+with moments and gradients, have a row of 2,048 tokens for each of S d f groups, and leave each device `LANES` of the
+width or a multiple. Compute covers what is sent from the T on from which it takes longer. The links of one axis are
+taken for all links of a chip, and no time is that of a latency: these are bounds.
 """
 
 import itertools
@@ -29,6 +29,7 @@ import jax
 from flax.core import meta
 
 from launch import tpu
+from launch.needs import LANES
 from mamba3_jax.model import boxed_shapes
 from mamba3_jax.presets import PRESETS
 
@@ -36,7 +37,6 @@ MODEL, LENGTH = "siso-1.5b", 2048
 # Chips, and tokens of a step, an assumption: how large a batch the model can use is not known here.
 TOKENS = {256: 2**19, 4096: 2**22, 32768: 2**24}
 SLICE = {"v5e": 256, "v6e": 256, "v5p": 4096, "tpu7x": 4096}  # chips of the largest that is used
-NARROWEST = 128  # of the width on a device: of fewer XLA sums gradients whole, where it would scatter them
 HELD = 0.9  # of the memory, for what is there all along and temporaries
 SIZES = [2**power for power in range(9)]
 
@@ -77,8 +77,9 @@ def read(row: dict, n_parameters: int) -> Program:
     Groups as large as the axis tensor are taken for its, then those as large as data, and all others for fsdp.
     """
     axes = {name: int(size) for name, size in (axis.split(":") for axis in row["mesh"].split(","))}
-    data, fsdp, tensor = (axes.get(name, 1) for name in ("data", "fsdp", "tensor"))
-    slices, _ = tpu.slices_of(row["topology"])
+    slices, one = tpu.slices_of(row["topology"])
+    fsdp, tensor = axes["fsdp"], axes.get("tensor", 1)
+    data = axes.get("data", 1) // slices
     tokens = row["batch"] * row["length"] / row["devices"]
     sent = {"fsdp": 0.0, "tensor": 0.0, "dcn": 0.0}
     for each in row["collectives"]:
@@ -88,7 +89,7 @@ def read(row: dict, n_parameters: int) -> Program:
     share = n_parameters / tensor * (fsdp - 1) / fsdp
     crossing = 8 * n_parameters / (row["devices"] / slices) * (slices - 1) / slices
     return Program(
-        chip=tpu.slices_of(row["topology"])[1].partition(":")[0],
+        chip=one.partition(":")[0],
         flop=1e9 * row["gflop"] / tokens,
         hbm=1e9 * row["hbm_gb"] / tokens,
         temporaries=1e9 * row["temporaries_gb"] / tokens,
@@ -156,7 +157,7 @@ def meshes(program: Program, chips: int, tokens: int, n_parameters: int) -> list
     for fsdp, tensor in itertools.product(SIZES, SIZES[:4]):
         mesh = Mesh(slices, devices // slices // (fsdp * tensor), fsdp, tensor)
         groups = mesh.slices * mesh.data * fsdp
-        if (tensor > 1 and not program.tensor) or not mesh.data or width / fsdp < NARROWEST:
+        if (tensor > 1 and not program.tensor) or not mesh.data or (fsdp > 1 and width % (fsdp * LANES)):
             continue
         if tokens / groups >= LENGTH and memory_gb(program, mesh, tokens / devices, n_parameters) < room:
             found.append(mesh)

@@ -51,6 +51,8 @@ def test_the_step_of_training(compiler):
     assert row["gflop"] > row["model_gflop"] > 0
     assert 0 < row["mfu_in_turn"] < row["mfu_at_once"] < 1
     assert any("MFU" in line for line in needs.lines(row))
+    assert any("a device 64 of the width" in line for line in needs.lines(row))
+    assert not any("of the width" in line for line in needs.lines(row | {"width": None}))
 
 
 @pytest.mark.libtpu
@@ -204,6 +206,36 @@ def test_a_chain_counts_once_and_a_sum_of_which_a_part_is_kept_is_a_scatter():
     assert scattered == hlo.Collective("reduce-scatter", 256 * 256 * 4, devices=2, times=1)
     apart = CHAIN.replace("all-reduce-scatter", "fusion.2").replace(', frontend_attributes={chain_id="3"}', "")
     assert [each.kind for each in hlo.Program(apart).collectives()] == ["all-gather"] * 2 + ["all-reduce", "all-gather"]
+
+
+# A layer's part of what all layers have, read and written as tpu7x does: laid out anew, by a fusion within, before.
+STACKED = """HloModule jit_f
+
+%anew (x: bf16[8,256,256]) -> bf16[8,256,256] {
+  %x = bf16[8,256,256]{2,1,0:T(16,128)(2,1)} parameter(0)
+  ROOT %c = bf16[8,256,256]{2,1,0:T(8,128)(2,1)} copy(%x)
+}
+
+%part (p: bf16[8,256,256], i: s32[]) -> bf16[1,256,256] {
+  %p = bf16[8,256,256]{2,1,0:T(16,128)(2,1)} parameter(0)
+  %i = s32[] parameter(1)
+  %f = bf16[8,256,256]{2,1,0:T(8,128)(2,1)} fusion(%p), calls=%anew
+  ROOT %s = bf16[1,256,256]{2,1,0:T(8,128)(2,1)} dynamic-slice(%f, %i), dynamic_slice_sizes={1,256,256}
+}
+
+ENTRY %main (a: bf16[8,256,256], i: s32[]) -> bf16[1,256,256] {
+  %a = bf16[8,256,256]{2,1,0:T(16,128)(2,1)} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %r = bf16[1,256,256]{2,1,0:T(8,128)(2,1)} fusion(%a, %i), calls=%part
+}
+"""
+
+
+def test_what_is_laid_out_anew_and_sliced_is_read_as_the_slice():
+    part = 256 * 256 * 2
+    assert hlo.Program(STACKED).cost().hbm_bytes == 2 * part + 4  # and which of them
+    more = STACKED.replace("copy(%x)", "negate(%x)")  # planted: all of it is computed
+    assert hlo.Program(more).cost().hbm_bytes == 9 * part + 4
 
 
 def test_what_another_unit_is_called_to_exchange_counts():
