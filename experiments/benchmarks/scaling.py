@@ -83,7 +83,7 @@ def read(row: dict, n_parameters: int) -> Program:
     tokens = row["batch"] * row["length"] / row["devices"]
     sent = {"fsdp": 0.0, "tensor": 0.0, "dcn": 0.0}
     for each in row["collectives"]:
-        axis = "dcn" if each.get("dcn") else "tensor" if each["devices"] == tensor else "fsdp"
+        axis = "dcn" if each.get("dcn") else "tensor" if each["devices"] == tensor > 1 else "fsdp"
         if axis != "fsdp" or each["devices"] != data or data == 1:
             sent[axis] += 1e9 * each["sent_gb"]
     share = n_parameters / tensor * (fsdp - 1) / fsdp
@@ -180,7 +180,8 @@ def table(rows: list[dict]) -> list[dict]:
         needed = 6 * n_parameters * tokens / devices / tpu.CHIPS[program.chip].tera_flops / 1e9
         found.append(
             row
-            | {"slices": mesh.slices, "mesh": str(mesh), **took[mesh]}
+            | {"slices": mesh.slices, "mesh": str(mesh)}
+            | {name: least or None for name, least in took[mesh].items()}
             | {"memory": memory_gb(program, mesh, tokens / devices, n_parameters)}
             | {"limit": max(took[mesh], key=took[mesh].get).removesuffix("_ms")}
             | {"at_once": f"{needed / max(took[mesh].values()):.0%}"}

@@ -57,6 +57,23 @@ def test_meshes_fit(chips):
     assert set(found) <= set(scaling.meshes(V5E, chips, tokens, P / 100))
 
 
+def test_the_formulas_give_back_what_was_read():
+    """Of every recorded program with its own mesh: exactly, but for what XLA sends beside (and data's sum, by a ring)."""
+    n_parameters, rows = scaling.parameters(), common.read("pods")["rows"] + common.read("pods_before")["rows"]
+    wanted = [row for row in rows if (row["model"], row["length"]) == (scaling.MODEL, scaling.LENGTH)]
+    assert wanted
+    for row in wanted:
+        slices, _ = tpu.slices_of(row["topology"])
+        axes = {name: int(size) for name, size in (axis.split(":") for axis in row["mesh"].split(","))}
+        mesh = Mesh(slices, axes.get("data", 1) // slices, axes["fsdp"], axes.get("tensor", 1))
+        program = scaling.read(row, n_parameters)
+        program = program._replace(tensor=program.tensor or 0.0, slices=program.slices or 1.0)
+        took = scaling.times(program, mesh, row["batch"] * row["length"] / row["devices"], n_parameters)
+        exact = {name: row[name] for name in ("compute_ms", "hbm_ms")} | {"dcn_ms": row.get("dcn_ms", 0.0)}
+        assert {name: took[name] for name in exact} == pytest.approx(exact)
+        assert took["ici_ms"] == pytest.approx(row["ici_ms"], rel=0.05), row["mesh"]
+
+
 def test_the_recorded_rows_give_a_table():
     result = common.read("pods")
     table = scaling.table(result["rows"])
