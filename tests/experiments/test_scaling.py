@@ -58,7 +58,7 @@ def test_meshes_fit(chips):
 
 
 def test_the_formulas_give_back_what_was_read():
-    """Of every recorded program with its own mesh: exactly, but for what XLA sends beside (and data's sum, by a ring)."""
+    """Of every recorded program with its own mesh: exactly, but for what XLA sends beside."""
     n_parameters, rows = scaling.parameters(), common.read("pods")["rows"] + common.read("pods_before")["rows"]
     wanted = [row for row in rows if (row["model"], row["length"]) == (scaling.MODEL, scaling.LENGTH)]
     assert wanted
