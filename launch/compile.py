@@ -6,7 +6,9 @@ take. Nothing runs, so no time is measured. A mesh that does not make up the top
 divide and a step that does not fit into memory are one line and exit status 2.
 
 A topology is a chip of `launch/tpu.py` and the sides of its grid: v5e:16x16 has 256 devices, v5p:4x4x4 has 64 and
-tpu7x:2x2x4 has 32, two a chip. To decode, data.batch rows have room for data.length tokens.
+tpu7x:2x2x4 has 32, two a chip. 2xv5e:16x16 is two slices of 256 devices: `data` lies over them, unless a size says
+otherwise (fsdp:2x256), and what they send one another is told apart. To decode, data.batch rows have room for
+data.length tokens.
 """
 
 from absl import flags
@@ -15,7 +17,7 @@ from launch import common, needs, tpu
 from mamba3_jax.train.loop import Failed
 
 CONFIG = common.define_config()
-TOPOLOGY = flags.DEFINE_string("topology", None, "chip and grid: v5e:16x16, v5p:4x4x4, ...", required=True)
+TOPOLOGY = flags.DEFINE_string("topology", None, "chip and grid: v5e:16x16, 2xv5p:4x4x4, ...", required=True)
 WHAT = flags.DEFINE_enum("what", "train", [*needs.PROGRAMS], "the step: of training, or of decoding one token a row")
 
 

@@ -25,7 +25,7 @@ CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 # These move nothing, or what they move is counted where it begins.
 FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all copy-done async-done async-update slice-done "  # noqa: SIM905
-    "call-done opt-barrier optimization-barrier partition-id replica-id add-dependency".split()
+    "send-done recv-done call-done opt-barrier optimization-barrier partition-id replica-id add-dependency".split()
 )
 CALLS = ("call", "async-start", "call-start")  # the last on a unit of its own: the sparse cores of v5p, v6e and tpu7x
 SLICES = frozenset({"dynamic-slice", "slice", "gather"})
@@ -40,6 +40,16 @@ SENT = {
     "collective-permute": lambda n: 1,
 }
 CHAIN = re.compile(r'chain_id="(\d+)"')
+# What a program sends to other slices, by way of the hosts, and between how many slices: "{1,2}x{0:3}".
+SLICES_SENT = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+SLICES_OF = re.compile(r'_xla_megascale_target="\{([\d,]+)\}x')
+BETWEEN_SLICES = {
+    "ALL_GATHER": "all-gather",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_REDUCE": "all-reduce",
+    "ALL_TO_ALL": "all-to-all",
+    "ONE_TO_ONE": "collective-permute",
+}
 GROUPS = re.compile(r"replica_groups=(mesh\[[^{]*\{[^}]*\}|\[[^\]]*\]|\{\{[^}]*\})")
 
 
@@ -57,8 +67,9 @@ class Collective:
 
     kind: str  # a key of `SENT`
     array_bytes: int  # of the whole: what is gathered, reduced, scattered, or sent on; without tiles' padding
-    devices: int  # that share it
+    devices: int  # that share it; of `dcn` one of each slice
     times: int
+    dcn: bool = False  # over the data center's network, between slices
 
     @property
     def sent(self) -> float:
@@ -117,6 +128,8 @@ class Program:
             return self.cost(instruction.called("to_apply") or instruction.called("calls"))
         cycles = sum(map(int, CYCLES.findall(instruction.attributes)[:1]))
         operands = [body[name].shape for name in instruction.operands if name in body]
+        if opcode in ("send", "recv"):  # (the array, ...): a host fetches or writes it
+            return Cost(hbm_bytes(arrays(shape)[0]), cycles)
         if opcode in ("copy-start", "slice-start"):  # (target, source, semaphore): what either side has in HBM
             target, source = arrays(shape)[:2]
             moved = min(hbm_bytes(target, anywhere=True), hbm_bytes(source, anywhere=True))
@@ -159,7 +172,8 @@ class Program:
         """Return the exchanges of one run of the entry.
 
         One that XLA cuts into the steps of a chain of fusions, to compute meanwhile, counts once. An all-reduce in a
-        fusion that keeps a part of it is a reduce-scatter.
+        fusion that keeps a part of it is a reduce-scatter. What crosses slices is a send to the device's host, which
+        exchanges it with the other hosts.
         """
         found, chains = [], set()
         scattering = {
@@ -170,6 +184,10 @@ class Program:
         }
         scattered = {id(self.computations[name]) for name in scattering}
         for instruction, body, times in self.runs():
+            if between := SLICES_SENT.search(instruction.attributes):
+                if instruction.opcode == "send":
+                    found.append(_between_slices(BETWEEN_SLICES[between.group(1)], instruction, body, times))
+                continue
             kind = instruction.opcode.removesuffix("-start")
             chain = CHAIN.search(instruction.attributes)
             if kind not in SENT or (chain and chain.group(1) in chains):
@@ -227,7 +245,7 @@ class Program:
         body = self.computations[computation]
         source = next(i for i in body.values() if i.opcode == "parameter" and i.operands == (str(index),))
         whole, total = hbm_bytes(source.shape, anywhere=True), 0
-        for user, place in users(body, source.name):
+        for user, place in self.users(body, source.name):
             if user.opcode in SLICES and place == 0:
                 total += hbm_bytes(user.shape, anywhere=True)
             elif user.opcode == "fusion":
@@ -235,6 +253,24 @@ class Program:
             elif user.opcode != "dynamic-update-slice" or place:
                 return whole
         return min(total, whole)
+
+    def users(self, body: dict, name: str) -> Iterator[tuple[Instruction, int]]:
+        """Yield who uses an instruction of a fused computation and as which operand.
+
+        What only lays it out anew, as tpu7x does before a slice of another tiling, is passed through: its users count.
+        """
+        for instruction in body.values():
+            for place, operand in enumerate(instruction.operands):
+                if operand == name and self._lays_out(instruction):
+                    yield from self.users(body, instruction.name)
+                elif operand == name:
+                    yield instruction, place
+
+    def _lays_out(self, instruction: Instruction) -> bool:
+        if instruction.opcode == "fusion":
+            inner = self.computations[instruction.called("calls")].values()
+            return all(each.opcode in ("parameter", "copy", "bitcast") for each in inner)
+        return instruction.opcode in ("copy", "bitcast")
 
     def written(self, computation: str, shape: str) -> int:
         """Bytes that a fusion writes: of a result that is an update in place, the update."""
@@ -253,16 +289,6 @@ class Program:
         if result.opcode == "fusion":
             return self.written(result.called("calls"), re.sub(r"S\(\d+\)", "", result.shape))
         return hbm_bytes(result.shape, anywhere=True)
-
-
-def users(body: dict, name: str) -> Iterator[tuple[Instruction, int]]:
-    """Who uses an instruction and as which operand; a bitcast's users are its source's."""
-    for instruction in body.values():
-        for place, operand in enumerate(instruction.operands):
-            if operand == name and instruction.opcode == "bitcast":
-                yield from users(body, instruction.name)
-            elif operand == name:
-                yield instruction, place
 
 
 def parse(line: str) -> Instruction:
@@ -343,6 +369,26 @@ def group_size(attributes: str) -> int:
     if groups.startswith("["):  # [groups, size]<=...
         return int(groups.strip("[]").split(",")[-1])
     return groups.count(",") + 1  # the first of {{0,1},{2,3}}
+
+
+def _between_slices(kind: str, instruction: Instruction, body: dict, times: int) -> Collective:
+    """Return what this device exchanges with the same of other slices.
+
+    Raises:
+        ValueError: the text does not say how many slices exchange it: where they are not all that there are.
+    """
+    shape = body[instruction.operands[0]].shape
+    slices = SLICES_OF.search(instruction.attributes)
+    if kind == "all-to-all":
+        devices = sizes_of(shape)[0]  # a part for each
+    elif kind == "collective-permute":
+        devices = 1
+    elif slices:
+        devices = slices.group(1).count(",") + 1
+    else:
+        raise ValueError(f"between how many slices {instruction.name} is an {kind} is not in its program")
+    whole = plain_bytes(shape) * (devices if kind == "all-gather" else 1)
+    return Collective(kind, array_bytes=whole, devices=devices, times=times, dcn=True)
 
 
 def _operations(instruction: Instruction, body: dict) -> int:

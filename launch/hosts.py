@@ -4,6 +4,9 @@ jax says who they are on TPU pods, GKE, Slurm, Open MPI and Kubernetes Jobs and 
 
     python -m launch.train --coordinator=HOST:PORT --processes=2 --process=0 ...     and --process=1 on the other host
 
+Of several TPU slices too: GKE gives every host MEGASCALE_COORDINATOR_ADDRESS, _NUM_SLICES and _SLICE_ID, and jax counts
+processes slice after slice. GPU hosts without them are joined in the same way, and are slices to `train.mesh`.
+
 Before jax starts, process 0 calls the roll on the coordinator's port and names who is missing; afterwards these
 connections stay open, unused. One that breaks means that its process is gone: all others end within seconds, where a
 collective would wait for ever, and a restart resumes. A process that should have company never runs alone.

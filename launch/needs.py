@@ -12,17 +12,21 @@ from launch import hlo, tpu
 from mamba3_jax import decoding, memory
 from mamba3_jax.config import Config, ModelConfig
 from mamba3_jax.model import LanguageModel, segments
-from mamba3_jax.sharding import make_mesh, param_shardings, split_over, state_shardings, using
+from mamba3_jax.sharding import make_mesh, param_shardings, parts, split_over, state_shardings, using
 from mamba3_jax.train.flops import flops_per_token
 from mamba3_jax.train.loop import Failed, fitting, validate
 from mamba3_jax.train.step import batch_shapes, state_shapes, train_step
+
+# Of the width that fsdp leaves a device, or a multiple. With 64 or 192 v5e's compiler summed the gradients of matrices
+# whose last axis it is on every device, twice what scattering them sends; with 128 and 256 it scattered all.
+LANES = 128
 
 
 def measured(config: Config, topology: str, what: str = "train") -> dict:
     """Compile the step, and return what it needs: of each device GB and GFLOP, times in ms.
 
     `collectives` has, of each kind and number of devices that share an array, how often it runs, the GB of the whole
-    arrays, and those that a device sends.
+    arrays, those that a device sends, and whether to other slices (`dcn`).
 
     Raises:
         ValueError: the topology, the mesh or the config is none, or what must be in memory at once does not fit.
@@ -36,6 +40,7 @@ def measured(config: Config, topology: str, what: str = "train") -> dict:
     row = {
         "devices": mesh.size,
         "remat": remat,
+        "width": config.model.d_model // fsdp if (fsdp := parts(mesh, "embed")) > 1 else None,
         "compile_s": seconds,
         "arguments_gb": plan.argument_size_in_bytes / 1e9,
         "outputs_gb": plan.output_size_in_bytes / 1e9,
@@ -52,11 +57,11 @@ def measured(config: Config, topology: str, what: str = "train") -> dict:
 
 
 def _added(collectives: list[hlo.Collective]) -> list[dict]:
-    """Return a row of each kind and number of devices, what is sent most first."""
+    """Return a row of each kind, number of devices and network, what is sent most first."""
     rows = {}
     for each in collectives:
-        nothing = {"kind": each.kind, "devices": each.devices, "times": 0, "gb": 0.0, "sent_gb": 0.0}
-        row = rows.setdefault((each.kind, each.devices), nothing)
+        nothing = {"kind": each.kind, "devices": each.devices, "dcn": each.dcn, "times": 0, "gb": 0.0, "sent_gb": 0.0}
+        row = rows.setdefault((each.kind, each.devices, each.dcn), nothing)
         row["times"] += each.times
         row["gb"] += each.times * each.array_bytes / 1e9
         row["sent_gb"] += each.sent / 1e9
@@ -74,20 +79,22 @@ def roofline(row: dict, gflop: float, chip: tpu.Chip) -> dict:
     """Return the least time of each resource in ms, and the MFU if they are used at once and one after the other.
 
     Args:
-        row: `gflop`, `hbm_gb` and `collectives`, of a device.
+        row: `gflop`, `hbm_gb` and `collectives`, of a device; what slices exchange crosses the data center's network.
         gflop: of a device, what the mathematics needs.
         chip: its peaks.
     """
-    sent = sum(each["sent_gb"] for each in row["collectives"])
+    sent, abroad = (sum(each["sent_gb"] for each in row["collectives"] if each["dcn"] is dcn) for dcn in (False, True))
     times = {
         "compute_ms": row["gflop"] / chip.tera_flops,
         "hbm_ms": 1e3 * row["hbm_gb"] / chip.gb_s,
         "ici_ms": 1e3 * sent / chip.ici_gb_s,
+        "dcn_ms": 1e3 * abroad / chip.dcn_gb_s if abroad else 0.0,
     }
     needed = gflop / chip.tera_flops
     return times | {
         "model_gflop": gflop,
         "sent_gb": sent,
+        "dcn_gb": abroad,
         "limit": max(times, key=times.get).removesuffix("_ms"),
         "mfu_at_once": needed / max(times.values()),
         "mfu_in_turn": needed / sum(times.values()),
@@ -151,11 +158,16 @@ def lines(row: dict) -> list[str]:
         f"{name} {size(row[f'{name}_gb'])}" for name in ("arguments", "outputs", "aliased", "temporaries")
     )
     exchanged = [
-        f"{each['kind']} of {each['devices']}, {each['times']} x: {size(each['gb'])}, {size(each['sent_gb'])} sent"
+        f"{each['kind']} of {each['devices']}{' slices' if each['dcn'] else ''}, {each['times']} x: "
+        f"{size(each['gb'])}, {size(each['sent_gb'])} sent"
         for each in row["collectives"]
     ]
     remat = f", remat={row['remat']!r}" if row["remat"] else ""
-    times = {name: f"{row[f'{name}_ms']:.3g}" for name in ("compute", "hbm", "ici")}
+    times = {name: f"{row[f'{name}_ms']:.3g}" for name in ("compute", "hbm", "ici", "dcn")}
+    abroad = f", {times['dcn']} between slices" if row["dcn_gb"] else ""
+    narrow = (
+        f"fsdp         leaves a device {row['width']} of the width; of multiples of {LANES} XLA scatters all gradients"
+    )
     return [
         f"compiled in {row['compile_s']:.1f} s{remat}; of each of {row['devices']} devices, a step:",
         f"memory       {size(row['peak_gb'])} at the peak: {kinds}",
@@ -163,7 +175,8 @@ def lines(row: dict) -> list[str]:
         f"operations   {row['gflop'] / 1e3:.3g} TFLOP of products, {row['model_gflop'] / 1e3:.3g} that the model needs",
         f"HBM          {size(row['hbm_gb'])} read and written",
         *(f"{'collectives' if not i else '':<12} {line}" for i, line in enumerate(exchanged or ["none"])),
-        f"least time   {times['compute']} ms compute, {times['hbm']} HBM, {times['ici']} interconnect: "
+        *([narrow] if row["width"] and row["width"] % LANES else []),
+        f"least time   {times['compute']} ms compute, {times['hbm']} HBM, {times['ici']} interconnect{abroad}: "
         f"{row['limit']} limits",
         f"MFU at most  {row['mfu_at_once']:.1%} if all is at once, {row['mfu_in_turn']:.1%} if one after the other",
     ]

@@ -7,6 +7,7 @@ The compiler may be installed as usual too; in build/libtpu, where `make test` p
 
 import dataclasses
 import os
+import re
 import sys
 
 import jax
@@ -37,16 +38,22 @@ class Chip:
     hbm_gb: float  # GiB of HBM; the compiler leaves programs a quarter of one less on v5e
     # What it can send over all of its links at once; as much comes in. Half of what the pages call bidirectional.
     ici_gb_s: float
+    # Over the network of the data center, to other slices; of v5e and v6e the pages have that of a pod of 256 chips.
+    dcn_gb_s: float | None = None
     # v4, v5e, v5p: the peak over what their four 128 x 128 units a core do a cycle; for the others no such figure.
     ghz: float | None = None
 
 
 CHIPS = {  # v4 and tpu7x have two devices a chip here
     "v4": Chip("v4:1x1x1", PEAK_TFLOPS["TPU v4"] / 2, 1228 / 2, hbm_gb=32 / 2, ici_gb_s=300 / 2, ghz=1.05),
-    "v5e": Chip("v5e:1x1", PEAK_TFLOPS["TPU v5 lite"], 819, hbm_gb=16, ici_gb_s=400 / 2, ghz=1.5),
-    "v5p": Chip("v5p:1x1x1", PEAK_TFLOPS["TPU v5"], 2765, hbm_gb=95, ici_gb_s=1200 / 2, ghz=1.75),
-    "v6e": Chip("v6e:1x1", PEAK_TFLOPS["TPU v6 lite"], 1640, hbm_gb=32, ici_gb_s=800 / 2),
-    "tpu7x": Chip("tpu7x:1x1x1", PEAK_TFLOPS["TPU7x"], 7380 / 2, hbm_gb=192 / 2, ici_gb_s=1200 / 2 / 2),
+    "v5e": Chip("v5e:1x1", PEAK_TFLOPS["TPU v5 lite"], 819, hbm_gb=16, ici_gb_s=400 / 2, dcn_gb_s=25 / 8, ghz=1.5),
+    "v5p": Chip("v5p:1x1x1", PEAK_TFLOPS["TPU v5"], 2765, hbm_gb=95, ici_gb_s=1200 / 2, dcn_gb_s=50 / 8, ghz=1.75),
+    "v6e": Chip("v6e:1x1", PEAK_TFLOPS["TPU v6 lite"], 1640, hbm_gb=32, ici_gb_s=800 / 2, dcn_gb_s=100 / 8),
+    "tpu7x": Chip(
+        *("tpu7x:1x1x1", PEAK_TFLOPS["TPU7x"], 7380 / 2, 192 / 2),
+        ici_gb_s=1200 / 2 / 2,
+        dcn_gb_s=100 / 8 / 2,
+    ),
 }
 
 
@@ -72,18 +79,32 @@ def prepare() -> str:
 
 
 def chip_of(topology: str) -> Chip:
-    """Return the chip that "v5e:16x16" is of; ValueError for one that is not in `CHIPS`."""
-    name = topology.partition(":")[0]
+    """Return the chip that "v5e:16x16" or "2xv5e:16x16" is of.
+
+    Raises:
+        ValueError: one that is not in `CHIPS`, or several slices of one whose network between slices is not known.
+    """
+    slices, one = slices_of(topology)
+    name = one.partition(":")[0]
     if name not in CHIPS:
         raise ValueError(f"topology={topology!r} begins with none of {', '.join(CHIPS)}: wanted, say, v5e:16x16")
+    if slices > 1 and CHIPS[name].dcn_gb_s is None:
+        known = ", ".join(name for name, chip in CHIPS.items() if chip.dcn_gb_s)
+        raise ValueError(f"topology={topology!r}: what {name} sends to other slices is not known, only of {known}")
     return CHIPS[name]
+
+
+def slices_of(topology: str) -> tuple[int, str]:
+    """Return how many slices "2xv5e:16x16" has, and the topology of each."""
+    match = re.fullmatch(r"(?:([1-9]\d*)x)?(.*)", topology)
+    return int(match.group(1) or 1), match.group(2)
 
 
 def devices_of(topology: str, **how) -> list:
     """Return the devices of a topology that need not be there.
 
     Args:
-        topology: the chip and the sides of its grid: "v5e:16x16", "v5p:4x4x4".
+        topology: the chip and the sides of its grid: "v5e:16x16", "v5p:4x4x4"; before them how many such slices.
         how: what the compiler may be told beside.
 
     Raises:
@@ -92,7 +113,9 @@ def devices_of(topology: str, **how) -> list:
     from jax.experimental import topologies
 
     chip_of(topology)
+    slices, one = slices_of(topology)
+    how |= {"num_slices": slices} if slices > 1 else {}
     try:
-        return list(topologies.get_topology_desc(topology, platform="tpu", **how).devices)
+        return list(topologies.get_topology_desc(one, platform="tpu", **how).devices)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"topology={topology!r}: {error}") from None

@@ -206,7 +206,8 @@ class TrainConfig(Section):
     z_loss: float = number(0.0)
     max_bad_steps: int = size(10, 1, COUNT)  # non-finite updates in a row before the run stops
     # Axis:size, comma separated; -1: the devices that are left. data: splits rows | fsdp: rows, parameters, moments |
-    # tensor: heads, the feed-forward and the vocabulary | sequence: the length
+    # tensor: heads, the feed-forward and the vocabulary | sequence: the length. Over several slices of TPUs or hosts of
+    # GPUs lies data, or the axis whose size says so: fsdp:2x8 is 2 slices, 8 devices in each.
     mesh: str = "data:-1"
     peak_tflops: float = number(
         0.0

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 
 import flax.linen as nn
 import jax
@@ -16,7 +17,8 @@ from mamba3_jax.ops.sharded import Axes, axes_of
 # Logical axes that are split, and over which axes of the mesh; every other is whole on every device. What heads share
 # (the columns of in_kq_angle, norms) is not here: tensor parallelism replicates it. `embed` is the model's width in a
 # parameter, by which fsdp splits all large ones, their gradients and the optimizer's moments; in activations it has no
-# name, since fsdp splits their rows.
+# name, since fsdp splits their rows. On TPUs a device's part of it should be a multiple of 128, the lanes of a
+# register: else XLA sums whole gradients over fsdp, where it would scatter them.
 RULES = {
     "batch": ("data", "fsdp"),
     "length": ("sequence",),
@@ -27,33 +29,57 @@ RULES = {
     "vocab": ("tensor",),
 }
 AXES = tuple(dict.fromkeys(axis for axes in RULES.values() for axis in axes))
+SIZE = re.compile(r"-1|[1-9]\d*(x[1-9]\d*)?")  # of an axis in a specification; 2x8: of 2 slices, 8 in each
 LETTERS = {"B": "batch", "H": "heads", "K": "kv_heads", "I": "ff"}  # that names of a state's arrays end with: ssm_BHPN
 
 
 def make_mesh(spec: str, devices=None) -> Mesh:
     """Return the mesh of "axis:size, ..." over all devices, e.g. "data:-1" or "fsdp:2,tensor:4"; -1 takes what is left.
 
-    On a torus an axis may be any part of the physical ones.
+    On a torus an axis may be any part of the physical ones. Of several slices of TPUs, or hosts of GPUs, whose network
+    is slower than what joins the devices of one, `data` lies over all that no size names: "fsdp:2x8" lies over 2, with
+    8 devices of each.
 
     Raises:
-        ValueError: an unknown axis, or sizes that do not make up the devices there are.
+        ValueError: an unknown axis, sizes that do not make up the devices there are, or the slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {}
+    sizes, over = _sizes(spec, len(devices))
+    # jaxlib numbers TPU slices so, and GPUs by the host they are in (or the NVLink domain); CPUs have no such number.
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices % math.prod(over.values()) or ("data" in over and math.prod(over.values()) != slices):
+        raise ValueError(f"mesh={spec!r} is over {math.prod(over.values())} slices, and the devices are of {slices}")
+    over.setdefault("data", slices // math.prod(over.values()))
+    if sizes.get("data", 1) % over["data"]:
+        data = f"data={sizes.get('data', 1)} is not a multiple of the {over['data']} slices that it would lie over"
+        raise ValueError(f"mesh={spec!r}: {data}; fsdp:{over['data']}x4, say, lays fsdp over them, 4 in each")
+    across = [over.get(name, 1) for name in sizes]
+    within = [size // parts for size, parts in zip(sizes.values(), across, strict=True)]
+    if slices > 1:
+        placed = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    else:
+        placed = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+    return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _sizes(spec: str, n_devices: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the size of each axis of a specification, and over how many slices those lie that say so."""
+    sizes, over = {}, {}
     for part in spec.split(","):
         name, _, size = part.strip().partition(":")
-        if name not in AXES or name in sizes or not size.lstrip("-").isdigit() or (int(size) < 1 and int(size) != -1):
+        if name not in AXES or name in sizes or not SIZE.fullmatch(size):
             axes = ", ".join(AXES)
             raise ValueError(f"mesh={spec!r}: {part.strip()!r} is not axis:size with an axis of {axes}, each once")
-        sizes[name] = int(size)
+        sizes[name] = math.prod(map(int, size.split("x")))
+        if "x" in size:
+            over[name] = int(size.partition("x")[0])
     if list(sizes.values()).count(-1) > 1:
         raise ValueError(f"mesh={spec!r} has more than one -1")
     known = math.prod(size for size in sizes.values() if size != -1)
-    sizes = {name: len(devices) // known if size == -1 else size for name, size in sizes.items()}
-    if math.prod(sizes.values()) != len(devices):
-        raise ValueError(f"mesh={spec!r} does not make up the {len(devices)} devices there are")
-    placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
-    return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    sizes = {name: n_devices // known if size == -1 else size for name, size in sizes.items()}
+    if math.prod(sizes.values()) != n_devices:
+        raise ValueError(f"mesh={spec!r} does not make up the {n_devices} devices there are")
+    return sizes, over
 
 
 def rules(mesh: Mesh) -> tuple[tuple[str, Axes], ...]:

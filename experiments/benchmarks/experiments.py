@@ -145,6 +145,17 @@ def tpu_estimates(result: dict) -> str:
     return f"v5e, plain XLA over the roofline: {over}; cycles over plain XLA's, all chips: {spans or 'no kernel yet'}"
 
 
+def restores(result: dict) -> str:
+    """Of a training state on other meshes, by how much a device exceeds its part at worst."""
+    rows = result["rows"]
+    worst = max(row["device_gb"] / row["part_gb"] for row in rows)
+    host = max(row["host_gb"] / row["held_gb"] for row in rows)
+    return (
+        f"{rows[0]['state_gb']:.2f} GB onto {len(rows)} meshes: a device holds at most {worst:.2f} of its part, "
+        f"the host at most {host:.2f} of what its devices hold"
+    )
+
+
 def pod_steps(result: dict) -> str:
     """Return, of every large model that fits, what limits its step and the most that its MFU can be."""
     rows = [row for row in result["rows"] if row["model"].endswith("1.5b") and "failed" not in row]
@@ -297,6 +308,14 @@ EXPERIMENTS = (
         expected="1.5B on 256 v5e: peak at most 5 GB, 3 GB sent a step beside activations; compute limits every step",
         result="benchmarks/results/pods.json",
         got=pod_steps,
+    ),
+    Experiment(
+        question="What does a restore onto another mesh hold at its peak?",
+        command="python -m experiments.benchmarks.restore",
+        cost="2 minutes, 2 cores, 7 GB",
+        expected="a device its part and no more",
+        result="benchmarks/results/restore_cpu.json",
+        got=restores,
     ),
     Experiment(
         question="Do work and memory a token grow with the length?",

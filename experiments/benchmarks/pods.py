@@ -1,7 +1,7 @@
 """The training step of the paper's models compiled for pods of TPUs: what fits, what it moves, what limits it.
 
     python -m experiments.benchmarks.pods                                     what the result file has not yet
-    python -m experiments.benchmarks.pods --topologies=v5e:16x16 --models=siso-1.5b --anew
+    python -m experiments.benchmarks.pods --topologies=v5e:16x16 --models=siso-1.5b --lengths=2048 --anew
 
 Nothing runs: `launch.compile` says what each figure is. A row is written as it comes, minutes each; a mesh or a batch
 that does not fit is a row that says so.
@@ -15,7 +15,7 @@ from absl import app, flags
 from experiments.benchmarks import common, ssm
 from launch import tpu
 from launch.needs import measured
-from launch.provenance import provenance
+from launch.provenance import load, provenance
 from mamba3_jax.config import Config, DataConfig, TrainConfig
 from mamba3_jax.presets import PRESETS
 from mamba3_jax.train.loop import Failed
@@ -45,18 +45,17 @@ class Step:
 
 # Of each size and length (mesh, batch, remat) by topology. A device has 2,048 tokens of the large model where it has
 # 16 GB, else 4,096 or more; rows that are longer lie on as many devices, by tensor, and those of a million tokens by
-# sequence. Where fsdp is over all devices of 32 or more, XLA gathers weights as all-reduces of the whole, which send
-# twice as much: so data is beside it.
+# sequence. fsdp leaves each device 128 of the width or a multiple: else XLA sums gradients whole.
 LARGE = {
     2048: {
         "v5e:16x16": ("data:4,fsdp:16,tensor:4", 256, "block"),
-        "v5p:4x4x4": ("data:2,fsdp:32", 256, "none"),
-        "v6e:8x8": ("data:2,fsdp:32", 128, "block"),
+        "v5p:4x4x4": ("data:4,fsdp:16", 256, "none"),
+        "v6e:8x8": ("data:4,fsdp:16", 128, "block"),
         "tpu7x:2x2x4": ("data:2,fsdp:16", 128, "none"),
     },
     32768: {
         "v5e:16x16": ("fsdp:16,tensor:16", 16, "block"),
-        "v5p:4x4x4": ("data:2,fsdp:32", 64, "block"),
+        "v5p:4x4x4": ("data:4,fsdp:16", 64, "block"),
         "v6e:8x8": ("fsdp:16,tensor:4", 16, "block"),
         "tpu7x:2x2x4": ("data:2,fsdp:16", 32, "block"),
     },
@@ -69,22 +68,22 @@ LARGE = {
 }
 SMALL = {
     2048: {
-        "v5e:16x16": ("data:16,fsdp:16", 1024, "none"),
-        "v5p:4x4x4": ("data:4,fsdp:16", 1024, "none"),
-        "v6e:8x8": ("data:4,fsdp:16", 512, "none"),
-        "tpu7x:2x2x4": ("data:2,fsdp:16", 512, "none"),
+        "v5e:16x16": ("data:128,fsdp:2", 1024, "none"),
+        "v5p:4x4x4": ("data:32,fsdp:2", 1024, "none"),
+        "v6e:8x8": ("data:32,fsdp:2", 512, "none"),
+        "tpu7x:2x2x4": ("data:16,fsdp:2", 512, "none"),
     },
     32768: {
-        "v5e:16x16": ("fsdp:32,tensor:8", 32, "block"),
-        "v5p:4x4x4": ("data:4,fsdp:16", 64, "none"),
-        "v6e:8x8": ("data:4,fsdp:16", 64, "block"),
-        "tpu7x:2x2x4": ("data:2,fsdp:16", 32, "none"),
+        "v5e:16x16": ("data:16,fsdp:2,tensor:8", 32, "block"),
+        "v5p:4x4x4": ("data:32,fsdp:2", 64, "none"),
+        "v6e:8x8": ("data:32,fsdp:2", 64, "block"),
+        "tpu7x:2x2x4": ("data:16,fsdp:2", 32, "none"),
     },
     1048576: {
-        "v5e:16x16": ("fsdp:4,sequence:64", 4, "block"),
-        "v5p:4x4x4": ("fsdp:4,sequence:16", 4, "block"),
-        "v6e:8x8": ("fsdp:4,sequence:16", 4, "block"),
-        "tpu7x:2x2x4": ("fsdp:4,sequence:8", 4, "block"),
+        "v5e:16x16": ("data:2,fsdp:2,sequence:64", 4, "block"),
+        "v5p:4x4x4": ("data:2,fsdp:2,sequence:16", 4, "block"),
+        "v6e:8x8": ("data:2,fsdp:2,sequence:16", 4, "block"),
+        "tpu7x:2x2x4": ("data:2,fsdp:2,sequence:8", 4, "block"),
     },
 }
 SIZES = {"1.5b": LARGE, "180m": SMALL}
@@ -97,7 +96,7 @@ def differs(step: Step) -> int:
 
 
 def steps() -> list[Step]:
-    """Return all steps: the large SISO model on v5e, what differs from it in one thing, and so on."""
+    """Return all steps: the large SISO model on v5e, what differs from it in one thing, on slices, and so on."""
     found = [
         Step(f"{kind}-{size}", topology, mesh, batch, length=length, remat=remat)
         for size in SIZES
@@ -107,11 +106,10 @@ def steps() -> list[Step]:
     ]
     found.sort(key=differs)
     near = [step for step in found if differs(step) < 2]
-    short = [step for step in near if step.length == 2048 and step.model == "siso-1.5b"]
-    whole = {"v5e:16x16": "fsdp:256", "v5p:4x4x4": "fsdp:64", "v6e:8x8": "fsdp:64", "tpu7x:2x2x4": "fsdp:32"}
-    beside = [dataclasses.replace(step, mesh=whole[step.topology]) for step in short]
-    many = dataclasses.replace(found[0], topology="v5p:16x16x16", mesh="data:64,fsdp:64", batch=4096)
-    return [*near, *beside, many, *found[len(near) :]]
+    whole = dataclasses.replace(found[0], topology="v5p:4x4x4", mesh="fsdp:64", remat="none")
+    two = dataclasses.replace(found[0], topology="2xv5e:16x16", mesh="data:8,fsdp:16,tensor:4", batch=512)
+    many = dataclasses.replace(found[0], topology="v5p:16x16x16", mesh="data:256,fsdp:16", batch=4096)
+    return [*near, two, *found[len(near) :], whole, many]
 
 
 def row_of(step: Step) -> dict:
@@ -131,6 +129,7 @@ COLUMNS = {
     "length": "length",
     "remat": "remat",
     "compile s": "compile_s",
+    "load": "load_before",
     "arguments": "arguments_gb",
     "temporaries": "temporaries_gb",
     "peak": "peak_gb",
@@ -144,6 +143,8 @@ COLUMNS = {
     "compute ms": "compute_ms",
     "HBM ms": "hbm_ms",
     "ICI ms": "ici_ms",
+    "to slices": "dcn_gb",
+    "DCN ms": "dcn_ms",
     "limit": "limit",
     "MFU at once": "at_once",
     "in turn": "in_turn",
@@ -159,9 +160,10 @@ def drawn(rows: list[dict]) -> list[dict]:
 def _drawn(row: dict) -> dict:
     sent = collections.Counter()
     for each in row["collectives"]:
-        sent[each["kind"]] += each["sent_gb"]
+        if not each.get("dcn"):  # that has a column of its own; rows of one slice may have none
+            sent[each["kind"]] += each["sent_gb"]
     in_percent = {name: f"{row[f'mfu_{name}']:.0%}" for name in ("at_once", "in_turn")}
-    return sent | in_percent | {"tflop": row["gflop"] / 1e3}
+    return sent | in_percent | {"tflop": row["gflop"] / 1e3, "dcn_gb": row.get("dcn_gb") or None}
 
 
 def main(argv):
@@ -170,7 +172,10 @@ def main(argv):
     models, topologies = ({getattr(step, name) for step in steps()} for name in ("model", "topology"))
     models = ssm.chosen("models", FLAGS.models or models, models)
     topologies = ssm.chosen("topologies", FLAGS.topologies or topologies, topologies)
+    lengths = {str(step.length) for step in steps()}
+    lengths = ssm.chosen("lengths", FLAGS.lengths or lengths, lengths)
     wanted = [step for step in steps() if step.model in models and step.topology in topologies]
+    wanted = [step for step in wanted if str(step.length) in lengths]
     origin = provenance() | compiler
     before = common.read("pods", FLAGS.out) or {}
     same = all(before.get(key) == origin[key] for key in ("jax", "libtpu"))
@@ -179,7 +184,8 @@ def main(argv):
     for step in wanted:
         if step in rows and not FLAGS.anew:
             continue
-        rows[step] = row_of(step) | {"commit": origin["commit"], "date": origin["date"]}
+        begun = {"commit": origin["commit"], "date": origin["date"], "load_before": load()}
+        rows[step] = row_of(step) | begun
         print(common.table(drawn([rows[step]]), COLUMNS).splitlines()[-1], flush=True)
         order = [each for each in steps() if each in rows]
         chips = {name: dataclasses.asdict(chip) for name, chip in tpu.CHIPS.items()}
@@ -189,6 +195,7 @@ def main(argv):
 if __name__ == "__main__":
     flags.DEFINE_list("models", [], "presets; empty: all that there are steps of")
     flags.DEFINE_list("topologies", [], "empty: all that there are steps of")
+    flags.DEFINE_list("lengths", [], "tokens of a row; empty: all that there are steps of")
     flags.DEFINE_bool("anew", False, "also what the result file has")
     flags.DEFINE_string("out", "", "directory of the result file; empty: experiments/benchmarks/results")
     app.run(main)

@@ -6,16 +6,18 @@
 A table stands between `<!-- table:NAME -->` and `<!-- end -->`; NAME is in TABLES. Nobody writes there by hand.
 """
 
+import functools
 import re
 import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 from absl import app, flags
 
 from experiments import found
-from experiments.benchmarks import common, decode, depth, layer, pods, population, ssm, tpu_aot, train
+from experiments.benchmarks import common, decode, depth, layer, pods, population, restore, scaling, ssm, tpu_aot, train
 from experiments.benchmarks.experiments import EXPERIMENTS, HEADLINES
 from launch.provenance import REPOSITORY
 from mamba3_jax.evaluate import language
@@ -89,13 +91,22 @@ def evaluation_table() -> str:
     return "\n" + textwrap.indent(scores, "    ") + "\n"
 
 
-def pods_table() -> str:
+def pods_table(name: str = "pods") -> str:
     """Draws the steps compiled for pods."""
-    result = common.read("pods")
+    result = common.read(name)
     if result is None:
         return MISSING
     rows = pods.drawn(result["rows"])
     return f"{common.table(rows, used(rows, pods.COLUMNS))}\n\n{origin(result)}"
+
+
+def scaling_table() -> str:
+    """Draws what limits steps on more chips, under what it is computed from."""
+    result = common.read("pods")
+    if result is None:
+        return MISSING
+    given = common.table(scaling.read_table(result["rows"]), scaling.READ)
+    return f"{given}\n\n{common.table(scaling.table(result['rows']), scaling.COLUMNS)}"
 
 
 def sweeps_table() -> str:
@@ -119,6 +130,9 @@ TABLES = {
     "population": table_of("population", population.COLUMNS),
     "tpu_aot": table_of("tpu", tpu_aot.COLUMNS),
     "pods": pods_table,
+    "pods_before": functools.partial(pods_table, "pods_before"),
+    "scaling": scaling_table,
+    "restore": table_of("restore", restore.COLUMNS),
     "experiments": experiments_table,
     "results": results_table,
     "evaluation": evaluation_table,
@@ -149,6 +163,7 @@ def outdated(paths: tuple[Path, ...]) -> dict[Path, str]:
 
 def main(argv):
     del argv
+    jax.config.update("jax_platforms", "cpu")  # shapes alone are asked for
     changes = outdated(FILES)
     if FLAGS.check and changes:
         names = ", ".join(str(path.relative_to(REPOSITORY)) for path in changes)

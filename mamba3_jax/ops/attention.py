@@ -10,6 +10,7 @@ from mamba3_jax.ops import context as contexts
 from mamba3_jax.ops.context import Context
 from mamba3_jax.ops.einsum import einsum
 from mamba3_jax.ops.sharded import Axes, size_of, undivided
+from mamba3_jax.ops.tuned import device
 
 IMPLEMENTATIONS = ("cudnn", "plain")
 QUERIES = 256  # of plain attention: queries whose scores exist at a time
@@ -75,12 +76,12 @@ def choose(implementation: str, q_BLHE, packed: bool) -> str:
 
 
 def unavailable() -> str | None:
-    """Return what cuDNN wants of this process's devices, and what they are; None: nothing."""
-    device = jax.devices()[0]
-    if "NVIDIA" not in device.device_kind:
-        return f"needs an NVIDIA GPU, not {device.device_kind!r}"
-    if float(device.compute_capability) < 8:
-        return f"needs an NVIDIA GPU from Ampere on, not {device.device_kind!r}"
+    """Return what cuDNN wants of the device that what is traced is for, and what it is; None: nothing."""
+    target = device()
+    if "NVIDIA" not in target.device_kind:
+        return f"needs an NVIDIA GPU, not {target.device_kind!r}"
+    if float(getattr(target, "compute_capability", 0)) < 8:  # of one that is not here it is not known
+        return f"needs an NVIDIA GPU of this process from Ampere on, not {target.device_kind!r}"
     return None
 
 

@@ -39,7 +39,7 @@ def _over_runs(context: Context, x, weights, bias, before, start_BL):
             f"runs of {x.shape[1]} tokens are less than the {before.shape[1]} before that a convolution sees"
         )
     ends = jnp.zeros((x.shape[0], *before.shape[1:]), before.dtype)
-    _, ends = _convolve(x, weights, bias, ends, start_BL)
+    ends = _last(*_seen(x, ends, start_BL), ends.shape[1])
     befores = contexts.shifted(contexts.apart(context, ends), before, context)
     y, after = _convolve(x, weights, bias, jnp.concatenate(befores), start_BL)
     last = contexts.apart(context, after)[-1]
@@ -48,22 +48,31 @@ def _over_runs(context: Context, x, weights, bias, before, start_BL):
 
 def _convolve(x, weights, bias, before, start_BL):
     """Compute `convolve` of whole rows."""
-    window, length = before.shape[1], x.shape[1]
-    seen = jnp.concatenate([before, x], axis=1)
-    start_BL = jnp.zeros(x.shape[:2], bool) if start_BL is None else start_BL
-    document_BL = jnp.cumsum(start_BL, axis=1, dtype=jnp.int32)  # 0 where the first document goes on
-    documents_BL = jnp.pad(document_BL, ((0, 0), (window, 0)))
-
-    def same(first, of_BL):
-        """Take what is of a document from `seen[:, first:]`, and 0 for the rest."""
-        part = seen[:, first : first + of_BL.shape[1]]
-        return jnp.where(_wide(documents_BL[:, first : first + of_BL.shape[1]] == of_BL, part), part, 0)
-
+    window = before.shape[1]
+    seen, documents_BL = _seen(x, before, start_BL)
     total = bias
     for tap in range(window + 1):
-        total += same(tap, document_BL).astype(jnp.float32) * weights[..., tap]
-    last_BW = jnp.broadcast_to(document_BL[:, -1:], (x.shape[0], window))
-    return jax.nn.silu(total).astype(x.dtype), same(length, last_BW)
+        total += _same(seen, documents_BL, tap, documents_BL[:, window:]).astype(jnp.float32) * weights[..., tap]
+    return jax.nn.silu(total).astype(x.dtype), _last(seen, documents_BL, window)
+
+
+def _seen(x, before, start_BL):
+    """Return the tokens with those before them, and of which document each is; 0: of the one that goes on."""
+    start_BL = jnp.zeros(x.shape[:2], bool) if start_BL is None else start_BL
+    document_BL = jnp.cumsum(start_BL, axis=1, dtype=jnp.int32)
+    return jnp.concatenate([before, x], axis=1), jnp.pad(document_BL, ((0, 0), (before.shape[1], 0)))
+
+
+def _same(seen, documents_BL, first: int, of_BL):
+    """Take what is of a document from `seen[:, first:]`, and 0 for the rest."""
+    part, its_BL = (array[:, first : first + of_BL.shape[1]] for array in (seen, documents_BL))
+    return jnp.where(_wide(its_BL == of_BL, part), part, 0)
+
+
+def _last(seen, documents_BL, window: int):
+    """Return what the next tokens see: of the last ones those of the last document."""
+    last_BW = jnp.broadcast_to(documents_BL[:, -1:], (seen.shape[0], window))
+    return _same(seen, documents_BL, seen.shape[1] - window, last_BW)
 
 
 def _wide(mask_BL, x):

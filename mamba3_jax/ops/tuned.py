@@ -38,8 +38,14 @@ class Choice:
 
 
 def device():
-    """Return a device of the mesh in context, or else of the process. Of a mesh only kind and platform are known."""
-    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    """Return the device that what is traced is for: of the mesh in context, or else the first of this process.
+
+    Of a mesh whose devices this process does not have, a topology's say, only kind and platform are known. (As
+    `pallas_kernels.device.target`: kernels import nothing of ours, and everything else works without them.)
+    """
+    wanted = jax.sharding.get_abstract_mesh().abstract_device
+    here = jax.devices()
+    return next((device for device in here if wanted is None or device.device_kind == wanted.device_kind), wanted)
 
 
 def choose(device: str, tokens: Tokens) -> Choice | None:

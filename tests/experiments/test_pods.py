@@ -12,12 +12,14 @@ from mamba3_jax.presets import PRESETS
 
 @pytest.mark.parametrize("step", pods.steps(), ids=lambda step: f"{step.model}-{step.topology}-{step.length}")
 def test_a_step_fills_its_topology(step):
-    grid = math.prod(map(int, step.topology.partition(":")[2].split("x")))
+    slices, one = tpu.slices_of(step.topology)
+    grid = slices * math.prod(map(int, one.partition(":")[2].split("x")))
     axes = {name: int(size) for name, size in (axis.split(":") for axis in step.mesh.split(","))}
-    assert math.prod(axes.values()) == grid * (2 if step.topology.startswith("tpu7x") else 1)
+    assert math.prod(axes.values()) == grid * (2 if "tpu7x" in step.topology else 1)
     assert step.batch % (axes.get("data", 1) * axes.get("fsdp", 1)) == 0
     assert tpu.chip_of(step.topology)
     assert step.model in PRESETS
+    assert axes.get("data", 1) % slices == 0
 
 
 def test_the_steps_that_say_most_are_first():
@@ -30,6 +32,7 @@ def test_a_row_is_drawn_by_kind():
     sent = [
         {"kind": "all-reduce", "devices": 4, "times": 1, "gb": 1.0, "sent_gb": 1.5},
         {"kind": "all-reduce", "devices": 2, "times": 1, "gb": 1.0, "sent_gb": 1.0},
+        {"kind": "all-reduce", "devices": 2, "dcn": True, "times": 1, "gb": 4.0, "sent_gb": 4.0},
     ]
     row = {"collectives": sent, "mfu_at_once": 0.5, "mfu_in_turn": 0.25, "gflop": 1500.0}
     drawn, failed = pods.drawn([row, {"failed": "too large"}])

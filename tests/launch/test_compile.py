@@ -1,5 +1,6 @@
 """Steps compiled for TPUs that are not there: what is read from their programs, and what is refused."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -50,6 +51,8 @@ def test_the_step_of_training(compiler):
     assert row["gflop"] > row["model_gflop"] > 0
     assert 0 < row["mfu_in_turn"] < row["mfu_at_once"] < 1
     assert any("MFU" in line for line in needs.lines(row))
+    assert any("a device 64 of the width" in line for line in needs.lines(row))
+    assert not any("of the width" in line for line in needs.lines(row | {"width": None}))
 
 
 @pytest.mark.libtpu
@@ -97,6 +100,35 @@ def test_known_exchanges_are_counted(topology):
     }
     assert found["all-reduce"].sent == 5 * part * 2 * 3 / 4
     assert found["all-gather"].sent == part
+
+
+@pytest.mark.libtpu
+def test_what_slices_exchange_is_told_apart(compiler):
+    """Of each kind, over data: within a slice a device has its part of a sum scattered and gathered."""
+    devices, part = tpu.devices_of("2xv5e:2x2"), 256 * 1024 * 4
+    of = functools.partial(hlo.Collective, devices=2, times=1, dcn=True)
+    assert exchanged(devices, lambda x_LD: jax.lax.psum(x_LD, ("data", "fsdp"))) == {
+        "reduce-scatter": hlo.Collective("reduce-scatter", part, devices=4, times=1),
+        "all-reduce": of("all-reduce", part // 4),
+        "all-gather": hlo.Collective("all-gather", part, devices=4, times=1),
+    }
+    gathered = exchanged(devices, lambda x_LD: jax.lax.all_gather(x_LD, "data", tiled=True))
+    assert gathered == {"all-gather": of("all-gather", 2 * part)}
+    scattered = exchanged(devices, lambda x_LD: jax.lax.psum_scatter(x_LD, "data", tiled=True))
+    assert scattered == {"reduce-scatter": of("reduce-scatter", part)}
+
+
+@pytest.mark.libtpu
+def test_the_step_on_two_slices(compiler):
+    """Between slices, over data, go the gradients in float32: at least a device's part, and at most all of fsdp's."""
+    config = tiny("data:2,fsdp:2,tensor:2")
+    row = needs.measured(config, "2xv5e:2x2")
+    mesh = make_mesh(config.train.mesh, tpu.devices_of("2xv5e:2x2"))
+    gradients = memory.on_a_device(state_shapes(config, mesh).params) / 1e9
+    assert {each["kind"] for each in row["collectives"] if each["dcn"]} == {"all-reduce"}
+    assert gradients < row["dcn_gb"] < 2.5 * gradients
+    assert row["dcn_ms"] == pytest.approx(row["dcn_gb"] / 3.125 * 1e3)
+    assert any("of 2 slices" in line for line in needs.lines(row))
 
 
 @pytest.mark.libtpu
@@ -176,6 +208,36 @@ def test_a_chain_counts_once_and_a_sum_of_which_a_part_is_kept_is_a_scatter():
     assert [each.kind for each in hlo.Program(apart).collectives()] == ["all-gather"] * 2 + ["all-reduce", "all-gather"]
 
 
+# A layer's part of what all layers have, read and written as tpu7x does: laid out anew, by a fusion within, before.
+STACKED = """HloModule jit_f
+
+%anew (x: bf16[8,256,256]) -> bf16[8,256,256] {
+  %x = bf16[8,256,256]{2,1,0:T(16,128)(2,1)} parameter(0)
+  ROOT %c = bf16[8,256,256]{2,1,0:T(8,128)(2,1)} copy(%x)
+}
+
+%part (p: bf16[8,256,256], i: s32[]) -> bf16[1,256,256] {
+  %p = bf16[8,256,256]{2,1,0:T(16,128)(2,1)} parameter(0)
+  %i = s32[] parameter(1)
+  %f = bf16[8,256,256]{2,1,0:T(8,128)(2,1)} fusion(%p), calls=%anew
+  ROOT %s = bf16[1,256,256]{2,1,0:T(8,128)(2,1)} dynamic-slice(%f, %i), dynamic_slice_sizes={1,256,256}
+}
+
+ENTRY %main (a: bf16[8,256,256], i: s32[]) -> bf16[1,256,256] {
+  %a = bf16[8,256,256]{2,1,0:T(16,128)(2,1)} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %r = bf16[1,256,256]{2,1,0:T(8,128)(2,1)} fusion(%a, %i), calls=%part
+}
+"""
+
+
+def test_what_is_laid_out_anew_and_sliced_is_read_as_the_slice():
+    part = 256 * 256 * 2
+    assert hlo.Program(STACKED).cost().hbm_bytes == 2 * part + 4  # and which of them
+    more = STACKED.replace("copy(%x)", "negate(%x)")  # planted: all of it is computed
+    assert hlo.Program(more).cost().hbm_bytes == 9 * part + 4
+
+
 def test_what_another_unit_is_called_to_exchange_counts():
     """The sparse cores of v5p, v6e and tpu7x."""
     called = CHAIN.replace("fusion(%b), calls=%summed", "call-start(%b), to_apply=%summed")
@@ -183,11 +245,13 @@ def test_what_another_unit_is_called_to_exchange_counts():
 
 
 def test_the_roofline_is_arithmetic():
-    row = {"gflop": 197.0, "hbm_gb": 0.819, "collectives": [{"sent_gb": 0.1}, {"sent_gb": 0.3}]}
+    sent = [{"sent_gb": 0.1, "dcn": False}, {"sent_gb": 0.3, "dcn": False}, {"sent_gb": 0.0125, "dcn": True}]
+    row = {"gflop": 197.0, "hbm_gb": 0.819, "collectives": sent}
     found = needs.roofline(row, 98.5, tpu.CHIPS["v5e"])
-    assert (found["compute_ms"], found["hbm_ms"], found["ici_ms"]) == pytest.approx((1, 1, 2))
-    assert found["limit"] == "ici"
-    assert (found["mfu_at_once"], found["mfu_in_turn"]) == pytest.approx((0.25, 0.125))
+    assert (found["compute_ms"], found["hbm_ms"], found["ici_ms"], found["dcn_ms"]) == pytest.approx((1, 1, 2, 4))
+    assert found["limit"] == "dcn"
+    assert (found["mfu_at_once"], found["mfu_in_turn"]) == pytest.approx((0.125, 0.0625))
+    assert needs.roofline(row | {"collectives": sent[:2]}, 98.5, tpu.CHIPS["v5e"])["limit"] == "ici"
 
 
 def test_an_unknown_chip_is_refused():
@@ -200,6 +264,12 @@ def test_an_unknown_chip_is_refused():
     ("topology", "mesh", "message"),
     [
         ("v5e:2x3", "data:-1", r"topology='v5e:2x3': .*not divisible"),
+        (
+            "2xv4:2x2x1",
+            "data:2",
+            r"topology='2xv4:2x2x1': what v4 sends to other slices is not known",
+        ),
+        ("2xv5e:2x2", "fsdp:8", r"mesh='fsdp:8': data=1 is not a multiple of the 2 slices"),
         ("v5e:2x2", "data:3", r"mesh='data:3' does not make up the 4 devices"),
         ("v5e:2x4", "tensor:8", r"'heads' is an axis of 4, not a multiple of the mesh's tensor=8"),
         ("v5e:4x4", "data:16", r"data.batch=8 is not a positive multiple of 16"),

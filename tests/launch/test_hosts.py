@@ -428,6 +428,17 @@ def test_slurm_says_who_they_are(monkeypatch):
     assert hosts.place() is None
 
 
+@pytest.mark.parametrize(("slice_", "worker", "index"), [(0, 0, 0), (0, 1, 1), (1, 0, 2), (1, 1, 3)])
+def test_gke_says_who_they_are_on_two_slices(monkeypatch, slice_, worker, index):
+    """Of two hosts each, by the variables that GKE sets where a JobSet has two replicas of a job."""
+    slices = {"NUM_SLICES": "2", "SLICE_ID": str(slice_), "COORDINATOR_ADDRESS": "localhost"}
+    of_slice = {"TPU_WORKER_HOSTNAMES": f"host-{slice_}-0,host-{slice_}-1", "TPU_WORKER_ID": str(worker)}
+    clean(monkeypatch, {f"MEGASCALE_{name}": value for name, value in slices.items()} | of_slice, join_timeout=10)
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setattr("jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm", True)
+    assert hosts.place() == hosts.Place("localhost:8482", 4, index)
+
+
 def test_the_roll_is_called_whoever_else_knocks():
     """Late ones are waited for; what is not one of them is not answered, and keeps none of them out."""
     port, found = free_port(), {}

@@ -3,9 +3,11 @@
 Here cuDNN's kernels are lowered and not run. What is asked of them is asked of XLA, in the same words.
 """
 
+import contextlib
 import dataclasses
 import functools
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ from mamba3_jax.mixers.attention import Attention
 from mamba3_jax.model import LanguageModel, validate
 from mamba3_jax.ops import attention
 from tests.helpers import first, rel_rms
-from tests.pallas_kernels.family import GPU
+from tests.pallas_kernels.family import GPU, mesh_of
 
 FORWARD, GRADIENT = 1e-5, 2e-5
 BATCH, LENGTH, D_MODEL = 2, 13, 12
@@ -214,6 +216,31 @@ def test_cudnn_is_chosen_where_it_runs_and_refused_by_name_where_not(change, siz
     else:
         with pytest.raises(ValueError, match=f"attn_implementation='cudnn' {message}"):
             attention.choose("cudnn", queries, packed)
+
+
+@pytest.mark.parametrize(
+    ("here", "wanted", "wish"),
+    [
+        (("NVIDIA H200", "9.0"), None, None),
+        (("NVIDIA H200", "9.0"), ("NVIDIA H200", "gpu"), None),
+        (("NVIDIA H200", "9.0"), ("TPU v5 lite", "tpu"), "needs an NVIDIA GPU, not 'TPU v5 lite'"),
+        (
+            ("Tesla V100-NVIDIA", "7.0"),
+            None,
+            "needs an NVIDIA GPU of this process from Ampere on, not 'Tesla V100-NVIDIA'",
+        ),
+        (
+            ("cpu", None),
+            ("NVIDIA H200", "gpu"),
+            "needs an NVIDIA GPU of this process from Ampere on, not 'NVIDIA H200'",
+        ),
+    ],
+)
+def test_whether_there_is_cudnn_is_asked_of_the_mesh_in_context(here, wanted, wish, monkeypatch):
+    kind, capability = here
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind, compute_capability=capability)])
+    with use_abstract_mesh(mesh_of(*wanted, cores=1)) if wanted else contextlib.nullcontext():
+        assert attention.unavailable() == wish
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is one")

@@ -1,5 +1,6 @@
 """Meshes: what a specification means, and that several devices compute what one does."""
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -37,6 +38,78 @@ def test_several_devices_compute_what_one_does():
 def test_a_wrong_mesh_is_refused(spec, message):
     with pytest.raises(ValueError, match=message):
         make_mesh(spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh asks of a device."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    device_kind: str = "any"
+    platform: str = "any"
+
+
+def on_slices(*slices: int) -> list:
+    """Devices of as many slices as numbers are given, each the slice of one device."""
+    return [Device(place, number) for place, number in enumerate(slices)]
+
+
+@pytest.mark.parametrize(
+    ("spec", "crosses"),
+    [
+        ("data:2,fsdp:4", {"data"}),
+        ("data:-1", {"data"}),
+        ("fsdp:2,data:4", {"data"}),
+        ("data:4,tensor:2", {"data"}),
+        ("fsdp:2x4", {"fsdp"}),
+        ("data:1x2,fsdp:2x2", {"fsdp"}),
+        ("sequence:2x4", {"sequence"}),
+        ("data:2,tensor:1x4", {"data"}),
+    ],
+)
+def test_the_axis_over_slices_is_data_or_the_one_that_says_so(spec, crosses):
+    """However the devices are listed: along every other axis all are of one slice."""
+    mesh = make_mesh(spec, on_slices(1, 0, 0, 1, 1, 0, 1, 0))
+    assert sorted(device.id for device in mesh.devices.flat) == list(range(8))
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    for place, name in enumerate(mesh.axis_names):
+        one = (slices == slices.take([0], axis=place)).all()
+        assert bool(one) == (name not in crosses), name
+
+
+def test_slices_may_be_shared_by_two_axes():
+    mesh = make_mesh("data:2,fsdp:2x2", on_slices(0, 0, 1, 1, 2, 2, 3, 3))
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert slices.tolist() == [[0, 0, 1, 1], [2, 2, 3, 3]]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("data:3,fsdp:4", r"mesh='data:3,fsdp:4': data=3 is not a multiple of the 2 slices"),
+        ("fsdp:12", r"mesh='fsdp:12': data=1 is not a multiple of the 2 slices .*fsdp:2x4, say"),
+        ("tensor:4,fsdp:3", r"data=1 is not a multiple of the 2 slices"),
+        ("fsdp:3x4", r"mesh='fsdp:3x4' is over 3 slices, and the devices are of 2"),
+        ("data:1x12", r"mesh='data:1x12' is over 1 slices, and the devices are of 2"),
+        ("data:2x2x3", "'data:2x2x3' is not axis:size"),
+        ("data:-1x2", "'data:-1x2' is not axis:size"),
+    ],
+)
+def test_sizes_that_do_not_divide_the_slices_are_refused(spec, message):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(spec, on_slices(*[0] * 6, *[1] * 6))
+
+
+def test_one_slice_is_no_two():
+    with pytest.raises(ValueError, match="is over 2 slices, and the devices are of 1"):
+        make_mesh("fsdp:2x4", on_slices(*[0] * 8))
+
+
+def test_slices_of_different_sizes_are_refused():
+    with pytest.raises(ValueError, match="devices"):
+        make_mesh("data:-1", on_slices(0, 0, 0, 1))
 
 
 def test_every_parameter_has_names_and_what_heads_share_is_whole():
