@@ -9,12 +9,12 @@ import numpy as np
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data import arithmetic, flip_flop, recall
 from mamba3_jax.data.batch import Batch, Documents
+from mamba3_jax.data.curriculum import Setting, document_setting, stages
 from mamba3_jax.data.packing import Rows
 from mamba3_jax.data.words import Group, alternating, cyclic, symmetric, words
 
-# Second words of the generator's key: each begins another stream.
+# Second words of the generator's key: each begins another stream. 2 is the curriculum's.
 SPLIT_KEYS = {"train": 0, "valid": 1}
-LENGTHS_KEY = 2
 
 LABELS = ("every", "answer")
 CHOICES = (
@@ -24,13 +24,6 @@ CHOICES = (
     "task_mixed",
     "task_pairs",
 )  # what rows are, beside source, lengths and steps
-
-
-class Setting(NamedTuple):
-    """What documents are drawn at, beside the task."""
-
-    length: int  # tokens
-    pairs: int = 0  # of keys and values, in tasks that have them; 0: as the task has it for this length
 
 
 class Task(NamedTuple):
@@ -131,33 +124,6 @@ TASKS = {
     "needle": needle_task(alike=False),
     "needle_alike": needle_task(alike=True),
 }
-
-
-def document_setting(config: DataConfig, step: int) -> Setting:
-    """Follow the curriculum: what the documents of a step are drawn at.
-
-    Without `task_min_length`, stage i has `task_lengths[i]` and `task_pairs[i]` and lasts `task_steps[i]` steps; the
-    last goes on. `task_mixed` draws the step's stage instead, as often as `task_steps` are to each other. With
-    `task_min_length`, a length is drawn for the step between it and a longest one, which goes linearly from
-    `task_lengths[i]` to the next over `task_steps[i]` steps.
-    """
-    ends, generator = np.cumsum(config.task_steps), functools.partial(_of_step, config.seed, step)
-    if config.task_min_length:
-        longest = int(np.interp(step, [0, *ends[:-1]], config.task_lengths))
-        return Setting(int(generator().integers(config.task_min_length, longest, endpoint=True)))
-    place = generator().random() * ends[-1] if config.task_mixed else step
-    stage = min(int(np.searchsorted(ends, place, side="right")), len(ends) - 1)
-    return stages(config)[stage]
-
-
-def _of_step(seed: int, step: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[seed, LENGTHS_KEY], counter=[0, 0, 0, step]))
-
-
-def stages(config: DataConfig) -> list[Setting]:
-    """List the settings of the curriculum."""
-    pairs = config.task_pairs or (0,) * len(config.task_lengths)
-    return [Setting(*stage) for stage in zip(config.task_lengths, pairs, strict=True)]
 
 
 def check_setting(source: str, setting: Setting) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mamba3_jax.config import LENGTH, DataConfig
-from mamba3_jax.data.synthetic import TASKS, Setting, check_setting
+from mamba3_jax.data.curriculum import Setting
+from mamba3_jax.data.synthetic import TASKS, check_setting
 from mamba3_jax.evaluate.language import check_lengths, past
 from mamba3_jax.evaluate.score import Scored, Scorer
 

@@ -9,7 +9,8 @@ import pytest
 
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data import loader, recall
-from mamba3_jax.data.synthetic import TASKS, Setting, document_setting, synthetic_rows
+from mamba3_jax.data.curriculum import Setting, document_setting
+from mamba3_jax.data.synthetic import TASKS, synthetic_rows
 
 
 def data_of(source, length, pairs=0, **fields):

@@ -9,8 +9,9 @@ import pytest
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data import Batch, loader, tokenizer
 from mamba3_jax.data import synthetic as module
+from mamba3_jax.data.curriculum import document_setting
 from mamba3_jax.data.flip_flop import top_writes
-from mamba3_jax.data.synthetic import GROUPS, TASKS, document_setting, synthetic_rows
+from mamba3_jax.data.synthetic import GROUPS, TASKS, synthetic_rows
 from mamba3_jax.data.words import products
 from tests.data.by_hand import ANSWER, BY_HAND, flip_flop_by_hand, left_to_right, parity_by_hand, word_by_hand
 

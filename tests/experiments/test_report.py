@@ -186,6 +186,15 @@ def test_figures_are_by_length_by_size_or_by_variant(folder, tmp_path):
     assert drawn.lines == [("all", [64, 128], [[95.0, 100.0], [25.0, 35.0]])]
     assert drawn.across == "d_model"
 
+    result = result_of(SCORES)
+    for row in result["rows"]:
+        row["scores"] += [{"length": at, "pairs": 2, "scaled_last": at / 64} for at in (8, 16)]
+    record(folder, result | {"metric": "scaled_last@8:2"})
+    (folder / "tasks" / "toy.py").write_text(TOY)
+    drawn = metric.figure_of(found.experiments(folder)[0])  # by length, of the metric's pairs alone
+    assert drawn.lines[0] == ("plain", [8, 16], [[12.5, 12.5], [25.0, 25.0]])
+    assert drawn.across == "length, tokens with 2 pairs"
+
     result = result_of({"plain": {1e-3: [0.5, 0.6]}})
     result["rows"][0]["loss"] = None  # it diverged
     record(folder, result | {"metric": "loss"})

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import found
-from experiments.tasks import parity
+from experiments.tasks import mqar_small, parity
 from launch import experiment
 from mamba3_jax.config import with_fields
 from mamba3_jax.evaluate import tasks
@@ -65,3 +65,15 @@ def test_the_recipe_learns_short_strings(tmp_path):
     assert min(summary["loss"] for summary in summaries) < 0.01
     (score,) = tasks.evaluate(LanguageModel(config.model), params, config.data, lengths=(4,), members=2)
     assert max(score["scaled_last"]) == 1
+
+
+@pytest.mark.full
+def test_a_small_model_learns_to_recall(tmp_path):
+    """Four pairs of 64 symbols: with a convolution 300 steps are enough, and for twice the length too."""
+    config = with_fields(mqar_small.get_config(), mqar_small.VARIANTS["mamba3_conv"])
+    config.train.steps = 300
+    with Population(config, members(1, (6e-3,)), tmp_path, report=lambda _: None) as population:
+        population.run()
+        params = population.params()
+    found = tasks.evaluate(LanguageModel(config.model), params, config.data, lengths=("32:4", "64:4"), members=1)
+    assert min(score["accuracy"][0] for score in found) > 0.9

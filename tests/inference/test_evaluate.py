@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data import Batch, loader, recall, tokenizer
 from mamba3_jax.data.batch import Documents
-from mamba3_jax.data.synthetic import TASKS, Setting, Task
+from mamba3_jax.data.curriculum import Setting
+from mamba3_jax.data.synthetic import TASKS, Task
 from mamba3_jax.evaluate import comparison, language, tasks
 from mamba3_jax.evaluate.score import Scored, Scorer, positions
 from tests.data.by_hand import ANSWER, BY_HAND
