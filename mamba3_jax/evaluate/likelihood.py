@@ -17,7 +17,9 @@ from mamba3_jax.generate import prefill
 from mamba3_jax.model import LanguageModel, padded_vocab
 from mamba3_jax.ops.cross_entropy import TILE
 
-LEAST, PIECE = 16, 2048  # tokens of a row in a call: a power of two from LEAST to PIECE; what is longer runs in pieces
+# Lengths up to each of these run in pieces of so many tokens, longer ones in pieces of PIECE. A state is carried from
+# piece to piece, so that their number is no shape: compiling one more takes longer than running many.
+PIECES, PIECE = {0: 0, 16: 16, 256: 64, 2048: 512}, 2048
 ROWS, TOKENS = 128, 2**14  # of a call, at most
 
 
@@ -40,23 +42,35 @@ class Likelihood(NamedTuple):
         return -float(self.nll_T.sum(dtype=np.float64))
 
 
-class Shape(NamedTuple):
-    """Tokens of a row of a batch: those of the prefix, then those of the tail."""
+class Pieces(NamedTuple):
+    """How many tokens of a row one call runs: of its prefix, and of its tail."""
 
     prefix: int
     tail: int
 
 
 class Group(NamedTuple):
-    """A batch to run: so many rows of a shape for these requests, by their numbers."""
+    """A batch to run: rows of a prefix and a tail, both whole pieces, for these requests, given by their numbers."""
 
-    shape: Shape
+    pieces: Pieces
     rows: int
+    prefix: int
+    tail: int
     numbers: list[int]
+
+    @property
+    def capacity(self) -> int:
+        """Return the room for tokens in caches of attention: a shape, so a power of two."""
+        return power_of_two(self.prefix + self.tail)
+
+    @property
+    def work(self) -> int:
+        """Count the tokens that are run, padding among them."""
+        return self.rows * (self.prefix + self.tail)
 
 
 class Likelihoods:
-    """Scores any number of requests, and compiles once for each shape.
+    """Scores any number of requests, and compiles once for each of few shapes.
 
         log p(c | x) = sum_i log p(c_i | x, c_1, ..., c_(i-1))
 
@@ -84,60 +98,62 @@ class Likelihoods:
         """
         groups = self.plan(requests)
         found = [Likelihood(np.zeros(0, np.float32), np.zeros(0, bool))] * len(requests)
-        work = sum(group.rows * sum(group.shape) for group in groups)
+        work = sum(group.work for group in groups)
         begin = said = time.perf_counter()
         spent = done = 0
         for group in groups:
             results = self._run(group, [requests[number] for number in group.numbers])
             for number, result in zip(group.numbers, results, strict=True):
                 found[number] = result
-            spent, done, now = spent + group.rows * sum(group.shape), done + len(group.numbers), time.perf_counter()
+            spent, done, now = spent + group.work, done + len(group.numbers), time.perf_counter()
             if say and now - said > 3:
                 said, speed = now, spent / (now - begin)
                 say(f"{what}: {done} of {len(requests)}, {(work - spent) / speed:.0f} s left, {speed:,.0f} tokens/s")
         return found
 
     def plan(self, requests: Sequence[Request]) -> list[Group]:
-        """Cut requests into batches, the longest first, so that a shared context is in one; see `score` for errors."""
-        shapes: dict[bytes | int, Shape] = {}
+        """Cut requests into batches, the longest first, in which a context's stand together; see `score` for errors."""
         keys = [key_of(number, request) for number, request in enumerate(requests)]
-        for key, request in zip(keys, requests, strict=True):
-            tail = max(padded_size(len(request.continuation)), shapes[key].tail if key in shapes else 0)
-            shapes[key] = Shape(padded_size(len(request.context) - 1), tail)
-        # Sorting is stable by shape, and by where the context came first: its requests stand together.
-        first = {key: number for number, key in reversed(list(enumerate(keys)))}
+        first, tails = {}, {}
+        for number, (key, request) in enumerate(zip(keys, requests, strict=True)):
+            first.setdefault(key, number)
+            tails[key] = max(tails.get(key, 0), len(request.continuation))
+        sizes = [(len(request.context) - 1, tails[key]) for key, request in zip(keys, requests, strict=True)]
+        alike = [Pieces(*map(piece_of, size)) for size in sizes]
         order = [number for number, request in enumerate(requests) if len(request.continuation)]
-        order.sort(key=lambda number: (-sum(shapes[keys[number]]), shapes[keys[number]], first[keys[number]]))
+        order.sort(key=lambda number: (*alike[number], *sizes[number], first[keys[number]]), reverse=True)
         groups = []
-        for shape, run in itertools.groupby(order, key=lambda number: shapes[keys[number]]):
+        for pieces, run in itertools.groupby(order, key=alike.__getitem__):
             numbers = list(run)
-            rows = self._rows(shape, len(numbers))
-            groups += [Group(shape, rows, numbers[at : at + rows]) for at in range(0, len(numbers), rows)]
+            longest = [max(sizes[number][part] for number in numbers) for part in (0, 1)]
+            rows = self._rows(Group(pieces, 1, *map(padded, longest), numbers))
+            for at in range(0, len(numbers), rows):
+                own = numbers[at : at + rows]
+                prefix, tail = (max(padded(sizes[number][part]) for number in own) for part in (0, 1))
+                groups.append(Group(pieces, rows, prefix, tail, own))
         return groups
 
-    def _rows(self, shape: Shape, wanted: int) -> int:
-        """Choose a power of two of rows: as many as are wanted, where they are not too many for a call and fit."""
-        logits = min(shape.tail, PIECE) * padded_vocab(self.model.config)
-        most = min(ROWS, TOKENS // min(max(shape), PIECE), TILE // logits, power_of_two(wanted))
+    def _rows(self, group: Group) -> int:
+        """Choose a power of two of rows: as many as there are requests, where these are not too many and fit."""
+        logits = group.pieces.tail * padded_vocab(self.model.config)
+        most = min(ROWS, TOKENS // max(group.pieces), TILE // logits, power_of_two(len(group.numbers)))
         rows = power_of_two(max(1, most) + 1) // 2  # rounded down
+        needed = functools.partial(memory.carrying, self.model, length=group.capacity, piece=group.pieces.tail)
         free = memory.free_on_device()
-        while rows > 1 and free is not None and sum(self._needed(shape, rows).values()) > free:
+        while rows > 1 and free is not None and sum(needed(rows).values()) > free:
             rows //= 2
-        memory.fit_device(self._needed(shape, rows))
+        memory.fit_device(needed(rows))
         return rows
-
-    def _needed(self, shape: Shape, rows: int) -> dict[str, int]:
-        return memory.carrying(self.model, rows, sum(shape), min(shape.tail, PIECE))
 
     def _run(self, group: Group, requests: list[Request]) -> list[Likelihood]:
         """Score one batch; rows that no request fills repeat the first."""
-        (prefix, tail), rows = group.shape, group.rows
+        rows, tail = group.rows, group.tail
         contexts = [np.asarray(request.context, np.int32) for request in requests]
         start_BL = np.zeros((rows, tail), bool)
-        if prefix:
+        if group.prefix:
             state = self._prefixes(contexts, group)
         else:
-            state, start_BL[:, 0] = self.model.empty_state(rows, tail), True
+            state, start_BL[:, 0] = self.model.empty_state(rows, group.capacity), True
         tokens_BL, targets_BL = np.zeros((2, rows, tail), np.int32)
         for row, (context_T, request) in enumerate(zip(contexts, requests, strict=True)):
             size = len(request.continuation)
@@ -145,7 +161,7 @@ class Likelihoods:
             tokens_BL[row, :size] = [context_T[-1], *targets_BL[row, : size - 1]]
         batch = Batch(tokens_BL, targets_BL, np.ones((rows, tail), np.float32), start_BL)
         parts = []
-        for part in pieces(tail):
+        for part in cut(tail, group.pieces.tail):
             *scores, state = self._score(self.params, jax.tree.map(lambda x_BL: x_BL[:, part], batch), state)  # noqa: B023
             parts.append(scores)
         nll_BL, correct_BL = (np.concatenate(part, axis=1) for part in zip(*jax.device_get(parts), strict=True))
@@ -157,8 +173,7 @@ class Likelihoods:
 
     def _prefixes(self, contexts: list[np.ndarray], group: Group):
         """Run each context without its last token once; return a state a row of the batch."""
-        (prefix, tail), places = group.shape, {}
-        from_B = np.zeros(group.rows, np.int32)
+        prefix, places, from_B = group.prefix, {}, np.zeros(group.rows, np.int32)
         for row, context_T in enumerate(contexts):
             from_B[row] = places.setdefault(context_T.tobytes(), len(places))
         tokens_BL = np.zeros((power_of_two(len(places)), prefix), np.int32)
@@ -166,8 +181,8 @@ class Likelihoods:
         for place, context_T in zip(from_B, contexts, strict=False):
             first = prefix - (len(context_T) - 1)
             tokens_BL[place, first:], start_BL[place, first] = context_T[:-1], True
-        state = self.model.empty_state(len(tokens_BL), prefix + tail)
-        for part in pieces(prefix):
+        state = self.model.empty_state(len(tokens_BL), group.capacity)
+        for part in cut(prefix, group.pieces.prefix):
             state = self._prefill(self.params, tokens_BL[:, part], start_BL[:, part], state)
         return self._copies(state, from_B)
 
@@ -186,13 +201,16 @@ def power_of_two(least: int) -> int:
     return 1 << (least - 1).bit_length()
 
 
-def padded_size(length: int) -> int:
-    """Round a length up: to a power of two from LEAST to PIECE, past that to whole pieces; 0 stays 0."""
-    if length > PIECE:
-        return -(-length // PIECE) * PIECE
-    return max(LEAST, power_of_two(length)) if length else 0
+def piece_of(length: int) -> int:
+    """Return how many tokens a call runs of a row of this length; 0 for none."""
+    return next((piece for most, piece in PIECES.items() if length <= most), PIECE)
 
 
-def pieces(length: int) -> list[slice]:
-    """Cut a padded length into what one call runs of it."""
-    return [slice(first, first + min(length, PIECE)) for first in range(0, length, PIECE)]
+def padded(length: int) -> int:
+    """Round a length up to whole pieces."""
+    return -(-length // max(1, piece_of(length))) * piece_of(length)
+
+
+def cut(length: int, piece: int) -> list[slice]:
+    """Cut a whole number of pieces into these."""
+    return [slice(first, first + piece) for first in range(0, length, piece)]

@@ -1,7 +1,5 @@
 """Log-likelihoods of continuations: however requests are batched, padded and cut, those of one plain call."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,7 +49,8 @@ def requests(of):
 
 @pytest.mark.parametrize("pattern", first(["MA", "M", "21"]))
 def test_a_request_scores_as_in_one_plain_call(pattern, monkeypatch):
-    monkeypatch.setattr(likelihood, "PIECE", 16)  # most are cut
+    monkeypatch.setattr(likelihood, "PIECES", {0: 0, 4: 4})
+    monkeypatch.setattr(likelihood, "PIECE", 8)  # most are cut
     monkeypatch.setattr(likelihood, "ROWS", 4)
     of = forward(pattern)
     asked = requests(of)
@@ -79,30 +78,32 @@ class Plan(Likelihoods):
 
 def test_batches_have_few_shapes_and_contexts_stay_together():
     rng = np.random.default_rng(1)
-    contexts = [[*range(i % 13), *[i % 7] * (20 + i)] for i in range(200)]
+    contexts = [[*rng.integers(0, 13, 20 + 2 * i)] for i in range(200)]
     asked = [Request(context, [1] * (1 + rng.integers(60))) for context in contexts for _ in range(4)]
     groups = Plan().plan(asked)
     assert sorted(number for group in groups for number in group.numbers) == list(range(800))
-    assert len({(group.shape, group.rows) for group in groups}) <= 9
+    assert len({(group.pieces, group.rows) for group in groups}) <= 4
     for group in groups:
         assert len(group.numbers) <= group.rows
-        assert group.rows * max(group.shape) <= likelihood.TOKENS
-        for number in group.numbers:
-            assert len(asked[number].context) - 1 <= group.shape.prefix
-            assert len(asked[number].continuation) <= group.shape.tail
+        assert group.rows * max(group.pieces) <= likelihood.TOKENS
+        assert max(len(asked[number].context) - 1 for number in group.numbers) <= group.prefix <= group.capacity
+        assert max(len(asked[number].continuation) for number in group.numbers) <= group.tail <= group.capacity
+        assert (group.prefix % group.pieces.prefix, group.tail % group.pieces.tail) == (0, 0)
     together = [{number // 4 for number in group.numbers} for group in groups]
     assert sum(map(len, together)) <= 200 + len(groups)  # a batch's end may part one context's continuations
-    assert [sum(group.shape) for group in groups] == sorted((sum(group.shape) for group in groups), reverse=True)
+    tokens = sum(len(one.context) - 1 + len(one.continuation) for one in asked)
+    assert sum(group.work for group in groups) < 2 * tokens
 
 
 def test_a_context_runs_once(monkeypatch):
     scorer, seen = Likelihoods(*tiny("M")), []
     run = scorer._prefill
-    monkeypatch.setattr(
-        scorer,
-        "_prefill",
-        lambda params, tokens_BL, *rest: seen.append(tokens_BL.shape) or run(params, tokens_BL, *rest),
-    )
+
+    def counted(params, tokens_BL, *rest):
+        seen.append(tokens_BL.shape)
+        return run(params, tokens_BL, *rest)
+
+    monkeypatch.setattr(scorer, "_prefill", counted)
     scorer.score([Request([1, 2, 3], [number]) for number in range(8)])
     assert seen == [(1, 16)]
 
