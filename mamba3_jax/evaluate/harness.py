@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,11 +66,12 @@ def load(names: Sequence[str], folder: str, limit: int | None = None, shots: int
     for name in names:
         if name not in manager.all_tasks:
             raise TaskError(unknown(name, folder, manager))
-        try:
-            with contextlib.chdir(folder):  # from which `datasets` takes relative files
-                loaded = manager.load([name])
-        except Exception as error:
-            raise TaskError(f"--tasks={name} of {folder}: {cause(error)}") from None
+        with heard() as said:
+            try:
+                with contextlib.chdir(folder):  # from which `datasets` takes relative files
+                    loaded = manager.load([name])
+            except Exception as error:
+                raise TaskError("; ".join([f"--tasks={name} of {folder}: {cause(error)}", *said])) from None
         found = {kind: found[kind] | of_kind for kind, of_kind in loaded.items()}
     for task in found["tasks"].values():
         if shots is not None and task.get_config("num_fewshot") != 0:
@@ -79,6 +80,20 @@ def load(names: Sequence[str], folder: str, limit: int | None = None, shots: int
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=SEED)
     return Asked(found, limit, home)
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[list[str]]:
+    """Collect what lm-eval logs as errors, such as the name of a metric that there is not, instead of printing it."""
+    said, handler, logger = [], logging.Handler(logging.ERROR), logging.getLogger("lm_eval")
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = True
 
 
 def cause(error: BaseException) -> str:

@@ -54,6 +54,7 @@ class Group(NamedTuple):
 
     pieces: Pieces
     rows: int
+    contexts: int  # rows of the prefix
     prefix: int
     tail: int
     numbers: list[int]
@@ -66,7 +67,7 @@ class Group(NamedTuple):
     @property
     def work(self) -> int:
         """Count the tokens that are run, padding among them."""
-        return self.rows * (self.prefix + self.tail)
+        return self.contexts * self.prefix + self.rows * self.tail
 
 
 class Likelihoods:
@@ -126,11 +127,12 @@ class Likelihoods:
         for pieces, run in itertools.groupby(order, key=alike.__getitem__):
             numbers = list(run)
             longest = [max(sizes[number][part] for number in numbers) for part in (0, 1)]
-            rows = self._rows(Group(pieces, 1, *map(padded, longest), numbers))
+            rows = self._rows(Group(pieces, 1, 1, *map(padded, longest), numbers))
             for at in range(0, len(numbers), rows):
                 own = numbers[at : at + rows]
                 prefix, tail = (max(padded(sizes[number][part]) for number in own) for part in (0, 1))
-                groups.append(Group(pieces, rows, prefix, tail, own))
+                contexts = power_of_two(len({keys[number] for number in own}))
+                groups.append(Group(pieces, rows, contexts, prefix, tail, own))
         return groups
 
     def _rows(self, group: Group) -> int:
@@ -176,7 +178,7 @@ class Likelihoods:
         prefix, places, from_B = group.prefix, {}, np.zeros(group.rows, np.int32)
         for row, context_T in enumerate(contexts):
             from_B[row] = places.setdefault(context_T.tobytes(), len(places))
-        tokens_BL = np.zeros((power_of_two(len(places)), prefix), np.int32)
+        tokens_BL = np.zeros((group.contexts, prefix), np.int32)
         start_BL = np.zeros(tokens_BL.shape, bool)
         for place, context_T in zip(from_B, contexts, strict=False):
             first = prefix - (len(context_T) - 1)

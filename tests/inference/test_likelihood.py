@@ -91,8 +91,8 @@ def test_batches_have_few_shapes_and_contexts_stay_together():
         assert (group.prefix % group.pieces.prefix, group.tail % group.pieces.tail) == (0, 0)
     together = [{number // 4 for number in group.numbers} for group in groups]
     assert sum(map(len, together)) <= 200 + len(groups)  # a batch's end may part one context's continuations
-    tokens = sum(len(one.context) - 1 + len(one.continuation) for one in asked)
-    assert sum(group.work for group in groups) < 2 * tokens
+    tokens = sum(len(context) for context in contexts) + sum(len(one.continuation) for one in asked)
+    assert tokens < sum(group.work for group in groups) < 2 * tokens
 
 
 def test_a_context_runs_once(monkeypatch):
