@@ -110,11 +110,10 @@ def of_held_out(config, model, params, origin: dict, before: dict) -> tuple[dict
     report = {**origin, "data": dataclasses.asdict(data), "results": results}
     if generated:
         return report, kind.table(results, trained)
-    whole = documents.evaluate(scorer, found, eos, forms, say=say()) if forms else []
-    report |= {"documents": whole} if forms else {}
-    return report | {name: before[name] for name in before if name == "tasks"}, kind.table(
-        results, trained, documents.lines(whole)
-    )
+    report |= {name: before[name] for name in before if name == "tasks"}
+    if forms:
+        report["documents"] = documents.evaluate(scorer, found, eos, forms, say=say())
+    return report, language.table(results, trained, documents.lines(report.get("documents", ())))
 
 
 def of_tasks(config, model, params, origin: dict, before: dict) -> tuple[dict, str]:

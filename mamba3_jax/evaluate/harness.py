@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mamba3_jax.config import listed
+from mamba3_jax.evaluate.harness_model import HarnessModel
 
 HOME = "mamba3_jax_lm_eval_"  # of the folder, in the system's for temporary ones
 # Read when the packages are imported.
@@ -22,6 +23,7 @@ OFFLINE = {
     **dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE"), "1"),
     **dict.fromkeys(("HF_HUB_DISABLE_TELEMETRY", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"), "1"),
 }
+SPLITS = {"train": "training_split", "validation": "validation_split", "test": "test_split"}
 SEED = 1234  # of the choice of solved examples, as lm-eval's own command has it
 
 
@@ -71,6 +73,8 @@ def load(names: Sequence[str], folder: str, limit: int | None = None, shots: int
                 with contextlib.chdir(folder):  # from which `datasets` takes relative files
                     loaded = manager.load([name])
             except Exception as error:
+                if isinstance(error, KeyError) and error.args[0] in SPLITS:
+                    said.append(f"of a split without a file the YAML says {SPLITS[error.args[0]]}: null")
                 raise TaskError("; ".join([f"--tasks={name} of {folder}: {cause(error)}", *said])) from None
         found = {kind: found[kind] | of_kind for kind, of_kind in loaded.items()}
     for task in found["tasks"].values():
@@ -128,13 +132,11 @@ def evaluate(asked: Asked, model, params, codec, *, say: Callable[[str], None] |
     """
     from lm_eval import evaluator
 
-    from mamba3_jax.evaluate.harness_model import HarnessModel
-
-    wrapped = HarnessModel(model, params, codec, say)
+    answers = wrapped(model, params, codec, say)
     try:
-        found = evaluator.evaluate(wrapped, asked.tasks, limit=asked.limit, bootstrap_iters=0)
+        found = evaluator.evaluate(answers, asked.tasks, limit=asked.limit, bootstrap_iters=0)
     except Exception as error:
-        if wrapped.running:
+        if answers.running:
             raise
         raise TaskError(f"--tasks={','.join(asked.tasks['tasks'])}: {cause(error)}") from None
     return {
@@ -146,6 +148,13 @@ def evaluate(asked: Asked, model, params, codec, *, say: Callable[[str], None] |
         }
         for name, row in found["results"].items()
     }
+
+
+def wrapped(model, params, codec, say: Callable[[str], None] | None = None):
+    """Return a model of lm-eval's that answers as `HarnessModel` does."""
+    from lm_eval.api.model import TemplateLM
+
+    return type("Mamba3JAX", (HarnessModel, TemplateLM), {})(model, params, codec, say)
 
 
 def metrics(row: dict, task, samples: Sequence[dict]) -> dict[str, float]:

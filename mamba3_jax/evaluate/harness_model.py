@@ -1,10 +1,8 @@
-"""A model of ours as lm-eval asks it: in text, through `TemplateLM`. Needs lm-eval (`harness.load` says so if not)."""
+"""A model of ours as lm-eval asks it: in text. Needs no lm-eval; `harness.wrapped` makes it one of its models."""
 
 import contextlib
 import json
 from collections.abc import Callable, Iterator
-
-from lm_eval.api.model import TemplateLM
 
 from mamba3_jax import memory
 from mamba3_jax.data.vocabulary import continuation
@@ -18,10 +16,10 @@ LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_token
 DRAWN = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
 
 
-class HarnessModel(TemplateLM):
-    """Answers lm-eval's four kinds of request.
+class HarnessModel:
+    """Answers lm-eval's four kinds of request, beside its `TemplateLM` as the other base of a class.
 
-    Where a continuation's tokens begin is `TemplateLM._encode_pair`'s: spaces at the end of the context go to the
+    `TemplateLM._encode_pair` says where a continuation's tokens begin: spaces at the end of the context go to the
     continuation, and its tokens are those of the whole text past as many as the context alone has. An empty context is
     the end of a document. No context is cut.
     """

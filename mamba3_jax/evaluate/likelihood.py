@@ -126,13 +126,9 @@ class Likelihoods:
         groups = []
         for pieces, run in itertools.groupby(order, key=alike.__getitem__):
             numbers = list(run)
-            longest = [max(sizes[number][part] for number in numbers) for part in (0, 1)]
-            rows = self._rows(Group(pieces, 1, 1, *map(padded, longest), numbers))
-            for at in range(0, len(numbers), rows):
-                own = numbers[at : at + rows]
-                prefix, tail = (max(padded(sizes[number][part]) for number in own) for part in (0, 1))
-                contexts = power_of_two(len({keys[number] for number in own}))
-                groups.append(Group(pieces, rows, contexts, prefix, tail, own))
+            of = functools.partial(group_of, pieces, sizes, keys)
+            rows = self._rows(of(len(numbers), numbers))
+            groups += [of(rows, numbers[at : at + rows]) for at in range(0, len(numbers), rows)]
         return groups
 
     def _rows(self, group: Group) -> int:
@@ -196,6 +192,18 @@ def key_of(number: int, request: Request) -> bytes | int:
     if len(request.context) == 1:
         return number
     return hashlib.blake2b(np.asarray(request.context, np.int32).tobytes(), digest_size=16).digest()
+
+
+def group_of(pieces: Pieces, sizes: Sequence[tuple[int, int]], keys: Sequence, rows: int, numbers: list[int]) -> Group:
+    """Return the batch of some requests, given (prefix, tail) and the context's key of each."""
+    return Group(
+        pieces=pieces,
+        rows=rows,
+        contexts=power_of_two(len({keys[number] for number in numbers})),
+        prefix=max(padded(sizes[number][0]) for number in numbers),
+        tail=max(padded(sizes[number][1]) for number in numbers),
+        numbers=numbers,
+    )
 
 
 def power_of_two(least: int) -> int:

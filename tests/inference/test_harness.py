@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mamba3_jax import checkpoint
 from mamba3_jax.evaluate import harness
+from mamba3_jax.evaluate.harness_model import wishes
 from mamba3_jax.generate import Sampling, generate
 from tests.helpers import GOLDEN
 from tests.inference.tiny import run_config, tiny
@@ -174,7 +175,10 @@ def test_mistakes_of_tasks_are_one_line(tmp_path):
         task("metric", "loglikelihood", "{{text}}", "b", "whole.jsonl", "metric_list: [{metric: no_such}]\n")
     )
     (tmp_path / "broken.yaml").write_text("task: [broken\n")
-    names = ["whole", "nowhere", "damaged", "other", "gone", "remote", "metric"]
+    (tmp_path / "split.yaml").write_text(
+        task("split", "loglikelihood", "{{text}}", "b", "whole.jsonl", "validation_split: validation\n")
+    )
+    names = ["whole", "nowhere", "damaged", "other", "gone", "remote", "metric", "split"]
     status, out, err = process("mistakes", tmp_path, *names)
     assert status == 0, err
     lines = dict(zip(names, json.loads(out.splitlines()[-1]), strict=True))
@@ -182,6 +186,7 @@ def test_mistakes_of_tasks_are_one_line(tmp_path):
     for name, line in lines.items():
         assert line.startswith(f"--tasks={name}")
         assert "\n" not in line
+    assert lines["split"].endswith("of a split without a file the YAML says validation_split: null")
     assert "has no such task, only damaged, gone, metric" in lines["nowhere"]
     assert "broken.yaml cannot be read: ParserError: " in lines["nowhere"]
     assert "JSON" in lines["damaged"]
@@ -191,11 +196,58 @@ def test_mistakes_of_tasks_are_one_line(tmp_path):
     assert "no_such" in lines["metric"]
 
 
+ANSWERS = {"question": "What is hot?", "choices": {"text": ["ice", "fire"], "label": ["A", "B"]}, "answerKey": "B"}
+# Of the tasks of the paper's language models: lm-eval's own YAML, the split it scores, and a document of the data.
+PAPER = {
+    "lambada_openai": ("lambada/lambada_openai", "test", {"text": "He gave it to a man called Bob"}),
+    "hellaswag": (
+        "hellaswag/hellaswag",
+        "validation",
+        {"activity_label": "Cooking", "ctx_a": "A.", "ctx_b": "he", "endings": ["eats.", "sleeps."], "label": "1"},
+    ),
+    "piqa": ("piqa/piqa", "validation", {"goal": "boil water", "sol1": "heat it", "sol2": "cool it", "label": 0}),
+    "arc_easy": ("arc/arc_easy", "test", ANSWERS),
+    "arc_challenge": ("arc/arc_challenge", "test", ANSWERS),
+    "winogrande": (
+        "winogrande/default",
+        "validation",
+        {"sentence": "Ann saw Eve but _ left.", "option1": "Ann", "option2": "Eve", "answer": "1"},
+    ),
+    "openbookqa": ("openbookqa/openbookqa", "test", ANSWERS | {"question_stem": "The sun is"}),
+}
+
+
+@pytest.mark.full
+@needs_lm_eval
+def test_the_tasks_of_the_paper_run_from_copies_of_their_data(tmp_path):
+    """By the lines that experiments/README.md shows."""
+    for name, (yaml, split, document) in PAPER.items():
+        (tmp_path / f"{name}.jsonl").write_text(2 * (json.dumps(document) + "\n"))
+        others = [f"{field}: null\n" for other, field in harness.SPLITS.items() if other != split]
+        (tmp_path / f"{name}.yaml").write_text(
+            f"include: {FOLDER}/lm_eval/tasks/{yaml}.yaml\ntask: {name}_local\ndataset_path: json\n"
+            f"dataset_name: null\ndataset_kwargs: {{data_files: {{{split}: {name}.jsonl}}}}\n{''.join(others)}"
+        )
+    status, out, err = process("mistakes", tmp_path, *(f"{name}_local" for name in PAPER))
+    assert (status, json.loads(out.splitlines()[-1])) == (0, [None] * len(PAPER)), err
+
+
 @pytest.mark.full
 @needs_lm_eval
 def test_windows_and_boundaries_are_those_of_lm_eval():
     status, out, err = process("convention")
     assert (status, out) == (0, ""), err
+
+
+def test_wishes_of_an_answer_are_read():
+    """As `lm_eval.models.utils.normalize_gen_kwargs` reads them."""
+    assert wishes({}) == (256, [], Sampling(temperature=0.0))
+    assert wishes({"until": "\n", "max_gen_toks": 8, "max_tokens": 9}) == (8, ["\n"], Sampling(temperature=0.0))
+    drawn = {"until": ["a", "", "b"], "max_new_tokens": 3, "do_sample": True, "temperature": 0.5, "top_k": 4}
+    assert wishes(drawn) == (3, ["a", "b"], Sampling(0.5, 4))
+    assert wishes(drawn | {"do_sample": False})[2] == Sampling(temperature=0.0)
+    with pytest.raises(ValueError, match="temperature=-1"):
+        wishes({"temperature": -1})
 
 
 def test_without_lm_eval_one_line_says_how_to_get_it(monkeypatch, tmp_path):

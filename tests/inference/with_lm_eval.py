@@ -37,8 +37,7 @@ def convention() -> None:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     from mamba3_jax.data.vocabulary import Bytes
-    from mamba3_jax.evaluate import documents
-    from mamba3_jax.evaluate.harness_model import HarnessModel
+    from mamba3_jax.evaluate import documents, harness
     from tests.inference.tiny import tiny
 
     for length in (1, 7, 8, 9, 11, 30):
@@ -47,7 +46,7 @@ def convention() -> None:
             theirs = get_rolling_token_windows(ids, 0, size, size - stride + 1)
             ours = documents.requests(np.array(ids), 0, documents.Window(size, stride))
             assert [tuple(map(list, one)) for one in ours] == [make_disjoint_window(one) for one in theirs]
-    asked, model = [], HarnessModel(*tiny("M", 256), Bytes())
+    asked, model = [], harness.wrapped(*tiny("M", 256), Bytes())
     model._score = lambda requests, what: asked.extend(requests) or []
     texts = [("ab ", "c"), ("ab", " c"), ("", "c"), (" ", "c")]
     model.loglikelihood([SimpleNamespace(args=text) for text in texts])
