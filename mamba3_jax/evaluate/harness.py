@@ -9,10 +9,13 @@ the process.
 import contextlib
 import logging
 import os
+import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from mamba3_jax.config import listed
 from mamba3_jax.evaluate.harness_model import HarnessModel
@@ -24,7 +27,6 @@ OFFLINE = {
     **dict.fromkeys(("HF_HUB_DISABLE_TELEMETRY", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"), "1"),
 }
 SPLITS = {"train": "training_split", "validation": "validation_split", "test": "test_split"}
-SEED = 1234  # of the choice of solved examples, as lm-eval's own command has it
 
 
 class TaskError(ValueError):
@@ -58,11 +60,15 @@ def load(names: Sequence[str], folder: str, limit: int | None = None, shots: int
     os.environ.update(OFFLINE | {"HF_HOME": home.name})
     try:
         import lm_eval
+        from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise TaskError(f"--tasks take the package lm-eval ({error}): pip install 'mamba3_jax[lm-eval]'") from None
     for library in (lm_eval.__name__, "datasets"):
         logging.getLogger(library).setLevel(logging.ERROR)  # it warns of every default
+    # As lm-eval's own command seeds what tasks and the choice of solved examples draw from.
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     found = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in names:
@@ -82,7 +88,7 @@ def load(names: Sequence[str], folder: str, limit: int | None = None, shots: int
             task.set_config(key="num_fewshot", value=shots)
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=SEED)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     return Asked(found, limit, home)
 
 

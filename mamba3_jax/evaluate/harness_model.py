@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import time
 from collections.abc import Callable, Iterator
 
 from mamba3_jax import memory
@@ -67,7 +68,7 @@ class HarnessModel:
         batches = [
             batch for how, numbers in alike.items() for batch in self._batches(json.loads(how), numbers, prompts)
         ]
-        answers, done = [""] * len(requests), 0
+        answers, done, begin = [""] * len(requests), 0, time.perf_counter()
         for (tokens, until, sampling), rows, numbers in batches:
             with self._running():
                 texts = self._answers([prompts[number] for number in numbers], rows, tokens, until, sampling, seed=done)
@@ -75,7 +76,8 @@ class HarnessModel:
                 answers[number] = text
             done += len(numbers)
             if self.say:
-                self.say(f"answers: {done} of {len(requests)}")
+                left = (time.perf_counter() - begin) * (len(requests) / done - 1)
+                self.say(f"answers: {done} of {len(requests)}, {left:.0f} s left")
         return answers
 
     def _batches(self, kwargs: dict, numbers: list[int], prompts) -> list[tuple]:

@@ -234,8 +234,8 @@ def test_the_tasks_of_the_paper_run_from_copies_of_their_data(tmp_path):
 
 @pytest.mark.full
 @needs_lm_eval
-def test_windows_and_boundaries_are_those_of_lm_eval():
-    status, out, err = process("convention")
+def test_windows_boundaries_and_solved_examples_are_those_of_lm_eval(folder):
+    status, out, err = process("convention", folder[0])
     assert (status, out) == (0, ""), err
 
 

@@ -31,9 +31,13 @@ def mistakes(folder: str, *names: str) -> None:
     print(json.dumps(found))
 
 
-def convention() -> None:
-    """Windows are lm-eval's own; so is where a continuation begins, in text and in tokens."""
+def convention(folder: str) -> None:
+    """Windows, where a continuation begins, and which solved examples precede a question are lm-eval's own."""
+    import contextlib
+
     import numpy as np
+    from lm_eval import evaluator
+    from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     from mamba3_jax.data.vocabulary import Bytes
@@ -56,6 +60,14 @@ def convention() -> None:
         (b"\0", b"c"),
         (b"\0", b" c"),
     ]
+    model = harness.wrapped(*tiny("M", 256), Bytes())
+    (ours,) = harness.evaluate(harness.load(["cloze"], folder, shots=2), *tiny("M", 256), Bytes()).values()
+    with contextlib.chdir(folder):
+        manager = TaskManager(include_path=folder, include_defaults=False)
+        how = {"task_manager": manager, "num_fewshot": 2, "bootstrap_iters": 0, "log_samples": False}
+        theirs = evaluator.simple_evaluate(model, tasks=["cloze"], **how)["results"]["cloze"]
+    assert ours["metrics"]["perplexity"] == theirs["perplexity,none"]
+    assert ours["metrics"]["acc"] == theirs["acc,none"]
 
 
 if __name__ == "__main__":
