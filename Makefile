@@ -4,7 +4,8 @@
 #               a compile for each TPU; gets libtpu, the compiler for TPUs (213 MB, Linux on x86-64), into build/libtpu,
 #               where only the tests that want it look: with it in .venv all JAX looks for a TPU; what is compiled is kept
 #               in build/compiled for the rest of make test-all, and for pytest by hand
-# make test-all these and the rest: every property of every kernel in an interpreter, every TPU compile
+# make test-all these and the rest: every property of every kernel in an interpreter, every TPU compile, tasks of lm-eval,
+#               which it gets (191 MB) into build/lm_eval
 # make test-gpu the op and its kernels on this machine's GPU, with the python that has jax for it
 # make time-gpu every figure of a GPU in the tables, what matters most first: each is written as it comes
 # make track    the state-tracking table on this machine's GPU, each variant written as it comes: the same command goes on
@@ -57,7 +58,7 @@ test: .venv/installed build/libtpu/installed
 	$(BIN)/python -m pytest $(PYTEST) -m "not slow and not full and not libtpu"
 	$(BIN)/python -m pytest $(PYTEST) tests/pallas_kernels tests/launch -m "not slow and not full and libtpu"
 
-test-all: test
+test-all: test build/lm_eval/installed
 	$(BIN)/python -m pytest $(PYTEST) -m "not slow and full and not libtpu"
 	$(BIN)/python -m pytest $(PYTEST) tests/pallas_kernels tests/launch -m "not slow and full and libtpu"
 
@@ -74,6 +75,11 @@ build/libtpu/installed: .venv/installed requirements-test.txt
 	rm -rf $(@D)
 	$(BIN)/python -m pip install --quiet --target=$(@D) --requirement requirements-test.txt
 	mkdir -p $(@D) && touch $@
+
+build/lm_eval/installed: .venv/installed requirements-lm-eval.txt
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --no-deps --target=$(@D) --requirement requirements-lm-eval.txt
+	touch $@
 
 clean:
 	rm -rf .venv build

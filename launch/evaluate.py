@@ -1,12 +1,21 @@
 """Evaluate a checkpoint on the held-out split of what it was trained on.
 
     python -m launch.evaluate --workdir=DIR [--step=N] [--lengths=256,512,1024] [--tokens=131072]
-                              [--valid_glob=GLOB] [--tokenizer=tokenizer.json] [--eos=TOKEN] [--output=PATH]
+                              [--valid_glob=GLOB] [--windows=W:S] [--by_document] [--tokenizer=tokenizer.json]
+                              [--eos=TOKEN] [--output=PATH]
+    python -m launch.evaluate --workdir=DIR --tasks=NAME,... --tasks_folder=FOLDER [--limit=N] [--shots=N]
 
 Prints a table (text: loss, perplexity, bits per byte, loss by position, past the trained length too; a task: accuracy
 by length), then writes it to PATH, by default DIR/evaluation/step_N.json; a score that is not finite is null there.
 DIR may be a directory in the official layout, and may be read-only where PATH is given. Of several processes
 (`launch/hosts.py`) each scores a part of the rows.
+
+--by_document adds whole documents, each from an empty state, and --windows=W:S windows of W tokens that slide over them
+by S (`mamba3_jax/evaluate/documents.py`): every token scored once, perplexities of words and bytes as lm-eval has them.
+
+--tasks runs tasks of lm-eval (pip install 'mamba3_jax[lm-eval]') from the YAML files of FOLDER and downloads nothing
+(`mamba3_jax/evaluate/harness.py`). The report keeps what other runs wrote of the same checkpoint. Documents, windows
+and tasks run on one device, and the same in every process.
 """
 
 import dataclasses
@@ -18,11 +27,12 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from launch.common import define_path, fail, held_out, run, user_errors
+from launch.common import codec_of, data_with, define_path, fail, held_out, run, user_errors
 from mamba3_jax import checkpoint, memory
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data.synthetic import TASKS
-from mamba3_jax.evaluate import language, tasks
+from mamba3_jax.evaluate import documents, language, tasks
+from mamba3_jax.evaluate.likelihood import Likelihoods
 from mamba3_jax.finite import or_null
 from mamba3_jax.load import build, load_run
 
@@ -37,6 +47,12 @@ TOKENS = flags.DEFINE_integer(
     "tokens", 131072, "about how many to score for each length, in whole rows; 0: all there are"
 )
 VALID_GLOB = define_path("valid_glob", None, "text files to evaluate on instead of the run's own")
+WINDOWS = flags.DEFINE_list("windows", [], "W:S: also windows of W tokens by strides of S; several, comma-separated")
+BY_DOCUMENT = flags.DEFINE_bool("by_document", False, "also every document whole, from an empty state")
+TASK_NAMES = flags.DEFINE_list("tasks", [], "tasks of lm-eval to run, comma-separated, instead of held-out data")
+TASKS_FOLDER = define_path("tasks_folder", None, "where the YAML files of the tasks are")
+LIMIT = flags.DEFINE_integer("limit", None, "how many documents of a task to run; default all", lower_bound=1)
+SHOTS = flags.DEFINE_integer("shots", None, "how many solved examples precede a question; default as the task says", 0)
 TOKENIZER = define_path("tokenizer", None, "tokenizer.json instead of the checkpoint's own")
 EOS = flags.DEFINE_string("eos", None, "the token, or its id, that ends a document; default as data.eos of the config")
 OUTPUT = define_path("output", None, "where the report goes; default evaluation/step_N.json in the workdir")
@@ -67,35 +83,104 @@ def check_memory(model, data, wanted: list[int | str]) -> None:
 
 def main(_argv):
     with user_errors():
+        if bool(TASK_NAMES.value) != bool(TASKS_FOLDER.value):
+            raise ValueError("--tasks=NAME,... and --tasks_folder=FOLDER go together")
         if TOKENS.value < 0:
             raise ValueError(f"--tokens={TOKENS.value} is negative; 0 takes all")
+        windows()
         steps = checkpoint.all_steps(WORKDIR.value)
+        step = STEP.value if STEP.value is not None else (steps[-1] if steps else 0)
+        target = Path(OUTPUT.value or f"{WORKDIR.value}/evaluation/step_{step}.json").expanduser()
+        before = written(target, step)
         config, params = load_run(WORKDIR.value, step=STEP.value)
         model = build(config, **({"compute_dtype": COMPUTE_DTYPE.value} if COMPUTE_DTYPE.value else {}))
-        data = held_out(config, VALID_GLOB.value, TOKENIZER.value, EOS.value)
-        wanted = lengths(data)
-        step = STEP.value if STEP.value is not None else (steps[-1] if steps else 0)
-        check_memory(model, data, wanted)
-        target = Path(OUTPUT.value or f"{WORKDIR.value}/evaluation/step_{step}.json").expanduser()
 
-    kind, trained = (tasks, data.task_lengths[-1]) if data.source in TASKS else (language, data.length)
-    chief = jax.process_index() == 0
-    say = (lambda line: print(line, file=sys.stderr, flush=True)) if chief else None
-    results = kind.evaluate(model, params, data, lengths=wanted, max_tokens=TOKENS.value, say=say)
-    if not chief:
+    evaluated = of_tasks if TASK_NAMES.value else of_held_out
+    report, text = evaluated(config, model, params, provenance(), before)
+    if jax.process_index():
         return
-    print(f"{WORKDIR.value}, step {step}\n{kind.table(results, trained)}", flush=True)
-    report = {
+    print(f"{WORKDIR.value}, step {step}\n{text}", flush=True)
+    write(target, {"step": step, **report})
+    print(f"written to {target}")
+
+
+def of_held_out(config, model, params, origin: dict, before: dict) -> tuple[dict, str]:
+    """Return (the report, its table) of held-out text, or of the generated task that the model was trained on."""
+    with user_errors():
+        data = held_out(config, VALID_GLOB.value, TOKENIZER.value, EOS.value)
+        wanted, forms = lengths(data), windows()
+        check_memory(model, data, wanted)
+        scorer = Likelihoods(model, params)
+        if forms:
+            found, eos = documents.held_out(data, TOKENS.value)
+            for form in forms:  # what does not fit is said now
+                scorer.plan([one for document in found for one in documents.requests(document.ids_T, eos, form)])
+
+    generated = data.source in TASKS
+    kind, trained = (tasks, data.task_lengths[-1]) if generated else (language, data.length)
+    results = kind.evaluate(model, params, data, lengths=wanted, max_tokens=TOKENS.value, say=say())
+    report = {**origin, "data": dataclasses.asdict(data), "results": results}
+    if generated:
+        return report, kind.table(results, trained)
+    report |= {name: before[name] for name in before if name == "tasks"}
+    if forms:
+        report["documents"] = documents.evaluate(scorer, found, eos, forms, say=say())
+    return report, language.table(results, trained, documents.lines(report.get("documents", ())))
+
+
+def of_tasks(config, model, params, origin: dict, before: dict) -> tuple[dict, str]:
+    """Return (the report, its table) of tasks of lm-eval; of what was written before it keeps all other entries."""
+    from mamba3_jax.evaluate import harness  # needs a package that others do not
+
+    with user_errors():
+        data = data_with(config.data, TOKENIZER.value, EOS.value)
+        if data.source in TASKS:
+            raise ValueError(f"{WORKDIR.value} was trained on {data.source}, which is no text, and --tasks ask in text")
+        codec = codec_of(data, config.model.vocab_size)
+        if codec is None:
+            raise ValueError("this checkpoint names no tokenizer: give --tokenizer=tokenizer.json")
+        asked = harness.load(TASK_NAMES.value, TASKS_FOLDER.value, LIMIT.value, SHOTS.value)
+    try:
+        results = harness.evaluate(asked, model, params, codec, say=say())
+    except (harness.TaskError, FloatingPointError) as error:
+        fail(error)
+    entries = {name: {**result, **origin} for name, result in results.items()}
+    return before | {"tasks": before.get("tasks", {}) | entries}, harness.table(results)
+
+
+def windows() -> list[documents.Window]:
+    """Read --windows and --by_document; the whole document comes last."""
+    try:
+        found = [documents.window(text) for text in WINDOWS.value]
+    except ValueError as error:
+        raise ValueError(f"--windows={','.join(WINDOWS.value)}: {error}") from None
+    return found + [documents.Window()] * BY_DOCUMENT.value
+
+
+def say():
+    """Return what prints a line of progress, in one process of a run; None in the others."""
+    return None if jax.process_index() else lambda line: print(line, file=sys.stderr, flush=True)
+
+
+def provenance() -> dict:
+    """Say what a result comes from."""
+    return {
         "command": " ".join(["python -m launch.evaluate", *sys.argv[1:]]),
-        "step": step,
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "data": dataclasses.asdict(data),
-        "results": results,
     }
-    write(target, report)
-    print(f"written to {target}")
+
+
+def written(target: Path, step: int) -> dict:
+    """Return the report that is there of this step, {} for none; ValueError for a file that is none."""
+    try:
+        report = json.loads(target.read_bytes())
+    except OSError:  # there is none; what cannot be written either is said then
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{target} is there and not a report: {error}; --output=PATH writes another one") from None
+    return report if isinstance(report, dict) and report.get("step") == step else {}
 
 
 def write(target: Path, report: dict) -> None:

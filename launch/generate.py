@@ -16,6 +16,7 @@ import jax
 from absl import flags
 
 from launch.common import codec_of, data_with, define_path, fail, run, user_errors
+from mamba3_jax.data.vocabulary import continuation
 from mamba3_jax.generate import Sampling, check, generate
 from mamba3_jax.load import build, load_run
 
@@ -114,13 +115,6 @@ def main(_argv):
     for echo, prompt, row in zip(echoes_of(codec), prompts, result.ids, strict=True):
         print(show(codec, echo, prompt, row, stops), flush=True)
     print(f"[{result}]", flush=True)
-
-
-def continuation(codec, prompt, row) -> str:
-    """Spells what the ids of a row add to the text of a prompt's."""
-    before, text = codec.decode(prompt), codec.decode([*prompt, *row])
-    # Less than `before` where that ends inside a character.
-    return text[len(os.path.commonprefix([before, text])) :]  # noqa: RUF071
 
 
 def show(codec, echo: str, prompt, row, stops) -> str:

@@ -111,6 +111,7 @@ def generate(
     stop_ids: Sequence[int] = (),
     stop: Callable[[list[int]], bool] | None = None,
     prefill_length: int | None = None,
+    padded_to: int = 1,
 ) -> Generated:
     """Continue prompts of any lengths together.
 
@@ -129,6 +130,7 @@ def generate(
         stop: called on what a row has drawn, every `BLOCK` tokens; the row is cut after the first token where it holds.
         prefill_length: tokens of a row that a piece of the prefill holds at most; bounds its memory. None: see
             `PREFILL`.
+        padded_to: tokens that a row has at least, padding among them: calls whose prompts are no longer have one shape.
 
     Raises:
         ValueError: no prompt or an empty one, an id outside the vocabulary or what is no id, or a number that means
@@ -141,11 +143,11 @@ def generate(
     fields = tuple((field.name, getattr(config, field.name)) for field in dataclasses.fields(config))
     prefill_program, decode_program = programs(fields, sampling, tuple(stop_ids))
 
-    if max(map(len, prompts)) > 1:
+    if max(padded_to, *map(len, prompts)) > 1:
         with timed(seconds, "compile"):
             compile_prefill = functools.partial(compiled_prefill, prefill_program, model, params, tokens)
             held = memory.on_a_device(params)
-            run, tokens_BL, start_BL, piece = fitting(compile_prefill, prompts, prefill_length, held)
+            run, tokens_BL, start_BL, piece = fitting(compile_prefill, prompts, prefill_length, held, padded_to)
         state = model.empty_state(batch, tokens_BL.shape[1] + tokens)
         with timed(seconds, "prefill"):
             for first in range(0, tokens_BL.shape[1] - 1, piece):
@@ -200,7 +202,7 @@ def compiled_prefill(program, model: LanguageModel, params, tokens: int, tokens_
     return program.lower(params, tokens_BL[:, :piece], start_BL[:, :piece], state).compile()
 
 
-def fitting(compile_prefill: Callable, prompts, prefill_length: int | None, held: int):
+def fitting(compile_prefill: Callable, prompts, prefill_length: int | None, held: int, padded_to: int = 1):
     """Return the compiled prefill, and (tokens_BL, start_BL, piece): of given pieces, or of the longest that fit.
 
     The compiler plans all memory of a piece; `held` bytes of it are there already. Pieces shrink until the rest fits.
@@ -209,7 +211,7 @@ def fitting(compile_prefill: Callable, prompts, prefill_length: int | None, held
     if not prefill_length and jax.default_backend() != "cpu":
         most = max(PREFILL, PREFILL_MOST // len(prompts))
     while True:
-        tokens_BL, start_BL, piece = padded(prompts, most)
+        tokens_BL, start_BL, piece = padded(prompts, most, padded_to)
         run = compile_prefill(tokens_BL, start_BL, piece)
         needed, free = memory.of_program(run) - held, memory.free_on_device()
         if prefill_length or piece <= PREFILL or free is None or needed <= free:
@@ -241,9 +243,9 @@ def cut(row: list[int], stop: Callable[[list[int]], bool], searched: int) -> lis
     return next((row[:end] for end in range(searched + 1, len(row) + 1) if stop(row[:end])), row)
 
 
-def padded(prompts, prefill_length: int):
+def padded(prompts, prefill_length: int, least: int = 1):
     """(tokens_BL, start_BL, piece): right-aligned rows whose length less one is a whole number of pieces."""
-    longest = max(map(len, prompts)) - 1
+    longest = max(least, *map(len, prompts)) - 1
     pieces = -(-longest // prefill_length)
     piece = -(-longest // max(pieces, 1))
     length = 1 + pieces * piece

@@ -4,11 +4,12 @@ import importlib
 
 from mamba3_jax.data.batch import Batch
 
-__all__ = ["Batch", "Loader", "loader", "tokenizer"]
+__all__ = ["Batch", "Loader", "documents", "loader", "tokenizer"]
 
 # Imported when first used: who takes batches and no files needs neither Grain, TensorFlow Datasets nor tokenizers.
 LAZY = {
     "Loader": "mamba3_jax.data.pipeline",
+    "documents": "mamba3_jax.data.pipeline",
     "loader": "mamba3_jax.data.pipeline",
     "tokenizer": "mamba3_jax.data.vocabulary",
 }

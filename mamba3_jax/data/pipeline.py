@@ -13,10 +13,11 @@ from mamba3_jax.config import DataConfig, check
 from mamba3_jax.data.batch import Batch
 from mamba3_jax.data.packing import Rows
 from mamba3_jax.data.synthetic import TASKS, synthetic_rows
-from mamba3_jax.data.text import text_rows
-from mamba3_jax.data.tfds_text import tfds_rows
+from mamba3_jax.data.text import text_rows, texts
+from mamba3_jax.data.tfds_text import tfds_rows, tfds_texts
 
 SOURCES = {"text": text_rows, "tfds": tfds_rows}  # and every task, by its name
+TEXTS = {"text": texts, "tfds": tfds_texts}
 SPLITS = ("train", "valid")
 ENDLESS = 2**52  # rows: Grain computes lengths in float64
 
@@ -132,6 +133,19 @@ def loader(config: DataConfig, split: str, *, vocab_size: int, host: tuple[int, 
         **{n: getattr(config, n) for n in ("length", "batch", "seed")},
     }
     return Loader(_numbers(rows, config, split, host), rows, config.workers, vocab_size, identity)
+
+
+def documents(config: DataConfig) -> list[str]:
+    """Return the text of every held-out document, in an order whose first few are spread over all, as in `loader`.
+
+    Raises:
+        ValueError: a task, or data that has no text.
+    """
+    if config.source not in TEXTS:
+        raise ValueError(f"data.source={config.source!r} has no documents of text, wanted {' or '.join(TEXTS)}")
+    found = list(TEXTS[config.source](config, "valid"))
+    stride = _stride(max(len(found), 1))
+    return [found[i * stride % len(found)] for i in range(len(found))]
 
 
 def _numbers(rows: Rows, config: DataConfig, split: str, host: tuple[int, int]) -> grain.MapDataset:

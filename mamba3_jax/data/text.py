@@ -171,12 +171,17 @@ def _parquet(path: Path, key: str) -> Iterator[str]:
         raise ValueError(f"{path} is not a Parquet file that can be read: {error}") from None
 
 
+def texts(config: DataConfig, split: str) -> Iterator[str]:
+    """Yield the documents of a split; see `read`."""
+    return read(files(config, split), config.separator, config.key)
+
+
 @functools.lru_cache(maxsize=4)
 def _corpus(split: str, **fields: str) -> Corpus:
     config = DataConfig(**fields)
     paths, codec = files(config, split), tokenizer(config)
-    texts = read(paths, config.separator, config.key)
-    return concatenate(codec.encode_all(texts), codec, f"the {len(paths)} files of the {split} split")
+    documents = read(paths, config.separator, config.key)
+    return concatenate(codec.encode_all(documents), codec, f"the {len(paths)} files of the {split} split")
 
 
 def corpus(config: DataConfig, split: str) -> Corpus:

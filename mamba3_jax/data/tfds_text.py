@@ -48,6 +48,12 @@ def _texts(source, key: str, what: str) -> Iterator[str]:
                 raise ValueError(f"{what}, example {number}: {key} is not UTF-8 text: {error.reason}") from None
 
 
+def tfds_texts(config: DataConfig, split: str) -> Iterator[str]:
+    """Yield the documents of a split, the `tfds_key` of each example."""
+    name, directory, split, key = _fields(config, split)
+    return _texts(_source(name, directory, split, key), key, f"{name}, split {split}")
+
+
 @functools.lru_cache(maxsize=4)
 def _corpus(tokenizer_name: str, eos: str, name: str, directory: str, split: str, key: str) -> Corpus:
     codec, what = tokenizer(DataConfig(tokenizer=tokenizer_name, eos=eos)), f"{name}, split {split}"
@@ -57,6 +63,10 @@ def _corpus(tokenizer_name: str, eos: str, name: str, directory: str, split: str
 
 def tfds_rows(config: DataConfig, split: str) -> Rows:
     """Return the rows of a split, an example's `tfds_key` a document. Tokenised once a process, then kept in memory."""
+    return rows(_corpus(config.tokenizer, config.eos, *_fields(config, split)), config.length)
+
+
+def _fields(config: DataConfig, split: str) -> tuple[str, str, str, str]:
+    """Give the dataset's name, its directory, the name it has for a split, and the field of the text."""
     part = config.tfds_train_split if split == "train" else config.tfds_valid_split
-    fields = (config.tfds_name, config.tfds_dir, part, config.tfds_key)
-    return rows(_corpus(config.tokenizer, config.eos, *fields), config.length)
+    return config.tfds_name, config.tfds_dir, part, config.tfds_key

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -238,6 +239,13 @@ def eos_in(path: Path, field: str) -> str | int | None:
     if (named is not None and not isinstance(name, str | int)) or isinstance(name, bool):
         raise ValueError(f"{path}: {field}={named!r} is not a token or an id")
     return name
+
+
+def continuation(codec, prompt: Iterable[int], row: Iterable[int]) -> str:
+    """Spells what the ids of a row add to the text of a prompt's."""
+    before, text = codec.decode(prompt), codec.decode([*prompt, *row])
+    # Less than `before` where that ends inside a character.
+    return text[len(os.path.commonprefix([before, text])) :]  # noqa: RUF071
 
 
 def shorten(text: str) -> str:

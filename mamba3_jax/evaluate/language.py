@@ -111,14 +111,15 @@ def past(length: int, trained: int) -> str:
     return f"  ({length / trained:g}x the trained length)" if length > trained else ""
 
 
-def table(results: Sequence[dict], trained: int) -> str:
-    """Return the results as text: a line a length, then loss by position, a column a length."""
+def table(results: Sequence[dict], trained: int, more: Sequence[str] = ()) -> str:
+    """Return the results as text: a line a length, `more` such lines, then loss by position, a column a length."""
     lines = ["  length   tokens    loss  perplexity  bits/byte  accuracy"]
     for r in results:
         bits = "        -" if r["bits_per_byte"] is None else f"{r['bits_per_byte']:9.4f}"
         scores = f"{r['loss']:7.4f} {r['perplexity']:11.3f}  {bits}  {r['accuracy']:8.4f}"
         lines.append(f"{r['length']:8d} {r['tokens']:8d} {scores}{past(r['length'], trained)}")
     lines += [
+        *more,
         "",
         "loss by the tokens of the document before, in rows of",
         "".join([" " * 16, *(f"{r['length']:>9}" for r in results)]),

@@ -54,6 +54,15 @@ def text_run(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.fixture(scope="module")
+def parity_run(tmp_path_factory):
+    """A workdir of the same model, as if parity had been its task."""
+    folder = tmp_path_factory.mktemp("parity")
+    task = {"source": "parity", "task_lengths": (32,), "task_steps": (0,)}
+    checkpoint.save_model(folder / "run", run_config("M", **task), tiny("M", 256)[1])
+    return folder / "run"
+
+
 def test_importing_is_light():
     code = "import mamba3_jax, sys; assert 'jax' not in sys.modules; assert callable(mamba3_jax.load); mamba3_jax.ssm"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -127,6 +136,26 @@ def test_evaluate(text_run):
 
 
 @pytest.mark.full
+def test_evaluate_documents_and_windows(text_run, tmp_path):
+    """They are lines of the same table, and what tasks have written of the checkpoint stays."""
+    report = tmp_path / "report.json"
+    report.write_text(json.dumps({"step": 3, "results": ["old"], "tasks": {"any": {}}}))
+    arguments = [f"--workdir={text_run}", "--lengths=32", "--windows=64:32", "--by_document", f"--output={report}"]
+    status, out, err = command("evaluate", *arguments)
+    assert status == 0, err
+    assert [line.split()[0] for line in out.split("\n\n")[0].splitlines()[2:]] == ["32", "64:32", "document"]
+    written = json.loads(report.read_text())
+    assert written["tasks"] == {"any": {}}
+    assert [r["length"] for r in written["results"]] == [32]
+    assert [(r["window"], r["stride"], r["documents"]) for r in written["documents"]] == [(64, 32, 1), (None, None, 1)]
+    assert (
+        written["documents"][0]["tokens"]
+        == written["documents"][1]["tokens"]
+        == 20 * len("the quick brown fox, valid. ")
+    )
+
+
+@pytest.mark.full
 def test_evaluate_prints_before_it_writes(text_run, tmp_path):
     """Root may write into a read-only directory, but not into a file."""
     run = shutil.copytree(text_run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
@@ -184,6 +213,19 @@ def test_inspect_an_official_directory(tmp_path):
 def test_a_score_that_is_not_finite_is_null(tmp_path):
     evaluate.write(tmp_path / "report.json", {"results": [{"loss": float("nan"), "tokens": 3}]})
     assert json.loads((tmp_path / "report.json").read_text()) == {"results": [{"loss": None, "tokens": 3}]}
+
+
+def test_a_report_that_is_there_is_read_or_named(tmp_path):
+    report = tmp_path / "report.json"
+    assert evaluate.written(report, 3) == {}
+    report.write_text(json.dumps({"step": 3, "results": []}))
+    assert evaluate.written(report, 3) == {"step": 3, "results": []}
+    assert evaluate.written(report, 4) == {}  # of another checkpoint
+    report.write_text('{"step": 3')
+    with pytest.raises(
+        ValueError, match=r"report.json is there and not a report: .*; --output=PATH writes another one$"
+    ):
+        evaluate.written(report, 3)
 
 
 @pytest.mark.full
@@ -265,6 +307,15 @@ def test_convert_says_what_it_peeled(tmp_path):
         ("generate", ["--workdir={run}", "--prompt_ids=1,300"], "token id 300 at place 1"),
         ("generate", ["--workdir={run}", "--prompt=x", "--prompt=a\udcff"], r"--prompt=b'a\xff' is not UTF-8"),
         ("evaluate", ["--workdir={run}", "--step=4"], "no checkpoint of step 4"),
+        ("evaluate", ["--workdir={run}", "--windows=64:65"], "--windows=64:65: '64:65' is not W:S"),
+        ("evaluate", ["--workdir={run}", "--tasks=any"], "--tasks=NAME,... and --tasks_folder=FOLDER go together"),
+        ("evaluate", ["--workdir={run}", "--tasks=any", "--tasks_folder={run}", "--limit=0"], "limit"),
+        (
+            "evaluate",
+            ["--workdir={parity}", "--tasks=any", "--tasks_folder=."],
+            "was trained on parity, which is no text",
+        ),
+        ("evaluate", ["--workdir={parity}", "--by_document"], "data.source='parity' has no documents of text"),
         ("inspect", ["--workdir={run}", "--step=4"], "no checkpoint of step 4"),
         ("inspect", ["--workdir=/nowhere/at/all"], "/nowhere/at/all"),
         ("inspect", ["--workdir={run}", "--layer=1"], "--layer=1 is not a layer of {run}, step 3: wanted 0 to 0"),
@@ -274,6 +325,6 @@ def test_convert_says_what_it_peeled(tmp_path):
         ("evaluate", ["--workdir={official}", "--tokenizer=bytes"], "ids up to 255, the model's vocabulary is 93"),
     ],
 )
-def test_mistakes_are_one_line(text_run, name, arguments, named):
-    places = {"run": text_run, "official": OFFICIAL}
+def test_mistakes_are_one_line(text_run, parity_run, name, arguments, named):
+    places = {"run": text_run, "official": OFFICIAL, "parity": parity_run}
     assert named.format_map(places) in mistake(name, *(part.format_map(places) for part in arguments))

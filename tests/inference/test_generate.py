@@ -63,6 +63,8 @@ def test_pieces_are_equal_with_little_padding(longest, piece, length):
     assert (got, tokens_BL.shape) == (piece, (2, length))
     assert tokens_BL.sum(axis=1).tolist() == [7 * longest, 7]
     assert start_BL.argmax(axis=1).tolist() == [length - longest, length - 1]
+    tokens_BL, start_BL, got = module.padded([[7] * min(longest, 3), [7]], 8, longest)  # as long all the same
+    assert (got, tokens_BL.shape, tokens_BL.sum()) == (piece, (2, length), 7 * (min(longest, 3) + 1))
 
 
 @pytest.mark.full

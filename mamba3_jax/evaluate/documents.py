@@ -1,0 +1,136 @@
+"""Perplexity of whole documents, and of windows that slide over them: the forms in which papers report it."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mamba3_jax.config import LENGTH, DataConfig
+from mamba3_jax.data import documents, tokenizer
+from mamba3_jax.evaluate.likelihood import Likelihoods, Request
+
+
+class Document(NamedTuple):
+    """A held-out document, all of whose tokens are scored."""
+
+    ids_T: np.ndarray  # without a separator
+    words: int
+    bytes: int
+
+
+class Window(NamedTuple):
+    """Contexts of `size` tokens at most, of which each next one scores `stride` tokens. None: the whole document."""
+
+    size: int | None = None
+    stride: int | None = None
+
+    @property
+    def name(self) -> str:
+        return "document" if self.size is None else f"{self.size}:{self.stride}"
+
+
+def window(text: str) -> Window:
+    """Read "W:S"; ValueError for what is no window."""
+    size, _, stride = text.partition(":")
+    if not (size.isdecimal() and stride.isdecimal()) or not 1 <= int(stride) <= int(size) <= LENGTH:
+        raise ValueError(f"{text!r} is not W:S, a window of W tokens and a stride of S in 1 .. W, W at most {LENGTH}")
+    return Window(int(size), int(stride))
+
+
+def held_out(data: DataConfig, max_tokens: int = 0) -> tuple[list[Document], int]:
+    """Return held-out documents, whole, until they have `max_tokens` tokens (0: all), and the id that ends one.
+
+    Raises:
+        ValueError: data without text.
+    """
+    texts, codec, found, tokens = documents(data), tokenizer(data), [], 0
+    for text, (ids_T, _) in zip(texts, codec.encode_all(texts), strict=True):
+        if len(ids_T):
+            # Words as lm-eval counts them.
+            found.append(Document(ids_T.astype(np.int32), len(re.split(r"\s+", text)), len(text.encode())))
+            tokens += len(ids_T)
+        if max_tokens and tokens >= max_tokens:
+            break
+    if not found:
+        raise ValueError("there is no held-out document with a token")
+    return found, codec.eos
+
+
+def requests(ids_T: np.ndarray, eos: int, form: Window) -> list[Request]:
+    """Cut a document into what is scored, each token once, in order; `eos` stands before the first, as in lm-eval.
+
+    The first window scores all of its W tokens. Each next one scores the S after those, the last one fewer, and its
+    inputs are W tokens that end before the last of them: the first that it scores has W - S + 1 or more before it.
+    """
+    size = form.size or len(ids_T)
+    input_T, requests, done = np.concatenate([[eos], ids_T]).astype(np.int32), [], 0
+    while done < len(ids_T):
+        end = min(len(ids_T), done + (form.stride if done else size))
+        requests.append(Request(input_T[max(0, end - size) : done + 1], ids_T[done:end]))
+        done = end
+    return requests
+
+
+def evaluate(
+    scorer: Likelihoods,
+    found: Sequence[Document],
+    eos: int,
+    forms: Sequence[Window],
+    *,
+    say: Callable[[str], None] | None = None,
+) -> list[dict]:
+    """Return a result a form: what the model makes of documents, each from an empty state, of all tokens of all.
+
+    Returns:
+        Dicts of window and stride (None: documents are whole), documents, tokens, words, bytes; loss (nats a token),
+        perplexity (of a token), accuracy, word_perplexity, byte_perplexity, bits_per_byte, as lm-eval has them, over
+        all documents together; document_loss, the mean over documents of their loss; and log_likelihoods, of each.
+    """
+    results = []
+    for form in forms:
+        asked = [requests(document.ids_T, eos, form) for document in found]
+        scored = iter(scorer.score([one for of in asked for one in of], say=say, what=f"{form.name}s"))
+        parts = [[next(scored) for _ in of] for of in asked]
+        nll = np.array([-sum(part.total for part in of) for of in parts])
+        greedy = sum(int(part.greedy_T.sum()) for of in parts for part in of)
+        results.append({"window": form.size, "stride": form.stride, **totals(found, nll), "accuracy": greedy})
+        results[-1]["accuracy"] /= results[-1]["tokens"]
+    return results
+
+
+def totals(found: Sequence[Document], nll: np.ndarray) -> dict:
+    """Aggregate the nats of each document; see `evaluate`."""
+    tokens = np.array([len(document.ids_T) for document in found])
+    words, size = sum(document.words for document in found), sum(document.bytes for document in found)
+    a_byte = float(nll.sum() / size)
+    return {
+        "documents": len(found),
+        "tokens": int(tokens.sum()),
+        "words": words,
+        "bytes": size,
+        "loss": float(nll.sum() / tokens.sum()),
+        "perplexity": exp(float(nll.sum() / tokens.sum())),
+        "word_perplexity": exp(float(nll.sum() / words)),
+        "byte_perplexity": exp(a_byte),
+        "bits_per_byte": a_byte / math.log(2),
+        "document_loss": float((nll / tokens).mean()),
+        "log_likelihoods": (-nll).tolist(),
+    }
+
+
+def exp(nats: float) -> float:
+    """Return e^nats, and infinity where a double ends (near e^709)."""
+    return math.exp(nats) if nats < 709 else math.inf
+
+
+def lines(results: Sequence[dict]) -> list[str]:
+    """Return a line a form for the table of `language`."""
+    found = []
+    for r in results:
+        name = f"{Window(r['window'], r['stride']).name:>8}"
+        scores = f"{r['loss']:7.4f} {r['perplexity']:11.3f}  {r['bits_per_byte']:9.4f}  {r['accuracy']:8.4f}"
+        remark = f"{r['documents']} documents, word perplexity {r['word_perplexity']:.5g}"
+        found.append(f"{name}{r['tokens']:{17 - len(name)}d} {scores}  ({remark}, mean loss {r['document_loss']:.4f})")
+    return found

@@ -1,0 +1,226 @@
+"""Log-likelihoods of continuations given contexts, of any lengths: few shapes, and a shared context runs once."""
+
+import functools
+import hashlib
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from mamba3_jax import memory
+from mamba3_jax.data import Batch
+from mamba3_jax.evaluate.score import score_piece
+from mamba3_jax.generate import prefill
+from mamba3_jax.model import LanguageModel, padded_vocab
+from mamba3_jax.ops.cross_entropy import TILE
+
+# Lengths up to each of these run in pieces of so many tokens, longer ones in pieces of PIECE. A state is carried from
+# piece to piece, so that their number is no shape: compiling one more takes longer than running many.
+PIECES, PIECE = {0: 0, 16: 16, 256: 64, 2048: 512}, 2048
+ROWS, TOKENS = 128, 2**14  # of a call, at most
+
+
+class Request(NamedTuple):
+    """Asks for log p(continuation | context), both token ids; a context has at least one."""
+
+    context: Sequence[int]
+    continuation: Sequence[int]
+
+
+class Likelihood(NamedTuple):
+    """What the model makes of each token of a continuation."""
+
+    nll_T: np.ndarray  # -log p(token | all before), nats
+    greedy_T: np.ndarray  # whether no token is likelier
+
+    @property
+    def total(self) -> float:
+        """Sum log p(continuation | context) in float64."""
+        return -float(self.nll_T.sum(dtype=np.float64))
+
+
+class Pieces(NamedTuple):
+    """How many tokens of a row one call runs: of its prefix, and of its tail."""
+
+    prefix: int
+    tail: int
+
+
+class Group(NamedTuple):
+    """A batch to run: rows of a prefix and a tail, both whole pieces, for these requests, given by their numbers."""
+
+    pieces: Pieces
+    rows: int
+    contexts: int  # rows of the prefix
+    prefix: int
+    tail: int
+    numbers: list[int]
+
+    @property
+    def capacity(self) -> int:
+        """Return the room for tokens in caches of attention: a shape, so a power of two."""
+        return power_of_two(self.prefix + self.tail)
+
+    @property
+    def work(self) -> int:
+        """Count the tokens that are run, padding among them."""
+        return self.contexts * self.prefix + self.rows * self.tail
+
+
+class Likelihoods:
+    """Scores any number of requests, and compiles once for each of few shapes.
+
+        log p(c | x) = sum_i log p(c_i | x, c_1, ..., c_(i-1))
+
+    The prefix is a context without its last token. It runs first, padded on the left as in `generate`, and the state
+    that it leaves is copied for each of its continuations in the batch. The tail is the context's last token and the
+    continuation, padded on the right. No context is cut: a recurrent state has no length, and the caches of attention
+    get room for what comes.
+    """
+
+    def __init__(self, model: LanguageModel, params):
+        self.model, self.params = model, params
+        self._prefill = jax.jit(functools.partial(prefill, model), donate_argnums=3)
+        self._score = jax.jit(functools.partial(score_piece, model), donate_argnums=2)
+        # Every array of a state has repeats, then rows.
+        self._copies = jax.jit(lambda state, from_B: jax.tree.map(lambda x: x[:, from_B], state))
+
+    def score(
+        self, requests: Sequence[Request], *, say: Callable[[str], None] | None = None, what: str = "continuations"
+    ) -> list[Likelihood]:
+        """Return a result a request, in their order; `say` gets a line now and then, in which they are `what`.
+
+        Raises:
+            ValueError: a context without a token, or a row that does not fit into memory; before any runs.
+            FloatingPointError: the model's logits are not numbers.
+        """
+        groups = self.plan(requests)
+        found = [Likelihood(np.zeros(0, np.float32), np.zeros(0, bool))] * len(requests)
+        work = sum(group.work for group in groups)
+        begin = said = time.perf_counter()
+        spent = done = 0
+        for group in groups:
+            results = self._run(group, [requests[number] for number in group.numbers])
+            for number, result in zip(group.numbers, results, strict=True):
+                found[number] = result
+            spent, done, now = spent + group.work, done + len(group.numbers), time.perf_counter()
+            if say and now - said > 3:
+                said, speed = now, spent / (now - begin)
+                say(f"{what}: {done} of {len(requests)}, {(work - spent) / speed:.0f} s left, {speed:,.0f} tokens/s")
+        return found
+
+    def plan(self, requests: Sequence[Request]) -> list[Group]:
+        """Cut requests into batches, the longest first, in which a context's stand together; see `score` for errors."""
+        keys = [key_of(number, request) for number, request in enumerate(requests)]
+        first, tails = {}, {}
+        for number, (key, request) in enumerate(zip(keys, requests, strict=True)):
+            first.setdefault(key, number)
+            tails[key] = max(tails.get(key, 0), len(request.continuation))
+        sizes = [(len(request.context) - 1, tails[key]) for key, request in zip(keys, requests, strict=True)]
+        alike = [Pieces(*map(piece_of, size)) for size in sizes]
+        order = [number for number, request in enumerate(requests) if len(request.continuation)]
+        order.sort(key=lambda number: (*alike[number], *sizes[number], first[keys[number]]), reverse=True)
+        groups = []
+        for pieces, run in itertools.groupby(order, key=alike.__getitem__):
+            numbers = list(run)
+            of = functools.partial(group_of, pieces, sizes, keys)
+            rows = self._rows(of(len(numbers), numbers))
+            groups += [of(rows, numbers[at : at + rows]) for at in range(0, len(numbers), rows)]
+        return groups
+
+    def _rows(self, group: Group) -> int:
+        """Choose a power of two of rows: as many as there are requests, where these are not too many and fit."""
+        logits = group.pieces.tail * padded_vocab(self.model.config)
+        most = min(ROWS, TOKENS // max(group.pieces), TILE // logits, power_of_two(len(group.numbers)))
+        rows = power_of_two(max(1, most) + 1) // 2  # rounded down
+        needed = functools.partial(memory.carrying, self.model, length=group.capacity, piece=group.pieces.tail)
+        free = memory.free_on_device()
+        while rows > 1 and free is not None and sum(needed(rows).values()) > free:
+            rows //= 2
+        memory.fit_device(needed(rows))
+        return rows
+
+    def _run(self, group: Group, requests: list[Request]) -> list[Likelihood]:
+        """Score one batch; rows that no request fills repeat the first."""
+        rows, tail = group.rows, group.tail
+        contexts = [np.asarray(request.context, np.int32) for request in requests]
+        start_BL = np.zeros((rows, tail), bool)
+        if group.prefix:
+            state = self._prefixes(contexts, group)
+        else:
+            state, start_BL[:, 0] = self.model.empty_state(rows, group.capacity), True
+        tokens_BL, targets_BL = np.zeros((2, rows, tail), np.int32)
+        for row, (context_T, request) in enumerate(zip(contexts, requests, strict=True)):
+            size = len(request.continuation)
+            targets_BL[row, :size] = request.continuation
+            tokens_BL[row, :size] = [context_T[-1], *targets_BL[row, : size - 1]]
+        batch = Batch(tokens_BL, targets_BL, np.ones((rows, tail), np.float32), start_BL)
+        parts = []
+        for part in cut(tail, group.pieces.tail):
+            *scores, state = self._score(self.params, jax.tree.map(lambda x_BL: x_BL[:, part], batch), state)  # noqa: B023
+            parts.append(scores)
+        nll_BL, correct_BL = (np.concatenate(part, axis=1) for part in zip(*jax.device_get(parts), strict=True))
+        sizes = [len(request.continuation) for request in requests]
+        results = [Likelihood(nll_BL[row, :size], correct_BL[row, :size]) for row, size in enumerate(sizes)]
+        if any(np.isnan(result.nll_T).any() for result in results):
+            raise FloatingPointError("the model's logits are not numbers")
+        return results
+
+    def _prefixes(self, contexts: list[np.ndarray], group: Group):
+        """Run each context without its last token once; return a state a row of the batch."""
+        prefix, places, from_B = group.prefix, {}, np.zeros(group.rows, np.int32)
+        for row, context_T in enumerate(contexts):
+            from_B[row] = places.setdefault(context_T.tobytes(), len(places))
+        tokens_BL = np.zeros((group.contexts, prefix), np.int32)
+        start_BL = np.zeros(tokens_BL.shape, bool)
+        for place, context_T in zip(from_B, contexts, strict=False):
+            first = prefix - (len(context_T) - 1)
+            tokens_BL[place, first:], start_BL[place, first] = context_T[:-1], True
+        state = self.model.empty_state(len(tokens_BL), group.capacity)
+        for part in cut(prefix, group.pieces.prefix):
+            state = self._prefill(self.params, tokens_BL[:, part], start_BL[:, part], state)
+        return self._copies(state, from_B)
+
+
+def key_of(number: int, request: Request) -> bytes | int:
+    """Return what tells contexts apart: a digest, or the request's number where nothing comes before the last token."""
+    if not len(request.context):
+        raise ValueError(f"the context of request {number} is empty, wanted at least one token")
+    if len(request.context) == 1:
+        return number
+    return hashlib.blake2b(np.asarray(request.context, np.int32).tobytes(), digest_size=16).digest()
+
+
+def group_of(pieces: Pieces, sizes: Sequence[tuple[int, int]], keys: Sequence, rows: int, numbers: list[int]) -> Group:
+    """Return the batch of some requests, given (prefix, tail) and the context's key of each."""
+    return Group(
+        pieces=pieces,
+        rows=rows,
+        contexts=power_of_two(len({keys[number] for number in numbers})),
+        prefix=max(padded(sizes[number][0]) for number in numbers),
+        tail=max(padded(sizes[number][1]) for number in numbers),
+        numbers=numbers,
+    )
+
+
+def power_of_two(least: int) -> int:
+    """Return the smallest power of two that is no less."""
+    return 1 << (least - 1).bit_length()
+
+
+def piece_of(length: int) -> int:
+    """Return how many tokens a call runs of a row of this length; 0 for none."""
+    return next((piece for most, piece in PIECES.items() if length <= most), PIECE)
+
+
+def padded(length: int) -> int:
+    """Round a length up to whole pieces."""
+    return -(-length // max(1, piece_of(length))) * piece_of(length)
+
+
+def cut(length: int, piece: int) -> list[slice]:
+    """Cut a whole number of pieces into these."""
+    return [slice(first, first + piece) for first in range(0, length, piece)]
