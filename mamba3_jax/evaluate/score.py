@@ -27,6 +27,10 @@ class Scored(NamedTuple):
     position_BL: np.ndarray  # tokens since the document's first, or the row's
     bytes_BL: np.ndarray | None = None  # of the text that the target spells; None: it is no text
 
+    def of(self, member: int) -> "Scored":
+        """Return the scores of one of several members."""
+        return self._replace(nll_BL=self.nll_BL[member], correct_BL=self.correct_BL[member])
+
 
 def score_piece(model: LanguageModel, params, piece: Batch, state):
     """Return (nll, correct, state) of one piece of a row, over the padded vocabulary and with NaN as in training."""
