@@ -165,7 +165,7 @@ def check_metric(plan: Plan, metric: str) -> None:
         raise ValueError(f"{metric}: there is no {name!r}{' at a length' if length else ''}, only {', '.join(names)}")
 
 
-def scores(config: Config, group: list[Member], params, lengths: tuple[int, ...]) -> list[list[dict]]:
+def scores(config: Config, group: list[Member], params, lengths: tuple[int, ...], report=say) -> list[list[dict]]:
     """Return, of every member, its scores at each length."""
     model, data = LanguageModel(config.model), config.data
     if data.source in TASKS:
@@ -173,7 +173,7 @@ def scores(config: Config, group: list[Member], params, lengths: tuple[int, ...]
         pick = lambda value, m: value[m] if isinstance(value, list) else value  # noqa: E731
         return [[{name: pick(value, m) for name, value in score.items()} for score in found] for m in range(len(group))]
     rows = max(1, min(data.batch, SCORED_AT_ONCE // (len(group) * data.length)))
-    how = {"lengths": lengths, "max_tokens": SCORED_TOKENS, "members": len(group), "say": say}
+    how = {"lengths": lengths, "max_tokens": SCORED_TOKENS, "members": len(group), "say": report}
     # Parameters that stayed on the host would be copied to the device for every batch.
     return language.evaluate(model, jax.device_put(params), dataclasses.replace(data, batch=rows), **how)
 
@@ -207,7 +207,7 @@ def run_variant(plan: Plan, name: str, folder: Path, commit: str, report) -> dic
             summaries = population.summaries()
         params = population.params()
     trained = time.perf_counter()
-    found = scores(config, plan.members, params, plan.lengths)
+    found = scores(config, plan.members, params, plan.lengths, report)
     rows = [
         {"variant": name, **member._asdict(), **or_null(summary), "scores": or_null(own)}
         for member, summary, own in zip(plan.members, summaries, found, strict=True)

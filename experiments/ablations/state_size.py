@@ -1,12 +1,12 @@
 """How much state does each model need for a loss, and what does a token of decoding then cost (figure 3 of the paper)?
 
     python -m launch.sweep --config=experiments/ablations/state_size.py --workdir=runs/state_size
-    python -m experiments.benchmarks.decode --config=experiments/ablations/state_size.py --name=decode_state_size
 
-Cost: 35 minutes on one H200, estimated: 13 variants of 8 seeds, 98 s each, MIMO 190 s, and what is compiled; the second
-command, for the picture of loss against time and state, 10 minutes. All variants have 16.3M parameters, by d_ff. Expect
-by the paper's figure: SISO at 60, MIMO at 16 or less have the loss of Mamba-2 at 128, and MIMO at 30 that of SISO at
-128; beside Mamba-2 at 128 SISO at 128 is 0.009 nats better and MIMO 0.023, Mamba-2 at 16 is 0.031 worse.
+Cost: 35 minutes on one H200, estimated: 13 variants of 8 seeds, 98 s each, MIMO 190 s, and what is compiled. Another 10
+for the times and states that loss is drawn against, by the last command in experiments/benchmarks/decode.py. All models
+have 16.3M parameters, by d_ff. Expect by the paper's figure: SISO at 60 and MIMO at 16 or less have the loss of Mamba-2
+at 128, MIMO at 30 that of SISO at 128; beside Mamba-2 at 128, SISO at 128 is 0.009 nats better, MIMO 0.023, and Mamba-2
+at 16 is 0.031 worse.
 """
 
 from experiments.ablations import language

@@ -86,8 +86,8 @@ class Scorer:
         rows = min(data.batch, max_tokens // data.length) if max_tokens else data.batch
         data = dataclasses.replace(data, batch=max(1, rows // host[1]) * host[1])
         size = data.batch * data.length
-        batches = -(-max_tokens // size)
         source = loader(data, "valid", vocab_size=self.model.config.vocab_size, host=host)
+        batches = min(-(-max_tokens // size) or source.batches, source.batches)
         for index, batch in enumerate(source):
             part = self.batch(batch)._replace(bytes_BL=source.target_bytes())
             yield multihost_utils.process_allgather(part, tiled=True) if host[1] > 1 else part
@@ -96,7 +96,7 @@ class Scorer:
                 begin = said = now
             elif say and now - said > 3:
                 said, each = now, (now - begin) / index
-                left = f" of at most {batches}, {each * (batches - index - 1):.0f} s left" if batches else ""
-                say(f"length {data.length}: batch {index + 1}{left}, {size / each:,.0f} tokens/s")
+                left = f"{each * (batches - index - 1):.0f} s left"
+                say(f"length {data.length}: batch {index + 1} of {batches}, {left}, {size / each:,.0f} tokens/s")
             if index + 1 == batches:
                 return
