@@ -1,14 +1,19 @@
 """How far every variant is from the first: a dot a seed, the mean with its 95% interval, and what the paper has."""
 
+import math
 import statistics
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
-import numpy as np
 
 from experiments import found
 from experiments.found import Experiment
 from mamba3_jax.evaluate import comparison
+
+FAR = 1.0  # nats: what is further off, as a model that fails past its trained length, would hide all others
+EACH = {"color": "C0", "marker": "o", "linestyle": "", "markersize": 4, "alpha": 0.4}
+MEAN = {"color": "C0", "fmt": "s", "markersize": 5, "capsize": 4}
+PAPER = {"color": "C3", "marker": "D", "linestyle": "", "markersize": 5}
 
 
 class Row(NamedTuple):
@@ -43,26 +48,28 @@ def differences_of(experiment: Experiment) -> Differences | None:
     return Differences(first, metric, rows)
 
 
-def plot(drawn: Differences):
+def plot(name: str, drawn: Differences):
     """Return the figure."""
     figure, axes = plt.subplots(figsize=(7, 1.6 + 0.42 * len(drawn.rows)), layout="constrained")
+    near = [row for row in drawn.rows if abs(row.mean) <= FAR]
     axes.axvline(0, color="0.4", linestyle=":", zorder=1)
     for place, row in enumerate(drawn.rows):
-        # Seeds lie side by side, so that equal ones are seen to be several.
-        beside = place + np.linspace(-0.16, 0.16, len(row.seeds)) if len(row.seeds) > 1 else [place]
-        axes.plot(row.seeds, beside, "o", color="C0", markersize=3.5, alpha=0.45, zorder=2)
-        known = np.isfinite(row.half)
-        axes.errorbar(row.mean, place, xerr=row.half if known else None, color="C0", fmt="s", markersize=5, capsize=4)
+        if near and row not in near:
+            axes.text(0.98, place, f"{row.mean:+.2f}, outside", transform=axes.get_yaxis_transform(), ha="right")
+            continue
+        axes.plot(row.seeds, [place - 0.2] * len(row.seeds), **EACH, zorder=2)
+        half = row.half if math.isfinite(row.half) else None
+        axes.errorbar(row.mean, place, xerr=half, **MEAN)
         if row.paper is not None:
-            axes.plot(row.paper, place, "D", color="C3", markersize=7, markerfacecolor="none", zorder=4)
+            axes.plot(row.paper, place + 0.2, **PAPER, zorder=4)
     seeds = round(statistics.mean(len(row.seeds) for row in drawn.rows))
-    axes.errorbar([], [], xerr=[], color="C0", fmt="s", markersize=5, capsize=4, label="mean, 95% interval")
-    axes.plot([], [], "o", color="C0", markersize=3.5, alpha=0.45, label=f"each of {seeds} seeds")
+    axes.plot([], [], **EACH, label=f"each of {seeds} seeds")
+    axes.errorbar([], [], xerr=[], **MEAN, label="mean, 95% interval")
     if any(row.paper is not None for row in drawn.rows):
-        axes.plot([], [], "D", color="C3", markersize=7, markerfacecolor="none", label="the paper")
+        axes.plot([], [], **PAPER, label="the paper")
     axes.set_yticks(range(len(drawn.rows)), [row.label for row in drawn.rows])
     axes.set_ylim(len(drawn.rows) - 0.5, -0.5)
-    axes.set_xlabel(f"{drawn.metric}: difference to {drawn.first}, less is better")
+    axes.set(xlabel=f"{drawn.metric} over {drawn.first}, less is better", title=f"{name}: differences, seed by seed")
     axes.grid(axis="x", color="0.92")
     axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)

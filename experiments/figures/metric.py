@@ -116,9 +116,9 @@ def draw(experiment: Experiment, drawn: Drawn, path: Path) -> None:
     """Write a picture of an experiment that has a result, PNG."""
     match drawn:
         case differences.Differences():
-            figure = differences.plot(drawn)
+            figure = differences.plot(experiment.name, drawn)
         case tradeoff.Tradeoff():
-            figure = tradeoff.plot(drawn)
+            figure = tradeoff.plot(experiment.name, drawn)
         case _:
             figure = plot(experiment, drawn)
     # Without the version of matplotlib: only what is drawn changes the file.
@@ -146,8 +146,20 @@ def plot(experiment: Experiment, drawn: Figure):
     seeds = max((len(own) for line in drawn.lines for own in line.values), default=0)
     each = "a thin line" if drawn.curves else "a dot"
     axes.set_title(f"{experiment.name}: mean of {seeds} seeds, {each} a seed" if seeds > 1 else experiment.name)
-    figure.legend(loc="outside lower center", ncols=min(4, len(drawn.lines)), frameon=False)
+    longest = max(len(line.label) for line in drawn.lines)
+    columns = max(1, min(4, len(drawn.lines), 76 // (longest + 5)))  # as many as the width has room for
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False)
     return figure
+
+
+def cut(axes, drawn: Figure) -> None:
+    """Leave out what is far above the lowest loss, as that of a model that fails past its trained length."""
+    means = [sum(seeds) / len(seeds) for line in drawn.lines for seeds in line.values]
+    lowest = min(filter(math.isfinite, means), default=math.nan)
+    if max(means) > lowest + differences.FAR:
+        axes.set_ylim(lowest - 0.1 * differences.FAR, lowest + differences.FAR)
+        place = axes.transAxes
+        axes.text(0.99, 0.98, f"cut off {differences.FAR:g} above the lowest", transform=place, ha="right", va="top")
 
 
 def mark(axes, drawn: Figure) -> None:
@@ -157,6 +169,8 @@ def mark(axes, drawn: Figure) -> None:
         place = axes.get_yaxis_transform()
         axes.text(1.01, drawn.chance, "chance", transform=place, va="center", color="0.4", fontsize=9)
     axes.margins(y=0.1)
+    if drawn.trained and drawn.chance is None:
+        cut(axes, drawn)
     places = sorted({at for line in drawn.lines for at in line.at})
     if drawn.names:
         axes.set_xticks(range(len(drawn.names)), drawn.names)

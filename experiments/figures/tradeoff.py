@@ -39,22 +39,24 @@ def tradeoff_of(experiment: Experiment) -> Tradeoff | None:
         if row["batch"] == batch:
             fastest[row["model"], row.get("context") or 0] = row
     named = {name: (line, f"{size:g}") for line, sizes in experiment.sizes.items() for name, size in sizes.items()}
-    lines = {}
+    lines = {line: [] for line in experiment.sizes}
     for (name, context), row in sorted(fastest.items(), key=lambda item: item[1]["state_bytes"]):
-        line, note = named.get(name, (name, f"{context:,} tokens" if context else ""))
+        line, note = named.get(name, (name, f"{context:,}" if context else ""))
         seeds = comparison.at_best_rate(grouped[name], metric)
         loss = statistics.mean(comparison.value(row, metric) for row in seeds)
         lines.setdefault(line, []).append(Point(loss, row["ms"], row["state_bytes"] / 1024, note))
+    lines = {line: points for line, points in lines.items() if points}
     return Tradeoff(lines, metric, batch, experiment.decoding["device"])
 
 
-def plot(drawn: Tradeoff):
+def plot(name: str, drawn: Tradeoff):
     """Return the figure: loss by time on the left, by state on the right."""
     figure, panels = plt.subplots(ncols=2, sharey=True, figsize=(9, 4.4), layout="constrained")
     across = {"ms": f"ms a token, batch {drawn.batch}, {drawn.device}", "state_kib": "state of a sequence, KiB"}
-    for axes, (name, label) in zip(panels, across.items(), strict=True):
+    figure.suptitle(f"{name}: loss against the cost of decoding; numbers are sizes, or tokens of context")
+    for axes, (cost, label) in zip(panels, across.items(), strict=True):
         for index, (line, points) in enumerate(drawn.lines.items()):
-            places = [getattr(point, name) for point in points]
+            places = [getattr(point, cost) for point in points]
             losses = [point.loss for point in points]
             axes.plot(places, losses, marker="osv^DPX*"[index % 8], color=f"C{index % 10}", markersize=5, label=line)
             for point, place in zip(points, places, strict=True):
