@@ -17,8 +17,8 @@ from mamba3_jax.config import Config
 
 VARIANTS = {
     "mamba3": {},
-    "mamba2": {"model.pattern": "2" * 6},
-    "transformer": {"model.pattern": "A" * 6, "model.attn_rope_theta": 10000.0},
+    "mamba2": {"model.pattern": "2" * 6, "model.d_ff": 528},
+    "transformer": {"model.pattern": "A" * 6, "model.attn_rope_theta": 10000.0, "model.d_ff": 792},
 }
 SEEDS, LENGTHS = language.SEEDS, (1024, 8192, 32768, 131072)
 METRIC = "bits_per_byte@131072"

@@ -1,6 +1,6 @@
 """What the paper's claims about language share: 16M-parameter models, a corpus of prose and C, 25M tokens, eight seeds.
 
-`python -m experiments.corpus` makes the corpus first: 60M tokens, 8,192 kinds of them. Flags --config.data.* name other
+`python -m experiments.corpus` makes the corpus first: 67M tokens, 8,192 kinds of them. Flags --config.data.* name other
 text. Seeds differ in their rows and initial parameters; seed s has the same rows in all variants, so that differences
 are taken seed by seed. The paper's ablations have 440M parameters and 20 tokens for each, these 1.5: agreement is a
 difference of the paper's sign, a third to three times as large. With a standard deviation of 0.002 nats between seeds
