@@ -104,6 +104,7 @@ class Crossing(NamedTuple):
     low: float
     high: float
     side: str = ""  # it is "below" or "above" all sizes of the line, `at` the nearest of them; "": between them
+    near: bool = False  # and at the nearest of them the difference is not resolved
 
 
 def equal_at(line: Mapping[float, Sequence[dict]], target: Sequence[dict], metric: str) -> Crossing:
@@ -130,7 +131,9 @@ def equal_at(line: Mapping[float, Sequence[dict]], target: Sequence[dict], metri
         return Crossing(math.nan, 0.0, math.inf)
     found = without(None)
     if isinstance(found, str):
-        return Crossing(sizes[0] if found == "below" else sizes[-1], 0.0, math.inf, found)
+        nearest = sizes[0] if found == "below" else sizes[-1]
+        mean, half = difference(line[nearest], target, metric)
+        return Crossing(nearest, 0.0, math.inf, found, near=abs(mean) <= half)
     parts = [without(seed) for seed in seeds] if len(seeds) > 1 else []
     if not parts or any(isinstance(part, str) for part in parts):
         return Crossing(2**found, 0.0, math.inf)
@@ -168,6 +171,8 @@ def equals(rows: Sequence[dict], sizes: dict, equal, metric: str) -> dict[tuple[
 def equal_said(line: str, size: str, variant: str, metric: str, found: Crossing) -> str:
     """Write in a sentence where a line has the number of a variant."""
     begin = f"{line} has the {metric} of {variant} at {size}"
+    if found.near:
+        return f"{begin} {found.at:g} or {found.side}, which seeds do not tell apart"
     if found.side:
         return f"{begin} {found.side} {found.at:g}, outside of what was run"
     if math.isinf(found.high):
