@@ -2,12 +2,15 @@
 
 An experiment is a file under experiments/ with get_config(). `launch.sweep` says what else it may have; for the report:
 
-    PAPER   {variant: number}: what its source reports of METRIC, as tables show it (accuracies in percent)
+    PAPER   {variant: number}: what its source reports of METRIC, as tables show it (accuracies in percent), of a loss
+            its perplexity
     SIZES   {line: {variant: size}}: the figure has METRIC by size, a line for each group of variants
     SIZE    what the sizes are, "d_state"; without SIZES the figure has the metric by length
+    DECODE  the result of experiments/benchmarks/decode.py for this file, against whose times and states loss is drawn
 """
 
 import json
+import math
 import re
 import runpy
 from dataclasses import dataclass, field
@@ -36,9 +39,11 @@ class Experiment:
     paper: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, dict[str, float]] = field(default_factory=dict)
     size: str = "size"
+    equal: tuple[tuple[str, str], ...] = ()
     metric: str = ""  # "": the result says which
     trained: int = 0  # longest length that was trained; 0: not known
     result: dict | None = None
+    decoding: dict | None = None  # what `experiments/benchmarks/decode.py` recorded
     predicted: dict | None = None  # what `experiments/horizons.py` recorded
 
     @property
@@ -49,6 +54,11 @@ class Experiment:
     def missing(self) -> list[str]:
         """Variants of the file without a row."""
         return [name for name in self.variants if name not in comparison.by_variant(self.rows)]
+
+    @property
+    def first(self) -> str:
+        """The variant that others are compared with."""
+        return next(iter(comparison.by_variant(self.rows) or self.variants), "")
 
     def origins(self, what: str) -> str:
         """List the commits, dates or devices of the variants, each once."""
@@ -92,6 +102,7 @@ def read(path: Path, results: Path) -> Experiment:
         re.search(r"^Cost: (.+?)(?:[.;,] |[.;]$| \(|$)", text, re.M),
     )
     predicted = results / f"{config.name}_predicted.json"
+    decoding = results.parent / "benchmarks" / "results" / f"{given.get('DECODE', '')}.json"
     return Experiment(
         name=config.name,
         question=text.split("\n")[0],
@@ -103,9 +114,11 @@ def read(path: Path, results: Path) -> Experiment:
         paper=given.get("PAPER", {}),
         sizes=given.get("SIZES", {}),
         size=given.get("SIZE", "size"),
+        equal=tuple(given.get("EQUAL", ())),
         metric=given.get("METRIC", ""),
         trained=config.data.task_lengths[-1] if config.data.source in TASKS else config.data.length,
         result=result_of(results / f"{config.name}.json", config),
+        decoding=json.loads(decoding.read_text()) if decoding.exists() else None,
         predicted=json.loads(predicted.read_text()) if predicted.exists() else None,
     )
 
@@ -135,7 +148,10 @@ def expectations(experiment: Experiment) -> list[tuple[bool | None, str]]:
     Raises:
         ValueError: one of a length that the recorded sweep did not score.
     """
-    found = {each["variant"]: each for each in comparison.expected(experiment.rows, experiment.expect)}
+    found = {
+        each["variant"]: each
+        for each in comparison.expected(experiment.rows, experiment.expect, next(iter(experiment.variants), ""))
+    }
     return [
         (found[variant]["holds"], comparison.said(found[variant]))
         if variant in found
@@ -158,10 +174,75 @@ def cells(experiment: Experiment) -> list[list[str]]:
         lines = [[cell.strip() for cell in line] for line in lines]
     heads, *lines = lines or [["variant", "learning rate"]]
     lines += [[name, MISSING, *[""] * (len(heads) - 2)] for name in experiment.missing]
-    if experiment.paper:
-        heads = [*heads, f"best {result['metric'] if result else experiment.metric}".strip(), "paper"]
+    metric = result["metric"] if result else experiment.metric
+    if experiment.paper and is_loss(metric):
+        heads = [*heads, "paper, perplexity", f"paper over {experiment.first}"]
+        lines = [[*line, paper(experiment, line[0]), paper_over(experiment, line[0])] for line in lines]
+    elif experiment.paper:
+        heads = [*heads, f"best {metric}".strip(), "paper"]
         lines = [[*line, best(experiment, line[0]), paper(experiment, line[0])] for line in lines]
     return [heads, *lines]
+
+
+def is_loss(metric: str) -> bool:
+    """Tell a metric in nats a token, of which a perplexity is the exponential."""
+    return metric.partition("@")[0] in ("loss", "valid_loss", "loss_last", "late_loss")
+
+
+def paper_difference(experiment: Experiment, variant: str, first: str) -> float | None:
+    """ln(perplexity / perplexity of the first): the paper's difference in nats; None where it has not both."""
+    both = [experiment.paper.get(name) for name in (variant, first)]
+    known = None not in both and is_loss(experiment.result["metric"] if experiment.result else experiment.metric)
+    return math.log(both[0] / both[1]) if known else None
+
+
+def paper_over(experiment: Experiment, variant: str) -> str:
+    """Write the paper's difference to the first variant, a dash where it has none."""
+    number = paper_difference(experiment, variant, experiment.first)
+    if variant == experiment.first:
+        return ""
+    return "-" if number is None else f"{number:.4f}"
+
+
+def unresolved(experiment: Experiment) -> list[str]:
+    """Return a sentence for every variant that is not told apart from the first: what bounds the difference."""
+    if not experiment.result:
+        return []
+    metric, grouped, said = experiment.result["metric"], comparison.by_variant(experiment.rows), []
+    for variant, rows in grouped.items():
+        mean, half = comparison.difference(rows, grouped[experiment.first], metric)
+        if variant != experiment.first and abs(mean) <= half:
+            low, high = (comparison.shown(number, metric) for number in (mean - half, mean + half))
+            number = paper_difference(experiment, variant, experiment.first)
+            inside = "inside" if number is not None and abs(number - mean) <= half else "outside"
+            theirs = "" if number is None else f"; the paper's {number:.4f} is {inside}"
+            said.append(f"{variant} over {experiment.first}, {metric}: between {low} and {high}{theirs}")
+    return said
+
+
+def equals(experiment: Experiment) -> list[str]:
+    """Return a sentence for every pair of EQUAL: the size at which a line has the number of a variant."""
+    if not experiment.result:
+        return []
+    metric, said = experiment.result["metric"], []
+    found = comparison.equals(experiment.rows, experiment.sizes, experiment.equal, metric)
+    for (line, variant), crossing in found.items():
+        theirs = paper_equal(experiment, line, variant)
+        sentence = comparison.equal_said(line, experiment.size, variant, metric, crossing)
+        said.append(sentence + (f"; the paper's is {theirs}" if theirs else ""))
+    return said
+
+
+def paper_equal(experiment: Experiment, line: str, variant: str) -> str:
+    """Write at which size the paper's numbers of a line are its number of a variant; "" where it has not all."""
+    names = experiment.sizes[line]
+    if not {variant, *names} <= experiment.paper.keys():
+        return ""
+    sizes = {size: name for name, size in sorted(names.items(), key=lambda item: item[1])}
+    numbers = [math.log(experiment.paper[name]) for name in sizes.values()]
+    at = comparison.crossing([math.log2(size) for size in sizes], numbers, math.log(experiment.paper[variant]))
+    ends = {"below": min(sizes), "above": max(sizes)}
+    return f"{at} {ends[at]:g}" if isinstance(at, str) else f"{2**at:.3g}"
 
 
 def best(experiment: Experiment, variant: str) -> str:
@@ -200,10 +281,16 @@ def overview(experiment: Experiment) -> dict[str, str]:
     got, result = MISSING, experiment.result
     if result:
         metric, each = result["metric"], []
-        for name, own in comparison.by_variant(result["rows"]).items():
-            rows = comparison.at_best_rate(own, metric)
-            each.append(f"{name} {' '.join(comparison.shown(comparison.value(row, metric), metric) for row in rows)}")
-        each += [f"{name} {MISSING}" for name in experiment.missing]
+        grouped = comparison.by_variant(result["rows"])
+        for name, own in grouped.items():
+            mean, half = comparison.difference(own, grouped[experiment.first], metric)
+            if name != experiment.first and is_loss(metric) and math.isfinite(half):
+                theirs = paper_difference(experiment, name, experiment.first)
+                beside = "" if theirs is None else f" (paper {theirs:+.4f})"
+                each.append(f"{name} {mean:+.4f} ± {half:.4f}{beside}")
+            else:
+                each.append(f"{name} {comparison.of_seeds(comparison.at_best_rate(own, metric), metric)}")
+        each += [*(f"{name} {MISSING}" for name in experiment.missing), *equals(experiment)]
         got = f"{metric}: {', '.join(each)} ({experiment.origins('commit')}, {experiment.origins('device')})"
     expected = [f"{name}: {what} {span(what, *bounds)}" for name, (what, *bounds) in experiment.expect.items()]
     return {

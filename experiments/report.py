@@ -35,7 +35,9 @@ CAUSES = {"forgetting": "forgetting", "angles": "angles", "both": "both", "half_
 INTRODUCTION = """
 <p>Drawn by <code>python -m experiments.report</code> from <code>experiments/results/*.json</code>, which the programs
 that measured wrote. A variant is shown at its best learning rate, with a number for every seed; the last column of a
-table with several seeds is the mean difference to the first variant, seed by seed, with its 95% interval.
+table with several seeds is the mean difference to the first variant, seed by seed, with its 95% interval. Of four
+seeds or more, losses are a mean and a standard deviation. The paper's difference of a loss is the logarithm of the
+ratio of its perplexities. What was expected was written down before the run.
 <code>NAME@LENGTH</code> is a metric at that length. Accuracies are in percent; <code>scaled_last</code> is that of the
 last answer, with chance at 0 and always right at 100. Of <code>bits_per_byte</code> and losses less is better.</p>
 """
@@ -123,11 +125,17 @@ def expectations(experiment: Experiment) -> str:
     return "<p>Expected:</p>\n<ul>\n" + "\n".join(said) + "\n</ul>" if said else ""
 
 
+def listed(said: str, items: list[str]) -> str:
+    """Return sentences under what they are."""
+    lines = "\n".join(f"<li>{escape(item)}</li>" for item in items)
+    return f"<p>{escape(said)}</p>\n<ul>\n{lines}\n</ul>" if items else ""
+
+
 def section(experiment: Experiment) -> str:
     """Return all of one experiment."""
     drawn = metric.pictures(experiment) if experiment.result else {}
     pictures = [
-        f'<figure><img src="{escape(name)}" alt="{escape(figure.up)} by {escape(figure.across or "variant")}"></figure>'
+        f'<figure><img src="{escape(name)}" alt="{escape(metric.alt(figure))}"></figure>'
         for name, figure in drawn.items()
     ]
     parts = [
@@ -136,6 +144,8 @@ def section(experiment: Experiment) -> str:
         facts(experiment),
         *pictures,
         comparison_table(experiment),
+        listed("Not told apart from the first variant; what is known is a bound (95%):", found.unresolved(experiment)),
+        listed("Equal loss, by interpolation in log2 of the size (95%):", found.equals(experiment)),
         predictions(experiment),
         expectations(experiment),
     ]
@@ -175,7 +185,7 @@ def page(experiments: list[Experiment]) -> str:
     return "\n".join(parts)
 
 
-def pictures(experiments: list[Experiment]) -> dict[str, tuple[Experiment, metric.Figure]]:
+def pictures(experiments: list[Experiment]) -> dict[str, tuple[Experiment, metric.Drawn]]:
     """Return what is drawn, by the name of the file."""
     run = [experiment for experiment in experiments if experiment.result]
     return {name: (experiment, drawn) for experiment in run for name, drawn in metric.pictures(experiment).items()}

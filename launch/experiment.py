@@ -23,14 +23,17 @@ from mamba3_jax.config import Config, check, from_dict, to_dict, with_fields
 from mamba3_jax.data.pipeline import identities
 from mamba3_jax.data.synthetic import TASKS
 from mamba3_jax.evaluate import comparison, language, tasks
-from mamba3_jax.evaluate.score import Scorer
 from mamba3_jax.finite import or_null
 from mamba3_jax.model import LanguageModel
 from mamba3_jax.train.loop import Diverged, say, validate
 from mamba3_jax.train.population import Member, Population, member_config, member_mesh, members
 
 KEPT = ("commit", "date", "device", "parameters", "best", "resumed_after", "seconds", "asked")  # of a variant's result
-SCORED_TOKENS = 131072  # of text, about, at each length
+# Of text, at each length, about. Two models whose losses differ by 0.005 nats differ by some 0.4 (rms) on a token, so
+# that 2^17 tokens leave an error of 0.001 in their difference, nearly as large as what seeds do; 2^21 leave 0.0003.
+# They cost a thirtieth of training on 25M.
+SCORED_TOKENS = 2**21
+SCORED_AT_ONCE = 2**17  # of all members together: logits over 8,192 ids take 4.3 GB
 # What a file may say beside get_config(), and its types.
 SAYS = {
     "VARIANTS": dict,
@@ -40,11 +43,13 @@ SAYS = {
     "METRIC": str,
     "SHOWN": (tuple, list),
     "EXPECT": dict,
+    "SIZES": dict,
+    "EQUAL": (tuple, list),
 }
 # Names of metrics: of a run's training, and at a length.
 OF_TRAINING = ("loss", "loss_last", "valid_loss", "valid_accuracy", "skipped")
 OF_TASKS = ("accuracy", "last", "scaled_last", "exact")
-OF_TEXT = ("loss", "perplexity", "bits_per_byte", "accuracy")
+OF_TEXT = ("loss", "perplexity", "bits_per_byte", "accuracy", "late_loss")
 
 
 class Plan(NamedTuple):
@@ -57,6 +62,8 @@ class Plan(NamedTuple):
     metric: str
     shown: tuple[str, ...]
     expect: dict[str, tuple[str, float, float]]
+    sizes: dict[str, dict[str, float]]
+    equal: tuple[tuple[str, str], ...]
 
 
 def read_plan(
@@ -98,6 +105,8 @@ def read_plan(
         metric=metric,
         shown=tuple(given.get("SHOWN", (metric,))),
         expect=given.get("EXPECT", {}),
+        sizes=given.get("SIZES", {}),
+        equal=tuple(given.get("EQUAL", ())),
     )
     check_plan(plan)
     return plan
@@ -125,15 +134,25 @@ def check_plan(plan: Plan) -> None:
         except ValueError as error:
             raise ValueError(f"variant {name}: {error}") from None
     for word, _, metric in (wanted.partition(" ") for wanted, *_ in plan.expect.values()):
-        if word not in comparison.STATISTICS:
-            raise ValueError(
-                f"EXPECT has {word + ' ' + metric!r}: wanted {', '.join(comparison.STATISTICS)}, a blank, a metric"
-            )
+        words = (*comparison.STATISTICS, comparison.DIFFERENCE)
+        if word not in words:
+            raise ValueError(f"EXPECT has {word + ' ' + metric!r}: wanted {', '.join(words)}, a blank, a metric")
         check_metric(plan, metric)
     for metric in (plan.metric, *plan.shown):
         check_metric(plan, metric)
     if unknown := sorted(set(plan.expect) - set(plan.variants)):
         raise ValueError(f"EXPECT has {unknown[0]!r}, which is none of VARIANTS")
+    check_sizes(plan)
+
+
+def check_sizes(plan: Plan) -> None:
+    """Raise ValueError for a line of SIZES or a pair of EQUAL that names something else."""
+    for line, sizes in plan.sizes.items():
+        if unknown := sorted(set(sizes) - set(plan.variants)):
+            raise ValueError(f"SIZES[{line!r}] has {unknown[0]!r}, which is none of VARIANTS")
+    for pair in plan.equal:
+        if len(pair) != 2 or pair[0] not in plan.sizes or pair[1] not in plan.variants:
+            raise ValueError(f"EQUAL has {pair!r}: wanted pairs of a line of SIZES and one of VARIANTS")
 
 
 def check_metric(plan: Plan, metric: str) -> None:
@@ -147,19 +166,19 @@ def check_metric(plan: Plan, metric: str) -> None:
         raise ValueError(f"{metric}: there is no {name!r}{' at a length' if length else ''}, only {', '.join(names)}")
 
 
-def scores(config: Config, group: list[Member], params, lengths: tuple[int | str, ...]) -> list[list[dict]]:
+def scores(
+    config: Config, group: list[Member], params, lengths: tuple[int | str, ...], report=say
+) -> list[list[dict]]:
     """Return, of every member, its scores at each length."""
     model, data = LanguageModel(config.model), config.data
     if data.source in TASKS:
         found = tasks.evaluate(model, params, data, lengths=lengths, members=len(group))
         pick = lambda value, m: value[m] if isinstance(value, list) else value  # noqa: E731
         return [[{name: pick(value, m) for name, value in score.items()} for score in found] for m in range(len(group))]
-    scorer = Scorer(model, params, data.length)
-    how = {"lengths": lengths, "max_tokens": SCORED_TOKENS, "scorer": scorer}
-    return [
-        language.evaluate(model, jax.tree.map(lambda array: array[m], params), data, **how)  # noqa: B023
-        for m in range(len(group))
-    ]
+    rows = max(1, min(data.batch, SCORED_AT_ONCE // (len(group) * data.length)))
+    how = {"lengths": lengths, "max_tokens": SCORED_TOKENS, "members": len(group), "say": report}
+    # Parameters that stayed on the host would be copied to the device for every batch.
+    return language.evaluate(model, jax.device_put(params), dataclasses.replace(data, batch=rows), **how)
 
 
 def asked_of(plan: Plan, name: str) -> dict:
@@ -218,7 +237,7 @@ def run_variant(plan: Plan, name: str, folder: Path, commit: str, report) -> dic
             summaries = population.summaries()
         params = population.params()
     trained = time.perf_counter()
-    found = scores(config, plan.members, params, plan.lengths)
+    found = scores(config, plan.members, params, plan.lengths, report)
     rows = [
         {"variant": name, **member._asdict(), **or_null(summary), "scores": or_null(own)}
         for member, summary, own in zip(plan.members, summaries, found, strict=True)
@@ -250,7 +269,7 @@ def summary(name: str, plan: Plan, results: list[dict], origin: dict) -> dict:
         "seconds": round(sum(sum(result["seconds"].values()) for result in results), 1),
         "metric": plan.metric,
         "shown": plan.shown,
-        "expected": comparison.expected(rows, plan.expect),
+        "expected": comparison.expected(rows, plan.expect, next(iter(plan.variants))),
         "variants": {result["variant"]: {key: result[key] for key in KEPT} for result in results},
         "rows": rows,
     }

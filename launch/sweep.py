@@ -11,7 +11,10 @@ The file has, beside get_config():
     LENGTHS         scored (a task's default ones; of text the trained one)
     METRIC          chooses a variant's learning rate ("scaled_last@LENGTH", "loss@LENGTH", see evaluate/comparison.py)
     SHOWN           metrics of the table, a column each (METRIC)
-    EXPECT          {name: ("worst scaled_last@256", 0.95, 1.0)}: a statistic over the seeds, its least and its most
+    EXPECT          {name: ("worst scaled_last@256", 0.95, 1.0)}: a statistic over the seeds, its least and its most;
+                    "difference METRIC" is the mean difference to the first variant, seed by seed
+    SIZES           {line: {variant: size}}: variants that differ in a size, smaller ones first
+    EQUAL           [(line, variant)]: at which size the line has the variant's METRIC, with an interval over seeds
 
 The same command resumes, bit for bit after SIGKILL, and goes past the variants that are done, in DIR or in
 FOLDER/NAME.json. Under DIR/VARIANT stand result.json, members/NAME/metrics.jsonl, and best/, the best member as an
@@ -69,6 +72,8 @@ def main(_):
     say(f"\n{comparison.table(found['rows'], plan.shown, plan.metric)}\n")
     for expectation in found["expected"]:
         say(comparison.said(expectation))
+    for (line, variant), crossing in comparison.equals(found["rows"], plan.sizes, plan.equal, plan.metric).items():
+        say(comparison.equal_said(line, "size", variant, plan.metric, crossing))
     say(f"{found['seconds']:.0f} s in all, written to {workdir / 'results.json'}")
 
 

@@ -3,6 +3,8 @@
     python -m experiments.benchmarks.decode --name=decode_h200
     python -m experiments.benchmarks.decode --models=siso-1.5b --batches=1,128 --samplings=plain --what=decode
     python -m experiments.benchmarks.decode --models=tiny --batches=1,3         in small, on a CPU too
+    python -m experiments.benchmarks.decode --config=experiments/ablations/state_size.py --name=decode_state_size \\
+        --samplings=plain --what=decode --batches=128 --contexts=1024,4096,16384       the variants of an experiment
 
 Models have random parameters, float32 as `mamba3_jax.load` gives them. `mamba3_jax.generate` runs `fused`, a layer in
 five kernels (`mamba3_jax.decoding_layer`), or where that does not run `loop`; their logits are first compared with
@@ -15,6 +17,7 @@ leaves, with the one in a single piece.
 
 import dataclasses
 import itertools
+import runpy
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,10 +28,12 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.benchmarks import common, ssm
+from launch.common import user_errors
+from launch.experiment import variant
 from launch.provenance import provenance
 from mamba3_jax import decoding, decoding_layer, generate
 from mamba3_jax.config import ModelConfig
-from mamba3_jax.model import LanguageModel, init_params
+from mamba3_jax.model import LanguageModel, init_params, validate
 from mamba3_jax.presets import PRESETS
 from mamba3_jax.sampling import Sampling, draw
 
@@ -102,15 +107,15 @@ def paths_of(model: str) -> list[str]:
     return ["loop", *["fused"] * fused, "former"]
 
 
-def carry_of(config: ModelConfig, batch: int, tokens: int, *, stacked: bool) -> generate.Carry:
-    """Return the decode loop's carry before its first token."""
+def carry_of(config: ModelConfig, batch: int, tokens: int, capacity: int, *, stacked: bool) -> generate.Carry:
+    """Return the decode loop's carry before the first of `tokens`, with room for `capacity`."""
     return generate.Carry(
         step=jnp.int32(0),
         token_B=jnp.arange(batch, dtype=jnp.int32) % config.vocab_size,
         start_B=jnp.zeros(batch, bool),
         done_B=jnp.zeros(batch, bool),
         out_BT=jnp.zeros((batch, tokens), jnp.int32),
-        state=LanguageModel(config, stacked).empty_state(batch, tokens),
+        state=LanguageModel(config, stacked).empty_state(batch, capacity),
     )
 
 
@@ -161,12 +166,25 @@ def draws(function: Callable, sampling: Sampling, count: int, logits_BV, token_B
     return jax.lax.fori_loop(0, count, one, token_B)
 
 
-def floor_bytes(config: ModelConfig, batch: int) -> int:
-    """Count the bytes of a token: weights in the compute dtype, of the table only the rows, the state twice."""
+def state_bytes(config: ModelConfig, capacity: int = 1) -> int:
+    """Count the bytes of the state of one sequence, with room for so many tokens."""
+    return ssm.nbytes(jax.eval_shape(lambda: LanguageModel(config).empty_state(1, capacity)))
+
+
+def contexts_of(config: ModelConfig, contexts: list[int]) -> list[int]:
+    """Return the contexts at which the state has another size each, or [0]: it has one size."""
+    return contexts if contexts and state_bytes(config, 2) > state_bytes(config, 1) else [0]
+
+
+def floor_bytes(config: ModelConfig, batch: int, context: int = 0) -> int:
+    """Count the bytes of a token: weights in the compute dtype, of the table only the rows, the state twice.
+
+    Of a state that grows with the context all is read and one token's part is written.
+    """
     params = jax.eval_shape(lambda: decoding.prepare(config, init_params(config, jax.random.key(0))))
     table = params.pop("embedding")["embedding"]
-    state = jax.eval_shape(lambda: LanguageModel(config).empty_state(batch, 1))
-    return ssm.nbytes(params) + batch * table.shape[1] * table.dtype.itemsize + 2 * ssm.nbytes(state)
+    state = state_bytes(config, max(1, context)) + state_bytes(config)
+    return ssm.nbytes(params) + batch * (table.shape[1] * table.dtype.itemsize + state)
 
 
 def check_logits(model: str, batch: int, path: str) -> float:
@@ -186,19 +204,25 @@ def check_logits(model: str, batch: int, path: str) -> float:
     return common.require({"logits": error}, TOLERANCE[config.compute_dtype], f"{model}, batch {batch}, {path}")
 
 
-def decode_programs(model: str, batch: int, samplings: list[str], tokens: int, copy_gb_s: float) -> Iterator[Program]:
-    """Yield the loop with each sampling, and as it was."""
-    floor_ms = floor_bytes(MODELS[model], batch) / copy_gb_s / 1e6
+def decode_programs(
+    model: str, batch: int, samplings: list[str], tokens: int, copy_gb_s: float, context: int = 0
+) -> Iterator[Program]:
+    """Yield the loop with each sampling, and as it was.
+
+    `context`: tokens that caches have room for, all of which are read whatever they hold; 0: those decoded.
+    """
+    floor_ms = floor_bytes(MODELS[model], batch, context) / copy_gb_s / 1e6
 
     def prepare(path: str):
         stacked = path == "former"
         params = params_of(model) if stacked else prepared_of(model, path)
-        return params, carry_of(MODELS[model], batch, tokens, stacked=stacked)
+        return params, carry_of(MODELS[model], batch, tokens, max(tokens, context), stacked=stacked)
 
     for path in paths_of(model):
         function = former if path == "former" else loop
         for sampling in samplings[:1] if path == "former" else samplings:
             row = {"model": model, "what": "decode", "batch": batch, "path": path, "sampling": sampling}
+            row |= {"context": context or None, "state_bytes": state_bytes(MODELS[model], context or 1)}
             yield Program(
                 row=row | {"floor_ms": floor_ms},
                 function=partial(function, MODELS[model], SAMPLINGS[sampling], tokens),
@@ -264,6 +288,7 @@ COLUMNS = {
     "model": "model",
     "": "what",
     "batch": "batch",
+    "context": "context",
     "length": "length",
     "path": "path",
     "sampling": "sampling",
@@ -278,11 +303,20 @@ COLUMNS = {
 }
 
 
-def programs_of(model: str, batches: list[int], samplings: list[str], tokens: int, prompt: int, copy_gb_s: float):
+def programs_of(
+    model: str,
+    batches: list[int],
+    samplings: list[str],
+    tokens: int,
+    prompt: int,
+    copy_gb_s: float,
+    contexts: list[int] | None = None,
+):
     """Return the programs of a model, by what they do."""
     prefills = [prefill_programs(model, batch, max(prompt // batch, 1)) for batch in batches]
+    places = itertools.product(batches, contexts_of(MODELS[model], contexts or []))
     return {
-        "decode": [p for batch in batches for p in decode_programs(model, batch, samplings, tokens, copy_gb_s)],
+        "decode": [p for at in places for p in decode_programs(model, at[0], samplings, tokens, copy_gb_s, at[1])],
         "draw": list(draw_programs(model, max(batches), samplings, tokens)),
         "prefill": list(itertools.chain(*prefills)),
     }
@@ -311,10 +345,28 @@ def rows_of(model: str, programs: list[Program]) -> Iterator[dict]:
         yield row
 
 
+def variants_of(path: str) -> dict[str, ModelConfig]:
+    """Return the models of an experiment's file by the names of its variants; {} for no file."""
+    if not path:
+        return {}
+    given = runpy.run_path(path)
+    config = given["get_config"]()
+    variants = given.get("VARIANTS", {config.name: {}})
+    models = {name: variant(config, name, fields).model for name, fields in variants.items()}
+    for model in models.values():
+        validate(model)
+    return models
+
+
 def main(argv):
     del argv
     platform = jax.default_backend()
-    models = ssm.chosen("models", FLAGS.models or DEFAULT[platform], MODELS)
+    with user_errors():
+        own, contexts = variants_of(FLAGS.config), [int(context) for context in FLAGS.contexts]
+        if min(contexts, default=1) < 1:
+            raise ValueError(f"--contexts={','.join(FLAGS.contexts)}: wanted numbers of tokens from 1 up")
+    MODELS.update(own)
+    models = ssm.chosen("models", FLAGS.models or [*own] or DEFAULT[platform], MODELS)
     samplings = ssm.chosen("samplings", FLAGS.samplings or list(SAMPLINGS), SAMPLINGS)
     what = ssm.chosen("what", FLAGS.what or list(WHAT), WHAT)
     batches = [int(batch) for batch in FLAGS.batches]
@@ -322,7 +374,7 @@ def main(argv):
     best = {"copy_gb_s": ssm.ceilings("float32")["copy_gb_s"]}
     rows = []
     for model in models:
-        programs = programs_of(model, batches, samplings, FLAGS.tokens, FLAGS.prompt, best["copy_gb_s"])
+        programs = programs_of(model, batches, samplings, FLAGS.tokens, FLAGS.prompt, best["copy_gb_s"], contexts)
         for row in rows_of(model, [program for each in what for program in programs[each]]):
             rows.append(row)
             print(common.table([row], COLUMNS).splitlines()[-1], flush=True)
@@ -333,7 +385,9 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("models", [], "names in presets, or tiny; empty: those for this device")
+    flags.DEFINE_list("models", [], "names in presets, or tiny; empty: those for this device, or all of --config")
+    flags.DEFINE_string("config", "", "an experiment's file: its variants are models by their names too")
+    flags.DEFINE_list("contexts", [], "tokens that attention caches have room for; empty: those decoded")
     flags.DEFINE_list("batches", ["1", "8", "128"], "rows at once")
     flags.DEFINE_list("samplings", [], f"of {', '.join(SAMPLINGS)}; empty: all")
     flags.DEFINE_list("what", [], f"of {', '.join(WHAT)}; empty: all")

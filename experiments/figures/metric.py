@@ -1,4 +1,7 @@
-"""One kind of figure for every experiment: a metric by length, by size or by step, a line a variant, a dot a seed."""
+"""A metric by length, by size or by step, a line a variant, a dot a seed; and all pictures of an experiment.
+
+Differences with intervals, and loss against the cost of decoding, stand in files of their own.
+"""
 
 import hashlib
 import math
@@ -11,6 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
+from experiments.figures import differences, tradeoff
 from experiments.found import Experiment
 from mamba3_jax.evaluate import comparison
 
@@ -81,20 +85,53 @@ def curves_of(experiment: Experiment) -> Figure | None:
     return Figure(lines, "step", f"{name} in training{', %' if is_task else ''}", curves=True) if lines else None
 
 
-def pictures(experiment: Experiment) -> dict[str, Figure]:
+def pictures(experiment: Experiment) -> dict[str, "Drawn"]:
     """Return what is drawn of an experiment that has a result, by the picture's name."""
-    drawn = {experiment.name: figure_of(experiment), f"{experiment.name}_curves": curves_of(experiment)}
-    return {f"{name}.png": figure for name, figure in drawn.items() if figure}
+    metric, apart = figure_of(experiment), differences.differences_of(experiment)
+    drawn = {
+        "": apart if apart and metric.names else metric,
+        "_differences": None if metric.names else apart,
+        "_tradeoff": tradeoff.tradeoff_of(experiment),
+        "_curves": curves_of(experiment),
+    }
+    return {f"{experiment.name}{name}.png": figure for name, figure in drawn.items() if figure}
 
 
-def source(experiment: Experiment, drawn: Figure) -> str:
+Drawn = Figure | differences.Differences | tradeoff.Tradeoff
+
+
+def source(experiment: Experiment, drawn: Drawn) -> str:
     """Return what a picture is drawn from, as it says itself: commit, date and a digest of what is drawn."""
     digest = hashlib.sha256(repr(drawn).encode()).hexdigest()[:12]
     return f"commit {experiment.origins('commit')}, {experiment.origins('date')}, {digest}"
 
 
-def draw(experiment: Experiment, drawn: Figure, path: Path) -> None:
+def alt(drawn: Drawn) -> str:
+    """Return what a picture shows, for who cannot see it."""
+    match drawn:
+        case differences.Differences():
+            return f"{drawn.metric}: differences to {drawn.first}"
+        case tradeoff.Tradeoff():
+            return f"{drawn.metric} by time and state of decoding"
+    return f"{drawn.up} by {drawn.across or 'variant'}"
+
+
+def draw(experiment: Experiment, drawn: Drawn, path: Path) -> None:
     """Write a picture of an experiment that has a result, PNG."""
+    match drawn:
+        case differences.Differences():
+            figure = differences.plot(experiment.name, drawn)
+        case tradeoff.Tradeoff():
+            figure = tradeoff.plot(experiment.name, drawn)
+        case _:
+            figure = plot(experiment, drawn)
+    # Without the version of matplotlib: only what is drawn changes the file.
+    figure.savefig(path, dpi=110, metadata={"Description": source(experiment, drawn), "Software": None})
+    plt.close(figure)
+
+
+def plot(experiment: Experiment, drawn: Figure):
+    """Return the figure."""
     figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
     for index, line in enumerate(drawn.lines):
         style = {"color": f"C{index % 10}", "marker": MARKERS[index % len(MARKERS)]}
@@ -113,10 +150,20 @@ def draw(experiment: Experiment, drawn: Figure, path: Path) -> None:
     seeds = max((len(own) for line in drawn.lines for own in line.values), default=0)
     each = "a thin line" if drawn.curves else "a dot"
     axes.set_title(f"{experiment.name}: mean of {seeds} seeds, {each} a seed" if seeds > 1 else experiment.name)
-    figure.legend(loc="outside lower center", ncols=min(4, len(drawn.lines)), frameon=False)
-    # Without the version of matplotlib: only what is drawn changes the file.
-    figure.savefig(path, dpi=110, metadata={"Description": source(experiment, drawn), "Software": None})
-    plt.close(figure)
+    longest = max(len(line.label) for line in drawn.lines)
+    columns = max(1, min(4, len(drawn.lines), 76 // (longest + 5)))  # as many as the width has room for
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False)
+    return figure
+
+
+def cut(axes, drawn: Figure) -> None:
+    """Leave out what is far above the lowest loss, as that of a model that fails past its trained length."""
+    means = [sum(seeds) / len(seeds) for line in drawn.lines for seeds in line.values]
+    lowest = min(filter(math.isfinite, means), default=math.nan)
+    if max(means) > lowest + differences.FAR:
+        axes.set_ylim(lowest - 0.1 * differences.FAR, lowest + differences.FAR)
+        place = axes.transAxes
+        axes.text(0.99, 0.98, f"cut off {differences.FAR:g} above the lowest", transform=place, ha="right", va="top")
 
 
 def mark(axes, drawn: Figure) -> None:
@@ -126,6 +173,8 @@ def mark(axes, drawn: Figure) -> None:
         place = axes.get_yaxis_transform()
         axes.text(1.01, drawn.chance, "chance", transform=place, va="center", color="0.4", fontsize=9)
     axes.margins(y=0.1)
+    if drawn.trained and drawn.chance is None:
+        cut(axes, drawn)
     places = sorted({at for line in drawn.lines for at in line.at})
     if drawn.names:
         axes.set_xticks(range(len(drawn.names)), drawn.names)

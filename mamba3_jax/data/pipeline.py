@@ -52,6 +52,11 @@ class Loader:
         self._position += 1
         return batch
 
+    @property
+    def batches(self) -> int:
+        """How many there are in all; of the split "train" far more than anyone takes."""
+        return len(self._numbers)
+
     def target_bytes(self) -> np.ndarray | None:
         """Count the bytes of text that the targets of the last batch spell (B, L), an end one; None: it is no text."""
         spelt = self._rows.target_bytes

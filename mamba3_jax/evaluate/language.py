@@ -17,9 +17,9 @@ def evaluate(
     *,
     lengths: Sequence[int] = (),
     max_tokens: int = 0,
-    scorer: Scorer | None = None,
+    members: int = 0,
     say: Callable[[str], None] | None = None,
-) -> list[dict]:
+) -> list:
     """Return a result a row length: what the model makes of the "valid" split of `data` cut into rows of that length.
 
     Args:
@@ -28,27 +28,29 @@ def evaluate(
         data: where the text comes from; its length is taken to be the one trained at.
         lengths: of the rows, in tokens; () is 1, 2 and 4 times `data.length`.
         max_tokens: about how many for each length, in whole rows; 0 is all.
-        scorer: one to use again, with what it has compiled, for other parameters of the same model; None: a new one.
+        members: of several models scored at once, which the leading axis of `params` counts; 0: it is one.
         say: called with a line of progress now and then.
 
     Returns:
         Dicts of length, tokens (scored), loss (nats a token), perplexity, accuracy, bits_per_byte (exact, of the source
-        text, a document's end as one byte more), and positions: loss and tokens in doubling buckets of the number of
-        tokens of the document before (from, to).
+        text, a document's end as one byte more), late_loss (the loss of tokens with half a row or more of their
+        document before them; None where there are none), and positions: loss and tokens in doubling buckets of the
+        number of tokens of the document before (from, to). Of several members a list of these for each.
 
     Raises:
         ValueError: a length below 2, or data without a scored token.
     """
     lengths = check_lengths(lengths or [data.length, 2 * data.length, 4 * data.length])
-    scorer = scorer or Scorer(model, params, data.length)
-    scorer.params = params
+    scorer = Scorer(model, params, data.length, members)
     results = []
     for length in lengths:
-        total = Totals(length)
+        totals = [Totals(length) for _ in range(members or 1)]
         for scored in scorer.score(dataclasses.replace(data, length=length), max_tokens=max_tokens, say=say):
-            total.add(scored)
-        results.append(total.result())
-    return results
+            for member, total in enumerate(totals):
+                total.add(scored.of(member) if members else scored)
+        results.append([total.result() for total in totals])
+    each = [list(own) for own in zip(*results, strict=True)]
+    return each if members else each[0]
 
 
 def check_lengths(lengths: Sequence[int]) -> list[int]:
@@ -71,15 +73,18 @@ class Totals:
     def __init__(self, length: int):
         self.length, self.edges = length, edges(length)
         self.nll, self.count = np.zeros(len(self.edges) - 1), np.zeros(len(self.edges) - 1, np.int64)
+        self.late_nll, self.late_count = 0.0, 0
         self.correct, self.bytes = 0, 0
 
     def add(self, scored: Scored) -> None:
         """Add one more batch."""
         counts_BL = scored.batch.weights_BL > 0
-        bucket = np.searchsorted(self.edges, scored.position_BL[counts_BL], side="right") - 1
+        position, nll = scored.position_BL[counts_BL], scored.nll_BL[counts_BL].astype(np.float64)
+        bucket, late = np.searchsorted(self.edges, position, side="right") - 1, position >= self.length / 2
         size = len(self.count)
-        self.nll += np.bincount(bucket, scored.nll_BL[counts_BL].astype(np.float64), size)
+        self.nll += np.bincount(bucket, nll, size)
         self.count += np.bincount(bucket, minlength=size)
+        self.late_nll, self.late_count = self.late_nll + nll[late].sum(), self.late_count + int(late.sum())
         self.correct += int(scored.correct_BL[counts_BL].sum())
         if scored.bytes_BL is not None:
             self.bytes += int(scored.bytes_BL[counts_BL].sum())
@@ -98,6 +103,7 @@ class Totals:
             "perplexity": math.exp(min(loss, 700.0)),  # a double ends near e^709
             "accuracy": self.correct / tokens,
             "bits_per_byte": loss * tokens / math.log(2) / self.bytes if self.bytes else None,
+            "late_loss": float(self.late_nll / self.late_count) if self.late_count else None,
             "positions": [
                 {"from": first, "to": end, "tokens": int(count), "loss": float(nll / count)}
                 for first, end, nll, count in buckets

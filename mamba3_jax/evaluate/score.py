@@ -27,6 +27,10 @@ class Scored(NamedTuple):
     position_BL: np.ndarray  # tokens since the document's first, or the row's
     bytes_BL: np.ndarray | None = None  # of the text that the target spells; None: it is no text
 
+    def of(self, member: int) -> "Scored":
+        """Return the scores of one of several members."""
+        return self._replace(nll_BL=self.nll_BL[member], correct_BL=self.correct_BL[member])
+
 
 def score_piece(model: LanguageModel, params, piece: Batch, state):
     """Return (nll, correct, state) of one piece of a row, over the padded vocabulary and with NaN as in training."""
@@ -82,8 +86,8 @@ class Scorer:
         rows = min(data.batch, max_tokens // data.length) if max_tokens else data.batch
         data = dataclasses.replace(data, batch=max(1, rows // host[1]) * host[1])
         size = data.batch * data.length
-        batches = -(-max_tokens // size)
         source = loader(data, "valid", vocab_size=self.model.config.vocab_size, host=host)
+        batches = min(-(-max_tokens // size) or source.batches, source.batches)
         for index, batch in enumerate(source):
             part = self.batch(batch)._replace(bytes_BL=source.target_bytes())
             yield multihost_utils.process_allgather(part, tiled=True) if host[1] > 1 else part
@@ -92,7 +96,7 @@ class Scorer:
                 begin = said = now
             elif say and now - said > 3:
                 said, each = now, (now - begin) / index
-                left = f" of at most {batches}, {each * (batches - index - 1):.0f} s left" if batches else ""
-                say(f"length {data.length}: batch {index + 1}{left}, {size / each:,.0f} tokens/s")
+                left = f"{each * (batches - index - 1):.0f} s left"
+                say(f"length {data.length}: batch {index + 1} of {batches}, {left}, {size / each:,.0f} tokens/s")
             if index + 1 == batches:
                 return

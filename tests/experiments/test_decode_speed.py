@@ -49,6 +49,29 @@ def test_every_row_is_checked_and_timed():
     assert rows[-2]["error"] == 0 < rows[-1]["error"] < 0.1
 
 
+def test_variants_of_an_experiment_are_models(tmp_path):
+    """A state that grows with the context is timed at each, and all of it is read; others once."""
+    path = tmp_path / "file.py"
+    path.write_text(
+        """from experiments.benchmarks.decode import TINY
+from mamba3_jax.config import Config
+VARIANTS = {"ssm": {}, "attention": {"model.pattern": "A", "model.attn_head_dim": 16}}
+def get_config(): return Config(model=TINY)
+"""
+    )
+    ssm, attention = (models := decode.variants_of(str(path))).values()
+    assert list(models) == ["ssm", "attention"]
+    assert (decode.contexts_of(ssm, [8, 64]), decode.contexts_of(attention, [8, 64])) == ([0], [8, 64])
+    cache = 2 * 2 * 16 * 2  # keys and values of two heads of 16 numbers of two bytes, a token
+    assert decode.state_bytes(attention, 64) - decode.state_bytes(attention, 8) == 56 * cache
+    assert decode.floor_bytes(attention, 3, 64) - decode.floor_bytes(attention, 3, 8) == 3 * 56 * cache
+    assert decode.floor_bytes(ssm, 3, 64) == decode.floor_bytes(ssm, 3)
+    assert decode.variants_of("") == {}
+    path.write_text(path.read_text().replace("16}", "64}"))
+    with pytest.raises(ValueError, match="heads"):
+        decode.variants_of(str(path))
+
+
 def test_the_floor_counts_weights_once_and_the_state_twice():
     config = dataclasses.replace(decode.TINY, pattern="M", d_ff=0)
     one, two = decode.floor_bytes(config, 1), decode.floor_bytes(config, 2)

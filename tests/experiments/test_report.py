@@ -1,7 +1,9 @@
 """The page of what the experiments found: nothing is left out of it, and it says where everything is from."""
 
+import dataclasses
 import json
 import re
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -203,6 +205,110 @@ def test_figures_are_by_length_by_size_or_by_variant(folder, tmp_path):
     assert metric.figure_of(by_variant).names == ("plain",)
     for number, experiment in enumerate((toy, by_size, by_variant)):
         metric.draw(experiment, metric.figure_of(experiment), tmp_path / f"{number}.png")
+
+
+LOSSES = {"a": 3.0, "b_8": 3.2, "b_32": 2.8, "same": 3.001}
+LANGUAGE = '''"""Which is less?
+
+    python -m launch.sweep --config=words.py --workdir=runs/words
+"""
+
+from mamba3_jax.config import Config, ModelConfig
+
+VARIANTS = {"a": {}, "b_8": {"model.pattern": "A"}, "b_32": {}, "same": {}}
+METRIC, PAPER = "loss@32", {"a": 20.0, "b_8": 22.0, "b_32": 18.0}
+SIZES, SIZE, EQUAL, DECODE = {"B": {"b_8": 8, "b_32": 32}}, "d_state", [("B", "a")], "decode_words"
+EXPECT = {"b_32": ("difference loss@32", -0.3, -0.1)}
+
+
+def get_config():
+    return Config(name="words", model=ModelConfig(d_model=64, pattern="M"))
+'''
+
+
+@pytest.fixture
+def words(tmp_path) -> found.Experiment:
+    """An experiment on text of four seeds, whose shared noise pairing takes away, and its times of decoding."""
+    (tmp_path / "words.py").write_text(LANGUAGE)
+    noise, own = (0.3, -0.1, 0.0, 0.2), (0.002, -0.002, 0.004, -0.004)
+    rows = [
+        {
+            "variant": name,
+            "seed": seed,
+            "learning_rate": 1e-3,
+            "scores": [{"length": 32, "loss": loss + noise[seed] + own[seed] * (name != "a")}],
+        }
+        for name, loss in LOSSES.items()
+        for seed in range(4)
+    ]
+    result = result_of({name: {} for name in LOSSES}) | {"metric": "loss@32", "shown": ["loss@32"], "rows": rows}
+    record(tmp_path, result, "words")
+    times = [
+        {
+            "model": name,
+            "what": "decode",
+            "path": path,
+            "batch": batch,
+            "context": context,
+            "ms": ms,
+            "state_bytes": size,
+        }
+        for name, context, ms, size in (("a", 64, 2.0, 4096), ("a", 16, 1.0, 1024), ("b_8", None, 0.5, 2048))
+        for path, batch, ms in (("loop", 8, ms), ("loop", 1, ms / 8), ("fused", 8, ms / 2), ("former", 8, ms / 4))
+    ]
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    (folder / "decode_words.json").write_text(json.dumps({"device": "a pocket calculator", "rows": times}))
+    (read,) = found.experiments(tmp_path)
+    return read
+
+
+def test_the_papers_difference_stands_beside_ours(words):
+    heads, a, b_8, b_32, same = found.cells(words)
+    assert heads[2:] == ["loss@32", "loss@32 over a", "paper, perplexity", "paper over a"]
+    assert a[2:] == ["3.1000 (sd 0.1826)", "", "20", ""]
+    assert (b_8[3:], b_32[4:], same[4:]) == (["0.2000 ± 0.0058", "22", "0.0953"], ["18", "-0.1054"], ["-", "-"])
+    assert "b_8 +0.2000 ± 0.0058 (paper +0.0953)" in found.overview(words)["got"]
+    assert found.expectations(words)[0] == (
+        True,
+        "b_32: difference loss@32 -0.2000, as expected: -0.3000 .. -0.1000",
+    )
+
+
+def test_what_is_not_resolved_is_a_bound_in_words(words):
+    (said,) = found.unresolved(words)
+    assert said == "same over a, loss@32: between -0.0048 and 0.0068"
+    assert f"<li>{said}</li>" in report.page([words])
+    apart = [dict(row, scores=[{"length": 32, "loss": 3.0 + (row["variant"] != "a")}]) for row in words.rows]
+    assert found.unresolved(dataclasses.replace(words, result=words.result | {"rows": apart})) == []
+
+
+def test_the_size_of_equal_loss_stands_beside_the_papers(words):
+    """Halfway between 8 and 32 in octaves; by the paper's perplexities 2 ln(22/20) / ln(22/18) octaves from 8."""
+    (said,) = found.equals(words)
+    assert said.startswith("B has the loss@32 of a at d_state 16 (")
+    assert said.endswith("; the paper's is 15.5")
+    assert escape(said) in report.page([words])
+    assert found.equals(dataclasses.replace(words, result=None)) == []
+
+
+def test_losses_are_drawn_as_differences_and_against_decoding(words, tmp_path):
+    drawn = metric.pictures(words)
+    assert list(drawn) == ["words.png", "words_differences.png", "words_tradeoff.png"]
+    apart = drawn["words_differences.png"]
+    assert (apart.first, [row.label for row in apart.rows]) == ("a", ["b_8", "b_32", "same"])
+    assert apart.rows[0].seeds == pytest.approx([0.202, 0.198, 0.204, 0.196])
+    assert [row.paper and round(row.paper, 4) for row in apart.rows] == [0.0953, -0.1054, None]
+    costs = drawn["words_tradeoff.png"]
+    assert (list(costs.lines), costs.batch) == (["B", "a"], 8)
+    assert [(point.ms, point.state_kib, point.note) for point in costs.lines["a"]] == [(0.5, 1, "16"), (1.0, 4, "64")]
+    assert [(point.ms, point.note) for point in costs.lines["B"]] == [(0.25, "8")]
+    for name, figure in drawn.items():
+        metric.draw(words, figure, tmp_path / name)
+        assert metric.source(words, figure).encode() in (tmp_path / name).read_bytes()
+    plain = dataclasses.replace(words, sizes={}, decoding=None)
+    assert list(metric.pictures(plain)) == ["words.png"]
+    assert metric.pictures(plain)["words.png"] == apart
 
 
 def test_curves_have_every_seed_where_they_are_recorded(folder):

@@ -72,6 +72,80 @@ def test_expectations_are_held_to_what_was_found():
     assert comparison.said(found[1]) == "b: mean loss 2.5000, as expected: 2.0000 .. 3.0000"
 
 
+def test_a_difference_is_expected_of_the_first_variant():
+    """b over a: -0.45, see above. Without rows of the first there is nothing to hold it to."""
+    expect = {"b": ("difference scaled_last@8", -0.5, -0.4)}
+    (found,) = comparison.expected(ROWS, expect, "a")
+    assert found["holds"]
+    assert found["found"] == pytest.approx(-0.45)
+    assert comparison.said(found) == "b: difference scaled_last@8 -45.0, as expected: -50.0 .. -40.0"
+    assert comparison.expected(ROWS[4:], expect, "a") == []
+
+
+def line(noise: float, shift: float = 0.0) -> dict[int, list[dict]]:
+    """Loss 4 - log2(size) / 8 + shift by size, whose seeds are off by multiples of `noise` with mean 0."""
+    off = {seed: noise * (seed - 1.5) for seed in range(4)}
+    loss = {size: 4 - math.log2(size) / 8 + shift for size in (16, 32, 64, 128)}
+    return {
+        size: [row("x", seed, 1e-3, 0.0, loss=number + off[seed] * (1 + size / 64)) for seed in off]
+        for size, number in loss.items()
+    }
+
+
+def test_the_size_of_equal_loss():
+    """A line a quarter of an octave's loss lower reaches the loss at 128 a quarter of an octave below it."""
+    target = line(0.0)[128]
+    at, low, high, side, _ = comparison.equal_at(line(0.0, -1 / 32), target, "loss")
+    assert (at, low, high, side) == (*[pytest.approx(128 * 2**-0.25)] * 3, "")
+    at, low, high, *_ = comparison.equal_at(line(0.01, -1 / 32), target, "loss")
+    assert at == pytest.approx(128 * 2**-0.25)
+    assert 0.1 < math.log2(high / low) < 2  # a seed moves the crossing by 8 * 0.01 * 2.7 octaves and multiples
+    assert low < at < high
+
+
+def test_the_interval_is_that_of_the_mean_where_seeds_shift_a_line():
+    """A whole line that moves by d moves the crossing by 8 d octaves: then the jackknife is Student's interval."""
+    lines, target = line(0.0, -1 / 16), line(0.0)[64]
+    for rows in lines.values():
+        for own in rows:
+            own["loss"] += 0.002 * (own["seed"] - 1.5)
+    at, low, high, *_ = comparison.equal_at(lines, target, "loss")
+    sd = 8 * 0.002 * math.sqrt(5 / 3)
+    assert math.log2(at) == pytest.approx(5.5)
+    assert math.log2(high / at) == pytest.approx(3.182 * sd / 2, rel=1e-3)
+    assert math.log2(at / low) == pytest.approx(3.182 * sd / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize(("shift", "side", "at"), [(-1.0, "below", 16), (1.0, "above", 128)])
+def test_a_loss_that_no_size_has_is_outside(shift, side, at):
+    found = comparison.equal_at(line(0.01, shift), line(0.0)[64], "loss")
+    assert (found.side, found.at, found.high) == (side, at, math.inf)
+    assert f"{side} {at}, outside" in comparison.equal_said("x", "size", "y", "loss", found)
+
+
+def test_a_loss_just_past_the_last_size_may_be_at_it():
+    found = comparison.equal_at(line(0.01, -0.001), line(0.0)[16], "loss")
+    assert (found.side, found.at, found.near) == ("below", 16, True)
+    assert comparison.equal_said("x", "size", "y", "loss", found).startswith("x has the loss of y at size 16 or below,")
+    assert not comparison.equal_at(line(0.01, -1.0), line(0.0)[16], "loss").near
+
+
+def test_a_seed_that_diverged_decides_nothing():
+    lines = line(0.01, -1 / 32)
+    lines[32][0]["loss"] = None
+    found = comparison.equal_at(lines, line(0.0)[128], "loss")
+    assert math.isfinite(found.at)
+    lines[32] = [own | {"loss": None} for own in lines[32]]
+    assert math.isnan(comparison.equal_at(lines, line(0.0)[128], "loss").at)
+
+
+def test_many_seeds_of_a_loss_are_a_mean_and_a_deviation():
+    rows = [row("a", seed, 1e-3, 0.5, loss=3.0 + seed / 10) for seed in range(4)]
+    assert comparison.of_seeds(rows, "loss") == "3.1500 (sd 0.1291)"
+    assert comparison.of_seeds(rows, "scaled_last@8") == "50.0 50.0 50.0 50.0"
+    assert comparison.of_seeds(rows[:3], "loss") == "3.0000 3.1000 3.2000"
+
+
 def test_the_table_has_every_seed_and_the_difference():
     lines = comparison.table(ROWS, ("scaled_last@8", "loss"), "scaled_last@8").splitlines()
     assert lines[0] == "| variant | learning rate | scaled_last@8 | loss | scaled_last@8 over a |"

@@ -96,6 +96,21 @@ def test_sums_by_position():
     assert sum(b["tokens"] for b in got["positions"]) == got["tokens"]
 
 
+def test_late_tokens_have_half_a_row_before_them():
+    """Of a row of 40: from place 20 on, but for those of a document that began at 21."""
+    nll_BL = np.random.default_rng(0).random((2, LENGTH)).astype(np.float32)
+    total = language.Totals(LENGTH)
+    total.add(Scored(batch(), nll_BL, nll_BL > 0.5, positions(batch().start_BL)))
+    late_BL = np.arange(LENGTH) >= 20 + np.array([[LENGTH], [0]])
+    late_BL[0, 20] = True  # the last of the document before
+    late_BL &= batch().weights_BL > 0
+    assert total.result()["late_loss"] == pytest.approx(nll_BL[late_BL].mean(), rel=1e-6)
+    short = language.Totals(LENGTH)
+    every_BL = np.ones((2, LENGTH), bool)
+    short.add(Scored(batch()._replace(start_BL=every_BL), nll_BL, nll_BL > 0.5, positions(every_BL)))
+    assert short.result()["late_loss"] is None
+
+
 def test_positions_begin_again_with_each_document():
     start_BL = np.array([[1, 0, 0, 1, 0], [1, 1, 0, 0, 0]], bool)
     assert positions(start_BL).tolist() == [[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]
@@ -160,6 +175,24 @@ def test_text_past_the_trained_length(tmp_path):
     assert text.count("\n") == 8
     assert language.evaluate(*tiny("M", 256), data, lengths=[32], max_tokens=64)[0]["tokens"] <= 64
     assert language.evaluate(*tiny("M", 256), data, lengths=[32], max_tokens=32)[0]["tokens"] <= 32  # half a batch
+
+
+@pytest.mark.full
+def test_members_scored_at_once_are_as_if_alone(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}bcdefghij" * 30)
+    files = {"train_glob": str(tmp_path / "a.txt"), "valid_glob": str(tmp_path / "b.txt")}
+    data = DataConfig(length=32, batch=2, **files)
+    model, params = tiny("M", 256)
+    other = jax.tree.map(lambda array: 1.5 * array, params)
+    both = jax.tree.map(lambda *arrays: jnp.stack(arrays), params, other)
+    first, second = language.evaluate(model, both, data, lengths=[32, 64], members=2)
+    for got, alone in ((first, params), (second, other)):
+        want = language.evaluate(model, alone, data, lengths=[32, 64])
+        assert [(r["length"], r["tokens"]) for r in got] == [(r["length"], r["tokens"]) for r in want]
+        for name in ("loss", "late_loss", "bits_per_byte"):
+            assert rel_rms([r[name] for r in got], [r[name] for r in want]) < 1e-5
+    assert abs(first[0]["loss"] - second[0]["loss"]) > 1e-3
 
 
 class Counter:
