@@ -166,9 +166,7 @@ def check_metric(plan: Plan, metric: str) -> None:
         raise ValueError(f"{metric}: there is no {name!r}{' at a length' if length else ''}, only {', '.join(names)}")
 
 
-def scores(
-    config: Config, group: list[Member], params, lengths: tuple[int | str, ...], report=say
-) -> list[list[dict]]:
+def scores(config: Config, group: list[Member], params, lengths: tuple[int | str, ...], report=say) -> list[list[dict]]:
     """Return, of every member, its scores at each length."""
     model, data = LanguageModel(config.model), config.data
     if data.source in TASKS:
