@@ -110,8 +110,9 @@ def scaling_table() -> str:
 
 
 def sweeps_table() -> str:
-    """Draws the comparison of every sweep under its question."""
-    return "\n\n".join(f"{sweep.question}\n\n{found.markdown(sweep)}" for sweep in sweeps()) or MISSING
+    """Draws the comparison of every sweep that has run, under its question."""
+    run = [sweep for sweep in sweeps() if sweep.result]
+    return "\n\n".join(f"{sweep.question}\n\n{found.markdown(sweep)}" for sweep in run) or MISSING
 
 
 def sweeps() -> list[found.Experiment]:
