@@ -8,6 +8,7 @@ import tensorflow_datasets as tfds
 
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data import loader
+from mamba3_jax.data.pipeline import identities
 from mamba3_jax.data.tfds_text import tfds_rows
 
 TEXTS = {"train": [f"example {i} é" * (i % 4 + 1) for i in range(300)], "validation": ["one", "", "two"]}
@@ -77,3 +78,10 @@ def test_mistakes_are_named(directory, fields, message):
     with pytest.raises(ValueError, match=message) as error:
         loader(config(directory, **fields), "train", vocab_size=256)
     assert "\n" not in str(error.value)
+
+
+def test_globs_of_a_config_file_are_nothing_to_a_dataset(directory):
+    plain = identities(config(directory))
+    assert plain == {split: tfds_rows(config(directory), split).identity for split in ("train", "valid")}
+    assert identities(config(directory, train_glob="absent.jsonl", valid_glob="absent.jsonl")) == plain
+    assert identities(config(directory, tfds_train_split="train[:50%]"))["train"] != plain["train"]
