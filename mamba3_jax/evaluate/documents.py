@@ -28,7 +28,13 @@ class Window(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Return what a line of the table calls it."""
         return "document" if self.size is None else f"{self.size}:{self.stride}"
+
+    @property
+    def what(self) -> str:
+        """Return what a line of progress calls several."""
+        return "documents" if self.size is None else f"windows {self.name}"
 
 
 def window(text: str) -> Window:
@@ -91,7 +97,7 @@ def evaluate(
     results = []
     for form in forms:
         asked = [requests(document.ids_T, eos, form) for document in found]
-        scored = iter(scorer.score([one for of in asked for one in of], say=say, what=f"{form.name}s"))
+        scored = iter(scorer.score([one for of in asked for one in of], say=say, what=form.what))
         parts = [[next(scored) for _ in of] for of in asked]
         nll = np.array([-sum(part.total for part in of) for of in parts])
         greedy = sum(int(part.greedy_T.sum()) for of in parts for part in of)
