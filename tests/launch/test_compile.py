@@ -119,6 +119,7 @@ def test_what_slices_exchange_is_told_apart(compiler):
 
 
 @pytest.mark.libtpu
+@pytest.mark.full
 def test_the_step_on_two_slices(compiler):
     """Between slices, over data, go the gradients in float32: at least a device's part, and at most all of fsdp's."""
     config = tiny("data:2,fsdp:2,tensor:2")
