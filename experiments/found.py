@@ -19,7 +19,7 @@ from pathlib import Path
 from launch.provenance import REPOSITORY
 from mamba3_jax.config import Config
 from mamba3_jax.data.synthetic import TASKS
-from mamba3_jax.evaluate import comparison
+from mamba3_jax.evaluate import comparison, equal
 
 FOLDER = REPOSITORY / "experiments"
 MISSING = "not run yet"
@@ -225,10 +225,10 @@ def equals(experiment: Experiment) -> list[str]:
     if not experiment.result:
         return []
     metric, said = experiment.result["metric"], []
-    found = comparison.equals(experiment.rows, experiment.sizes, experiment.equal, metric)
+    found = equal.equals(experiment.rows, experiment.sizes, experiment.equal, metric)
     for (line, variant), crossing in found.items():
         theirs = paper_equal(experiment, line, variant)
-        sentence = comparison.equal_said(line, experiment.size, variant, metric, crossing)
+        sentence = equal.said(line, experiment.size, variant, metric, crossing)
         said.append(sentence + (f"; the paper's is {theirs}" if theirs else ""))
     return said
 
@@ -240,7 +240,7 @@ def paper_equal(experiment: Experiment, line: str, variant: str) -> str:
         return ""
     sizes = {size: name for name, size in sorted(names.items(), key=lambda item: item[1])}
     numbers = [math.log(experiment.paper[name]) for name in sizes.values()]
-    at = comparison.crossing([math.log2(size) for size in sizes], numbers, math.log(experiment.paper[variant]))
+    at = equal.crossing([math.log2(size) for size in sizes], numbers, math.log(experiment.paper[variant]))
     ends = {"below": min(sizes), "above": max(sizes)}
     return f"{at} {ends[at]:g}" if isinstance(at, str) else f"{2**at:.3g}"
 

@@ -29,7 +29,7 @@ from absl import flags
 
 from launch import common, experiment
 from mamba3_jax.checkpoint import checkpoint_dir
-from mamba3_jax.evaluate import comparison
+from mamba3_jax.evaluate import comparison, equal
 from mamba3_jax.train.loop import Failed, Stopped, say
 
 CONFIG = common.define_config()
@@ -72,8 +72,8 @@ def main(_):
     say(f"\n{comparison.table(found['rows'], plan.shown, plan.metric)}\n")
     for expectation in found["expected"]:
         say(comparison.said(expectation))
-    for (line, variant), crossing in comparison.equals(found["rows"], plan.sizes, plan.equal, plan.metric).items():
-        say(comparison.equal_said(line, "size", variant, plan.metric, crossing))
+    for (line, variant), crossing in equal.equals(found["rows"], plan.sizes, plan.equal, plan.metric).items():
+        say(equal.said(line, "size", variant, plan.metric, crossing))
     say(f"{found['seconds']:.0f} s in all, written to {workdir / 'results.json'}")
 
 

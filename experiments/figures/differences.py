@@ -44,7 +44,8 @@ def differences_of(experiment: Experiment) -> Differences | None:
     for name in others:
         seeds = list(comparison.paired(grouped[name], grouped[first], metric).values())
         mean, half = comparison.difference(grouped[name], grouped[first], metric)
-        rows.append(Row(name, seeds, mean, half, found.paper_difference(experiment, name, first)))
+        theirs = found.paper_difference(experiment, name, first)
+        rows.append(Row(label=name, seeds=seeds, mean=mean, half=half, paper=theirs))
     return Differences(first, metric, rows)
 
 

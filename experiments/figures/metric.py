@@ -173,7 +173,7 @@ def mark(axes, drawn: Figure) -> None:
         place = axes.get_yaxis_transform()
         axes.text(1.01, drawn.chance, "chance", transform=place, va="center", color="0.4", fontsize=9)
     axes.margins(y=0.1)
-    if drawn.trained and drawn.chance is None:
+    if drawn.trained and comparison.sign(drawn.up) < 0:
         cut(axes, drawn)
     places = sorted({at for line in drawn.lines for at in line.at})
     if drawn.names:

@@ -311,6 +311,18 @@ def test_losses_are_drawn_as_differences_and_against_decoding(words, tmp_path):
     assert metric.pictures(plain)["words.png"] == apart
 
 
+@pytest.mark.parametrize(("up", "shown"), [("late_loss", False), ("accuracy, %", True)])
+def test_a_loss_far_off_does_not_hide_the_others(up, shown, folder):
+    """Of a loss alone: numbers of two models within a nat are seen, one eight nats above is not."""
+    (toy,) = found.experiments(folder)
+    lines = [metric.Line(f"{loss}", [16, 64], [[3.0], [loss]]) for loss in (3.1, 3.2, 11.0)]
+    figure = metric.plot(toy, metric.Figure(lines, "length, tokens", up, trained=16))
+    low, high = figure.axes[0].get_ylim()
+    assert low < 3.0 < 3.2 < high
+    assert (high > 11.0) == shown
+    metric.plt.close(figure)
+
+
 def test_curves_have_every_seed_where_they_are_recorded(folder):
     result = result_of(SCORES)
     for index, row in enumerate(result["rows"]):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mamba3_jax.evaluate import comparison
+from mamba3_jax.evaluate import comparison, equal
 
 
 def row(variant, seed, rate, last, loss=1.0):
@@ -95,9 +95,9 @@ def line(noise: float, shift: float = 0.0) -> dict[int, list[dict]]:
 def test_the_size_of_equal_loss():
     """A line a quarter of an octave's loss lower reaches the loss at 128 a quarter of an octave below it."""
     target = line(0.0)[128]
-    at, low, high, side, _ = comparison.equal_at(line(0.0, -1 / 32), target, "loss")
+    at, low, high, side, _ = equal.equal_at(line(0.0, -1 / 32), target, "loss")
     assert (at, low, high, side) == (*[pytest.approx(128 * 2**-0.25)] * 3, "")
-    at, low, high, *_ = comparison.equal_at(line(0.01, -1 / 32), target, "loss")
+    at, low, high, *_ = equal.equal_at(line(0.01, -1 / 32), target, "loss")
     assert at == pytest.approx(128 * 2**-0.25)
     assert 0.1 < math.log2(high / low) < 2  # a seed moves the crossing by 8 * 0.01 * 2.7 octaves and multiples
     assert low < at < high
@@ -109,7 +109,7 @@ def test_the_interval_is_that_of_the_mean_where_seeds_shift_a_line():
     for rows in lines.values():
         for own in rows:
             own["loss"] += 0.002 * (own["seed"] - 1.5)
-    at, low, high, *_ = comparison.equal_at(lines, target, "loss")
+    at, low, high, *_ = equal.equal_at(lines, target, "loss")
     sd = 8 * 0.002 * math.sqrt(5 / 3)
     assert math.log2(at) == pytest.approx(5.5)
     assert math.log2(high / at) == pytest.approx(3.182 * sd / 2, rel=1e-3)
@@ -118,25 +118,25 @@ def test_the_interval_is_that_of_the_mean_where_seeds_shift_a_line():
 
 @pytest.mark.parametrize(("shift", "side", "at"), [(-1.0, "below", 16), (1.0, "above", 128)])
 def test_a_loss_that_no_size_has_is_outside(shift, side, at):
-    found = comparison.equal_at(line(0.01, shift), line(0.0)[64], "loss")
+    found = equal.equal_at(line(0.01, shift), line(0.0)[64], "loss")
     assert (found.side, found.at, found.high) == (side, at, math.inf)
-    assert f"{side} {at}, outside" in comparison.equal_said("x", "size", "y", "loss", found)
+    assert f"{side} {at}, outside" in equal.said("x", "size", "y", "loss", found)
 
 
 def test_a_loss_just_past_the_last_size_may_be_at_it():
-    found = comparison.equal_at(line(0.01, -0.001), line(0.0)[16], "loss")
+    found = equal.equal_at(line(0.01, -0.001), line(0.0)[16], "loss")
     assert (found.side, found.at, found.near) == ("below", 16, True)
-    assert comparison.equal_said("x", "size", "y", "loss", found).startswith("x has the loss of y at size 16 or below,")
-    assert not comparison.equal_at(line(0.01, -1.0), line(0.0)[16], "loss").near
+    assert equal.said("x", "size", "y", "loss", found).startswith("x has the loss of y at size 16 or below,")
+    assert not equal.equal_at(line(0.01, -1.0), line(0.0)[16], "loss").near
 
 
 def test_a_seed_that_diverged_decides_nothing():
     lines = line(0.01, -1 / 32)
     lines[32][0]["loss"] = None
-    found = comparison.equal_at(lines, line(0.0)[128], "loss")
+    found = equal.equal_at(lines, line(0.0)[128], "loss")
     assert math.isfinite(found.at)
     lines[32] = [own | {"loss": None} for own in lines[32]]
-    assert math.isnan(comparison.equal_at(lines, line(0.0)[128], "loss").at)
+    assert math.isnan(equal.equal_at(lines, line(0.0)[128], "loss").at)
 
 
 def test_many_seeds_of_a_loss_are_a_mean_and_a_deviation():

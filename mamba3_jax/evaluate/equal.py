@@ -1,0 +1,95 @@
+"""The size at which variants of one kind have the number of another variant, with its interval over seeds.
+
+Rows and metrics are those of `comparison`.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from mamba3_jax.evaluate import comparison
+
+
+class Crossing(NamedTuple):
+    """The size at which a line has another's number, with its 95% interval."""
+
+    at: float  # NaN where there is no seed that all have a number of
+    low: float
+    high: float
+    side: str = ""  # it is "below" or "above" all sizes of the line, `at` the nearest of them; "": between them
+    near: bool = False  # and at the nearest of them the difference is not resolved
+
+
+def equal_at(line: Mapping[float, Sequence[dict]], target: Sequence[dict], metric: str) -> Crossing:
+    """Return the size at which a line, rows by size, has the mean of the target's rows.
+
+    Linear interpolation in log2 of the size between the means over seeds, on the first stretch that has the number. The
+    interval is that of the jackknife over seeds (each left out of line and target alike), in log2 of the size, with
+    Student's t at S - 1 degrees of freedom; (0, inf) where leaving out one seed leaves the sizes of the line.
+    """
+    sizes = sorted(line)
+    numbers = {
+        size: {row["seed"]: comparison.value(row, metric) for row in comparison.at_best_rate(rows, metric)}
+        for size, rows in line.items()
+    }
+    wanted = {row["seed"]: comparison.value(row, metric) for row in comparison.at_best_rate(target, metric)}
+    every = [wanted, *numbers.values()]
+    seeds = sorted(seed for seed in wanted if all(math.isfinite(own.get(seed, math.nan)) for own in every))
+
+    def without(left: int | None) -> float | str:
+        kept = [seed for seed in seeds if seed != left]
+        means = [statistics.mean(numbers[size][seed] for seed in kept) for size in sizes]
+        return crossing([math.log2(size) for size in sizes], means, statistics.mean(wanted[seed] for seed in kept))
+
+    if not seeds:
+        return Crossing(math.nan, low=0.0, high=math.inf)
+    found = without(None)
+    if isinstance(found, str):
+        nearest = sizes[0] if found == "below" else sizes[-1]
+        mean, half = comparison.difference(line[nearest], target, metric)
+        return Crossing(nearest, low=0.0, high=math.inf, side=found, near=abs(mean) <= half)
+    parts = [without(seed) for seed in seeds] if len(seeds) > 1 else []
+    if not parts or any(isinstance(part, str) for part in parts):
+        return Crossing(2**found, low=0.0, high=math.inf)
+    mean, count = statistics.mean(parts), len(parts)
+    half = comparison.student(count) * math.sqrt((count - 1) / count * sum((part - mean) ** 2 for part in parts))
+    return Crossing(2**found, low=2 ** (found - half), high=2 ** (found + half))
+
+
+def crossing(places: Sequence[float], numbers: Sequence[float], wanted: float) -> float | str:
+    """Return the first place at which the broken line through numbers is `wanted`, or on which side of all it is.
+
+    "below": it was passed before the first place, as the line goes from its first number to its last; "above": it is
+    not reached at the last.
+    """
+    for left, right, before, after in zip(places, places[1:], numbers, numbers[1:], strict=False):
+        if min(before, after) <= wanted <= max(before, after):
+            return left if before == after else left + (right - left) * (wanted - before) / (after - before)
+    falls = numbers[-1] < numbers[0]
+    return "below" if (wanted > max(numbers)) == falls else "above"
+
+
+def equals(rows: Sequence[dict], sizes: dict, equal, metric: str) -> dict[tuple[str, str], Crossing]:
+    """Return, of each pair of a line of `sizes` and a variant, at which size the line has the variant's number.
+
+    Pairs of which a variant has no rows yet are left out.
+    """
+    grouped, found = comparison.by_variant(rows), {}
+    for line, variant in equal:
+        if {variant, *sizes[line]} <= grouped.keys():
+            by_size = {size: grouped[name] for name, size in sizes[line].items()}
+            found[line, variant] = equal_at(by_size, grouped[variant], metric)
+    return found
+
+
+def said(line: str, size: str, variant: str, metric: str, found: Crossing) -> str:
+    """Write in a sentence where a line has the number of a variant."""
+    begin = f"{line} has the {metric} of {variant} at {size}"
+    if found.near:
+        return f"{begin} {found.at:g} or {found.side}, which seeds do not tell apart"
+    if found.side:
+        return f"{begin} {found.side} {found.at:g}, outside of what was run"
+    if math.isinf(found.high):
+        return f"{begin} {found.at:.3g}, without an interval: seeds are too few, or one alone decides"
+    return f"{begin} {found.at:.3g} ({found.low:.3g} .. {found.high:.3g})"
