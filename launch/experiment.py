@@ -19,7 +19,7 @@ import jax
 from launch import common
 from launch.provenance import provenance
 from mamba3_jax.checkpoint import replace, save_model
-from mamba3_jax.config import Config, check, to_dict, with_fields
+from mamba3_jax.config import Config, check, from_dict, to_dict, with_fields
 from mamba3_jax.data.synthetic import TASKS
 from mamba3_jax.evaluate import comparison, language, tasks
 from mamba3_jax.evaluate.score import Scorer
@@ -172,10 +172,20 @@ def asked_of(plan: Plan, name: str) -> dict:
     return json.loads(json.dumps(asked, allow_nan=False))
 
 
+def is_asked(asked: dict, result: dict) -> bool:
+    """Tell whether a result is of what is asked. A field that there was not yet when it was made had its default."""
+    made = result.get("asked")
+    try:
+        made = json.loads(json.dumps(made | {"config": to_dict(from_dict(made["config"]))}))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False  # of no sweep, or of fields that there are no more
+    return made == asked
+
+
 def run_variant(plan: Plan, name: str, folder: Path, commit: str, report) -> dict:
     """Train and score the members of a variant; return and write its result. One that is done is returned as it is."""
     config, done, asked = plan.variants[name], folder / "result.json", asked_of(plan, name)
-    if done.exists() and (result := json.loads(done.read_text()))["asked"] == asked:
+    if done.exists() and is_asked(asked, result := json.loads(done.read_text())):
         report(f"done before, in {folder}")
         return result
     begin, origin = time.perf_counter(), provenance(commit)
@@ -242,7 +252,7 @@ def recorded(path: Path, plan: Plan) -> dict[str, dict]:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(file, dict) or not {"variants", "rows"} <= file.keys():
         raise ValueError(f"{path} is not a result of launch.sweep: it would be overwritten")
-    same = {name for name in plan.variants if file["variants"].get(name, {}).get("asked") == asked_of(plan, name)}
+    same = {name for name in plan.variants if is_asked(asked_of(plan, name), file["variants"].get(name, {}))}
     if lost := [name for name in file["variants"] if name not in same and name not in plan.chosen]:
         raise ValueError(f"{path} has {', '.join(lost)} of another plan, which would be lost: move the file away")
     return {
