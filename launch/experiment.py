@@ -193,11 +193,13 @@ def asked_of(plan: Plan, name: str) -> dict:
 
 
 def renewed(asked: dict) -> dict:
-    """Return what an earlier version asked, fields that came since at their defaults, as `from_dict` reads a config."""
+    """Return what an earlier version asked, fields that came since at their defaults; {} for what no sweep asked."""
     try:
         config = to_dict(from_dict(asked["config"]))
     except ValueError:  # it has a field that is gone: another config
         return asked
+    except (AttributeError, KeyError, TypeError):
+        return {}
     return json.loads(json.dumps(asked | {"config": config}))
 
 
@@ -220,10 +222,11 @@ def run_variant(plan: Plan, name: str, folder: Path, commit: str, report) -> dic
         asked = asked_of(plan, name)
         if done.exists():
             result = json.loads(done.read_text())
-            if renewed(result["asked"]) == asked:
+            before = renewed(result.get("asked"))
+            if before == asked:
                 report(f"done before, in {folder}")
                 return result
-            if other := other_data(result["asked"], asked):
+            if before and (other := other_data(before, asked)):
                 raise ValueError(f"{folder} has a result of other data: {other}; use another workdir")
         population = Population(config, plan.members, folder, report)
     with population:
@@ -289,8 +292,8 @@ def recorded(path: Path, plan: Plan) -> dict[str, dict]:
         raise ValueError(f"{path} is not a result of launch.sweep: it would be overwritten")
     same = set()
     for name in plan.variants:
-        before, asked = file["variants"].get(name, {}).get("asked"), asked_of(plan, name)
-        if before and renewed(before) == asked:
+        before, asked = renewed(file["variants"].get(name, {}).get("asked")), asked_of(plan, name)
+        if before == asked:
             same.add(name)
         elif before and (other := other_data(before, asked)):
             say(f"{name}: {path} has a result of other data, which does not count: {other}")
