@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from mamba3_jax import memory
 from mamba3_jax.data.vocabulary import continuation
-from mamba3_jax.evaluate.likelihood import Likelihoods, Request, power_of_two
+from mamba3_jax.evaluate.likelihood import PIECE, Likelihoods, Request, padded, power_of_two
 from mamba3_jax.generate import Sampling, generate
 
 ROWS = 64  # prompts that are continued together, at most
@@ -84,7 +84,7 @@ class HarnessModel:
         """Cut prompts with equal wishes into (how, rows, which), longest first; ValueError for what does not fit."""
         how = wishes(kwargs)
         numbers = sorted(numbers, key=lambda number: -len(prompts[number]))
-        rows, longest = min(ROWS, power_of_two(len(numbers))), power_of_two(len(prompts[numbers[0]]))
+        rows, longest = min(ROWS, power_of_two(len(numbers))), 1 + few_sizes(len(prompts[numbers[0]]) - 1)
         free = memory.free_on_device()
         needed = lambda: memory.carrying(self.model, rows, longest + how[0])  # noqa: E731
         while rows > 1 and free is not None and sum(needed().values()) > free:
@@ -106,7 +106,8 @@ class HarnessModel:
             seed=seed,
             stop_ids=[self.eot_token_id],
             stop=stop,
-            padded_to=1 + power_of_two(len(before) - 1),
+            prefill_length=PIECE,
+            padded_to=1 + few_sizes(len(before) - 1),
         )
         texts = [spell(prompt, row) for prompt, row in zip(prompts, found.ids, strict=False)]
         return [
@@ -118,6 +119,11 @@ class HarnessModel:
         self.running = True
         yield
         self.running = False
+
+
+def few_sizes(length: int) -> int:
+    """Round a prompt's length up: to a power of two, past PIECE to whole pieces, whose number is no shape."""
+    return padded(length) if length > PIECE else power_of_two(max(1, length))
 
 
 def wishes(kwargs: dict) -> tuple[int, list[str], Sampling]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from mamba3_jax import data
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data import loader
 from mamba3_jax.data.pipeline import identities
@@ -41,9 +42,9 @@ def config(directory, **fields):
     return DataConfig(**{"source": "tfds", "tfds_name": "tiny_text", "tfds_dir": directory, "length": 32, **fields})
 
 
-def documents(data, split):
+def documents(fields, split):
     """The texts back from the rows of a split."""
-    rows = tfds_rows(data, split)
+    rows = tfds_rows(fields, split)
     whole = rows.gather(np.arange(rows.count))
     real = np.flatnonzero(whole.tokens_BL)[-1] + 1
     return bytes(whole.tokens_BL.ravel()[:real].tolist()).decode().split("\0")
@@ -52,6 +53,7 @@ def documents(data, split):
 def test_examples_are_documents(directory):
     assert sorted(documents(config(directory), "train")) == sorted(TEXTS["train"])
     assert sorted(documents(config(directory), "valid")) == ["one", "two"]
+    assert sorted(data.documents(config(directory))) == ["one", "two"]
     half = documents(config(directory, tfds_train_split="train[:50%]"), "train")
     assert len(half) == 150
     assert set(half) <= set(TEXTS["train"])
