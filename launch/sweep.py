@@ -8,7 +8,7 @@ The file has, beside get_config():
     VARIANTS        {name: {"model.discretization": "exponential_euler"}}: fields by path, in place of the config's
     SEEDS           how many (1); member s has seed and data.seed s higher: of all variants seed s sees the same rows
     LEARNING_RATES  each with every seed (the config's own)
-    LENGTHS         scored (a task's default ones; of text the trained one)
+    LENGTHS         scored, LENGTH or "LENGTH:PAIRS" (a task's default ones; of text the trained one)
     METRIC          chooses a variant's learning rate ("scaled_last@LENGTH", "loss@LENGTH", see evaluate/comparison.py)
     SHOWN           metrics of the table, a column each (METRIC)
     EXPECT          {name: ("worst scaled_last@256", 0.95, 1.0)}: a statistic over the seeds, its least and its most;
