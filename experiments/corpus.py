@@ -3,7 +3,7 @@
     python -m experiments.corpus [--folder=build/corpus] [--pack=PATH]
     python -m experiments.corpus --unpack=PATH [--folder=build/corpus]       on a host without apt or network
 
-Cost: 184 MB of downloads, 4 minutes on 2 cores. Needs apt-get and dpkg-deb with the lists of Debian 12, not root.
+Cost: 184 MB of downloads, 3 minutes of a core. Needs apt-get and dpkg-deb with the lists of Debian 12, not root.
 
     FOLDER/train.jsonl  valid.jsonl   a document a line, {"name", "text"}: one name in twenty held out, by its hash
           /tokenizer.json             byte-level BPE of the training documents; tokenizer_config.json names its end

@@ -1,5 +1,7 @@
 """From rows to this host's batches: order, sharding, workers, position."""
 
+import dataclasses
+import functools
 import multiprocessing
 import os
 import signal
@@ -118,9 +120,14 @@ def identities(config: DataConfig) -> dict[str, str]:
     """Return the identity of the rows of each split; {} for a generated task, of which the config says all."""
     if config.source in TASKS:
         return {}
-    for split in SPLITS:
-        _check(config, split, (0, 1))
-    return {split: sources()[config.source](config, split).identity for split in SPLITS}
+    return {split: _identity(split, **dataclasses.asdict(config)) for split in SPLITS}
+
+
+@functools.lru_cache  # a sweep asks of each variant more than once, and keeps few corpora in memory
+def _identity(split: str, **fields) -> str:
+    config = DataConfig(**fields)
+    _check(config, split, (0, 1))
+    return sources()[config.source](config, split).identity
 
 
 def loader(config: DataConfig, split: str, *, vocab_size: int, host: tuple[int, int] = (0, 1)) -> Loader:

@@ -167,8 +167,8 @@ class HuggingFace:
         A special token's spelling is text like any other. A batch of texts at a time, which the package does in
         parallel.
         """
-        texts, known = iter(texts), bool(self._words)
-        while group := list(itertools.islice(texts, 256)):
+        known = bool(self._words)
+        for group in groups(texts):
             for text, encoding in zip(group, self._encode(group, offsets=not known), strict=True):
                 if known and (spelt := self._by_words(text, encoding.ids)):
                     yield spelt
@@ -246,6 +246,19 @@ def continuation(codec, prompt: Iterable[int], row: Iterable[int]) -> str:
     before, text = codec.decode(prompt), codec.decode([*prompt, *row])
     # Less than `before` where that ends inside a character.
     return text[len(os.path.commonprefix([before, text])) :]  # noqa: RUF071
+
+
+def groups(texts: Iterable[str], most: int = 256, characters: int = 2**20) -> Iterator[list[str]]:
+    """Part texts into lists of as many as reach a number of characters, at most so many; the package's cost memory."""
+    group, size = [], 0
+    for text in texts:
+        group.append(text)
+        size += len(text)
+        if len(group) == most or size >= characters:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def shorten(text: str) -> str:

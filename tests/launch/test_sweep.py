@@ -9,7 +9,7 @@ import pytest
 
 from launch import experiment
 from mamba3_jax.checkpoint import load_config
-from mamba3_jax.data import text
+from mamba3_jax.data import pipeline, text
 from tests.helpers import devices, rel_rms, without_times
 from tests.launch import tiny_sweep
 
@@ -123,7 +123,8 @@ def test_results_of_other_text_are_told_apart(tmp_path, capsys):
     assert experiment.run_variant(plan, "a", done.parent, "", print)["asked"]["data"]["train"].startswith("161 tokens")
 
     (tmp_path / "valid.txt").write_text("other " * 20)
-    text._corpus.cache_clear()
+    text._corpus.cache_clear()  # as in another process
+    pipeline._identity.cache_clear()
     assert experiment.recorded(path, plan) == {}
     assert "a result of other data, which does not count: its data was train 161 tokens" in capsys.readouterr().out
     with pytest.raises(SystemExit):
