@@ -8,7 +8,8 @@ difference of the paper's sign, a third to three times as large. With a standard
 at all; a variant whose difference in the paper is not several times that has a bound for an expectation.
 
 Costs are estimates: 8 members of 16.3M parameters at 6 FLOPs a parameter and token and 20% of an H200's 989 TFLOP/s
-are 2.0M tokens/s in all, 98 s a variant; about 30 s to compile it and 4 s to score 8 x 2M tokens are added.
+are 2.0M tokens/s in all, 98 s a variant; about 30 s to compile it and 4 s to score 8 x 2M tokens are added. Members
+that have attention run one after another, which may take longer.
 """
 
 from mamba3_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig

@@ -14,8 +14,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mamba3_jax.checkpoint import all_steps, checkpoint_dir
-from mamba3_jax.config import SEED, Config, listed
+from mamba3_jax.config import SEED, Config, ModelConfig, listed
 from mamba3_jax.data import Batch, loader
+from mamba3_jax.model import mixer_names
 from mamba3_jax.train import metrics
 from mamba3_jax.train.loop import Trainer, say
 from mamba3_jax.train.step import TrainState, batch_shapes, eval_step, init_state, train_step
@@ -56,13 +57,15 @@ def member_mesh(count: int, devices=None) -> Mesh:
     return Mesh(np.array(devices[:used]), (AXIS,))
 
 
-def together() -> bool:
+def together(model: ModelConfig) -> bool:
     """Tell whether a device computes its members side by side (`jax.vmap`), or one after another (`jax.lax.map`).
 
     Side by side they fill an accelerator. A CPU is full with one, whose arrays its caches hold: 8 members of one layer
-    took 163 ms a step side by side and 111 one after another (2 cores, experiments.benchmarks.population).
+    took 163 ms a step side by side and 111 one after another (2 cores, experiments.benchmarks.population). Nor can
+    cuDNN's attention have members: jax 0.10.2 fails to fold them into the rows of a mask that all heads share.
     """
-    return jax.default_backend() != "cpu"
+    named = "attention" in mixer_names(model.pattern) and model.attn_implementation != "plain"
+    return jax.default_backend() != "cpu" and not (named and model.compute_dtype == "bfloat16")
 
 
 def curve(lines: list[dict], points: int = 30) -> dict[str, list]:
@@ -178,7 +181,7 @@ class Population(Trainer):
         """Map over the members of the first `count` arguments, each device its own; all see the whole of the last."""
 
         def mapped(*arguments):
-            if together():
+            if together(self.config.model):
                 return jax.vmap(function, in_axes=(0,) * count + (None,))(*arguments)
             *own, whole = arguments
             return jax.lax.map(lambda of_one: function(*of_one, whole), tuple(own))

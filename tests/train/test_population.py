@@ -6,12 +6,15 @@ import math
 import jax
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
-from mamba3_jax.config import Config
+from mamba3_jax.config import Config, ModelConfig
+from mamba3_jax.ops import attention
+from mamba3_jax.sharding import using
 from mamba3_jax.train import metrics
 from mamba3_jax.train import population as module
 from mamba3_jax.train.loop import Diverged, Trainer
-from mamba3_jax.train.population import Member, Population, SeedsLoader, member_config, member_mesh, members
+from mamba3_jax.train.population import Member, Population, SeedsLoader, member_config, member_mesh, members, together
 from tests.helpers import rel_rms, without_times
 from tests.train.tiny import get_config
 
@@ -32,7 +35,7 @@ def config() -> Config:
 def side_by_side():
     """As on accelerators, but where a test says otherwise."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "together", lambda: True)
+        patch.setattr(module, "together", lambda model: True)
         yield
 
 
@@ -69,13 +72,39 @@ def test_a_member_is_the_run_of_the_trainer(index, trained, tmp_path):
 
 
 def test_one_after_another_members_are_the_runs_of_the_trainer_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "together", lambda: False)
+    monkeypatch.setattr(module, "together", lambda model: False)
     with Population(config(), GROUP[:2], tmp_path / "population", report=lambda _: None) as population:
         population.run()
     with Trainer(member_config(config(), GROUP[1]), tmp_path / "alone", report=lambda _: None) as trainer:
         trainer.run()
     errors = jax.tree.map(lambda all_M, one: rel_rms(all_M[1], one), population.state.params, trainer.state.params)
     assert max(jax.tree.leaves(errors)) < TOLERANCE
+
+
+BY_CUDNN = {"pattern": "A", "compute_dtype": "bfloat16", "d_model": 16, "attn_head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("fields", "beside"),
+    [({}, True), (BY_CUDNN, False), ({"pattern": "MA"}, True), (BY_CUDNN | {"attn_implementation": "plain"}, True)],
+)
+def test_members_whose_attention_is_cudnns_go_one_after_another(fields, beside, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert together(ModelConfig(**fields)) == beside
+
+
+def test_the_step_of_members_whose_attention_is_cudnns_lowers_for_cuda(tmp_path, monkeypatch):
+    """Of two heads, which share the mask of documents."""
+    monkeypatch.setattr(module, "together", lambda model: False)
+    monkeypatch.setattr(attention, "unavailable", lambda: None)
+    monkeypatch.setattr(attention, "SHORT", 16)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)  # jax asks for the installed
+    own = config()
+    own.model = ModelConfig(vocab_size=2, **BY_CUDNN)
+    with Population(own, GROUP[:2], tmp_path, report=lambda _: None) as population, using(population.mesh):
+        step = jax.jit(population._update(own)).trace(population.shapes, population.batch)
+        text = step.lower(lowering_platforms=("cuda",)).as_text()
+    assert "fmhaScaleBiasSoftmaxBackward" in text
 
 
 def test_a_member_that_diverges_stops_and_changes_no_other(trained):
