@@ -14,7 +14,7 @@ from pathlib import Path
 
 from experiments.benchmarks import common
 from launch.common import config_path, define_config, define_path, experiment, run, user_errors
-from launch.experiment import read_plan
+from launch.plan import read_plan
 from launch.provenance import provenance
 from mamba3_jax.analysis.horizon import group_of, horizon
 from mamba3_jax.finite import or_null

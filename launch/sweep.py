@@ -28,6 +28,7 @@ from pathlib import Path
 from absl import flags
 
 from launch import common, experiment
+from launch.plan import asked_of, read_plan
 from mamba3_jax.checkpoint import checkpoint_dir
 from mamba3_jax.evaluate import comparison, equal
 from mamba3_jax.train.loop import Failed, Stopped, say
@@ -56,9 +57,9 @@ def main(_):
         checkpoint_dir(workdir)
         rates = learning_rates()
         how = {"only": VARIANTS.value, "seeds": SEEDS.value or 0, "rates": rates}
-        plan = experiment.read_plan(common.config_path(), config, **how)
+        plan = read_plan(common.config_path(), config, **how)
         for name in plan.chosen:  # data that is not there ends it here, before anything is trained
-            experiment.asked_of(plan, name)
+            asked_of(plan, name)
         workdir.mkdir(parents=True, exist_ok=True)
         kept = Path(RESULTS.value).expanduser() / f"{config.name}.json" if RESULTS.value else None
         known = experiment.recorded(kept, plan) if kept else {}

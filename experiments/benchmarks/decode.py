@@ -29,7 +29,7 @@ from absl import app, flags
 
 from experiments.benchmarks import common, ssm
 from launch.common import user_errors
-from launch.experiment import variant
+from launch.plan import variant
 from launch.provenance import provenance
 from mamba3_jax import decoding, decoding_layer, generate
 from mamba3_jax.config import ModelConfig

@@ -9,6 +9,7 @@ import pytest
 from experiments import found
 from experiments.ablations import language
 from launch import experiment
+from launch.plan import read_plan
 from mamba3_jax.config import Config, with_fields
 from mamba3_jax.presets import parameter_count
 
@@ -31,7 +32,7 @@ SMALL = {
 def variants(path: Path) -> dict[str, Config]:
     """The config of every variant of a file, whose tokenizer need not be there."""
     config = with_fields(runpy.run_path(str(path))["get_config"](), {"data.tokenizer": "bytes"})
-    return experiment.read_plan(str(path), config).variants
+    return read_plan(str(path), config).variants
 
 
 @pytest.mark.full
@@ -81,7 +82,7 @@ SIZES, EQUAL = {"line": {"no_bias": 1, "hybrid": 2}}, [("line", "mamba3")]
 @pytest.mark.full
 def test_a_small_one_is_trained_scored_and_compared(small, tmp_path):
     path, config = small
-    plan = experiment.read_plan(str(path), config)
+    plan = read_plan(str(path), config)
     kept = tmp_path / "results" / "small.json"
     result = experiment.sweep(plan, "small", tmp_path / "runs", kept, {}, "0123abc")
     assert json.loads(kept.read_text())["rows"] == json.loads(json.dumps(result["rows"]))

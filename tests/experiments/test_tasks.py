@@ -10,7 +10,7 @@ import pytest
 
 from experiments import found
 from experiments.tasks import mqar_small, parity
-from launch import experiment
+from launch.plan import read_plan
 from mamba3_jax.config import with_fields
 from mamba3_jax.data.synthetic import TASKS
 from mamba3_jax.evaluate import tasks
@@ -36,7 +36,7 @@ def test_every_file_can_be_swept(path: Path):
     assert path.stem == config.name, "a result is found by the config's name"
     if config.data.source not in TASKS:  # whose files stand where the experiment is run
         config = with_fields(config, {"data.tokenizer": "bytes"})
-    plan = experiment.read_plan(str(path), config)
+    plan = read_plan(str(path), config)
     assert list(plan.variants) == list(found.read(path, path.parent).variants)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import experiment
+from launch.plan import asked_of, read_plan
 from mamba3_jax.checkpoint import load_config
 from mamba3_jax.data import pipeline, text
 from tests.helpers import devices, rel_rms, without_times
@@ -21,7 +22,7 @@ def plan_of(tmp_path, source: str, **values):
     """The plan of a file that begins as the tiny one and goes on with `source`."""
     path = tmp_path / "file.py"
     path.write_text(f"from tests.launch.tiny_sweep import *\n{source}\n")
-    return experiment.read_plan(str(path), tiny_sweep.get_config(), **values)
+    return read_plan(str(path), tiny_sweep.get_config(), **values)
 
 
 def test_the_plan_is_the_files_and_the_flags(tmp_path):
@@ -75,7 +76,7 @@ def test_another_file_is_not_overwritten(text, message, tmp_path):
 def test_recorded_variants_are_kept_while_they_are_asked_for_alike(tmp_path):
     plan = plan_of(tmp_path, "")
     rows = [{"variant": name} for name in plan.variants]
-    found = {name: {"asked": experiment.asked_of(plan, name)} for name in plan.variants}
+    found = {name: {"asked": asked_of(plan, name)} for name in plan.variants}
     found["mamba3"]["asked"]["config"]["model"]["d_state"] += 1
     del found["still"]["asked"]["config"]["data"]["task_mixed"]  # of a time before this field, whose default it had
     (tmp_path / "x.json").write_text(json.dumps({"variants": found, "rows": rows}))
@@ -87,7 +88,7 @@ def test_recorded_variants_are_kept_while_they_are_asked_for_alike(tmp_path):
 
 
 def record(path: Path, plan) -> None:
-    found = {name: {"asked": experiment.asked_of(plan, name)} for name in plan.variants}
+    found = {name: {"asked": asked_of(plan, name)} for name in plan.variants}
     path.write_text(json.dumps({"variants": found, "rows": [{"variant": name} for name in plan.variants]}))
 
 
@@ -106,7 +107,7 @@ def test_a_field_that_came_since_leaves_a_result_what_it_is(tmp_path):
 
 def test_results_of_other_text_are_told_apart(tmp_path, capsys):
     """By its tokens, whatever the files are called; those of a task by its config alone."""
-    assert "data" not in experiment.asked_of(plan_of(tmp_path, ""), "mamba3")
+    assert "data" not in asked_of(plan_of(tmp_path, ""), "mamba3")
     for split, content in (("train", "one two " * 20), ("valid", "three " * 20)):
         (tmp_path / f"{split}.txt").write_text(content)
     config = tiny_sweep.get_config()
@@ -114,11 +115,11 @@ def test_results_of_other_text_are_told_apart(tmp_path, capsys):
     config.data.source, config.data.tokenizer, config.data.length = "text", "bytes", 8
     config.data.train_glob, config.data.valid_glob = (f"{tmp_path}/{split}.txt" for split in ("train", "valid"))
     (tmp_path / "file.py").write_text("VARIANTS = {'a': {}, 'b': {'model.angles': 'none'}}")
-    plan = experiment.read_plan(str(tmp_path / "file.py"), config)
+    plan = read_plan(str(tmp_path / "file.py"), config)
     path, done = tmp_path / "x.json", tmp_path / "a" / "result.json"
     record(path, plan)
     done.parent.mkdir()
-    done.write_text(json.dumps({"asked": experiment.asked_of(plan, "a")}))
+    done.write_text(json.dumps({"asked": asked_of(plan, "a")}))
     assert list(experiment.recorded(path, plan)) == ["a", "b"]
     assert experiment.run_variant(plan, "a", done.parent, "", print)["asked"]["data"]["train"].startswith("161 tokens")
 
