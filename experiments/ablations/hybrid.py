@@ -1,4 +1,4 @@
-"""How much attention does a hybrid want, and does the norm before the gate matter (section 4.3 of the paper)?
+"""How much attention does a hybrid want, and does the norm before the gate matter (tables 4 and 9 of the paper)?
 
     python -m launch.sweep --config=experiments/ablations/hybrid.py --workdir=runs/hybrid
 
