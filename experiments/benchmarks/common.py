@@ -143,7 +143,9 @@ def significant(value, digits: int = 3) -> str:
         return str(value)
     if isinstance(value, int) or abs(value) >= 10**digits:
         return f"{value:,.0f}"
-    if value == 0 or abs(value) < 1e-3:
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-3:
         return f"{value:.1e}"
     places = max(0, digits - 1 - int(np.floor(np.log10(abs(value)))))
     return f"{value:.{places}f}"
