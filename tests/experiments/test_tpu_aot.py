@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import common, ssm, tpu_aot
-from launch import hlo, tpu
+from launch import hlo, hlo_text, tpu
 from launch.provenance import REPOSITORY
 from pallas_kernels.ssm.cases import of_layer, varied
 
@@ -83,10 +83,10 @@ def test_a_loop_counts_once_a_trip_and_only_what_it_moves():
 
 def test_vmem_is_not_hbm():
     shape = "f32[2048,256]{1,0:T(8,128)S(1)}"
-    assert hlo.hbm_bytes(shape) == 0
-    assert hlo.hbm_bytes(shape, anywhere=True) == hlo.hbm_bytes(shape.replace("S(1)", "")) == 2048 * 256 * 4
-    assert hlo.hbm_bytes("f32[5,3]{0,1:T(8,128)}") == 8 * 128 * 4  # the layout's minor axis is the first
-    assert hlo.hbm_bytes("(bf16[16,128]{1,0:T(8,128)(2,1)}, s32[]{:T(128)}, token[])") == 16 * 128 * 2 + 4
+    assert hlo_text.hbm_bytes(shape) == 0
+    assert hlo_text.hbm_bytes(shape, anywhere=True) == hlo_text.hbm_bytes(shape.replace("S(1)", "")) == 2048 * 256 * 4
+    assert hlo_text.hbm_bytes("f32[5,3]{0,1:T(8,128)}") == 8 * 128 * 4  # the layout's minor axis is the first
+    assert hlo_text.hbm_bytes("(bf16[16,128]{1,0:T(8,128)(2,1)}, s32[]{:T(128)}, token[])") == 16 * 128 * 2 + 4
 
 
 def test_unknown_trip_count_is_refused():

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from experiments.benchmarks import flops
-from launch import hlo, needs, tpu
+from launch import hlo, hlo_text, needs, tpu
 from launch.provenance import REPOSITORY
 from mamba3_jax import memory
 from mamba3_jax.config import Config, DataConfig, ModelConfig, TrainConfig
@@ -167,12 +167,12 @@ def test_products_are_counted(topology):
     ],
 )
 def test_groups_of_devices_are_read(written, size):
-    assert hlo.group_size(f", {written}") == size
+    assert hlo_text.group_size(f", {written}") == size
 
 
 def test_groups_that_cannot_be_read_are_refused():
     with pytest.raises(ValueError, match="how many devices"):
-        hlo.group_size(", replica_groups=other")
+        hlo_text.group_size(", replica_groups=other")
 
 
 # An all-gather that is begun, goes on beside a product and ends: one chain of three fusions.
