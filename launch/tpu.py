@@ -50,9 +50,7 @@ CHIPS = {  # v4 and tpu7x have two devices a chip here
     "v5p": Chip("v5p:1x1x1", PEAK_TFLOPS["TPU v5"], 2765, hbm_gb=95, ici_gb_s=1200 / 2, dcn_gb_s=50 / 8, ghz=1.75),
     "v6e": Chip("v6e:1x1", PEAK_TFLOPS["TPU v6 lite"], 1640, hbm_gb=32, ici_gb_s=800 / 2, dcn_gb_s=100 / 8),
     "tpu7x": Chip(
-        *("tpu7x:1x1x1", PEAK_TFLOPS["TPU7x"], 7380 / 2, 192 / 2),
-        ici_gb_s=1200 / 2 / 2,
-        dcn_gb_s=100 / 8 / 2,
+        "tpu7x:1x1x1", PEAK_TFLOPS["TPU7x"], 7380 / 2, hbm_gb=192 / 2, ici_gb_s=1200 / 2 / 2, dcn_gb_s=100 / 8 / 2
     ),
 }
 
