@@ -111,6 +111,17 @@ def replace(path: Path, content: str | bytes) -> None:
             raise
 
 
+def check_writable(path: Path) -> None:
+    """Make the folders above a file; OSError, which names it, where `replace` cannot write it: long work asks first."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        partial = path.with_name(f"{path.name}.partial")
+        partial.touch()
+        partial.unlink()
+
+
 @contextlib.contextmanager
 def writing(path: Path):
     """Raise OSError, one line that names the path, for whatever goes wrong while it is written.
