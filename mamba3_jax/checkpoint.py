@@ -105,7 +105,7 @@ def replace(path: Path, content: str | bytes) -> None:
         try:
             partial.write_bytes(content.encode() if isinstance(content, str) else content)
             partial.replace(path)
-        except OSError:
+        except BaseException:  # Ctrl-C too
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
             raise
