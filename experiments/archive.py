@@ -68,7 +68,8 @@ def whole(folder: Path) -> dict | None:
 def is_record(record) -> bool:
     """Tell what `build` records of a corpus from any other JSON."""
     parts = {"sources", "splits", "files", "made_by"}
-    return isinstance(record, dict) and record.keys() >= parts and set(record["files"] or ()) == set(FILES)
+    files = record["files"] if isinstance(record, dict) and record.keys() >= parts else None
+    return isinstance(files, dict) and files.keys() == set(FILES)
 
 
 def text_hash(record: dict) -> str:

@@ -32,7 +32,7 @@ from experiments import packages
 from experiments.archive import files_of, filling, pack, publish, text_hash, unpack, whole
 from experiments.packages import Source, entries, page_text
 from launch.common import define_path, run, user_errors
-from mamba3_jax.checkpoint import replace
+from mamba3_jax.checkpoint import check_writable, replace
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data import text
 from mamba3_jax.data.pipeline import SPLITS
@@ -170,6 +170,10 @@ def command(folder: Path, archive: Path | None, source: Path | None) -> None:
         raise ValueError("--pack and --unpack are two commands")
     if archive and not archive.parent.is_dir():
         raise ValueError(f"--pack={archive}: there is no folder {archive.parent}")
+    if archive:
+        check_writable(archive)
+    if source and not source.is_file():
+        raise ValueError(f"--unpack={source} is no file, and not an archive of --pack")
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder):
         if source:

@@ -9,15 +9,17 @@ An experiment is a file under experiments/ with get_config(). `launch.sweep` say
     DECODE  the result of experiments/benchmarks/decode.py for this file, against whose times and states loss is drawn
 """
 
-import json
 import math
 import re
 import runpy
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from experiments.benchmarks import common
+from launch.common import MODULE, of_config_file
+from launch.plan import check_said, check_sizes
 from launch.provenance import REPOSITORY
-from mamba3_jax.config import Config
+from mamba3_jax.config import Config, check
 from mamba3_jax.data.synthetic import TASKS
 from mamba3_jax.evaluate import comparison, equal
 
@@ -77,32 +79,55 @@ class Experiment:
 def experiments(folder: Path = FOLDER) -> list[Experiment]:
     """Return every experiment of a folder: those of its files, then sweeps whose file is gone."""
     paths = sorted(path for path in folder.rglob("*.py") if "\ndef get_config(" in path.read_text())
-    found = [read(path, folder / "results") for path in paths]
+    found, files = [read(path, folder / "results") for path in paths], {}
+    for path, experiment in zip(paths, found, strict=True):
+        if (other := files.setdefault(experiment.name, path)) is not path:
+            raise ValueError(f"{other} and {path} are both called {experiment.name!r}: their results would be one file")
     for path in sorted((folder / "results").glob("*.json")):
-        result = json.loads(path.read_text())
-        if is_sweep(result) and path.stem not in [experiment.name for experiment in found]:
+        result = common.read(path.stem, path.parent)
+        if is_sweep(result) and path.stem not in files:
+            check_sweep(path, result)
             found.append(Experiment(path.stem, f"{path.stem}: its file is gone", result=result))
     return found
+
+
+def given_by(path: Path) -> tuple[dict, Config]:
+    """Run a file; return its names and its config; ValueError for one that fails, or says what it may not."""
+    try:
+        given = runpy.run_path(str(path), run_name=MODULE)
+        config = given["get_config"]()
+    except Exception as error:
+        raise ValueError(of_config_file(error) or f"{path}: {type(error).__name__}: {error}") from None
+    if not isinstance(config, Config) or not given["__doc__"]:
+        raise ValueError(f"{path}: wanted a docstring, whose first line is the question, and a Config of get_config()")
+    check_said(path, given)
+    try:
+        check(config)
+        check_sizes(given.get("VARIANTS", {config.name}), given.get("SIZES", {}), given.get("EQUAL", ()))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return given, config
 
 
 def read(path: Path, results: Path) -> Experiment:
     """Return the experiment of a file.
 
     Raises:
-        ValueError: the file expects, or has a paper's number of, something that is none of its variants.
+        ValueError: the file expects, or has a paper's number of, something that is none of its variants; it or a result
+            cannot be read.
     """
-    given = runpy.run_path(str(path))
-    config, text = given["get_config"](), given["__doc__"]
-    variants = given.get("VARIANTS", {config.name: {}})
+    given, config = given_by(path)
+    text, variants = given["__doc__"], given.get("VARIANTS", {config.name: {}})
     for table in ("EXPECT", "PAPER"):
         if unknown := sorted(set(given.get(table, {})) - set(variants)):
             raise ValueError(f"{path}: {table} has {unknown[0]!r}, which is none of its variants")
+    for name, number in given.get("PAPER", {}).items():
+        if number <= 0 and is_loss(given.get("METRIC", "")):
+            raise ValueError(f"{path}: PAPER={{{name!r}: {number}}} is not a perplexity, and METRIC is a loss")
     command, cost = (
         re.search(r"^ +(python -m .*)$", text, re.M),
         re.search(r"^Cost: (.+?)(?:[.;,] |[.;]$| \(|$)", text, re.M),
     )
-    predicted = results / f"{config.name}_predicted.json"
-    decoding = results.parent / "benchmarks" / "results" / f"{given.get('DECODE', '')}.json"
     return Experiment(
         name=config.name,
         question=text.split("\n")[0],
@@ -116,10 +141,12 @@ def read(path: Path, results: Path) -> Experiment:
         size=given.get("SIZE", "size"),
         equal=tuple(given.get("EQUAL", ())),
         metric=given.get("METRIC", ""),
-        trained=config.data.task_lengths[-1] if config.data.source in TASKS else config.data.length,
+        trained=config.data.task_lengths[-1]
+        if config.data.task_lengths and config.data.source in TASKS
+        else config.data.length,
         result=result_of(results / f"{config.name}.json", config),
-        decoding=json.loads(decoding.read_text()) if decoding.exists() else None,
-        predicted=json.loads(predicted.read_text()) if predicted.exists() else None,
+        decoding=common.read(given.get("DECODE", ""), results.parent / "benchmarks" / "results"),
+        predicted=common.read(f"{config.name}_predicted", results),
     )
 
 
@@ -128,10 +155,23 @@ def is_sweep(result: dict) -> bool:
     return {"metric", "shown", "variants", "rows"} <= set(result)
 
 
+def check_sweep(path: Path, result: dict) -> None:
+    """Raise ValueError for a sweep's result without what is drawn of it."""
+    try:
+        comparison.table(result["rows"], (result["metric"], *result["shown"]), result["metric"])
+        origins = [variant[what] for variant in result["variants"].values() for what in ("device", "commit", "date")]
+        all_of = [result["jax"], result["command"], f"{result['seconds']:.0f}", *origins]
+    except (AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+    if not all(isinstance(part, str) for part in all_of):
+        raise ValueError(f"{path} is damaged: where it comes from is not text")
+
+
 def result_of(path: Path, config: Config) -> dict | None:
     """Return a result in a sweep's form; None where there is none, or one of another program."""
-    result = json.loads(path.read_text()) if path.exists() else {}
+    result = common.read(path.stem, path.parent) or {}
     if is_sweep(result):
+        check_sweep(path, result)
         return result
     if not {"rows", "step"} <= set(result):
         return None

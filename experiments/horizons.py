@@ -7,13 +7,13 @@ variant: the length where its last answer is halfway to chance, measured, and pr
 alone (`mamba3_jax/analysis/horizon.py`); null stands where that is at no length asked.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
 
 from experiments.benchmarks import common
 from launch.common import config_path, define_config, define_path, experiment, run, user_errors
+from launch.experiment import read_result
 from launch.plan import read_plan
 from launch.provenance import provenance
 from mamba3_jax.analysis.horizon import group_of, horizon
@@ -41,7 +41,9 @@ def main(_):
         if not group_of(config.data.source):
             raise ValueError(f"{config.data.source=} asks for no group's product")
         folders = {name: Path(SWEEP.value).expanduser() / name for name in read_plan(config_path(), config).variants}
-        members = {name: json.loads((folder / "result.json").read_text())["best"] for name, folder in folders.items()}
+        members = {
+            name: read_result(folder / "result.json", {"best", "rows"})["best"] for name, folder in folders.items()
+        }
         loaded = {name: load_run(folder / "best") for name, folder in folders.items()}
     rows = []
     for variant, (own, params) in loaded.items():

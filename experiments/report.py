@@ -15,6 +15,7 @@ from absl import app, flags
 from experiments import found
 from experiments.figures import metric
 from experiments.found import MISSING, Experiment
+from launch.common import user_errors
 from launch.provenance import REPOSITORY
 from mamba3_jax.evaluate import comparison
 
@@ -218,14 +219,13 @@ def write(experiments: list[Experiment], folder: Path = FOLDER) -> list[str]:
 
 
 def main(_):
-    experiments = found.experiments()
-    if flags.FLAGS.check:
-        if names := outdated(experiments):
-            sys.exit(
-                f"Out of date in {FOLDER.relative_to(REPOSITORY)}: {', '.join(names)}: run python -m experiments.report"
-            )
-        return
-    for name in write(experiments):
+    with user_errors():  # a file or a result that cannot be read or drawn
+        experiments = found.experiments()
+        changed = outdated(experiments) if flags.FLAGS.check else write(experiments)
+    if flags.FLAGS.check and changed:
+        names = ", ".join(changed)
+        sys.exit(f"Out of date in {FOLDER.relative_to(REPOSITORY)}: {names}: run python -m experiments.report")
+    for name in changed:
         print(f"rewrote {FOLDER.relative_to(REPOSITORY) / name}")
 
 

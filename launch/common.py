@@ -1,14 +1,15 @@
 """What the commands share: the --config flag, and errors that a user can mend as one line instead of a traceback.
 
 Exit status of every command: 0 done; 1 a bug, with its traceback; 2 a mistake in flags, config, files or input; 4
-another process of the run is gone or did not come (`launch/hosts.py`). `launch.train` adds 3 (stopped after too many
-non-finite updates), and with `launch.sweep` 128 + n (saved and stopped on signal n).
+another process of the run is gone or did not come (`launch/hosts.py`); 130 stopped by Ctrl-C. `launch.train` adds 3
+(stopped after too many non-finite updates), and with `launch.sweep` 128 + n (saved and stopped on signal n).
 """
 
 import contextlib
 import dataclasses
 import logging as stdlib_logging
 import re
+import signal
 import sys
 import traceback
 import typing
@@ -89,7 +90,10 @@ def _opened(main, alone: bool, saves: bool):
                 fail(error, hosts.LOST)
         with company or contextlib.nullcontext():
             xla.use_cache(warn)
-            return main(argv)
+            try:
+                return main(argv)
+            except KeyboardInterrupt:
+                fail("stopped by Ctrl-C", 128 + signal.SIGINT)
 
     return opened
 

@@ -5,12 +5,13 @@ import functools
 import json
 import shutil
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
 
 from launch import common
-from launch.plan import Plan, asked_of, other_data, renewed
+from launch.plan import Plan, asked_of, is_list_of, is_table_of, other_data, renewed
 from launch.provenance import provenance
 from mamba3_jax.checkpoint import replace, save_model
 from mamba3_jax.config import Config
@@ -42,20 +43,57 @@ def scores(config: Config, group: list[Member], params, lengths: tuple[int | str
     return language.evaluate(model, jax.device_put(params), dataclasses.replace(data, batch=rows), **how)
 
 
+def read_result(path: Path, keys: Collection[str]) -> dict:
+    """Return a result file of `launch.sweep` that has the keys; ValueError for one that is damaged, or another's."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}: move it away") from None
+    rows = found.get("rows") if isinstance(found, dict) and keys <= found.keys() else None
+    if not is_list_of(rows, dict) or not all(isinstance(row.get("variant"), str) for row in rows):
+        raise ValueError(f"{path} is not a result of launch.sweep, and would be overwritten: move it away")
+    return found
+
+
+def check_result(path: Path, result: dict, rows: list, plan: Plan) -> None:
+    """Raise ValueError unless the result of a variant has all that is kept of it and compared."""
+    metrics = (plan.metric, *plan.shown, *(wanted.partition(" ")[2] for wanted, *_ in plan.expect.values()))
+    try:
+        sum({key: result[key] for key in KEPT}["seconds"].values())
+        comparison.table(rows, metrics, plan.metric)
+    except (AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} cannot be compared with other results ({why}): move it away") from None
+
+
+def done_before(plan: Plan, name: str, folder: Path) -> dict | None:
+    """Return the result of a variant in its folder, just as the plan asks for it; None where it is to be trained.
+
+    Raises:
+        ValueError, OSError: there is a file that is no such result, or one of other data.
+    """
+    path = folder / "result.json"
+    if not path.exists():
+        return None
+    result = read_result(path, {"variant", "asked", "rows"})
+    before, asked = renewed(result["asked"]), asked_of(plan, name)
+    if before == asked:
+        check_result(path, result, result["rows"], plan)
+        return result
+    if before and (other := other_data(before, asked)):
+        raise ValueError(f"{folder} has a result of other data: {other}; use another workdir")
+    return None
+
+
 def run_variant(plan: Plan, name: str, folder: Path, commit: str, report) -> dict:
     """Train and score the members of a variant; return and write its result. One that is done is returned as it is."""
     begin, origin = time.perf_counter(), provenance(commit)
     config, done = plan.variants[name], folder / "result.json"
     with common.user_errors():
         asked = asked_of(plan, name)
-        if done.exists():
-            result = json.loads(done.read_text())
-            before = renewed(result.get("asked"))
-            if before == asked:
-                report(f"done before, in {folder}")
-                return result
-            if before and (other := other_data(before, asked)):
-                raise ValueError(f"{folder} has a result of other data: {other}; use another workdir")
+        if result := done_before(plan, name, folder):
+            report(f"done before, in {folder}")
+            return result
         population = Population(config, plan.members, folder, report)
     with population:
         first = population.step
@@ -112,25 +150,22 @@ def recorded(path: Path, plan: Plan) -> dict[str, dict]:
     """
     if not path.exists():
         return {}
-    try:
-        file = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(file, dict) or not {"variants", "rows"} <= file.keys():
-        raise ValueError(f"{path} is not a result of launch.sweep: it would be overwritten")
-    same = set()
+    file, same = read_result(path, {"variants", "rows"}), set()
+    if not is_table_of(file["variants"], lambda result: isinstance(result, dict)):
+        raise ValueError(f"{path} is not a result of launch.sweep, and would be overwritten: move it away")
+    rows = comparison.by_variant(file["rows"])
     for name in plan.variants:
-        before, asked = renewed(file["variants"].get(name, {}).get("asked")), asked_of(plan, name)
+        result = file["variants"].get(name, {})
+        before, asked = renewed(result.get("asked")), asked_of(plan, name)
         if before == asked:
+            check_result(path, result, rows.get(name, []), plan)
             same.add(name)
         elif before and (other := other_data(before, asked)):
             say(f"{name}: {path} has a result of other data, which does not count: {other}")
     if lost := [name for name in file["variants"] if name not in same and name not in plan.chosen]:
         raise ValueError(f"{path} has {', '.join(lost)} of another plan, which would be lost: move the file away")
     return {
-        name: {"variant": name, **file["variants"][name], "rows": [r for r in file["rows"] if r["variant"] == name]}
-        for name in plan.variants
-        if name in same
+        name: {"variant": name, **file["variants"][name], "rows": rows[name]} for name in plan.variants if name in same
     }
 
 

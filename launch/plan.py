@@ -7,28 +7,91 @@ import dataclasses
 import json
 import re
 import runpy
-from collections.abc import Sequence
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
-from mamba3_jax.config import Config, check, from_dict, to_dict, with_fields
-from mamba3_jax.data.pipeline import identities
+from mamba3_jax.config import Config, DataConfig, check, from_dict, shown, to_dict, with_fields
+from mamba3_jax.data.pipeline import TEXTS, identities, loader
 from mamba3_jax.data.synthetic import TASKS
 from mamba3_jax.evaluate import comparison, language, tasks
 from mamba3_jax.train.loop import validate
 from mamba3_jax.train.population import Member, member_config, member_mesh, members
 
-# What a file may say beside get_config(), and its types.
+MEMBERS = 2**12  # of a variant: each has parameters and moments of its own
+
+
+def is_number(value) -> bool:
+    """Tell a number that JSON has: finite, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_list_of(value, kind) -> bool:
+    """Tell a list or tuple of values of a type."""
+    return isinstance(value, (tuple, list)) and all(isinstance(part, kind) for part in value)
+
+
+def is_table_of(value, fits: Callable[[object], bool]) -> bool:
+    """Tell a dict from names to values that fit."""
+    return isinstance(value, dict) and all(isinstance(key, str) and fits(part) for key, part in value.items())
+
+
+def is_expectation(value) -> bool:
+    """Tell ("STATISTIC METRIC", least, most)."""
+    if not is_list_of(value, object) or len(value) != 3:
+        return False
+    wanted, least, most = value
+    return isinstance(wanted, str) and is_number(least) and is_number(most) and least <= most
+
+
+def is_line(value) -> bool:
+    """Tell {variant: size}, whose sizes have logarithms and are told apart."""
+    sizes = list(value.values()) if is_table_of(value, is_number) else []
+    return bool(sizes) and sizes[0] > 0 and sizes == sorted(set(sizes))
+
+
+def is_text(value) -> bool:
+    """Tell a string."""
+    return isinstance(value, str)
+
+
+# What a file may say beside get_config(), to `launch.sweep` and to the report of experiments/: its form, in words too.
 SAYS = {
-    "VARIANTS": dict,
-    "SEEDS": int,
-    "LEARNING_RATES": (tuple, list),
-    "LENGTHS": (tuple, list),
-    "METRIC": str,
-    "SHOWN": (tuple, list),
-    "EXPECT": dict,
-    "SIZES": dict,
-    "EQUAL": (tuple, list),
+    "VARIANTS": (
+        lambda value: value and is_table_of(value, lambda fields: is_table_of(fields, lambda _: True)),
+        "{name: {field: value}}, at least one name",
+    ),
+    "SEEDS": (lambda value: type(value) is int and 1 <= value <= MEMBERS, f"a whole number in 1 .. {MEMBERS}"),
+    "LEARNING_RATES": (lambda value: is_list_of(value, object) and all(map(is_number, value)), "a list of numbers"),
+    "LENGTHS": (lambda value: is_list_of(value, object), 'a list of LENGTH or "LENGTH:PAIRS"'),
+    "METRIC": (is_text, "the name of a metric"),
+    "SHOWN": (lambda value: is_list_of(value, str), "a list of metrics"),
+    "EXPECT": (
+        lambda value: is_table_of(value, is_expectation),
+        '{variant: ("STATISTIC METRIC", least, most)}, two finite numbers, the lesser one first',
+    ),
+    "SIZES": (lambda value: is_table_of(value, is_line), "{line: {variant: size}}, sizes over 0 and rising"),
+    "EQUAL": (
+        lambda value: is_list_of(value, (tuple, list)) and all(is_list_of(pair, str) for pair in value),
+        "a list of pairs, (line of SIZES, variant)",
+    ),
+    "PAPER": (lambda value: is_table_of(value, is_number), "{variant: number}, finite"),
+    "SIZE": (is_text, "a name"),
+    "DECODE": (is_text, "a name"),
 }
+
+
+def check_said(path, given: dict) -> None:
+    """Raise ValueError for the first thing that a file says in another form than `SAYS` has."""
+    for name, (fits, wish) in SAYS.items():
+        value = given.get(name)
+        if name in given and not fits(value):
+            if isinstance(value, dict):  # its first entry that is wrong by itself
+                value = next(({key: part} for key, part in value.items() if not fits({key: part})), value)
+            raise ValueError(f"{path}: {name}={shown(value)} is not {wish}")
+
+
 # Names of metrics: of a run's training, and at a length.
 OF_TRAINING = ("loss", "loss_last", "valid_loss", "valid_accuracy", "skipped")
 OF_TASKS = ("accuracy", "last", "scaled_last", "exact")
@@ -64,26 +127,21 @@ def read_plan(
         ValueError: a variant, field, length, rate or metric that cannot be; it names which.
     """
     given = runpy.run_path(path)
-    for name, kind in SAYS.items():
-        if not isinstance(given.get(name, kind() if isinstance(kind, type) else ()), kind):
-            raise ValueError(f"{path}: {name}={given[name]!r} is not what launch.sweep wants: see its --help")
-    if given.get("SEEDS", 1) < 1:
-        raise ValueError(f"{path}: SEEDS={given['SEEDS']} is less than 1")
+    check_said(path, given)
     variants = given.get("VARIANTS", {config.name: {}})
     if unknown := [name for name in only if name not in variants]:
         raise ValueError(f"there is no variant {unknown[0]!r}, only {', '.join(variants)}")
     rates = tuple(rates or given.get("LEARNING_RATES", ())) or (config.optimizer.learning_rate,)
-    lengths = tuple(given.get("LENGTHS", ()))
-    if config.data.source in TASKS:
-        lengths = tuple(map(tasks.written, tasks.settings_of(config.data, lengths)))
-        metric = given.get("METRIC", f"scaled_last@{config.data.task_lengths[-1]}")
-    else:
-        lengths = tuple(language.check_lengths(lengths or (config.data.length,)))
-        metric = given.get("METRIC", f"loss@{lengths[0]}")
+    seeds = seeds or given.get("SEEDS", 1)
+    if seeds * len(rates) > MEMBERS:
+        raise ValueError(f"{seeds} seeds x {len(rates)} learning rates are more than {MEMBERS} members")
+    lengths = lengths_of(config.data, given.get("LENGTHS", ()))
+    trained = f"scaled_last@{config.data.task_lengths[-1]}" if config.data.source in TASKS else f"loss@{lengths[0]}"
+    metric = given.get("METRIC", trained)
     plan = Plan(
         variants={name: variant(config, name, fields) for name, fields in variants.items()},
         chosen=tuple(name for name in variants if not only or name in only),
-        members=members(seeds or given.get("SEEDS", 1), rates),
+        members=members(seeds, rates),
         lengths=lengths,
         metric=metric,
         shown=tuple(given.get("SHOWN", (metric,))),
@@ -95,10 +153,18 @@ def read_plan(
     return plan
 
 
+def lengths_of(data: DataConfig, lengths: Sequence[int | str]) -> tuple[int | str, ...]:
+    """Return what is scored, sorted, for () what is by default; ValueError for data that cannot be, or not so long."""
+    if data.source in TEXTS:
+        return tuple(language.check_lengths(lengths or (data.length,)))
+    loader(data, "train", vocab_size=1)  # whose fields go together
+    return tuple(map(tasks.written, tasks.settings_of(data, lengths)))
+
+
 def variant(config: Config, name: str, fields: dict) -> Config:
     """Return the config of a variant."""
-    if not re.fullmatch(r"[\w.+-]+", name):
-        raise ValueError(f"variant {name!r} is not a name of letters, digits, '_', '.', '+' and '-'")
+    if not re.fullmatch(r"\w[\w.+-]*", name) or name == "results.json":  # which is a folder in the sweep's
+        raise ValueError(f"variant {name!r} is not a name of letters, digits, '_', and after the first '.', '+', '-'")
     try:
         return with_fields(dataclasses.replace(config, name=name), fields)
     except ValueError as error:
@@ -107,34 +173,37 @@ def variant(config: Config, name: str, fields: dict) -> Config:
 
 def check_plan(plan: Plan) -> None:
     """Raise ValueError for a member that cannot be trained, and for a metric that its scores will not have."""
+    if again := [name for name, count in Counter(member.name for member in plan.members).items() if count > 1]:
+        raise ValueError(f"two members are {again[0]}: learning rates are to differ in six digits")
     mesh = member_mesh(len(plan.members))
     for name, config in plan.variants.items():
         try:
             check(config)
             for member in plan.members:
                 check(member_config(config, member))
+            lengths_of(config.data, plan.lengths)
             validate(config, mesh)  # which may read a tokenizer: members differ in numbers alone
         except ValueError as error:
             raise ValueError(f"variant {name}: {error}") from None
     for word, _, metric in (wanted.partition(" ") for wanted, *_ in plan.expect.values()):
         words = (*comparison.STATISTICS, comparison.DIFFERENCE)
-        if word not in words:
+        if word not in words or not metric:
             raise ValueError(f"EXPECT has {word + ' ' + metric!r}: wanted {', '.join(words)}, a blank, a metric")
         check_metric(plan, metric)
     for metric in (plan.metric, *plan.shown):
         check_metric(plan, metric)
     if unknown := sorted(set(plan.expect) - set(plan.variants)):
         raise ValueError(f"EXPECT has {unknown[0]!r}, which is none of VARIANTS")
-    check_sizes(plan)
+    check_sizes(plan.variants, plan.sizes, plan.equal)
 
 
-def check_sizes(plan: Plan) -> None:
+def check_sizes(variants: Collection[str], sizes: dict[str, dict[str, float]], equal: Sequence[tuple]) -> None:
     """Raise ValueError for a line of SIZES or a pair of EQUAL that names something else."""
-    for line, sizes in plan.sizes.items():
-        if unknown := sorted(set(sizes) - set(plan.variants)):
+    for line, names in sizes.items():
+        if unknown := sorted(set(names) - set(variants)):
             raise ValueError(f"SIZES[{line!r}] has {unknown[0]!r}, which is none of VARIANTS")
-    for pair in plan.equal:
-        if len(pair) != 2 or pair[0] not in plan.sizes or pair[1] not in plan.variants:
+    for pair in equal:
+        if len(pair) != 2 or pair[0] not in sizes or pair[1] not in variants:
             raise ValueError(f"EQUAL has {pair!r}: wanted pairs of a line of SIZES and one of VARIANTS")
 
 
@@ -143,10 +212,10 @@ def check_metric(plan: Plan, metric: str) -> None:
     name, _, length = metric.partition("@")
     if length and length not in map(str, plan.lengths):
         raise ValueError(f"{metric}: length {length} is not scored, only {', '.join(map(str, plan.lengths))}")
-    tasks_only = all(config.data.source in TASKS for config in plan.variants.values())
-    names = (OF_TASKS if tasks_only else OF_TEXT) if length else OF_TRAINING
+    kinds = {OF_TASKS if config.data.source in TASKS else OF_TEXT for config in plan.variants.values()}
+    names = [each for each in min(kinds) if all(each in kind for kind in kinds)] if length else OF_TRAINING
     if name not in names:
-        raise ValueError(f"{metric}: there is no {name!r}{' at a length' if length else ''}, only {', '.join(names)}")
+        raise ValueError(f"{metric!r}: there is no {name!r}{' at a length' if length else ''}, only {', '.join(names)}")
 
 
 def asked_of(plan: Plan, name: str) -> dict:

@@ -13,7 +13,7 @@ The file has, beside get_config():
     SHOWN           metrics of the table, a column each (METRIC)
     EXPECT          {name: ("worst scaled_last@256", 0.95, 1.0)}: a statistic over the seeds, its least and its most;
                     "difference METRIC" is the mean difference to the first variant, seed by seed
-    SIZES           {line: {variant: size}}: variants that differ in a size, smaller ones first
+    SIZES           {line: {variant: size}}: variants that differ in a size, smaller ones first, all over 0
     EQUAL           [(line, variant)]: at which size the line has the variant's METRIC, with an interval over seeds
 
 The same command resumes, bit for bit after SIGKILL, and goes past the variants that are done, in DIR or in
@@ -29,7 +29,7 @@ from absl import flags
 
 from launch import common, experiment
 from launch.plan import asked_of, read_plan
-from mamba3_jax.checkpoint import checkpoint_dir
+from mamba3_jax.checkpoint import check_writable, checkpoint_dir
 from mamba3_jax.evaluate import comparison, equal
 from mamba3_jax.train.loop import Failed, Stopped, say
 
@@ -58,11 +58,15 @@ def main(_):
         rates = learning_rates()
         how = {"only": VARIANTS.value, "seeds": SEEDS.value or 0, "rates": rates}
         plan = read_plan(common.config_path(), config, **how)
-        for name in plan.chosen:  # data that is not there ends it here, before anything is trained
-            asked_of(plan, name)
-        workdir.mkdir(parents=True, exist_ok=True)
         kept = Path(RESULTS.value).expanduser() / f"{config.name}.json" if RESULTS.value else None
+        # What is not there, damaged or cannot be written ends it here, before anything is trained.
         known = experiment.recorded(kept, plan) if kept else {}
+        for name in plan.chosen:
+            asked_of(plan, name)
+            if name not in known:
+                experiment.done_before(plan, name, workdir / name)
+        for path in (workdir / "results.json", *([kept] if kept else [])):
+            check_writable(path)
     try:
         found = experiment.sweep(plan, config.name, workdir, kept, known, COMMIT.value)
     except (Failed, OSError) as error:

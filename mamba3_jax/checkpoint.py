@@ -105,10 +105,21 @@ def replace(path: Path, content: str | bytes) -> None:
         try:
             partial.write_bytes(content.encode() if isinstance(content, str) else content)
             partial.replace(path)
-        except OSError:
+        except BaseException:  # Ctrl-C too
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
             raise
+
+
+def check_writable(path: Path) -> None:
+    """Make the folders above a file; OSError, which names it, where `replace` cannot write it: long work asks first."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        partial = path.with_name(f"{path.name}.partial")
+        partial.touch()
+        partial.unlink()
 
 
 @contextlib.contextmanager

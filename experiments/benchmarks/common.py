@@ -130,9 +130,18 @@ def write(name: str, origin: dict, rows: Sequence[Mapping], directory: str | Pat
 
 
 def read(name: str, directory: str | Path = "") -> dict | None:
-    """Return the result file of that name, or None if it was never taken."""
+    """Return the result file of that name, or None if it was never taken; ValueError for one that is damaged."""
     path = Path(directory or RESULTS) / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    rows = found.get("rows") if isinstance(found, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} is not a result: it has no rows")
+    return found
 
 
 def significant(value, digits: int = 3) -> str:

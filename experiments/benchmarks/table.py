@@ -19,6 +19,7 @@ from absl import app, flags
 from experiments import found
 from experiments.benchmarks import common, decode, depth, layer, pods, population, restore, scaling, ssm, tpu_aot, train
 from experiments.benchmarks.experiments import EXPERIMENTS, HEADLINES
+from launch.common import user_errors
 from launch.provenance import REPOSITORY
 from mamba3_jax.evaluate import language
 
@@ -165,7 +166,8 @@ def outdated(paths: tuple[Path, ...]) -> dict[Path, str]:
 def main(argv):
     del argv
     jax.config.update("jax_platforms", "cpu")  # shapes alone are asked for
-    changes = outdated(FILES)
+    with user_errors():  # a file or a result that cannot be read or drawn
+        changes = outdated(FILES)
     if FLAGS.check and changes:
         names = ", ".join(str(path.relative_to(REPOSITORY)) for path in changes)
         sys.exit(f"Tables are out of date in {names}: run python -m experiments.benchmarks.table")

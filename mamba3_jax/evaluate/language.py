@@ -54,7 +54,10 @@ def evaluate(
 
 
 def check_lengths(lengths: Sequence[int]) -> list[int]:
-    """Sorted, each once; ValueError for one that has no target."""
+    """Sorted, each once; ValueError for one that is no whole number or has no target."""
+    for length in lengths:
+        if not isinstance(length, int) or isinstance(length, bool):
+            raise ValueError(f"length {length!r} is not a whole number of tokens")
     if min(lengths) < 2:
         raise ValueError(f"length {min(lengths)} is less than 2: a row needs a token and a target")
     if max(lengths) > LENGTH:

@@ -202,6 +202,7 @@ def test_what_is_no_whole_archive_leaves_nothing(tmp_path):
         ({RECORD: b"{}"}, "wrong is no archive of --pack"),
         ({RECORD: b"[]"}, "wrong is no archive of --pack"),
         ({RECORD: json.dumps({"files": json.loads(held)["files"]}).encode()}, "wrong is no archive of --pack"),
+        ({RECORD: json.dumps(json.loads(held) | {"files": 5}).encode()}, "wrong is no archive of --pack"),
         ({}, "wrong is no archive of --pack"),
         ({RECORD: held, **changed}, "wrong is damaged: its files are not those"),
         ({RECORD: held}, "wrong is damaged: its files are not those"),
@@ -210,8 +211,6 @@ def test_what_is_no_whole_archive_leaves_nothing(tmp_path):
         packed(tmp_path / "wrong", **content)
         with pytest.raises(ValueError, match=message):
             corpus.command(target, None, tmp_path / "wrong")
-    with pytest.raises(FileNotFoundError, match="absent"):
-        corpus.command(target, None, tmp_path / "absent")
     assert [path.name for path in target.iterdir()] == ["lock"]
     assert not (tmp_path / "train.jsonl").exists()
 
@@ -303,16 +302,27 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.glob("other*"))
+    assert whole(tmp_path / "here")
+
+
+def test_what_cannot_be_an_archive_is_refused_before_anything_is_built(tmp_path):
+    new = tmp_path / "new"
+    (tmp_path / "a.tar.xz").mkdir()
     with pytest.raises(ValueError, match="there is no folder"):
-        corpus.command(tmp_path / "new", tmp_path / "no" / "a.tar.xz", None)
-    assert not (tmp_path / "new").exists()
+        corpus.command(new, tmp_path / "no" / "a.tar.xz", None)
+    with pytest.raises(OSError, match=r"a\.tar\.xz cannot be written: IsADirectoryError"):
+        corpus.command(new, tmp_path / "a.tar.xz", None)
+    for absent in (tmp_path / "absent", tmp_path):
+        with pytest.raises(ValueError, match=f"--unpack={absent} is no file"):
+            corpus.command(new, None, absent)
+    assert not new.exists()
 
 
 @pytest.mark.full
 def test_the_command_ends_with_one_line_and_status_2(tmp_path):
     command = [sys.executable, "-m", "experiments.corpus", f"--folder={tmp_path / 'corpus'}"]
     for more, message in (
-        (f"--unpack={tmp_path / 'absent'}", "error: [Errno 2] No such file or directory"),
+        (f"--unpack={tmp_path / 'absent'}", "absent is no file"),
         (f"--pack={tmp_path / 'no' / 'a.tar.xz'}", "there is no folder"),
         ("--unpack=", "an empty path"),
     ):

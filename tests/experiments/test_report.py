@@ -61,6 +61,7 @@ def result_of(scores: dict[str, dict[float, list[float]]]) -> dict:
     }
 
 
+RESULT = ("jax", "command", "seconds", "rows")  # without one of them a sweep's result cannot be drawn
 SCORES = {"plain": {1e-3: [0.5, 0.6], 1e-2: [0.95, 1.0]}, "wide": {1e-3: [0.25, 0.35], 1e-2: [0.1, 0.2]}}
 
 
@@ -156,6 +157,52 @@ def test_numbers_of_no_variant_are_refused(table, folder):
     with open(folder / "tasks" / "toy.py", "a") as file:
         file.write(table)
     with pytest.raises(ValueError, match="'no', which is none of its variants"):
+        found.experiments(folder)
+
+
+def test_a_damaged_result_is_named(folder):
+    """Truncated, of another kind, or without what is drawn: one line that says which file, and no picture of it."""
+    path = folder / "results" / "toy.json"
+    whole = path.read_text()
+    texts = {name: json.dumps({key: part for key, part in json.loads(whole).items() if key != name}) for name in RESULT}
+    for text in (whole[:100], "", "[]", "\0", '{"rows": 5}', '{"rows": [5]}', *texts.values()):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"toy\.json is (not JSON|not a result|damaged)"):
+            found.experiments(folder)
+    for damaged in ({"rows": []}, {"rows": [{"variant": "plain"}]}, {"variants": {"plain": {}}}, {"seconds": "long"}):
+        path.write_text(json.dumps(json.loads(whole) | damaged))
+        with pytest.raises(ValueError, match=r"toy\.json is damaged"):
+            found.experiments(folder)
+    path.write_text(whole)
+    (folder / "results" / "toy_predicted.json").write_text("{")
+    with pytest.raises(ValueError, match=r"toy_predicted\.json is not JSON"):
+        found.experiments(folder)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("EXPECT = {'plain': 5}", "toy.py: EXPECT={'plain': 5} is not"),
+        ("PAPER = {'plain': '99.5'}", "toy.py: PAPER={'plain': '99.5'} is not"),
+        ("METRIC, PAPER = 'loss@32', {'plain': 0}", "toy.py: PAPER={'plain': 0} is not a perplexity"),
+        ("SIZES = {'x': {'plain': 'wide'}}", "toy.py: SIZES={'x': {'plain': 'wide'}} is not"),
+        ("EQUAL = [('x', 'plain')]", "toy.py: EQUAL has ('x', 'plain'): wanted pairs"),
+        ("SIZE = 5", "toy.py: SIZE=5 is not a name"),
+        ("__doc__ = None", "toy.py: wanted a docstring"),
+        ("get_config = dict", "toy.py: wanted a docstring"),
+        ("nothing", "toy.py:21: NameError"),
+    ],
+)
+def test_what_a_file_says_wrongly_is_named(more, message, folder):
+    (folder / "tasks" / "toy.py").write_text(f"{TOY}\n\n{more}\n")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        found.experiments(folder)
+
+
+def test_two_files_do_not_share_a_result(folder):
+    """As where an ablation was begun as a copy of another."""
+    (folder / "tasks" / "copy.py").write_text(TOY)
+    with pytest.raises(ValueError, match="are both called 'toy'"):
         found.experiments(folder)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from launch import experiment
 from launch.plan import asked_of, read_plan
-from mamba3_jax.checkpoint import load_config
+from mamba3_jax.checkpoint import check_writable, load_config
 from mamba3_jax.data import pipeline, text
 from tests.helpers import devices, rel_rms, without_times
 from tests.launch import tiny_sweep
@@ -49,53 +49,158 @@ def test_the_plan_is_the_files_and_the_flags(tmp_path):
         ("METRIC = 'scaled_last@64'", {}, "scaled_last@64: length 64 is not scored, only 16, 32"),
         ("EXPECT = {'y': ('best scaled_last@32', 0.0, 1.0)}", {}, "EXPECT has 'y'"),
         ("LENGTHS = (0,)", {}, "0 is less than"),
-        ("METRIC = 'scaled@32'", {}, "scaled@32: there is no 'scaled' at a length, only accuracy, last, scaled_last"),
-        ("SHOWN = ('los',)", {}, "los: there is no 'los', only loss, "),
+        ("METRIC = 'scaled@32'", {}, "'scaled@32': there is no 'scaled' at a length, only accuracy, last, scaled_last"),
+        ("SHOWN = ('los',)", {}, "'los': there is no 'los', only loss, "),
         ("EXPECT = {'still': ('median loss', 0.0, 1.0)}", {}, "EXPECT has 'median loss': wanted worst, mean, best"),
         ("SIZES = {'x': {'mamba': 1}}", {}, "SIZES.* has 'mamba', which is none of VARIANTS"),
         ("EQUAL = [('x', 'still')]", {}, "EQUAL has .*'still'.*: wanted pairs of a line of SIZES and one of"),
-        ("SIZES = {'x': {'still': 1}}; EQUAL = ['x']", {}, "EQUAL has 'x': wanted pairs"),
-        ("EXPECT = {'still': ('best lost', 0.0, 1.0)}", {}, "lost: there is no 'lost', only loss"),
-        ("SEEDS = 0", {}, "SEEDS=0 is less than 1"),
-        ("SEEDS = '3'", {}, "SEEDS='3' is not what launch.sweep wants"),
-        ("VARIANTS = ['a']", {}, "VARIANTS=.* is not what launch.sweep wants"),
+        ("SIZES = {'x': {'still': 1}}; EQUAL = ['xy']", {}, "EQUAL=['xy'] is not a list of pairs"),
+        ("EXPECT = {'still': ('best lost', 0.0, 1.0)}", {}, "'lost': there is no 'lost', only loss"),
+        ("SEEDS = 0", {}, "SEEDS=0 is not a whole number in 1 .. 4096"),
+        ("SEEDS = '3'", {}, "SEEDS='3' is not a whole number"),
+        ("SEEDS = True", {}, "SEEDS=True is not a whole number"),
+        ("", {"seeds": 10**9}, "1000000000 seeds x 2 learning rates are more than 4096 members"),
+        ("", {"rates": [1e-3, 1e-3]}, "two members are seed_0_lr_0.001"),
+        ("LEARNING_RATES = (None,)", {}, "LEARNING_RATES=(None,) is not a list of numbers"),
+        ("SHOWN = (5,)", {}, "SHOWN=(5,) is not a list of metrics"),
+        ("EXPECT = {'still': 5, 'mamba3': 6}", {}, "EXPECT={'still': 5} is not {variant: ("),
+        ("EXPECT = {'still': ('best loss', 0.5)}", {}, "EXPECT=.*0.5)} is not {variant: ("),
+        ("EXPECT = {'still': ('best loss', 1.0, 0.0)}", {}, "EXPECT=.* is not .*the lesser one first"),
+        ("EXPECT = {'still': ('best loss', 0.0, 1e999)}", {}, "EXPECT=.*inf)} is not .*two finite numbers"),
+        ("EXPECT = {'still': ('best', 0.0, 1.0)}", {}, "EXPECT has 'best ': wanted .* a metric"),
+        ("SIZES = {'x': 5}", {}, "SIZES={'x': 5} is not {line: {variant: size}}"),
+        ("SIZES = {'x': {'mamba3': 0, 'still': 1}}", {}, "SIZES=.* is not .*over 0 and rising"),
+        ("SIZES = {'x': {'mamba3': 2, 'still': 2}}", {}, "SIZES=.* is not .*over 0 and rising"),
+        ("EQUAL = [5]", {}, "EQUAL=[5] is not a list of pairs"),
+        ("PAPER = {'still': '99.5'}", {}, "PAPER={'still': '99.5'} is not {variant: number}"),
+        ("VARIANTS = {'a': None}", {}, "VARIANTS={'a': None} is not {name: {field: value}}"),
+        ("VARIANTS = {}", {}, "VARIANTS={} is not .*at least one name"),
+        ("VARIANTS = {'..': {}}; EXPECT = {}", {}, "variant '..' is not a name"),  # whose folder the sweep cleans
+        ("VARIANTS = {'x': {'data.source': 'nedle'}}; EXPECT = {}", {}, "variant x: data.source='nedle' is not one of"),
+        ("VARIANTS = {'x': {'data.task_lengths': ()}}; EXPECT = {}", {}, "variant x: data.task_lengths=() and"),
+        (
+            "VARIANTS = {'x': {'data.source': 'mqar', 'data.task_pairs': (99,)}}; EXPECT = {}",
+            {},
+            "variant x: data.task_",
+        ),
+        ("VARIANTS = {'x': {'data.source': 'text', 'model.vocab_size': 256}}; EXPECT = {}", {}, "32': there is no"),
+        ("VARIANTS = ['a']", {}, "VARIANTS=.* is not {name: {field: value}}"),
     ],
 )
 def test_what_cannot_be_swept_is_refused(source, values, message, tmp_path):
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    for sign in "()[]{}":
+        message = message.replace(sign, f"\\{sign}")
+    with pytest.raises(ValueError, match=message):
         plan_of(tmp_path, source, **values)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ('{"rows": []}', "is not a result of launch")])
+def result_of(plan, name: str) -> dict:
+    """Return a whole result of a variant, as `launch.sweep` writes it beside its checkpoints."""
+    metrics = dict.fromkeys(("loss", "accuracy", "last", "scaled_last", "exact"), 0.5)
+    scores = [{"length": length, **metrics} for length in plan.lengths]
+    rows = [{"variant": name, **member._asdict(), "loss": 1.0, "scores": scores} for member in plan.members]
+    return dict.fromkeys(experiment.KEPT, "") | {
+        "variant": name,
+        "seconds": {"train": 1.0, "score": 1.0},
+        "asked": asked_of(plan, name),
+        "rows": rows,
+    }
+
+
+def file_of(plan) -> dict:
+    """Return a whole result file of all variants."""
+    results = {name: result_of(plan, name) for name in plan.variants}
+    return {
+        "variants": {name: {key: result[key] for key in experiment.KEPT} for name, result in results.items()},
+        "rows": [row for result in results.values() for row in result["rows"]],
+    }
+
+
+DAMAGED = [
+    ("{", "is not JSON"),
+    ("", "is not JSON"),
+    ("\0", "is not JSON"),
+    ("[" * 100_000, "is not JSON"),
+    ("[]", "is not a result of launch.sweep"),
+    ('{"rows": []}', "is not a result of launch.sweep"),
+    ('{"rows": 5, "variants": {}, "variant": "mamba3", "asked": {}}', "is not a result of launch.sweep"),
+    ('{"rows": [5], "variants": {}, "variant": "mamba3", "asked": {}}', "is not a result of launch.sweep"),
+    ('{"rows": [{"variant": []}], "variants": {}, "variant": "a", "asked": {}}', "is not a result of launch.sweep"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), [*DAMAGED, ('{"variants": [], "rows": []}', "is not a result of launch")])
 def test_another_file_is_not_overwritten(text, message, tmp_path):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match=f"x.json {message}"):
         experiment.recorded(tmp_path / "x.json", plan_of(tmp_path, ""))
 
 
+@pytest.mark.parametrize(("text", "message"), DAMAGED)
+def test_a_damaged_result_of_a_variant_is_named(text, message, tmp_path):
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(ValueError, match=f"result.json {message}"):
+        experiment.done_before(plan_of(tmp_path, ""), "mamba3", tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["commit", "seconds", "rows", "scores", "length", "scaled_last", "learning_rate"])
+def test_a_result_without_what_is_compared_is_named(damage, tmp_path):
+    """Before anything is trained: whatever is missing in it would end the sweep at its end."""
+    plan = plan_of(tmp_path, "")
+
+    def damaged(result: dict, rows: list) -> None:
+        row = rows[0]
+        if damage == "rows":
+            rows.clear()
+        elif damage in ("length", "scaled_last"):
+            row["scores"] = [{key: value for key, value in score.items() if key != damage} for score in row["scores"]]
+        else:
+            (row if damage in row else result).pop(damage)
+
+    result, file = result_of(plan, "mamba3"), file_of(plan)
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert experiment.done_before(plan, "mamba3", tmp_path) == result
+    damaged(result, result["rows"])
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    with pytest.raises(ValueError, match=r"result.json cannot be compared"):
+        experiment.done_before(plan, "mamba3", tmp_path)
+    own = [row for row in file["rows"] if row["variant"] == "mamba3"]
+    others = [row for row in file["rows"] if row["variant"] != "mamba3"]
+    damaged(file["variants"]["mamba3"], own)
+    (tmp_path / "x.json").write_text(json.dumps(file | {"rows": own + others}))
+    with pytest.raises(ValueError, match=r"x.json cannot be compared"):
+        experiment.recorded(tmp_path / "x.json", plan)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    """A file where a folder is wanted, a folder where the file is wanted, and one that nobody may write."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder" / "x.json").mkdir(parents=True)
+    for path in (tmp_path / "file" / "x.json", tmp_path / "folder" / "x.json", Path("/proc/none/x.json")):
+        with pytest.raises(OSError, match=f"{path} cannot be written"):
+            check_writable(path)
+    check_writable(tmp_path / "new" / "x.json")
+    assert list((tmp_path / "new").iterdir()) == []
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_recorded_variants_are_kept_while_they_are_asked_for_alike(tmp_path):
     plan = plan_of(tmp_path, "")
-    rows = [{"variant": name} for name in plan.variants]
-    found = {name: {"asked": asked_of(plan, name)} for name in plan.variants}
+    file = file_of(plan)
+    found = file["variants"]
     found["mamba3"]["asked"]["config"]["model"]["d_state"] += 1
     del found["still"]["asked"]["config"]["data"]["task_mixed"]  # of a time before this field, whose default it had
-    (tmp_path / "x.json").write_text(json.dumps({"variants": found, "rows": rows}))
+    (tmp_path / "x.json").write_text(json.dumps(file))
     known = experiment.recorded(tmp_path / "x.json", plan)  # it trains mamba3 anew
     assert list(known) == ["still"]
-    assert known["still"]["rows"] == [{"variant": "still"}]
+    assert known["still"]["rows"] == result_of(plan, "still")["rows"]
     with pytest.raises(ValueError, match=r"x.json has mamba3 of another plan, which would be lost"):
         experiment.recorded(tmp_path / "x.json", plan_of(tmp_path, "", only=["still"]))
 
 
-def record(path: Path, plan) -> None:
-    found = {name: {"asked": asked_of(plan, name)} for name in plan.variants}
-    path.write_text(json.dumps({"variants": found, "rows": [{"variant": name} for name in plan.variants]}))
-
-
 def test_a_field_that_came_since_leaves_a_result_what_it_is(tmp_path):
     plan, path = plan_of(tmp_path, ""), tmp_path / "x.json"
-    record(path, plan)
-    file = json.loads(path.read_text())
+    file = file_of(plan)
     assert file["variants"]["mamba3"]["asked"]["config"]["model"].pop("layout")  # at its default
     assert file["variants"]["still"]["asked"]["config"]["model"].pop("angles")  # which is not that of the plan
     path.write_text(json.dumps(file))
@@ -117,9 +222,9 @@ def test_results_of_other_text_are_told_apart(tmp_path, capsys):
     (tmp_path / "file.py").write_text("VARIANTS = {'a': {}, 'b': {'model.angles': 'none'}}")
     plan = read_plan(str(tmp_path / "file.py"), config)
     path, done = tmp_path / "x.json", tmp_path / "a" / "result.json"
-    record(path, plan)
+    path.write_text(json.dumps(file_of(plan)))
     done.parent.mkdir()
-    done.write_text(json.dumps({"asked": asked_of(plan, "a")}))
+    done.write_text(json.dumps(result_of(plan, "a")))
     assert list(experiment.recorded(path, plan)) == ["a", "b"]
     assert experiment.run_variant(plan, "a", done.parent, "", print)["asked"]["data"]["train"].startswith("161 tokens")
 

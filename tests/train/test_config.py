@@ -180,6 +180,29 @@ def test_a_config_file_that_raises_ends_the_command_in_one_line(tmp_path):
     assert done.returncode == 2
 
 
+INTERRUPTED = """
+from pathlib import Path
+from launch import common
+from mamba3_jax import checkpoint
+
+class Content(str):
+    def encode(self):
+        raise KeyboardInterrupt
+
+common.run(lambda _: checkpoint.replace(Path("report.json"), Content()), alone=True)
+"""
+
+
+def test_ctrl_c_ends_a_command_in_one_line_and_leaves_no_half_a_file(tmp_path):
+    (tmp_path / "report.json").write_text("before")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", INTERRUPTED]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (130, "error: stopped by Ctrl-C\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    assert (tmp_path / "report.json").read_text() == "before"
+
+
 EMPTY_PATHS = """
 import importlib, sys
 from absl import flags
