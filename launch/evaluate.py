@@ -66,6 +66,8 @@ def lengths(data: DataConfig) -> list[int | str]:
     try:
         if data.source in TASKS:
             return [tasks.written(setting) for setting in tasks.settings_of(data, LENGTHS.value)]
+        if wrong := [part for part in LENGTHS.value if not part.isdecimal()]:
+            raise ValueError(f"{wrong[0]!r} is not a length in tokens, as held-out text has")
         return language.check_lengths([int(part) for part in LENGTHS.value])
     except ValueError as error:
         raise ValueError(f"--lengths={','.join(LENGTHS.value)}: {error}") from None
@@ -81,10 +83,23 @@ def check_memory(model, data, wanted: list[int | str]) -> None:
     memory.fit_device(memory.carrying(model, rows, longest))
 
 
+def check_together() -> None:
+    """Raise ValueError for a flag that would have no effect beside, or without, --tasks."""
+    alone = (
+        ("limit", "shots") if not TASK_NAMES.value else ("lengths", "tokens", "valid_glob", "windows", "by_document")
+    )
+    if given := [name for name in alone if flags.FLAGS[name].present]:
+        beside = "held-out data, not of --tasks" if TASK_NAMES.value else "--tasks, which are not given"
+        value = flags.FLAGS[given[0]].value
+        said = ",".join(value) if isinstance(value, list) else value
+        raise ValueError(f"--{given[0]}={said} is of {beside}")
+
+
 def main(_argv):
     with user_errors():
         if bool(TASK_NAMES.value) != bool(TASKS_FOLDER.value):
             raise ValueError("--tasks=NAME,... and --tasks_folder=FOLDER go together")
+        check_together()
         if TOKENS.value < 0:
             raise ValueError(f"--tokens={TOKENS.value} is negative; 0 takes all")
         windows()
@@ -92,6 +107,8 @@ def main(_argv):
         step = STEP.value if STEP.value is not None else (steps[-1] if steps else 0)
         target = Path(OUTPUT.value or f"{WORKDIR.value}/evaluation/step_{step}.json").expanduser()
         before = written(target, step)
+        if not jax.process_index():
+            check_written(target)
         config, params = load_run(WORKDIR.value, step=STEP.value)
         model = build(config, **({"compute_dtype": COMPUTE_DTYPE.value} if COMPUTE_DTYPE.value else {}))
 
@@ -180,14 +197,23 @@ def written(target: Path, step: int) -> dict:
         return {}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{target} is there and not a report: {error}; --output=PATH writes another one") from None
-    return report if isinstance(report, dict) and report.get("step") == step else {}
+    known = isinstance(report, dict) and "step" in report and ("results" in report or "tasks" in report)
+    if not known or not isinstance(report.get("tasks", {}), dict):
+        raise ValueError(f"{target} is there and not a report; --output=PATH writes another one")
+    return report if report["step"] == step else {}
+
+
+def check_written(target: Path) -> None:
+    """Raise OSError where the report could not be written, which is known before anything is scored."""
+    try:
+        checkpoint.check_writable(target)
+    except OSError as error:
+        raise OSError(f"{error}; --output=PATH writes it elsewhere") from None
 
 
 def write(target: Path, report: dict) -> None:
     """Write the report; where that fails, the table has been printed and one line says how to write it elsewhere."""
     try:
-        with checkpoint.writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.replace(target, json.dumps(or_null(report), indent=1, allow_nan=False) + "\n")
     except OSError as error:
         fail(f"{error}; --output=PATH writes it elsewhere")

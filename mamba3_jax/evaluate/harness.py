@@ -64,8 +64,8 @@ def load(names: Sequence[str], folder: str, limit: int | None = None, shots: int
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise TaskError(f"--tasks take the package lm-eval ({error}): pip install 'mamba3_jax[lm-eval]'") from None
-    for library in (lm_eval.__name__, "datasets"):
-        logging.getLogger(library).setLevel(logging.ERROR)  # it warns of every default
+    logging.getLogger(lm_eval.__name__).setLevel(logging.ERROR)  # it warns of every default
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs as an error it raises too
     # As lm-eval's own command seeds what tasks and the choice of solved examples draw from.
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
@@ -81,6 +81,8 @@ def load(names: Sequence[str], folder: str, limit: int | None = None, shots: int
             except Exception as error:
                 if isinstance(error, KeyError) and error.args[0] in SPLITS:
                     said.append(f"of a split without a file the YAML says {SPLITS[error.args[0]]}: null")
+                if isinstance(error, StopIteration):
+                    said.append("a file of its data has no document")
                 raise TaskError("; ".join([f"--tasks={name} of {folder}: {cause(error)}", *said])) from None
         found = {kind: found[kind] | of_kind for kind, of_kind in loaded.items()}
     for task in found["tasks"].values():
@@ -144,7 +146,10 @@ def evaluate(asked: Asked, model, params, codec, *, say: Callable[[str], None] |
     except Exception as error:
         if answers.running:
             raise
-        raise TaskError(f"--tasks={','.join(asked.tasks['tasks'])}: {cause(error)}") from None
+        why = cause(error)
+        if "larger than population" in why:  # of random.sample
+            why += "; --shots, or a task's num_fewshot, are more than the documents that they are drawn from"
+        raise TaskError(f"--tasks={','.join(asked.tasks['tasks'])}: {why}") from None
     return {
         name: {
             "version": found["versions"].get(name),

@@ -178,7 +178,9 @@ def test_mistakes_of_tasks_are_one_line(tmp_path):
     (tmp_path / "split.yaml").write_text(
         task("split", "loglikelihood", "{{text}}", "b", "whole.jsonl", "validation_split: validation\n")
     )
-    names = ["whole", "nowhere", "damaged", "other", "gone", "remote", "metric", "split"]
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "empty.yaml").write_text(task("empty", "loglikelihood", "{{text}}", "b", "empty.jsonl"))
+    names = ["whole", "nowhere", "damaged", "other", "gone", "remote", "metric", "split", "empty"]
     status, out, err = process("mistakes", tmp_path, *names)
     assert status == 0, err
     lines = dict(zip(names, json.loads(out.splitlines()[-1]), strict=True))
@@ -187,7 +189,8 @@ def test_mistakes_of_tasks_are_one_line(tmp_path):
         assert line.startswith(f"--tasks={name}")
         assert "\n" not in line
     assert lines["split"].endswith("of a split without a file the YAML says validation_split: null")
-    assert "has no such task, only damaged, gone, metric" in lines["nowhere"]
+    assert lines["empty"].endswith("a file of its data has no document")
+    assert "has no such task, only damaged, empty, gone, metric" in lines["nowhere"]
     assert "broken.yaml cannot be read: ParserError: " in lines["nowhere"]
     assert "JSON" in lines["damaged"]
     assert "'text' is undefined" in lines["other"]
