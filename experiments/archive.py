@@ -47,7 +47,7 @@ def publish(partial: Path, folder: Path, record: dict) -> None:
     for name in FILES:
         (folder / name).parent.mkdir(exist_ok=True)
         (partial / name).replace(folder / name)
-    replace(folder / RECORD, json.dumps(record, indent=1) + "\n")
+    replace(folder / RECORD, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 def whole(folder: Path) -> dict | None:

@@ -79,7 +79,7 @@ def write_documents(folder: Path, downloads: Path) -> tuple[list[dict], dict[str
                 row = {"source": source, "package": package, "version": fetched.version, "documents": 0, "bytes": 0}
                 for name, content in kept(documents, seen):
                     split = "valid" if text.in_valid(name) else "train"
-                    line = json.dumps({"name": name, "text": content}, ensure_ascii=False) + "\n"
+                    line = json.dumps({"name": name, "text": content}, ensure_ascii=False, allow_nan=False) + "\n"
                     streams[split].write(line.encode())
                     for counted in (row, splits[split]):
                         counted["documents"] += 1
@@ -117,7 +117,7 @@ def write_tokenizer(folder: Path) -> None:
     model, trainer = byte_level_bpe(VOCABULARY)
     model.train_from_iterator(text.read({"": folder / "train.jsonl"}), trainer)
     replace(folder / "tokenizer.json", model.to_str(pretty=True))
-    replace(folder / "tokenizer_config.json", json.dumps({"eos_token": END}) + "\n")
+    replace(folder / "tokenizer_config.json", json.dumps({"eos_token": END}, allow_nan=False) + "\n")
 
 
 def data_config(folder: Path) -> DataConfig:

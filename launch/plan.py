@@ -235,11 +235,11 @@ def renewed(asked: dict) -> dict:
     """Return what an earlier version asked, fields that came since at their defaults; {} for what no sweep asked."""
     try:
         config = to_dict(from_dict(asked["config"]))
-    except ValueError:  # it has a field that is gone: another config
+        return json.loads(json.dumps(asked | {"config": config}, allow_nan=False))
+    except ValueError:  # it has a field that is gone, or NaN: another config
         return asked
     except (AttributeError, KeyError, TypeError):
         return {}
-    return json.loads(json.dumps(asked | {"config": config}))
 
 
 def other_data(before: dict, asked: dict) -> str:

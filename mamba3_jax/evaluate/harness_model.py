@@ -64,7 +64,7 @@ class HarnessModel:
         prompts = [self.tok_encode(request.args[0]) or [self.eot_token_id] for request in requests]
         alike: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
-            alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
+            alike.setdefault(json.dumps(request.args[1], sort_keys=True, allow_nan=False), []).append(number)
         batches = [
             batch for how, numbers in alike.items() for batch in self._batches(json.loads(how), numbers, prompts)
         ]
