@@ -96,10 +96,11 @@ def given_by(path: Path) -> tuple[dict, Config]:
     try:
         given = runpy.run_path(str(path), run_name=MODULE)
         config = given["get_config"]()
-    except Exception as error:
-        raise ValueError(of_config_file(error) or f"{path}: {type(error).__name__}: {error}") from None
-    if not isinstance(config, Config) or not given["__doc__"]:
-        raise ValueError(f"{path}: wanted a docstring, whose first line is the question, and a Config of get_config()")
+    except (Exception, SystemExit) as error:
+        why = of_config_file(error) or f"{type(error).__name__}: {error}"
+        raise ValueError(why if str(path) in why else f"{path}: {why}") from None
+    if not isinstance(config, Config):
+        raise ValueError(f"{path}: get_config() does not return a mamba3_jax.config.Config")
     check_said(path, given)
     try:
         check(config)
@@ -117,7 +118,9 @@ def read(path: Path, results: Path) -> Experiment:
             cannot be read.
     """
     given, config = given_by(path)
-    text, variants = given["__doc__"], given.get("VARIANTS", {config.name: {}})
+    if not (text := given["__doc__"]):
+        raise ValueError(f"{path}: wanted a docstring, whose first line is the question")
+    variants = given.get("VARIANTS", {config.name: {}})
     for table in ("EXPECT", "PAPER"):
         if unknown := sorted(set(given.get(table, {})) - set(variants)):
             raise ValueError(f"{path}: {table} has {unknown[0]!r}, which is none of its variants")

@@ -216,7 +216,8 @@ def of_config_file(error: BaseException | None) -> str:
         if frames:
             frame, line = frames[-1]
             return f"{frame.f_code.co_filename}:{line}: {what}"
-        if isinstance(error, SyntaxError):  # of the file itself: one without a line is not text
+        # Of the file itself: one without a line is not text. `ast` calls a flag's value, read as a tuple, <unknown>.
+        if isinstance(error, SyntaxError) and error.filename != "<unknown>":
             return f"{error.filename or '--config'}:{error.lineno or 0}: {type(error).__name__}: {error.msg}"
         if isinstance(error, AttributeError) and error.name == "get_config":
             return f"{error.obj.__file__}: there is no get_config()"

@@ -6,6 +6,7 @@ The compiler may be installed as usual too; in build/libtpu, where `make test` p
 """
 
 import dataclasses
+import math
 import os
 import re
 import sys
@@ -26,6 +27,9 @@ ENVIRONMENT = {
 }
 # Away from the environment: wherever libtpu can be imported, every JAX program looks for a TPU.
 LIBTPU = REPOSITORY / "build" / "libtpu"
+
+
+DEVICES = 2**17  # no pod is as large, and each takes the compiler's time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +54,12 @@ CHIPS = {  # v4 and tpu7x have two devices a chip here
     "v5p": Chip("v5p:1x1x1", PEAK_TFLOPS["TPU v5"], 2765, hbm_gb=95, ici_gb_s=1200 / 2, dcn_gb_s=50 / 8, ghz=1.75),
     "v6e": Chip("v6e:1x1", PEAK_TFLOPS["TPU v6 lite"], 1640, hbm_gb=32, ici_gb_s=800 / 2, dcn_gb_s=100 / 8),
     "tpu7x": Chip(
-        "tpu7x:1x1x1", PEAK_TFLOPS["TPU7x"], 7380 / 2, hbm_gb=192 / 2, ici_gb_s=1200 / 2 / 2, dcn_gb_s=100 / 8 / 2
+        "tpu7x:1x1x1",
+        tera_flops=PEAK_TFLOPS["TPU7x"],
+        gb_s=7380 / 2,
+        hbm_gb=192 / 2,
+        ici_gb_s=1200 / 2 / 2,
+        dcn_gb_s=100 / 8 / 2,
     ),
 }
 
@@ -112,6 +121,8 @@ def devices_of(topology: str, **how) -> list:
 
     chip_of(topology)
     slices, one = slices_of(topology)
+    if slices * math.prod(map(int, re.findall(r"\d+", one.partition(":")[2]))) > DEVICES:
+        raise ValueError(f"topology={topology!r} has more than {DEVICES} devices")
     how |= {"num_slices": slices} if slices > 1 else {}
     try:
         return list(topologies.get_topology_desc(one, platform="tpu", **how).devices)

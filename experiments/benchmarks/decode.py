@@ -17,17 +17,18 @@ leaves, with the one in a single piece.
 
 import dataclasses
 import itertools
-import runpy
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.benchmarks import common, ssm
+from experiments.found import given_by
 from launch.common import user_errors
 from launch.plan import variant
 from launch.provenance import provenance
@@ -349,27 +350,33 @@ def variants_of(path: str) -> dict[str, ModelConfig]:
     """Return the models of an experiment's file by the names of its variants; {} for no file."""
     if not path:
         return {}
-    given = runpy.run_path(path)
-    config = given["get_config"]()
+    given, config = given_by(Path(path))
     variants = given.get("VARIANTS", {config.name: {}})
     models = {name: variant(config, name, fields).model for name, fields in variants.items()}
-    for model in models.values():
-        validate(model)
+    for name, model in models.items():
+        try:
+            validate(model)
+        except ValueError as error:
+            raise ValueError(f"--config={path}, variant {name}: {error}") from None
     return models
+
+
+def numbers(flag: str) -> list[int]:
+    """Return a flag's numbers; ValueError for what is none from 1 up."""
+    if wrong := [part for part in FLAGS[flag].value if not part.isdecimal() or int(part) < 1]:
+        raise ValueError(f"--{flag}={','.join(FLAGS[flag].value)}: {wrong[0]!r} is not a whole number from 1 up")
+    return [int(part) for part in FLAGS[flag].value]
 
 
 def main(argv):
     del argv
     platform = jax.default_backend()
     with user_errors():
-        own, contexts = variants_of(FLAGS.config), [int(context) for context in FLAGS.contexts]
-        if min(contexts, default=1) < 1:
-            raise ValueError(f"--contexts={','.join(FLAGS.contexts)}: wanted numbers of tokens from 1 up")
+        own, contexts, batches = variants_of(FLAGS.config), numbers("contexts"), numbers("batches")
     MODELS.update(own)
     models = ssm.chosen("models", FLAGS.models or [*own] or DEFAULT[platform], MODELS)
     samplings = ssm.chosen("samplings", FLAGS.samplings or list(SAMPLINGS), SAMPLINGS)
     what = ssm.chosen("what", FLAGS.what or list(WHAT), WHAT)
-    batches = [int(batch) for batch in FLAGS.batches]
     origin = provenance(FLAGS.commit)
     best = {"copy_gb_s": ssm.ceilings("float32")["copy_gb_s"]}
     rows = []

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import jax
 import pytest
@@ -68,8 +69,21 @@ def get_config(): return Config(model=TINY)
     assert decode.floor_bytes(ssm, 3, 64) == decode.floor_bytes(ssm, 3)
     assert decode.variants_of("") == {}
     path.write_text(path.read_text().replace("16}", "64}"))
-    with pytest.raises(ValueError, match="heads"):
+    with pytest.raises(ValueError, match=r"variant attention: .*heads"):
         decode.variants_of(str(path))
+    whole = path.read_text()
+    for wrong in (
+        "\0",
+        "def (",
+        "",
+        "nothing",
+        "raise SystemExit(3)",
+        f"{whole}VARIANTS = 5",
+        f"{whole}get_config = int",
+    ):
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            decode.variants_of(str(path))
 
 
 def test_the_floor_counts_weights_once_and_the_state_twice():

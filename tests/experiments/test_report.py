@@ -189,7 +189,7 @@ def test_a_damaged_result_is_named(folder):
         ("EQUAL = [('x', 'plain')]", "toy.py: EQUAL has ('x', 'plain'): wanted pairs"),
         ("SIZE = 5", "toy.py: SIZE=5 is not a name"),
         ("__doc__ = None", "toy.py: wanted a docstring"),
-        ("get_config = dict", "toy.py: wanted a docstring"),
+        ("get_config = dict", "toy.py: get_config() does not return"),
         ("nothing", "toy.py:21: NameError"),
     ],
 )

@@ -265,6 +265,8 @@ def test_an_unknown_chip_is_refused():
     ("topology", "mesh", "message"),
     [
         ("v5e:2x3", "data:-1", r"topology='v5e:2x3': .*not divisible"),
+        ("99999999999xv5e:2x2", "data:-1", "topology='99999999999xv5e:2x2' has more than 131072 devices"),
+        ("v5e:999999x999999", "data:-1", "topology='v5e:999999x999999' has more than 131072 devices"),
         (
             "2xv4:2x2x1",
             "data:2",

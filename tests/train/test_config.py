@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ml_collections.config_flags import config_flags
+from ml_collections.config_flags import config_flags, tuple_parser
 
 from launch.common import MODULE, of_config_file
 from mamba3_jax import config
@@ -140,6 +140,9 @@ def test_what_a_config_file_raises_is_a_line_of_it(tmp_path, monkeypatch, source
     assert re.search(message, found), found
     assert str(path) in found or source == "\0"
     assert of_config_file(ValueError("of a flag")) == ""
+    with pytest.raises(ValueError, match="as tuple") as raised:  # of a flag's value, not of the file
+        tuple_parser.TupleParser().parse("32,,64")
+    assert of_config_file(raised.value) == ""
 
 
 def named() -> config.Config:
