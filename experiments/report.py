@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from experiments import found
+from experiments import found, summary
 from experiments.figures import metric
 from experiments.found import MISSING, Experiment
 from launch.common import user_errors
@@ -66,7 +66,7 @@ def variant_cell(experiment: Experiment, name: str) -> str:
 
 def comparison_table(experiment: Experiment) -> str:
     """Return the comparison, a line a variant."""
-    heads, *lines = found.cells(experiment)
+    heads, *lines = summary.cells(experiment)
     rows = [[variant_cell(experiment, line[0]), *map(cell, line[1:])] for line in lines]
     return table([escape(head).replace("@", "<wbr>@") for head in heads], rows)
 
@@ -122,7 +122,7 @@ def shown_length(fails: float | None, trained: int) -> str:
 def expectations(experiment: Experiment) -> str:
     """Return the expectations of the file with what was found."""
     looks = {True: "yes", False: "no", None: "missing"}
-    said = [f'<li class="{looks[holds]}">{escape(text)}</li>' for holds, text in found.expectations(experiment)]
+    said = [f'<li class="{looks[holds]}">{escape(text)}</li>' for holds, text in summary.expectations(experiment)]
     return "<p>Expected:</p>\n<ul>\n" + "\n".join(said) + "\n</ul>" if said else ""
 
 
@@ -145,17 +145,19 @@ def section(experiment: Experiment) -> str:
         facts(experiment),
         *pictures,
         comparison_table(experiment),
-        listed("Not told apart from the first variant; what is known is a bound (95%):", found.unresolved(experiment)),
-        listed("Equal loss, by interpolation in log2 of the size (95%):", found.equals(experiment)),
+        listed(
+            "Not told apart from the first variant; what is known is a bound (95%):", summary.unresolved(experiment)
+        ),
+        listed("Equal loss, by interpolation in log2 of the size (95%):", summary.equals(experiment)),
         predictions(experiment),
         expectations(experiment),
     ]
     return "\n".join(part for part in parts if part)
 
 
-def summary(experiment: Experiment) -> list[str]:
+def first_line(experiment: Experiment) -> list[str]:
     """Return an experiment's line of the first table."""
-    holds, run = [holds for holds, _ in found.expectations(experiment)], len(comparison.by_variant(experiment.rows))
+    holds, run = [holds for holds, _ in summary.expectations(experiment)], len(comparison.by_variant(experiment.rows))
     kept = f"{holds.count(True)} of {len(holds)}" if holds else "-"
     if not run:
         kept = "-"
@@ -179,7 +181,7 @@ def page(experiments: list[Experiment]) -> str:
         '<html lang="en"><head><meta charset="utf-8"><title>mamba3_jax: experiments</title>',
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>',
         f"<h1>What the experiments found</h1>{INTRODUCTION}",
-        table(heads, [summary(experiment) for experiment in experiments]),
+        table(heads, [first_line(experiment) for experiment in experiments]),
         *map(section, experiments),
         "</body></html>\n",
     ]

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
-from experiments import found
+from experiments import found, summary
 from experiments.benchmarks import common, decode, depth, layer, pods, population, restore, scaling, ssm, tpu_aot, train
 from experiments.benchmarks.experiments import EXPERIMENTS, HEADLINES
 from launch.common import user_errors
@@ -60,7 +60,7 @@ def used(rows: list[dict], columns: dict[str, str]) -> dict[str, str]:
 
 def experiments_table() -> str:
     """One row an experiment: question, command, cost, expected, got."""
-    rows = [found.overview(sweep) for sweep in sweeps()]
+    rows = [summary.overview(sweep) for sweep in sweeps()]
     for experiment in EXPERIMENTS:
         path = REPOSITORY / "experiments" / experiment.result
         result = common.read(path.stem, path.parent)
@@ -113,7 +113,7 @@ def scaling_table() -> str:
 def sweeps_table() -> str:
     """Draws the comparison of every sweep that has run, under its question."""
     run = [sweep for sweep in sweeps() if sweep.result]
-    return "\n\n".join(f"{sweep.question}\n\n{found.markdown(sweep)}" for sweep in run) or MISSING
+    return "\n\n".join(f"{sweep.question}\n\n{summary.markdown(sweep)}" for sweep in run) or MISSING
 
 
 def sweeps() -> list[found.Experiment]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 
-from experiments import found
+from experiments import summary
 from experiments.found import Experiment
 from mamba3_jax.evaluate import comparison
 
@@ -44,7 +44,7 @@ def differences_of(experiment: Experiment) -> Differences | None:
     for name in others:
         seeds = list(comparison.paired(grouped[name], grouped[first], metric).values())
         mean, half = comparison.difference(grouped[name], grouped[first], metric)
-        theirs = found.paper_difference(experiment, name, first)
+        theirs = summary.paper_difference(experiment, name, first)
         rows.append(Row(label=name, seeds=seeds, mean=mean, half=half, paper=theirs))
     return Differences(first, metric, rows)
 

@@ -46,6 +46,11 @@ def sign(metric: str) -> int:
     return -1 if metric.partition("@")[0] in LESS_IS_BETTER else 1
 
 
+def is_loss(metric: str) -> bool:
+    """Tell a metric in nats a token, of which a perplexity is the exponential."""
+    return metric.partition("@")[0] in ("loss", "valid_loss", "loss_last", "late_loss")
+
+
 def worth(row: dict, metric: str) -> float:
     """Return a number that is the greater, the better the row; -inf for one that is not a number."""
     number = sign(metric) * value(row, metric)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import found
+from experiments import found, summary
 from experiments.ablations import language
 from launch import experiment
 from launch.plan import read_plan
@@ -57,7 +57,7 @@ def test_expectations_have_the_papers_sign_and_size():
     for path in FILES:
         read = found.read(path, path.parent)
         for name, (wanted, least, most) in read.expect.items():
-            theirs = found.paper_difference(read, name, read.first)
+            theirs = summary.paper_difference(read, name, read.first)
             if theirs is not None and wanted.startswith("difference"):
                 assert least < theirs < most, (path.stem, name)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import found, report
+from experiments import found, report, summary
 from experiments.benchmarks import table
 from experiments.figures import metric
 from launch.provenance import REPOSITORY
@@ -84,12 +84,12 @@ def test_an_experiment_is_read_from_its_file_and_its_result(folder):
     (toy,) = found.experiments(folder)
     assert (toy.question, toy.command) == ("Is a < b?", "python -m launch.sweep --config=toy.py --workdir=runs/toy")
     assert (toy.cost, toy.trained, toy.missing) == ("1.5 minutes", 16, ["late"])
-    heads, plain, wide, late = found.cells(toy)
+    heads, plain, wide, late = summary.cells(toy)
     assert heads[2:] == ["scaled_last@8", "scaled_last@32", "scaled_last@32 over plain", "best scaled_last@32", "paper"]
     assert plain == ["plain", "0.01", "100.0 100.0", "95.0 100.0", "", "100.0", "99.5"]
     assert wide[:4] + wide[5:] == ["wide", "0.001", "100.0 100.0", "25.0 35.0", "35.0", "-"]
     assert late == ["late", "not run yet", "", "", "", "", "1.25"]
-    assert [holds for holds, _ in found.expectations(toy)] == [True, False, None]
+    assert [holds for holds, _ in summary.expectations(toy)] == [True, False, None]
 
 
 def test_the_page_leaves_nothing_out(folder):
@@ -134,7 +134,7 @@ def test_a_result_whose_file_is_gone_is_shown(folder):
     page = report.page([gone])
     assert "gone: its file is gone" in page
     assert "<td>2 of 2</td>" in page
-    assert found.overview(gone)["got"].startswith("scaled_last@32: plain 95.0 100.0, wide 25.0 35.0 (0123abc")
+    assert summary.overview(gone)["got"].startswith("scaled_last@32: plain 95.0 100.0, wide 25.0 35.0 (0123abc")
     record(folder, {"benchmark": "toy", "rows": []})  # of another program
     assert found.experiments(folder)[0].result is None
 
@@ -311,32 +311,32 @@ def words(tmp_path) -> found.Experiment:
 
 
 def test_the_papers_difference_stands_beside_ours(words):
-    heads, a, b_8, b_32, same = found.cells(words)
+    heads, a, b_8, b_32, same = summary.cells(words)
     assert heads[2:] == ["loss@32", "loss@32 over a", "paper, perplexity", "paper over a"]
     assert a[2:] == ["3.1000 (sd 0.1826)", "", "20", ""]
     assert (b_8[3:], b_32[4:], same[4:]) == (["0.2000 ± 0.0058", "22", "0.0953"], ["18", "-0.1054"], ["-", "-"])
-    assert "b_8 +0.2000 ± 0.0058 (paper +0.0953)" in found.overview(words)["got"]
-    assert found.expectations(words)[0] == (
+    assert "b_8 +0.2000 ± 0.0058 (paper +0.0953)" in summary.overview(words)["got"]
+    assert summary.expectations(words)[0] == (
         True,
         "b_32: difference loss@32 -0.2000, as expected: -0.3000 .. -0.1000",
     )
 
 
 def test_what_is_not_resolved_is_a_bound_in_words(words):
-    (said,) = found.unresolved(words)
+    (said,) = summary.unresolved(words)
     assert said == "same over a, loss@32: between -0.0048 and 0.0068"
     assert f"<li>{said}</li>" in report.page([words])
     apart = [dict(row, scores=[{"length": 32, "loss": 3.0 + (row["variant"] != "a")}]) for row in words.rows]
-    assert found.unresolved(dataclasses.replace(words, result=words.result | {"rows": apart})) == []
+    assert summary.unresolved(dataclasses.replace(words, result=words.result | {"rows": apart})) == []
 
 
 def test_the_size_of_equal_loss_stands_beside_the_papers(words):
     """Halfway between 8 and 32 in octaves; by the paper's perplexities 2 ln(22/20) / ln(22/18) octaves from 8."""
-    (said,) = found.equals(words)
+    (said,) = summary.equals(words)
     assert said.startswith("B has the loss@32 of a at d_state 16 (")
     assert said.endswith("; the paper's is 15.5")
     assert escape(said) in report.page([words])
-    assert found.equals(dataclasses.replace(words, result=None)) == []
+    assert summary.equals(dataclasses.replace(words, result=None)) == []
 
 
 def test_losses_are_drawn_as_differences_and_against_decoding(words, tmp_path):
