@@ -214,6 +214,8 @@ def check_written(target: Path) -> None:
 def write(target: Path, report: dict) -> None:
     """Write the report; where that fails, the table has been printed and one line says how to write it elsewhere."""
     try:
+        with checkpoint.writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.replace(target, json.dumps(or_null(report), indent=1, allow_nan=False) + "\n")
     except OSError as error:
         fail(f"{error}; --output=PATH writes it elsewhere")

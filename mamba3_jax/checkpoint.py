@@ -112,14 +112,23 @@ def replace(path: Path, content: str | bytes) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Make the folders above a file; OSError, which names it, where `replace` cannot write it: long work asks first."""
+    """Raise OSError, which names it, where a file and the folders above it could not be written; leave nothing behind.
+
+    Long work asks first.
+    """
+    missing = [folder for folder in path.parents if not folder.exists()]  # the nearest first
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder")
-        partial = path.with_name(f"{path.name}.partial")
-        partial.touch()
-        partial.unlink()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                raise IsADirectoryError("it is a folder")
+            partial = path.with_name(f"{path.name}.partial")
+            partial.touch()
+            partial.unlink()
+        finally:
+            for folder in missing:
+                with contextlib.suppress(OSError):  # it was never made, or another process writes into it
+                    folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -179,8 +179,8 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     for path in (tmp_path / "file" / "x.json", tmp_path / "folder" / "x.json", Path("/proc/none/x.json")):
         with pytest.raises(OSError, match=f"{path} cannot be written"):
             check_writable(path)
-    check_writable(tmp_path / "new" / "x.json")
-    assert list((tmp_path / "new").iterdir()) == []
+    check_writable(tmp_path / "new" / "folder" / "x.json")
+    assert not (tmp_path / "new").exists()
     assert (tmp_path / "file").read_text() == "mine"
 
 
