@@ -58,7 +58,7 @@ class Experiment:
 
     @property
     def first(self) -> str:
-        """The variant that others are compared with."""
+        """Name the variant that others are compared with."""
         return next(iter(comparison.by_variant(self.rows) or self.variants), "")
 
     def origins(self, what: str) -> str:

@@ -90,10 +90,10 @@ def run_variant(plan: Plan, name: str, folder: Path, commit: str, report) -> dic
     begin, origin = time.perf_counter(), provenance(commit)
     config, done = plan.variants[name], folder / "result.json"
     with common.user_errors():
-        asked = asked_of(plan, name)
         if result := done_before(plan, name, folder):
             report(f"done before, in {folder}")
             return result
+        asked = asked_of(plan, name)
         population = Population(config, plan.members, folder, report)
     with population:
         first = population.step

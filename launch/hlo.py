@@ -103,7 +103,7 @@ class Program:
         return [i.name for i in each if 'custom_call_target="tpu_custom_call"' in i.attributes]
 
     def cost(self, computation: str = "") -> Cost:
-        """Of one run of a computation, the entry unless named."""
+        """Return the cost of one run of a computation, the entry unless named."""
         body = self.computations[computation or self.entry]
         return functools.reduce(Cost.plus, (self._cost(i, body) for i in body.values()), Cost())
 

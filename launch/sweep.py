@@ -62,8 +62,8 @@ def main(_):
         # What is not there, damaged or cannot be written ends it here, before anything is trained.
         known = experiment.recorded(kept, plan) if kept else {}
         for name in plan.chosen:
-            asked_of(plan, name)
             if name not in known:
+                asked_of(plan, name)
                 experiment.done_before(plan, name, workdir / name)
         for path in (workdir / "results.json", *([kept] if kept else [])):
             check_writable(path)

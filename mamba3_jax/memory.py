@@ -4,6 +4,7 @@ The sums are of what is certain to exist: kernels and compilers take more. What 
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -135,6 +136,15 @@ def validation(config: Config, hosts: int) -> dict[str, int]:
 def parameters(config: ModelConfig) -> dict[str, int]:
     """Count the bytes of the parameters alone, whole on one device."""
     return {"parameters": 4 * parameter_count(config)}
+
+
+def fitting_rows(rows: int, needed: Callable[[int], dict[str, int]]) -> int:
+    """Halve rows until what they need fits into each device; ValueError, as `fit` has it, where one row does not."""
+    free = free_on_device()
+    while rows > 1 and free is not None and sum(needed(rows).values()) > free:
+        rows //= 2
+    fit_device(needed(rows))
+    return rows
 
 
 def carrying(model, rows: int, length: int, piece: int = 1) -> dict[str, int]:

@@ -146,7 +146,7 @@ def tpu_estimates(result: dict) -> str:
 
 
 def restores(result: dict) -> str:
-    """Of a training state on other meshes, by how much a device exceeds its part at worst."""
+    """Return, of a training state on other meshes, by how much a device exceeds its part at worst."""
     rows = result["rows"]
     worst = max(row["device_gb"] / row["part_gb"] for row in rows)
     host = max(row["host_gb"] / row["held_gb"] for row in rows)

@@ -56,7 +56,7 @@ class Loader:
 
     @property
     def batches(self) -> int:
-        """How many there are in all; of the split "train" far more than anyone takes."""
+        """Count all that there are; of the split "train" far more than anyone takes."""
         return len(self._numbers)
 
     def target_bytes(self) -> np.ndarray | None:

@@ -101,8 +101,9 @@ def evaluate(
         parts = [[next(scored) for _ in of] for of in asked]
         nll = np.array([-sum(part.total for part in of) for of in parts])
         greedy = sum(int(part.greedy_T.sum()) for of in parts for part in of)
-        results.append({"window": form.size, "stride": form.stride, **totals(found, nll), "accuracy": greedy})
-        results[-1]["accuracy"] /= results[-1]["tokens"]
+        summed = totals(found, nll)
+        accuracy = greedy / summed["tokens"]
+        results.append({"window": form.size, "stride": form.stride, **summed, "accuracy": accuracy})
     return results
 
 

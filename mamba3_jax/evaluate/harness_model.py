@@ -1,6 +1,7 @@
 """A model of ours as lm-eval asks it: in text. Needs no lm-eval; `harness.wrapped` makes it one of its models."""
 
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -84,12 +85,9 @@ class HarnessModel:
         """Cut prompts with equal wishes into (how, rows, which), longest first; ValueError for what does not fit."""
         how = wishes(kwargs)
         numbers = sorted(numbers, key=lambda number: -len(prompts[number]))
-        rows, longest = min(ROWS, power_of_two(len(numbers))), 1 + few_sizes(len(prompts[numbers[0]]) - 1)
-        free = memory.free_on_device()
-        needed = lambda: memory.carrying(self.model, rows, longest + how[0])  # noqa: E731
-        while rows > 1 and free is not None and sum(needed().values()) > free:
-            rows //= 2
-        memory.fit_device(needed())
+        length = 1 + few_sizes(len(prompts[numbers[0]]) - 1) + how[0]
+        needed = functools.partial(memory.carrying, self.model, length=length)
+        rows = memory.fitting_rows(min(ROWS, power_of_two(len(numbers))), needed)
         return [(how, rows, numbers[at : at + rows]) for at in range(0, len(numbers), rows)]
 
     def _answers(self, prompts, rows: int, tokens: int, until: list[str], sampling, seed: int) -> list[str]:

@@ -137,11 +137,7 @@ class Likelihoods:
         most = min(ROWS, TOKENS // max(group.pieces), TILE // logits, power_of_two(len(group.numbers)))
         rows = power_of_two(max(1, most) + 1) // 2  # rounded down
         needed = functools.partial(memory.carrying, self.model, length=group.capacity, piece=group.pieces.tail)
-        free = memory.free_on_device()
-        while rows > 1 and free is not None and sum(needed(rows).values()) > free:
-            rows //= 2
-        memory.fit_device(needed(rows))
-        return rows
+        return memory.fitting_rows(rows, needed)
 
     def _run(self, group: Group, requests: list[Request]) -> list[Likelihood]:
         """Score one batch; rows that no request fills repeat the first."""
