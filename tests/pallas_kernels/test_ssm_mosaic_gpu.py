@@ -165,7 +165,9 @@ def some(x, axis_name, perm):
 )
 def test_a_row_goes_on_over_devices_as_over_splits(shape, starts, monkeypatch):
     """Values and gradients. Devices are members of a vmap here: the interpreter has one device's memory."""
-    devices, (y_BLHP, state_after) = 2, cases.cotangents(shape)
+    # Rounded here: XLA for GPU may leave out the rounding of a cotangent, and does so in one of the programs alone.
+    as_rounded = lambda x: x.astype(jnp.bfloat16).astype(np.float32)  # noqa: E731
+    devices, (y_BLHP, state_after) = 2, jax.tree.map(as_rounded, cases.cotangents(shape))
     tokens, heads, state = draw(shape)
     run = functools.partial(mosaic_gpu, rotation=shape.rotation, interpret=INTERPRET)
     start_BL = start_of(shape, starts)
