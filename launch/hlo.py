@@ -46,6 +46,7 @@ SENT = {
     "collective-permute": lambda n: 1,
 }
 CHAIN = re.compile(r'chain_id="(\d+)"')
+TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')  # GPU's compiler says it
 # What a program sends to other slices, by way of the hosts, and between how many slices: "{1,2}x{0:3}".
 SLICES_SENT = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 SLICES_OF = re.compile(r'_xla_megascale_target="\{([\d,]+)\}x')
@@ -202,11 +203,13 @@ class Program:
         return sum(times * _operations(instruction, body) for instruction, body, times in self.runs())
 
     def trips(self, loop: Instruction) -> int:
-        """Return how often a loop runs that counts from 0 up to a constant, by ones or more at a time.
+        """Return how often a loop runs: as the compiler says, or from 0 up to a constant, by ones or more at a time.
 
         Raises:
-            ValueError: the condition is another.
+            ValueError: it does not say, and the condition is another.
         """
+        if known := TRIPS.search(loop.attributes):
+            return int(known.group(1))
         condition = loop.called("condition")
         found = self.computations[condition]
         root = compared = next(i for i in found.values() if i.is_root)

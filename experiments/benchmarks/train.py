@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from jax.sharding import Mesh
 
 from experiments.benchmarks import common
 from launch.provenance import provenance
@@ -129,9 +130,9 @@ def set_fields(config: Config, variant: str) -> None:
     check(config)
 
 
-def trainer_program(model: str, config: Config) -> Program:
-    """Make the step of a config as `mamba3_jax.train.loop` compiles it, on a mesh of one device."""
-    mesh = make_mesh("data:1", jax.devices()[:1])
+def trainer_program(model: str, config: Config, mesh: Mesh | None = None) -> Program:
+    """Make the step of a config as `mamba3_jax.train.loop` compiles it, on a mesh; None: of one device."""
+    mesh = make_mesh("data:1", jax.devices()[:1]) if mesh is None else mesh
 
     def shapes():
         return state_shapes(config, mesh), batch_shapes(config.data, mesh)

@@ -1,0 +1,210 @@
+"""The training step on two GPUs of one host beside one of them: equal results, speed, memory, and what is exchanged.
+
+    python -m experiments.benchmarks.meshes [--groups=equal,context]
+
+Where two programs train on the same rows, their losses and gradient norms after three updates are compared first. In
+float32 they must be equal but for the order of sums. Speed is at equal tokens a device, twice as many on two as on one:
+
+    efficiency   the step's time on one over that on two, in percent
+    data         has twice the rows; what it loses is the exchange of gradients
+    sequence     has rows of twice the length; what it loses beyond data is the price of context parallelism
+
+What is sent is counted in the compiled program (`launch/hlo.py`). A program that does not fit is a row that says so.
+"""
+
+import dataclasses
+import functools
+import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import jax
+from absl import app, flags
+
+from experiments.benchmarks import common, ssm, train
+from launch import hlo
+from launch.provenance import provenance
+from mamba3_jax.config import Config, DataConfig
+from mamba3_jax.presets import PRESETS
+from mamba3_jax.sharding import make_mesh
+from mamba3_jax.train.flops import flops_per_token, peak_flops
+from mamba3_jax.train.step import TrainState, init_state, put
+
+ONE = "data:1"
+UPDATES = 3  # before losses are compared: what the gradients and the optimizer do is in them
+FLOAT32 = "model.compute_dtype=float32"
+BLOCK = "model.remat=block"
+EQUAL = {"loss": 1e-5, "grad_norm": 1e-4}  # of float32
+NEAR = {name: train.TOLERANCE[name] for name in EQUAL}  # of bfloat16
+
+FLAGS = flags.FLAGS
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One program: a model on a mesh. Steps of one group and as many tokens a device are timed beside each other."""
+
+    group: str
+    model: str
+    mesh: str
+    batch: int
+    length: int
+    variant: str = ""
+
+    @property
+    def devices(self) -> int:
+        return math.prod(int(axis.partition(":")[2]) for axis in self.mesh.split(","))
+
+    @property
+    def rows(self) -> tuple:
+        """Return what it trains on: programs that are equal in it are compared."""
+        return self.group, self.model, self.batch, self.length, self.variant
+
+    @property
+    def share(self) -> tuple:
+        """Return what a device does of it: programs that are equal in it are timed beside the one on one device."""
+        return self.group, self.model, self.batch * self.length // self.devices, self.variant
+
+    def program(self) -> train.Program:
+        config = Config(model=dataclasses.replace(PRESETS[self.model]))
+        config.data = DataConfig(batch=self.batch, length=self.length)
+        train.set_fields(config, self.variant)
+        mesh = make_mesh(self.mesh, jax.devices()[: self.devices])
+        program = train.trainer_program(self.model, config, mesh)
+
+        def arguments():
+            shardings = jax.tree.map(lambda shape: shape.sharding, program.shapes()[0])
+            rows = train.documents(config.data, config.model.vocab_size)
+            return jax.device_put(initial(self.model), shardings), put(rows, mesh)
+
+        return dataclasses.replace(program, arguments=arguments)
+
+
+@functools.cache
+def initial(model: str) -> TrainState:
+    """Return the state before the first step, on the host: one for all meshes, or each would compile its own."""
+    return jax.device_get(jax.jit(partial(init_state, Config(model=PRESETS[model])))())
+
+
+def steps() -> list[Step]:
+    """Return all steps; of those that are compared the one on one device comes first."""
+    equal = {
+        "siso-180m": (ONE, "data:2", "fsdp:2", "tensor:2", "sequence:2"),
+        "mimo-180m": (ONE, "tensor:2", "sequence:2"),
+        "hybrid-180m": (ONE, "tensor:2", "sequence:2"),
+    }
+    found = [Step("equal", model, mesh, 2, 1024, FLOAT32) for model, meshes in equal.items() for mesh in meshes]
+    for length, variant in ((131072, ""), (16384, ""), (1048576, BLOCK)):
+        of_length = partial(Step, "context", "siso-180m", variant=variant)
+        found.append(of_length(ONE, 1, length))
+        if length < 2**20:  # two rows of a million tokens do not fit
+            found += [of_length("data:2", 2, length), of_length(ONE, 1, 2 * length)]
+        found.append(of_length("sequence:2", 1, 2 * length))
+    found.append(Step("step", "siso-180m", ONE, 16, 2048))
+    found += [Step("step", "siso-180m", mesh, 32, 2048) for mesh in ("data:2", "fsdp:2", "tensor:2")]
+    found.append(Step("step", "siso-180m", "sequence:2", 16, 4096))
+    return [*found, Step("hybrid", "hybrid-180m", ONE, 1, 262144, BLOCK)]
+
+
+def compiled(step: Step):
+    """Return the program and what is compiled of it; the error of one that does not fit."""
+    program = step.program()
+    try:
+        return program, program.compile()
+    except jax.errors.JaxRuntimeError as error:
+        return program, error
+
+
+def row_of(step: Step, program: train.Program, binary, want: dict | None) -> tuple[dict, dict]:
+    """Check, then time; returns the row, and the values that others of the same rows are compared with.
+
+    Raises:
+        ValueError: they differ from `want`.
+    """
+    call = program.calls(binary)
+    for _ in range(UPDATES):
+        metrics = jax.device_get(call())
+    got, row = {name: float(metrics[name]) for name in EQUAL}, {"loss": float(metrics["loss"])}
+    exact = step.group == "equal"
+    for name, tolerance in (EQUAL if exact else NEAR).items():
+        row[f"{name} error"] = None if want is None else abs(got[name] - want[name]) / abs(want[name])
+        common.require({name: row[f"{name} error"] or 0.0 * got[name]}, tolerance, str(step))
+    memory, exchanged = binary.memory_analysis(), hlo.Program(binary.as_text()).collectives()
+    resident = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    row |= {
+        "kernels": program.kernels,
+        "peak_mib": (resident + memory.temp_size_in_bytes) / 2**20,
+        "sent_mib": sum(each.sent for each in exchanged) / 2**20,
+        "collectives": sorted({each.kind for each in exchanged}),
+    }
+    if not exact:
+        timing = common.measure(call, batch_seconds=0.5, batches=3, warm_up=1)
+        tokens = step.batch * step.length / timing.median
+        row |= {"ms": timing.median * 1e3, "best_ms": timing.best * 1e3, "tokens_per_second": tokens}
+        if peak := peak_flops(0.0):
+            flops = tokens * flops_per_token(program.config, step.length)
+            row["mfu"] = flops / (peak / jax.device_count() * step.devices)
+    return row, got
+
+
+def measured(wanted: list[Step], written) -> None:
+    """Measure steps, in order, and call `written(rows)` after each with all so far."""
+    rows, values, alone = [], {}, {}
+    with ThreadPoolExecutor() as pool:
+        programs = list(pool.map(compiled, wanted))  # all before anything is timed
+    for step, (program, binary) in zip(wanted, programs, strict=True):
+        row = dataclasses.asdict(step) | {"devices": step.devices}
+        try:
+            if isinstance(binary, Exception):
+                raise binary
+            found, got = row_of(step, program, binary, values.get(step.rows))
+            values.setdefault(step.rows, got)
+            row |= found
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            row["failed"] = " ".join(str(error).split())[:300]
+        if step.devices == 1:
+            alone.setdefault(step.share, row.get("ms"))
+        elif alone.get(step.share) and "ms" in row:
+            row["efficiency"] = alone[step.share] / row["ms"]
+        rows.append(row)
+        print(common.table([row], COLUMNS).splitlines()[-1], flush=True)
+        written(rows)
+
+
+COLUMNS = {
+    "": "group",
+    "model": "model",
+    "mesh": "mesh",
+    "rows": "batch",
+    "length": "length",
+    "variant": "variant",
+    "loss": "loss",
+    "of loss": "loss error",
+    "of gradient norm": "grad_norm error",
+    "ms": "ms",
+    "tokens/s": "tokens_per_second",
+    "MFU": "mfu",
+    "efficiency": "efficiency",
+    "memory of a device, MiB": "peak_mib",
+    "it sends, MiB": "sent_mib",
+    "failed": "failed",
+}
+
+
+def main(argv):
+    del argv
+    if len(jax.devices()) < 2:
+        raise app.UsageError(f"needs 2 devices: there is {len(jax.devices())}")
+    groups = dict.fromkeys(step.group for step in steps())
+    wanted = ssm.chosen("groups", FLAGS.groups or groups, groups)
+    origin = provenance(FLAGS.commit)
+    write = partial(common.write, FLAGS.name, origin, directory=FLAGS.out)
+    measured([step for step in steps() if step.group in wanted], lambda rows: write(rows=rows))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("groups", [], "of steps; empty: all")
+    flags.DEFINE_string("name", "meshes_h200", "of the result file")
+    flags.DEFINE_string("out", "", "directory of the result file; empty: experiments/benchmarks/results")
+    flags.DEFINE_string("commit", "", "recorded where the code runs outside its git checkout")
+    app.run(main)
