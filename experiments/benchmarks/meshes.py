@@ -1,6 +1,6 @@
 """The training step on two GPUs of one host beside one of them: equal results, speed, memory, and what is exchanged.
 
-    python -m experiments.benchmarks.meshes [--groups=equal,context]
+    python -m experiments.benchmarks.meshes [--groups=equal-siso-180m,context-131072]
 
 Where two programs train on the same rows, their losses and gradient norms after three updates are compared first. In
 float32 they must be equal but for the order of sums. Speed is at equal tokens a device, twice as many on two as on one:
@@ -15,6 +15,7 @@ What is sent is counted in the compiled program (`launch/hlo.py`). A program tha
 import dataclasses
 import functools
 import math
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -42,9 +43,8 @@ FLAGS = flags.FLAGS
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One program: a model on a mesh. Steps of one group and as many tokens a device are timed beside each other."""
+    """One program: a model on a mesh."""
 
-    group: str
     model: str
     mesh: str
     batch: int
@@ -58,12 +58,12 @@ class Step:
     @property
     def rows(self) -> tuple:
         """Return what it trains on: programs that are equal in it are compared."""
-        return self.group, self.model, self.batch, self.length, self.variant
+        return self.model, self.batch, self.length, self.variant
 
     @property
     def share(self) -> tuple:
         """Return what a device does of it: programs that are equal in it are timed beside the one on one device."""
-        return self.group, self.model, self.batch * self.length // self.devices, self.variant
+        return self.model, self.batch * self.length // self.devices, self.variant
 
     def program(self) -> train.Program:
         config = Config(model=dataclasses.replace(PRESETS[self.model]))
@@ -86,24 +86,30 @@ def initial(model: str) -> TrainState:
     return jax.device_get(jax.jit(partial(init_state, Config(model=PRESETS[model])))())
 
 
-def steps() -> list[Step]:
-    """Return all steps; of those that are compared the one on one device comes first."""
+def groups() -> dict[str, list[Step]]:
+    """Return all steps by group: what is compiled together, and compared; the one on one device comes first."""
     equal = {
         "siso-180m": (ONE, "data:2", "fsdp:2", "tensor:2", "sequence:2"),
         "mimo-180m": (ONE, "tensor:2", "sequence:2"),
         "hybrid-180m": (ONE, "tensor:2", "sequence:2"),
     }
-    found = [Step("equal", model, mesh, 2, 1024, FLOAT32) for model, meshes in equal.items() for mesh in meshes]
-    for length, variant in ((131072, ""), (16384, ""), (1048576, BLOCK)):
-        of_length = partial(Step, "context", "siso-180m", variant=variant)
-        found.append(of_length(ONE, 1, length))
-        if length < 2**20:  # two rows of a million tokens do not fit
-            found += [of_length("data:2", 2, length), of_length(ONE, 1, 2 * length)]
-        found.append(of_length("sequence:2", 1, 2 * length))
-    found.append(Step("step", "siso-180m", ONE, 16, 2048))
-    found += [Step("step", "siso-180m", mesh, 32, 2048) for mesh in ("data:2", "fsdp:2", "tensor:2")]
-    found.append(Step("step", "siso-180m", "sequence:2", 16, 4096))
-    return [*found, Step("hybrid", "hybrid-180m", ONE, 1, 262144, BLOCK)]
+    of_equal = {
+        f"equal-{model}": [Step(model, mesh, 2, 1024, FLOAT32) for mesh in meshes] for model, meshes in equal.items()
+    }
+    siso = partial(Step, "siso-180m")
+    of_context = {
+        f"context-{length}": [
+            siso(ONE, 1, length),
+            siso("sequence:2", 1, 2 * length),
+            siso("data:2", 2, length),
+            siso(ONE, 1, 2 * length),
+        ]
+        for length in (131072, 16384)
+    }
+    of_step = [siso(ONE, 16, 2048), *(siso(mesh, 32, 2048) for mesh in ("data:2", "fsdp:2", "tensor:2"))]
+    # Two rows of a million tokens do not fit on a device.
+    long = [siso(ONE, 1, 2**20, BLOCK), siso("sequence:2", 1, 2**21, BLOCK), Step("hybrid-180m", ONE, 1, 2**18, BLOCK)]
+    return of_equal | of_context | {"step": [*of_step, siso("sequence:2", 16, 4096)], "long": long}
 
 
 def compiled(step: Step):
@@ -125,7 +131,7 @@ def row_of(step: Step, program: train.Program, binary, want: dict | None) -> tup
     for _ in range(UPDATES):
         metrics = jax.device_get(call())
     got, row = {name: float(metrics[name]) for name in EQUAL}, {"loss": float(metrics["loss"])}
-    exact = step.group == "equal"
+    exact = FLOAT32 in step.variant
     for name, tolerance in (EQUAL if exact else NEAR).items():
         row[f"{name} error"] = None if want is None else abs(got[name] - want[name]) / abs(want[name])
         common.require({name: row[f"{name} error"] or 0.0 * got[name]}, tolerance, str(step))
@@ -147,28 +153,31 @@ def row_of(step: Step, program: train.Program, binary, want: dict | None) -> tup
     return row, got
 
 
-def measured(wanted: list[Step], written) -> None:
-    """Measure steps, in order, and call `written(rows)` after each with all so far."""
-    rows, values, alone = [], {}, {}
-    with ThreadPoolExecutor() as pool:
-        programs = list(pool.map(compiled, wanted))  # all before anything is timed
-    for step, (program, binary) in zip(wanted, programs, strict=True):
-        row = dataclasses.asdict(step) | {"devices": step.devices}
-        try:
-            if isinstance(binary, Exception):
-                raise binary
-            found, got = row_of(step, program, binary, values.get(step.rows))
-            values.setdefault(step.rows, got)
-            row |= found
-        except (jax.errors.JaxRuntimeError, ValueError) as error:
-            row["failed"] = " ".join(str(error).split())[:300]
-        if step.devices == 1:
-            alone.setdefault(step.share, row.get("ms"))
-        elif alone.get(step.share) and "ms" in row:
-            row["efficiency"] = alone[step.share] / row["ms"]
-        rows.append(row)
-        print(common.table([row], COLUMNS).splitlines()[-1], flush=True)
-        written(rows)
+def measured(wanted: dict[str, list[Step]], written) -> None:
+    """Measure the steps of every group, in order, and call `written(rows)` after each with all so far."""
+    rows = []
+    for name, steps in wanted.items():
+        values, alone, begun = {}, {}, time.perf_counter()
+        with ThreadPoolExecutor() as pool:
+            programs = list(pool.map(compiled, steps))  # all before anything is timed
+        print(f"{name}: compiled {len(steps)} steps in {time.perf_counter() - begun:.0f} s", flush=True)
+        for step, (program, binary) in zip(steps, programs, strict=True):
+            row = {"group": name, **dataclasses.asdict(step), "devices": step.devices}
+            try:
+                if isinstance(binary, Exception):
+                    raise binary
+                found, got = row_of(step, program, binary, values.get(step.rows))
+                values.setdefault(step.rows, got)
+                row |= found
+            except (jax.errors.JaxRuntimeError, ValueError) as error:
+                row["failed"] = " ".join(str(error).split())[:300]
+            if step.devices == 1:
+                alone.setdefault(step.share, row.get("ms"))
+            elif alone.get(step.share) and "ms" in row:
+                row["efficiency"] = alone[step.share] / row["ms"]
+            rows.append(row)
+            print(common.table([row], COLUMNS).splitlines()[-1], flush=True)
+            written(rows)
 
 
 COLUMNS = {
@@ -195,15 +204,14 @@ def main(argv):
     del argv
     if len(jax.devices()) < 2:
         raise app.UsageError(f"needs 2 devices: there is {len(jax.devices())}")
-    groups = dict.fromkeys(step.group for step in steps())
-    wanted = ssm.chosen("groups", FLAGS.groups or groups, groups)
-    origin = provenance(FLAGS.commit)
-    write = partial(common.write, FLAGS.name, origin, directory=FLAGS.out)
-    measured([step for step in steps() if step.group in wanted], lambda rows: write(rows=rows))
+    known = groups()
+    wanted = ssm.chosen("groups", FLAGS.groups or list(known), known)
+    write = partial(common.write, FLAGS.name, provenance(FLAGS.commit), directory=FLAGS.out)
+    measured({name: known[name] for name in wanted}, lambda rows: write(rows=rows))
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("groups", [], "of steps; empty: all")
+    flags.DEFINE_list("groups", [], "of steps, in this order; empty: all")
     flags.DEFINE_string("name", "meshes_h200", "of the result file")
     flags.DEFINE_string("out", "", "directory of the result file; empty: experiments/benchmarks/results")
     flags.DEFINE_string("commit", "", "recorded where the code runs outside its git checkout")

@@ -18,11 +18,12 @@ MEASURE = common.measure
 
 def test_steps_begin_on_one_device():
     """What others are compared with, or timed beside, comes before them."""
-    rows, shares = set(), set()
-    for step in meshes.steps():
-        assert step.devices == 1 or step.rows in rows or step.share in shares
-        rows.add(step.rows)
-        shares |= {step.share} if step.devices == 1 else set()
+    for steps in meshes.groups().values():
+        rows, shares = set(), set()
+        for step in steps:
+            assert step.devices == 1 or step.rows in rows or step.share in shares
+            rows.add(step.rows)
+            shares |= {step.share} if step.devices == 1 else set()
 
 
 @pytest.mark.full
@@ -49,5 +50,5 @@ def test_what_does_not_fit_is_a_row(monkeypatch):
     monkeypatch.setitem(meshes.PRESETS, "tiny", TINY)
     monkeypatch.setattr(meshes.train.Program, "compile", full)
     written = []
-    meshes.measured([meshes.Step("step", "tiny", meshes.ONE, 1, 16)], written.append)
+    meshes.measured({"step": [meshes.Step("tiny", meshes.ONE, 1, 16)]}, written.append)
     assert written[-1][0]["failed"] == "RESOURCE_EXHAUSTED: Out of memory"
