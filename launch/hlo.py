@@ -28,6 +28,7 @@ from launch.hlo_text import (
 
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+UNKNOWN = 2**63 - 1  # cycles, where the compiler cannot say
 # These move nothing, or what they move is counted where it begins.
 FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all copy-done async-done async-update slice-done "  # noqa: SIM905
@@ -61,7 +62,7 @@ BETWEEN_SLICES = {
 
 class Cost(NamedTuple):
     hbm_bytes: int = 0
-    cycles: int = 0  # the compiler's, of all but kernels and copies in flight
+    cycles: int = 0  # the compiler's, of all but kernels, copies in flight and what it cannot say
 
     def plus(self, other: "Cost", times: int = 1) -> "Cost":
         return Cost(self.hbm_bytes + times * other.hbm_bytes, self.cycles + times * other.cycles)
@@ -119,7 +120,7 @@ class Program:
             return max(map(self.cost, self.branches(instruction)))
         if opcode in CALLS:
             return self.cost(instruction.called("to_apply") or instruction.called("calls"))
-        cycles = sum(map(int, CYCLES.findall(instruction.attributes)[:1]))
+        cycles = sum(int(found) for found in CYCLES.findall(instruction.attributes)[:1] if int(found) != UNKNOWN)
         operands = [body[name].shape for name in instruction.operands if name in body]
         if opcode in ("send", "recv"):  # (the array, ...): a host fetches or writes it
             return Cost(hbm_bytes(arrays(shape)[0]), cycles)

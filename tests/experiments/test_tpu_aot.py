@@ -79,6 +79,10 @@ def test_a_loop_counts_once_a_trip_and_only_what_it_moves():
         PROGRAM.replace("%one = s32[]{:T(128)} constant(1)", "%one = s32[]{:T(128)} constant(4)")
     ).cost()
     assert by_fours.cycles == 4 * 150
+    said = PROGRAM.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"3"}}')
+    assert hlo.Program(said.replace("direction=LT", "direction=NE")).cost().cycles == 3 * 150
+    unknown = PROGRAM.replace('"estimated_cycles":"100"', f'"estimated_cycles":"{2**63 - 1}"')
+    assert hlo.Program(unknown).cost().cycles == 16 * 50
 
 
 def test_vmem_is_not_hbm():
