@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from experiments.packages import DAMAGED
-from mamba3_jax.checkpoint import replace, writing
+from mamba3_jax.files import read_json, write_json, writing
 from mamba3_jax.train.loop import say
 
 TEXTS = ("train.jsonl", "valid.jsonl", "dna/train.txt", "dna/valid.txt")
@@ -47,7 +47,7 @@ def publish(partial: Path, folder: Path, record: dict) -> None:
     for name in FILES:
         (folder / name).parent.mkdir(exist_ok=True)
         (partial / name).replace(folder / name)
-    replace(folder / RECORD, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_json(folder / RECORD, record)
 
 
 def whole(folder: Path) -> dict | None:
@@ -55,7 +55,7 @@ def whole(folder: Path) -> dict | None:
     if not (folder / RECORD).exists():
         return None
     try:
-        record = json.loads((folder / RECORD).read_text())
+        record = read_json(folder / RECORD)
         if is_record(record) and record["files"] == files_of(folder):
             return record
         why = "is not of the files beside it"

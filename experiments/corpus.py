@@ -32,10 +32,10 @@ from experiments import packages
 from experiments.archive import files_of, filling, pack, publish, text_hash, unpack, whole
 from experiments.packages import Source, entries, page_text
 from launch.common import define_path, run, user_errors
-from mamba3_jax.checkpoint import check_writable, replace
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data import text
 from mamba3_jax.data.pipeline import SPLITS
+from mamba3_jax.files import check_writable, replace
 from mamba3_jax.train.loop import say
 from mamba3_jax.train.resume import alone
 

@@ -20,7 +20,6 @@ and tasks run on one device, and the same in every process.
 
 import dataclasses
 import datetime
-import json
 import sys
 from pathlib import Path
 
@@ -28,7 +27,7 @@ import jax
 from absl import flags
 
 from launch.common import codec_of, data_with, define_path, fail, held_out, run, user_errors
-from mamba3_jax import checkpoint, memory
+from mamba3_jax import checkpoint, files, memory
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data.synthetic import TASKS
 from mamba3_jax.evaluate import documents, language, tasks
@@ -192,11 +191,11 @@ def provenance() -> dict:
 def written(target: Path, step: int) -> dict:
     """Return the report that is there of this step, {} for none; ValueError for a file that is none."""
     try:
-        report = json.loads(target.read_bytes())
+        report = files.read_json(target)
     except OSError:  # there is none; what cannot be written either is said then
         return {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{target} is there and not a report: {error}; --output=PATH writes another one") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; --output=PATH writes another one") from None
     known = isinstance(report, dict) and "step" in report and ("results" in report or "tasks" in report)
     if not known or not isinstance(report.get("tasks", {}), dict):
         raise ValueError(f"{target} is there and not a report; --output=PATH writes another one")
@@ -206,7 +205,7 @@ def written(target: Path, step: int) -> dict:
 def check_written(target: Path) -> None:
     """Raise OSError where the report could not be written, which is known before anything is scored."""
     try:
-        checkpoint.check_writable(target)
+        files.check_writable(target)
     except OSError as error:
         raise OSError(f"{error}; --output=PATH writes it elsewhere") from None
 
@@ -214,9 +213,9 @@ def check_written(target: Path) -> None:
 def write(target: Path, report: dict) -> None:
     """Write the report; where that fails, the table has been printed and one line says how to write it elsewhere."""
     try:
-        with checkpoint.writing(target):
+        with files.writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.replace(target, json.dumps(or_null(report), indent=1, allow_nan=False) + "\n")
+        files.write_json(target, or_null(report))
     except OSError as error:
         fail(f"{error}; --output=PATH writes it elsewhere")
 

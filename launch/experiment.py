@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import shutil
 import time
 from collections.abc import Collection
@@ -13,10 +12,11 @@ import jax
 from launch import common
 from launch.plan import Plan, asked_of, is_list_of, is_table_of, other_data, renewed
 from launch.provenance import provenance
-from mamba3_jax.checkpoint import replace, save_model
+from mamba3_jax.checkpoint import save_model
 from mamba3_jax.config import Config
 from mamba3_jax.data.synthetic import TASKS
 from mamba3_jax.evaluate import comparison, language, tasks
+from mamba3_jax.files import read_json, write_json
 from mamba3_jax.finite import or_null
 from mamba3_jax.model import LanguageModel
 from mamba3_jax.train.loop import Diverged, say
@@ -46,9 +46,9 @@ def scores(config: Config, group: list[Member], params, lengths: tuple[int | str
 def read_result(path: Path, keys: Collection[str]) -> dict:
     """Return a result file of `launch.sweep` that has the keys; ValueError for one that is damaged, or another's."""
     try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}: move it away") from None
+        found = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}: move it away") from None
     rows = found.get("rows") if isinstance(found, dict) and keys <= found.keys() else None
     if not is_list_of(rows, dict) or not all(isinstance(row.get("variant"), str) for row in rows):
         raise ValueError(f"{path} is not a result of launch.sweep, and would be overwritten: move it away")
@@ -123,7 +123,7 @@ def run_variant(plan: Plan, name: str, folder: Path, commit: str, report) -> dic
         "asked": asked,
         "rows": rows,
     }
-    replace(done, json.dumps(result, allow_nan=False, indent=1) + "\n")
+    write_json(done, result)
     return result
 
 
@@ -184,5 +184,5 @@ def sweep(plan: Plan, name: str, workdir: Path, kept: Path | None, known: dict[s
         found = summary(name, plan, results, origin)
         for path in (workdir / "results.json", *([kept] if kept else [])):
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace(path, json.dumps(found, allow_nan=False, indent=1) + "\n")
+            write_json(path, found)
     return found

@@ -12,7 +12,6 @@ default) as inspection.json and pictures. DIR may be a directory in the official
 
 import dataclasses
 import datetime
-import json
 import math
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 from absl import flags
 
 from launch.common import define_path, fail, held_out, run, user_errors
-from mamba3_jax import checkpoint, memory
+from mamba3_jax import checkpoint, files, memory
 from mamba3_jax.analysis import observe
 from mamba3_jax.analysis.horizon import CAUSES, horizon
 from mamba3_jax.config import Config, DataConfig
@@ -240,11 +239,11 @@ def drawn(layers: dict, found: dict, horizons: dict) -> dict[str, bytes]:
 def write(folder: Path, report: dict, images: dict[str, bytes]) -> None:
     """Write the report and the pictures; where that fails, the table has been printed."""
     try:
-        with checkpoint.writing(folder):
+        with files.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.replace(folder / "inspection.json", json.dumps(or_null(report), indent=1, allow_nan=False) + "\n")
+        files.write_json(folder / "inspection.json", or_null(report))
         for name, image in images.items():
-            checkpoint.replace(folder / f"{name}.png", image)
+            files.replace(folder / f"{name}.png", image)
     except OSError as error:
         fail(f"{error}; --out=DIR writes it elsewhere")
 

@@ -29,8 +29,9 @@ from absl import flags
 
 from launch import common, experiment
 from launch.plan import asked_of, read_plan
-from mamba3_jax.checkpoint import check_writable, checkpoint_dir
+from mamba3_jax.checkpoint import checkpoint_dir
 from mamba3_jax.evaluate import comparison, equal
+from mamba3_jax.files import check_writable
 from mamba3_jax.train.loop import Failed, Stopped, say
 
 CONFIG = common.define_config()

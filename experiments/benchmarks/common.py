@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import statistics
 import sys
 import threading
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 
 from launch import tpu
+from mamba3_jax.files import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
 _ONE_THREAD = threading.RLock()
@@ -122,10 +122,7 @@ def write(name: str, origin: dict, rows: Sequence[Mapping], directory: str | Pat
     directory = Path(directory or RESULTS)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.json"
-    partial = path.with_suffix(".partial")
-    content = {"benchmark": name, **origin, **more, "rows": list(rows)}
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
+    write_json(path, {"benchmark": name, **origin, **more, "rows": list(rows)})
     return path
 
 
@@ -134,10 +131,7 @@ def read(name: str, directory: str | Path = "") -> dict | None:
     path = Path(directory or RESULTS) / f"{name}.json"
     if not path.exists():
         return None
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    found = read_json(path)
     rows = found.get("rows") if isinstance(found, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} is not a result: it has no rows")

@@ -220,9 +220,7 @@ def test_a_report_that_is_there_is_read_or_named(tmp_path):
     assert evaluate.written(report, 3) == {"step": 3, "results": []}
     assert evaluate.written(report, 4) == {}  # of another checkpoint
     report.write_text('{"step": 3')
-    with pytest.raises(
-        ValueError, match=r"report.json is there and not a report: .*; --output=PATH writes another one$"
-    ):
+    with pytest.raises(ValueError, match=r"report.json is not JSON: .*; --output=PATH writes another one$"):
         evaluate.written(report, 3)
     for other in ([], 5, {}, {"step": 3}, {"name": "a config"}, {"step": 3, "tasks": 5}, {"step": 3, "tasks": []}):
         report.write_text(json.dumps(other))  # somebody's, which is not to be replaced

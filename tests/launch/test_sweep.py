@@ -9,8 +9,9 @@ import pytest
 
 from launch import experiment
 from launch.plan import asked_of, read_plan
-from mamba3_jax.checkpoint import check_writable, load_config
+from mamba3_jax.checkpoint import load_config
 from mamba3_jax.data import pipeline, text
+from mamba3_jax.files import check_writable
 from tests.helpers import devices, rel_rms, without_times
 from tests.launch import tiny_sweep
 

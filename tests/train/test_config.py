@@ -186,13 +186,13 @@ def test_a_config_file_that_raises_ends_the_command_in_one_line(tmp_path):
 INTERRUPTED = """
 from pathlib import Path
 from launch import common
-from mamba3_jax import checkpoint
+from mamba3_jax import files
 
 class Content(str):
     def encode(self):
         raise KeyboardInterrupt
 
-common.run(lambda _: checkpoint.replace(Path("report.json"), Content()), alone=True)
+common.run(lambda _: files.replace(Path("report.json"), Content()), alone=True)
 """
 
 
