@@ -129,8 +129,7 @@ def of_held_out(config, model, params, origin: dict, before: dict) -> tuple[dict
         scorer = Likelihoods(model, params)
         if forms:
             found, eos = documents.held_out(data, TOKENS.value)
-            for form in forms:  # what does not fit is said now
-                scorer.plan([one for document in found for one in documents.requests(document.ids_T, eos, form)])
+            asked = documents.ask(scorer, found, eos, forms)  # what does not fit is said now
 
     generated = data.source in TASKS
     kind, trained = (tasks, data.task_lengths[-1]) if generated else (language, data.length)
@@ -140,7 +139,7 @@ def of_held_out(config, model, params, origin: dict, before: dict) -> tuple[dict
         return report, kind.table(results, trained)
     report |= {name: before[name] for name in before if name == "tasks"}
     if forms:
-        report["documents"] = documents.evaluate(scorer, found, eos, forms, say=say())
+        report["documents"] = documents.evaluate(scorer, found, asked, say=say())
     return report, language.table(results, trained, documents.lines(report.get("documents", ())))
 
 
