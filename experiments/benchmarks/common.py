@@ -11,10 +11,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from absl import flags
 
 from launch import tpu
 from mamba3_jax.files import read_json, write_json
 
+flags.disclaim_key_flags()  # those defined here are the calling program's, and in its --help
 RESULTS = Path(__file__).parent / "results"
 _ONE_THREAD = threading.RLock()
 
@@ -112,6 +114,21 @@ def require(errors: Mapping[str, float], tolerance: float, what: str) -> float:
 def temp_mib(compiled) -> float:
     """Temporary memory of a compiled function, MiB."""
     return compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def define_result(name: str | None = None, empty: str = "", commit: bool = False) -> None:
+    """Define the flags of a result file: --out, its folder, and where they are asked for --name and --commit.
+
+    Args:
+        name: default of --name; None: the program names its file.
+        empty: what the program calls its file where --name is empty.
+        commit: define --commit, for machines that have the code without git.
+    """
+    flags.DEFINE_string("out", "", "directory of the result file; empty: experiments/benchmarks/results")
+    if name is not None:
+        flags.DEFINE_string("name", name, f"of the result file{empty and f'; empty: {empty}'}")
+    if commit:
+        flags.DEFINE_string("commit", "", "recorded where the code runs outside its git checkout")
 
 
 def write(name: str, origin: dict, rows: Sequence[Mapping], directory: str | Path = "", **more) -> Path:
