@@ -142,7 +142,18 @@ def experiment(holder) -> Config:
         fail(_why_no_config(config) or wrong)
     with user_errors():
         check(config)
+        _check_globs(config.data)
     return config
+
+
+def _check_globs(data: DataConfig) -> None:
+    """Raise ValueError where flags name the text to train on and leave the file's own text to be validated on."""
+    given = [name for name in ("train_glob", "valid_glob") if f"config.data.{name}" in flags.FLAGS]
+    if given == ["train_glob"] and data.valid_glob and data.source == "text":
+        raise ValueError(
+            f"--config.data.train_glob={data.train_glob} alone leaves data.valid_glob={data.valid_glob!r} of "
+            f"{config_path()}: name --config.data.valid_glob too; empty, it is one file in twenty of train_glob"
+        )
 
 
 def config_path() -> str:
