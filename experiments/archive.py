@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from experiments.packages import DAMAGED
+from mamba3_jax.data import token_cache
 from mamba3_jax.files import read_json, write_json, writing
 from mamba3_jax.train.loop import say
 
@@ -47,6 +48,9 @@ def publish(partial: Path, folder: Path, record: dict) -> None:
     for name in FILES:
         (folder / name).parent.mkdir(exist_ok=True)
         (partial / name).replace(folder / name)
+    if (partial / token_cache.FOLDER).is_dir():  # made while they were counted
+        shutil.rmtree(folder / token_cache.FOLDER, ignore_errors=True)
+        (partial / token_cache.FOLDER).replace(folder / token_cache.FOLDER)
     write_json(folder / RECORD, record)
 
 
