@@ -16,6 +16,7 @@ from mamba3_jax.config import Config, DataConfig, check, from_dict, shown, to_di
 from mamba3_jax.data.pipeline import TEXTS, identities, loader
 from mamba3_jax.data.synthetic import TASKS
 from mamba3_jax.evaluate import comparison, language, tasks
+from mamba3_jax.train import resume
 from mamba3_jax.train.loop import validate
 from mamba3_jax.train.population import Member, member_config, member_mesh, members
 
@@ -246,6 +247,23 @@ def other_data(before: dict, asked: dict) -> str:
     """Return what tells the data of two results apart; "" where it is the same."""
     had, have = (of.get("data", {}) for of in (before, asked))
     return "" if had == have else f"its data was {listed_data(had)}, and is {listed_data(have)}"
+
+
+def other_training(before: dict, asked: dict) -> str:
+    """Return what tells the training of two results apart; "" where only scores, or how it is run, are others."""
+    if before.get("members") != asked["members"]:
+        return "it has other seeds or learning rates"
+    try:
+        found = resume.changes(from_dict(before["config"]), from_dict(asked["config"]))
+    except ValueError as error:  # of another version
+        return f"its {error}"
+    how = resume.MAY_CHANGE - {"optimizer"}  # it is run
+    found = {
+        field: change
+        for field, change in found.items()
+        if field == "train.steps" or not {field.split(".")[0], field} & how
+    }
+    return ", ".join(f"its config.{field} was {old!r}, and is {new!r}" for field, (old, new) in found.items())
 
 
 def listed_data(data: dict[str, str]) -> str:

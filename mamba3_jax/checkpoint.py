@@ -91,6 +91,21 @@ def save_model(workdir, config: Config, params: dict, step: int = 0) -> None:
         checkpoints.save(step, params)
 
 
+def keep_parameters(workdir) -> None:
+    """Delete all but the newest checkpoint, and of that all but parameters and config: of a run that is done.
+
+    Whatever carries a step's number stays whole. Raises OSError where something cannot be deleted.
+    """
+    directory, steps = checkpoint_dir(workdir), all_steps(workdir)
+    trash = directory / TRASH
+    with writing(directory):
+        shutil.rmtree(trash, ignore_errors=True)
+        for path in [*(directory / str(step) for step in steps[:-1]), *(directory / str(steps[-1])).glob("state")]:
+            trash.mkdir(exist_ok=True)
+            path.rename(trash / path.name)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
 def write_config(workdir, config: Config) -> None:
     """workdir/config.json, for people; programs read the copy inside the checkpoint."""
     path = Path(workdir) / "config.json"
