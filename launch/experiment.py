@@ -12,7 +12,8 @@ from typing import NamedTuple
 import jax
 
 from launch import common
-from launch.plan import Plan, asked_of, is_list_of, is_table_of, other_data, other_training, renewed
+from launch.asked import asked_of, other_data, other_training, renewed
+from launch.plan import Plan, is_list_of, is_table_of
 from launch.provenance import provenance
 from mamba3_jax.checkpoint import all_steps, keep_parameters, load_model, save_model
 from mamba3_jax.config import Config

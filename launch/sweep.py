@@ -30,7 +30,8 @@ from pathlib import Path
 from absl import flags
 
 from launch import common, experiment
-from launch.plan import asked_of, read_plan
+from launch.asked import asked_of
+from launch.plan import read_plan
 from mamba3_jax.checkpoint import checkpoint_dir
 from mamba3_jax.evaluate import comparison, equal
 from mamba3_jax.files import check_writable

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from launch import experiment
-from launch.plan import asked_of, read_plan
+from launch.asked import asked_of
+from launch.plan import read_plan
 from mamba3_jax.checkpoint import Checkpoints, all_steps, load_config, load_model
 from mamba3_jax.data import pipeline, text
 from mamba3_jax.files import check_writable, write_json
