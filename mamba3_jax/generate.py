@@ -138,30 +138,60 @@ def generate(
     """
     sampling = sampling or Sampling()
     prompts, stop_ids = check(model, prompts, tokens, sampling, stop_ids, prefill_length, params)
-    batch, config = len(prompts), model.config
-    seconds = {"prefill": 0.0, "decode": 0.0, "compile": 0.0}
+    config, seconds = model.config, {"prefill": 0.0, "decode": 0.0, "compile": 0.0}
     fields = tuple((field.name, getattr(config, field.name)) for field in dataclasses.fields(config))
     prefill_program, decode_program = programs(fields, sampling, tuple(stop_ids))
-
     if max(padded_to, *map(len, prompts)) > 1:
-        with timed(seconds, "compile"):
-            compile_prefill = functools.partial(compiled_prefill, prefill_program, model, params, tokens)
-            held = memory.on_a_device(params)
-            run, tokens_BL, start_BL, piece = fitting(compile_prefill, prompts, prefill_length, held, padded_to)
-        state = model.empty_state(batch, tokens_BL.shape[1] + tokens)
-        with timed(seconds, "prefill"):
-            for first in range(0, tokens_BL.shape[1] - 1, piece):
-                part = slice(first, first + piece)
-                state = run(params, tokens_BL[:, part], start_BL[:, part], state)
-            jax.block_until_ready(state)
-        with timed(seconds, "compile"):
-            state = jax.block_until_ready(jax.jit(functools.partial(decoding.unstacked, config))(state))
+        carry = prefilled(prefill_program, model, params, prompts, tokens, prefill_length, padded_to, seconds)
     else:
         tokens_BL, start_BL, _ = padded(prompts, 1)
-        state = LanguageModel(config, stacked=False).empty_state(batch, 1 + tokens)
-
+        state = LanguageModel(config, stacked=False).empty_state(len(prompts), 1 + tokens)
+        carry = first_carry(tokens_BL, start_BL, tokens, state)
     key = jax.random.key(seed)
-    carry = Carry(
+    with timed(seconds, "compile"):
+        params = jax.block_until_ready(decoding.prepare(config, params))
+        loop = decode_program.lower(params, key, carry, jnp.int32(0)).compile()
+    rows, steps = decoded(functools.partial(loop, params, key), carry, tokens, stop, seconds)
+    return Generated(
+        ids=rows,
+        prefill_tokens=sum(map(len, prompts)) - len(prompts),
+        prefill_seconds=seconds["prefill"],
+        decode_tokens=len(prompts) * steps,
+        decode_seconds=seconds["decode"],
+        compile_seconds=seconds["compile"],
+    )
+
+
+def prefilled(
+    program,
+    model: LanguageModel,
+    params,
+    prompts: list[list[int]],
+    tokens: int,
+    prefill_length: int | None,
+    padded_to: int,
+    seconds: dict[str, float],
+) -> Carry:
+    """Run all but the last token of each prompt, piece by piece; return where the decode loop of `tokens` begins."""
+    with timed(seconds, "compile"):
+        compile_prefill = functools.partial(compiled_prefill, program, model, params, tokens)
+        held = memory.on_a_device(params)
+        run, tokens_BL, start_BL, piece = fitting(compile_prefill, prompts, prefill_length, held, padded_to)
+    state = model.empty_state(len(prompts), tokens_BL.shape[1] + tokens)
+    with timed(seconds, "prefill"):
+        for first in range(0, tokens_BL.shape[1] - 1, piece):
+            part = slice(first, first + piece)
+            state = run(params, tokens_BL[:, part], start_BL[:, part], state)
+        jax.block_until_ready(state)
+    with timed(seconds, "compile"):
+        state = jax.block_until_ready(jax.jit(functools.partial(decoding.unstacked, model.config))(state))
+    return first_carry(tokens_BL, start_BL, tokens, state)
+
+
+def first_carry(tokens_BL, start_BL, tokens: int, state) -> Carry:
+    """Return what the decode loop begins with: the last token of each row, the state before it, room for `tokens`."""
+    batch = len(tokens_BL)
+    return Carry(
         step=jnp.int32(0),
         token_B=jnp.asarray(tokens_BL[:, -1]),
         start_B=jnp.asarray(start_BL[:, -1]),
@@ -169,13 +199,20 @@ def generate(
         out_BT=jnp.full((batch, tokens), NOTHING, jnp.int32),
         state=state,
     )
-    with timed(seconds, "compile"):
-        params = jax.block_until_ready(decoding.prepare(config, params))
-        run = decode_program.lower(params, key, carry, jnp.int32(0)).compile()
-    block, rows, searched = BLOCK if stop else tokens, [], [0] * batch
+
+
+def decoded(
+    loop: Callable,
+    carry: Carry,
+    tokens: int,
+    stop: Callable[[list[int]], bool] | None,
+    seconds: dict[str, float],
+) -> tuple[list[list[int]], int]:
+    """Run the loop, (carry, until) -> carry, to its end; return what each row has drawn, and the steps taken."""
+    block, rows, searched = BLOCK if stop else tokens, [], [0] * len(carry.token_B)
     for until in range(block, tokens + block, block):
         with timed(seconds, "decode"):
-            carry = jax.block_until_ready(run(params, key, carry, jnp.int32(min(until, tokens))))
+            carry = jax.block_until_ready(loop(carry, jnp.int32(min(until, tokens))))
         rows = drawn(carry.out_BT)
         if stop:
             held = [stop(row) for row in rows]
@@ -185,14 +222,7 @@ def generate(
             break
     if stop:
         rows = [cut(row, stop, at) for row, at in zip(rows, searched, strict=True)]
-    return Generated(
-        ids=rows,
-        prefill_tokens=sum(map(len, prompts)) - batch,
-        prefill_seconds=seconds["prefill"],
-        decode_tokens=batch * int(carry.step),
-        decode_seconds=seconds["decode"],
-        compile_seconds=seconds["compile"],
-    )
+    return rows, int(carry.step)
 
 
 def compiled_prefill(program, model: LanguageModel, params, tokens: int, tokens_BL, start_BL, piece: int):
