@@ -19,7 +19,6 @@ and tasks run on one device, and the same in every process.
 """
 
 import dataclasses
-import datetime
 import sys
 from pathlib import Path
 
@@ -27,6 +26,7 @@ import jax
 from absl import flags
 
 from launch.common import codec_of, data_with, define_path, fail, held_out, run, user_errors
+from launch.provenance import provenance
 from mamba3_jax import checkpoint, files, memory
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data.synthetic import TASKS
@@ -175,16 +175,6 @@ def windows() -> list[documents.Window]:
 def say():
     """Return what prints a line of progress, in one process of a run; None in the others."""
     return None if jax.process_index() else lambda line: print(line, file=sys.stderr, flush=True)
-
-
-def provenance() -> dict:
-    """Say what a result comes from."""
-    return {
-        "command": " ".join(["python -m launch.evaluate", *sys.argv[1:]]),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
 
 
 def written(target: Path, step: int) -> dict:

@@ -11,17 +11,15 @@ default) as inspection.json and pictures. DIR may be a directory in the official
 """
 
 import dataclasses
-import datetime
 import math
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from absl import flags
 
 from launch.common import define_path, fail, held_out, run, user_errors
+from launch.provenance import provenance
 from mamba3_jax import checkpoint, files, memory
 from mamba3_jax.analysis import observe
 from mamba3_jax.analysis.horizon import CAUSES, horizon
@@ -192,7 +190,7 @@ def main(_argv):
         step = runs[0].name.rpartition(" ")[2]
         folder = Path(OUT.value or f"{WORKDIR.value}/inspection/step_{step}").expanduser()
 
-    names = [each.name for each in runs]
+    origin, names = provenance(), [each.name for each in runs]
     names = names if len(set(names)) == len(names) else [f"{'AB'[i]}: {name}" for i, name in enumerate(names)]
     layers = {
         name: observe.observe(each.config, each.model, each.params, batch)
@@ -212,10 +210,7 @@ def main(_argv):
     for name, each_found in horizons.items():
         print("\n".join(["", name, *said(each_found)]), flush=True)
     report = {
-        "command": " ".join(["python -m launch.inspect", *sys.argv[1:]]),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **origin,
         "data": dataclasses.asdict(rows),
         "checkpoints": [{"name": name, "layers": found[name], "horizon": horizons.get(name)} for name in names],
     }

@@ -131,6 +131,8 @@ def test_evaluate(text_run):
     assert "2x the trained length" in out
     report = json.loads((text_run / "evaluation/step_3.json").read_text())
     assert report["step"] == 3
+    assert report["command"] == f"python -m launch.evaluate --workdir={text_run} --lengths=32,64"
+    assert {"commit", "date", "device", "jax"} <= report.keys()
     assert [r["length"] for r in report["results"]] == [32, 64]
     assert f"{report['results'][0]['loss']:.4f}" in out
 
@@ -184,6 +186,8 @@ def test_inspect(text_run, tmp_path, other):
     assert "mamba3 has no delta" in out
     report = json.loads((tmp_path / "seen/inspection.json").read_text())
     assert len(report["checkpoints"]) == 1 + other
+    assert report["command"].startswith("python -m launch.inspect --workdir=")
+    assert {"commit", "date", "device", "jax"} <= report.keys()
     found = report["checkpoints"][0]["layers"]
     for horizon in (choose(head["horizon"] for head in found[0]["heads"]) for choose in (min, max)):
         assert f"{horizon:.1f}" in out
