@@ -25,7 +25,8 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from launch.common import codec_of, data_with, define_path, fail, held_out, run, user_errors
+from launch.common import define_path, fail, run, user_errors
+from launch.data import codec_of, data_with, held_out
 from launch.provenance import provenance
 from mamba3_jax import checkpoint, files, memory
 from mamba3_jax.config import DataConfig

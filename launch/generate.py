@@ -15,7 +15,8 @@ import os
 import jax
 from absl import flags
 
-from launch.common import codec_of, data_with, define_path, fail, run, user_errors
+from launch.common import define_path, fail, run, user_errors
+from launch.data import codec_of, data_with
 from mamba3_jax.data.vocabulary import continuation
 from mamba3_jax.generate import Sampling, check, generate
 from mamba3_jax.load import build, load_run

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from absl import flags
 
-from launch.common import define_path, fail, held_out, run, user_errors
+from launch.common import define_path, fail, run, user_errors
+from launch.data import held_out
 from launch.provenance import provenance
 from mamba3_jax import checkpoint, files, memory
 from mamba3_jax.analysis import observe

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from launch import evaluate
-from launch.common import data_with
+from launch.data import data_with
 from mamba3_jax import checkpoint
 from mamba3_jax.config import DataConfig
 from mamba3_jax.convert.files import FORMATS
