@@ -10,7 +10,7 @@ from pathlib import Path
 
 from experiments.packages import DAMAGED
 from mamba3_jax.data import token_cache
-from mamba3_jax.files import read_json, write_json, writing
+from mamba3_jax.files import read_json, sha256, write_json, writing
 from mamba3_jax.train.loop import say
 
 TEXTS = ("train.jsonl", "valid.jsonl", "dna/train.txt", "dna/valid.txt")
@@ -34,12 +34,7 @@ def filling(folder: Path):
 
 def files_of(folder: Path) -> dict[str, dict]:
     """Return size and hash of every file of a corpus."""
-    found = {}
-    for name in FILES:
-        with (folder / name).open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        found[name] = {"bytes": (folder / name).stat().st_size, "sha256": digest}
-    return found
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in FILES}
 
 
 def publish(partial: Path, folder: Path, record: dict) -> None:

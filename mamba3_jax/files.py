@@ -1,6 +1,7 @@
-"""Files that are read or named in one line, and written whole or not at all."""
+"""Files: read or named in one line, told apart by their contents, and written whole or not at all."""
 
 import contextlib
+import hashlib
 import json
 from pathlib import Path
 
@@ -24,6 +25,12 @@ def read_object(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds {type(value).__name__}, wanted an object")
     return value
+
+
+def sha256(path: Path) -> str:
+    """Compute the hash of a file of any size."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_json(path: Path, value, indent: int = 1) -> None:

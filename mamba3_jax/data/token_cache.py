@@ -22,7 +22,7 @@ from absl import logging
 
 from mamba3_jax.data.packing import Corpus
 from mamba3_jax.data.vocabulary import HuggingFace
-from mamba3_jax.files import why, writing
+from mamba3_jax.files import sha256, why, writing
 
 FOLDER = ".tokens"
 WORTH = 2**22  # bytes of text: a second of work, below which nothing is kept
@@ -67,12 +67,6 @@ def key_of(paths: Collection[Path], codec: HuggingFace, how: dict[str, str]) -> 
         "code": [tokenizers.__version__, *map(sha256, CODE)],
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True, allow_nan=False).encode()).hexdigest()[:32]
-
-
-def sha256(path: Path) -> str:
-    """Compute the hash of a file of any size."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _load(path: Path, key: str) -> Corpus | None:
