@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 from experiments.packages import DAMAGED
-from mamba3_jax.checkpoint import replace, writing
+from mamba3_jax.data import token_cache
+from mamba3_jax.files import read_json, sha256, write_json, writing
 from mamba3_jax.train.loop import say
 
 TEXTS = ("train.jsonl", "valid.jsonl", "dna/train.txt", "dna/valid.txt")
@@ -33,12 +34,7 @@ def filling(folder: Path):
 
 def files_of(folder: Path) -> dict[str, dict]:
     """Return size and hash of every file of a corpus."""
-    found = {}
-    for name in FILES:
-        with (folder / name).open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        found[name] = {"bytes": (folder / name).stat().st_size, "sha256": digest}
-    return found
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in FILES}
 
 
 def publish(partial: Path, folder: Path, record: dict) -> None:
@@ -47,7 +43,10 @@ def publish(partial: Path, folder: Path, record: dict) -> None:
     for name in FILES:
         (folder / name).parent.mkdir(exist_ok=True)
         (partial / name).replace(folder / name)
-    replace(folder / RECORD, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    if (partial / token_cache.FOLDER).is_dir():  # made while they were counted
+        shutil.rmtree(folder / token_cache.FOLDER, ignore_errors=True)
+        (partial / token_cache.FOLDER).replace(folder / token_cache.FOLDER)
+    write_json(folder / RECORD, record)
 
 
 def whole(folder: Path) -> dict | None:
@@ -55,7 +54,7 @@ def whole(folder: Path) -> dict | None:
     if not (folder / RECORD).exists():
         return None
     try:
-        record = json.loads((folder / RECORD).read_text())
+        record = read_json(folder / RECORD)
         if is_record(record) and record["files"] == files_of(folder):
             return record
         why = "is not of the files beside it"

@@ -10,6 +10,7 @@ Cost: 184 MB of downloads, 3 minutes of a core. Needs apt-get and dpkg-deb with 
           /dna/train.txt  valid.txt   the bases of one chromosome of E. coli, its last tenth held out
           /corpus.json                versions, sizes and hashes of all this; written last
           /downloads                  the packages
+          /.tokens                    the tokens, as `mamba3_jax/data/token_cache.py` keeps them
 
 The same command goes on with the packages that are there, and builds nothing where all is whole. Debian's versions
 come and go, and other versions are another text: compare results of equal hashes alone.
@@ -32,10 +33,10 @@ from experiments import packages
 from experiments.archive import files_of, filling, pack, publish, text_hash, unpack, whole
 from experiments.packages import Source, entries, page_text
 from launch.common import define_path, run, user_errors
-from mamba3_jax.checkpoint import check_writable, replace
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data import text
 from mamba3_jax.data.pipeline import SPLITS
+from mamba3_jax.files import check_writable, replace
 from mamba3_jax.train.loop import say
 from mamba3_jax.train.resume import alone
 

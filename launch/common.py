@@ -21,7 +21,6 @@ from ml_collections import config_flags
 from launch import hosts, xla
 from launch.hosts import USER_ERROR
 from mamba3_jax.config import Config, DataConfig, check, no_field
-from mamba3_jax.data import loader, tokenizer, tokenizer_copy
 
 flags.disclaim_key_flags()  # those defined here are the calling program's, and in its --help
 MODULE = "config_config"  # the name that ml_collections gives to the file of the flag --config
@@ -142,48 +141,23 @@ def experiment(holder) -> Config:
         fail(_why_no_config(config) or wrong)
     with user_errors():
         check(config)
+        _check_globs(config.data)
     return config
+
+
+def _check_globs(data: DataConfig) -> None:
+    """Raise ValueError where flags name the text to train on and leave the file's own text to be validated on."""
+    given = [name for name in ("train_glob", "valid_glob") if f"config.data.{name}" in flags.FLAGS]
+    if given == ["train_glob"] and data.valid_glob and data.source == "text":
+        raise ValueError(
+            f"--config.data.train_glob={data.train_glob} alone leaves data.valid_glob={data.valid_glob!r} of "
+            f"{config_path()}: name --config.data.valid_glob too; empty, it is one file in twenty of train_glob"
+        )
 
 
 def config_path() -> str:
     """Return the file that --config names."""
     return config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
-
-
-def data_with(data: DataConfig, tokenizer: str | None, eos: str | None) -> DataConfig:
-    """Change the data of a checkpoint as the flags --tokenizer and --eos (None: not given) say.
-
-    A tokenizer that is not the checkpoint's own takes its place, with a line of warning.
-    """
-    if tokenizer is not None:
-        if other := tokenizer_copy.differ(tokenizer, data.tokenizer):
-            warn(f"--tokenizer={tokenizer} is not the tokenizer of the checkpoint, {data.tokenizer}")
-        data = dataclasses.replace(data, tokenizer=tokenizer, eos="" if other else data.eos)
-    return data if eos is None else dataclasses.replace(data, eos=eos)
-
-
-def held_out(config: Config, valid_glob: str | None, tokenizer: str | None, eos: str | None) -> DataConfig:
-    """Return the data of a checkpoint as the flags change it (None: not given), checked before anything is compiled."""
-    data = config.data
-    if valid_glob:
-        data = dataclasses.replace(data, source="text", valid_glob=valid_glob)
-    data = data_with(data, tokenizer, eos)
-    if not data.tokenizer:
-        raise ValueError("this checkpoint names no tokenizer: give --tokenizer=tokenizer.json")
-    codec_of(data, config.model.vocab_size)
-    next(loader(data, "valid", vocab_size=config.model.vocab_size))
-    return data
-
-
-def codec_of(data: DataConfig, vocab_size: int):
-    """Return the tokenizer that the data names, or None; ValueError where the vocabulary is too small for its ids."""
-    codec = tokenizer(data) if data.tokenizer else None
-    if codec and codec.vocab_size > vocab_size:
-        raise ValueError(
-            f"the tokenizer {data.tokenizer} has ids up to {codec.vocab_size - 1}, "
-            f"the model's vocabulary is {vocab_size}"
-        )
-    return codec
 
 
 def _parse(argv):

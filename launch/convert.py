@@ -19,7 +19,8 @@ from pathlib import Path
 
 from absl import flags
 
-from launch.common import codec_of, define_path, run, user_errors, warn
+from launch.common import define_path, run, user_errors, warn
+from launch.data import codec_of
 from mamba3_jax import checkpoint, convert
 from mamba3_jax.convert.files import DTYPES, FORMATS
 from mamba3_jax.data import tokenizer_copy

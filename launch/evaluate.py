@@ -19,16 +19,16 @@ and tasks run on one device, and the same in every process.
 """
 
 import dataclasses
-import datetime
-import json
 import sys
 from pathlib import Path
 
 import jax
 from absl import flags
 
-from launch.common import codec_of, data_with, define_path, fail, held_out, run, user_errors
-from mamba3_jax import checkpoint, memory
+from launch.common import define_path, fail, run, user_errors
+from launch.data import codec_of, data_with, held_out
+from launch.provenance import provenance
+from mamba3_jax import checkpoint, files, memory
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data.synthetic import TASKS
 from mamba3_jax.evaluate import documents, language, tasks
@@ -130,8 +130,7 @@ def of_held_out(config, model, params, origin: dict, before: dict) -> tuple[dict
         scorer = Likelihoods(model, params)
         if forms:
             found, eos = documents.held_out(data, TOKENS.value)
-            for form in forms:  # what does not fit is said now
-                scorer.plan([one for document in found for one in documents.requests(document.ids_T, eos, form)])
+            asked = documents.ask(scorer, found, eos, forms)  # what does not fit is said now
 
     generated = data.source in TASKS
     kind, trained = (tasks, data.task_lengths[-1]) if generated else (language, data.length)
@@ -141,7 +140,7 @@ def of_held_out(config, model, params, origin: dict, before: dict) -> tuple[dict
         return report, kind.table(results, trained)
     report |= {name: before[name] for name in before if name == "tasks"}
     if forms:
-        report["documents"] = documents.evaluate(scorer, found, eos, forms, say=say())
+        report["documents"] = documents.evaluate(scorer, found, asked, say=say())
     return report, language.table(results, trained, documents.lines(report.get("documents", ())))
 
 
@@ -179,24 +178,14 @@ def say():
     return None if jax.process_index() else lambda line: print(line, file=sys.stderr, flush=True)
 
 
-def provenance() -> dict:
-    """Say what a result comes from."""
-    return {
-        "command": " ".join(["python -m launch.evaluate", *sys.argv[1:]]),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
 def written(target: Path, step: int) -> dict:
     """Return the report that is there of this step, {} for none; ValueError for a file that is none."""
     try:
-        report = json.loads(target.read_bytes())
+        report = files.read_json(target)
     except OSError:  # there is none; what cannot be written either is said then
         return {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{target} is there and not a report: {error}; --output=PATH writes another one") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; --output=PATH writes another one") from None
     known = isinstance(report, dict) and "step" in report and ("results" in report or "tasks" in report)
     if not known or not isinstance(report.get("tasks", {}), dict):
         raise ValueError(f"{target} is there and not a report; --output=PATH writes another one")
@@ -206,7 +195,7 @@ def written(target: Path, step: int) -> dict:
 def check_written(target: Path) -> None:
     """Raise OSError where the report could not be written, which is known before anything is scored."""
     try:
-        checkpoint.check_writable(target)
+        files.check_writable(target)
     except OSError as error:
         raise OSError(f"{error}; --output=PATH writes it elsewhere") from None
 
@@ -214,9 +203,9 @@ def check_written(target: Path) -> None:
 def write(target: Path, report: dict) -> None:
     """Write the report; where that fails, the table has been printed and one line says how to write it elsewhere."""
     try:
-        with checkpoint.writing(target):
+        with files.writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.replace(target, json.dumps(or_null(report), indent=1, allow_nan=False) + "\n")
+        files.write_json(target, or_null(report))
     except OSError as error:
         fail(f"{error}; --output=PATH writes it elsewhere")
 

@@ -2,21 +2,24 @@
 
 import dataclasses
 import functools
-import json
+import math
 import shutil
 import time
 from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
 from launch import common
-from launch.plan import Plan, asked_of, is_list_of, is_table_of, other_data, renewed
+from launch.asked import asked_of, other_data, other_training, renewed
+from launch.plan import Plan, is_list_of, is_table_of
 from launch.provenance import provenance
-from mamba3_jax.checkpoint import replace, save_model
+from mamba3_jax.checkpoint import all_steps, keep_parameters, load_model, save_model
 from mamba3_jax.config import Config
 from mamba3_jax.data.synthetic import TASKS
 from mamba3_jax.evaluate import comparison, language, tasks
+from mamba3_jax.files import read_json, write_json
 from mamba3_jax.finite import or_null
 from mamba3_jax.model import LanguageModel
 from mamba3_jax.train.loop import Diverged, say
@@ -46,9 +49,9 @@ def scores(config: Config, group: list[Member], params, lengths: tuple[int | str
 def read_result(path: Path, keys: Collection[str]) -> dict:
     """Return a result file of `launch.sweep` that has the keys; ValueError for one that is damaged, or another's."""
     try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}: move it away") from None
+        found = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}: move it away") from None
     rows = found.get("rows") if isinstance(found, dict) and keys <= found.keys() else None
     if not is_list_of(rows, dict) or not all(isinstance(row.get("variant"), str) for row in rows):
         raise ValueError(f"{path} is not a result of launch.sweep, and would be overwritten: move it away")
@@ -67,10 +70,10 @@ def check_result(path: Path, result: dict, rows: list, plan: Plan) -> None:
 
 
 def done_before(plan: Plan, name: str, folder: Path) -> dict | None:
-    """Return the result of a variant in its folder, just as the plan asks for it; None where it is to be trained.
+    """Return the result of a variant in its folder, just as the plan asks for it; None where there is more to do.
 
     Raises:
-        ValueError, OSError: there is a file that is no such result, or one of other data.
+        ValueError, OSError: there is a file that is no such result, or one of other data or another training.
     """
     path = folder / "result.json"
     if not path.exists():
@@ -82,49 +85,102 @@ def done_before(plan: Plan, name: str, folder: Path) -> dict | None:
         return result
     if before and (other := other_data(before, asked)):
         raise ValueError(f"{folder} has a result of other data: {other}; use another workdir")
+    if before and (other := other_training(before, asked)):
+        raise ValueError(f"{folder} has a result of another training: {other}; use another workdir")
     return None
+
+
+class Trained(NamedTuple):
+    """What the training of a variant left to be scored."""
+
+    first: int  # the step after which its last run resumed
+    seconds: float
+    summaries: list[dict]  # of the members
+    params: dict  # the leading axis is the members
+
+
+def trained_before(plan: Plan, name: str, folder: Path) -> Trained | None:
+    """Return what a variant's folder has of a training that is done and only to be scored anew, or else None.
+
+    Raises:
+        ValueError: its result or its checkpoint cannot be read.
+    """
+    path = folder / "result.json"
+    if not path.exists() or not is_whole(folder, plan.variants[name]):
+        return None
+    result = read_result(path, {"seconds", "rows", "resumed_after"})
+    others = ("variant", "scores", *Member._fields)
+    summaries = [{key: value for key, value in row.items() if key not in others} for row in result["rows"]]
+    try:
+        seconds = float(result["seconds"]["train"])
+    except (LookupError, TypeError, ValueError):
+        seconds = math.nan
+    if len(summaries) != len(plan.members) or math.isnan(seconds):
+        raise ValueError(f"{path} is damaged: move it away")
+    return Trained(result["resumed_after"], seconds, summaries, load_model(folder)[1])
+
+
+def is_whole(folder: Path, config: Config) -> bool:
+    """Tell whether the newest checkpoint is of the last step: not where every member diverged."""
+    return all_steps(folder)[-1:] == [config.train.steps]
+
+
+def train(population: Population, begin: float, report) -> Trained:
+    """Train the members of a variant to their last step, or until all have diverged, which is a finding too."""
+    with population:
+        first = population.step
+        try:
+            summaries = population.run()
+        except Diverged as error:
+            report(str(error))
+            summaries = population.summaries()
+        params = population.params()
+    return Trained(first, round(time.perf_counter() - begin, 1), summaries, params)
 
 
 def run_variant(plan: Plan, name: str, folder: Path, commit: str, report) -> dict:
     """Train and score the members of a variant; return and write its result. One that is done is returned as it is."""
     begin, origin = time.perf_counter(), provenance(commit)
-    config, done = plan.variants[name], folder / "result.json"
+    config = plan.variants[name]
     with common.user_errors():
         if result := done_before(plan, name, folder):
             report(f"done before, in {folder}")
             return result
         asked = asked_of(plan, name)
-        population = Population(config, plan.members, folder, report)
-    with population:
-        first = population.step
-        try:
-            summaries = population.run()
-        except Diverged as error:  # of every member: a finding too
-            report(str(error))
-            summaries = population.summaries()
-        params = population.params()
-    trained = time.perf_counter()
-    found = scores(config, plan.members, params, plan.lengths, report)
+        trained = trained_before(plan, name, folder)
+        population = None if trained else Population(config, plan.members, folder, report)
+    if trained:
+        report(f"trained before, in {folder}: scored anew")
+    else:
+        trained = train(population, begin, report)
+    result = scored(plan, name, folder, trained, report)
+    result = {**origin, "variant": name, "asked": asked, **result}
+    write_json(folder / "result.json", result)
+    if is_whole(folder, config):
+        with common.user_errors():
+            keep_parameters(folder)
+    return result
+
+
+def scored(plan: Plan, name: str, folder: Path, trained: Trained, report) -> dict:
+    """Score the members of a variant, save the best one in folder/best, and return what was found."""
+    begin, config = time.perf_counter(), plan.variants[name]
+    found = scores(config, plan.members, trained.params, plan.lengths, report)
     rows = [
         {"variant": name, **member._asdict(), **or_null(summary), "scores": or_null(own)}
-        for member, summary, own in zip(plan.members, summaries, found, strict=True)
+        for member, summary, own in zip(plan.members, trained.summaries, found, strict=True)
     ]
     best = comparison.best(rows, plan.metric)
     shutil.rmtree(folder / "best", ignore_errors=True)
-    own = jax.tree.map(lambda array: array[best], params)
+    own = jax.tree.map(lambda array: array[best], trained.params)
     save_model(folder / "best", member_config(config, plan.members[best]), own, config.train.steps)
-    result = {
-        **origin,
-        "variant": name,
+    return {
         "parameters": sum(array.size for array in jax.tree.leaves(own)),
         "best": plan.members[best].name,
-        "resumed_after": first,
-        "seconds": {"train": round(trained - begin, 1), "score": round(time.perf_counter() - trained, 1)},
-        "asked": asked,
+        "resumed_after": trained.first,
+        "seconds": {"train": trained.seconds, "score": round(time.perf_counter() - begin, 1)},
         "rows": rows,
     }
-    replace(done, json.dumps(result, allow_nan=False, indent=1) + "\n")
-    return result
 
 
 def summary(name: str, plan: Plan, results: list[dict], origin: dict) -> dict:
@@ -184,5 +240,5 @@ def sweep(plan: Plan, name: str, workdir: Path, kept: Path | None, known: dict[s
         found = summary(name, plan, results, origin)
         for path in (workdir / "results.json", *([kept] if kept else [])):
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace(path, json.dumps(found, allow_nan=False, indent=1) + "\n")
+            write_json(path, found)
     return found

@@ -15,10 +15,12 @@ import os
 import jax
 from absl import flags
 
-from launch.common import codec_of, data_with, define_path, fail, run, user_errors
+from launch.common import define_path, fail, run, user_errors
+from launch.data import codec_of, data_with
 from mamba3_jax.data.vocabulary import continuation
-from mamba3_jax.generate import Sampling, check, generate
+from mamba3_jax.generate import Sampling, generate
 from mamba3_jax.load import build, load_run
+from mamba3_jax.prompts import check
 
 WORKDIR = define_path("workdir", None, "a workdir, or a directory in the official layout", required=True)
 PROMPT = flags.DEFINE_multi_string("prompt", None, "text to continue; may be given again")

@@ -11,19 +11,17 @@ default) as inspection.json and pictures. DIR may be a directory in the official
 """
 
 import dataclasses
-import datetime
-import json
 import math
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from absl import flags
 
-from launch.common import define_path, fail, held_out, run, user_errors
-from mamba3_jax import checkpoint, memory
+from launch.common import define_path, fail, run, user_errors
+from launch.data import held_out
+from launch.provenance import provenance
+from mamba3_jax import checkpoint, files, memory
 from mamba3_jax.analysis import observe
 from mamba3_jax.analysis.horizon import CAUSES, horizon
 from mamba3_jax.config import Config, DataConfig
@@ -193,7 +191,7 @@ def main(_argv):
         step = runs[0].name.rpartition(" ")[2]
         folder = Path(OUT.value or f"{WORKDIR.value}/inspection/step_{step}").expanduser()
 
-    names = [each.name for each in runs]
+    origin, names = provenance(), [each.name for each in runs]
     names = names if len(set(names)) == len(names) else [f"{'AB'[i]}: {name}" for i, name in enumerate(names)]
     layers = {
         name: observe.observe(each.config, each.model, each.params, batch)
@@ -213,10 +211,7 @@ def main(_argv):
     for name, each_found in horizons.items():
         print("\n".join(["", name, *said(each_found)]), flush=True)
     report = {
-        "command": " ".join(["python -m launch.inspect", *sys.argv[1:]]),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **origin,
         "data": dataclasses.asdict(rows),
         "checkpoints": [{"name": name, "layers": found[name], "horizon": horizons.get(name)} for name in names],
     }
@@ -240,11 +235,11 @@ def drawn(layers: dict, found: dict, horizons: dict) -> dict[str, bytes]:
 def write(folder: Path, report: dict, images: dict[str, bytes]) -> None:
     """Write the report and the pictures; where that fails, the table has been printed."""
     try:
-        with checkpoint.writing(folder):
+        with files.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.replace(folder / "inspection.json", json.dumps(or_null(report), indent=1, allow_nan=False) + "\n")
+        files.write_json(folder / "inspection.json", or_null(report))
         for name, image in images.items():
-            checkpoint.replace(folder / f"{name}.png", image)
+            files.replace(folder / f"{name}.png", image)
     except OSError as error:
         fail(f"{error}; --out=DIR writes it elsewhere")
 

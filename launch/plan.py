@@ -1,10 +1,6 @@
-"""What an experiment's file asks for, checked, and what tells whether a result is of just that.
-
-`launch/sweep.py` says what stands in such a file. Nothing here reads a flag.
-"""
+"""What an experiment's file asks for, checked. `launch/sweep.py` says what stands in it. Nothing here reads a flag."""
 
 import dataclasses
-import json
 import re
 import runpy
 import sys
@@ -12,8 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
-from mamba3_jax.config import Config, DataConfig, check, from_dict, shown, to_dict, with_fields
-from mamba3_jax.data.pipeline import TEXTS, identities, loader
+from mamba3_jax.config import Config, DataConfig, check, shown, with_fields
+from mamba3_jax.data.pipeline import TEXTS, loader
 from mamba3_jax.data.synthetic import TASKS
 from mamba3_jax.evaluate import comparison, language, tasks
 from mamba3_jax.train.loop import validate
@@ -216,38 +212,3 @@ def check_metric(plan: Plan, metric: str) -> None:
     names = [each for each in min(kinds) if all(each in kind for kind in kinds)] if length else OF_TRAINING
     if name not in names:
         raise ValueError(f"{metric!r}: there is no {name!r}{' at a length' if length else ''}, only {', '.join(names)}")
-
-
-def asked_of(plan: Plan, name: str) -> dict:
-    """Return all that a variant's result depends on, as JSON has it; text is read and tokenised for it."""
-    asked = {
-        "config": to_dict(plan.variants[name]),
-        "members": [member._asdict() for member in plan.members],
-        "lengths": plan.lengths,
-        "metric": plan.metric,
-    }
-    if data := identities(plan.variants[name].data):
-        asked["data"] = data
-    return json.loads(json.dumps(asked, allow_nan=False))
-
-
-def renewed(asked: dict) -> dict:
-    """Return what an earlier version asked, fields that came since at their defaults; {} for what no sweep asked."""
-    try:
-        config = to_dict(from_dict(asked["config"]))
-        return json.loads(json.dumps(asked | {"config": config}, allow_nan=False))
-    except ValueError:  # it has a field that is gone, or NaN: another config
-        return asked
-    except (AttributeError, KeyError, TypeError):
-        return {}
-
-
-def other_data(before: dict, asked: dict) -> str:
-    """Return what tells the data of two results apart; "" where it is the same."""
-    had, have = (of.get("data", {}) for of in (before, asked))
-    return "" if had == have else f"its data was {listed_data(had)}, and is {listed_data(have)}"
-
-
-def listed_data(data: dict[str, str]) -> str:
-    """Return the identities of splits in words."""
-    return ", ".join(f"{split} {identity}" for split, identity in data.items()) or "not recorded"

@@ -18,8 +18,10 @@ The file has, beside get_config():
 
 The same command resumes, bit for bit after SIGKILL, and goes past the variants that are done, in DIR or in
 FOLDER/NAME.json. Under DIR/VARIANT stand result.json, members/NAME/metrics.jsonl, and best/, the best member as an
-ordinary workdir for the other commands. DIR/results.json and FOLDER/NAME.json have every member's numbers, those that
-diverged too. Exit statuses are those of `launch.train`, but for 3.
+ordinary workdir for the other commands. A variant that is done keeps the parameters of its members alone, from which
+other LENGTHS are scored without training; another training of it needs another DIR. DIR/results.json and
+FOLDER/NAME.json have every member's numbers, those that diverged too. Exit statuses are those of `launch.train`, but
+for 3.
 """
 
 import sys
@@ -28,9 +30,11 @@ from pathlib import Path
 from absl import flags
 
 from launch import common, experiment
-from launch.plan import asked_of, read_plan
-from mamba3_jax.checkpoint import check_writable, checkpoint_dir
+from launch.asked import asked_of
+from launch.plan import read_plan
+from mamba3_jax.checkpoint import checkpoint_dir
 from mamba3_jax.evaluate import comparison, equal
+from mamba3_jax.files import check_writable
 from mamba3_jax.train.loop import Failed, Stopped, say
 
 CONFIG = common.define_config()

@@ -14,7 +14,6 @@ renamed away before it is deleted: whatever carries a step's number is whole, wh
 
 import contextlib
 import dataclasses
-import json
 import math
 import shutil
 import sys
@@ -28,6 +27,7 @@ from jax.sharding import SingleDeviceSharding
 
 from mamba3_jax.config import Config, from_dict, to_dict
 from mamba3_jax.data import tokenizer_copy
+from mamba3_jax.files import read_json, why, write_json, writing
 from mamba3_jax.finite import check_finite
 
 TRASH = "deleted"  # where Orbax moves what is no longer kept
@@ -56,7 +56,7 @@ def load_config(workdir, step: int | None = None) -> Config:
     """
     path = _step_path(workdir, step)
     with _reading(path):
-        config = from_dict(json.loads((path / "config" / "metadata").read_text()))
+        config = from_dict(read_json(path / "config" / "metadata"))
     if config.data.tokenizer not in ("", "bytes") and (copy := tokenizer_copy.find(workdir)):
         config.data.tokenizer = str(copy)
     return config
@@ -91,56 +91,26 @@ def save_model(workdir, config: Config, params: dict, step: int = 0) -> None:
         checkpoints.save(step, params)
 
 
+def keep_parameters(workdir) -> None:
+    """Delete all but the newest checkpoint, and of that all but parameters and config: of a run that is done.
+
+    Whatever carries a step's number stays whole. Raises OSError where something cannot be deleted.
+    """
+    directory, steps = checkpoint_dir(workdir), all_steps(workdir)
+    trash = directory / TRASH
+    with writing(directory):
+        shutil.rmtree(trash, ignore_errors=True)
+        for path in [*(directory / str(step) for step in steps[:-1]), *(directory / str(steps[-1])).glob("state")]:
+            trash.mkdir(exist_ok=True)
+            path.rename(trash / path.name)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
 def write_config(workdir, config: Config) -> None:
     """workdir/config.json, for people; programs read the copy inside the checkpoint."""
     path = Path(workdir) / "config.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, json.dumps(to_dict(config), indent=2, allow_nan=False) + "\n")
-
-
-def replace(path: Path, content: str | bytes) -> None:
-    """Write a file beside its name and rename it: whatever goes wrong, what was there before is whole."""
-    partial = path.with_name(f"{path.name}.partial")
-    with writing(path):
-        try:
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
-            partial.replace(path)
-        except BaseException:  # Ctrl-C too
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise
-
-
-def check_writable(path: Path) -> None:
-    """Raise OSError, which names it, where a file and the folders above it could not be written; leave nothing behind.
-
-    Long work asks first.
-    """
-    missing = [folder for folder in path.parents if not folder.exists()]  # the nearest first
-    with writing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():
-                raise IsADirectoryError("it is a folder")
-            partial = path.with_name(f"{path.name}.partial")
-            partial.touch()
-            partial.unlink()
-        finally:
-            for folder in missing:
-                with contextlib.suppress(OSError):  # it was never made, or another process writes into it
-                    folder.rmdir()
-
-
-@contextlib.contextmanager
-def writing(path: Path):
-    """Raise OSError, one line that names the path, for whatever goes wrong while it is written.
-
-    A full disk, a quota or a directory that is read-only reach Orbax's callers as errors of many types.
-    """
-    try:
-        yield
-    except Exception as error:
-        raise OSError(f"{path} cannot be written: {_why(error)}") from error
+    write_json(path, to_dict(config), indent=2)
 
 
 class Checkpoints:
@@ -285,13 +255,7 @@ def _reading(path: Path):
     try:
         yield
     except Exception as error:
-        raise ValueError(f"checkpoint of step {path.name} cannot be read: {path}: {_why(error)}") from error
-
-
-def _why(error: Exception) -> str:
-    """Says in one line what went wrong; a long message begins with the deed and ends with the reason."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text if len(text) <= 300 else f'{text[:100]} ... {text[-200:]}'}"
+        raise ValueError(f"checkpoint of step {path.name} cannot be read: {path}: {why(error)}") from error
 
 
 def _names(steps: list[int]) -> str:

@@ -3,9 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-import reprlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mamba3_jax import decoding, memory
-from mamba3_jax.config import COUNT, ModelConfig
+from mamba3_jax.config import ModelConfig
 from mamba3_jax.model import LanguageModel
+from mamba3_jax.prompts import check, padded
 from mamba3_jax.sampling import Sampling, draw
 
 # Tokens of a piece of the prefill where none are asked for. On an accelerator what fits, of a row at least PREFILL and
@@ -138,30 +138,60 @@ def generate(
     """
     sampling = sampling or Sampling()
     prompts, stop_ids = check(model, prompts, tokens, sampling, stop_ids, prefill_length, params)
-    batch, config = len(prompts), model.config
-    seconds = {"prefill": 0.0, "decode": 0.0, "compile": 0.0}
+    config, seconds = model.config, {"prefill": 0.0, "decode": 0.0, "compile": 0.0}
     fields = tuple((field.name, getattr(config, field.name)) for field in dataclasses.fields(config))
     prefill_program, decode_program = programs(fields, sampling, tuple(stop_ids))
-
     if max(padded_to, *map(len, prompts)) > 1:
-        with timed(seconds, "compile"):
-            compile_prefill = functools.partial(compiled_prefill, prefill_program, model, params, tokens)
-            held = memory.on_a_device(params)
-            run, tokens_BL, start_BL, piece = fitting(compile_prefill, prompts, prefill_length, held, padded_to)
-        state = model.empty_state(batch, tokens_BL.shape[1] + tokens)
-        with timed(seconds, "prefill"):
-            for first in range(0, tokens_BL.shape[1] - 1, piece):
-                part = slice(first, first + piece)
-                state = run(params, tokens_BL[:, part], start_BL[:, part], state)
-            jax.block_until_ready(state)
-        with timed(seconds, "compile"):
-            state = jax.block_until_ready(jax.jit(functools.partial(decoding.unstacked, config))(state))
+        carry = prefilled(prefill_program, model, params, prompts, tokens, prefill_length, padded_to, seconds)
     else:
         tokens_BL, start_BL, _ = padded(prompts, 1)
-        state = LanguageModel(config, stacked=False).empty_state(batch, 1 + tokens)
-
+        state = LanguageModel(config, stacked=False).empty_state(len(prompts), 1 + tokens)
+        carry = first_carry(tokens_BL, start_BL, tokens, state)
     key = jax.random.key(seed)
-    carry = Carry(
+    with timed(seconds, "compile"):
+        params = jax.block_until_ready(decoding.prepare(config, params))
+        loop = decode_program.lower(params, key, carry, jnp.int32(0)).compile()
+    rows, steps = decoded(functools.partial(loop, params, key), carry, tokens, stop, seconds)
+    return Generated(
+        ids=rows,
+        prefill_tokens=sum(map(len, prompts)) - len(prompts),
+        prefill_seconds=seconds["prefill"],
+        decode_tokens=len(prompts) * steps,
+        decode_seconds=seconds["decode"],
+        compile_seconds=seconds["compile"],
+    )
+
+
+def prefilled(
+    program,
+    model: LanguageModel,
+    params,
+    prompts: list[list[int]],
+    tokens: int,
+    prefill_length: int | None,
+    padded_to: int,
+    seconds: dict[str, float],
+) -> Carry:
+    """Run all but the last token of each prompt, piece by piece; return where the decode loop of `tokens` begins."""
+    with timed(seconds, "compile"):
+        compile_prefill = functools.partial(compiled_prefill, program, model, params, tokens)
+        held = memory.on_a_device(params)
+        run, tokens_BL, start_BL, piece = fitting(compile_prefill, prompts, prefill_length, held, padded_to)
+    state = model.empty_state(len(prompts), tokens_BL.shape[1] + tokens)
+    with timed(seconds, "prefill"):
+        for first in range(0, tokens_BL.shape[1] - 1, piece):
+            part = slice(first, first + piece)
+            state = run(params, tokens_BL[:, part], start_BL[:, part], state)
+        jax.block_until_ready(state)
+    with timed(seconds, "compile"):
+        state = jax.block_until_ready(jax.jit(functools.partial(decoding.unstacked, model.config))(state))
+    return first_carry(tokens_BL, start_BL, tokens, state)
+
+
+def first_carry(tokens_BL, start_BL, tokens: int, state) -> Carry:
+    """Return what the decode loop begins with: the last token of each row, the state before it, room for `tokens`."""
+    batch = len(tokens_BL)
+    return Carry(
         step=jnp.int32(0),
         token_B=jnp.asarray(tokens_BL[:, -1]),
         start_B=jnp.asarray(start_BL[:, -1]),
@@ -169,13 +199,20 @@ def generate(
         out_BT=jnp.full((batch, tokens), NOTHING, jnp.int32),
         state=state,
     )
-    with timed(seconds, "compile"):
-        params = jax.block_until_ready(decoding.prepare(config, params))
-        run = decode_program.lower(params, key, carry, jnp.int32(0)).compile()
-    block, rows, searched = BLOCK if stop else tokens, [], [0] * batch
+
+
+def decoded(
+    loop: Callable,
+    carry: Carry,
+    tokens: int,
+    stop: Callable[[list[int]], bool] | None,
+    seconds: dict[str, float],
+) -> tuple[list[list[int]], int]:
+    """Run the loop, (carry, until) -> carry, to its end; return what each row has drawn, and the steps taken."""
+    block, rows, searched = BLOCK if stop else tokens, [], [0] * len(carry.token_B)
     for until in range(block, tokens + block, block):
         with timed(seconds, "decode"):
-            carry = jax.block_until_ready(run(params, key, carry, jnp.int32(min(until, tokens))))
+            carry = jax.block_until_ready(loop(carry, jnp.int32(min(until, tokens))))
         rows = drawn(carry.out_BT)
         if stop:
             held = [stop(row) for row in rows]
@@ -185,14 +222,7 @@ def generate(
             break
     if stop:
         rows = [cut(row, stop, at) for row, at in zip(rows, searched, strict=True)]
-    return Generated(
-        ids=rows,
-        prefill_tokens=sum(map(len, prompts)) - batch,
-        prefill_seconds=seconds["prefill"],
-        decode_tokens=batch * int(carry.step),
-        decode_seconds=seconds["decode"],
-        compile_seconds=seconds["compile"],
-    )
+    return rows, int(carry.step)
 
 
 def compiled_prefill(program, model: LanguageModel, params, tokens: int, tokens_BL, start_BL, piece: int):
@@ -241,58 +271,3 @@ def drawn(out_BT) -> list[list[int]]:
 def cut(row: list[int], stop: Callable[[list[int]], bool], searched: int) -> list[int]:
     """Return the shortest beginning of more than `searched` tokens where `stop` holds, or all of it."""
     return next((row[:end] for end in range(searched + 1, len(row) + 1) if stop(row[:end])), row)
-
-
-def padded(prompts, prefill_length: int, least: int = 1):
-    """(tokens_BL, start_BL, piece): right-aligned rows whose length less one is a whole number of pieces."""
-    longest = max(least, *map(len, prompts)) - 1
-    pieces = -(-longest // prefill_length)
-    piece = -(-longest // max(pieces, 1))
-    length = 1 + pieces * piece
-    tokens_BL, start_BL = np.zeros((len(prompts), length), np.int32), np.zeros((len(prompts), length), bool)
-    for row, prompt in enumerate(prompts):
-        tokens_BL[row, length - len(prompt) :] = prompt
-        start_BL[row, length - len(prompt)] = True
-    return tokens_BL, start_BL, piece
-
-
-def check(model, prompts, tokens: int, sampling: Sampling, stop_ids=(), prefill_length: int | None = None, params=None):
-    """Return prompts and stop ids as lists of ints; raises ValueError for what `generate` cannot do."""
-    sampling.check()
-    if not 1 <= tokens <= COUNT or (prefill_length is not None and prefill_length < 1):
-        raise ValueError(f"{tokens=} is not in 1 .. {COUNT}, or {prefill_length=} is less than 1")
-    rows = [integers(f"prompt {i}", row) for i, row in enumerate(entries("prompts", prompts))]
-    if not rows or not all(rows):
-        raise ValueError("a prompt is empty: a model continues at least one token, such as the end of a document")
-    stop_ids = integers("stop_ids", stop_ids)
-    check_ids(model.config.vocab_size, [*rows, stop_ids])
-    needed = memory.carrying(model, len(rows), max(map(len, rows)) + tokens)
-    if params is not None:
-        needed["parameters as decoding reads them"] = decoding.copied(model.config, params)
-    memory.fit_device(needed)
-    return rows, stop_ids
-
-
-def entries(name: str, values) -> list:
-    """List the entries of a sequence or an array; ValueError for text and for what has none."""
-    values = values.tolist() if hasattr(values, "tolist") else values
-    if isinstance(values, str | bytes | dict) or not isinstance(values, Iterable):
-        raise ValueError(f"{name} is {reprlib.repr(values)}, wanted a list or array")
-    return list(values)
-
-
-def integers(name: str, ids) -> list[int]:
-    """List ids as ints; ValueError for anything that is not a sequence or a 1-D array of integers."""
-    found = [token.tolist() if hasattr(token, "tolist") else token for token in entries(name, ids)]
-    for place, token in enumerate(found):
-        if type(token) is not int:  # bool is a subclass
-            raise ValueError(f"{name} holds {reprlib.repr(token)} at place {place}, wanted an integer")
-    return found
-
-
-def check_ids(vocab_size: int, rows: Sequence[Sequence[int]]) -> None:
-    """Raise ValueError for the first id that is not a token's."""
-    for row in rows:
-        for index, token in enumerate(row):
-            if not 0 <= token < vocab_size:
-                raise ValueError(f"token id {token} at place {index} is not in the vocabulary of {vocab_size}")

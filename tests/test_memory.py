@@ -8,9 +8,10 @@ from jax.sharding import AbstractMesh, AxisType
 
 from mamba3_jax import checkpoint, memory
 from mamba3_jax.config import Config
-from mamba3_jax.generate import Sampling, check
+from mamba3_jax.generate import Sampling
 from mamba3_jax.load import load_run
 from mamba3_jax.presets import parameter_count
+from mamba3_jax.prompts import check
 from mamba3_jax.train.loop import Trainer
 from mamba3_jax.train.step import batch_shapes, state_shapes
 from tests.inference.tiny import tiny

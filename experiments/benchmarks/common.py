@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import statistics
 import sys
 import threading
@@ -12,9 +11,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from absl import flags
 
 from launch import tpu
+from mamba3_jax.files import read_json, write_json
 
+flags.disclaim_key_flags()  # those defined here are the calling program's, and in its --help
 RESULTS = Path(__file__).parent / "results"
 _ONE_THREAD = threading.RLock()
 
@@ -114,6 +116,21 @@ def temp_mib(compiled) -> float:
     return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
 
+def define_result(name: str | None = None, empty: str = "", commit: bool = False) -> None:
+    """Define the flags of a result file: --out, its folder, and where they are asked for --name and --commit.
+
+    Args:
+        name: default of --name; None: the program names its file.
+        empty: what the program calls its file where --name is empty.
+        commit: define --commit, for machines that have the code without git.
+    """
+    flags.DEFINE_string("out", "", "directory of the result file; empty: experiments/benchmarks/results")
+    if name is not None:
+        flags.DEFINE_string("name", name, f"of the result file{empty and f'; empty: {empty}'}")
+    if commit:
+        flags.DEFINE_string("commit", "", "recorded where the code runs outside its git checkout")
+
+
 def write(name: str, origin: dict, rows: Sequence[Mapping], directory: str | Path = "", **more) -> Path:
     """Write one result file, `NAME.json`: `origin` (see `provenance`), anything in `more`, and the rows.
 
@@ -122,10 +139,7 @@ def write(name: str, origin: dict, rows: Sequence[Mapping], directory: str | Pat
     directory = Path(directory or RESULTS)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.json"
-    partial = path.with_suffix(".partial")
-    content = {"benchmark": name, **origin, **more, "rows": list(rows)}
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
+    write_json(path, {"benchmark": name, **origin, **more, "rows": list(rows)})
     return path
 
 
@@ -134,10 +148,7 @@ def read(name: str, directory: str | Path = "") -> dict | None:
     path = Path(directory or RESULTS) / f"{name}.json"
     if not path.exists():
         return None
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    found = read_json(path)
     rows = found.get("rows") if isinstance(found, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} is not a result: it has no rows")

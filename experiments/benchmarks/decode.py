@@ -400,7 +400,5 @@ if __name__ == "__main__":
     flags.DEFINE_list("what", [], f"of {', '.join(WHAT)}; empty: all")
     flags.DEFINE_integer("tokens", 64, "tokens decoded in a call", lower_bound=1)
     flags.DEFINE_integer("prompt", 32768, "tokens of the prompts of all rows", lower_bound=1)
-    flags.DEFINE_string("name", "", "of the result file; empty: decode_PLATFORM")
-    flags.DEFINE_string("out", "", "directory of the result file; empty: experiments/benchmarks/results")
-    flags.DEFINE_string("commit", "", "recorded where the code runs outside its git checkout")
+    common.define_result(name="", empty="decode_PLATFORM", commit=True)
     app.run(main)

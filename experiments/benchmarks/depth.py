@@ -75,5 +75,5 @@ def main(argv):
 if __name__ == "__main__":
     flags.DEFINE_multi_enum("models", list(PATTERNS), list(PATTERNS), "which patterns")
     flags.DEFINE_list("depths", [str(layers) for layers in LAYERS], "numbers of layers")
-    flags.DEFINE_string("out", "", "directory of the result file; empty: experiments/benchmarks/results")
+    common.define_result()
     app.run(main)

@@ -110,6 +110,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("rounds", 20, "of each program, in turns", lower_bound=1)
     flags.DEFINE_integer("batch", 8, "rows of a preset's step", lower_bound=1)
     flags.DEFINE_integer("length", 2048, "tokens of a row of a preset's step", lower_bound=1)
-    flags.DEFINE_string("out", "", "directory of the result file; empty: experiments/benchmarks/results")
-    flags.DEFINE_string("commit", "", "recorded where the code runs outside its git checkout")
+    common.define_result(commit=True)
     app.run(main)

@@ -220,6 +220,5 @@ if __name__ == "__main__":
     flags.DEFINE_multi_enum("layers", list(LAYERS), list(LAYERS), "which layers")
     flags.DEFINE_integer("chunk", 0, "tokens a chunk of ours; 0: the op chooses", lower_bound=0)
     flags.DEFINE_integer("rounds", 7, "batches of calls of each side", lower_bound=1)
-    flags.DEFINE_string("name", "layer_cpu", "of the result file")
-    flags.DEFINE_string("out", "", "directory of the result file; empty: experiments/benchmarks/results")
+    common.define_result(name="layer_cpu")
     app.run(main)

@@ -142,6 +142,5 @@ def main(argv):
 if __name__ == "__main__":
     flags.DEFINE_enum("of", "text", list(OF), "what is timed")
     flags.DEFINE_integer("batches", 500, "how many are timed", lower_bound=1)
-    flags.DEFINE_string("name", "pipeline_cpu", "of the result file")
-    flags.DEFINE_string("out", "", "directory of the result file; empty: experiments/benchmarks/results")
+    common.define_result(name="pipeline_cpu")
     app.run(main)

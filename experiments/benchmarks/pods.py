@@ -197,5 +197,5 @@ if __name__ == "__main__":
     flags.DEFINE_list("topologies", [], "empty: all that there are steps of")
     flags.DEFINE_list("lengths", [], "tokens of a row; empty: all that there are steps of")
     flags.DEFINE_bool("anew", False, "also what the result file has")
-    flags.DEFINE_string("out", "", "directory of the result file; empty: experiments/benchmarks/results")
+    common.define_result()
     app.run(main)

@@ -91,7 +91,5 @@ def main(argv):
 if __name__ == "__main__":
     flags.DEFINE_list("cases", ["siso", "mimo4"], "names in experiments.benchmarks.ssm.CASES")
     flags.DEFINE_string("implementation", "triton", "a name in mamba3_jax.ops.ssm.IMPLEMENTATIONS")
-    flags.DEFINE_string("out", "", "directory of the result file; empty: experiments/benchmarks/results")
-    flags.DEFINE_string("name", "profile_gpu", "of the result file")
-    flags.DEFINE_string("commit", "", "recorded where the code runs outside its git checkout")
+    common.define_result(name="profile_gpu", commit=True)
     app.run(main)

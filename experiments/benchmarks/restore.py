@@ -185,5 +185,5 @@ def main(argv):
 if __name__ == "__main__":
     flags.DEFINE_integer("layers", 3, "of the model", 1)
     flags.DEFINE_string("workdir", "", "where the checkpoint is written; empty: where temporary files are")
-    flags.DEFINE_string("out", "", "directory of the result file; empty: experiments/benchmarks/results")
+    common.define_result()
     app.run(main)

@@ -441,7 +441,5 @@ if __name__ == "__main__":
     flags.DEFINE_list("chunk", ["0"], "tokens a chunk, one or several; 0: the implementation chooses")
     flags.DEFINE_enum("device", "", ["", "cpu", "gpu", "tpu"], "empty: JAX's default")
     flags.DEFINE_bool("growth", False, "instead: operations and memory a token at growing lengths")
-    flags.DEFINE_string("out", "", "directory of the result file; empty: experiments/benchmarks/results")
-    flags.DEFINE_string("name", "", "of the result file; empty: ssm_DEVICE or growth_DEVICE")
-    flags.DEFINE_string("commit", "", "recorded where the code runs outside its git checkout")
+    common.define_result(name="", empty="ssm_DEVICE or growth_DEVICE", commit=True)
     app.run(main)

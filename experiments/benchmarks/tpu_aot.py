@@ -332,7 +332,6 @@ if __name__ == "__main__":
     flags.DEFINE_enum("what", "", ["", "forward", "forward+backward", "decode"], "empty: all")
     flags.DEFINE_bool("full", False, "the paper's heads and lengths, bf16 and f32")
     flags.DEFINE_bool("keep", True, "rows of the result file that this run does not take again, where versions agree")
-    flags.DEFINE_string("out", "", "directory of the result file; empty: experiments/benchmarks/results")
-    flags.DEFINE_string("name", "tpu_aot", "of the result file")
+    common.define_result(name="tpu_aot")
     flags.DEFINE_string("only", "", "internal: compile one case of these sizes and leave")
     app.run(main)

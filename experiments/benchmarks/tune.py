@@ -26,6 +26,7 @@ from absl import app, flags
 
 from experiments.benchmarks import common, ssm
 from launch.provenance import provenance
+from mamba3_jax.files import read_object, replace, write_json
 from mamba3_jax.ops import kernels, tuned
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS
 from mamba3_jax.ops.tuned import Choice
@@ -158,17 +159,18 @@ class Progress:
     def __init__(self, path: Path, origin: dict):
         self.path, self.origin, self.taken = path, origin, {}
         if path.exists():
-            there = json.loads(path.read_text())
-            if there["origin"] == origin:
+            there = read_object(path)
+            if there.get("origin") == origin and isinstance(there.get("taken"), dict):
                 self.taken = there["taken"]
                 print(f"{path} has {len(self.taken)} times: going on")
             else:
-                print(f"{path} is of {there['origin']}, this is {origin}: beginning anew")
+                print(f"{path} is of {there.get('origin')}, this is {origin}: beginning anew")
 
     def take(self, key: str, result: dict) -> None:
         self.taken[key] = result
         print(key, result, flush=True)
-        _replace(self.path, json.dumps({"origin": self.origin, "taken": self.taken}, indent=1, allow_nan=False))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, {"origin": self.origin, "taken": self.taken})
 
 
 def search(structure: dict, launches: dict, times: Callable[[list[dict]], list[float]]) -> tuple[dict, float]:
@@ -262,21 +264,15 @@ def write(entry: Choice, path: Path) -> None:
     tuned.read.cache_clear()
     entries.sort(key=lambda each: [getattr(each, name) for name in key])
     lines = ",\n".join(json.dumps(dataclasses.asdict(each), allow_nan=False) for each in entries)
-    _replace(path, f"[\n{lines}\n]\n")
-
-
-def _replace(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    replace(path, f"[\n{lines}\n]\n")
 
 
 def main(argv):
     del argv
     path = Path(FLAGS.out) / tuned.PATH.name if FLAGS.out else tuned.PATH
     if FLAGS.recorded:
-        for entry in recorded_configs(json.loads(Path(FLAGS.recorded).read_text())):
+        for entry in recorded_configs(read_object(Path(FLAGS.recorded))):
             write(entry, path)
         print(path)
         return

@@ -11,8 +11,7 @@ stands still and decays by a_1 .. a_t, beside what later tokens add. Two things 
 `predictions` asks the model itself which comes first: it takes the states that rows of the trained length leave, lets
 their memory of the beginning alone decay, or turn, or both, as over k more tokens, and has the last token read them.
 `restored` asks the other way round: rows that are too long are read again with the memory as large as it was before.
-The simple rule beside them says where angles alone have missed half a step between two products (arXiv:2605.07755 has
-the frame: a recurrence that nothing corrects).
+The simple rule beside them, `half_step`, says where angles alone have missed half a step between two products.
 """
 
 import dataclasses
@@ -25,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mamba3_jax.analysis import half_step
 from mamba3_jax.analysis.observe import memories, shown_by
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data import Batch, loader
@@ -121,8 +121,8 @@ def predictions(model: LanguageModel, params, batch: Batch, chance: float, order
     if why := no_memory(model, shown):
         return {name: {"absent": why} for name in (*CAUSES, "half_step")}
     planes = planes_of(model, state, shown, before, order) if order else []
-    changes, chosen, read = changes_of(shown, planes), carriers(planes, order), reader(model, batch, chance)
-    found = {"half_step": half_step(chosen, shown, order)}
+    changes, chosen, read = changes_of(shown, planes), half_step.carriers(planes, order), reader(model, batch, chance)
+    found = {"half_step": half_step.prediction(chosen, shown, order)}
     lengths = sorted({round(length * 2 ** (step / 8)) for step in range(8 * OCTAVES + 1)})
     for cause, (decays, turns) in CAUSES.items():
         if turns and not chosen:
@@ -206,7 +206,9 @@ def beginning(h, first_B):
 
 def changes_of(shown: list[dict], planes: list[dict]) -> list[Change]:
     """Return every layer's change a token: its mean decay, and what those of `planes` miss that turn at all."""
-    drift = {(plane["layer"], plane["head"], plane["plane"]): plane["drift"] for plane in planes if tells(plane)}
+    drift = {
+        (plane["layer"], plane["head"], plane["plane"]): plane["drift"] for plane in planes if half_step.tells(plane)
+    }
     changes = []
     for index, layer in enumerate(shown):
         angle_HS = None
@@ -223,7 +225,7 @@ def planes_of(model: LanguageModel, state, shown: list[dict], batch: Batch, orde
     for index, (layer, h_BHPN) in enumerate(zip(shown, memories(model.config, state), strict=True)):
         if "angle" in layer:
             rotation_BLHS = np.asarray(layer["angle"] * layer["dt"][..., None], np.float64)
-            errors = angle_errors(rotation_BLHS, np.asarray(batch.tokens_BL), order)
+            errors = half_step.angle_errors(rotation_BLHS, np.asarray(batch.tokens_BL), order)
             first_B, planes = jnp.asarray(batch.tokens_BL[:, 0]), rotation_BLHS.shape[3]
             memory_HS, whole_HS = (
                 energy_HS(to_planes(x, planes, pairing(model.config)), planes)
@@ -240,91 +242,3 @@ def energy_HS(x_BHPN, planes: int) -> np.ndarray:
     """Return the mean square of every plane of (B, H, P, N) in plane order."""
     x_BHPN = np.square(np.asarray(x_BHPN))
     return (x_BHPN[..., :planes] + x_BHPN[..., planes : 2 * planes]).mean(axis=(0, 2))
-
-
-class AngleErrors(NamedTuple):
-    """What rotations miss of multiples of a turn / n, a plane each, in radians."""
-
-    order: int
-    multiple_HS: np.ndarray  # m: element g turns by about m g turns / n
-    turn_VHS: np.ndarray  # mean rotation of each element; NaN of one that is not there
-    worst_HS: np.ndarray  # the largest error of an element's mean
-    drift_HS: np.ndarray  # mean error a token
-    spread_HS: np.ndarray  # times sqrt(L): the standard deviation of the sum over L tokens
-
-    def of_plane(self, head: int, plane: int) -> dict:
-        """Return one plane, with the length at which drift and a standard deviation have added up to half a step."""
-        at = (head, plane)
-        multiple, drift, spread = int(self.multiple_HS[at]), float(self.drift_HS[at]), float(self.spread_HS[at])
-        products = self.order // math.gcd(multiple, self.order)  # that the plane tells apart
-        return {
-            "multiple": multiple,
-            "products": products,
-            "turns": (self.turn_VHS[:, head, plane] / (2 * np.pi)).tolist(),
-            "worst": float(self.worst_HS[at]),
-            "drift": drift,
-            "spread": spread,
-            "fails": adds_up(abs(drift), spread, np.pi / products),
-        }
-
-
-def angle_errors(rotation_BLHS: np.ndarray, tokens_BL: np.ndarray, order: int) -> AngleErrors:
-    """Compare the rotations of planes with the multiples m g / n of a turn that are nearest to them.
-
-    The first token of a row has nothing before it to rotate, so it does not count.
-    """
-    rotation_BLHS, tokens_BL = rotation_BLHS[:, 1:], tokens_BL[:, 1:]
-    here_V = np.unique(tokens_BL)
-    turn_VHS = np.full((order, *rotation_BLHS.shape[2:]), np.nan)
-    for element in here_V:
-        turn_VHS[element] = rotation_BLHS[tokens_BL == element].mean(axis=0)
-    wanted_MV = 2 * np.pi / order * np.multiply.outer(np.arange(order), here_V)
-    missed_MVHS = within_half(turn_VHS[here_V] - wanted_MV[..., None, None])
-    multiple_HS = np.argmin(np.square(missed_MVHS).mean(axis=1), axis=0)
-    error_BLHS = within_half(rotation_BLHS - 2 * np.pi / order * multiple_HS * tokens_BL[..., None, None])
-    sum_BHS, length = error_BLHS.sum(axis=1), tokens_BL.shape[1]
-    return AngleErrors(
-        order=order,
-        multiple_HS=multiple_HS,
-        turn_VHS=turn_VHS,
-        worst_HS=np.take_along_axis(abs(missed_MVHS).max(axis=1), multiple_HS[None], axis=0)[0],
-        drift_HS=sum_BHS.mean(axis=0) / length,
-        spread_HS=sum_BHS.std(axis=0) / math.sqrt(length),
-    )
-
-
-def within_half(angle):
-    """Return angles modulo a turn, in [-pi, pi)."""
-    return (angle + np.pi) % (2 * np.pi) - np.pi
-
-
-def adds_up(drift: float, spread: float, half: float) -> float:
-    """Return the length L at which drift L + spread sqrt(L) = half; inf where nothing adds up."""
-    if drift:
-        return ((math.sqrt(spread**2 + 4 * drift * half) - spread) / (2 * drift)) ** 2
-    return (half / spread) ** 2 if spread else math.inf
-
-
-def tells(plane: dict) -> bool:
-    """Say whether a plane tells some products apart: it turns, and misses no element by half a step or more."""
-    return plane["products"] > 1 and plane["worst"] < np.pi / plane["products"]
-
-
-def carriers(planes: Sequence[dict], order: int) -> list[dict]:
-    """Return the planes with the most memory that together tell n products apart; [] where none do."""
-    chosen, apart = [], 1
-    for plane in sorted(filter(tells, planes), key=lambda plane: -plane["memory"]):
-        if (known := math.lcm(apart, plane["products"])) > apart:
-            chosen, apart = [*chosen, plane], known
-    return chosen if apart == order else []
-
-
-def half_step(chosen: list[dict], shown: list[dict], order: int) -> dict:
-    """Return the simple rule: where the first of the planes that carry the sum misses half a step between products."""
-    if chosen:
-        return {"fails": min(plane["fails"] for plane in chosen), "planes": chosen}
-    if not order:
-        return {"absent": "the group is not cyclic"}
-    if not any("angle" in layer for layer in shown):
-        return {"absent": "no layer rotates planes by angles"}
-    return {"absent": f"no planes turn by multiples of a turn / {order} that tell all sums apart"}

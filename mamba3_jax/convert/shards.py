@@ -4,7 +4,6 @@ A sharded `model.safetensors` is `model-00001-of-00002.safetensors`, ... and `mo
 `weight_map` says in which file each tensor is.
 """
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mamba3_jax.config import listed
+from mamba3_jax.files import read_object
 
 LFS = b"version https://git-lfs.github.com/spec/"
 
@@ -40,13 +40,7 @@ def check_file(path: Path) -> None:
 def read_json(path: Path) -> dict:
     """Read a JSON object; ValueError names the file that is none."""
     check_file(path)
-    try:
-        value = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, wanted an object")
-    return value
+    return read_object(path)
 
 
 def index_of(path: Path) -> Path:

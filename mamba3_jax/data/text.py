@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mamba3_jax.config import DataConfig, listed, what_builds
 from mamba3_jax.data.packing import Corpus, Rows, concatenate, rows
+from mamba3_jax.data.token_cache import cached
 from mamba3_jax.data.vocabulary import tokenizer
 
 VALID_IN = 20  # one file in this many is for validation
@@ -180,12 +181,18 @@ def texts(config: DataConfig, split: str) -> Iterator[str]:
 def _corpus(split: str, **fields: str) -> Corpus:
     config = DataConfig(**fields)
     paths, codec = files(config, split), tokenizer(config)
-    documents = read(paths, config.separator, config.key)
-    return concatenate(codec.encode_all(documents), codec, f"the {len(paths)} files of the {split} split")
+
+    def tokenise() -> Corpus:
+        documents = read(paths, config.separator, config.key)
+        return concatenate(codec.encode_all(documents), codec, f"the {len(paths)} files of the {split} split")
+
+    if not config.train_glob:  # beside Python's own source is no place to write
+        return tokenise()
+    return cached(paths.values(), codec, {"separator": config.separator, "key": config.key}, tokenise)
 
 
 def corpus(config: DataConfig, split: str) -> Corpus:
-    """Return the tokens of a split, of the documents that `read` finds. Tokenised once a process, then kept."""
+    """Return the tokens of a split, of the documents that `read` finds. Kept in memory, and beside the text."""
     return _corpus(split, **{name: getattr(config, name) for name in FIELDS})
 
 

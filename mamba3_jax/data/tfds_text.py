@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data.packing import Corpus, Rows, concatenate, rows
+from mamba3_jax.data.token_cache import cached
 from mamba3_jax.data.vocabulary import tokenizer
 
 
@@ -57,12 +58,14 @@ def tfds_texts(config: DataConfig, split: str) -> Iterator[str]:
 @functools.lru_cache(maxsize=4)
 def _corpus(tokenizer_name: str, eos: str, name: str, directory: str, split: str, key: str) -> Corpus:
     codec, what = tokenizer(DataConfig(tokenizer=tokenizer_name, eos=eos)), f"{name}, split {split}"
-    texts = _texts(_source(name, directory, split, key), key, what)
-    return concatenate(codec.encode_all(texts), codec, what)
+    source = _source(name, directory, split, key)
+    paths = [Path(path) for path in source.dataset_info.splits[split].filepaths]
+    tokenise = lambda: concatenate(codec.encode_all(_texts(source, key, what)), codec, what)  # noqa: E731
+    return cached(paths, codec, {"split": split, "key": key}, tokenise)
 
 
 def tfds_rows(config: DataConfig, split: str) -> Rows:
-    """Return the rows of a split, an example's `tfds_key` a document. Tokenised once a process, then kept in memory."""
+    """Return the rows of a split, an example's `tfds_key` a document. Kept in memory, and beside the dataset."""
     return rows(_corpus(config.tokenizer, config.eos, *_fields(config, split)), config.length)
 
 

@@ -4,18 +4,13 @@ workdir/tokenizer/tokenizer.json   and the files that were beside it and may nam
                  /SHA256SUMS       of each, as `sha256sum -c` reads it
 """
 
-import hashlib
 import shutil
 from pathlib import Path
 
 from mamba3_jax.data.vocabulary import EOS_FILES
+from mamba3_jax.files import sha256
 
 FOLDER, FILE, SUMS = "tokenizer", "tokenizer.json", "SHA256SUMS"
-
-
-def sha256(path: Path) -> str:
-    """Compute the hash of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def is_file(tokenizer: str) -> bool:

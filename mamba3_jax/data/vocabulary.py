@@ -11,6 +11,7 @@ from tokenizers import Encoding, Tokenizer, decoders
 
 from mamba3_jax.config import DataConfig, listed, what_builds
 from mamba3_jax.data.synthetic import TASKS
+from mamba3_jax.files import read_object
 
 # A tokenizer.json does not say which token ends a document. These files beside it may, the first that does.
 EOS_FILES = {
@@ -226,13 +227,7 @@ def eos_in(path: Path, field: str) -> str | int | None:
     """
     if not path.is_file():
         return None
-    try:
-        held = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(held, dict):
-        raise ValueError(f"{path} holds {type(held).__name__}, wanted an object")
-    named = held.get(field)
+    named = read_object(path).get(field)
     name = named.get("content") if isinstance(named, dict) else named
     if isinstance(name, list) and name:
         name = name[0]

@@ -1,5 +1,6 @@
 """Perplexity of whole documents, and of windows that slide over them: the forms in which papers report it."""
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -9,7 +10,8 @@ import numpy as np
 
 from mamba3_jax.config import LENGTH, DataConfig
 from mamba3_jax.data import documents, tokenizer
-from mamba3_jax.evaluate.likelihood import Likelihoods, Request
+from mamba3_jax.evaluate.language import perplexity
+from mamba3_jax.evaluate.likelihood import Likelihoods, Plan, Request
 
 
 class Document(NamedTuple):
@@ -35,6 +37,14 @@ class Window(NamedTuple):
     def what(self) -> str:
         """Return what a line of progress calls several."""
         return "documents" if self.size is None else f"windows {self.name}"
+
+
+class Asked(NamedTuple):
+    """What is scored of all documents in one form."""
+
+    form: Window
+    plan: Plan
+    counts: list[int]  # requests of each document
 
 
 def window(text: str) -> Window:
@@ -79,11 +89,20 @@ def requests(ids_T: np.ndarray, eos: int, form: Window) -> list[Request]:
     return requests
 
 
+def ask(scorer: Likelihoods, found: Sequence[Document], eos: int, forms: Sequence[Window]) -> list[Asked]:
+    """Plan what each form scores of documents; ValueError for a row that does not fit into memory."""
+    asked = []
+    for form in forms:
+        of_each = [requests(document.ids_T, eos, form) for document in found]
+        plan = scorer.plan(list(itertools.chain.from_iterable(of_each)))
+        asked.append(Asked(form, plan, list(map(len, of_each))))
+    return asked
+
+
 def evaluate(
     scorer: Likelihoods,
     found: Sequence[Document],
-    eos: int,
-    forms: Sequence[Window],
+    asked: Sequence[Asked],
     *,
     say: Callable[[str], None] | None = None,
 ) -> list[dict]:
@@ -95,10 +114,9 @@ def evaluate(
         all documents together; document_loss, the mean over documents of their loss; and log_likelihoods, of each.
     """
     results = []
-    for form in forms:
-        asked = [requests(document.ids_T, eos, form) for document in found]
-        scored = iter(scorer.score([one for of in asked for one in of], say=say, what=form.what))
-        parts = [[next(scored) for _ in of] for of in asked]
+    for form, plan, counts in asked:
+        scored = iter(scorer.score(plan, say=say, what=form.what))
+        parts = [list(itertools.islice(scored, count)) for count in counts]
         nll = np.array([-sum(part.total for part in of) for of in parts])
         greedy = sum(int(part.greedy_T.sum()) for of in parts for part in of)
         summed = totals(found, nll)
@@ -118,18 +136,13 @@ def totals(found: Sequence[Document], nll: np.ndarray) -> dict:
         "words": words,
         "bytes": size,
         "loss": float(nll.sum() / tokens.sum()),
-        "perplexity": exp(float(nll.sum() / tokens.sum())),
-        "word_perplexity": exp(float(nll.sum() / words)),
-        "byte_perplexity": exp(a_byte),
+        "perplexity": perplexity(float(nll.sum() / tokens.sum())),
+        "word_perplexity": perplexity(float(nll.sum() / words)),
+        "byte_perplexity": perplexity(a_byte),
         "bits_per_byte": a_byte / math.log(2),
         "document_loss": float((nll / tokens).mean()),
         "log_likelihoods": (-nll).tolist(),
     }
-
-
-def exp(nats: float) -> float:
-    """Return e^nats, and infinity where a double ends (near e^709)."""
-    return math.exp(nats) if nats < 709 else math.inf
 
 
 def lines(results: Sequence[dict]) -> list[str]:

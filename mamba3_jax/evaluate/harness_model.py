@@ -56,9 +56,9 @@ class HarnessModel:
         return [found.total for found in self._score(asked, "texts")]
 
     def _score(self, asked: list[Request], what: str):
-        self.scorer.plan(asked)  # what does not fit is said before anything runs
+        plan = self.scorer.plan(asked)  # what does not fit is said before anything runs
         with self._running():
-            return self.scorer.score(asked, say=self.say, what=what)
+            return self.scorer.score(plan, say=self.say, what=what)
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Return what follows each prompt up to one of the task's `until`, the end of the document or its length."""

@@ -103,7 +103,7 @@ class Totals:
             "length": self.length,
             "tokens": tokens,
             "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),  # a double ends near e^709
+            "perplexity": perplexity(loss),
             "accuracy": self.correct / tokens,
             "bits_per_byte": loss * tokens / math.log(2) / self.bytes if self.bytes else None,
             "late_loss": float(self.late_nll / self.late_count) if self.late_count else None,
@@ -113,6 +113,11 @@ class Totals:
                 if count
             ],
         }
+
+
+def perplexity(nats: float) -> float:
+    """Return e^nats, infinity where a double ends (near e^709); NaN stays NaN."""
+    return math.inf if nats > 709 else math.exp(nats)
 
 
 def past(length: int, trained: int) -> str:

@@ -70,6 +70,13 @@ class Group(NamedTuple):
         return self.contexts * self.prefix + self.rows * self.tail
 
 
+class Plan(NamedTuple):
+    """Requests and the batches that they are run in."""
+
+    requests: Sequence[Request]
+    groups: list[Group]
+
+
 class Likelihoods:
     """Scores any number of requests, and compiles once for each of few shapes.
 
@@ -89,15 +96,14 @@ class Likelihoods:
         self._copies = jax.jit(lambda state, from_B: jax.tree.map(lambda x: x[:, from_B], state))
 
     def score(
-        self, requests: Sequence[Request], *, say: Callable[[str], None] | None = None, what: str = "continuations"
+        self, plan: Plan, *, say: Callable[[str], None] | None = None, what: str = "continuations"
     ) -> list[Likelihood]:
         """Return a result a request, in their order; `say` gets a line now and then, in which they are `what`.
 
         Raises:
-            ValueError: a context without a token, or a row that does not fit into memory; before any runs.
             FloatingPointError: the model's logits are not numbers.
         """
-        groups = self.plan(requests)
+        requests, groups = plan
         found = [Likelihood(np.zeros(0, np.float32), np.zeros(0, bool))] * len(requests)
         work = sum(group.work for group in groups)
         begin = said = time.perf_counter()
@@ -112,8 +118,12 @@ class Likelihoods:
                 say(f"{what}: {done} of {len(requests)}, {(work - spent) / speed:.0f} s left, {speed:,.0f} tokens/s")
         return found
 
-    def plan(self, requests: Sequence[Request]) -> list[Group]:
-        """Cut requests into batches, the longest first, in which a context's stand together; see `score` for errors."""
+    def plan(self, requests: Sequence[Request]) -> Plan:
+        """Cut requests into batches, the longest first, in which a context's stand together.
+
+        Raises:
+            ValueError: a context without a token, or a row that does not fit into memory.
+        """
         keys = [key_of(number, request) for number, request in enumerate(requests)]
         first, tails = {}, {}
         for number, (key, request) in enumerate(zip(keys, requests, strict=True)):
@@ -129,7 +139,7 @@ class Likelihoods:
             of = functools.partial(group_of, pieces, sizes, keys)
             rows = self._rows(of(len(numbers), numbers))
             groups += [of(rows, numbers[at : at + rows]) for at in range(0, len(numbers), rows)]
-        return groups
+        return Plan(requests, groups)
 
     def _rows(self, group: Group) -> int:
         """Choose a power of two of rows: as many as there are requests, where these are not too many and fit."""

@@ -12,8 +12,8 @@ from tensorboardX import summary as tensorboard
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
-from mamba3_jax.checkpoint import replace, writing
 from mamba3_jax.config import Config
+from mamba3_jax.files import replace, writing
 from mamba3_jax.finite import or_null
 from mamba3_jax.train.loss import bits_per_byte
 

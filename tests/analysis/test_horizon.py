@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba3_jax.analysis import horizon, pictures
+from mamba3_jax.analysis import half_step, horizon, pictures
 from mamba3_jax.analysis.horizon import Change
 from mamba3_jax.config import DataConfig, ModelConfig
 from mamba3_jax.finite import or_null
@@ -29,7 +29,7 @@ def test_planted_angle_errors_are_found():
     """Multiples 1, 2, 3 of a sixth of a turn, each 0.001 radians off a token: half a step is reached at 1000 pi / 6."""
     tokens_BL, multiple_S = words(), np.array([1, 2, 3])
     rotation_BLHS = (2 * np.pi / 6 * tokens_BL[..., None] * multiple_S + 1e-3)[:, :, None]
-    errors = horizon.angle_errors(horizon.within_half(rotation_BLHS), tokens_BL, 6)
+    errors = half_step.angle_errors(half_step.within_half(rotation_BLHS), tokens_BL, 6)
     assert errors.multiple_HS.tolist() == [[1, 2, 3]]
     for plane, products in enumerate((6, 3, 2)):
         found = errors.of_plane(0, plane)
@@ -37,7 +37,7 @@ def test_planted_angle_errors_are_found():
         assert found["drift"] == pytest.approx(1e-3)
         assert found["fails"] == pytest.approx(1e3 * np.pi / products, rel=1e-6)
         assert found["worst"] == pytest.approx(1e-3)
-    right = horizon.angle_errors(horizon.within_half(rotation_BLHS - 1e-3), tokens_BL, 6).of_plane(0, 0)
+    right = half_step.angle_errors(half_step.within_half(rotation_BLHS - 1e-3), tokens_BL, 6).of_plane(0, 0)
     assert right["fails"] > 1e12
 
 
@@ -46,18 +46,18 @@ def test_errors_that_do_not_drift_add_up_as_their_root():
     tokens_BL = words(2000)
     right = 2 * np.pi / 6 * tokens_BL
     drawn = np.random.default_rng(2).choice([-0.1, 0.1], tokens_BL.shape)
-    found = horizon.angle_errors((right + drawn)[..., None, None], tokens_BL, 6)
+    found = half_step.angle_errors((right + drawn)[..., None, None], tokens_BL, 6)
     assert found.spread_HS[0, 0] == pytest.approx(0.1, rel=0.05)
-    assert horizon.adds_up(0.0, 0.1, np.pi / 6) == pytest.approx((np.pi / 0.6) ** 2)
+    assert half_step.adds_up(0.0, 0.1, np.pi / 6) == pytest.approx((np.pi / 0.6) ** 2)
     in_turn = 0.1 * (-1.0) ** np.arange(tokens_BL.shape[1])
-    assert horizon.angle_errors((right + in_turn)[..., None, None], tokens_BL, 6).spread_HS[0, 0] < 1e-6
+    assert half_step.angle_errors((right + in_turn)[..., None, None], tokens_BL, 6).spread_HS[0, 0] < 1e-6
 
 
 @pytest.mark.parametrize(
     ("drift", "spread", "length"), [(0.1, 0.0, 10.0), (0.0, 0.1, 100.0), (0.1, 0.3, 4.2), (0.0, 0.0, math.inf)]
 )
 def test_where_errors_add_up_to_one(drift, spread, length):
-    got = horizon.adds_up(drift, spread, 1.0)
+    got = half_step.adds_up(drift, spread, 1.0)
     assert got == pytest.approx(length, rel=0.05)
     if math.isfinite(got):
         assert drift * got + spread * math.sqrt(got) == pytest.approx(1.0)
@@ -72,8 +72,8 @@ def test_planes_that_carry_a_sum():
         {"memory": 0.4, "products": 3, "worst": 0.1},
         {"memory": 0.3, "products": 2, "worst": 0.1},
     ]
-    assert horizon.carriers(planes, 6) == [planes[2], planes[4]]
-    assert horizon.carriers(planes[:4], 6) == []
+    assert half_step.carriers(planes, 6) == [planes[2], planes[4]]
+    assert half_step.carriers(planes[:4], 6) == []
 
 
 @pytest.mark.parametrize(

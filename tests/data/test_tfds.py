@@ -1,6 +1,7 @@
 """A dataset that the test itself prepares in the TFDS format: no download, no TensorFlow."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +9,11 @@ import tensorflow_datasets as tfds
 
 from mamba3_jax import data
 from mamba3_jax.config import DataConfig
-from mamba3_jax.data import loader
+from mamba3_jax.data import loader, pipeline, tfds_text, token_cache
 from mamba3_jax.data.pipeline import identities
 from mamba3_jax.data.tfds_text import tfds_rows
+from mamba3_jax.data.vocabulary import HuggingFace
+from tests.data.test_vocabulary import SPECIAL, train
 
 TEXTS = {"train": [f"example {i} é" * (i % 4 + 1) for i in range(300)], "validation": ["one", "", "two"]}
 
@@ -58,6 +61,20 @@ def test_examples_are_documents(directory):
     assert len(half) == 150
     assert set(half) <= set(TEXTS["train"])
     assert "tensorflow" not in sys.modules
+
+
+def test_tokens_are_kept_beside_the_dataset(directory, tmp_path, monkeypatch):
+    """Of each part of it apart, and read without tokenising."""
+    monkeypatch.setattr(token_cache, "WORTH", 0)
+    path = train(tmp_path / "tokenizer.json", SPECIAL)
+    parts = [config(directory, tfds_train_split=part, tokenizer=path) for part in ("train", "train[:50%]")]
+    made = identities(parts[0])["train"], identities(parts[1])["train"]
+    assert made[0] != made[1]
+    monkeypatch.setattr(HuggingFace, "encode_all", None)
+    tfds_text._corpus.cache_clear()
+    pipeline._identity.cache_clear()
+    assert made == (identities(parts[0])["train"], identities(parts[1])["train"])
+    assert len(list(Path(directory).rglob("*.npz"))) == 3  # and of the validation split
 
 
 def test_loads(directory):

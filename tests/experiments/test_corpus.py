@@ -15,8 +15,9 @@ import pytest
 from experiments import archive, corpus, packages
 from experiments.archive import FILES, PARTIAL, RECORD, whole
 from launch.provenance import REPOSITORY
-from mamba3_jax.data import text
+from mamba3_jax.data import pipeline, text, token_cache
 from mamba3_jax.data.pipeline import identities
+from mamba3_jax.data.vocabulary import HuggingFace
 
 pytestmark = pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="not a Debian machine")
 
@@ -156,6 +157,16 @@ def test_twice_is_the_same_and_nothing_is_done_twice(tmp_path, apt, capsys):
     assert (apt.read_text(), (tmp_path / "a" / "train.jsonl").stat().st_mtime_ns) == (fetched, before)
 
 
+def test_its_tokens_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_cache, "WORTH", 0)
+    record = build(tmp_path / "corpus")
+    text._corpus.cache_clear()
+    pipeline._identity.cache_clear()
+    monkeypatch.setattr(HuggingFace, "encode_all", None)
+    found = identities(corpus.data_config(tmp_path / "corpus"))
+    assert found == {split: of["identity"] for split, of in record["splits"].items()}
+
+
 def test_an_archive_brings_all_of_it_where_nothing_is(tmp_path, monkeypatch, capsys):
     path, target = tmp_path / "corpus.tar.xz", tmp_path / "there"
     record = build(tmp_path / "here", path)
@@ -229,11 +240,7 @@ def test_an_interrupted_build_is_no_corpus_and_goes_on(place, tmp_path, apt, mon
         if place == "second":
             patch.setattr(Path, "replace", stop_at_second)
         elif place == "record":
-            patch.setattr(
-                archive,
-                "replace",
-                lambda path, content: stop() if path.name == RECORD else path.write_text(content),
-            )
+            patch.setattr(archive, "write_json", stop)  # which writes nothing else
         else:
             patch.setattr(corpus, place, stop)
         with pytest.raises(KeyboardInterrupt):

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from launch import evaluate
-from launch.common import data_with
+from launch.data import data_with
 from mamba3_jax import checkpoint
 from mamba3_jax.config import DataConfig
 from mamba3_jax.convert.files import FORMATS
@@ -131,6 +131,8 @@ def test_evaluate(text_run):
     assert "2x the trained length" in out
     report = json.loads((text_run / "evaluation/step_3.json").read_text())
     assert report["step"] == 3
+    assert report["command"] == f"python -m launch.evaluate --workdir={text_run} --lengths=32,64"
+    assert {"commit", "date", "device", "jax"} <= report.keys()
     assert [r["length"] for r in report["results"]] == [32, 64]
     assert f"{report['results'][0]['loss']:.4f}" in out
 
@@ -184,6 +186,8 @@ def test_inspect(text_run, tmp_path, other):
     assert "mamba3 has no delta" in out
     report = json.loads((tmp_path / "seen/inspection.json").read_text())
     assert len(report["checkpoints"]) == 1 + other
+    assert report["command"].startswith("python -m launch.inspect --workdir=")
+    assert {"commit", "date", "device", "jax"} <= report.keys()
     found = report["checkpoints"][0]["layers"]
     for horizon in (choose(head["horizon"] for head in found[0]["heads"]) for choose in (min, max)):
         assert f"{horizon:.1f}" in out
@@ -220,9 +224,7 @@ def test_a_report_that_is_there_is_read_or_named(tmp_path):
     assert evaluate.written(report, 3) == {"step": 3, "results": []}
     assert evaluate.written(report, 4) == {}  # of another checkpoint
     report.write_text('{"step": 3')
-    with pytest.raises(
-        ValueError, match=r"report.json is there and not a report: .*; --output=PATH writes another one$"
-    ):
+    with pytest.raises(ValueError, match=r"report.json is not JSON: .*; --output=PATH writes another one$"):
         evaluate.written(report, 3)
     for other in ([], 5, {}, {"step": 3}, {"name": "a config"}, {"step": 3, "tasks": 5}, {"step": 3, "tasks": []}):
         report.write_text(json.dumps(other))  # somebody's, which is not to be replaced

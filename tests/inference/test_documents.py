@@ -30,6 +30,9 @@ class Log:
     def __init__(self):
         self.asked = []
 
+    def plan(self, requests):
+        return requests
+
     def score(self, requests, *, say, what):
         self.asked.append((what, requests))
         nll = [np.arange(len(c), len(c) + len(t)).astype(np.float32) for c, t in requests]
@@ -59,7 +62,7 @@ def test_windows_score_each_token_once_with_its_context(form, size):
 def test_totals_are_those_of_lm_eval():
     """word_perplexity = exp(-sum log p / sum words), and so on: its `weighted_perplexity` and `bits_per_byte`."""
     found, log = held_out([5, 12, 3]), Log()
-    (result,) = documents.evaluate(log, found, EOS, [Window()])
+    (result,) = documents.evaluate(log, found, documents.ask(log, found, EOS, [Window()]))
     nll = [sum(range(1, size + 1)) for size in (5, 12, 3)]
     assert result["log_likelihoods"] == [-n for n in nll]
     assert (result["documents"], result["tokens"], result["words"], result["bytes"]) == (3, 20, 2 + 5 + 2, 40)
@@ -77,7 +80,8 @@ def test_scores_are_those_of_a_plain_loop(pattern):
     model, params = tiny(pattern)
     run = jax.jit(lambda tokens_BL: jax.nn.log_softmax(model.apply({"params": params}, tokens_BL)[0]))
     found, forms = held_out([40, 9, 23]), [Window(16, 8), Window()]
-    results = documents.evaluate(Likelihoods(model, params), found, EOS, forms)
+    scorer = Likelihoods(model, params)
+    results = documents.evaluate(scorer, found, documents.ask(scorer, found, EOS, forms))
     for form, result in zip(forms, results, strict=True):
         totals, right = [], 0
         for ids_T, *_ in found:
@@ -123,7 +127,8 @@ def test_a_window_that_is_none_is_named(text):
 
 
 def test_lines_of_a_table():
-    (result,) = documents.evaluate(Log(), held_out([40]), EOS, [Window(16, 8)])
+    log, found = Log(), held_out([40])
+    (result,) = documents.evaluate(log, found, documents.ask(log, found, EOS, [Window(16, 8)]))
     (line,) = documents.lines([result])
     assert line.split()[:3] == ["16:8", "40", f"{result['loss']:.4f}"]
     assert (

@@ -96,6 +96,13 @@ def test_sums_by_position():
     assert sum(b["tokens"] for b in got["positions"]) == got["tokens"]
 
 
+def test_a_perplexity_past_what_a_double_holds_is_infinite():
+    assert language.perplexity(2.0) == math.exp(2.0)
+    assert math.isfinite(language.perplexity(709.0))
+    assert language.perplexity(710.0) == language.perplexity(math.inf) == math.inf
+    assert math.isnan(language.perplexity(math.nan))
+
+
 def test_late_tokens_have_half_a_row_before_them():
     """Of a row of 40: from place 20 on, but for those of a document that began at 21."""
     nll_BL = np.random.default_rng(0).random((2, LENGTH)).astype(np.float32)

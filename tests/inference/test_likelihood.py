@@ -54,7 +54,8 @@ def test_a_request_scores_as_in_one_plain_call(pattern, monkeypatch):
     monkeypatch.setattr(likelihood, "ROWS", 4)
     of = forward(pattern)
     asked = requests(of)
-    got = Likelihoods(*tiny(pattern)).score(asked)
+    scorer = Likelihoods(*tiny(pattern))
+    got = scorer.score(scorer.plan(asked))
     want = [plain(of, request) for request in asked]
     nll, log_p = np.concatenate([one.nll_T for one in got]), np.concatenate([one for one, _ in want])
     assert rel_rms(-nll, log_p) < 1e-5
@@ -69,7 +70,7 @@ def test_a_request_scores_as_in_one_plain_call(pattern, monkeypatch):
     assert rel_rms(np.concatenate([plain(of, one)[0] for one in cut]), log_p) > 1e-3
 
 
-class Plan(Likelihoods):
+class Planner(Likelihoods):
     """Plans for a model of which only the sizes matter."""
 
     def __init__(self):
@@ -80,7 +81,7 @@ def test_batches_have_few_shapes_and_contexts_stay_together():
     rng = np.random.default_rng(1)
     contexts = [[*rng.integers(0, 13, 20 + 2 * i)] for i in range(200)]
     asked = [Request(context, [1] * (1 + rng.integers(60))) for context in contexts for _ in range(4)]
-    groups = Plan().plan(asked)
+    _, groups = Planner().plan(asked)
     assert sorted(number for group in groups for number in group.numbers) == list(range(800))
     assert len({(group.pieces, group.rows) for group in groups}) <= 4
     for group in groups:
@@ -104,14 +105,15 @@ def test_a_context_runs_once(monkeypatch):
         return run(params, tokens_BL, *rest)
 
     monkeypatch.setattr(scorer, "_prefill", counted)
-    scorer.score([Request([1, 2, 3], [number]) for number in range(8)])
+    scorer.score(scorer.plan([Request([1, 2, 3], [number]) for number in range(8)]))
     assert seen == [(1, 16)]
 
 
 def test_what_cannot_be_scored_is_named():
     with pytest.raises(ValueError, match="the context of request 1 is empty"):
-        Plan().plan([Request([1], [2]), Request([], [2])])
+        Planner().plan([Request([1], [2]), Request([], [2])])
     model, params = tiny("M")
     broken = params | {"norm": jax.tree.map(lambda x: x * jnp.nan, params["norm"])}
+    scorer = Likelihoods(model, broken)
     with pytest.raises(FloatingPointError, match="not numbers"):
-        Likelihoods(model, broken).score([Request([1], [2])])
+        scorer.score(scorer.plan([Request([1], [2])]))

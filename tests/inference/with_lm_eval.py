@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parents[2] / "build" / "lm_eval"
 def command(name: str, *arguments: str) -> None:
     """Run python -m launch.name."""
     sys.argv = [f"launch.{name}", *arguments]
-    runpy.run_module(f"launch.{name}", run_name="__main__")
+    runpy.run_module(f"launch.{name}", run_name="__main__", alter_sys=True)
 
 
 def mistakes(folder: str, *names: str) -> None:

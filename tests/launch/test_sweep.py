@@ -1,16 +1,22 @@
 """The sweep as a command: what it refuses, that it goes past what is done, and that a kill changes nothing."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from launch import experiment
-from launch.plan import asked_of, read_plan
-from mamba3_jax.checkpoint import check_writable, load_config
+from launch.asked import asked_of
+from launch.plan import read_plan
+from mamba3_jax.checkpoint import Checkpoints, all_steps, load_config, load_model
 from mamba3_jax.data import pipeline, text
+from mamba3_jax.files import check_writable, write_json
+from mamba3_jax.train.step import init_state
 from tests.helpers import devices, rel_rms, without_times
 from tests.launch import tiny_sweep
 
@@ -239,6 +245,64 @@ def test_results_of_other_text_are_told_apart(tmp_path, capsys):
     assert done.exists()
 
 
+def finished(plan, name: str, folder: Path) -> None:
+    """Write what a variant leaves when it is done, of untrained members: two checkpoints, members and a result."""
+    config = plan.variants[name]
+    seed_M = np.arange(len(plan.members), dtype=np.uint32)
+    state = jax.vmap(lambda seed: init_state(dataclasses.replace(config, seed=seed)))(seed_M)._asdict()
+    with Checkpoints(folder, config) as checkpoints:
+        for step in (STEPS - 1, STEPS):
+            checkpoints.save(step, state["params"], {key: state[key] for key in state if key != "params"}, {})
+    write_json(folder / "result.json", result_of(plan, name))
+
+
+def test_a_variant_that_is_done_keeps_what_is_read_of_it(tmp_path, monkeypatch):
+    """The parameters of its members, from which it is scored anew where that is asked for; no moments."""
+    plan, folder = plan_of(tmp_path, "", only=["still"]), tmp_path / "still"
+    finished(plan, "still", folder)
+    assert len(all_steps(folder)) == 2
+    held = load_model(folder)[1]
+    before = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*"))
+
+    monkeypatch.setattr(experiment, "Population", None)  # nothing is trained
+    longer = plan_of(tmp_path, "LENGTHS = (16, 32, 64)", only=["still"])
+    metrics = dict.fromkeys(("loss", "accuracy", "last", "scaled_last", "exact"), 0.25)
+    found = [[{"length": length, **metrics} for length in longer.lengths] for _ in longer.members]
+    monkeypatch.setattr(experiment, "scores", lambda *_: found)
+    result = experiment.run_variant(longer, "still", folder, "", print)
+    assert [row["scores"] for row in result["rows"]] == found
+    assert all(row["loss"] == 1.0 for row in result["rows"])  # of the training
+    assert result["seconds"]["train"] == 1.0
+    assert experiment.done_before(longer, "still", folder) == json.loads((folder / "result.json").read_text())
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [str(STEPS)]
+    jax.tree.map(np.testing.assert_array_equal, load_model(folder)[1], held)
+    jax.tree.map(np.testing.assert_array_equal, load_model(folder / "best")[1], jax.tree.map(lambda x: x[0], held))
+    assert sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*")) < before / 3
+    assert experiment.run_variant(longer, "still", folder, "", print)["rows"] == result["rows"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train.steps": STEPS + 1}, f"its config.train.steps was {STEPS}, and is {STEPS + 1}; use another workdir"),
+        ({"optimizer.weight_decay": 0.5}, "its config.optimizer.weight_decay was 0.1, and is 0.5"),
+        ({"model.d_state": 16}, "its config.model.d_state was 8, and is 16"),
+        ({"seeds": 1}, "it has other seeds or learning rates"),
+        ({"train.log_every": 7}, ""),
+    ],
+)
+def test_a_result_of_another_training_is_not_replaced(change, message, tmp_path):
+    """It was trained for long, and would be called what the plan asks for."""
+    write_json(tmp_path / "result.json", result_of(plan_of(tmp_path, ""), "still"))
+    how, fields = ({**change}, {}) if "seeds" in change else ({}, change)
+    plan = plan_of(tmp_path, f"VARIANTS = {{'still': {{'model.angles': 'none', **{fields}}}}}; EXPECT = {{}}", **how)
+    if not message:  # how it is run is nobody's finding: it is scored anew
+        assert experiment.done_before(plan, "still", tmp_path) is None
+        return
+    with pytest.raises(ValueError, match=f"has a result of another training: {message}"):
+        experiment.done_before(plan, "still", tmp_path)
+
+
 def start(workdir, environment, *arguments):
     command = [sys.executable, "-m", "launch.sweep", "--config=tests/launch/tiny_sweep.py", f"--workdir={workdir}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -277,6 +341,7 @@ def test_a_killed_sweep_goes_on_bit_for_bit(tmp_path, compiled):
     assert "mamba3 (1/2) done before" in output
     assert "still (2/2) resuming after step" in output  # 5 or 10: the later save may have been under way
     assert rows_of(killed) == rows_of(straight)
+    assert not list(killed.glob("*/checkpoints/*/state"))  # of the members; moments are of no use any more
     assert "still (2/2) done before" in output_of(start(killed, environment, "--config.train.log_every=1"))
 
     best = killed / "still" / "best"

@@ -174,6 +174,21 @@ def test_a_flag_overrides_names_by_letters(tmp_path):
         assert done.stdout.strip() == repr(want), done.stderr
 
 
+def test_text_to_train_on_is_not_validated_on_the_files_own(tmp_path):
+    """A flag for one glob alone would leave the other as the file has it."""
+    text = 'data=DataConfig(train_glob="a/*.txt", valid_glob="b/*.txt")'
+    source = f"from mamba3_jax.config import Config, DataConfig\ndef get_config():\n    return Config({text})\n"
+    (tmp_path / "text.py").write_text(source)
+    found = []
+    for overrides in (["train_glob=c"], ["train_glob=c", "valid_glob="]):
+        flags = [f"--config.data.{override}" for override in overrides]
+        command = [sys.executable, "-c", PROGRAM, f"--config={tmp_path / 'text.py'}", *flags]
+        found.append(subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300))
+    assert [done.returncode for done in found] == [2, 0]
+    (line,) = found[0].stderr.splitlines()
+    assert "--config.data.train_glob=c alone leaves data.valid_glob='b/*.txt' of " in line
+
+
 def test_a_config_file_that_raises_ends_the_command_in_one_line(tmp_path):
     (tmp_path / "wrong.py").write_text(CONFIG + "    config.model.d_stat = 4\n")
     command = [sys.executable, "-c", PROGRAM, f"--config={tmp_path / 'wrong.py'}", "--config.model.d_state=8"]
@@ -186,13 +201,13 @@ def test_a_config_file_that_raises_ends_the_command_in_one_line(tmp_path):
 INTERRUPTED = """
 from pathlib import Path
 from launch import common
-from mamba3_jax import checkpoint
+from mamba3_jax import files
 
 class Content(str):
     def encode(self):
         raise KeyboardInterrupt
 
-common.run(lambda _: checkpoint.replace(Path("report.json"), Content()), alone=True)
+common.run(lambda _: files.replace(Path("report.json"), Content()), alone=True)
 """
 
 

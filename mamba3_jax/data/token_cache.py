@@ -1,0 +1,115 @@
+"""Keeps tokens beside the text that they are of: a corpus is tokenised once, and not at every start of a command.
+
+    FOLDER/.tokens/KEY.npz    the arrays of a `Corpus`; FOLDER is the one that all files of the text are in
+
+KEY is a hash of all that decides the tokens: the files' contents, the tokenizer, what ends and parts documents, and the
+code that reads and tokenises. A glob does not match a folder whose name begins with a dot. The folder may be deleted at
+any time.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from absl import logging
+
+from mamba3_jax.data.packing import Corpus
+from mamba3_jax.data.vocabulary import HuggingFace
+from mamba3_jax.files import sha256, why, writing
+
+FOLDER = ".tokens"
+WORTH = 2**22  # bytes of text: a second of work, below which nothing is kept
+KEPT = 8  # files of a folder; those that were not used for longest go
+ABANDONED = 3600.0  # seconds after which a file that is still not whole belongs to a process that was killed
+CODE = [Path(__file__).with_name(name) for name in ("text.py", "tfds_text.py", "packing.py", "vocabulary.py")]
+
+
+def cached(paths: Collection[Path], codec, how: dict[str, str], make: Callable[[], Corpus]) -> Corpus:
+    """Return the tokens of files: those that are kept beside them, else those that `make` returns, which are kept then.
+
+    A kept file that is damaged, or another's, is made anew with a line of warning. Where nothing can be written, or the
+    text is small or is tokenised as fast as it is read, nothing is kept.
+
+    Args:
+        paths: of the text, in their order.
+        codec: its tokenizer.
+        how: what else decides what the documents are, by name.
+        make: reads and tokenises them.
+    """
+    if not isinstance(codec, HuggingFace) or sum(path.stat().st_size for path in paths) < WORTH:
+        return make()
+    key = key_of(paths, codec, how)
+    folder = Path(os.path.commonpath([path.resolve().parent for path in paths])) / FOLDER
+    path = folder / f"{key}.npz"
+    if (corpus := _load(path, key)) is None:
+        corpus = make()
+        try:
+            _save(path, key, corpus)
+        except OSError as error:
+            logging.warning("tokens are not kept beside their text, and made anew at every start: %s", error)
+    return corpus
+
+
+def key_of(paths: Collection[Path], codec: HuggingFace, how: dict[str, str]) -> str:
+    """Return a hash of all that decides the tokens of files; their names decide how each is read."""
+    decides = {
+        "files": [(path.name, sha256(path)) for path in paths],
+        "tokenizer": sha256(Path(codec.path)),
+        "eos": codec.eos,
+        "how": how,
+        "code": [tokenizers.__version__, *map(sha256, CODE)],
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True, allow_nan=False).encode()).hexdigest()[:32]
+
+
+def _load(path: Path, key: str) -> Corpus | None:
+    """Return the tokens of a kept file; None where there is none, or one that is not whole or not of this key."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:  # reading an array checks its CRC
+            if str(arrays["key"]) != key:
+                raise ValueError("it is of other text")
+            corpus = Corpus(arrays["ids_T"], arrays["first_T"], arrays.get("bytes_T"))
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # whatever is wrong with it, it is made anew
+        logging.warning("%s cannot be read, and is made anew: %s", path, why(error))
+        return None
+    with contextlib.suppress(OSError):  # only its owner may
+        os.utime(path)
+    return corpus
+
+
+def _save(path: Path, key: str, corpus: Corpus) -> None:
+    """Keep tokens in a file, whole or not at all; OSError where it cannot be written."""
+    arrays = {"ids_T": corpus.ids_T, "first_T": corpus.first_T}
+    if corpus.bytes_T is not None:
+        arrays["bytes_T"] = corpus.bytes_T
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # several processes may be at it
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+        try:
+            with partial.open("wb") as stream:
+                np.savez(stream, key=key, **arrays)
+            partial.replace(path)
+        except BaseException:  # Ctrl-C too
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+    with contextlib.suppress(OSError):  # another process drops them too
+        _drop_old(path.parent)
+
+
+def _drop_old(folder: Path) -> None:
+    """Drop the tokens that were not used for longest, and what was never written to its end."""
+    used = {file: file.stat().st_mtime for file in folder.glob("*.npz")}
+    old = sorted(used, key=used.get)[:-KEPT]
+    old += [file for file in folder.glob("*.partial") if time.time() - file.stat().st_mtime > ABANDONED]
+    for file in old:
+        file.unlink()
