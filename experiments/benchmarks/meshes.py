@@ -212,7 +212,5 @@ def main(argv):
 
 if __name__ == "__main__":
     flags.DEFINE_list("groups", [], "of steps, in this order; empty: all")
-    flags.DEFINE_string("name", "meshes_h200", "of the result file")
-    flags.DEFINE_string("out", "", "directory of the result file; empty: experiments/benchmarks/results")
-    flags.DEFINE_string("commit", "", "recorded where the code runs outside its git checkout")
+    common.define_result(name="meshes_h200", commit=True)
     app.run(main)

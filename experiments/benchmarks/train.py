@@ -306,7 +306,5 @@ if __name__ == "__main__":
     flags.DEFINE_list("batch", ["8"], "rows of a training step, one or more numbers")
     flags.DEFINE_multi_string("variants", [""], "a row each: a step's fields, as model.unroll=1,model.remat=block")
     flags.DEFINE_integer("length", 2048, "tokens of a row of a training step", lower_bound=1)
-    flags.DEFINE_string("name", "train_gpu", "of the result file")
-    flags.DEFINE_string("out", "", "directory of the result file; empty: experiments/benchmarks/results")
-    flags.DEFINE_string("commit", "", "recorded where the code runs outside its git checkout")
+    common.define_result(name="train_gpu", commit=True)
     app.run(main)
