@@ -182,6 +182,14 @@ def population_speed(result: dict) -> str:
     )
 
 
+def two_devices(result: dict) -> str:
+    """Read the largest difference of a float32 loss, and the efficiency of each mesh by the group of its steps."""
+    rows = [row for row in result["rows"] if "failed" not in row]
+    off = max((row["loss error"] for row in rows if "ms" not in row and row["loss error"] is not None), default=None)
+    timed = [f"{row['group']} {row['mesh']} {100 * row['efficiency']:.0f}%" for row in rows if "efficiency" in row]
+    return f"losses off by at most {significant(off)}; of one device's speed {', '.join(timed) or '-'}"
+
+
 EXPERIMENTS = (
     Experiment(
         question="What does a small model learn of real text in minutes on a CPU (bits per byte, held out)?",
@@ -308,6 +316,14 @@ EXPERIMENTS = (
         expected="1.5B on 256 v5e: peak at most 5 GB, 3 GB sent a step beside activations; compute limits every step",
         result="benchmarks/results/pods.json",
         got=pod_steps,
+    ),
+    Experiment(
+        question="What do two GPUs do in the time of one, by each axis of the mesh, and is it the same?",
+        command="python -m experiments.benchmarks.meshes",
+        cost="15 minutes, two GPUs of one host",
+        expected="float32 losses equal to 1e-5; rows of 131,072 tokens a device over sequence within 5% of one device",
+        result="benchmarks/results/meshes_h200.json",
+        got=two_devices,
     ),
     Experiment(
         question="What does a restore onto another mesh hold at its peak?",

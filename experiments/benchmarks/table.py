@@ -17,7 +17,20 @@ import jax
 from absl import app, flags
 
 from experiments import found, summary
-from experiments.benchmarks import common, decode, depth, layer, pods, population, restore, scaling, ssm, tpu_aot, train
+from experiments.benchmarks import (
+    common,
+    decode,
+    depth,
+    layer,
+    meshes,
+    pods,
+    population,
+    restore,
+    scaling,
+    ssm,
+    tpu_aot,
+    train,
+)
 from experiments.benchmarks.experiments import EXPERIMENTS, HEADLINES
 from launch.common import user_errors
 from launch.provenance import REPOSITORY
@@ -134,6 +147,7 @@ TABLES = {
     "pods": pods_table,
     "pods_before": functools.partial(pods_table, "pods_before"),
     "scaling": scaling_table,
+    "meshes": table_of("meshes", meshes.COLUMNS),
     "restore": table_of("restore", restore.COLUMNS),
     "experiments": experiments_table,
     "results": results_table,

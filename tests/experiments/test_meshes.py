@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from experiments.benchmarks import common, meshes
+from experiments.benchmarks.experiments import two_devices
 from mamba3_jax.config import ModelConfig
 from tests.helpers import devices
 
@@ -52,3 +53,11 @@ def test_what_does_not_fit_is_a_row(monkeypatch):
     written = []
     meshes.measured({"step": [meshes.Step("tiny", meshes.ONE, 1, 16)]}, written.append)
     assert written[-1][0]["failed"] == "RESOURCE_EXHAUSTED: Out of memory"
+
+
+def test_the_answer_is_read_from_the_rows():
+    equal = [{"group": "equal", "mesh": "data:1", "loss error": None}, {"mesh": "fsdp:2", "loss error": 2e-7}]
+    failed = {"group": "long", "mesh": "sequence:2", "failed": "RESOURCE_EXHAUSTED"}
+    timed = {"group": "step", "mesh": "fsdp:2", "loss error": None, "ms": 1.0, "efficiency": 0.98}
+    answer = two_devices({"rows": [*equal, failed, timed]})
+    assert answer == "losses off by at most 2.0e-07; of one device's speed step fsdp:2 98%"
