@@ -330,8 +330,10 @@ def rows_of(model: str, programs: list[Program]) -> Iterator[dict]:
     params_of(model)  # these are kept from now on: made while something is traced, they would be no arrays
     for path, _ in checked:
         prepared_of(model, path)
+    begin = time.perf_counter()
     with ThreadPoolExecutor() as pool:
         compiled = list(pool.map(Program.compile, programs))
+    print(f"{model}: {len(programs)} programs compiled in {time.perf_counter() - begin:.0f} s", flush=True)
     errors = {(path, batch): check_logits(model, batch, path) for path, batch in checked}
     whole = None
     for program, binary in zip(programs, compiled, strict=True):

@@ -17,6 +17,7 @@ import ast
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -285,8 +286,10 @@ def main(argv):
         for program in programs_of(model, FLAGS.implementations, batches, FLAGS.length, FLAGS.variants)
     ]
     rows, want, before = [], None, None
+    begin = time.perf_counter()
     with ThreadPoolExecutor() as pool:
         compiled = list(pool.map(Program.compile, programs))  # all before anything is timed
+    print(f"{len(programs)} programs compiled in {time.perf_counter() - begin:.0f} s", flush=True)
     for program, binary in zip(programs, compiled, strict=True):
         if (program.model, program.what, program.batch) != before:
             want, before = None, (program.model, program.what, program.batch)
