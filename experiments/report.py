@@ -174,7 +174,8 @@ def first_line(experiment: Experiment) -> list[str]:
 
 
 def page(experiments: list[Experiment]) -> str:
-    """Return the page."""
+    """Return the page, those that have run first."""
+    experiments = sorted(experiments, key=lambda experiment: experiment.result is None)
     heads = ["experiment", "variants run", "as expected", "took", "date"]
     parts = [
         "<!DOCTYPE html>",
