@@ -208,6 +208,8 @@ def _load_groups(refs, scratch, block, grid: Grid) -> None:
     @pl.when(grid.of_group(block) == 0)
     def _():
         for x_GNT, ref in ((scratch.q_GNT, refs.operands.q_BLY), (scratch.k_GNT, refs.operands.k_BLY)):
+            if ref is None:
+                continue
             for group in range(grid.groups_a_block):
                 x_TN = jnp.concatenate([ref[:, grid.lanes_of(group, r)] for r in range(grid.rank)], axis=0)
                 x_GNT[group] = inwards(x_TN, refs.constants.order_MN, grid)
@@ -309,10 +311,10 @@ def store_states(ref, h_WNX, order_MN, *, block, grid: Grid) -> None:
 
 
 def queries_and_keys(refs, scratch, chunk: Chunk, head: int):
-    """Return a head's queries and keys, biased and rotated, (N, T), in the dtype of the products."""
+    """Return a head's queries and keys, biased and rotated, (N, T), in the dtype of the products; None: not read."""
     group, weights = chunk.grid.group_of(head), refs.operands.weights
     sides = ((scratch.q_GNT, weights.q_bias_HRN), (scratch.k_GNT, weights.k_bias_HRN))
-    return [_rotated(x_GNT[group], bias_HRN, chunk, head) for x_GNT, bias_HRN in sides]
+    return [None if x_GNT is None else _rotated(x_GNT[group], bias, chunk, head) for x_GNT, bias in sides]
 
 
 def _rotated(x_NT, bias_HRN, chunk: Chunk, head: int):
