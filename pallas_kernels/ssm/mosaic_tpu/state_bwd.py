@@ -1,4 +1,4 @@
-"""The pass of the backward scan over states alone, for rows that go on over devices, in a Pallas Mosaic kernel for TPUs.
+"""The backward scan's pass over states alone, for rows that go on over devices, in a Pallas Mosaic kernel for TPUs.
 
     dh before the chunk = e^(c_T) dh  +  sum_t e^(c_t) dy_t q_t^T
 
