@@ -83,8 +83,8 @@ def across(op, context: Context, *, rotation: str, chunk: int | None = None, imp
     """Return a function that computes this device's tokens as `ssm` computes whole rows.
 
     Costs a pass over the states alone beside the op's own: `ssm.transition`, in plain XLA, or the kernels' own, which
-    also do the scan over devices and which those for GPUs may make anyway. The state given and returned is that of the whole row, the
-    same on every device.
+    also do the scan over devices and which those for GPUs may make anyway. The state given and returned is that of the
+    whole row, the same on every device.
 
     Args:
         op: (tokens, heads, state, along) -> y, state: `ssm`, and what is to be kept of it for backward.

@@ -89,7 +89,6 @@ def _kernel(refs: ScanRefs, out: ScanOutputs, scratch: ScanScratch, *, grid: Gri
         if weights.v_rank_WRX is not None:
             x_TX = chunks.per_rank(x_TX, weights.v_rank_WRX[pack])
         h_NX = h_WNX[first + pack]
-        weighted_TX = x_TX * by_head([ranks(decay.to_end_Q1 * decay.later_Q1, grid.rank) for decay in decays])
 
         within, before, after = [], [], []
         for head, decay in zip(heads, decays, strict=True):
@@ -100,7 +99,7 @@ def _kernel(refs: ScanRefs, out: ScanOutputs, scratch: ScanScratch, *, grid: Gri
                 mixed_TT = product(q_TN, k_NT, NN, grid) * weight_TT
                 within.append(product(mixed_TT, x_TX, NN, grid))
                 before.append(product(q_TN, h_NX, NN, grid))
-            after.append(product(k_NT, weighted_TX, NN, grid))
+            after.append(product(chunks.weighted(k_NT, decay.at_end_1Q(), grid), x_TX, NN, grid))
         h_WNX[first + pack] = by_head([decay.chunk_decay() for decay in decays]) * h_NX + by_head(after)
         if grid.only_states:
             continue

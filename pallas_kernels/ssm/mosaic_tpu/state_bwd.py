@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.ssm.mosaic_tpu import chunk as chunks
-from pallas_kernels.ssm.mosaic_tpu.chunk import NN, Chunk, product, ranks, side_by_side
+from pallas_kernels.ssm.mosaic_tpu.chunk import NN, Chunk, product, side_by_side
 from pallas_kernels.ssm.mosaic_tpu.grid import BlockCarry, Constants, Grid, Operands
 from pallas_kernels.ssm.mosaic_tpu.scan_bwd import BwdRefs, again_of
 
@@ -66,8 +66,9 @@ def _state_kernel(refs: BwdRefs, out: BlockCarry, scratch: StateScratch, *, grid
     chunk = chunks.load(refs, scratch, block, grid)
     for pack in range(grid.packs):
         index, decays = block * grid.packs + pack, [chunk.decays[head] for head in grid.heads_of(pack)]
-        queries, of_start_dy_TX = _read(pack, chunk, refs=refs, scratch=scratch)
-        added_NX = side_by_side([product(q_NT, of_start_dy_TX, NN, grid) for q_NT in queries], grid.width)
+        queries, dy_TX = _read(pack, chunk, refs=refs, scratch=scratch)
+        weighted = [chunks.weighted(q, decay.from_start_1Q, grid) for q, decay in zip(queries, decays, strict=True)]
+        added_NX = side_by_side([product(q_NT, dy_TX, NN, grid) for q_NT in weighted], grid.width)
         chunk_decay_1X = side_by_side([decay.chunk_decay() for decay in decays], grid.width)
         scratch.dh_WNX[index] = chunk_decay_1X * scratch.dh_WNX[index] + added_NX
 
@@ -77,7 +78,7 @@ def _state_kernel(refs: BwdRefs, out: BlockCarry, scratch: StateScratch, *, grid
 
 
 def _read(pack: int, chunk: Chunk, *, refs: BwdRefs, scratch: StateScratch):
-    """Return the queries of a pack's heads, and e^(c_t) dy_t."""
+    """Return the queries of a pack's heads, and the gradient of y."""
     grid, operands, heads = chunk.grid, refs.operands, chunk.grid.heads_of(pack)
     of_pack, weights = grid.lanes_of_pack(pack), chunks.epilogue_weights(operands.weights, pack)
     if weights.norm_WRX is None:
@@ -89,5 +90,4 @@ def _read(pack: int, chunk: Chunk, *, refs: BwdRefs, scratch: StateScratch):
     gate_QX = None if operands.gate_BLX is None else operands.gate_BLX[:, of_pack].astype(jnp.float32)
     _, pull = jax.vjp(lambda y_TX: chunks.epilogue(y_TX, x_TX, gate_QX, weights, grid=grid), y_TX)
     (dy_TX,) = pull(refs.do_BLX[:, of_pack].astype(jnp.float32))
-    from_start = [ranks(chunk.decays[head].from_start_Q1, grid.rank) for head in heads]
-    return queries, side_by_side(from_start, grid.width) * dy_TX
+    return queries, dy_TX
