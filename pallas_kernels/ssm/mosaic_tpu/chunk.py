@@ -327,12 +327,18 @@ def store_states(ref, h_WNX, order_MN, *, block, grid: Grid) -> None:
 
 
 def weighted(x_NT, weight_1Q, grid: Grid):
-    """Return queries or keys, each times the weight of its token: along the lanes, where those of values are across."""
-    return x_NT.astype(jnp.float32) * ranks(weight_1Q, grid.rank, 1)
+    """Return queries or keys, rounded as in other products, each times the weight of its token.
+
+    Weights lie along the lanes here, where those of values would have to cross them.
+    """
+    if grid.dtype == jnp.bfloat16:  # Veltkamp's rounding: simulation stops at a cast to bfloat16 and back
+        scaled_NT = x_NT * (2.0**16 + 1)
+        x_NT = scaled_NT - (scaled_NT - x_NT)
+    return x_NT * ranks(weight_1Q, grid.rank, 1)
 
 
 def queries_and_keys(refs, scratch, chunk: Chunk, head: int):
-    """Return a head's queries and keys, biased and rotated, (N, T), in the dtype of the products; None: not read."""
+    """Return a head's queries and keys, biased and rotated, (N, T), float32; None: not read."""
     group, weights = chunk.grid.group_of(head), refs.operands.weights
     sides = ((scratch.q_GNT, weights.q_bias_HRN), (scratch.k_GNT, weights.k_bias_HRN))
     return [None if x_GNT is None else _rotated(x_GNT[group], bias, chunk, head) for x_GNT, bias in sides]
@@ -344,7 +350,7 @@ def _rotated(x_NT, bias_HRN, chunk: Chunk, head: int):
         bias_NR = bias_HRN[head].T
         by_rank = [x_NQ + bias_NR[:, r : r + 1] for r, x_NQ in enumerate(of_ranks(x_NT, rank, 1))]
         x_NT = by_rank[0] if rank == 1 else jnp.concatenate(by_rank, axis=1)
-    return (x_NT if rotation is None else rotation.apply(x_NT)).astype(chunk.grid.dtype)
+    return x_NT if rotation is None else rotation.apply(x_NT)
 
 
 def epilogue_weights(weights: PackedWeights, pack: int) -> PackedWeights:

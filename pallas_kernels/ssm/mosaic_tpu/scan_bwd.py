@@ -208,7 +208,7 @@ def again_of(pack: int, chunk: Chunk, *, refs: BwdRefs, scratch) -> Again:
     rotated, scores, weight_of_pairs, reads, within = [], [], [], [], []
     for head in grid.heads_of(pack):
         # In the dtype of products, so that what pairs of a chunk give to the angle cancels in its sum over the row.
-        q_NT, k_NT = chunks.queries_and_keys(refs, scratch, chunk, head)
+        q_NT, k_NT = (x_NT.astype(grid.dtype) for x_NT in chunks.queries_and_keys(refs, scratch, chunk, head))
         q_TN = q_NT.T
         rotated.append((q_NT, k_NT))
         scores.append(product(q_TN, k_NT, NN, grid))

@@ -94,7 +94,7 @@ def _kernel(refs: ScanRefs, out: ScanOutputs, scratch: ScanScratch, *, grid: Gri
         for head, decay in zip(heads, decays, strict=True):
             q_NT, k_NT = chunks.queries_and_keys(refs, scratch, chunk, head)
             if not grid.only_states:
-                q_TN = q_NT.T
+                q_TN = q_NT.astype(grid.dtype).T
                 weight_TT = ranks(ranks(decay.weight_QQ(chunk.masks), grid.rank, 0), grid.rank, 1)
                 mixed_TT = product(q_TN, k_NT, NN, grid) * weight_TT
                 within.append(product(mixed_TT, x_TX, NN, grid))
