@@ -2,8 +2,9 @@
 
 A row is cut into runs of equal length. Each device computes the `Transition` of its own run at once with the others, a
 prefix scan composes those before it into the state in which its run begins, and the op goes on from there as it does
-from any state. So only states cross, and every implementation of the op runs on every device as it is. Kernels that
-cut rows in splits, as those for GPUs do, need no pass for it: their splits go on over devices (`kernels.spans`).
+from any state. So only states cross, and every implementation of the op runs on every device as it is. Kernels do both
+for themselves (`kernels.spans`): those for GPUs as for the splits that they cut rows in, those for TPUs by passes over
+states of their own.
 
 The scan takes ceil(log2 Z) rounds over Z devices, in each of which a device sends and holds one transition. An
 all-gather would be one round, of Z - 1 transitions that each device receives and holds.
@@ -81,9 +82,9 @@ def divide(axis: str | None, layout: str, length: int) -> Context | None:
 def across(op, context: Context, *, rotation: str, chunk: int | None = None, implementation: str | None = None):
     """Return a function that computes this device's tokens as `ssm` computes whole rows.
 
-    Costs a pass over the states alone (`ssm.transition`) beside the op's own; kernels that cut rows in splits anyway
-    have made it, and do the scan over devices themselves. The state given and returned is that of the whole row, the
-    same on every device.
+    Costs a pass over the states alone beside the op's own: `ssm.transition`, in plain XLA, or the kernels' own, which
+    also do the scan over devices and which those for GPUs may make anyway. The state given and returned is that of the
+    whole row, the same on every device.
 
     Args:
         op: (tokens, heads, state, along) -> y, state: `ssm`, and what is to be kept of it for backward.

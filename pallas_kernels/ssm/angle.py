@@ -60,9 +60,14 @@ def to_fraction(angle):
     return ((turns - jnp.floor(turns + 0.5)) * 2.0**31).astype(jnp.int32) * 2
 
 
+def to_turns(fraction):
+    """Return a 32-bit fraction of a turn in float32, in [0, 1), of the 24 bits that it has."""
+    return lax.shift_right_logical(fraction, jnp.int32(8)).astype(jnp.float32) * 2.0**-24
+
+
 def to_radians(fraction):
-    """Return a 32-bit fraction of a turn as radians in [0, 2 pi), of the 24 bits that float32 has."""
-    return lax.shift_right_logical(fraction, jnp.int32(8)).astype(jnp.float32) * (2 * math.pi / 2.0**24)
+    """Return a 32-bit fraction of a turn as radians in [0, 2 pi)."""
+    return to_turns(fraction) * (2 * math.pi)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""What the backward passes of both GPU backends do in plain XLA: sums over the row that rounding must not grow in.
+"""What backward passes do in plain XLA: sums over the row that rounding must not grow in.
+
+All of it is for both GPU backends; `mosaic_tpu`, which adds up in its kernel, takes what crosses devices from here.
 
 A gradient that adds up over later tokens (the decay's, the angle's) is summed inside a chunk, where what a pair of
 tokens adds cancels exactly, over the chunks of one checkpoint interval, and begins again at every checkpoint from the
@@ -118,7 +120,10 @@ def over_row(
     dangle_BLHS = ddt_BHL = dfirst_BHS = None
     if sums is not None:
         if along is not None:
-            dlast_BHS = dlast_BHS + _from_next_run(operands.document_BL, dlast_BHS, products.of_angle, along)
+            carried_B = jnp.ones(dlast_BHS.shape[0], bool)
+            if operands.document_BL is not None:
+                carried_B = operands.document_BL[:, -1] == 0
+            dlast_BHS = dlast_BHS + from_next_run(carried_B, dlast_BHS, products.of_angle, along)
         dangle_BLHS, ddt_BHL, dfirst_BHS = _add_later(operands, sums, dlast_BHS, products.of_angle)
     return operands._replace(
         angle_BLHS=dangle_BLHS,
@@ -130,11 +135,16 @@ def over_row(
     )
 
 
-def _from_next_run(document_BL, dlast_BHS, products: AngleProducts, along: Along):
-    """Return the gradient of the angle before the next run's tokens; 0 of the last run."""
-    carried_B = jnp.ones(dlast_BHS.shape[0], jnp.float32)
-    if document_BL is not None:
-        carried_B = (document_BL[:, -1] == 0).astype(jnp.float32)
+def from_next_run(carried_B, dlast_BHS, products: AngleProducts, along: Along):
+    """Return the gradient of the angle before the next run's tokens; 0 of the last run.
+
+    Args:
+        carried_B: bool, whether no document starts in this run.
+        dlast_BHS: the gradient of the angle after this run, but for the next run's tokens.
+        products: of this run.
+        along: where the runs lie.
+    """
+    carried_B = carried_B.astype(jnp.float32)
     after_BHS = carried_B[:, None, None] * (dlast_BHS - products.end_BHS)
     return before_device(carried_B, products.starts_BHZAS[:, :, 0, 0] + after_BHS, along, backwards=True)
 

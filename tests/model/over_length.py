@@ -44,6 +44,7 @@ FULL = {
     "others": ({"sequence": 4}, {"pattern": "G1", "layout": "zigzag"}),
     "others_contiguous": ({"data": 2, "sequence": 4}, {"pattern": "G1"}),
     "kernels": ({"sequence": 2}, {"pattern": "M", "remat": "rotation", "implementation": "triton"}),
+    "tpu_kernels": ({"sequence": 2}, {"pattern": "M", "remat": "rotation", "implementation": "mosaic_tpu"}),
     "carried": ({"sequence": 4}, {"pattern": "MA2G1"}),
     "block": ({"sequence": 2}, HYBRID | {"remat": "block"}),
     "op": ({"sequence": 2}, HYBRID | {"remat": "op", "layout": "zigzag"}),
@@ -111,7 +112,8 @@ def refusal():
 
 
 def main(which: str):
-    IMPLEMENTATIONS["triton"] = functools.partial(IMPLEMENTATIONS["triton"], interpret=True)
+    for name in ("triton", "mosaic_tpu"):
+        IMPLEMENTATIONS[name] = functools.partial(IMPLEMENTATIONS[name], interpret=True)
     for name in {"quick": QUICK, "full": FULL}[which]:
         print(name, worst(name))
     if which == "quick":

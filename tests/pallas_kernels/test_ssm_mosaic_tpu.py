@@ -15,12 +15,16 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from experiments.benchmarks import tpu_aot
-from mamba3_jax.ops.kernels import kernels
+from mamba3_jax.ops.kernels import _row, kernels
 from mamba3_jax.ops.ssm import ssm
+from pallas_kernels.ssm import gradients
+from pallas_kernels.ssm.angle import Along
 from pallas_kernels.ssm.cases import MIMO, SISO, SSD
-from pallas_kernels.ssm.mosaic_tpu import chunk, grid
+from pallas_kernels.ssm.mosaic_tpu import angle as angles
+from pallas_kernels.ssm.mosaic_tpu import chunk, grid, op
 from pallas_kernels.ssm.mosaic_tpu.angle import angle_before_chunks
 from pallas_kernels.ssm.mosaic_tpu.config import Tiles, default
+from tests.helpers import rel_rms
 from tests.ops import cases
 from tests.ops.cases import bfloat16, draw
 from tests.pallas_kernels.family import start_of, wanted
@@ -85,6 +89,49 @@ def test_agrees_with_the_definition_in_the_tpu_interpreter(shape, starts, narrow
 def test_agrees_with_the_definition(shape, starts, narrow):
     """More of the same, in the quick interpreter."""
     check_all(shape, starts, narrow, True)
+
+
+def passes(shape, starts, monkeypatch):
+    """What the passes over states alone give, and what the kernels give of a row that nothing comes before or after:
+    (state after the row, gradient of the state before it) of each."""
+    given = []  # as `run` is traced
+
+    def nothing(decay, added, *how, **more):
+        if added.ndim == 4:
+            given.append(added)
+        return jnp.zeros_like(added)
+
+    for module in (angles, gradients, op):
+        monkeypatch.setattr(module, "before_device", nothing)
+    tokens, heads, state = draw(shape)
+    row = _row(tokens._replace(start_BL=start_of(shape, starts)), heads, state)
+    how = {"chunk": 16, "interpret": INTERPRETER, "along": Along("sequence")}
+
+    @jax.jit
+    def run(row):
+        results, pull = jax.vjp(lambda before: op.scan(row._replace(before=before), shape.rotation, **how), row.before)
+        (dbefore,) = pull(results)
+        return [x[:, :, : shape.width, : shape.d_state] for x in given], [results.after.h_BHPN, dbefore.h_BHPN]
+
+    found = run(row)
+    pltpu.reset_tpu_interpret_mode_state()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("shape", "starts"),
+    [
+        (SMALL, ()),
+        pytest.param(SMALL._replace(batch=2, groups=1, norm=True), (5, 16, 37), marks=pytest.mark.full),
+        pytest.param(RANKED._replace(heads=4, rank=2, gate_ranked=True), (7,), marks=pytest.mark.full),
+    ],
+    ids=["siso", "norm_packed", "mimo_packed"],
+)
+def test_a_pass_over_states_alone(shape, starts, monkeypatch):
+    """For rows that go on over devices, in the TPU interpreter: it gives the states of the kernels that do it all."""
+    for got, want in zip(*passes(shape, starts, monkeypatch), strict=True):
+        assert rel_rms(got, want) < 1e-6
+        assert rel_rms(1.001 * got, want) > 1e-4
 
 
 def test_a_thousandth_is_caught(monkeypatch):

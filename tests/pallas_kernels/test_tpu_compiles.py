@@ -9,6 +9,7 @@ import re
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
@@ -20,6 +21,7 @@ from experiments.benchmarks import ssm, tpu_aot
 from launch import hlo
 from mamba3_jax.config import Config, ModelConfig
 from mamba3_jax.model import boxed_shapes
+from mamba3_jax.ops import context
 from mamba3_jax.ops.kernels import kernels
 from mamba3_jax.ops.sharded import sharded
 from mamba3_jax.ops.ssm import Heads, State, Tokens
@@ -55,6 +57,8 @@ KERNELS = {
     "forward": ["mamba3_tpu_scan(?!_back)"],
     "forward+backward": ["mamba3_tpu_scan(?!_back)", "mamba3_tpu_scan_back"],
     "decode": ["mamba3_decode"],
+    "over devices": [f"mamba3_tpu_{name}(?!_back)" for name in ("turns", "scan", "states")]
+    + ["mamba3_tpu_scan_back", "mamba3_tpu_states_back"],
 }
 
 
@@ -159,6 +163,37 @@ def test_compiles_over_a_mesh(topology, length, rank):
     check_kernels(text, "decode" if length == 1 else "forward+backward")
     moved = set(re.findall(r"\b(all-[a-z]+|collective-[a-z]+|reduce-scatter)(?:-start)?\(", text))
     assert moved == (set() if length == 1 else {"all-reduce"})
+
+
+@pytest.mark.full
+@pytest.mark.libtpu
+@pytest.mark.parametrize("rank", [1, 4])
+def test_rows_over_devices_compile(rank):
+    """Every device has the passes over states and the scan; only states, and gradients' sums, cross."""
+    case = of_layer(batch=2, length=4096, heads=8, width=64, d_state=128, rank=rank, groups=1, dtype="bfloat16")
+    devices = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
+    axes = ("sequence", "tensor")
+    mesh = Mesh(np.array(devices).reshape(4, 2), axes, axis_types=(AxisType.Auto,) * 2)
+
+    def along(*inputs):
+        return op(*inputs[:3], rotation=case.rotation, along=inputs[3])
+
+    def loss(tokens, heads):
+        lies = context.divide("sequence", "zigzag", case.length)
+        run = sharded(context.across(along, lies, rotation=case.rotation), None, "tensor", "sequence")
+        return jnp.sum(run(tokens, heads)[0].astype(jnp.float32))
+
+    def placed(x, spec):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    tokens, heads = jax.eval_shape(lambda: ssm.inputs(case))
+    tokens = jax.tree.map(lambda x: placed(x, Spec(None, "sequence")), tokens)
+    heads = jax.tree.map(lambda x: placed(x, Spec("tensor")), heads)
+    with use_abstract_mesh(mesh.abstract_mesh):
+        text = jax.jit(jax.grad(loss, (0, 1))).lower(tokens, heads).compile().as_text()
+    check_kernels(text, "over devices")
+    moved = set(re.findall(r"\b(all-[a-z]+|collective-[a-z]+|reduce-scatter)(?:-start)?\(", text))
+    assert moved == {"collective-permute", "all-reduce"}
 
 
 @pytest.mark.libtpu

@@ -5,4 +5,4 @@ from pallas_kernels.ssm.mosaic_tpu.decode import step
 from pallas_kernels.ssm.mosaic_tpu.op import scan, unsupported
 
 __all__ = ["SPANS", "STEPS", "available", "scan", "step", "unsupported"]
-SPANS = False
+SPANS = True

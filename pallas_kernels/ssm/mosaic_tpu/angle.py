@@ -16,7 +16,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ssm.angle import INVERSE_TURN, INVERSE_TURN_PIECES, head
+from pallas_kernels.ssm.angle import (
+    INVERSE_TURN,
+    INVERSE_TURN_PIECES,
+    Along,
+    before_device,
+    head,
+    to_radians,
+    to_turns,
+)
 from pallas_kernels.ssm.mosaic_tpu.config import Tiles, vmem_limit
 from pallas_kernels.ssm.mosaic_tpu.grid import chunk_of, present
 
@@ -32,13 +40,14 @@ class AngleRefs(NamedTuple):
     document_BC1Q: jax.Array | None  # float32; (.., 1, Q)
 
 
-def angle_before_chunks(angle_BHSL, dt_BHL, first_BHS, *, document_BC1Q, tiles: Tiles):
+def angle_before_chunks(angle_BHSL, dt_BHL, first_BHS, *, document_BC1Q, tiles: Tiles, along: Along | None = None):
     """Return start_BCHS in turns, in [0, 1), and the last angle_BHS in radians, in [0, 2 pi).
 
     Args:
         angle_BHSL: radians per unit dt; the H axis may be 1. Its tokens, and those of dt, as `tokens_last` has them.
         first_BHS: radians; None: 0.
         document_BC1Q: document starts in the chunk up to each token, or None.
+        along: how rows go on over devices, `first` before the row's first run and 0 before the others.
     """
     tokens, (of_heads, pairs) = tiles.tokens, angle_BHSL.shape[-3:-1]
     batch, n_heads = dt_BHL.shape[0], dt_BHL.shape[-2]
@@ -60,7 +69,7 @@ def angle_before_chunks(angle_BHSL, dt_BHL, first_BHS, *, document_BC1Q, tiles: 
     out_specs = [pl.BlockSpec((None, None, pairs, n_heads), lambda b, c: (b, c, 0, 0)), of_row]
     out_shape = [
         jax.ShapeDtypeStruct((batch, chunks, pairs, n_heads), jnp.float32),
-        jax.ShapeDtypeStruct((batch, pairs, n_heads), jnp.float32),
+        jax.ShapeDtypeStruct((batch, pairs, n_heads), jnp.int32),
     ]
     scratch = [pltpu.VMEM((2, pairs, n_heads), jnp.float32)]
     intermediates = 4 * 16 * SIDE_BY_SIDE * pairs * tokens  # pieces of what is added
@@ -78,7 +87,22 @@ def angle_before_chunks(angle_BHSL, dt_BHL, first_BHS, *, document_BC1Q, tiles: 
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=limit),
         **({} if tiles.interpret is None else {"interpret": tiles.interpret}),
     )(refs)
-    return jnp.swapaxes(start_BCSH, 2, 3), jnp.swapaxes(last_BSH, 1, 2) * (2 * math.pi)
+    start_BCHS, last_BHS = jnp.swapaxes(start_BCSH, 2, 3), jnp.swapaxes(last_BSH, 1, 2)
+    if along is not None:
+        start_BCHS, last_BHS = _over_devices(start_BCHS, last_BHS, document_BC1Q, along)
+    return start_BCHS, to_radians(last_BHS)
+
+
+def _over_devices(start_BCHS, last_BHS, document_BC1Q, along: Along):
+    """Add what the runs before this one turn to its angles: exactly to those after it, which are 32-bit fractions."""
+    reached_BC = jnp.ones((start_BCHS.shape[0], start_BCHS.shape[1] + 1), bool)  # and after the last
+    if document_BC1Q is not None:
+        begun_BC = jnp.cumsum(document_BC1Q[:, :, 0, -1], axis=1)
+        reached_BC = jnp.pad(begun_BC, ((0, 0), (1, 0))) == 0
+    first_BHS = before_device(reached_BC[:, -1].astype(jnp.int32), last_BHS, along)
+    start_BCHS += jnp.where(reached_BC[:, :-1, None, None], to_turns(first_BHS)[:, None], 0.0)
+    last_BHS += jnp.where(reached_BC[:, -1:, None], first_BHS, 0)
+    return start_BCHS - jnp.floor(start_BCHS), last_BHS
 
 
 def _angle_kernel(refs: AngleRefs, start_SH, last_SH, turns_2SH, *, tokens: int):
@@ -123,7 +147,8 @@ def _angle_kernel(refs: AngleRefs, start_SH, last_SH, turns_2SH, *, tokens: int)
 
     @pl.when(chunk == pl.num_programs(1) - 1)
     def _():
-        last_SH[...] = _fraction(turns_2SH[0], turns_2SH[1])
+        exact_SH, rest_SH = turns_2SH[0] * 2.0**31, jnp.floor(turns_2SH[1] * 2.0**32 + 0.5)
+        last_SH[...] = 2 * exact_SH.astype(jnp.int32) + rest_SH.astype(jnp.int32)
 
 
 def _advance(before, more, continues, step: float):

@@ -100,6 +100,8 @@ class Decay(NamedTuple):
     within_QQ: jax.Array  # e^(c_t - c_s), zero where s is after t or in another document
     from_start_Q1: jax.Array  # e^(c_t): of the state before the chunk
     to_end_Q1: jax.Array  # e^(c_T - c_s): in the state after it
+    from_start_1Q: jax.Array
+    to_end_1Q: jax.Array
     gamma_1Q: jax.Array | None  # the weight in a token's own output; None: as in later ones
     later_1Q: jax.Array  # the weight in later outputs
     later_Q1: jax.Array
@@ -112,22 +114,32 @@ class Decay(NamedTuple):
         row = lambda name: scalars_XQ[places[name]]  # noqa: E731
         column = lambda name: columns_QX[:, places[name]]  # noqa: E731
         last = scalars_XQ.shape[1] - 1
-        gap_QQ, to_end_Q1, from_start_Q1 = column("c") - row("c"), row("c")[:, last:] - column("c"), column("c")
+        gap_QQ = column("c") - row("c")
         if "rest" in places:
             gap_QQ += column("rest") - row("rest")
-            to_end_Q1 += row("rest")[:, last:] - column("rest")
-            from_start_Q1 += column("rest")
         # The mask comes before exp: what lies after a token grows without bound.
         within_QQ = jnp.exp(jnp.where(masks.within_QQ, gap_QQ, -jnp.inf))
-        from_start_Q1, to_end_Q1 = jnp.exp(from_start_Q1), jnp.exp(jnp.minimum(to_end_Q1, 0.0))
-        if masks.reaches_Q1 is not None:
-            from_start_Q1 = jnp.where(masks.continues_Q1, from_start_Q1, 0.0)
-            to_end_Q1 = jnp.where(masks.reaches_Q1, to_end_Q1, 0.0)
+
+        def ends(of, continues, reaches):
+            """Return both of `from_start` and `to_end`, as columns or rows."""
+            from_start, to_end = of("c"), row("c")[:, last:] - of("c")
+            if "rest" in places:
+                from_start += of("rest")
+                to_end += row("rest")[:, last:] - of("rest")
+            from_start, to_end = jnp.exp(from_start), jnp.exp(jnp.minimum(to_end, 0.0))
+            if reaches is None:
+                return from_start, to_end
+            return jnp.where(continues, from_start, 0.0), jnp.where(reaches, to_end, 0.0)
+
+        from_start_Q1, to_end_Q1 = ends(column, masks.continues_Q1, masks.reaches_Q1)
+        from_start_1Q, to_end_1Q = ends(row, masks.continues_1Q, masks.reaches_1Q)
         later = "kappa" if "kappa" in places else "gamma"
         return cls(
             within_QQ=within_QQ,
             from_start_Q1=from_start_Q1,
             to_end_Q1=to_end_Q1,
+            from_start_1Q=from_start_1Q,
+            to_end_1Q=to_end_1Q,
             gamma_1Q=row("gamma") if "kappa" in places else None,
             later_1Q=row(later),
             later_Q1=column(later),
@@ -137,6 +149,10 @@ class Decay(NamedTuple):
     def chunk_decay(self):
         """Return what the chunk leaves of the state before it, (1, 1)."""
         return self.from_start_Q1[self.from_start_Q1.shape[0] - 1 :]
+
+    def at_end_1Q(self):
+        """Return what a token weighs in the state after the chunk."""
+        return self.to_end_1Q * self.later_1Q
 
     def weight_QQ(self, masks: Masks):
         """Return what token s (across) weighs in the output of t."""
@@ -208,6 +224,8 @@ def _load_groups(refs, scratch, block, grid: Grid) -> None:
     @pl.when(grid.of_group(block) == 0)
     def _():
         for x_GNT, ref in ((scratch.q_GNT, refs.operands.q_BLY), (scratch.k_GNT, refs.operands.k_BLY)):
+            if ref is None:
+                continue
             for group in range(grid.groups_a_block):
                 x_TN = jnp.concatenate([ref[:, grid.lanes_of(group, r)] for r in range(grid.rank)], axis=0)
                 x_GNT[group] = inwards(x_TN, refs.constants.order_MN, grid)
@@ -308,11 +326,22 @@ def store_states(ref, h_WNX, order_MN, *, block, grid: Grid) -> None:
             ref[head] = h_XN[place * grid.width : (place + 1) * grid.width]
 
 
+def weighted(x_NT, weight_1Q, grid: Grid):
+    """Return queries or keys, rounded as in other products, each times the weight of its token.
+
+    Weights lie along the lanes here, where those of values would have to cross them.
+    """
+    if grid.dtype == jnp.bfloat16:  # Veltkamp's rounding: simulation stops at a cast to bfloat16 and back
+        scaled_NT = x_NT * (2.0**16 + 1)
+        x_NT = scaled_NT - (scaled_NT - x_NT)
+    return x_NT * ranks(weight_1Q, grid.rank, 1)
+
+
 def queries_and_keys(refs, scratch, chunk: Chunk, head: int):
-    """Return a head's queries and keys, biased and rotated, (N, T), in the dtype of the products."""
+    """Return a head's queries and keys, biased and rotated, (N, T), float32; None: not read."""
     group, weights = chunk.grid.group_of(head), refs.operands.weights
     sides = ((scratch.q_GNT, weights.q_bias_HRN), (scratch.k_GNT, weights.k_bias_HRN))
-    return [_rotated(x_GNT[group], bias_HRN, chunk, head) for x_GNT, bias_HRN in sides]
+    return [None if x_GNT is None else _rotated(x_GNT[group], bias, chunk, head) for x_GNT, bias in sides]
 
 
 def _rotated(x_NT, bias_HRN, chunk: Chunk, head: int):
@@ -321,7 +350,7 @@ def _rotated(x_NT, bias_HRN, chunk: Chunk, head: int):
         bias_NR = bias_HRN[head].T
         by_rank = [x_NQ + bias_NR[:, r : r + 1] for r, x_NQ in enumerate(of_ranks(x_NT, rank, 1))]
         x_NT = by_rank[0] if rank == 1 else jnp.concatenate(by_rank, axis=1)
-    return (x_NT if rotation is None else rotation.apply(x_NT)).astype(chunk.grid.dtype)
+    return x_NT if rotation is None else rotation.apply(x_NT)
 
 
 def epilogue_weights(weights: PackedWeights, pack: int) -> PackedWeights:

@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.ssm.angle import Along
 from pallas_kernels.ssm.contract import Row, Weights, map_axes, sizes_of
 from pallas_kernels.ssm.mosaic_tpu.config import LANES, Tiles, vmem_limit
 
@@ -116,9 +117,11 @@ class Grid:
     given_width: int
     tiles: Tiles
     backwards: bool = False
+    only_states: bool = False  # or their gradients: nothing of a token
+    along: Along | None = None  # how rows go on over devices
 
     @classmethod
-    def of(cls, row: Row, given: dict[str, int], tiles: Tiles):
+    def of(cls, row: Row, given: dict[str, int], tiles: Tiles, along: Along | None = None):
         """Return that of a padded row; `given` are its sizes without padding."""
         size = sizes_of(row)
         return cls(
@@ -136,6 +139,7 @@ class Grid:
             given_length=given["L"],
             given_width=given["P"],
             tiles=tiles,
+            along=along,
         )
 
     def __post_init__(self):
@@ -370,17 +374,17 @@ class Grid:
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=limit
             ),
-            cost_estimate=self._cost(jax.tree.leaves((refs, out))),
+            cost_estimate=self._cost(refs, out),
             **({} if self.tiles.interpret is None else {"interpret": self.tiles.interpret}),
         )(refs)
         return result
 
-    def _cost(self, arrays) -> pl.CostEstimate:
+    def _cost(self, refs, out) -> pl.CostEstimate:
         """Count every array once, the products of a kernel, and the triangle of the angles."""
-        rows, d_state, width = self.rows, self.d_state, self.width
-        states = 5 if self.backwards else 2  # products of T rows with a state
-        of_rows = 3 * d_state + 3 * width if self.backwards else d_state + width
-        of_angles = 5 if self.backwards else 3  # pieces
+        rows, d_state, width, arrays = self.rows, self.d_state, self.width, jax.tree.leaves((refs, out))
+        pairs = None not in (refs.operands.q_BLY, refs.operands.k_BLY)  # of tokens
+        times, states, of_angles = (3, 5, 5) if self.backwards and not self.only_states else (1, 1 + pairs, 3)
+        of_rows = times * (d_state + width) * pairs
         products = rows * rows * of_rows + states * rows * d_state * width + of_angles * self.tokens**2 * self.pairs
         steps = self.batch * self.chunks * self.n_heads
         return pl.CostEstimate(

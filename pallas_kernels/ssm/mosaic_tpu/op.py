@@ -1,6 +1,11 @@
 """The scan in Pallas Mosaic for TPUs: padding and the order of N, and one custom derivative around the kernels.
 
 The backward pass reads the operands again, and the state and the angle before every chunk.
+
+Where rows go on over devices (`along`), either pass has one over states alone before it: what a device's run adds to
+the state, or to its gradient, of which `before_device` makes what comes to the run. The kernels then run from there as
+from any state, and all of a run's gradients are theirs: that of the decay has the state's product with its gradient in
+every chunk, and that of the angle begins from it after the run.
 """
 
 import dataclasses
@@ -12,6 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
+from pallas_kernels.ssm.angle import Along, before_device
 from pallas_kernels.ssm.contract import (
     Carry,
     Row,
@@ -27,11 +33,12 @@ from pallas_kernels.ssm.contract import (
     wants_float32_or_bfloat16,
     wants_normed,
 )
-from pallas_kernels.ssm.mosaic_tpu import decode, scan_bwd, scan_fwd
+from pallas_kernels.ssm.gradients import from_next_run, state_products
+from pallas_kernels.ssm.mosaic_tpu import decode, scan_bwd, scan_fwd, state_bwd
 from pallas_kernels.ssm.mosaic_tpu.angle import angle_before_chunks
 from pallas_kernels.ssm.mosaic_tpu.config import Tiles, limits, order_matrix, order_of, padded_width, tiles_of
 from pallas_kernels.ssm.mosaic_tpu.grid import BlockCarry, Constants, Grid, Operands
-from pallas_kernels.ssm.operands import documents
+from pallas_kernels.ssm.operands import STEEPEST, documents
 
 
 class Results(NamedTuple):
@@ -43,7 +50,23 @@ class Results(NamedTuple):
     v_BX: jax.Array
 
 
-def scan(row: Row, rotation: str, *, interpret=None, chunk: int | None = None, tiles: Tiles | None = None) -> Scanned:
+class OverDevices(NamedTuple):
+    """The states of a run of a row that goes on over devices: residuals of the backward pass."""
+
+    before_BHPN: jax.Array
+    after_BHPN: jax.Array
+    decay_BH: jax.Array  # what the run leaves of the state before it: 0 where a document starts
+
+
+def scan(
+    row: Row,
+    rotation: str,
+    *,
+    interpret=None,
+    chunk: int | None = None,
+    tiles: Tiles | None = None,
+    along: Along | None = None,
+) -> Scanned:
     """Compute a row in one fused kernel, and its angles in one before it. See `contract`.
 
     Queries and keys are biased and rotated inside the kernel: they are read once a chunk for all heads of a group, and
@@ -53,6 +76,7 @@ def scan(row: Row, rotation: str, *, interpret=None, chunk: int | None = None, t
         interpret: pltpu.InterpretParams, or True.
         chunk: tokens a chunk, rounded up to a multiple of 16; None: the tiles'.
         tiles: how the kernels are cut; None: by this process's TPU.
+        along: how rows go on over devices.
 
     Raises:
         ValueError: float64, a rank other than 1, 2, 4 or 8, d_state over 256, P over 128, or tiles that do not fit in
@@ -80,7 +104,7 @@ def scan(row: Row, rotation: str, *, interpret=None, chunk: int | None = None, t
     document_BC1Q = documents(row.start_BL, tiles.tokens)
     if document_BC1Q is not None:
         document_BC1Q = document_BC1Q.astype(jnp.float32).reshape(size["B"], -1, 1, tiles.tokens)
-    grid = Grid.of(row, size, tiles)
+    grid = Grid.of(row, size, tiles, along)
     results = mamba3(grid.operands(row), document_BC1Q, order_MN, grid)
     k_BGRN = results.k_BX.reshape(size["B"], size["G"], size["R"], -1)
     scanned = Scanned(
@@ -134,28 +158,58 @@ def _forward(operands: Operands, document_BC1Q, order_MN, grid: Grid, *, residua
             grid.of_heads_again(before_BK1X),
             document_BC1Q=document_BC1Q,
             tiles=grid.tiles,
+            along=grid.along,
         )
     constants = Constants(start_BCK1X=grid.of_blocks(start_BCHS), document_BC1Q=document_BC1Q, order_MN=order_MN)
+    over = None
+    if grid.along is not None:
+        before_BHPN, decay_BH = _before_run(operands, constants, grid)
+        before_BHPN, decay_BH = checkpoint_name((before_BHPN, decay_BH), "ssm_states")
+        operands = operands._replace(before=BlockCarry(angle_BK1X=None, h_BHPN=before_BHPN))
     out = scan_fwd.forward(operands, constants, grid, residuals=residuals)
+    if grid.along is not None:
+        over = OverDevices(before_BHPN, checkpoint_name(out.after.h_BHPN, "ssm_states"), decay_BH)
     # Of the arrays as they lie in memory: or XLA for TPU copies all of them into another order.
     k_BX, v_BX = (x_BLX[:, grid.given_length - 1] for x_BLX in (operands.k_BLY, operands.v_BLX))
     after = BlockCarry(angle_BK1X=grid.of_blocks(angle_BHS), h_BHPN=out.after.h_BHPN)
-    return Results(o_BLX=out.o_BLX, after=after, k_BX=k_BX, v_BX=v_BX), (constants, out.h_BCWNX)
+    return Results(o_BLX=out.o_BLX, after=after, k_BX=k_BX, v_BX=v_BX), (constants, out.h_BCWNX, over)
+
+
+def _before_run(operands: Operands, constants: Constants, grid: Grid):
+    """Return the state before this device's run, of `OverDevices`, and the run's decay."""
+    tokens = -1 if operands.log_a_BHL.ndim == 3 else (1, -1)  # `tokens_last`
+    decay_BH = jnp.exp(jnp.sum(jnp.maximum(operands.log_a_BHL, STEEPEST), axis=tokens))
+    decay_BH = jnp.where(_carried(constants, grid)[:, None], decay_BH, 0.0)
+    before_BHPN = before_device(decay_BH, scan_fwd.state_after(operands, constants, grid), grid.along)
+    if operands.before is not None:
+        before_BHPN += operands.before.h_BHPN
+    return before_BHPN, decay_BH
+
+
+def _carried(constants: Constants, grid: Grid):
+    """Return whether no document starts in this device's run, of every row."""
+    if constants.document_BC1Q is None:
+        return jnp.ones(grid.batch, bool)
+    return jnp.all(constants.document_BC1Q[..., -1] == 0, axis=(1, 2))
 
 
 def _fwd(operands: Operands, document_BC1Q, order_MN, grid: Grid):
     operands, document_BC1Q, order_MN = jax.tree.map(lambda primal: primal.value, (operands, document_BC1Q, order_MN))
-    results, (constants, h_BCWNX) = _forward(operands, document_BC1Q, order_MN, grid, residuals=True)
-    return results, (operands, constants, checkpoint_name(h_BCWNX, "ssm_states"))
+    results, (constants, h_BCWNX, over) = _forward(operands, document_BC1Q, order_MN, grid, residuals=True)
+    return results, (operands, constants, checkpoint_name(h_BCWNX, "ssm_states"), over)
 
 
 def _bwd(grid: Grid, residuals, cotangents: Results):
-    operands, constants, h_BCWNX = residuals
+    operands, constants, h_BCWNX, over = residuals
     # None where nobody uses a result: most often the state after the row, whose zeros would be large.
     cotangents = jax.tree.map(lambda d: None if isinstance(d, SymbolicZero) else d, cotangents)
     do_BLX = jnp.zeros_like(operands.v_BLX) if cotangents.o_BLX is None else cotangents.o_BLX
-    grid = dataclasses.replace(grid, backwards=True)
-    d = scan_bwd.backward(operands, constants, h_BCWNX, grid, do_BLX=do_BLX, dafter=cotangents.after)
+    grid, dafter = dataclasses.replace(grid, backwards=True), cotangents.after
+    if over is not None:
+        how = {"do_BLX": do_BLX, "dlast_BHPN": dafter.h_BHPN}
+        dstart_BHPN = state_bwd.state_before(operands, constants, h_BCWNX, grid, **how)
+        dafter = _after_run(dstart_BHPN, dafter, over, constants, grid)
+    d = scan_bwd.backward(operands, constants, h_BCWNX, grid, do_BLX=do_BLX, dafter=dafter)
 
     def with_last(dx_BLX, more_BX):
         """Add the last token's in place: the sum with zeros for all others would be one more pass over them."""
@@ -163,6 +217,37 @@ def _bwd(grid: Grid, residuals, cotangents: Results):
 
     dk_BLX, dv_BLX = with_last(d.k_BLY, cotangents.k_BX), with_last(d.v_BLX, cotangents.v_BX)
     return d._replace(k_BLY=dk_BLX, v_BLX=dv_BLX), None, None
+
+
+def _after_run(dstart_BHPN, dlast: BlockCarry, over: OverDevices, constants: Constants, grid: Grid) -> BlockCarry:
+    """Return the gradient of what comes after this device's run.
+
+    Args:
+        dstart_BHPN: that of the state before the run, but for what the next run's tokens give.
+        dlast: that of what the run leaves, likewise; None in it: 0.
+        over: the run's states.
+        constants: of the run.
+        grid: of the run.
+    """
+    dnext_BHPN = before_device(over.decay_BH, dstart_BHPN, grid.along, backwards=True)
+    dstart_BHPN += over.decay_BH[..., None, None] * dnext_BHPN
+    dend_BHPN = dnext_BHPN if dlast.h_BHPN is None else dnext_BHPN + dlast.h_BHPN
+    if not grid.pairs:
+        return BlockCarry(angle_BK1X=None, h_BHPN=dend_BHPN)
+
+    def pairs(x_PN):
+        if constants.order_MN is not None:
+            x_PN = jnp.matmul(x_PN, constants.order_MN.T.astype(jnp.float32), precision="highest")
+        return jnp.split(x_PN, 2, axis=-1)
+
+    starts = (x_BHPN[:, :, None, None] for x_BHPN in (over.before_BHPN, dstart_BHPN))  # one split, one checkpoint
+    of_states = {"planes": grid.pairs, "interval": grid.length}
+    products = state_products([tuple(starts)], (over.after_BHPN, dend_BHPN), pairs, **of_states)
+    dlast_BHS = jnp.zeros((grid.batch, grid.n_heads, grid.pairs), jnp.float32)
+    if dlast.angle_BK1X is not None:
+        dlast_BHS = grid.of_heads_again(dlast.angle_BK1X)
+    dlast_BHS += from_next_run(_carried(constants, grid), dlast_BHS, products.of_angle, grid.along)
+    return BlockCarry(angle_BK1X=grid.of_blocks(dlast_BHS), h_BHPN=dend_BHPN)
 
 
 mamba3.defvjp(_fwd, _bwd, symbolic_zeros=True)

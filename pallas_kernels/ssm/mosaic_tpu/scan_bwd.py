@@ -45,11 +45,11 @@ from pallas_kernels.ssm.operands import STEEPEST
 
 
 class BwdRefs(NamedTuple):
-    """What the kernel reads."""
+    """What the kernels read."""
 
     operands: Operands  # without `before`
     constants: Constants
-    h_BCWNX: jax.Array  # the state before every chunk
+    h_BCWNX: jax.Array | None  # the state before every chunk; None: the pass over states does not need it
     do_BLX: jax.Array
     dafter: BlockCarry  # None in it: 0
 
@@ -67,6 +67,20 @@ class BwdScratch(NamedTuple):
     scalars_HXQ: jax.Array
     dc_HQ: jax.Array  # the gradient of the decay of all heads in a chunk
     dweights: PackedWeights
+
+
+class Again(NamedTuple):
+    """What the forward pass computed of a pack of heads in a chunk; lists have one entry a head."""
+
+    v_QX: jax.Array
+    x_TX: jax.Array
+    h_NX: jax.Array
+    rotated: list  # queries and keys
+    scores: list
+    weight_of_pairs: list
+    from_start_TX: jax.Array
+    read_TX: jax.Array  # h q
+    y_TX: jax.Array
 
 
 class Head(NamedTuple):
@@ -184,6 +198,38 @@ def _kernel(refs: BwdRefs, out: Operands, scratch: BwdScratch, *, grid: Grid):
         jax.tree.map(store, out.weights, scratch.dweights)
 
 
+def again_of(pack: int, chunk: Chunk, *, refs: BwdRefs, scratch) -> Again:
+    """Compute what the forward pass computed of a pack of heads, up to the epilogue."""
+    operands, grid, rank, v_rank_WRX = refs.operands, chunk.grid, chunk.grid.rank, refs.operands.weights.v_rank_WRX
+    by_head = lambda values: side_by_side(values, grid.width)  # noqa: E731
+    v_QX = operands.v_BLX[:, grid.lanes_of_pack(pack)].astype(jnp.float32)
+    x_TX = v_QX if v_rank_WRX is None else chunks.per_rank(v_QX, v_rank_WRX[pack])
+    h_NX = refs.h_BCWNX[pack].astype(jnp.float32)
+    rotated, scores, weight_of_pairs, reads, within = [], [], [], [], []
+    for head in grid.heads_of(pack):
+        # In the dtype of products, so that what pairs of a chunk give to the angle cancels in its sum over the row.
+        q_NT, k_NT = (x_NT.astype(grid.dtype) for x_NT in chunks.queries_and_keys(refs, scratch, chunk, head))
+        q_TN = q_NT.T
+        rotated.append((q_NT, k_NT))
+        scores.append(product(q_TN, k_NT, NN, grid))
+        weight_of_pairs.append(ranks(ranks(chunk.decays[head].weight_QQ(chunk.masks), rank, 0), rank, 1))
+        reads.append(product(q_TN, h_NX, NN, grid))
+        within.append(product(scores[-1] * weight_of_pairs[-1], x_TX, NN, grid))
+    read_TX = by_head(reads)
+    from_start_TX = by_head([ranks(chunk.decays[head].from_start_Q1, rank) for head in grid.heads_of(pack)])
+    return Again(
+        v_QX=v_QX,
+        x_TX=x_TX,
+        h_NX=h_NX,
+        rotated=rotated,
+        scores=scores,
+        weight_of_pairs=weight_of_pairs,
+        from_start_TX=from_start_TX,
+        read_TX=read_TX,
+        y_TX=by_head(within) + from_start_TX * read_TX,
+    )
+
+
 def _pack(pack: int, chunk: Chunk, *, refs: BwdRefs, out: Operands, scratch: BwdScratch) -> list[Head]:
     """Compute the gradients of a pack of heads, all but those of the angles."""
     operands, grid, block, masks = refs.operands, chunk.grid, chunk.block, chunk.masks
@@ -193,35 +239,21 @@ def _pack(pack: int, chunk: Chunk, *, refs: BwdRefs, out: Operands, scratch: Bwd
     by_head = lambda values: side_by_side(values, grid.width)  # noqa: E731
     # What a token weighs in the state after the chunk.
     at_end = [decay.to_end_Q1 * decay.later_Q1 for decay in decays]
-    from_start_TX = by_head([ranks(decay.from_start_Q1, rank) for decay in decays])
     at_end_TX = by_head([ranks(at_end_Q1, rank) for at_end_Q1 in at_end])
-    v_QX = operands.v_BLX[:, of_pack].astype(jnp.float32)
-    x_TX = v_QX if weights.v_rank_WRX is None else chunks.per_rank(v_QX, weights.v_rank_WRX[pack])
+    again = again_of(pack, chunk, refs=refs, scratch=scratch)
+    h_NX, dh_NX = again.h_NX, scratch.dh_WNX[index]
+    v_QX, x_TX, from_start_TX, read_TX = again.v_QX, again.x_TX, again.from_start_TX, again.read_TX
     gate_QX = None if operands.gate_BLX is None else operands.gate_BLX[:, of_pack].astype(jnp.float32)
-    h_NX, dh_NX = refs.h_BCWNX[pack].astype(jnp.float32), scratch.dh_WNX[index]
-
-    rotated, scores, weight_of_pairs, reads, within = [], [], [], [], []
-    for head, decay in zip(heads, decays, strict=True):
-        # In the dtype of products, so that what pairs of a chunk give to the angle cancels in its sum over the row.
-        q_NT, k_NT = chunks.queries_and_keys(refs, scratch, chunk, head)
-        q_TN = q_NT.T
-        rotated.append((q_NT, k_NT))
-        scores.append(product(q_TN, k_NT, NN, grid))
-        weight_of_pairs.append(ranks(ranks(decay.weight_QQ(masks), rank, 0), rank, 1))
-        reads.append(product(q_TN, h_NX, NN, grid))
-        within.append(product(scores[-1] * weight_of_pairs[-1], x_TX, NN, grid))
-    read_TX = by_head(reads)
-    y_TX = by_head(within) + from_start_TX * read_TX
     of_epilogue = functools.partial(chunks.epilogue, grid=grid)
-    _, pull = jax.vjp(of_epilogue, y_TX, x_TX, gate_QX, chunks.epilogue_weights(weights, pack))
+    _, pull = jax.vjp(of_epilogue, again.y_TX, x_TX, gate_QX, chunks.epilogue_weights(weights, pack))
     dy_TX, dx_TX, dgate_QX, depilogue = pull(refs.do_BLX[:, of_pack].astype(jnp.float32))
     if dgate_QX is not None:
         out.gate_BLX[:, of_pack] = dgate_QX.astype(out.gate_BLX.dtype)
 
     of_start_dy_TX, at_end_x_TX = from_start_TX * dy_TX, at_end_TX * x_TX
     of_pairs, dqs, dks, dxs, laters, dhs = [], [], [], [], [], []
-    for place, (q_NT, k_NT) in enumerate(rotated):
-        decay, score_TT, weight_TT = decays[place], scores[place], weight_of_pairs[place]
+    for place, (q_NT, k_NT) in enumerate(again.rotated):
+        decay, score_TT, weight_TT = decays[place], again.scores[place], again.weight_of_pairs[place]
         dmixed_TT = product(alone(dy_TX, place, grid), x_TX, NT, grid)
         dscore_TT = dmixed_TT * weight_TT
         dqs.append(product(k_NT, dscore_TT, NT, grid) + product(alone(h_NX, place, grid), of_start_dy_TX, NT, grid))
@@ -268,7 +300,7 @@ def _pack(pack: int, chunk: Chunk, *, refs: BwdRefs, out: Operands, scratch: Bwd
         gradients = (dqs[place], dks[place])
         dphi_SQ = None
         if grid.pairs:
-            dphi_SQ = _dphi(rotations[place], gradients, rotated[place], rank)
+            dphi_SQ = _dphi(rotations[place], gradients, again.rotated[place], rank)
         _add_queries_and_keys(gradients, head, chunk, scratch)
         found.append(
             Head(

@@ -8,6 +8,7 @@ within a chunk. c is the sum of log_a from its first token on, h_0 and h_T the s
 biased and rotated as they are read. Between chunks the states wait in VMEM.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.ssm.mosaic_tpu import chunk as chunks
 from pallas_kernels.ssm.mosaic_tpu.chunk import NN, product, ranks, side_by_side
-from pallas_kernels.ssm.mosaic_tpu.grid import BlockCarry, Constants, Grid, Operands
+from pallas_kernels.ssm.mosaic_tpu.grid import BlockCarry, Constants, Grid, Operands, PackedWeights
 
 
 class ScanRefs(NamedTuple):
@@ -31,7 +32,7 @@ class ScanRefs(NamedTuple):
 class ScanOutputs(NamedTuple):
     """What the kernel writes."""
 
-    o_BLX: jax.Array  # like v
+    o_BLX: jax.Array | None  # like v; None: without queries
     after: BlockCarry  # its angle is None
     h_BCWNX: jax.Array | None  # before every chunk, in the dtype of products: a residual of the backward pass
 
@@ -40,9 +41,17 @@ class ScanScratch(NamedTuple):
     """What is carried: states over chunks, the rest over the blocks of heads of one."""
 
     h_WNX: jax.Array
-    q_GNT: jax.Array
+    q_GNT: jax.Array | None
     k_GNT: jax.Array
     scalars_HXQ: jax.Array
+
+
+def state_after(operands: Operands, constants: Constants, grid: Grid):
+    """Return the state after the row, h_BHPN, by the kernel without queries: it reads less and computes no outputs."""
+    read = PackedWeights(**dict.fromkeys(PackedWeights._fields))
+    read = read._replace(k_bias_HRN=operands.weights.k_bias_HRN, v_rank_WRX=operands.weights.v_rank_WRX)
+    operands = operands._replace(q_BLY=None, gate_BLX=None, weights=read)
+    return forward(operands, constants, dataclasses.replace(grid, only_states=True), residuals=False).after.h_BHPN
 
 
 def forward(operands: Operands, constants: Constants, grid: Grid, *, residuals: bool) -> ScanOutputs:
@@ -51,12 +60,13 @@ def forward(operands: Operands, constants: Constants, grid: Grid, *, residuals: 
     refs = ScanRefs(operands=operands._replace(before=None), constants=constants, before=before)
     states, of_row = grid.states(), (grid.batch, grid.n_heads, grid.width, grid.d_state)
     out = ScanOutputs(
-        o_BLX=jax.ShapeDtypeStruct(operands.v_BLX.shape, operands.v_BLX.dtype),
+        o_BLX=None if grid.only_states else jax.ShapeDtypeStruct(operands.v_BLX.shape, operands.v_BLX.dtype),
         after=BlockCarry(angle_BK1X=None, h_BHPN=jax.ShapeDtypeStruct(of_row, jnp.float32)),
         h_BCWNX=jax.ShapeDtypeStruct((grid.batch, grid.chunks, *states.shape), grid.dtype) if residuals else None,
     )
-    scratch = ScanScratch(h_WNX=states, q_GNT=grid.columns(), k_GNT=grid.columns(), scalars_HXQ=grid.numbers())
-    return grid.call(functools.partial(_kernel, grid=grid), "mamba3_tpu_scan", refs, out=out, scratch=scratch)
+    q_GNT, name = (None, "mamba3_tpu_states") if grid.only_states else (grid.columns(), "mamba3_tpu_scan")
+    scratch = ScanScratch(h_WNX=states, q_GNT=q_GNT, k_GNT=grid.columns(), scalars_HXQ=grid.numbers())
+    return grid.call(functools.partial(_kernel, grid=grid), name, refs, out=out, scratch=scratch)
 
 
 def _kernel(refs: ScanRefs, out: ScanOutputs, scratch: ScanScratch, *, grid: Grid):
@@ -79,20 +89,22 @@ def _kernel(refs: ScanRefs, out: ScanOutputs, scratch: ScanScratch, *, grid: Gri
         if weights.v_rank_WRX is not None:
             x_TX = chunks.per_rank(x_TX, weights.v_rank_WRX[pack])
         h_NX = h_WNX[first + pack]
-        weighted_TX = x_TX * by_head([ranks(decay.to_end_Q1 * decay.later_Q1, grid.rank) for decay in decays])
 
         within, before, after = [], [], []
         for head, decay in zip(heads, decays, strict=True):
             q_NT, k_NT = chunks.queries_and_keys(refs, scratch, chunk, head)
-            q_TN = q_NT.T
-            weight_TT = ranks(ranks(decay.weight_QQ(chunk.masks), grid.rank, 0), grid.rank, 1)
-            mixed_TT = product(q_TN, k_NT, NN, grid) * weight_TT
-            within.append(product(mixed_TT, x_TX, NN, grid))
-            before.append(product(q_TN, h_NX, NN, grid))
-            after.append(product(k_NT, weighted_TX, NN, grid))
+            if not grid.only_states:
+                q_TN = q_NT.astype(grid.dtype).T
+                weight_TT = ranks(ranks(decay.weight_QQ(chunk.masks), grid.rank, 0), grid.rank, 1)
+                mixed_TT = product(q_TN, k_NT, NN, grid) * weight_TT
+                within.append(product(mixed_TT, x_TX, NN, grid))
+                before.append(product(q_TN, h_NX, NN, grid))
+            after.append(product(chunks.weighted(k_NT, decay.at_end_1Q(), grid), x_TX, NN, grid))
+        h_WNX[first + pack] = by_head([decay.chunk_decay() for decay in decays]) * h_NX + by_head(after)
+        if grid.only_states:
+            continue
         from_start_TX = by_head([ranks(decay.from_start_Q1, grid.rank) for decay in decays])
         y_TX = by_head(within) + from_start_TX * by_head(before)
-        h_WNX[first + pack] = by_head([decay.chunk_decay() for decay in decays]) * h_NX + by_head(after)
 
         gate_QX = None if operands.gate_BLX is None else operands.gate_BLX[:, of_pack].astype(jnp.float32)
         o_QX = chunks.epilogue(y_TX, x_TX, gate_QX, chunks.epilogue_weights(weights, pack), grid=grid)
