@@ -44,8 +44,8 @@ class Step:
 
 
 # Of each size and length (mesh, batch, remat) by topology. A device has 2,048 tokens of the large model where it has
-# 16 GB, else 4,096 or more; rows that are longer lie on as many devices, by tensor, and those of a million tokens by
-# sequence. fsdp leaves each device 128 of the width or a multiple: else XLA sums gradients whole.
+# 16 GB, else 4,096 or more; rows that are longer lie on as many devices, by sequence. fsdp leaves each device 128 of the
+# width or a multiple: else XLA sums gradients whole.
 LARGE = {
     2048: {
         "v5e:16x16": ("data:4,fsdp:16,tensor:4", 256, "block"),
@@ -54,9 +54,9 @@ LARGE = {
         "tpu7x:2x2x4": ("data:2,fsdp:16", 128, "none"),
     },
     32768: {
-        "v5e:16x16": ("fsdp:16,tensor:16", 16, "block"),
+        "v5e:16x16": ("fsdp:16,sequence:16", 16, "block"),
         "v5p:4x4x4": ("data:4,fsdp:16", 64, "block"),
-        "v6e:8x8": ("fsdp:16,tensor:4", 16, "block"),
+        "v6e:8x8": ("fsdp:16,sequence:4", 16, "block"),
         "tpu7x:2x2x4": ("data:2,fsdp:16", 32, "block"),
     },
     1048576: {
@@ -74,7 +74,7 @@ SMALL = {
         "tpu7x:2x2x4": ("data:16,fsdp:2", 512, "none"),
     },
     32768: {
-        "v5e:16x16": ("data:16,fsdp:2,tensor:8", 32, "block"),
+        "v5e:16x16": ("data:16,fsdp:2,sequence:8", 32, "block"),
         "v5p:4x4x4": ("data:32,fsdp:2", 64, "none"),
         "v6e:8x8": ("data:32,fsdp:2", 64, "block"),
         "tpu7x:2x2x4": ("data:16,fsdp:2", 32, "none"),
@@ -109,7 +109,12 @@ def steps() -> list[Step]:
     whole = dataclasses.replace(found[0], topology="v5p:4x4x4", mesh="fsdp:64", remat="none")
     two = dataclasses.replace(found[0], topology="2xv5e:16x16", mesh="data:8,fsdp:16,tensor:4", batch=512)
     many = dataclasses.replace(found[0], topology="v5p:16x16x16", mesh="data:256,fsdp:16", batch=4096)
-    return [*near, two, *found[len(near) :], whole, many]
+    by_tensor = [
+        dataclasses.replace(step, mesh=step.mesh.replace("sequence", "tensor"))
+        for step in found
+        if step.model.startswith("siso") and step.length == 32768 and "sequence" in step.mesh
+    ]
+    return [*near, two, *found[len(near) :], whole, many, *by_tensor]
 
 
 def row_of(step: Step) -> dict:
