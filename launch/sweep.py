@@ -35,7 +35,8 @@ from launch.plan import read_plan
 from mamba3_jax.checkpoint import checkpoint_dir
 from mamba3_jax.evaluate import comparison, equal
 from mamba3_jax.files import check_writable
-from mamba3_jax.train.loop import Failed, Stopped, say
+from mamba3_jax.train.fit import Failed
+from mamba3_jax.train.loop import Stopped, say
 
 CONFIG = common.define_config()
 WORKDIR = common.define_path("workdir", None, "Directory of the sweep.", required=True)

@@ -18,7 +18,7 @@ from launch.needs import measured
 from launch.provenance import load, provenance
 from mamba3_jax.config import Config, DataConfig, TrainConfig
 from mamba3_jax.presets import PRESETS
-from mamba3_jax.train.loop import Failed
+from mamba3_jax.train.fit import Failed
 
 FLAGS = flags.FLAGS
 
