@@ -14,7 +14,7 @@ from mamba3_jax.train.step import TrainState
 
 
 class Failed(Exception):
-    """The run could not go on: no step that fits, no finite state to begin with, or an OSError. The message is for users."""
+    """The run cannot go on: no step fits, no finite state to begin with, or an OSError. The message is for the user."""
 
 
 def validate(config: Config, mesh: Mesh | None = None) -> None:
