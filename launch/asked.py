@@ -3,9 +3,15 @@
 import json
 
 from launch.plan import Plan
-from mamba3_jax.config import from_dict, to_dict
+from mamba3_jax.config import Config, from_dict, to_dict
 from mamba3_jax.data.pipeline import identities
 from mamba3_jax.train import resume
+
+# Fields that no number of a result depends on. Of the section `train`, the others decide how far and by what loss it is
+# trained, or over what its losses are means.
+HOW = resume.MAY_CHANGE - {"optimizer", "train"} | {
+    f"train.{name}" for name in ("save_every", "keep", "keep_best", "mesh", "peak_tflops")
+}
 
 
 def asked_of(plan: Plan, name: str) -> dict:
@@ -43,16 +49,17 @@ def other_training(before: dict, asked: dict) -> str:
     if before.get("members") != asked["members"]:
         return "it has other seeds or learning rates"
     try:
-        found = resume.changes(from_dict(before["config"]), from_dict(asked["config"]))
+        return other_config(from_dict(before["config"]), from_dict(asked["config"]))
     except ValueError as error:  # of another version
         return f"its {error}"
-    how = resume.MAY_CHANGE - {"optimizer"}  # it is run
-    found = {
-        field: change
-        for field, change in found.items()
-        if field == "train.steps" or not {field.split(".")[0], field} & how
-    }
-    return ", ".join(f"its config.{field} was {old!r}, and is {new!r}" for field, (old, new) in found.items())
+
+
+def other_config(before: Config, config: Config) -> str:
+    """Return what tells two trainings apart by their configs; "" where only how they are run is another."""
+    found = resume.changes(before, config)
+    return ", ".join(
+        f"its config.{field} was {old!r}, and is {new!r}" for field, (old, new) in found.items() if field not in HOW
+    )
 
 
 def listed_data(data: dict[str, str]) -> str:

@@ -1,5 +1,6 @@
 """What came out of an experiment: the variants of its plan, trained, scored and compared. Nothing here reads a flag."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -12,16 +13,17 @@ from typing import NamedTuple
 import jax
 
 from launch import common
-from launch.asked import asked_of, other_data, other_training, renewed
+from launch.asked import asked_of, other_config, other_data, other_training, renewed
 from launch.plan import Plan, is_list_of, is_table_of
 from launch.provenance import provenance
-from mamba3_jax.checkpoint import all_steps, keep_parameters, load_model, save_model
+from mamba3_jax.checkpoint import all_steps, keep_parameters, load_config, load_model, parameters_alone, save_model
 from mamba3_jax.config import Config
 from mamba3_jax.data.synthetic import TASKS
 from mamba3_jax.evaluate import comparison, language, tasks
-from mamba3_jax.files import read_json, write_json
+from mamba3_jax.files import read_json, write_json, writing
 from mamba3_jax.finite import or_null
 from mamba3_jax.model import LanguageModel
+from mamba3_jax.train import resume
 from mamba3_jax.train.loop import Diverged, say
 from mamba3_jax.train.population import Member, Population, member_config
 
@@ -73,21 +75,37 @@ def done_before(plan: Plan, name: str, folder: Path) -> dict | None:
     """Return the result of a variant in its folder, just as the plan asks for it; None where there is more to do.
 
     Raises:
-        ValueError, OSError: there is a file that is no such result, or one of other data or another training.
+        ValueError, OSError: there is a file that is no such result, or one of other data or another training; or there
+            are checkpoints of such.
     """
     path = folder / "result.json"
     if not path.exists():
+        check_resume(plan.variants[name], folder)
         return None
     result = read_result(path, {"variant", "asked", "rows"})
     before, asked = renewed(result["asked"]), asked_of(plan, name)
     if before == asked:
         check_result(path, result, result["rows"], plan)
         return result
-    if before and (other := other_data(before, asked)):
+    if not before:
+        raise ValueError(f"{path} does not say what was asked for, and would be overwritten: move {folder} away")
+    if other := other_data(before, asked):
         raise ValueError(f"{folder} has a result of other data: {other}; use another workdir")
-    if before and (other := other_training(before, asked)):
+    if other := other_training(before, asked):
         raise ValueError(f"{folder} has a result of another training: {other}; use another workdir")
     return None
+
+
+def check_resume(config: Config, folder: Path) -> None:
+    """Raise ValueError for checkpoints without a result that are not of this training, or that nothing goes on from."""
+    if not all_steps(folder):
+        return
+    if parameters_alone(folder):
+        raise ValueError(
+            f"{folder} is of a training that is done, and its result.json is gone: put it back, or move {folder} away"
+        )
+    if other := other_config(load_config(folder), resume.with_own_tokenizer(config, folder)):
+        raise ValueError(f"{folder} has checkpoints of another training: {other}; use another workdir")
 
 
 class Trained(NamedTuple):
@@ -139,13 +157,30 @@ def train(population: Population, begin: float, report) -> Trained:
 
 
 def run_variant(plan: Plan, name: str, folder: Path, commit: str, report) -> dict:
-    """Train and score the members of a variant; return and write its result. One that is done is returned as it is."""
-    begin, origin = time.perf_counter(), provenance(commit)
+    """Return the result of a variant, trained and scored unless it is done, while no other process is at it."""
     config = plan.variants[name]
-    with common.user_errors():
-        if result := done_before(plan, name, folder):
+    with contextlib.ExitStack() as stack:
+        with common.user_errors():
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(resume.alone(folder, "sweep.lock"))
+            result = done_before(plan, name, folder)
+            # A kill leaves no best member, or another than the result says.
+            if result and is_whole(folder, config) and not has_best(plan, name, folder, result["best"]):
+                result = None
+        if result:
             report(f"done before, in {folder}")
-            return result
+        else:
+            result = found_of(plan, name, folder, commit, report)
+        if is_whole(folder, config):
+            with common.user_errors():
+                keep_parameters(folder)
+    return result
+
+
+def found_of(plan: Plan, name: str, folder: Path, commit: str, report) -> dict:
+    """Train and score the members of a variant, or score those that are trained; return and write the result."""
+    begin, origin, config = time.perf_counter(), provenance(commit), plan.variants[name]
+    with common.user_errors():
         asked = asked_of(plan, name)
         trained = trained_before(plan, name, folder)
         population = None if trained else Population(config, plan.members, folder, report)
@@ -153,13 +188,29 @@ def run_variant(plan: Plan, name: str, folder: Path, commit: str, report) -> dic
         report(f"trained before, in {folder}: scored anew")
     else:
         trained = train(population, begin, report)
-    result = scored(plan, name, folder, trained, report)
-    result = {**origin, "variant": name, "asked": asked, **result}
+        drop_best(folder)
+    result = {**origin, "variant": name, "asked": asked, **scored(plan, name, folder, trained, report)}
     write_json(folder / "result.json", result)
-    if is_whole(folder, config):
-        with common.user_errors():
-            keep_parameters(folder)
     return result
+
+
+def has_best(plan: Plan, name: str, folder: Path, best: str) -> bool:
+    """Tell whether folder/best is of the member of this name."""
+    try:
+        found = load_config(folder / "best")
+    except (FileNotFoundError, ValueError):
+        return False
+    wanted = [member_config(plan.variants[name], member) for member in plan.members if member.name == best]
+    return any(
+        (found.seed, found.optimizer.learning_rate) == (config.seed, config.optimizer.learning_rate)
+        for config in wanted
+    )
+
+
+def drop_best(folder: Path) -> None:
+    """Delete folder/best; OSError where that fails."""
+    with writing(folder / "best"), contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder / "best")
 
 
 def scored(plan: Plan, name: str, folder: Path, trained: Trained, report) -> dict:
@@ -171,9 +222,10 @@ def scored(plan: Plan, name: str, folder: Path, trained: Trained, report) -> dic
         for member, summary, own in zip(plan.members, trained.summaries, found, strict=True)
     ]
     best = comparison.best(rows, plan.metric)
-    shutil.rmtree(folder / "best", ignore_errors=True)
     own = jax.tree.map(lambda array: array[best], trained.params)
-    save_model(folder / "best", member_config(config, plan.members[best]), own, config.train.steps)
+    if not has_best(plan, name, folder, plan.members[best].name):
+        drop_best(folder)
+        save_model(folder / "best", member_config(config, plan.members[best]), own, config.train.steps)
     return {
         "parameters": sum(array.size for array in jax.tree.leaves(own)),
         "best": plan.members[best].name,

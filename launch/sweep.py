@@ -19,9 +19,9 @@ The file has, beside get_config():
 The same command resumes, bit for bit after SIGKILL, and goes past the variants that are done, in DIR or in
 FOLDER/NAME.json. Under DIR/VARIANT stand result.json, members/NAME/metrics.jsonl, and best/, the best member as an
 ordinary workdir for the other commands. A variant that is done keeps the parameters of its members alone, from which
-other LENGTHS are scored without training; another training of it needs another DIR. DIR/results.json and
-FOLDER/NAME.json have every member's numbers, those that diverged too. Exit statuses are those of `launch.train`, but
-for 3.
+other LENGTHS are scored without training; another training of a variant, done or begun, needs another DIR. One process
+at a time is at a variant. DIR/results.json and FOLDER/NAME.json have every member's numbers, those that diverged too.
+Exit statuses are those of `launch.train`, but for 3.
 """
 
 import sys

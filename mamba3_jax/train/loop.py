@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from mamba3_jax import memory
-from mamba3_jax.checkpoint import Checkpoints, all_steps, checkpoint_dir, load_config, write_config
+from mamba3_jax.checkpoint import Checkpoints, all_steps, checkpoint_dir, load_config, parameters_alone, write_config
 from mamba3_jax.config import Config, check
 from mamba3_jax.data import Batch, loader, tokenizer_copy
 from mamba3_jax.finite import check_finite
@@ -195,8 +195,7 @@ class Trainer:
         """Check that the newest checkpoint is of this run, or of parameters to start from."""
         self.changes = {}
         if steps := all_steps(self.workdir):
-            path = checkpoint_dir(self.workdir) / str(steps[-1])
-            only = not (path / "state").exists()
+            path, only = checkpoint_dir(self.workdir) / str(steps[-1]), parameters_alone(self.workdir)
             if only and steps[-1]:
                 raise ValueError(
                     f"{path} holds parameters alone: training starts from such a checkpoint at step 0 only"

@@ -13,9 +13,11 @@ import pytest
 from launch import experiment
 from launch.asked import asked_of
 from launch.plan import read_plan
-from mamba3_jax.checkpoint import Checkpoints, all_steps, load_config, load_model
+from mamba3_jax.checkpoint import Checkpoints, all_steps, keep_parameters, load_config, load_model, save_model
 from mamba3_jax.data import pipeline, text
 from mamba3_jax.files import check_writable, write_json
+from mamba3_jax.train.population import member_config
+from mamba3_jax.train.resume import alone
 from mamba3_jax.train.step import init_state
 from tests.helpers import devices, rel_rms, without_times
 from tests.launch import tiny_sweep
@@ -107,6 +109,8 @@ def result_of(plan, name: str) -> dict:
     rows = [{"variant": name, **member._asdict(), "loss": 1.0, "scores": scores} for member in plan.members]
     return dict.fromkeys(experiment.KEPT, "") | {
         "variant": name,
+        "best": plan.members[0].name,
+        "resumed_after": 0,
         "seconds": {"train": 1.0, "score": 1.0},
         "asked": asked_of(plan, name),
         "rows": rows,
@@ -246,7 +250,7 @@ def test_results_of_other_text_are_told_apart(tmp_path, capsys):
 
 
 def finished(plan, name: str, folder: Path) -> None:
-    """Write what a variant leaves when it is done, of untrained members: two checkpoints, members and a result."""
+    """Write what a variant leaves when it is done, of untrained members: two checkpoints and a result, no best one."""
     config = plan.variants[name]
     seed_M = np.arange(len(plan.members), dtype=np.uint32)
     state = jax.vmap(lambda seed: init_state(dataclasses.replace(config, seed=seed)))(seed_M)._asdict()
@@ -288,7 +292,11 @@ def test_a_variant_that_is_done_keeps_what_is_read_of_it(tmp_path, monkeypatch):
         ({"optimizer.weight_decay": 0.5}, "its config.optimizer.weight_decay was 0.1, and is 0.5"),
         ({"model.d_state": 16}, "its config.model.d_state was 8, and is 16"),
         ({"seeds": 1}, "it has other seeds or learning rates"),
-        ({"train.log_every": 7}, ""),
+        ({"train.z_loss": 0.5}, "its config.train.z_loss was 0.0, and is 0.5"),
+        ({"train.max_bad_steps": 3}, "its config.train.max_bad_steps was 10, and is 3"),
+        ({"train.eval_batches": 1}, "its config.train.eval_batches was 2, and is 1"),  # of which valid_loss is the mean
+        ({"train.log_every": 7}, "its config.train.log_every was 1, and is 7"),  # steps over which loss is the mean
+        ({"train.save_every": 7, "model.unroll": 1}, ""),
     ],
 )
 def test_a_result_of_another_training_is_not_replaced(change, message, tmp_path):
@@ -301,6 +309,73 @@ def test_a_result_of_another_training_is_not_replaced(change, message, tmp_path)
         return
     with pytest.raises(ValueError, match=f"has a result of another training: {message}"):
         experiment.done_before(plan, "still", tmp_path)
+
+
+def test_a_result_that_does_not_say_what_was_asked_is_not_replaced(tmp_path):
+    plan = plan_of(tmp_path, "")
+    write_json(tmp_path / "result.json", result_of(plan, "still") | {"asked": {}})
+    with pytest.raises(ValueError, match=r"result.json does not say what was asked for, .*: move .* away"):
+        experiment.done_before(plan, "still", tmp_path)
+
+
+def test_checkpoints_of_another_training_are_not_gone_on_from(tmp_path):
+    """Their result would be called what the plan asks for; and those of parameters have no more to go on with."""
+    plan, folder = plan_of(tmp_path, "", only=["still"]), tmp_path / "still"
+    finished(plan, "still", folder)
+    (folder / "result.json").rename(folder / "moved")
+    assert experiment.done_before(plan, "still", folder) is None
+    fields = "{'model.angles': 'none', 'optimizer.weight_decay': 0.5}"
+    other = plan_of(tmp_path, f"VARIANTS = {{'still': {fields}}}; EXPECT = {{}}")
+    with pytest.raises(ValueError, match=r"has checkpoints of another training: its config.optimizer.weight_decay was"):
+        experiment.done_before(other, "still", folder)
+    keep_parameters(folder)
+    with pytest.raises(ValueError, match=rf"its result.json is gone: put it back, or move {folder} away"):
+        experiment.done_before(plan, "still", folder)
+
+
+@pytest.mark.parametrize("left", ["moments", "no best", "other best", "nothing"])
+def test_what_a_kill_left_of_a_variant_that_is_done_is_finished(left, tmp_path, monkeypatch):
+    """By the same command, which trains nothing and scores only for a best member that is not there."""
+    plan, folder = plan_of(tmp_path, "", only=["still"]), tmp_path / "still"
+    finished(plan, "still", folder)
+    held = load_model(folder)[1]
+    number = 1 if left == "other best" else 0
+    if left != "no best":
+        member = member_config(plan.variants["still"], plan.members[number])
+        save_model(folder / "best", member, jax.tree.map(lambda x: x[number], held), STEPS)
+    if left != "moments":
+        keep_parameters(folder)
+    scored, rows = [], result_of(plan, "still")["rows"]
+    monkeypatch.setattr(experiment, "Population", None)
+    monkeypatch.setattr(experiment, "scores", lambda *_: scored.append(1) or [row["scores"] for row in rows])
+    result = experiment.run_variant(plan, "still", folder, "", print)
+    assert bool(scored) == ("best" in left)
+    assert result["rows"] == rows
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [str(STEPS)]
+    assert not list((folder / "checkpoints").glob("*/state"))
+    assert load_config(folder / "best").seed == plan.variants["still"].seed
+    jax.tree.map(np.testing.assert_array_equal, load_model(folder / "best")[1], jax.tree.map(lambda x: x[0], held))
+
+
+def test_the_best_member_is_there_while_it_is_scored_anew(tmp_path, monkeypatch):
+    """Scores change; parameters do not, so it is not written again where it is the same one."""
+    plan, folder = plan_of(tmp_path, "", only=["still"]), tmp_path / "still"
+    finished(plan, "still", folder)
+    own = jax.tree.map(lambda x: x[0], load_model(folder)[1])
+    save_model(folder / "best", member_config(plan.variants["still"], plan.members[0]), own, STEPS)
+    longer = plan_of(tmp_path, "LENGTHS = (16, 32, 64)", only=["still"])
+    monkeypatch.setattr(experiment, "Population", None)
+    monkeypatch.setattr(experiment, "save_model", None)
+    found = [result_of(longer, "still")["rows"][0]["scores"]] * len(plan.members)
+    monkeypatch.setattr(experiment, "scores", lambda *_: found)
+    assert experiment.run_variant(longer, "still", folder, "", print)["rows"][0]["scores"] == found[0]
+
+
+def test_one_process_at_a_time_is_at_a_variant(tmp_path, capsys):
+    """From its training to its last file: another would delete what this one writes."""
+    with alone(tmp_path, "sweep.lock"), pytest.raises(SystemExit):
+        experiment.run_variant(plan_of(tmp_path, ""), "still", tmp_path, "", print)
+    assert f"another run is at work in {tmp_path}: it holds {tmp_path}/sweep.lock" in capsys.readouterr().err
 
 
 def start(workdir, environment, *arguments):
