@@ -6,28 +6,26 @@ import functools
 import math
 import shutil
 import time
-from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
 from launch import common
-from launch.asked import asked_of, other_config, other_data, other_training, renewed
-from launch.plan import Plan, is_list_of, is_table_of
+from launch.asked import KEPT, asked_of, done_before, read_result
+from launch.plan import Plan
 from launch.provenance import provenance
-from mamba3_jax.checkpoint import all_steps, keep_parameters, load_config, load_model, parameters_alone, save_model
+from mamba3_jax.checkpoint import all_steps, keep_parameters, load_config, load_model, save_model
 from mamba3_jax.config import Config
 from mamba3_jax.data.synthetic import TASKS
 from mamba3_jax.evaluate import comparison, language, tasks
-from mamba3_jax.files import read_json, write_json, writing
+from mamba3_jax.files import write_json, writing
 from mamba3_jax.finite import or_null
 from mamba3_jax.model import LanguageModel
 from mamba3_jax.train import resume
 from mamba3_jax.train.loop import Diverged, say
 from mamba3_jax.train.population import Member, Population, member_config
 
-KEPT = ("commit", "date", "device", "parameters", "best", "resumed_after", "seconds", "asked")  # of a variant's result
 # Of text, at each length, about. Two models whose losses differ by 0.005 nats differ by some 0.4 (rms) on a token, so
 # that 2^17 tokens leave an error of 0.001 in their difference, nearly as large as what seeds do; 2^21 leave 0.0003.
 # They cost a thirtieth of training on 25M.
@@ -46,66 +44,6 @@ def scores(config: Config, group: list[Member], params, lengths: tuple[int | str
     how = {"lengths": lengths, "max_tokens": SCORED_TOKENS, "members": len(group), "say": report}
     # Parameters that stayed on the host would be copied to the device for every batch.
     return language.evaluate(model, jax.device_put(params), dataclasses.replace(data, batch=rows), **how)
-
-
-def read_result(path: Path, keys: Collection[str]) -> dict:
-    """Return a result file of `launch.sweep` that has the keys; ValueError for one that is damaged, or another's."""
-    try:
-        found = read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{error}: move it away") from None
-    rows = found.get("rows") if isinstance(found, dict) and keys <= found.keys() else None
-    if not is_list_of(rows, dict) or not all(isinstance(row.get("variant"), str) for row in rows):
-        raise ValueError(f"{path} is not a result of launch.sweep, and would be overwritten: move it away")
-    return found
-
-
-def check_result(path: Path, result: dict, rows: list, plan: Plan) -> None:
-    """Raise ValueError unless the result of a variant has all that is kept of it and compared."""
-    metrics = (plan.metric, *plan.shown, *(wanted.partition(" ")[2] for wanted, *_ in plan.expect.values()))
-    try:
-        sum({key: result[key] for key in KEPT}["seconds"].values())
-        comparison.table(rows, metrics, plan.metric)
-    except (AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} cannot be compared with other results ({why}): move it away") from None
-
-
-def done_before(plan: Plan, name: str, folder: Path) -> dict | None:
-    """Return the result of a variant in its folder, just as the plan asks for it; None where there is more to do.
-
-    Raises:
-        ValueError, OSError: there is a file that is no such result, or one of other data or another training; or there
-            are checkpoints of such.
-    """
-    path = folder / "result.json"
-    if not path.exists():
-        check_resume(plan.variants[name], folder)
-        return None
-    result = read_result(path, {"variant", "asked", "rows"})
-    before, asked = renewed(result["asked"]), asked_of(plan, name)
-    if before == asked:
-        check_result(path, result, result["rows"], plan)
-        return result
-    if not before:
-        raise ValueError(f"{path} does not say what was asked for, and would be overwritten: move {folder} away")
-    if other := other_data(before, asked):
-        raise ValueError(f"{folder} has a result of other data: {other}; use another workdir")
-    if other := other_training(before, asked):
-        raise ValueError(f"{folder} has a result of another training: {other}; use another workdir")
-    return None
-
-
-def check_resume(config: Config, folder: Path) -> None:
-    """Raise ValueError for checkpoints without a result that are not of this training, or that nothing goes on from."""
-    if not all_steps(folder):
-        return
-    if parameters_alone(folder):
-        raise ValueError(
-            f"{folder} is of a training that is done, and its result.json is gone: put it back, or move {folder} away"
-        )
-    if other := other_config(load_config(folder), resume.with_own_tokenizer(config, folder)):
-        raise ValueError(f"{folder} has checkpoints of another training: {other}; use another workdir")
 
 
 class Trained(NamedTuple):
@@ -247,33 +185,6 @@ def summary(name: str, plan: Plan, results: list[dict], origin: dict) -> dict:
         "expected": comparison.expected(rows, plan.expect, next(iter(plan.variants))),
         "variants": {result["variant"]: {key: result[key] for key in KEPT} for result in results},
         "rows": rows,
-    }
-
-
-def recorded(path: Path, plan: Plan) -> dict[str, dict]:
-    """Return the results of the variants that a result file has just as the plan asks for them, of the same data.
-
-    Raises:
-        ValueError: a file that is not a sweep's, or has other results that this run would not replace.
-    """
-    if not path.exists():
-        return {}
-    file, same = read_result(path, {"variants", "rows"}), set()
-    if not is_table_of(file["variants"], lambda result: isinstance(result, dict)):
-        raise ValueError(f"{path} is not a result of launch.sweep, and would be overwritten: move it away")
-    rows = comparison.by_variant(file["rows"])
-    for name in plan.variants:
-        result = file["variants"].get(name, {})
-        before, asked = renewed(result.get("asked")), asked_of(plan, name)
-        if before == asked:
-            check_result(path, result, rows.get(name, []), plan)
-            same.add(name)
-        elif before and (other := other_data(before, asked)):
-            say(f"{name}: {path} has a result of other data, which does not count: {other}")
-    if lost := [name for name in file["variants"] if name not in same and name not in plan.chosen]:
-        raise ValueError(f"{path} has {', '.join(lost)} of another plan, which would be lost: move the file away")
-    return {
-        name: {"variant": name, **file["variants"][name], "rows": rows[name]} for name in plan.variants if name in same
     }
 
 

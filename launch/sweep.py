@@ -30,7 +30,7 @@ from pathlib import Path
 from absl import flags
 
 from launch import common, experiment
-from launch.asked import asked_of
+from launch.asked import asked_of, done_before, recorded
 from launch.plan import read_plan
 from mamba3_jax.checkpoint import checkpoint_dir
 from mamba3_jax.evaluate import comparison, equal
@@ -65,11 +65,11 @@ def main(_):
         plan = read_plan(common.config_path(), config, **how)
         kept = Path(RESULTS.value).expanduser() / f"{config.name}.json" if RESULTS.value else None
         # What is not there, damaged or cannot be written ends it here, before anything is trained.
-        known = experiment.recorded(kept, plan) if kept else {}
+        known = recorded(kept, plan) if kept else {}
         for name in plan.chosen:
             if name not in known:
                 asked_of(plan, name)
-                experiment.done_before(plan, name, workdir / name)
+                done_before(plan, name, workdir / name)
         for path in (workdir / "results.json", *([kept] if kept else [])):
             check_writable(path)
     try:
