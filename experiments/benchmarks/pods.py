@@ -10,6 +10,7 @@ that does not fit is a row that says so.
 import collections
 import dataclasses
 
+import jax
 from absl import app, flags
 
 from experiments.benchmarks import common, ssm
@@ -122,7 +123,7 @@ def row_of(step: Step) -> dict:
     row = dataclasses.asdict(step)
     try:
         return row | measured(step.config(), step.topology)
-    except (Failed, ValueError) as error:
+    except (Failed, ValueError, jax.errors.JaxRuntimeError) as error:  # the last: a fault of the compiler's own
         return row | {"failed": " ".join(str(error).split())[:300]}
 
 
