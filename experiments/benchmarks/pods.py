@@ -46,8 +46,8 @@ class Step:
 
 # Of each size and length (mesh, batch, remat) by topology. A device has 2,048 tokens of the large model where it has
 # 16 GB, else 4,096 or more; rows that are longer lie on as many devices, by sequence. fsdp leaves each device 128 of
-# the width or a multiple: else XLA sums gradients whole. With 131,072 tokens of rank 4 on a device the compiler for tpu7x
-# fails (a constant that does not fit into its instruction); with half of them it does not.
+# the width or a multiple: else XLA sums gradients whole. With 131,072 tokens of rank 4 on a device the compiler for
+# tpu7x fails (a constant that does not fit into its instruction); with half of them it does not.
 LARGE = {
     2048: {
         "v5e:16x16": ("data:4,fsdp:16,tensor:4", 256, "block"),
