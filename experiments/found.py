@@ -11,6 +11,7 @@ An experiment is a file under experiments/ with get_config(). `launch.sweep` say
 
 import re
 import runpy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -152,6 +153,15 @@ def read(path: Path, results: Path) -> Experiment:
     )
 
 
+def of_each(function: Callable, experiments: Iterable[Experiment]) -> list:
+    """Return what a function draws of each experiment; ValueError where a result is not as it is drawn, naming it."""
+    drawn = []
+    for experiment in experiments:
+        with common.drawing(f"{experiment.name}.json, or what goes with it,"):
+            drawn.append(function(experiment))
+    return drawn
+
+
 def is_sweep(result: dict) -> bool:
     """Tell a sweep's result from others."""
     return {"metric", "shown", "variants", "rows"} <= set(result)
@@ -177,8 +187,10 @@ def result_of(path: Path, config: Config) -> dict | None:
         return result
     if not {"rows", "step"} <= set(result):
         return None
-    shown = [f"bits_per_byte@{score['length']}" for score in result["rows"]]
-    row = {"variant": config.name, "seed": 0, "learning_rate": config.optimizer.learning_rate, "scores": result["rows"]}
-    seconds = sum(result["seconds"].values())
-    made = {"rows": [row], "metric": shown[0], "shown": shown, "seconds": seconds, "variants": {config.name: result}}
-    return result | made
+    with common.drawing(path):
+        shown = [f"bits_per_byte@{score['length']}" for score in result["rows"]]
+        seconds = sum(result["seconds"].values())
+        rate = config.optimizer.learning_rate
+        row = {"variant": config.name, "seed": 0, "learning_rate": rate, "scores": result["rows"]}
+        made = {"rows": [row], "metric": shown[0], "shown": shown, "seconds": seconds}
+        return result | made | {"variants": {config.name: result}}

@@ -182,8 +182,8 @@ def page(experiments: list[Experiment]) -> str:
         '<html lang="en"><head><meta charset="utf-8"><title>mamba3_jax: experiments</title>',
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>',
         f"<h1>What the experiments found</h1>{INTRODUCTION}",
-        table(heads, [first_line(experiment) for experiment in experiments]),
-        *map(section, experiments),
+        table(heads, found.of_each(first_line, experiments)),
+        *found.of_each(section, experiments),
         "</body></html>\n",
     ]
     return "\n".join(parts)
@@ -192,7 +192,8 @@ def page(experiments: list[Experiment]) -> str:
 def pictures(experiments: list[Experiment]) -> dict[str, tuple[Experiment, metric.Drawn]]:
     """Return what is drawn, by the name of the file."""
     run = [experiment for experiment in experiments if experiment.result]
-    return {name: (experiment, drawn) for experiment in run for name, drawn in metric.pictures(experiment).items()}
+    drawn = zip(run, found.of_each(metric.pictures, run), strict=True)
+    return {name: (experiment, picture) for experiment, own in drawn for name, picture in own.items()}
 
 
 def outdated(experiments: list[Experiment], folder: Path = FOLDER) -> list[str]:

@@ -1,11 +1,24 @@
-"""What the result of a variant depends on, as it is written beside the result, and what tells two of these apart."""
+"""What the result of a variant depends on, as it stands beside it, what tells two apart, and which are there."""
 
 import json
+from collections.abc import Collection
+from pathlib import Path
 
-from launch.plan import Plan
-from mamba3_jax.config import from_dict, to_dict
+from launch.plan import Plan, is_list_of, is_table_of
+from mamba3_jax.checkpoint import all_steps, load_config, parameters_alone
+from mamba3_jax.config import Config, from_dict, to_dict
 from mamba3_jax.data.pipeline import identities
+from mamba3_jax.evaluate import comparison
+from mamba3_jax.files import read_json
 from mamba3_jax.train import resume
+from mamba3_jax.train.loop import say
+
+# Fields that no number of a result depends on. Of the section `train`, the others decide how far and by what loss it is
+# trained, or over what its losses are means.
+HOW = resume.MAY_CHANGE - {"optimizer", "train"} | {
+    f"train.{name}" for name in ("save_every", "keep", "keep_best", "mesh", "peak_tflops")
+}
+KEPT = ("commit", "date", "device", "parameters", "best", "resumed_after", "seconds", "asked")  # of a variant's result
 
 
 def asked_of(plan: Plan, name: str) -> dict:
@@ -43,18 +56,106 @@ def other_training(before: dict, asked: dict) -> str:
     if before.get("members") != asked["members"]:
         return "it has other seeds or learning rates"
     try:
-        found = resume.changes(from_dict(before["config"]), from_dict(asked["config"]))
+        return other_config(from_dict(before["config"]), from_dict(asked["config"]))
     except ValueError as error:  # of another version
         return f"its {error}"
-    how = resume.MAY_CHANGE - {"optimizer"}  # it is run
-    found = {
-        field: change
-        for field, change in found.items()
-        if field == "train.steps" or not {field.split(".")[0], field} & how
-    }
-    return ", ".join(f"its config.{field} was {old!r}, and is {new!r}" for field, (old, new) in found.items())
+
+
+def other_config(before: Config, config: Config) -> str:
+    """Return what tells two trainings apart by their configs; "" where only how they are run is another."""
+    found = resume.changes(before, config)
+    return ", ".join(
+        f"its config.{field} was {old!r}, and is {new!r}" for field, (old, new) in found.items() if field not in HOW
+    )
 
 
 def listed_data(data: dict[str, str]) -> str:
     """Return the identities of splits in words."""
     return ", ".join(f"{split} {identity}" for split, identity in data.items()) or "not recorded"
+
+
+def read_result(path: Path, keys: Collection[str]) -> dict:
+    """Return a result file of `launch.sweep` that has the keys; ValueError for one that is damaged, or another's."""
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}: move it away") from None
+    rows = found.get("rows") if isinstance(found, dict) and keys <= found.keys() else None
+    if not is_list_of(rows, dict) or not all(isinstance(row.get("variant"), str) for row in rows):
+        raise ValueError(f"{path} is not a result of launch.sweep, and would be overwritten: move it away")
+    return found
+
+
+def check_result(path: Path, result: dict, rows: list, plan: Plan) -> None:
+    """Raise ValueError unless the result of a variant has all that is kept of it and compared."""
+    metrics = (plan.metric, *plan.shown, *(wanted.partition(" ")[2] for wanted, *_ in plan.expect.values()))
+    try:
+        sum({key: result[key] for key in KEPT}["seconds"].values())
+        comparison.table(rows, metrics, plan.metric)
+    except (AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} cannot be compared with other results ({why}): move it away") from None
+
+
+def done_before(plan: Plan, name: str, folder: Path) -> dict | None:
+    """Return the result of a variant in its folder, just as the plan asks for it; None where there is more to do.
+
+    Raises:
+        ValueError, OSError: there is a file that is no such result, or one of other data or another training; or there
+            are checkpoints of such.
+    """
+    path = folder / "result.json"
+    if not path.exists():
+        check_resume(plan.variants[name], folder)
+        return None
+    result = read_result(path, {"variant", "asked", "rows"})
+    before, asked = renewed(result["asked"]), asked_of(plan, name)
+    if before == asked:
+        check_result(path, result, result["rows"], plan)
+        return result
+    if not before:
+        raise ValueError(f"{path} does not say what was asked for, and would be overwritten: move {folder} away")
+    if other := other_data(before, asked):
+        raise ValueError(f"{folder} has a result of other data: {other}; use another workdir")
+    if other := other_training(before, asked):
+        raise ValueError(f"{folder} has a result of another training: {other}; use another workdir")
+    return None
+
+
+def check_resume(config: Config, folder: Path) -> None:
+    """Raise ValueError for checkpoints without a result that are not of this training, or that nothing goes on from."""
+    if not all_steps(folder):
+        return
+    if parameters_alone(folder):
+        raise ValueError(
+            f"{folder} is of a training that is done, and its result.json is gone: put it back, or move {folder} away"
+        )
+    if other := other_config(load_config(folder), resume.with_own_tokenizer(config, folder)):
+        raise ValueError(f"{folder} has checkpoints of another training: {other}; use another workdir")
+
+
+def recorded(path: Path, plan: Plan) -> dict[str, dict]:
+    """Return the results of the variants that a result file has just as the plan asks for them, of the same data.
+
+    Raises:
+        ValueError: a file that is not a sweep's, or has other results that this run would not replace.
+    """
+    if not path.exists():
+        return {}
+    file, same = read_result(path, {"variants", "rows"}), set()
+    if not is_table_of(file["variants"], lambda result: isinstance(result, dict)):
+        raise ValueError(f"{path} is not a result of launch.sweep, and would be overwritten: move it away")
+    rows = comparison.by_variant(file["rows"])
+    for name in plan.variants:
+        result = file["variants"].get(name, {})
+        before, asked = renewed(result.get("asked")), asked_of(plan, name)
+        if before == asked:
+            check_result(path, result, rows.get(name, []), plan)
+            same.add(name)
+        elif before and (other := other_data(before, asked)):
+            say(f"{name}: {path} has a result of other data, which does not count: {other}")
+    if lost := [name for name in file["variants"] if name not in same and name not in plan.chosen]:
+        raise ValueError(f"{path} has {', '.join(lost)} of another plan, which would be lost: move the file away")
+    return {
+        name: {"variant": name, **file["variants"][name], "rows": rows[name]} for name in plan.variants if name in same
+    }

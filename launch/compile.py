@@ -14,7 +14,7 @@ data.length tokens.
 from absl import flags
 
 from launch import common, needs, tpu
-from mamba3_jax.train.loop import Failed
+from mamba3_jax.train.fit import Failed
 
 CONFIG = common.define_config()
 TOPOLOGY = flags.DEFINE_string("topology", None, "chip and grid: v5e:16x16, 2xv5p:4x4x4, ...", required=True)

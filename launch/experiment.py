@@ -1,31 +1,31 @@
 """What came out of an experiment: the variants of its plan, trained, scored and compared. Nothing here reads a flag."""
 
+import contextlib
 import dataclasses
 import functools
 import math
 import shutil
 import time
-from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
 from launch import common
-from launch.asked import asked_of, other_data, other_training, renewed
-from launch.plan import Plan, is_list_of, is_table_of
+from launch.asked import KEPT, asked_of, done_before, read_result
+from launch.plan import Plan
 from launch.provenance import provenance
-from mamba3_jax.checkpoint import all_steps, keep_parameters, load_model, save_model
+from mamba3_jax.checkpoint import all_steps, keep_parameters, load_config, load_model, save_model
 from mamba3_jax.config import Config
 from mamba3_jax.data.synthetic import TASKS
 from mamba3_jax.evaluate import comparison, language, tasks
-from mamba3_jax.files import read_json, write_json
+from mamba3_jax.files import write_json, writing
 from mamba3_jax.finite import or_null
 from mamba3_jax.model import LanguageModel
+from mamba3_jax.train import resume
 from mamba3_jax.train.loop import Diverged, say
 from mamba3_jax.train.population import Member, Population, member_config
 
-KEPT = ("commit", "date", "device", "parameters", "best", "resumed_after", "seconds", "asked")  # of a variant's result
 # Of text, at each length, about. Two models whose losses differ by 0.005 nats differ by some 0.4 (rms) on a token, so
 # that 2^17 tokens leave an error of 0.001 in their difference, nearly as large as what seeds do; 2^21 leave 0.0003.
 # They cost a thirtieth of training on 25M.
@@ -44,50 +44,6 @@ def scores(config: Config, group: list[Member], params, lengths: tuple[int | str
     how = {"lengths": lengths, "max_tokens": SCORED_TOKENS, "members": len(group), "say": report}
     # Parameters that stayed on the host would be copied to the device for every batch.
     return language.evaluate(model, jax.device_put(params), dataclasses.replace(data, batch=rows), **how)
-
-
-def read_result(path: Path, keys: Collection[str]) -> dict:
-    """Return a result file of `launch.sweep` that has the keys; ValueError for one that is damaged, or another's."""
-    try:
-        found = read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{error}: move it away") from None
-    rows = found.get("rows") if isinstance(found, dict) and keys <= found.keys() else None
-    if not is_list_of(rows, dict) or not all(isinstance(row.get("variant"), str) for row in rows):
-        raise ValueError(f"{path} is not a result of launch.sweep, and would be overwritten: move it away")
-    return found
-
-
-def check_result(path: Path, result: dict, rows: list, plan: Plan) -> None:
-    """Raise ValueError unless the result of a variant has all that is kept of it and compared."""
-    metrics = (plan.metric, *plan.shown, *(wanted.partition(" ")[2] for wanted, *_ in plan.expect.values()))
-    try:
-        sum({key: result[key] for key in KEPT}["seconds"].values())
-        comparison.table(rows, metrics, plan.metric)
-    except (AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} cannot be compared with other results ({why}): move it away") from None
-
-
-def done_before(plan: Plan, name: str, folder: Path) -> dict | None:
-    """Return the result of a variant in its folder, just as the plan asks for it; None where there is more to do.
-
-    Raises:
-        ValueError, OSError: there is a file that is no such result, or one of other data or another training.
-    """
-    path = folder / "result.json"
-    if not path.exists():
-        return None
-    result = read_result(path, {"variant", "asked", "rows"})
-    before, asked = renewed(result["asked"]), asked_of(plan, name)
-    if before == asked:
-        check_result(path, result, result["rows"], plan)
-        return result
-    if before and (other := other_data(before, asked)):
-        raise ValueError(f"{folder} has a result of other data: {other}; use another workdir")
-    if before and (other := other_training(before, asked)):
-        raise ValueError(f"{folder} has a result of another training: {other}; use another workdir")
-    return None
 
 
 class Trained(NamedTuple):
@@ -139,13 +95,30 @@ def train(population: Population, begin: float, report) -> Trained:
 
 
 def run_variant(plan: Plan, name: str, folder: Path, commit: str, report) -> dict:
-    """Train and score the members of a variant; return and write its result. One that is done is returned as it is."""
-    begin, origin = time.perf_counter(), provenance(commit)
+    """Return the result of a variant, trained and scored unless it is done, while no other process is at it."""
     config = plan.variants[name]
-    with common.user_errors():
-        if result := done_before(plan, name, folder):
+    with contextlib.ExitStack() as stack:
+        with common.user_errors():
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(resume.alone(folder, "sweep.lock"))
+            result = done_before(plan, name, folder)
+            # A kill leaves no best member, or another than the result says.
+            if result and is_whole(folder, config) and not has_best(plan, name, folder, result["best"]):
+                result = None
+        if result:
             report(f"done before, in {folder}")
-            return result
+        else:
+            result = found_of(plan, name, folder, commit, report)
+        if is_whole(folder, config):
+            with common.user_errors():
+                keep_parameters(folder)
+    return result
+
+
+def found_of(plan: Plan, name: str, folder: Path, commit: str, report) -> dict:
+    """Train and score the members of a variant, or score those that are trained; return and write the result."""
+    begin, origin, config = time.perf_counter(), provenance(commit), plan.variants[name]
+    with common.user_errors():
         asked = asked_of(plan, name)
         trained = trained_before(plan, name, folder)
         population = None if trained else Population(config, plan.members, folder, report)
@@ -153,13 +126,29 @@ def run_variant(plan: Plan, name: str, folder: Path, commit: str, report) -> dic
         report(f"trained before, in {folder}: scored anew")
     else:
         trained = train(population, begin, report)
-    result = scored(plan, name, folder, trained, report)
-    result = {**origin, "variant": name, "asked": asked, **result}
+        drop_best(folder)
+    result = {**origin, "variant": name, "asked": asked, **scored(plan, name, folder, trained, report)}
     write_json(folder / "result.json", result)
-    if is_whole(folder, config):
-        with common.user_errors():
-            keep_parameters(folder)
     return result
+
+
+def has_best(plan: Plan, name: str, folder: Path, best: str) -> bool:
+    """Tell whether folder/best is of the member of this name."""
+    try:
+        found = load_config(folder / "best")
+    except (FileNotFoundError, ValueError):
+        return False
+    wanted = [member_config(plan.variants[name], member) for member in plan.members if member.name == best]
+    return any(
+        (found.seed, found.optimizer.learning_rate) == (config.seed, config.optimizer.learning_rate)
+        for config in wanted
+    )
+
+
+def drop_best(folder: Path) -> None:
+    """Delete folder/best; OSError where that fails."""
+    with writing(folder / "best"), contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder / "best")
 
 
 def scored(plan: Plan, name: str, folder: Path, trained: Trained, report) -> dict:
@@ -171,9 +160,10 @@ def scored(plan: Plan, name: str, folder: Path, trained: Trained, report) -> dic
         for member, summary, own in zip(plan.members, trained.summaries, found, strict=True)
     ]
     best = comparison.best(rows, plan.metric)
-    shutil.rmtree(folder / "best", ignore_errors=True)
     own = jax.tree.map(lambda array: array[best], trained.params)
-    save_model(folder / "best", member_config(config, plan.members[best]), own, config.train.steps)
+    if not has_best(plan, name, folder, plan.members[best].name):
+        drop_best(folder)
+        save_model(folder / "best", member_config(config, plan.members[best]), own, config.train.steps)
     return {
         "parameters": sum(array.size for array in jax.tree.leaves(own)),
         "best": plan.members[best].name,
@@ -195,33 +185,6 @@ def summary(name: str, plan: Plan, results: list[dict], origin: dict) -> dict:
         "expected": comparison.expected(rows, plan.expect, next(iter(plan.variants))),
         "variants": {result["variant"]: {key: result[key] for key in KEPT} for result in results},
         "rows": rows,
-    }
-
-
-def recorded(path: Path, plan: Plan) -> dict[str, dict]:
-    """Return the results of the variants that a result file has just as the plan asks for them, of the same data.
-
-    Raises:
-        ValueError: a file that is not a sweep's, or has other results that this run would not replace.
-    """
-    if not path.exists():
-        return {}
-    file, same = read_result(path, {"variants", "rows"}), set()
-    if not is_table_of(file["variants"], lambda result: isinstance(result, dict)):
-        raise ValueError(f"{path} is not a result of launch.sweep, and would be overwritten: move it away")
-    rows = comparison.by_variant(file["rows"])
-    for name in plan.variants:
-        result = file["variants"].get(name, {})
-        before, asked = renewed(result.get("asked")), asked_of(plan, name)
-        if before == asked:
-            check_result(path, result, rows.get(name, []), plan)
-            same.add(name)
-        elif before and (other := other_data(before, asked)):
-            say(f"{name}: {path} has a result of other data, which does not count: {other}")
-    if lost := [name for name in file["variants"] if name not in same and name not in plan.chosen]:
-        raise ValueError(f"{path} has {', '.join(lost)} of another plan, which would be lost: move the file away")
-    return {
-        name: {"variant": name, **file["variants"][name], "rows": rows[name]} for name in plan.variants if name in same
     }
 
 

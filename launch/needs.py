@@ -13,8 +13,8 @@ from mamba3_jax import decoding, memory
 from mamba3_jax.config import Config, ModelConfig
 from mamba3_jax.model import LanguageModel, segments
 from mamba3_jax.sharding import make_mesh, param_shardings, parts, split_over, state_shardings, using
+from mamba3_jax.train.fit import Failed, fitting, validate
 from mamba3_jax.train.flops import flops_per_token
-from mamba3_jax.train.loop import Failed, fitting, validate
 from mamba3_jax.train.step import batch_shapes, state_shapes, train_step
 
 # Of the width that fsdp leaves a device, or a multiple. With 64 or 192 v5e's compiler summed the gradients of matrices

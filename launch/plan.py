@@ -12,7 +12,7 @@ from mamba3_jax.config import Config, DataConfig, check, shown, with_fields
 from mamba3_jax.data.pipeline import TEXTS, loader
 from mamba3_jax.data.synthetic import TASKS
 from mamba3_jax.evaluate import comparison, language, tasks
-from mamba3_jax.train.loop import validate
+from mamba3_jax.train.fit import validate
 from mamba3_jax.train.population import Member, member_config, member_mesh, members
 
 MEMBERS = 2**12  # of a variant: each has parameters and moments of its own

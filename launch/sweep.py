@@ -19,9 +19,9 @@ The file has, beside get_config():
 The same command resumes, bit for bit after SIGKILL, and goes past the variants that are done, in DIR or in
 FOLDER/NAME.json. Under DIR/VARIANT stand result.json, members/NAME/metrics.jsonl, and best/, the best member as an
 ordinary workdir for the other commands. A variant that is done keeps the parameters of its members alone, from which
-other LENGTHS are scored without training; another training of it needs another DIR. DIR/results.json and
-FOLDER/NAME.json have every member's numbers, those that diverged too. Exit statuses are those of `launch.train`, but
-for 3.
+other LENGTHS are scored without training; another training of a variant, done or begun, needs another DIR. One process
+at a time is at a variant. DIR/results.json and FOLDER/NAME.json have every member's numbers, those that diverged too.
+Exit statuses are those of `launch.train`, but for 3.
 """
 
 import sys
@@ -30,12 +30,13 @@ from pathlib import Path
 from absl import flags
 
 from launch import common, experiment
-from launch.asked import asked_of
+from launch.asked import asked_of, done_before, recorded
 from launch.plan import read_plan
 from mamba3_jax.checkpoint import checkpoint_dir
 from mamba3_jax.evaluate import comparison, equal
 from mamba3_jax.files import check_writable
-from mamba3_jax.train.loop import Failed, Stopped, say
+from mamba3_jax.train.fit import Failed
+from mamba3_jax.train.loop import Stopped, say
 
 CONFIG = common.define_config()
 WORKDIR = common.define_path("workdir", None, "Directory of the sweep.", required=True)
@@ -64,11 +65,11 @@ def main(_):
         plan = read_plan(common.config_path(), config, **how)
         kept = Path(RESULTS.value).expanduser() / f"{config.name}.json" if RESULTS.value else None
         # What is not there, damaged or cannot be written ends it here, before anything is trained.
-        known = experiment.recorded(kept, plan) if kept else {}
+        known = recorded(kept, plan) if kept else {}
         for name in plan.chosen:
             if name not in known:
                 asked_of(plan, name)
-                experiment.done_before(plan, name, workdir / name)
+                done_before(plan, name, workdir / name)
         for path in (workdir / "results.json", *([kept] if kept else [])):
             check_writable(path)
     try:

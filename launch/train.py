@@ -11,7 +11,8 @@ finite in max_bad_steps steps in a row. Several processes, on one host or many, 
 import sys
 
 from launch import common
-from mamba3_jax.train.loop import Diverged, Failed, Stopped, Trainer
+from mamba3_jax.train.fit import Failed
+from mamba3_jax.train.loop import Diverged, Stopped, Trainer
 
 DIVERGED = 3
 CONFIG = common.define_config()

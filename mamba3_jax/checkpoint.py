@@ -106,6 +106,11 @@ def keep_parameters(workdir) -> None:
         shutil.rmtree(trash, ignore_errors=True)
 
 
+def parameters_alone(workdir) -> bool:
+    """Tell whether the newest checkpoint, of which there is one, holds no state: training does not go on from it."""
+    return not (checkpoint_dir(workdir) / str(all_steps(workdir)[-1]) / "state").exists()
+
+
 def write_config(workdir, config: Config) -> None:
     """workdir/config.json, for people; programs read the copy inside the checkpoint."""
     path = Path(workdir) / "config.json"

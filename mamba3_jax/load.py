@@ -49,6 +49,8 @@ def load_run(path, *, step: int | None = None) -> tuple[Config, dict]:
 
     path = Path(path).expanduser()
     if (path / "checkpoints").is_dir():
+        if (path / "members").is_dir():
+            raise ValueError(f"{path} has all members of a sweep's variant in one: its best one is {path / 'best'}")
         memory.fit_device(memory.parameters(checkpoint.load_config(path, step).model))
         config, params = checkpoint.load_model(path, step)
         wanted = flatten(flax.linen.meta.unbox(boxed_shapes(config.model)))

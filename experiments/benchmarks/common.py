@@ -155,6 +155,15 @@ def read(name: str, directory: str | Path = "") -> dict | None:
     return found
 
 
+@contextlib.contextmanager
+def drawing(what: str | Path):
+    """Raise ValueError, one line that names a result file, where it has not what is drawn of it, or in another form."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
+        raise ValueError(f"{what} cannot be drawn: {type(error).__name__}: {error}") from None
+
+
 def significant(value, digits: int = 3) -> str:
     """Return a number for a table: so many significant digits, thousands separated; None is a dash; text is itself."""
     if value is None:

@@ -93,9 +93,8 @@ def groups() -> dict[str, list[Step]]:
         "mimo-180m": (ONE, "tensor:2", "sequence:2"),
         "hybrid-180m": (ONE, "tensor:2", "sequence:2"),
     }
-    of_equal = {
-        f"equal-{model}": [Step(model, mesh, 2, 1024, FLOAT32) for mesh in meshes] for model, meshes in equal.items()
-    }
+    float32 = partial(Step, batch=2, length=1024, variant=FLOAT32)
+    of_equal = {f"equal-{model}": [float32(model, mesh) for mesh in meshes] for model, meshes in equal.items()}
     siso = partial(Step, "siso-180m")
     of_context = {
         f"context-{length}": [
@@ -108,7 +107,9 @@ def groups() -> dict[str, list[Step]]:
     }
     of_step = [siso(ONE, 16, 2048), *(siso(mesh, 32, 2048) for mesh in ("data:2", "fsdp:2", "tensor:2"))]
     # Two rows of a million tokens do not fit on a device.
-    long = [siso(ONE, 1, 2**20, BLOCK), siso("sequence:2", 1, 2**21, BLOCK), Step("hybrid-180m", ONE, 1, 2**18, BLOCK)]
+    block = partial(Step, batch=1, variant=BLOCK)
+    long = [block("siso-180m", ONE, length=2**20), block("siso-180m", "sequence:2", length=2**21)]
+    long.append(block("hybrid-180m", ONE, length=2**18))
     return of_equal | of_context | {"step": [*of_step, siso("sequence:2", 16, 4096)], "long": long}
 
 

@@ -10,6 +10,7 @@ that does not fit is a row that says so.
 import collections
 import dataclasses
 
+import jax
 from absl import app, flags
 
 from experiments.benchmarks import common, ssm
@@ -18,7 +19,7 @@ from launch.needs import measured
 from launch.provenance import load, provenance
 from mamba3_jax.config import Config, DataConfig, TrainConfig
 from mamba3_jax.presets import PRESETS
-from mamba3_jax.train.loop import Failed
+from mamba3_jax.train.fit import Failed
 
 FLAGS = flags.FLAGS
 
@@ -44,8 +45,8 @@ class Step:
 
 
 # Of each size and length (mesh, batch, remat) by topology. A device has 2,048 tokens of the large model where it has
-# 16 GB, else 4,096 or more; rows that are longer lie on as many devices, by sequence. fsdp leaves each device 128 of the
-# width or a multiple: else XLA sums gradients whole.
+# 16 GB, else 4,096 or more; rows that are longer lie on as many devices, by sequence. fsdp leaves each device 128 of
+# the width or a multiple: else XLA sums gradients whole.
 LARGE = {
     2048: {
         "v5e:16x16": ("data:4,fsdp:16,tensor:4", 256, "block"),
@@ -122,7 +123,7 @@ def row_of(step: Step) -> dict:
     row = dataclasses.asdict(step)
     try:
         return row | measured(step.config(), step.topology)
-    except (Failed, ValueError) as error:
+    except (Failed, ValueError, jax.errors.JaxRuntimeError) as error:  # the last: a fault of the compiler's own
         return row | {"failed": " ".join(str(error).split())[:300]}
 
 

@@ -43,10 +43,9 @@ MISSING = "Not measured yet."
 FLAGS = flags.FLAGS
 
 
-def results(kind: str) -> list[dict]:
+def results(kind: str) -> dict[Path, dict]:
     """Every result file of one kind, one a platform: layer_cpu.json, ssm_gpu.json, ..."""
-    paths = sorted(common.RESULTS.glob(f"{kind}_*.json"))
-    return [common.read(path.stem) for path in paths]
+    return {path: common.read(path.stem) for path in sorted(common.RESULTS.glob(f"{kind}_*.json"))}
 
 
 def origin(result: dict) -> str:
@@ -60,8 +59,11 @@ def table_of(kind: str, columns: dict[str, str]) -> Callable[[], str]:
     """One table a result file of that kind, each above its origin."""
 
     def draw() -> str:
-        taken = [(result["rows"], origin(result)) for result in results(kind)]
-        return "\n\n".join(f"{common.table(rows, used(rows, columns))}\n\n{where}" for rows, where in taken) or MISSING
+        drawn = []
+        for path, result in results(kind).items():
+            with common.drawing(path):
+                drawn.append(f"{common.table(result['rows'], used(result['rows'], columns))}\n\n{origin(result)}")
+        return "\n\n".join(drawn) or MISSING
 
     return draw
 
@@ -73,12 +75,13 @@ def used(rows: list[dict], columns: dict[str, str]) -> dict[str, str]:
 
 def experiments_table() -> str:
     """One row an experiment: question, command, cost, expected, got."""
-    rows = [summary.overview(sweep) for sweep in sweeps()]
+    rows = found.of_each(summary.overview, sweeps())
     for experiment in EXPERIMENTS:
         path = REPOSITORY / "experiments" / experiment.result
         result = common.read(path.stem, path.parent)
-        got = "not run yet" if result is None else experiment.got(result)
-        where = "" if result is None else f" ({result['commit']}, {result['device']})"
+        with common.drawing(path):
+            got = "not run yet" if result is None else experiment.got(result)
+            where = "" if result is None else f" ({result['commit']}, {result['device']})"
         row = {"question": experiment.question, "command": f"`{experiment.command}`", "cost": experiment.cost}
         rows.append(row | {"expected": experiment.expected, "got": got + where})
     return common.table(rows, {name: name for name in ("question", "command", "cost", "expected", "got")})
@@ -90,7 +93,8 @@ def results_table() -> str:
     for headline in HEADLINES:
         path = REPOSITORY / "experiments" / headline.result
         result = common.read(path.stem, path.parent)
-        number, device = ("not run yet", None) if result is None else (headline.number(result), result["device"])
+        with common.drawing(path):
+            number, device = ("not run yet", None) if result is None else (headline.number(result), result["device"])
         rows.append({"what": headline.what, "number": number, "on": device, "command": f"`{headline.command}`"})
     return common.table(rows, {name: name for name in ("what", "number", "on", "command")})
 
@@ -101,7 +105,8 @@ def evaluation_table() -> str:
     result = common.read(path.stem, path.parent)
     if result is None:
         return MISSING
-    scores = language.table(result["rows"], result["rows"][0]["length"]).split("\n\n")[0]
+    with common.drawing(path):
+        scores = language.table(result["rows"], result["rows"][0]["length"]).split("\n\n")[0]
     return "\n" + textwrap.indent(scores, "    ") + "\n"
 
 
@@ -110,8 +115,9 @@ def pods_table(name: str = "pods") -> str:
     result = common.read(name)
     if result is None:
         return MISSING
-    rows = pods.drawn(result["rows"])
-    return f"{common.table(rows, used(rows, pods.COLUMNS))}\n\n{origin(result)}"
+    with common.drawing(common.RESULTS / f"{name}.json"):
+        rows = pods.drawn(result["rows"])
+        return f"{common.table(rows, used(rows, pods.COLUMNS))}\n\n{origin(result)}"
 
 
 def scaling_table() -> str:
@@ -119,14 +125,15 @@ def scaling_table() -> str:
     result = common.read("pods")
     if result is None:
         return MISSING
-    given = common.table(scaling.read_table(result["rows"]), scaling.READ)
-    return f"{given}\n\n{common.table(scaling.table(result['rows']), scaling.COLUMNS)}"
+    with common.drawing(common.RESULTS / "pods.json"):
+        given = common.table(scaling.read_table(result["rows"]), scaling.READ)
+        return f"{given}\n\n{common.table(scaling.table(result['rows']), scaling.COLUMNS)}"
 
 
 def sweeps_table() -> str:
     """Draws the comparison of every sweep that has run, under its question."""
     run = [sweep for sweep in sweeps() if sweep.result]
-    return "\n\n".join(f"{sweep.question}\n\n{summary.markdown(sweep)}" for sweep in run) or MISSING
+    return "\n\n".join(found.of_each(lambda sweep: f"{sweep.question}\n\n{summary.markdown(sweep)}", run)) or MISSING
 
 
 def sweeps() -> list[found.Experiment]:

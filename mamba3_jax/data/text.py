@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mamba3_jax.config import DataConfig, listed, what_builds
 from mamba3_jax.data.packing import Corpus, Rows, concatenate, rows
-from mamba3_jax.data.token_cache import cached
+from mamba3_jax.data.token_cache import cached, is_kept
 from mamba3_jax.data.vocabulary import tokenizer
 
 VALID_IN = 20  # one file in this many is for validation
@@ -46,7 +46,8 @@ def standard_library() -> dict[str, Path]:
 def matches(pattern: str, field: str) -> dict[str, Path]:
     """Name relative to the folder before the first wildcard -> path, sorted, of the files that a glob matches."""
     pattern = str(Path(pattern).expanduser())
-    paths = [Path(path) for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
+    found = map(Path, glob.glob(pattern, recursive=True))
+    paths = [path for path in found if path.is_file() and not is_kept(path)]
     if not paths:
         raise FileNotFoundError(f"data.{field}={pattern!r} matches no file{_hint(pattern)}")
     root = Path(pattern.replace("[[]", "\0"))  # which is no wildcard, but how a glob writes [

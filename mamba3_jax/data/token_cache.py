@@ -3,14 +3,14 @@
     FOLDER/.tokens/KEY.npz    the arrays of a `Corpus`; FOLDER is the one that all files of the text are in
 
 KEY is a hash of all that decides the tokens: the files' contents, the tokenizer, what ends and parts documents, and the
-code that reads and tokenises. A glob does not match a folder whose name begins with a dot. The folder may be deleted at
-any time.
+code that reads and tokenises. No glob of text matches these files. The folder may be deleted at any time.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Collection
@@ -28,6 +28,7 @@ FOLDER = ".tokens"
 WORTH = 2**22  # bytes of text: a second of work, below which nothing is kept
 KEPT = 8  # files of a folder; those that were not used for longest go
 ABANDONED = 3600.0  # seconds after which a file that is still not whole belongs to a process that was killed
+NAME = re.compile(r"[0-9a-f]{32}\.npz(\.[0-9a-f]{32}\.partial)?")  # of what is written here; all else is its owner's
 CODE = [Path(__file__).with_name(name) for name in ("text.py", "tfds_text.py", "packing.py", "vocabulary.py")]
 
 
@@ -35,7 +36,7 @@ def cached(paths: Collection[Path], codec, how: dict[str, str], make: Callable[[
     """Return the tokens of files: those that are kept beside them, else those that `make` returns, which are kept then.
 
     A kept file that is damaged, or another's, is made anew with a line of warning. Where nothing can be written, or the
-    text is small or is tokenised as fast as it is read, nothing is kept.
+    text changes meanwhile, is small, is tokenised as fast as it is read or lies all over the disk, nothing is kept.
 
     Args:
         paths: of the text, in their order.
@@ -45,16 +46,26 @@ def cached(paths: Collection[Path], codec, how: dict[str, str], make: Callable[[
     """
     if not isinstance(codec, HuggingFace) or sum(path.stat().st_size for path in paths) < WORTH:
         return make()
+    # A link's own folder, not where it leads to: that may be another's, or the root of the disk for two of them.
+    folder = Path(os.path.commonpath([path.absolute().parent for path in paths]))
+    if folder == Path(folder.anchor):
+        return make()
     key = key_of(paths, codec, how)
-    folder = Path(os.path.commonpath([path.resolve().parent for path in paths])) / FOLDER
-    path = folder / f"{key}.npz"
+    path = folder / FOLDER / f"{key}.npz"
     if (corpus := _load(path, key)) is None:
         corpus = make()
         try:
+            if key_of(paths, codec, how) != key:
+                raise OSError("it changed while it was tokenised")
             _save(path, key, corpus)
         except OSError as error:
             logging.warning("tokens are not kept beside their text, and made anew at every start: %s", error)
     return corpus
+
+
+def is_kept(path: Path) -> bool:
+    """Tell a file of kept tokens, which is no text: a glob that asks for hidden folders finds it too."""
+    return path.parent.name == FOLDER and NAME.fullmatch(path.name) is not None
 
 
 def key_of(paths: Collection[Path], codec: HuggingFace, how: dict[str, str]) -> str:
@@ -75,7 +86,10 @@ def _load(path: Path, key: str) -> Corpus | None:
         with np.load(path, allow_pickle=False) as arrays:  # reading an array checks its CRC
             if str(arrays["key"]) != key:
                 raise ValueError("it is of other text")
-            corpus = Corpus(arrays["ids_T"], arrays["first_T"], arrays.get("bytes_T"))
+            corpus = Corpus(arrays["ids_T"], arrays["first_T"], arrays["bytes_T"])
+        forms = [(array.dtype.kind, array.shape) for array in vars(corpus).values()]
+        if not corpus.ids_T.size or forms != [(kind, (corpus.ids_T.size,)) for kind in "ubu"]:
+            raise ValueError("its arrays are not those of a text")
     except FileNotFoundError:
         return None
     except Exception as error:  # whatever is wrong with it, it is made anew
@@ -88,28 +102,28 @@ def _load(path: Path, key: str) -> Corpus | None:
 
 def _save(path: Path, key: str, corpus: Corpus) -> None:
     """Keep tokens in a file, whole or not at all; OSError where it cannot be written."""
-    arrays = {"ids_T": corpus.ids_T, "first_T": corpus.first_T}
-    if corpus.bytes_T is not None:
-        arrays["bytes_T"] = corpus.bytes_T
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # several processes may be at it
     with writing(path):
         path.parent.mkdir(exist_ok=True)
         try:
             with partial.open("wb") as stream:
-                np.savez(stream, key=key, **arrays)
+                np.savez(stream, key=key, **vars(corpus))
             partial.replace(path)
         except BaseException:  # Ctrl-C too
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
             raise
-    with contextlib.suppress(OSError):  # another process drops them too
-        _drop_old(path.parent)
+    _drop_old(path.parent)
 
 
 def _drop_old(folder: Path) -> None:
     """Drop the tokens that were not used for longest, and what was never written to its end."""
-    used = {file: file.stat().st_mtime for file in folder.glob("*.npz")}
-    old = sorted(used, key=used.get)[:-KEPT]
-    old += [file for file in folder.glob("*.partial") if time.time() - file.stat().st_mtime > ABANDONED]
+    used = {}
+    for file in filter(lambda file: NAME.fullmatch(file.name), folder.iterdir()):
+        with contextlib.suppress(OSError):  # another process drops them too
+            used[file] = file.stat().st_mtime
+    old = sorted((file for file in used if file.suffix == ".npz"), key=used.get)[:-KEPT]
+    old += [file for file in used if file.suffix != ".npz" and time.time() - used[file] > ABANDONED]
     for file in old:
-        file.unlink()
+        with contextlib.suppress(OSError):
+            file.unlink()

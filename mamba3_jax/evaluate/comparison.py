@@ -92,13 +92,18 @@ def difference(rows: Sequence[dict], others: Sequence[dict], metric: str) -> tup
     d = list(paired(rows, others, metric).values())
     if len(d) < 2:
         return (d[0] if d else math.nan), math.nan
-    return statistics.mean(d), student(len(d)) * statistics.stdev(d) / math.sqrt(len(d))
+    return statistics.mean(d), student(len(d)) * deviation(d) / math.sqrt(len(d))
 
 
 def paired(rows: Sequence[dict], others: Sequence[dict], metric: str) -> dict[int, float]:
     """Return d_s = rows_s - others_s by seed, of the seeds of both at each one's best rate."""
     ours, theirs = ({row["seed"]: value(row, metric) for row in at_best_rate(r, metric)} for r in (rows, others))
     return {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
+
+
+def deviation(numbers: Sequence[float]) -> float:
+    """Return the standard deviation of two numbers or more; NaN where one is not finite, on which Python 3.11 fails."""
+    return statistics.stdev(numbers) if all(map(math.isfinite, numbers)) else math.nan
 
 
 def student(count: int) -> float:
@@ -150,7 +155,7 @@ def of_seeds(rows: Sequence[dict], metric: str) -> str:
     numbers = [value(row, metric) for row in rows]
     if sign(metric) > 0 or len(numbers) < MANY:
         return " ".join(shown(number, metric) for number in numbers)
-    return f"{shown(statistics.mean(numbers), metric)} (sd {shown(statistics.stdev(numbers), metric)})"
+    return f"{shown(statistics.mean(numbers), metric)} (sd {shown(deviation(numbers), metric)})"
 
 
 def table(rows: Sequence[dict], metrics: Sequence[str], best_by: str) -> str:

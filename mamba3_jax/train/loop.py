@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import itertools
 import math
@@ -14,14 +13,15 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mamba3_jax import memory, model
-from mamba3_jax.checkpoint import Checkpoints, all_steps, checkpoint_dir, load_config, write_config
+from mamba3_jax import memory
+from mamba3_jax.checkpoint import Checkpoints, all_steps, checkpoint_dir, load_config, parameters_alone, write_config
 from mamba3_jax.config import Config, check
-from mamba3_jax.data import Batch, loader, tokenizer, tokenizer_copy
+from mamba3_jax.data import Batch, loader, tokenizer_copy
 from mamba3_jax.finite import check_finite
 from mamba3_jax.ops.cross_entropy import Sums
-from mamba3_jax.sharding import loading, make_mesh, parts, using
-from mamba3_jax.train import flops, metrics, optimizer, resume
+from mamba3_jax.sharding import loading, make_mesh, using
+from mamba3_jax.train import flops, metrics, resume
+from mamba3_jax.train.fit import Failed, fitting, validate
 from mamba3_jax.train.loss import bits_per_byte, means
 from mamba3_jax.train.step import TrainState, batch_shapes, eval_step, init_state, put, state_shapes, train_step
 
@@ -33,70 +33,12 @@ class Diverged(Exception):
     """Too many updates in a row would not have been finite. The message is for the user."""
 
 
-class Failed(Exception):
-    """The run could not go on: no finite state to begin with, or an OSError. The message is for the user."""
-
-
 class Stopped(Exception):
     """The run saved and stopped on signal `number`. The message is for the user."""
 
     def __init__(self, number: int, message: str):
         super().__init__(message)
         self.number = number
-
-
-def validate(config: Config, mesh: Mesh | None = None) -> None:
-    """Raise ValueError, naming value and wish, for a config that cannot be trained on a mesh (None: its own)."""
-    mesh = mesh or make_mesh(config.train.mesh)
-    model.validate(config.model)
-    optimizer.validate(config.optimizer)
-    rows, columns = parts(mesh, "batch"), parts(mesh, "length")
-    if config.data.batch % (rows * config.optimizer.accumulate):
-        raise ValueError(
-            f"data.batch={config.data.batch} is not a positive multiple of {rows * config.optimizer.accumulate}: "
-            f"optimizer.accumulate={config.optimizer.accumulate} x the {rows} parts that rows are split into by "
-            f"train.mesh={config.train.mesh!r}"
-        )
-    if config.data.length % columns:
-        raise ValueError(
-            f"data.length={config.data.length} is not a multiple of {columns}: the parts that rows are cut into by "
-            f"train.mesh={config.train.mesh!r}"
-        )
-    if (ids := tokenizer(config.data).vocab_size) > config.model.vocab_size:
-        raise ValueError(f"model.vocab_size={config.model.vocab_size} is less than the {ids} ids of the tokenizer")
-
-
-def fitting(update, config: Config, shapes: TrainState, batch: Batch, limit: int | None):
-    """Return (program, remat): the step with what config.model.remat names, or else the first that fits a device.
-
-    Args:
-        update: returns the step of a config, `train_step` for one run.
-        config: of the run.
-        shapes: of the state, with shardings.
-        batch: shapes of one, with shardings.
-        limit: bytes of a device; None: the compiler alone knows.
-
-    Raises:
-        Failed: none fits.
-    """
-    shardings = jax.tree.map(lambda shape: shape.sharding, shapes)
-    for remat in [config.model.remat] if config.model.remat else ["none", "rotation", "block"]:
-        run = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
-        step = jax.jit(update(run), donate_argnums=0, out_shardings=(shardings, None))
-        try:
-            compiled = step.lower(shapes, batch).compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            found = f"the compiler says {str(error).splitlines()[0]}"
-            continue
-        needed = memory.of_program(compiled)
-        if limit is None or needed <= limit:
-            return compiled, remat
-        found = f"{memory.readable(needed)} needed on each device"
-    free = "" if limit is None else f", {memory.readable(limit)} there"
-    step = f"the step of data.batch={config.data.batch} with model.remat={remat!r}"
-    raise Failed(f"{step} does not fit: {found}{free}")
 
 
 class Trainer:
@@ -253,8 +195,7 @@ class Trainer:
         """Check that the newest checkpoint is of this run, or of parameters to start from."""
         self.changes = {}
         if steps := all_steps(self.workdir):
-            path = checkpoint_dir(self.workdir) / str(steps[-1])
-            only = not (path / "state").exists()
+            path, only = checkpoint_dir(self.workdir) / str(steps[-1]), parameters_alone(self.workdir)
             if only and steps[-1]:
                 raise ValueError(
                     f"{path} holds parameters alone: training starts from such a checkpoint at step 0 only"

@@ -72,17 +72,18 @@ def with_own_tokenizer(config: Config, workdir) -> Config:
 
 
 @contextlib.contextmanager
-def alone(workdir: Path):
-    """Hold workdir/lock, which the system gives back when the process ends in whatever way.
+def alone(workdir: Path, name: str = "lock"):
+    """Hold workdir/NAME, which the system gives back when the process ends in whatever way.
 
     Raises ValueError if another run holds it: the two would delete each other's checkpoints.
     """
-    (workdir / "lock").touch()  # and close it: other hosts may see a bucket's files only then (`check_shared`)
-    with (workdir / "lock").open("a") as lock:
+    path = workdir / name
+    path.touch()  # and close it: other hosts may see a bucket's files only then (`check_shared`)
+    with path.open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another run is at work in {workdir}: it holds {workdir / 'lock'}") from None
+            raise ValueError(f"another run is at work in {workdir}: it holds {path}") from None
         yield
 
 

@@ -77,7 +77,16 @@ def test_whatever_decides_the_tokens_tells_them_apart(data, change, tmp_path, mo
     assert same(after, before) == (change in ("name", "code"))
 
 
-@pytest.mark.parametrize("damage", ["begin", "ids", "bytes", "cut", "empty", "other", "folder"])
+FORMS = {  # of another program's file, or of one that was written by hand
+    "type": {"ids_T": np.ones(9)},
+    "sign": {"ids_T": -np.ones(9, np.int64)},
+    "shape": {"ids_T": np.ones((1, 9), np.uint16)},
+    "length": {"first_T": np.ones(8, bool)},
+    "none": {"ids_T": np.ones(0, np.uint16), "first_T": np.ones(0, bool), "bytes_T": np.ones(0, np.uint8)},
+}
+
+
+@pytest.mark.parametrize("damage", ["begin", "ids", "bytes", "cut", "empty", "other", "folder", *FORMS])
 def test_a_damaged_or_foreign_file_is_made_anew(data, damage, tmp_path, caplog):
     want = tokens(data)
     (path,) = kept(data)
@@ -96,6 +105,9 @@ def test_a_damaged_or_foreign_file_is_made_anew(data, damage, tmp_path, caplog):
         content = other.read_bytes()
         (tmp_path / "text" / "2.txt").rename(tmp_path / "text" / "0.txt")
     path.write_bytes(content)
+    if damage in FORMS:
+        whole = {"ids_T": np.ones(9, np.uint16), "first_T": np.ones(9, bool), "bytes_T": np.ones(9, np.uint8)}
+        np.savez(path, key=path.stem, **(whole | FORMS[damage]))
     if damage == "folder":
         path.unlink()
         path.mkdir()
@@ -119,7 +131,7 @@ def test_what_was_not_used_for_longest_goes(data, monkeypatch):
     tokens(data)
     (first,) = kept(data)
     os.utime(first, (0, 0))
-    abandoned = first.with_name("x.npz.y.partial")
+    abandoned = first.with_name(f"{'0' * 32}.npz.{'0' * 32}.partial")
     abandoned.touch()
     os.utime(abandoned, (0, 0))
     data.separator = "a"
@@ -133,3 +145,62 @@ def test_what_was_not_used_for_longest_goes(data, monkeypatch):
     assert first in kept(data)
     assert second not in kept(data)
     assert len(kept(data)) == 2
+
+
+def test_what_is_not_of_the_cache_is_left_alone(data, monkeypatch):
+    """Another's files in its folder; and one that cannot be dropped keeps no other."""
+    monkeypatch.setattr(token_cache, "KEPT", 2)
+    tokens(data)
+    (first,) = kept(data)
+    mine, stuck = first.with_name("mine.npz"), first.with_name(f"{'0' * 32}.npz")
+    mine.write_text("mine")
+    stuck.mkdir()
+    for path in (mine, stuck):
+        os.utime(path, (0, 0))
+    for separator in "abc":
+        data.separator = separator
+        tokens(data)
+    assert mine.read_text() == "mine"
+    assert len(set(kept(data)) - {mine, stuck}) == 2
+
+
+def test_tokens_of_text_that_changes_meanwhile_are_not_kept(data, tmp_path, monkeypatch, caplog):
+    """They would be taken for those of the text as it was."""
+    encode, path = HuggingFace.encode_all, tmp_path / "text" / "0.txt"
+    before = path.read_text()
+
+    def changing(codec, texts):
+        path.write_text("other words")
+        return encode(codec, texts)
+
+    monkeypatch.setattr(HuggingFace, "encode_all", changing)
+    other = tokens(data)
+    assert "it changed while it was tokenised" in caplog.text
+    monkeypatch.setattr(HuggingFace, "encode_all", encode)
+    path.write_text(before)
+    assert not same(tokens(data), other)
+
+
+def test_tokens_lie_beside_links_and_not_where_these_lead_to(data, tmp_path):
+    for number in range(2):
+        (tmp_path / f"disk_{number}").mkdir()
+        (tmp_path / "text" / f"{number}.txt").rename(tmp_path / f"disk_{number}" / f"{number}.txt")
+        (tmp_path / "text" / f"{number}.txt").symlink_to(tmp_path / f"disk_{number}" / f"{number}.txt")
+    tokens(data)
+    assert len(kept(data)) == 1
+    assert [path.parent.name for path in tmp_path.rglob(token_cache.FOLDER)] == ["text"]
+
+
+def test_nothing_is_kept_in_the_root_of_the_disk(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(token_cache, "_save", None)
+    paths = [tmp_path / "valid.txt", Path("/proc/version")]
+    assert token_cache.cached(paths, HuggingFace(data.tokenizer, data.eos), {}, lambda: "made") == "made"
+
+
+def test_a_glob_of_hidden_folders_does_not_find_them(data, tmp_path):
+    data.train_glob = f"{tmp_path}/text/**/.*/*"
+    (tmp_path / "text" / ".more").mkdir()
+    (tmp_path / "text" / ".more" / "a.txt").write_text("words")
+    (tmp_path / "text" / token_cache.FOLDER).mkdir()
+    (tmp_path / "text" / token_cache.FOLDER / f"{'0' * 32}.npz").write_bytes(b"\xff")
+    assert list(text.matches(data.train_glob, "train_glob")) == [".more/a.txt"]

@@ -212,6 +212,27 @@ def test_changed_figure_makes_the_readme_outdated(taken, tmp_path):
     assert "50.5" in table.outdated((readme,))[readme]
 
 
+@pytest.mark.parametrize("lines", ["EXPERIMENTS", "HEADLINES"])
+def test_a_line_of_a_result_that_cannot_be_drawn_names_it(lines, tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(table, "sweeps", list)
+    for entry in getattr(table, lines):
+        path = tmp_path / "experiments" / entry.result
+        common.write(path.stem, {}, [{}], path.parent)
+        monkeypatch.setattr(table, lines, [entry])
+        with pytest.raises(ValueError, match=rf"{path} cannot be drawn: \w+Error: "):
+            table.TABLES[{"EXPERIMENTS": "experiments", "HEADLINES": "results"}[lines]]()
+
+
+@pytest.mark.parametrize("name", sorted(table.TABLES.keys() - {"sweeps", "experiments", "results", "evaluation"}))
+def test_a_table_of_a_result_that_cannot_be_drawn_names_it(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    for file in ("tpu_aot", "pods", "pods_before", f"{name}_cpu"):
+        common.write(file, {}, [{}])
+    with pytest.raises(ValueError, match=rf"{tmp_path}/\w+.json cannot be drawn: KeyError: "):
+        table.TABLES[name]()
+
+
 def test_unknown_table_is_an_error():
     with pytest.raises(ValueError, match="table:nothing"):
         table.render("<!-- table:nothing -->\n<!-- end -->")

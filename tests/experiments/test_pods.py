@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import jax
 import pytest
 
 from experiments.benchmarks import common, pods
@@ -38,6 +39,16 @@ def test_a_row_is_drawn_by_kind():
     drawn, failed = pods.drawn([row, {"failed": "too large"}])
     assert (drawn["all-reduce"], drawn["at_once"], drawn["in_turn"], drawn["tflop"]) == (2.5, "50%", "25%", 1.5)
     assert failed == {"failed": "too large"}
+
+
+@pytest.mark.parametrize("error", [pods.Failed("too large"), jax.errors.JaxRuntimeError("INTERNAL: LLO_CHECK failure")])
+def test_a_step_that_is_not_compiled_is_a_row(error, monkeypatch):
+    def measured(config, topology):
+        raise error
+
+    monkeypatch.setattr(pods, "measured", measured)
+    step = pods.steps()[0]
+    assert pods.row_of(step) == dataclasses.asdict(step) | {"failed": str(error)}
 
 
 def test_recorded_rows_have_a_commit_and_a_compiler():

@@ -180,6 +180,25 @@ def test_a_damaged_result_is_named(folder):
 
 
 @pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("toy", {"rows": [{**row, "curve": "x"} for row in result_of(SCORES)["rows"]]}),
+        ("toy", {"variants": {name: {**of, "asked": 5} for name, of in result_of(SCORES)["variants"].items()}}),
+        ("toy_predicted", {"rows": [{"variant": "plain", "predicted": None}]}),
+        ("toy_predicted", {"rows": [{"variant": "plain"}], "commit": 0, "date": 0}),
+    ],
+)
+def test_a_result_that_cannot_be_drawn_is_named(file, content, folder):
+    """What only the drawing reads: it is found then, in one line, and nothing is written."""
+    path = folder / "results" / f"{file}.json"
+    path.write_text(json.dumps((result_of(SCORES) if file == "toy" else {}) | content))
+    experiments = found.experiments(folder)
+    with pytest.raises(ValueError, match=r"toy\.json, or what goes with it, cannot be drawn: \w+Error: "):
+        report.write(experiments, folder / "report")
+    assert not list(folder.glob("report/*"))
+
+
+@pytest.mark.parametrize(
     ("more", "message"),
     [
         ("EXPECT = {'plain': 5}", "toy.py: EXPECT={'plain': 5} is not"),

@@ -54,6 +54,14 @@ def test_differences_are_paired_by_seed():
     assert math.isnan(comparison.difference(ROWS[4:5], ROWS[:4], "scaled_last@8")[1])
 
 
+def test_a_variant_of_which_a_seed_diverged_at_every_rate_is_compared():
+    """What it has is said, and what a number that is none decides is a dash."""
+    some = [row(name, seed, 1e-3, 0.5, loss=seed) for name in "ab" for seed in range(4)]
+    some[5] = row("b", 1, 1e-3, None, loss=None)
+    *_, last = comparison.table(some, ["scaled_last@8", "loss"], "scaled_last@8").splitlines()
+    assert last == "| b | 0.001 | 50.0 - 50.0 50.0 | - (sd -) | - ± - |"
+
+
 def test_intervals_cover_as_many_seeds_as_there_are():
     """Against the quantiles of Student's t at 10 and 30 degrees of freedom: 2.228, 2.042."""
     for count, t in ((11, 2.228), (31, 2.042)):

@@ -60,6 +60,14 @@ def test_what_is_not_there_says_what_is(workdir, tmp_path):
         mamba3_jax.load(OFFICIAL, step=1)
 
 
+def test_of_a_sweeps_variant_the_best_member_is_named(tmp_path):
+    """Its own checkpoint has all members along the first axis, which would be tensors that do not fit."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "members").mkdir()
+    with pytest.raises(ValueError, match=rf"has all members of .* its best one is {tmp_path}/best"):
+        load_run(tmp_path)
+
+
 @pytest.mark.full
 def test_parameters_that_do_not_fit_the_config_are_listed(workdir, tmp_path):
     config, params = load_run(workdir)

@@ -17,7 +17,7 @@ from launch.provenance import REPOSITORY
 from mamba3_jax import memory
 from mamba3_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from mamba3_jax.sharding import make_mesh
-from mamba3_jax.train.loop import Failed
+from mamba3_jax.train.fit import Failed
 from mamba3_jax.train.step import batch_shapes, state_shapes
 
 

@@ -10,12 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from launch import experiment
+from launch import asked, experiment
 from launch.asked import asked_of
 from launch.plan import read_plan
-from mamba3_jax.checkpoint import Checkpoints, all_steps, load_config, load_model
+from mamba3_jax.checkpoint import Checkpoints, all_steps, keep_parameters, load_config, load_model, save_model
 from mamba3_jax.data import pipeline, text
 from mamba3_jax.files import check_writable, write_json
+from mamba3_jax.train.population import member_config
+from mamba3_jax.train.resume import alone
 from mamba3_jax.train.step import init_state
 from tests.helpers import devices, rel_rms, without_times
 from tests.launch import tiny_sweep
@@ -105,8 +107,10 @@ def result_of(plan, name: str) -> dict:
     metrics = dict.fromkeys(("loss", "accuracy", "last", "scaled_last", "exact"), 0.5)
     scores = [{"length": length, **metrics} for length in plan.lengths]
     rows = [{"variant": name, **member._asdict(), "loss": 1.0, "scores": scores} for member in plan.members]
-    return dict.fromkeys(experiment.KEPT, "") | {
+    return dict.fromkeys(asked.KEPT, "") | {
         "variant": name,
+        "best": plan.members[0].name,
+        "resumed_after": 0,
         "seconds": {"train": 1.0, "score": 1.0},
         "asked": asked_of(plan, name),
         "rows": rows,
@@ -117,7 +121,7 @@ def file_of(plan) -> dict:
     """Return a whole result file of all variants."""
     results = {name: result_of(plan, name) for name in plan.variants}
     return {
-        "variants": {name: {key: result[key] for key in experiment.KEPT} for name, result in results.items()},
+        "variants": {name: {key: result[key] for key in asked.KEPT} for name, result in results.items()},
         "rows": [row for result in results.values() for row in result["rows"]],
     }
 
@@ -139,14 +143,14 @@ DAMAGED = [
 def test_another_file_is_not_overwritten(text, message, tmp_path):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match=f"x.json {message}"):
-        experiment.recorded(tmp_path / "x.json", plan_of(tmp_path, ""))
+        asked.recorded(tmp_path / "x.json", plan_of(tmp_path, ""))
 
 
 @pytest.mark.parametrize(("text", "message"), DAMAGED)
 def test_a_damaged_result_of_a_variant_is_named(text, message, tmp_path):
     (tmp_path / "result.json").write_text(text)
     with pytest.raises(ValueError, match=f"result.json {message}"):
-        experiment.done_before(plan_of(tmp_path, ""), "mamba3", tmp_path)
+        asked.done_before(plan_of(tmp_path, ""), "mamba3", tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["commit", "seconds", "rows", "scores", "length", "scaled_last", "learning_rate"])
@@ -165,17 +169,17 @@ def test_a_result_without_what_is_compared_is_named(damage, tmp_path):
 
     result, file = result_of(plan, "mamba3"), file_of(plan)
     (tmp_path / "result.json").write_text(json.dumps(result))
-    assert experiment.done_before(plan, "mamba3", tmp_path) == result
+    assert asked.done_before(plan, "mamba3", tmp_path) == result
     damaged(result, result["rows"])
     (tmp_path / "result.json").write_text(json.dumps(result))
     with pytest.raises(ValueError, match=r"result.json cannot be compared"):
-        experiment.done_before(plan, "mamba3", tmp_path)
+        asked.done_before(plan, "mamba3", tmp_path)
     own = [row for row in file["rows"] if row["variant"] == "mamba3"]
     others = [row for row in file["rows"] if row["variant"] != "mamba3"]
     damaged(file["variants"]["mamba3"], own)
     (tmp_path / "x.json").write_text(json.dumps(file | {"rows": own + others}))
     with pytest.raises(ValueError, match=r"x.json cannot be compared"):
-        experiment.recorded(tmp_path / "x.json", plan)
+        asked.recorded(tmp_path / "x.json", plan)
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
@@ -197,11 +201,11 @@ def test_recorded_variants_are_kept_while_they_are_asked_for_alike(tmp_path):
     found["mamba3"]["asked"]["config"]["model"]["d_state"] += 1
     del found["still"]["asked"]["config"]["data"]["task_mixed"]  # of a time before this field, whose default it had
     (tmp_path / "x.json").write_text(json.dumps(file))
-    known = experiment.recorded(tmp_path / "x.json", plan)  # it trains mamba3 anew
+    known = asked.recorded(tmp_path / "x.json", plan)  # it trains mamba3 anew
     assert list(known) == ["still"]
     assert known["still"]["rows"] == result_of(plan, "still")["rows"]
     with pytest.raises(ValueError, match=r"x.json has mamba3 of another plan, which would be lost"):
-        experiment.recorded(tmp_path / "x.json", plan_of(tmp_path, "", only=["still"]))
+        asked.recorded(tmp_path / "x.json", plan_of(tmp_path, "", only=["still"]))
 
 
 def test_a_field_that_came_since_leaves_a_result_what_it_is(tmp_path):
@@ -210,10 +214,10 @@ def test_a_field_that_came_since_leaves_a_result_what_it_is(tmp_path):
     assert file["variants"]["mamba3"]["asked"]["config"]["model"].pop("layout")  # at its default
     assert file["variants"]["still"]["asked"]["config"]["model"].pop("angles")  # which is not that of the plan
     path.write_text(json.dumps(file))
-    assert list(experiment.recorded(path, plan)) == ["mamba3"]
+    assert list(asked.recorded(path, plan)) == ["mamba3"]
     file["variants"]["mamba3"]["asked"]["config"]["gone"] = 1
     path.write_text(json.dumps(file))
-    assert list(experiment.recorded(path, plan)) == []
+    assert list(asked.recorded(path, plan)) == []
 
 
 def test_results_of_other_text_are_told_apart(tmp_path, capsys):
@@ -231,13 +235,13 @@ def test_results_of_other_text_are_told_apart(tmp_path, capsys):
     path.write_text(json.dumps(file_of(plan)))
     done.parent.mkdir()
     done.write_text(json.dumps(result_of(plan, "a")))
-    assert list(experiment.recorded(path, plan)) == ["a", "b"]
+    assert list(asked.recorded(path, plan)) == ["a", "b"]
     assert experiment.run_variant(plan, "a", done.parent, "", print)["asked"]["data"]["train"].startswith("161 tokens")
 
     (tmp_path / "valid.txt").write_text("other " * 20)
     text._corpus.cache_clear()  # as in another process
     pipeline._identity.cache_clear()
-    assert experiment.recorded(path, plan) == {}
+    assert asked.recorded(path, plan) == {}
     assert "a result of other data, which does not count: its data was train 161 tokens" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         experiment.run_variant(plan, "a", done.parent, "", print)
@@ -246,7 +250,7 @@ def test_results_of_other_text_are_told_apart(tmp_path, capsys):
 
 
 def finished(plan, name: str, folder: Path) -> None:
-    """Write what a variant leaves when it is done, of untrained members: two checkpoints, members and a result."""
+    """Write what a variant leaves when it is done, of untrained members: two checkpoints and a result, no best one."""
     config = plan.variants[name]
     seed_M = np.arange(len(plan.members), dtype=np.uint32)
     state = jax.vmap(lambda seed: init_state(dataclasses.replace(config, seed=seed)))(seed_M)._asdict()
@@ -273,7 +277,7 @@ def test_a_variant_that_is_done_keeps_what_is_read_of_it(tmp_path, monkeypatch):
     assert [row["scores"] for row in result["rows"]] == found
     assert all(row["loss"] == 1.0 for row in result["rows"])  # of the training
     assert result["seconds"]["train"] == 1.0
-    assert experiment.done_before(longer, "still", folder) == json.loads((folder / "result.json").read_text())
+    assert asked.done_before(longer, "still", folder) == json.loads((folder / "result.json").read_text())
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [str(STEPS)]
     jax.tree.map(np.testing.assert_array_equal, load_model(folder)[1], held)
     jax.tree.map(np.testing.assert_array_equal, load_model(folder / "best")[1], jax.tree.map(lambda x: x[0], held))
@@ -288,7 +292,11 @@ def test_a_variant_that_is_done_keeps_what_is_read_of_it(tmp_path, monkeypatch):
         ({"optimizer.weight_decay": 0.5}, "its config.optimizer.weight_decay was 0.1, and is 0.5"),
         ({"model.d_state": 16}, "its config.model.d_state was 8, and is 16"),
         ({"seeds": 1}, "it has other seeds or learning rates"),
-        ({"train.log_every": 7}, ""),
+        ({"train.z_loss": 0.5}, "its config.train.z_loss was 0.0, and is 0.5"),
+        ({"train.max_bad_steps": 3}, "its config.train.max_bad_steps was 10, and is 3"),
+        ({"train.eval_batches": 1}, "its config.train.eval_batches was 2, and is 1"),  # of which valid_loss is the mean
+        ({"train.log_every": 7}, "its config.train.log_every was 1, and is 7"),  # steps over which loss is the mean
+        ({"train.save_every": 7, "model.unroll": 1}, ""),
     ],
 )
 def test_a_result_of_another_training_is_not_replaced(change, message, tmp_path):
@@ -297,10 +305,77 @@ def test_a_result_of_another_training_is_not_replaced(change, message, tmp_path)
     how, fields = ({**change}, {}) if "seeds" in change else ({}, change)
     plan = plan_of(tmp_path, f"VARIANTS = {{'still': {{'model.angles': 'none', **{fields}}}}}; EXPECT = {{}}", **how)
     if not message:  # how it is run is nobody's finding: it is scored anew
-        assert experiment.done_before(plan, "still", tmp_path) is None
+        assert asked.done_before(plan, "still", tmp_path) is None
         return
     with pytest.raises(ValueError, match=f"has a result of another training: {message}"):
-        experiment.done_before(plan, "still", tmp_path)
+        asked.done_before(plan, "still", tmp_path)
+
+
+def test_a_result_that_does_not_say_what_was_asked_is_not_replaced(tmp_path):
+    plan = plan_of(tmp_path, "")
+    write_json(tmp_path / "result.json", result_of(plan, "still") | {"asked": {}})
+    with pytest.raises(ValueError, match=r"result.json does not say what was asked for, .*: move .* away"):
+        asked.done_before(plan, "still", tmp_path)
+
+
+def test_checkpoints_of_another_training_are_not_gone_on_from(tmp_path):
+    """Their result would be called what the plan asks for; and those of parameters have no more to go on with."""
+    plan, folder = plan_of(tmp_path, "", only=["still"]), tmp_path / "still"
+    finished(plan, "still", folder)
+    (folder / "result.json").rename(folder / "moved")
+    assert asked.done_before(plan, "still", folder) is None
+    fields = "{'model.angles': 'none', 'optimizer.weight_decay': 0.5}"
+    other = plan_of(tmp_path, f"VARIANTS = {{'still': {fields}}}; EXPECT = {{}}")
+    with pytest.raises(ValueError, match=r"has checkpoints of another training: its config.optimizer.weight_decay was"):
+        asked.done_before(other, "still", folder)
+    keep_parameters(folder)
+    with pytest.raises(ValueError, match=rf"its result.json is gone: put it back, or move {folder} away"):
+        asked.done_before(plan, "still", folder)
+
+
+@pytest.mark.parametrize("left", ["moments", "no best", "other best", "nothing"])
+def test_what_a_kill_left_of_a_variant_that_is_done_is_finished(left, tmp_path, monkeypatch):
+    """By the same command, which trains nothing and scores only for a best member that is not there."""
+    plan, folder = plan_of(tmp_path, "", only=["still"]), tmp_path / "still"
+    finished(plan, "still", folder)
+    held = load_model(folder)[1]
+    number = 1 if left == "other best" else 0
+    if left != "no best":
+        member = member_config(plan.variants["still"], plan.members[number])
+        save_model(folder / "best", member, jax.tree.map(lambda x: x[number], held), STEPS)
+    if left != "moments":
+        keep_parameters(folder)
+    scored, rows = [], result_of(plan, "still")["rows"]
+    monkeypatch.setattr(experiment, "Population", None)
+    monkeypatch.setattr(experiment, "scores", lambda *_: scored.append(1) or [row["scores"] for row in rows])
+    result = experiment.run_variant(plan, "still", folder, "", print)
+    assert bool(scored) == ("best" in left)
+    assert result["rows"] == rows
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [str(STEPS)]
+    assert not list((folder / "checkpoints").glob("*/state"))
+    assert load_config(folder / "best").seed == plan.variants["still"].seed
+    jax.tree.map(np.testing.assert_array_equal, load_model(folder / "best")[1], jax.tree.map(lambda x: x[0], held))
+
+
+def test_the_best_member_is_there_while_it_is_scored_anew(tmp_path, monkeypatch):
+    """Scores change; parameters do not, so it is not written again where it is the same one."""
+    plan, folder = plan_of(tmp_path, "", only=["still"]), tmp_path / "still"
+    finished(plan, "still", folder)
+    own = jax.tree.map(lambda x: x[0], load_model(folder)[1])
+    save_model(folder / "best", member_config(plan.variants["still"], plan.members[0]), own, STEPS)
+    longer = plan_of(tmp_path, "LENGTHS = (16, 32, 64)", only=["still"])
+    monkeypatch.setattr(experiment, "Population", None)
+    monkeypatch.setattr(experiment, "save_model", None)
+    found = [result_of(longer, "still")["rows"][0]["scores"]] * len(plan.members)
+    monkeypatch.setattr(experiment, "scores", lambda *_: found)
+    assert experiment.run_variant(longer, "still", folder, "", print)["rows"][0]["scores"] == found[0]
+
+
+def test_one_process_at_a_time_is_at_a_variant(tmp_path, capsys):
+    """From its training to its last file: another would delete what this one writes."""
+    with alone(tmp_path, "sweep.lock"), pytest.raises(SystemExit):
+        experiment.run_variant(plan_of(tmp_path, ""), "still", tmp_path, "", print)
+    assert f"another run is at work in {tmp_path}: it holds {tmp_path}/sweep.lock" in capsys.readouterr().err
 
 
 def start(workdir, environment, *arguments):

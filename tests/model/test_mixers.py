@@ -14,8 +14,9 @@ from mamba3_jax.load import load
 from mamba3_jax.mixers import MIXERS, Mixer, letters
 from mamba3_jax.model import mixer_names
 from mamba3_jax.nn.initial import linear
+from mamba3_jax.train.fit import validate
 from mamba3_jax.train.flops import flops_per_token
-from mamba3_jax.train.loop import Trainer, validate
+from mamba3_jax.train.loop import Trainer
 from tests.train.tiny import get_config
 
 

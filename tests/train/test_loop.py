@@ -20,7 +20,8 @@ from mamba3_jax.checkpoint import Checkpoints, all_steps, load_config, load_mode
 from mamba3_jax.config import DataConfig
 from mamba3_jax.sharding import make_mesh, using
 from mamba3_jax.train import loop, metrics
-from mamba3_jax.train.loop import AHEAD, Diverged, Failed, Trainer
+from mamba3_jax.train.fit import Failed
+from mamba3_jax.train.loop import AHEAD, Diverged, Trainer
 from mamba3_jax.train.resume import check
 from mamba3_jax.train.step import init_state, state_shapes
 from tests.train.tiny import get_config, random_params

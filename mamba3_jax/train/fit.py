@@ -1,0 +1,71 @@
+"""Whether a config can be trained on a mesh, and the program of its step that fits into a device's memory."""
+
+import dataclasses
+
+import jax
+from jax.sharding import Mesh
+
+from mamba3_jax import memory, model
+from mamba3_jax.config import Config
+from mamba3_jax.data import Batch, tokenizer
+from mamba3_jax.sharding import make_mesh, parts
+from mamba3_jax.train import optimizer
+from mamba3_jax.train.step import TrainState
+
+
+class Failed(Exception):
+    """The run cannot go on: no step fits, no finite state to begin with, or an OSError. The message is for the user."""
+
+
+def validate(config: Config, mesh: Mesh | None = None) -> None:
+    """Raise ValueError, naming value and wish, for a config that cannot be trained on a mesh (None: its own)."""
+    mesh = mesh or make_mesh(config.train.mesh)
+    model.validate(config.model)
+    optimizer.validate(config.optimizer)
+    rows, columns = parts(mesh, "batch"), parts(mesh, "length")
+    if config.data.batch % (rows * config.optimizer.accumulate):
+        raise ValueError(
+            f"data.batch={config.data.batch} is not a positive multiple of {rows * config.optimizer.accumulate}: "
+            f"optimizer.accumulate={config.optimizer.accumulate} x the {rows} parts that rows are split into by "
+            f"train.mesh={config.train.mesh!r}"
+        )
+    if config.data.length % columns:
+        raise ValueError(
+            f"data.length={config.data.length} is not a multiple of {columns}: the parts that rows are cut into by "
+            f"train.mesh={config.train.mesh!r}"
+        )
+    if (ids := tokenizer(config.data).vocab_size) > config.model.vocab_size:
+        raise ValueError(f"model.vocab_size={config.model.vocab_size} is less than the {ids} ids of the tokenizer")
+
+
+def fitting(update, config: Config, shapes: TrainState, batch: Batch, limit: int | None):
+    """Return (program, remat): the step with what config.model.remat names, or else the first that fits a device.
+
+    Args:
+        update: returns the step of a config, `train_step` for one run.
+        config: of the run.
+        shapes: of the state, with shardings.
+        batch: shapes of one, with shardings.
+        limit: bytes of a device; None: the compiler alone knows.
+
+    Raises:
+        Failed: none fits.
+    """
+    shardings = jax.tree.map(lambda shape: shape.sharding, shapes)
+    for remat in [config.model.remat] if config.model.remat else ["none", "rotation", "block"]:
+        run = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
+        step = jax.jit(update(run), donate_argnums=0, out_shardings=(shardings, None))
+        try:
+            compiled = step.lower(shapes, batch).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            found = f"the compiler says {str(error).splitlines()[0]}"
+            continue
+        needed = memory.of_program(compiled)
+        if limit is None or needed <= limit:
+            return compiled, remat
+        found = f"{memory.readable(needed)} needed on each device"
+    free = "" if limit is None else f", {memory.readable(limit)} there"
+    step = f"the step of data.batch={config.data.batch} with model.remat={remat!r}"
+    raise Failed(f"{step} does not fit: {found}{free}")
