@@ -10,7 +10,7 @@ from pathlib import Path
 
 from experiments.packages import DAMAGED
 from mamba3_jax.data import token_cache
-from mamba3_jax.files import read_json, sha256, write_json, writing
+from mamba3_jax.files import read_json, sha256, write_json, written
 from mamba3_jax.train.loop import say
 
 TEXTS = ("train.jsonl", "valid.jsonl", "dna/train.txt", "dna/valid.txt")
@@ -80,19 +80,14 @@ def text_hash(record: dict) -> str:
 
 def pack(folder: Path, record: dict, path: Path) -> None:
     """Write the archive of a corpus, the record first; equal corpora have equal archives."""
-    begin, partial = time.perf_counter(), path.with_name(f"{path.name}.partial")
+    begin = time.perf_counter()
     say(f"packing {path}")
-    with writing(path):
-        try:
-            with tarfile.open(partial, "w:xz", format=tarfile.USTAR_FORMAT) as archive:
-                for name in (RECORD, *FILES):
-                    member = tarfile.TarInfo(name)  # without times and owners
-                    member.size = (folder / name).stat().st_size
-                    with (folder / name).open("rb") as stream:
-                        archive.addfile(member, stream)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    with written(path) as partial, tarfile.open(partial, "w:xz", format=tarfile.USTAR_FORMAT) as archive:
+        for name in (RECORD, *FILES):
+            member = tarfile.TarInfo(name)  # without times and owners
+            member.size = (folder / name).stat().st_size
+            with (folder / name).open("rb") as stream:
+                archive.addfile(member, stream)
     say(f"packed {path.stat().st_size / 1e6:.1f} MB in {time.perf_counter() - begin:.0f} s")
 
 

@@ -39,11 +39,26 @@ def write_json(path: Path, value, indent: int = 1) -> None:
 
 
 def replace(path: Path, content: str | bytes) -> None:
-    """Write a file beside its name and rename it: whatever goes wrong, what was there before is whole."""
-    partial = path.with_name(f"{path.name}.partial")
+    """Write a file whole or not at all."""
+    with written(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def written(path: Path, mark: str = ""):
+    """Give a path beside a file, to be written inside, and rename it: whatever goes wrong, what was there stays whole.
+
+    Args:
+        path: of the file.
+        mark: in the other's name, where several processes may write the file at once.
+
+    Raises:
+        OSError: as `writing` has it.
+    """
+    partial = path.with_name(f"{path.name}{mark}.partial")
     with writing(path):
         try:
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            yield partial
             partial.replace(path)
         except BaseException:  # Ctrl-C too
             with contextlib.suppress(OSError):

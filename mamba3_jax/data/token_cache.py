@@ -22,7 +22,7 @@ from absl import logging
 
 from mamba3_jax.data.packing import Corpus
 from mamba3_jax.data.vocabulary import HuggingFace
-from mamba3_jax.files import sha256, why, writing
+from mamba3_jax.files import sha256, why, written
 
 FOLDER = ".tokens"
 WORTH = 2**22  # bytes of text: a second of work, below which nothing is kept
@@ -102,17 +102,10 @@ def _load(path: Path, key: str) -> Corpus | None:
 
 def _save(path: Path, key: str, corpus: Corpus) -> None:
     """Keep tokens in a file, whole or not at all; OSError where it cannot be written."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # several processes may be at it
-    with writing(path):
+    with written(path, mark=f".{uuid.uuid4().hex}") as partial:  # several processes may be at it
         path.parent.mkdir(exist_ok=True)
-        try:
-            with partial.open("wb") as stream:
-                np.savez(stream, key=key, **vars(corpus))
-            partial.replace(path)
-        except BaseException:  # Ctrl-C too
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise
+        with partial.open("wb") as stream:
+            np.savez(stream, key=key, **vars(corpus))
     _drop_old(path.parent)
 
 
