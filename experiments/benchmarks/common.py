@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -111,6 +112,21 @@ def require(errors: Mapping[str, float], tolerance: float, what: str) -> float:
     return max(errors.values(), default=0.0)
 
 
+def compiled_all(compile: Callable, programs: Sequence, name: str = "") -> list:
+    """Compile programs side by side, all before anything is timed, and say how long that took."""
+    begin = time.perf_counter()
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(compile, programs))
+    what = f"{name}: " if name else ""
+    print(f"{what}{len(programs)} programs compiled in {time.perf_counter() - begin:.0f} s", flush=True)
+    return found
+
+
+def one_line(error: Exception) -> str:
+    """Return what a row says of a program that there is no figure of."""
+    return " ".join(str(error).split())[:300]
+
+
 def temp_mib(compiled) -> float:
     """Temporary memory of a compiled function, MiB."""
     return compiled.memory_analysis().temp_size_in_bytes / 2**20
@@ -178,6 +194,11 @@ def significant(value, digits: int = 3) -> str:
         return f"{value:.1e}"
     places = max(0, digits - 1 - int(np.floor(np.log10(abs(value)))))
     return f"{value:.{places}f}"
+
+
+def show(row: Mapping, columns: Mapping[str, str]) -> None:
+    """Print a row as a line of the table that it will be in."""
+    print(table([row], columns).splitlines()[-1], flush=True)
 
 
 def table(rows: Sequence[Mapping], columns: Mapping[str, str]) -> str:

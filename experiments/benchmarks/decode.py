@@ -19,7 +19,6 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -330,10 +329,7 @@ def rows_of(model: str, programs: list[Program]) -> Iterator[dict]:
     params_of(model)  # these are kept from now on: made while something is traced, they would be no arrays
     for path, _ in checked:
         prepared_of(model, path)
-    begin = time.perf_counter()
-    with ThreadPoolExecutor() as pool:
-        compiled = list(pool.map(Program.compile, programs))
-    print(f"{model}: {len(programs)} programs compiled in {time.perf_counter() - begin:.0f} s", flush=True)
+    compiled = common.compiled_all(Program.compile, programs, model)
     errors = {(path, batch): check_logits(model, batch, path) for path, batch in checked}
     whole = None
     for program, binary in zip(programs, compiled, strict=True):
@@ -386,7 +382,7 @@ def main(argv):
         programs = programs_of(model, batches, samplings, FLAGS.tokens, FLAGS.prompt, best["copy_gb_s"], contexts)
         for row in rows_of(model, [program for each in what for program in programs[each]]):
             rows.append(row)
-            print(common.table([row], COLUMNS).splitlines()[-1], flush=True)
+            common.show(row, COLUMNS)
             # After every row: a program that is stopped leaves what it has.
             path = common.write(FLAGS.name or f"decode_{platform}", origin, rows, FLAGS.out, ceilings=best)
     print(common.table(rows, COLUMNS))

@@ -15,8 +15,6 @@ What is sent is counted in the compiled program (`launch/hlo.py`). A program tha
 import dataclasses
 import functools
 import math
-import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -25,6 +23,7 @@ from absl import app, flags
 from experiments.benchmarks import common, ssm, train
 from launch import hlo
 from launch.provenance import provenance
+from mamba3_jax import memory
 from mamba3_jax.config import Config, DataConfig
 from mamba3_jax.presets import PRESETS
 from mamba3_jax.sharding import make_mesh
@@ -66,15 +65,12 @@ class Step:
         return self.model, self.batch * self.length // self.devices, self.variant
 
     def program(self) -> train.Program:
-        config = Config(model=dataclasses.replace(PRESETS[self.model]))
-        config.data = DataConfig(batch=self.batch, length=self.length)
-        train.set_fields(config, self.variant)
         mesh = make_mesh(self.mesh, jax.devices()[: self.devices])
-        program = train.trainer_program(self.model, config, mesh)
+        program = train.step_program(self.model, "", self.batch, self.length, self.variant, mesh)
 
         def arguments():
             shardings = jax.tree.map(lambda shape: shape.sharding, program.shapes()[0])
-            rows = train.documents(config.data, config.model.vocab_size)
+            rows = train.documents(DataConfig(batch=self.batch, length=self.length), program.config.vocab_size)
             return jax.device_put(initial(self.model), shardings), put(rows, mesh)
 
         return dataclasses.replace(program, arguments=arguments)
@@ -136,11 +132,10 @@ def row_of(step: Step, program: train.Program, binary, want: dict | None) -> tup
     for name, tolerance in (EQUAL if exact else NEAR).items():
         row[f"{name} error"] = None if want is None else abs(got[name] - want[name]) / abs(want[name])
         common.require({name: row[f"{name} error"] or 0.0 * got[name]}, tolerance, str(step))
-    memory, exchanged = binary.memory_analysis(), hlo.Program(binary.as_text()).collectives()
-    resident = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    exchanged = hlo.Program(binary.as_text()).collectives()
     row |= {
         "kernels": program.kernels,
-        "peak_mib": (resident + memory.temp_size_in_bytes) / 2**20,
+        "peak_mib": memory.of_program(binary) / 2**20,
         "sent_mib": sum(each.sent for each in exchanged) / 2**20,
         "collectives": sorted({each.kind for each in exchanged}),
     }
@@ -158,10 +153,7 @@ def measured(wanted: dict[str, list[Step]], written) -> None:
     """Measure the steps of every group, in order, and call `written(rows)` after each with all so far."""
     rows = []
     for name, steps in wanted.items():
-        values, alone, begun = {}, {}, time.perf_counter()
-        with ThreadPoolExecutor() as pool:
-            programs = list(pool.map(compiled, steps))  # all before anything is timed
-        print(f"{name}: compiled {len(steps)} steps in {time.perf_counter() - begun:.0f} s", flush=True)
+        values, alone, programs = {}, {}, common.compiled_all(compiled, steps, name)
         for step, (program, binary) in zip(steps, programs, strict=True):
             row = {"group": name, **dataclasses.asdict(step), "devices": step.devices}
             try:
@@ -171,13 +163,13 @@ def measured(wanted: dict[str, list[Step]], written) -> None:
                 values.setdefault(step.rows, got)
                 row |= found
             except (jax.errors.JaxRuntimeError, ValueError) as error:
-                row["failed"] = " ".join(str(error).split())[:300]
+                row["failed"] = common.one_line(error)
             if step.devices == 1:
                 alone.setdefault(step.share, row.get("ms"))
             elif alone.get(step.share) and "ms" in row:
                 row["efficiency"] = alone[step.share] / row["ms"]
             rows.append(row)
-            print(common.table([row], COLUMNS).splitlines()[-1], flush=True)
+            common.show(row, COLUMNS)
             written(rows)
 
 

@@ -125,7 +125,7 @@ def row_of(step: Step) -> dict:
     try:
         return row | measured(step.config(), step.topology)
     except (Failed, ValueError, jax.errors.JaxRuntimeError) as error:  # the last: a fault of the compiler's own
-        return row | {"failed": " ".join(str(error).split())[:300]}
+        return row | {"failed": common.one_line(error)}
 
 
 COLUMNS = {
@@ -193,7 +193,7 @@ def main(argv):
             continue
         begun = {"commit": origin["commit"], "date": origin["date"], "load_before": load()}
         rows[step] = row_of(step) | begun
-        print(common.table(drawn([rows[step]]), COLUMNS).splitlines()[-1], flush=True)
+        common.show(*drawn([rows[step]]), COLUMNS)
         order = [each for each in steps() if each in rows]
         chips = {name: dataclasses.asdict(chip) for name, chip in tpu.CHIPS.items()}
         common.write("pods", origin, [rows[each] for each in order], FLAGS.out, chips=chips)

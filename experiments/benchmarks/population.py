@@ -127,7 +127,7 @@ def main(_):
         for dtype, implementation in (name.split(":") for name in FLAGS.implementations):
             for count in map(int, FLAGS.members):
                 rows.append(measured(pattern, dtype, implementation, FLAGS.rows, count))
-                print(common.table(rows[-1:], COLUMNS).splitlines()[-1], flush=True)
+                common.show(rows[-1], COLUMNS)
                 if FLAGS.name:
                     common.write(FLAGS.name, provenance(FLAGS.commit), rows, FLAGS.out)
     print(common.table(rows, COLUMNS))

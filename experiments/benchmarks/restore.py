@@ -156,7 +156,7 @@ def measured(workdir: Path, model: ModelConfig, meshes: dict[str, int]) -> list[
             if got != want:
                 raise ValueError(f"what is restored onto {spec!r} is not what was saved from {SAVED[0]!r}")
             rows.append(row)
-            print(common.table([row], COLUMNS).splitlines()[-1], flush=True)
+            common.show(row, COLUMNS)
     return rows
 
 

@@ -426,7 +426,7 @@ def main(argv):
     sizes = {name: cases[name].sizes() for name in names}
     for row in found:
         rows.append(row)
-        print(common.table([row], columns).splitlines()[-1], flush=True)
+        common.show(row, columns)
         # After every row: a program that is stopped leaves what it has.
         path = common.write(FLAGS.name or f"{kind}_{platform}", origin, rows, FLAGS.out, cases=sizes, ceilings=best)
     print(common.table(rows, columns))

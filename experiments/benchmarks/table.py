@@ -44,19 +44,19 @@ FLAGS = flags.FLAGS
 
 
 def results(kind: str) -> dict[Path, dict]:
-    """Every result file of one kind, one a platform: layer_cpu.json, ssm_gpu.json, ..."""
+    """Return every result of one kind by its file, one a platform: layer_cpu.json, ssm_gpu.json, ..."""
     return {path: common.read(path.stem) for path in sorted(common.RESULTS.glob(f"{kind}_*.json"))}
 
 
 def origin(result: dict) -> str:
-    """Where a result comes from, in one line."""
+    """Say where a result comes from, in one line."""
     return (
         f"{result['device']}, jax {result['jax']}, commit {result['commit']}, {result['date']}: `{result['command']}`"
     )
 
 
 def table_of(kind: str, columns: dict[str, str]) -> Callable[[], str]:
-    """One table a result file of that kind, each above its origin."""
+    """Return what draws one table a result file of that kind, each above its origin."""
 
     def draw() -> str:
         drawn = []
@@ -74,7 +74,7 @@ def used(rows: list[dict], columns: dict[str, str]) -> dict[str, str]:
 
 
 def experiments_table() -> str:
-    """One row an experiment: question, command, cost, expected, got."""
+    """Draw one row an experiment: question, command, cost, expected, got."""
     rows = found.of_each(summary.overview, sweeps())
     for experiment in EXPERIMENTS:
         path = REPOSITORY / "experiments" / experiment.result

@@ -317,7 +317,7 @@ def main(argv):
     peaks = {name: dataclasses.asdict(chip) for name, chip in CHIPS.items()}
     for chip, task in tasks:
         rows.append(row_of(task, Target(chip)) | {"commit": origin["commit"], "date": origin["date"]})
-        print(common.table(derived(rows)[-1:], COLUMNS).splitlines()[-1], flush=True)
+        common.show(derived(rows)[-1], COLUMNS)
         # After every row: a program that is stopped leaves what it has.
         used = {row["case"]: sizes[row["case"]] for row in rows}
         path = common.write(FLAGS.name, origin, derived(rows), FLAGS.out, cases=used, chips=peaks)

@@ -17,9 +17,7 @@ import ast
 import contextlib
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import flax.linen as nn
@@ -31,6 +29,7 @@ from jax.sharding import Mesh
 
 from experiments.benchmarks import common
 from launch.provenance import provenance
+from mamba3_jax import memory
 from mamba3_jax.config import Config, DataConfig, ModelConfig, check
 from mamba3_jax.data.batch import Batch
 from mamba3_jax.mixers.mamba3 import Mamba3
@@ -106,12 +105,14 @@ def documents(config: DataConfig, vocab_size: int) -> Batch:
     return Batch(tokens_BL, np.roll(tokens_BL, -1, axis=1), np.ones(shape, np.float32), start_BL)
 
 
-def step_program(model: str, implementation: str, batch: int, length: int, variant: str = "") -> Program:
-    """Return the step of one of the presets, with what `variant` sets."""
+def step_program(
+    model: str, implementation: str, batch: int, length: int, variant: str = "", mesh: Mesh | None = None
+) -> Program:
+    """Return the step of one of the presets, with what `variant` sets, on a mesh; None: of one device."""
     config = Config(model=dataclasses.replace(PRESETS[model], implementation=implementation))
     config.data = DataConfig(batch=batch, length=length)
     set_fields(config, variant)
-    return dataclasses.replace(trainer_program(model, config), variant=variant)
+    return dataclasses.replace(trainer_program(model, config, mesh), variant=variant)
 
 
 def set_fields(config: Config, variant: str) -> None:
@@ -240,10 +241,8 @@ def row_of(program: Program, compiled, want: dict | None) -> tuple[dict, dict]:
         if name in got:
             common.require({name: row[f"{name} error"]}, tolerance, f"{program.model}, {program.what}")
     timing = common.measure(call, batch_seconds=0.5)
-    memory = compiled.memory_analysis()
-    resident = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     row |= {"ms": timing.median * 1e3, "best_ms": timing.best * 1e3}
-    row |= {"temp_mib": common.temp_mib(compiled), "peak_mib": common.temp_mib(compiled) + resident / 2**20}
+    row |= {"temp_mib": common.temp_mib(compiled), "peak_mib": memory.of_program(compiled) / 2**20}
     row["tokens_per_second"] = program.batch * program.length / timing.median
     if program.what == "training step":
         row["loss"] = float(got["loss"])
@@ -286,17 +285,14 @@ def main(argv):
         for program in programs_of(model, FLAGS.implementations, batches, FLAGS.length, FLAGS.variants)
     ]
     rows, want, before = [], None, None
-    begin = time.perf_counter()
-    with ThreadPoolExecutor() as pool:
-        compiled = list(pool.map(Program.compile, programs))  # all before anything is timed
-    print(f"{len(programs)} programs compiled in {time.perf_counter() - begin:.0f} s", flush=True)
+    compiled = common.compiled_all(Program.compile, programs)
     for program, binary in zip(programs, compiled, strict=True):
         if (program.model, program.what, program.batch) != before:
             want, before = None, (program.model, program.what, program.batch)
         row, got = row_of(program, binary, want)
         want = want or got
         rows.append(row)
-        print(common.table([row], COLUMNS).splitlines()[-1], flush=True)
+        common.show(row, COLUMNS)
         # After every row: a program that is stopped leaves what it has.
         path = common.write(FLAGS.name, origin, rows, FLAGS.out)
     print(common.table(rows, COLUMNS))
