@@ -84,20 +84,25 @@ def watched(function):
     """Return what the function gives, its seconds, and by how much a device's and the host's bytes rose at most."""
     peaks, done, before = [0, 0], threading.Event(), (device_bytes(), host_bytes())
 
+    def look() -> None:
+        now = device_bytes(), host_bytes()
+        peaks[:] = [max(peak, a - b) for peak, a, b in zip(peaks, now, before, strict=True)]
+
     def watch() -> None:
         while not done.wait(1e-3):
             with contextlib.suppress(RuntimeError):  # an array is gone meanwhile
-                now = device_bytes(), host_bytes()
-                peaks[:] = [max(peak, a - b) for peak, a, b in zip(peaks, now, before, strict=True)]
+                look()
 
     watching, begin = threading.Thread(target=watch), time.perf_counter()
     watching.start()
     try:
         result = jax.block_until_ready(function())
+        seconds = time.perf_counter() - begin
     finally:
         done.set()
         watching.join()
-    return result, time.perf_counter() - begin, *peaks
+    look()  # what is given is held, whether or not a sample fell on it
+    return result, seconds, *peaks
 
 
 def ready(model: ModelConfig, spec: str, devices: int) -> tuple[Config, TrainState]:

@@ -1,6 +1,7 @@
 """What a restore holds at its peak is watched, and a device holds no more than its part."""
 
 import dataclasses
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,19 @@ def test_what_a_function_holds_at_its_peak_is_seen():
     result, seconds, device, _ = restore.watched(twice)
     assert seconds > 0.1
     assert device == 2 * result.nbytes
+
+
+def test_what_a_function_gives_is_seen_though_no_sample_fell_on_it(monkeypatch):
+    counted = restore.device_bytes
+
+    def starved():
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("never its turn")
+        return counted()
+
+    monkeypatch.setattr(restore, "device_bytes", starved)
+    result, _, device, _ = restore.watched(lambda: jnp.ones((1024, 1024)))
+    assert device == result.nbytes
 
 
 @pytest.mark.full
