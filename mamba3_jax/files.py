@@ -1,8 +1,9 @@
-"""Files: read or named in one line, told apart by their contents, and written whole or not at all."""
+"""Files: read with errors of one line that name them, told apart by their contents, written whole or not at all."""
 
 import contextlib
 import hashlib
 import json
+import uuid
 from pathlib import Path
 
 
@@ -15,7 +16,7 @@ def read_json(path: Path):
     """
     try:
         return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:  # not UTF-8 either; or brackets without end
+    except (ValueError, RecursionError) as error:  # also text that is not UTF-8, and brackets nested too deep
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
@@ -34,7 +35,7 @@ def sha256(path: Path) -> str:
 
 
 def write_json(path: Path, value, indent: int = 1) -> None:
-    """Write a JSON file whole or not at all; ValueError for NaN and infinity, which `finite.or_null` takes out."""
+    """Write a JSON file whole or not at all; ValueError for NaN and infinity, which `finite.or_null` makes null."""
     replace(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
 
 
@@ -45,17 +46,15 @@ def replace(path: Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def written(path: Path, mark: str = ""):
-    """Give a path beside a file, to be written inside, and rename it: whatever goes wrong, what was there stays whole.
+def written(path: Path):
+    """Give a new path beside a file, to be written inside, and rename it to the file at the end.
 
-    Args:
-        path: of the file.
-        mark: in the other's name, where several processes may write the file at once.
+    Whatever goes wrong, what was there stays whole. Several processes may write the file at once: the last one's stays.
 
     Raises:
         OSError: as `writing` has it.
     """
-    partial = path.with_name(f"{path.name}{mark}.partial")
+    partial = _beside(path)
     with writing(path):
         try:
             yield partial
@@ -66,10 +65,15 @@ def written(path: Path, mark: str = ""):
             raise
 
 
-def check_writable(path: Path) -> None:
-    """Raise OSError, which names it, where a file and the folders above it could not be written; leave nothing behind.
+def _beside(path: Path) -> Path:
+    """Return a path in the same folder that nobody else writes."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
 
-    Long work asks first.
+
+def check_writable(path: Path) -> None:
+    """Raise OSError, which names the file, where it and the folders above it cannot be written; leave nothing behind.
+
+    Call it before long work whose result the file is to hold.
     """
     missing = [folder for folder in path.parents if not folder.exists()]  # the nearest first
     with writing(path):
@@ -77,7 +81,7 @@ def check_writable(path: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_dir():
                 raise IsADirectoryError("it is a folder")
-            partial = path.with_name(f"{path.name}.partial")
+            partial = _beside(path)
             partial.touch()
             partial.unlink()
         finally:
@@ -90,7 +94,7 @@ def check_writable(path: Path) -> None:
 def writing(path: Path):
     """Raise OSError, one line that names the path, for whatever goes wrong while it is written.
 
-    A full disk, a quota or a directory that is read-only reach Orbax's callers as errors of many types.
+    Orbax raises errors of many types for a full disk, a quota or a directory that is read-only.
     """
     try:
         yield
@@ -99,6 +103,6 @@ def writing(path: Path):
 
 
 def why(error: Exception) -> str:
-    """Say in one line what went wrong; a long message begins with the deed and ends with the reason."""
+    """Say in one line what went wrong; of a long message keep the begin, what was done, and the end, the reason."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text if len(text) <= 300 else f'{text[:100]} ... {text[-200:]}'}"

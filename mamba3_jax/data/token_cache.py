@@ -1,9 +1,9 @@
-"""Keeps tokens beside the text that they are of: a corpus is tokenised once, and not at every start of a command.
+"""Keep the tokens of a text beside it, so that a corpus is tokenised once and not at every start of a command.
 
-    FOLDER/.tokens/KEY.npz    the arrays of a `Corpus`; FOLDER is the one that all files of the text are in
+    FOLDER/.tokens/KEY.npz    the arrays of a `Corpus`; FOLDER is the deepest one that holds all files of the text
 
-KEY is a hash of all that decides the tokens: the files' contents, the tokenizer, what ends and parts documents, and the
-code that reads and tokenises. No glob of text matches these files. The folder may be deleted at any time.
+KEY is a hash of all that decides the tokens: the files' contents, the tokenizer, what ends and separates documents, and
+the code that reads and tokenises. No glob of text matches these files. The folder may be deleted at any time.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import json
 import os
 import re
 import time
-import uuid
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -25,23 +24,25 @@ from mamba3_jax.data.vocabulary import HuggingFace
 from mamba3_jax.files import sha256, why, written
 
 FOLDER = ".tokens"
-WORTH = 2**22  # bytes of text: a second of work, below which nothing is kept
-KEPT = 8  # files of a folder; those that were not used for longest go
+WORTH = 2**22  # bytes of text, about a second of work: the tokens of less are not kept
+KEPT = 8  # files of a folder; the least recently used are deleted
 ABANDONED = 3600.0  # seconds after which a file that is still not whole belongs to a process that was killed
-NAME = re.compile(r"[0-9a-f]{32}\.npz(\.[0-9a-f]{32}\.partial)?")  # of what is written here; all else is its owner's
+# Of what is written here, also while `written` has not renamed it; all other files of the folder are someone else's.
+NAME = re.compile(r"[0-9a-f]{32}\.npz(\.[0-9a-f]{32}\.partial)?")
 CODE = [Path(__file__).with_name(name) for name in ("text.py", "tfds_text.py", "packing.py", "vocabulary.py")]
 
 
 def cached(paths: Collection[Path], codec, how: dict[str, str], make: Callable[[], Corpus]) -> Corpus:
-    """Return the tokens of files: those that are kept beside them, else those that `make` returns, which are kept then.
+    """Return the tokens that are kept beside the files, or else make and keep them.
 
-    A kept file that is damaged, or another's, is made anew with a line of warning. Where nothing can be written, or the
-    text changes meanwhile, is small, is tokenised as fast as it is read or lies all over the disk, nothing is kept.
+    A kept file that is damaged, or of something else, is made anew with a line of warning. Nothing is kept where the
+    folder cannot be written, or where the text changes meanwhile, is small, is tokenised as fast as it is read, or has
+    no folder in common but the root of the disk.
 
     Args:
         paths: of the text, in their order.
         codec: its tokenizer.
-        how: what else decides what the documents are, by name.
+        how: by name, what else decides where documents begin and end.
         make: reads and tokenises them.
     """
     if not isinstance(codec, HuggingFace) or sum(path.stat().st_size for path in paths) < WORTH:
@@ -64,12 +65,12 @@ def cached(paths: Collection[Path], codec, how: dict[str, str], make: Callable[[
 
 
 def is_kept(path: Path) -> bool:
-    """Tell a file of kept tokens, which is no text: a glob that asks for hidden folders finds it too."""
+    """Tell whether a file holds kept tokens and so is no text: a glob that asks for hidden folders matches it too."""
     return path.parent.name == FOLDER and NAME.fullmatch(path.name) is not None
 
 
 def key_of(paths: Collection[Path], codec: HuggingFace, how: dict[str, str]) -> str:
-    """Return a hash of all that decides the tokens of files; their names decide how each is read."""
+    """Return a hash of all that decides the tokens of files, their names too: a name decides how a file is read."""
     decides = {
         "files": [(path.name, sha256(path)) for path in paths],
         "tokenizer": sha256(Path(codec.path)),
@@ -81,7 +82,7 @@ def key_of(paths: Collection[Path], codec: HuggingFace, how: dict[str, str]) -> 
 
 
 def _load(path: Path, key: str) -> Corpus | None:
-    """Return the tokens of a kept file; None where there is none, or one that is not whole or not of this key."""
+    """Return the tokens of a kept file; None where there is no file, or it is damaged or of another key."""
     try:
         with np.load(path, allow_pickle=False) as arrays:  # reading an array checks its CRC
             if str(arrays["key"]) != key:
@@ -102,7 +103,7 @@ def _load(path: Path, key: str) -> Corpus | None:
 
 def _save(path: Path, key: str, corpus: Corpus) -> None:
     """Keep tokens in a file, whole or not at all; OSError where it cannot be written."""
-    with written(path, mark=f".{uuid.uuid4().hex}") as partial:  # several processes may be at it
+    with written(path) as partial:
         path.parent.mkdir(exist_ok=True)
         with partial.open("wb") as stream:
             np.savez(stream, key=key, **vars(corpus))
@@ -110,7 +111,7 @@ def _save(path: Path, key: str, corpus: Corpus) -> None:
 
 
 def _drop_old(folder: Path) -> None:
-    """Drop the tokens that were not used for longest, and what was never written to its end."""
+    """Delete the least recently used tokens, and files that a killed process left half written."""
     used = {}
     for file in filter(lambda file: NAME.fullmatch(file.name), folder.iterdir()):
         with contextlib.suppress(OSError):  # another process drops them too

@@ -9,6 +9,7 @@ import pytest
 from mamba3_jax.config import DataConfig
 from mamba3_jax.data import text, token_cache
 from mamba3_jax.data.vocabulary import HuggingFace
+from mamba3_jax.files import written
 from tests.data.test_vocabulary import SPECIAL, train
 
 TEXT = [f"document {i} of a few words|and more of them" for i in range(40)]
@@ -131,7 +132,8 @@ def test_what_was_not_used_for_longest_goes(data, monkeypatch):
     tokens(data)
     (first,) = kept(data)
     os.utime(first, (0, 0))
-    abandoned = first.with_name(f"{'0' * 32}.npz.{'0' * 32}.partial")
+    with pytest.raises(OSError, match="killed"), written(first) as abandoned:
+        raise OSError("killed")
     abandoned.touch()
     os.utime(abandoned, (0, 0))
     data.separator = "a"
@@ -145,6 +147,7 @@ def test_what_was_not_used_for_longest_goes(data, monkeypatch):
     assert first in kept(data)
     assert second not in kept(data)
     assert len(kept(data)) == 2
+    assert not abandoned.exists()
 
 
 def test_what_is_not_of_the_cache_is_left_alone(data, monkeypatch):
