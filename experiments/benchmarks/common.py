@@ -15,26 +15,27 @@ import numpy as np
 from absl import flags
 
 from launch import tpu
+from launch.common import user_errors
 from mamba3_jax.files import read_json, write_json
 
-flags.disclaim_key_flags()  # those defined here are the calling program's, and in its --help
+flags.disclaim_key_flags()  # flags that are defined here count as the calling program's, so its --help lists them
 RESULTS = Path(__file__).parent / "results"
 _ONE_THREAD = threading.RLock()
 
 
 @contextlib.contextmanager
 def tracing():
-    """Lets one thread at a time trace: around a `lower`, or as `@tracing()` on a function that only jax.jit calls.
+    """Let one thread at a time trace: around a `lower`, or as `@tracing()` on a function that only jax.jit calls.
 
-    Flax reads and writes dictionaries of its classes while it traces, so two threads in it may stop each other. XLA
-    compiles outside, side by side.
+    Flax changes dictionaries of its classes while it traces, so a second thread that traces may see one change under
+    it and fail. XLA compiles outside of this, side by side.
     """
     with _ONE_THREAD:
         yield
 
 
 def prepare_tpu() -> dict:
-    """Make the TPU compiler ready, and return what a result file says of it; where there is none, exit with a line."""
+    """Make the TPU compiler ready and return what a result file says of it; exit with a line where there is none."""
     try:
         version = tpu.prepare()
     except ValueError as error:
@@ -56,7 +57,7 @@ class Timing:
 
 
 def seconds_a_call(function: Callable, calls: int) -> float:
-    """Wall time of one batch: `calls` asynchronous calls, then one wait for the last result."""
+    """Time one batch, `calls` asynchronous calls and one wait for the last result; return the seconds a call."""
     begin = time.perf_counter()
     for _ in range(calls):
         result = function()
@@ -65,7 +66,7 @@ def seconds_a_call(function: Callable, calls: int) -> float:
 
 
 def calls_for(seconds: float, batch_seconds: float) -> int:
-    """How many calls of about `seconds` fill a batch of `batch_seconds`."""
+    """Return how many calls of about `seconds` fill a batch of `batch_seconds`: from 1 to 1,000."""
     return max(1, min(1000, round(batch_seconds / max(seconds, 1e-7))))
 
 
@@ -78,7 +79,7 @@ def measure(function: Callable, *, batch_seconds: float = 0.2, batches: int = 5,
 
 
 def interleave(clocks: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Timing]:
-    """Take turns, A B A B ..., so that noise of the machine falls on all alike.
+    """Time several functions by turns, A B A B ..., so that noise of the machine falls on all alike.
 
     Args:
         clocks: by name, a function that runs one batch and returns its seconds a call.
@@ -92,7 +93,7 @@ def interleave(clocks: Mapping[str, Callable[[], float]], rounds: int) -> dict[s
 
 
 def rel_rms(got, want) -> float:
-    """RMS of the difference over RMS of the reference, in float64; 0/0 is 0."""
+    """Return the RMS of the difference over the RMS of the reference, in float64; 0/0 is 0."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     if got.shape != want.shape:
         raise ValueError(f"the result has shape {got.shape}, the reference {want.shape}")
@@ -123,21 +124,21 @@ def compiled_all(compile: Callable, programs: Sequence, name: str = "") -> list:
 
 
 def one_line(error: Exception) -> str:
-    """Return what a row says of a program that there is no figure of."""
+    """Return an error's message in one line, its first 300 characters, for the row of a program that failed."""
     return " ".join(str(error).split())[:300]
 
 
 def temp_mib(compiled) -> float:
-    """Temporary memory of a compiled function, MiB."""
+    """Return the temporary memory of a compiled function, MiB."""
     return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
 
 def define_result(name: str | None = None, empty: str = "", commit: bool = False) -> None:
-    """Define the flags of a result file: --out, its folder, and where they are asked for --name and --commit.
+    """Define the flags of a result file: --out, its folder, and where asked for --name and --commit.
 
     Args:
         name: default of --name; None: the program names its file.
-        empty: what the program calls its file where --name is empty.
+        empty: what an empty --name means, for --help.
         commit: define --commit, for machines that have the code without git.
     """
     flags.DEFINE_string("out", "", "directory of the result file; empty: experiments/benchmarks/results")
@@ -145,6 +146,15 @@ def define_result(name: str | None = None, empty: str = "", commit: bool = False
         flags.DEFINE_string("name", name, f"of the result file{empty and f'; empty: {empty}'}")
     if commit:
         flags.DEFINE_string("commit", "", "recorded where the code runs outside its git checkout")
+
+
+def numbers(flag: str, least: int = 1) -> list[int]:
+    """Return the whole numbers of a list flag; for anything else, or one below `least`, exit with a line."""
+    given = flags.FLAGS[flag].value
+    with user_errors():
+        if wrong := [part for part in given if not part.isdecimal() or int(part) < least]:
+            raise ValueError(f"--{flag}={','.join(given)}: {wrong[0]!r} is not a whole number from {least} up")
+    return [int(part) for part in given]
 
 
 def write(name: str, origin: dict, rows: Sequence[Mapping], directory: str | Path = "", **more) -> Path:
@@ -173,7 +183,7 @@ def read(name: str, directory: str | Path = "") -> dict | None:
 
 @contextlib.contextmanager
 def drawing(what: str | Path):
-    """Raise ValueError, one line that names a result file, where it has not what is drawn of it, or in another form."""
+    """Raise ValueError, one line that names a result file, where the file lacks what is drawn of it or is malformed."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
@@ -181,7 +191,7 @@ def drawing(what: str | Path):
 
 
 def significant(value, digits: int = 3) -> str:
-    """Return a number for a table: so many significant digits, thousands separated; None is a dash; text is itself."""
+    """Format a value for a table: numbers with so many significant digits, None as a dash, text as it is."""
     if value is None:
         return "-"
     if not isinstance(value, int | float) or isinstance(value, bool):
@@ -202,7 +212,7 @@ def show(row: Mapping, columns: Mapping[str, str]) -> None:
 
 
 def table(rows: Sequence[Mapping], columns: Mapping[str, str]) -> str:
-    """Rows as a markdown table; `columns` maps each heading to the key it shows."""
+    """Return rows as a markdown table; `columns` maps each heading to the key of a row that it shows."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(significant(row.get(key)) for key in columns.values()) + " |" for row in rows]
     return "\n".join(lines)

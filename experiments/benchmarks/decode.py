@@ -359,18 +359,12 @@ def variants_of(path: str) -> dict[str, ModelConfig]:
     return models
 
 
-def numbers(flag: str) -> list[int]:
-    """Return a flag's numbers; ValueError for what is none from 1 up."""
-    if wrong := [part for part in FLAGS[flag].value if not part.isdecimal() or int(part) < 1]:
-        raise ValueError(f"--{flag}={','.join(FLAGS[flag].value)}: {wrong[0]!r} is not a whole number from 1 up")
-    return [int(part) for part in FLAGS[flag].value]
-
-
 def main(argv):
     del argv
     platform = jax.default_backend()
     with user_errors():
-        own, contexts, batches = variants_of(FLAGS.config), numbers("contexts"), numbers("batches")
+        own = variants_of(FLAGS.config)
+    contexts, batches = common.numbers("contexts"), common.numbers("batches")
     MODELS.update(own)
     models = ssm.chosen("models", FLAGS.models or [*own] or DEFAULT[platform], MODELS)
     samplings = ssm.chosen("samplings", FLAGS.samplings or list(SAMPLINGS), SAMPLINGS)

@@ -66,8 +66,8 @@ COLUMNS = {
 def main(argv):
     del argv
     jax.config.update("jax_enable_compilation_cache", False)
-    origin = provenance()
-    rows = [row_of(name, int(layers)) for name in FLAGS.models for layers in FLAGS.depths]
+    depths, origin = common.numbers("depths"), provenance()
+    rows = [row_of(name, layers) for name in FLAGS.models for layers in depths]
     print(common.table(rows, COLUMNS))
     print(common.write(f"depth_{jax.default_backend()}", origin, rows, FLAGS.out))
 

@@ -410,7 +410,7 @@ def main(argv):
     implementations = chosen("implementations", implementations, IMPLEMENTATIONS)
     cases = CASES[platform]
     names = chosen("cases", FLAGS.cases or list(cases), cases)
-    chunks = [int(chunk) or None for chunk in FLAGS.chunk]
+    chunks = [chunk or None for chunk in common.numbers("chunk", least=0)]
     best, rows = {}, []
     if not FLAGS.growth:
         best = {dtype: ceilings(dtype) for dtype in {cases[name].dtype for name in names}}

@@ -278,7 +278,7 @@ def main(argv):
     if jax.default_backend() != "gpu":
         raise app.UsageError(f"needs a GPU: the backend is {jax.default_backend()!r}")
     origin = provenance(FLAGS.commit)
-    batches = [int(batch) for batch in FLAGS.batch]
+    batches = common.numbers("batch")
     programs = [
         program
         for model in FLAGS.models
