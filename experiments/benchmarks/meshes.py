@@ -2,14 +2,15 @@
 
     python -m experiments.benchmarks.meshes [--groups=equal-siso-180m,context-131072]
 
-Where two programs train on the same rows, their losses and gradient norms after three updates are compared first. In
-float32 they must be equal but for the order of sums. Speed is at equal tokens a device, twice as many on two as on one:
+First the losses and gradient norms of programs that train on the same rows are compared, after three updates. In
+float32 they must be equal but for the order of sums. Speed is compared at equal tokens a device, so that two devices
+have twice as many tokens as one:
 
-    efficiency   the step's time on one over that on two, in percent
+    efficiency   the step's time on one device over that on two
     data         has twice the rows; what it loses is the exchange of gradients
     sequence     has rows of twice the length; what it loses beyond data is the price of context parallelism
 
-What is sent is counted in the compiled program (`launch/hlo.py`). A program that does not fit is a row that says so.
+What is sent is counted in the compiled program (`launch/hlo.py`). A program that does not fit has a row that says so.
 """
 
 import dataclasses
@@ -31,18 +32,18 @@ from mamba3_jax.train.flops import flops_per_token, peak_flops
 from mamba3_jax.train.step import TrainState, init_state, put
 
 ONE = "data:1"
-UPDATES = 3  # before losses are compared: what the gradients and the optimizer do is in them
+UPDATES = 3  # before losses are compared, which then depend on gradients and optimizer too
 FLOAT32 = "model.compute_dtype=float32"
 BLOCK = "model.remat=block"
-EQUAL = {"loss": 1e-5, "grad_norm": 1e-4}  # of float32
-NEAR = {name: train.TOLERANCE[name] for name in EQUAL}  # of bfloat16
+EQUAL = {"loss": 1e-5, "grad_norm": 1e-4}  # relative errors of float32
+NEAR = {name: train.TOLERANCE[name] for name in EQUAL}  # and of bfloat16
 
 FLAGS = flags.FLAGS
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One program: a model on a mesh."""
+    """One program: the training step of a model on a mesh."""
 
     model: str
     mesh: str
@@ -56,15 +57,16 @@ class Step:
 
     @property
     def rows(self) -> tuple:
-        """Return what it trains on: programs that are equal in it are compared."""
+        """Return what the step trains on: steps with equal rows must compute equal results."""
         return self.model, self.batch, self.length, self.variant
 
     @property
     def share(self) -> tuple:
-        """Return what a device does of it: programs that are equal in it are timed beside the one on one device."""
+        """Return the work of one device: the time of a step is compared with that of one device with an equal share."""
         return self.model, self.batch * self.length // self.devices, self.variant
 
     def program(self) -> train.Program:
+        """Return the program of the step, whose arguments lie on its mesh."""
         mesh = make_mesh(self.mesh, jax.devices()[: self.devices])
         program = train.step_program(self.model, "", self.batch, self.length, self.variant, mesh)
 
@@ -78,12 +80,12 @@ class Step:
 
 @functools.cache
 def initial(model: str) -> TrainState:
-    """Return the state before the first step, on the host: one for all meshes, or each would compile its own."""
+    """Return the state before the first step, on the host: computed once, where every mesh would compile its own."""
     return jax.device_get(jax.jit(partial(init_state, Config(model=PRESETS[model])))())
 
 
 def groups() -> dict[str, list[Step]]:
-    """Return all steps by group: what is compiled together, and compared; the one on one device comes first."""
+    """Return all steps by group. A group is compiled and compared together; its step on one device comes first."""
     equal = {
         "siso-180m": (ONE, "data:2", "fsdp:2", "tensor:2", "sequence:2"),
         "mimo-180m": (ONE, "tensor:2", "sequence:2"),
@@ -110,7 +112,7 @@ def groups() -> dict[str, list[Step]]:
 
 
 def compiled(step: Step):
-    """Return the program and what is compiled of it; the error of one that does not fit."""
+    """Return the program of a step and its executable, or in place of that the compiler's error."""
     program = step.program()
     try:
         return program, program.compile()
@@ -119,19 +121,28 @@ def compiled(step: Step):
 
 
 def row_of(step: Step, program: train.Program, binary, want: dict | None) -> tuple[dict, dict]:
-    """Check, then time; returns the row, and the values that others of the same rows are compared with.
+    """Check a step, then time it; return its row, and its loss and gradient norm.
+
+    Args:
+        step: what is run.
+        program: of the step.
+        binary: the compiled program.
+        want: loss and gradient norm of another step on the same rows; None: this one is the first.
 
     Raises:
-        ValueError: they differ from `want`.
+        ValueError: the step's own differ from these, or are not finite.
     """
     call = program.calls(binary)
     for _ in range(UPDATES):
         metrics = jax.device_get(call())
-    got, row = {name: float(metrics[name]) for name in EQUAL}, {"loss": float(metrics["loss"])}
+    got = {name: float(metrics[name]) for name in EQUAL}
+    row = {"loss": got["loss"]}
     exact = FLOAT32 in step.variant
     for name, tolerance in (EQUAL if exact else NEAR).items():
-        row[f"{name} error"] = None if want is None else abs(got[name] - want[name]) / abs(want[name])
-        common.require({name: row[f"{name} error"] or 0.0 * got[name]}, tolerance, str(step))
+        # The first is compared with itself: only a number that is not finite differs.
+        error = common.rel_rms(got[name], (want or got)[name])
+        common.require({name: error}, tolerance, str(step))
+        row[f"{name} error"] = None if want is None else error
     exchanged = hlo.Program(binary.as_text()).collectives()
     row |= {
         "kernels": program.kernels,
@@ -150,14 +161,14 @@ def row_of(step: Step, program: train.Program, binary, want: dict | None) -> tup
 
 
 def measured(wanted: dict[str, list[Step]], written) -> None:
-    """Measure the steps of every group, in order, and call `written(rows)` after each with all so far."""
+    """Measure the steps of every group in order, and call `written` with all rows so far after each step."""
     rows = []
     for name, steps in wanted.items():
         values, alone, programs = {}, {}, common.compiled_all(compiled, steps, name)
         for step, (program, binary) in zip(steps, programs, strict=True):
             row = {"group": name, **dataclasses.asdict(step), "devices": step.devices}
             try:
-                if isinstance(binary, Exception):
+                if isinstance(binary, jax.errors.JaxRuntimeError):
                     raise binary
                 found, got = row_of(step, program, binary, values.get(step.rows))
                 values.setdefault(step.rows, got)

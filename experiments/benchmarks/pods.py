@@ -3,18 +3,20 @@
     python -m experiments.benchmarks.pods                                     what the result file has not yet
     python -m experiments.benchmarks.pods --topologies=v5e:16x16 --models=siso-1.5b --lengths=2048 --anew
 
-Nothing runs: `launch.compile` says what each figure is. A row is written as it comes, minutes each; a mesh or a batch
-that does not fit is a row that says so.
+Nothing runs; `launch.needs` says what each figure is. A step takes minutes to compile, and its row is written at once;
+a step that does not fit or does not compile has a row that says why. Rows of another jax or compiler are taken again.
 """
 
 import collections
 import dataclasses
+from pathlib import Path
 
 import jax
 from absl import app, flags
 
 from experiments.benchmarks import common, ssm
 from launch import tpu
+from launch.common import user_errors
 from launch.needs import measured
 from launch.provenance import load, provenance
 from mamba3_jax.config import Config, DataConfig, TrainConfig
@@ -26,7 +28,7 @@ FLAGS = flags.FLAGS
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One program: a model on a mesh of a topology."""
+    """One program: the training step of a model on a mesh of a topology."""
 
     model: str
     topology: str
@@ -44,10 +46,11 @@ class Step:
         )
 
 
-# Of each size and length (mesh, batch, remat) by topology. A device has 2,048 tokens of the large model where it has
-# 16 GB, else 4,096 or more; rows that are longer lie on as many devices, by sequence. fsdp leaves each device 128 of
-# the width or a multiple: else XLA sums gradients whole. With 131,072 tokens of rank 4 on a device the compiler for
-# tpu7x fails (a constant that does not fit into its instruction); with half of them it does not.
+# (mesh, batch, remat) by the length of a row and the topology, for each size of model. Of the large model a device of
+# 16 GB gets 2,048 tokens, a larger one 4,096 or more; a longer row is split over as many devices as that takes, by the
+# axis sequence. fsdp leaves each device a multiple of 128 of the width, else XLA sums whole gradients instead of
+# scattering them. The compiler for tpu7x fails with 131,072 tokens of rank 4 on a device (a constant that does not fit
+# into its instruction) and not with half as many.
 LARGE = {
     2048: {
         "v5e:16x16": ("data:4,fsdp:16,tensor:4", 256, "block"),
@@ -92,13 +95,17 @@ SIZES = {"1.5b": LARGE, "180m": SMALL}
 
 
 def differs(step: Step) -> int:
-    """Count in how much a step is another than the large SISO model's of 2,048 tokens on v5e."""
+    """Count the things in which a step differs from the large SISO model's with rows of 2,048 tokens on v5e."""
     kind, size = step.model.split("-")
     return (kind != "siso") + (size != "1.5b") + (step.length != 2048) + (step.topology != "v5e:16x16")
 
 
 def steps() -> list[Step]:
-    """Return all steps: the large SISO model on v5e, what differs from it in one thing, on slices, and so on."""
+    """Return all steps, those that say most first.
+
+    First comes the large SISO model on v5e, then what differs from it in one thing, then that model on two slices, then
+    what differs in more. The last ones are on other meshes: fsdp alone, 4,096 chips, tensor in place of sequence.
+    """
     found = [
         Step(f"{kind}-{size}", topology, mesh, batch, length=length, remat=remat)
         for size in SIZES
@@ -120,12 +127,29 @@ def steps() -> list[Step]:
 
 
 def row_of(step: Step) -> dict:
-    """Compile one step, and return its row; what cannot be is a row too."""
+    """Compile one step and return its row; the row of one that cannot be compiled says why."""
     row = dataclasses.asdict(step)
     try:
         return row | measured(step.config(), step.topology)
-    except (Failed, ValueError, jax.errors.JaxRuntimeError) as error:  # the last: a fault of the compiler's own
+    except (Failed, ValueError, jax.errors.JaxRuntimeError) as error:  # the last: the compiler itself failed
         return row | {"failed": common.one_line(error)}
+
+
+def recorded(origin: dict, directory: str) -> dict[Step, dict]:
+    """Return the rows of the result file by step; {} where there is none, or it is of another jax or compiler.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    before = common.read("pods", directory) or {}
+    if any(before.get(key) != origin[key] for key in ("jax", "libtpu")):
+        return {}
+    names = [field.name for field in dataclasses.fields(Step)]
+    try:
+        return {Step(**{name: row[name] for name in names}): row for row in before["rows"]}
+    except (KeyError, TypeError) as error:
+        path = Path(directory or common.RESULTS) / "pods.json"
+        raise ValueError(f"{path} has a damaged row ({type(error).__name__}: {error}): move it away") from None
 
 
 COLUMNS = {
@@ -160,14 +184,14 @@ COLUMNS = {
 
 
 def drawn(rows: list[dict]) -> list[dict]:
-    """Return rows for the table: collectives as the GB that a device sends of each kind, MFU in percent."""
+    """Return rows for the table: of each kind of collective the GB that a device sends, MFU in percent."""
     return [row if "failed" in row else row | _drawn(row) for row in rows]
 
 
 def _drawn(row: dict) -> dict:
     sent = collections.Counter()
     for each in row["collectives"]:
-        if not each.get("dcn"):  # that has a column of its own; rows of one slice may have none
+        if not each.get("dcn"):  # what crosses slices has a column of its own; older rows have no such key
             sent[each["kind"]] += each["sent_gb"]
     in_percent = {name: f"{row[f'mfu_{name}']:.0%}" for name in ("at_once", "in_turn")}
     return sent | in_percent | {"tflop": row["gflop"] / 1e3, "dcn_gb": row.get("dcn_gb") or None}
@@ -176,18 +200,14 @@ def _drawn(row: dict) -> dict:
 def main(argv):
     del argv
     compiler = common.prepare_tpu()
-    models, topologies = ({getattr(step, name) for step in steps()} for name in ("model", "topology"))
-    models = ssm.chosen("models", FLAGS.models or models, models)
-    topologies = ssm.chosen("topologies", FLAGS.topologies or topologies, topologies)
-    lengths = {str(step.length) for step in steps()}
-    lengths = ssm.chosen("lengths", FLAGS.lengths or lengths, lengths)
-    wanted = [step for step in steps() if step.model in models and step.topology in topologies]
-    wanted = [step for step in wanted if str(step.length) in lengths]
+    wanted = steps()
+    for flag, field in (("models", "model"), ("topologies", "topology"), ("lengths", "length")):
+        known = {str(getattr(step, field)) for step in steps()}
+        chosen = ssm.chosen(flag, FLAGS[flag].value or known, known)
+        wanted = [step for step in wanted if str(getattr(step, field)) in chosen]
     origin = provenance() | compiler
-    before = common.read("pods", FLAGS.out) or {}
-    same = all(before.get(key) == origin[key] for key in ("jax", "libtpu"))
-    fields = [field.name for field in dataclasses.fields(Step)]
-    rows = {Step(**{name: row[name] for name in fields}): row for row in (before["rows"] if same else [])}
+    with user_errors():
+        rows = recorded(origin, FLAGS.out)
     for step in wanted:
         if step in rows and not FLAGS.anew:
             continue
@@ -203,6 +223,6 @@ if __name__ == "__main__":
     flags.DEFINE_list("models", [], "presets; empty: all that there are steps of")
     flags.DEFINE_list("topologies", [], "empty: all that there are steps of")
     flags.DEFINE_list("lengths", [], "tokens of a row; empty: all that there are steps of")
-    flags.DEFINE_bool("anew", False, "also what the result file has")
+    flags.DEFINE_bool("anew", False, "compile also the steps that the result file has")
     common.define_result()
     app.run(main)

@@ -2,23 +2,25 @@
 
     python -m experiments.benchmarks.table     draws it from what experiments.benchmarks.pods has recorded
 
-A device has T tokens of a step, of a model of P parameters; S slices of d f t devices each are a mesh of data S d, fsdp
-f and tensor t. F is a device's peak, B its HBM's bandwidth, W what it can send over all of its links and N what to
-other slices (`launch/tpu.py` has their sources). The least times are, in seconds,
+In a step a device has T tokens, of a model of P parameters. S slices of d f t devices each are a mesh of data S d, fsdp
+f and tensor t. F is a device's peak, B the bandwidth of its HBM, W what it can send a second over all of its links, and
+N what it can send to other slices (`launch/tpu.py` has their sources). The least times are, in seconds,
 
     compute   c T / F
     HBM       h T / B
     ICI       (a P/t (f-1)/f + 8 P/(f t) (d-1)/d + g T 2 (t-1)) / W
     DCN       k 8 P/(d f t) (S-1)/S / N
 
-where c (operations a token), h (bytes a token), m (bytes of temporaries a token) and a (bytes a parameter that are
-exchanged over fsdp) are read from the program recorded for that chip, g (bytes of activations a token that are summed
-over tensor) from the one that has such an axis, and k (how often what a device has of the gradients crosses slices)
-from the one of several slices; without one, k is 1. Gradients are float32 and summed over data in a ring: 8 bytes a
-parameter. The mesh is the one whose longest time is the least, of those that fit into memory, 16 P/(f t) + m T bytes
-with moments and gradients, have a row of 2,048 tokens for each of S d f groups, and leave each device `LANES` of the
-width or a multiple. Compute covers what is sent from the T on from which it takes longer. The links of one axis are
-taken for all links of a chip, and no time is that of a latency: these are bounds.
+The coefficients are read from recorded programs. The one for that chip has c (operations a token), h (bytes a token), m
+(bytes of temporaries a token) and a (bytes a parameter that are exchanged over fsdp). A program with the axis tensor
+has g (bytes of activations a token that are summed over it). One of several slices has k (how often a device's part of
+the gradients crosses slices); without such a program k is 1. Gradients are float32 and summed over data in a ring: 8
+bytes a parameter.
+
+A mesh is possible if it fits into memory, 16 P/(f t) + m T bytes with moments and gradients, has a row of 2,048 tokens
+for each of its S d f groups, and leaves each device a multiple of `LANES` of the width. Of these the one is taken whose
+longest time is the least. Compute covers what is sent from that T on from which it takes longer. The times are bounds:
+the links of one axis are taken for all links of a chip, and latency is left out.
 """
 
 import itertools
@@ -34,15 +36,16 @@ from mamba3_jax.model import boxed_shapes
 from mamba3_jax.presets import PRESETS
 
 MODEL, LENGTH = "siso-1.5b", 2048
-# Chips, and tokens of a step, an assumption: how large a batch the model can use is not known here.
+# Tokens of a step by the number of chips. They are assumed: how large a batch the model can use is not known here.
 TOKENS = {256: 2**19, 4096: 2**22, 32768: 2**24}
-SLICE = {"v5e": 256, "v6e": 256, "v5p": 4096, "tpu7x": 4096}  # chips of the largest that is used
-HELD = 0.9  # of the memory, for what is there all along and temporaries
+SLICE = {"v5e": 256, "v6e": 256, "v5p": 4096, "tpu7x": 4096}  # chips of the largest slice that is used
+DEVICES = {"tpu7x": 2}  # of a chip where they are not one
+HELD = 0.9  # of a device's memory, for what `memory_gb` counts
 SIZES = [2**power for power in range(9)]
 
 
 class Program(NamedTuple):
-    """What is read from a recorded program, of a device."""
+    """The coefficients of a recorded program, of one device."""
 
     chip: str
     flop: float  # c: a token
@@ -54,7 +57,7 @@ class Program(NamedTuple):
 
 
 class Mesh(NamedTuple):
-    """Slices, and of each the sizes of its axes."""
+    """How many slices there are, and the sizes of the axes in each."""
 
     slices: int
     data: int
@@ -67,14 +70,15 @@ class Mesh(NamedTuple):
 
 
 def parameters() -> int:
-    """Count those of the model."""
+    """Count the parameters of `MODEL`."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(meta.unbox(boxed_shapes(PRESETS[MODEL]))))
 
 
 def read(row: dict, n_parameters: int) -> Program:
-    """Return what a row of `pods` says.
+    """Return the coefficients of a row of `pods`.
 
-    Groups as large as the axis tensor are taken for its, then those as large as data, and all others for fsdp.
+    A collective is of the axis tensor if its groups are as large as that axis, else of data if they are as large as
+    data, else of fsdp. Those of data are not read: the formula has them.
     """
     axes = {name: int(size) for name, size in (axis.split(":") for axis in row["mesh"].split(","))}
     slices, one = tpu.slices_of(row["topology"])
@@ -100,7 +104,7 @@ def read(row: dict, n_parameters: int) -> Program:
 
 
 def programs(rows: list[dict]) -> dict[str, Program]:
-    """Return, of each chip, the program that is bound by least; g and k are of the one that has such an axis."""
+    """Return of each chip the program of one slice with the highest MFU; g and k are others' where it has none."""
     n_parameters = parameters()
     wanted = [row for row in rows if row["model"] == MODEL and row["length"] == LENGTH and "failed" not in row]
     wanted.sort(key=lambda row: row["mfu_in_turn"])
@@ -116,7 +120,7 @@ def programs(rows: list[dict]) -> dict[str, Program]:
 
 
 def times(program: Program, mesh: Mesh, tokens: float, n_parameters: int) -> dict[str, float]:
-    """Return the least milliseconds of each resource with so many tokens a device."""
+    """Return the least time of each resource, ms, with so many tokens a device."""
     chip, held = tpu.CHIPS[program.chip], n_parameters / (mesh.fsdp * mesh.tensor)
     ici = program.fsdp * n_parameters / mesh.tensor * (mesh.fsdp - 1) / mesh.fsdp
     ici += 8 * held * (mesh.data - 1) / mesh.data
@@ -132,7 +136,7 @@ def times(program: Program, mesh: Mesh, tokens: float, n_parameters: int) -> dic
 
 
 def covered(program: Program, mesh: Mesh, n_parameters: int) -> float | None:
-    """Return from how many tokens a device on compute takes longer than what is sent; None: however many."""
+    """Return from how many tokens a device on compute takes longer than what is sent; None: it never does."""
     nothing, one = (times(program, mesh, tokens, n_parameters) for tokens in (0, 1))
     needed = []
     for network in ("ici_ms", "dcn_ms"):
@@ -144,13 +148,13 @@ def covered(program: Program, mesh: Mesh, n_parameters: int) -> float | None:
 
 
 def memory_gb(program: Program, mesh: Mesh, tokens: float, n_parameters: int) -> float:
-    """Return what a device holds: parameters, two moments, gradients and temporaries."""
+    """Return the GB that a device holds: parameters, two moments, gradients and temporaries."""
     return (16 * n_parameters / (mesh.fsdp * mesh.tensor) + program.temporaries * tokens) / 1e9
 
 
 def meshes(program: Program, chips: int, tokens: int, n_parameters: int) -> list[Mesh]:
-    """Return the meshes that fit."""
-    devices = chips * (2 if program.chip == "tpu7x" else 1)
+    """Return the meshes that are possible, see the module."""
+    devices = chips * DEVICES.get(program.chip, 1)
     slices = max(1, chips // SLICE[program.chip])
     width, room = PRESETS[MODEL].d_model, HELD * tpu.CHIPS[program.chip].hbm_gb * 2**30 / 1e9
     found = []
@@ -168,7 +172,7 @@ def table(rows: list[dict]) -> list[dict]:
     """Return a row for each number of chips and each chip whose program is recorded."""
     n_parameters, found = parameters(), []
     for (chips, tokens), program in itertools.product(TOKENS.items(), programs(rows).values()):
-        devices = chips * (2 if program.chip == "tpu7x" else 1)
+        devices = chips * DEVICES.get(program.chip, 1)
         row = {"chips": f"{chips:,} {program.chip}", "tokens": f"{tokens / 2**20:g} M", "each": tokens // devices}
         fitting = meshes(program, chips, tokens, n_parameters)
         if not fitting:

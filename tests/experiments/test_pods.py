@@ -51,6 +51,19 @@ def test_a_step_that_is_not_compiled_is_a_row(error, monkeypatch):
     assert pods.row_of(step) == dataclasses.asdict(step) | {"failed": str(error)}
 
 
+def test_rows_of_the_same_compiler_are_not_taken_again(tmp_path):
+    """Rows of another compiler do not count, and a damaged file is named before anything is compiled."""
+    origin, row = {"jax": "1", "libtpu": "2"}, dataclasses.asdict(pods.steps()[0]) | {"peak_gb": 3.0}
+    assert pods.recorded(origin, str(tmp_path)) == {}
+    common.write("pods", origin, [row], tmp_path)
+    assert pods.recorded(origin, str(tmp_path)) == {pods.steps()[0]: row}
+    assert pods.recorded(origin | {"libtpu": "3"}, str(tmp_path)) == {}
+    del row["mesh"]
+    common.write("pods", origin, [row], tmp_path)
+    with pytest.raises(ValueError, match=r"pods.json has a damaged row \(KeyError: 'mesh'\)"):
+        pods.recorded(origin, str(tmp_path))
+
+
 def test_recorded_rows_have_a_commit_and_a_compiler():
     result = common.read("pods")
     if result is not None:
