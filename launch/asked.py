@@ -1,4 +1,4 @@
-"""What the result of a variant depends on, as it stands beside it, what tells two apart, and which are there."""
+"""What a variant's result depends on, which stands beside it; what tells two results apart; which are there already."""
 
 import json
 from collections.abc import Collection
@@ -13,16 +13,17 @@ from mamba3_jax.files import read_json
 from mamba3_jax.train import resume
 from mamba3_jax.train.loop import say
 
-# Fields that no number of a result depends on. Of the section `train`, the others decide how far and by what loss it is
-# trained, or over what its losses are means.
+# Fields of a config that no number of a result depends on. The fields of `train` that are not here decide for how long
+# and by what loss a model is trained, or over what its losses are averaged.
 HOW = resume.MAY_CHANGE - {"optimizer", "train"} | {
     f"train.{name}" for name in ("save_every", "keep", "keep_best", "mesh", "peak_tflops")
 }
-KEPT = ("commit", "date", "device", "parameters", "best", "resumed_after", "seconds", "asked")  # of a variant's result
+# What the experiment's result file has of a variant, beside its rows.
+KEPT = ("commit", "date", "device", "parameters", "best", "resumed_after", "seconds", "asked")
 
 
 def asked_of(plan: Plan, name: str) -> dict:
-    """Return all that a variant's result depends on, as JSON has it; text is read and tokenised for it."""
+    """Return all that a variant's result depends on, as JSON; this reads and tokenises its text."""
     asked = {
         "config": to_dict(plan.variants[name]),
         "members": [member._asdict() for member in plan.members],
@@ -35,24 +36,24 @@ def asked_of(plan: Plan, name: str) -> dict:
 
 
 def renewed(asked: dict) -> dict:
-    """Return what an earlier version asked, fields that came since at their defaults; {} for what no sweep asked."""
+    """Return what an earlier version asked with new fields of the config at their defaults; {} if no sweep asked it."""
     try:
         config = to_dict(from_dict(asked["config"]))
         return json.loads(json.dumps(asked | {"config": config}, allow_nan=False))
-    except ValueError:  # it has a field that is gone, or NaN: another config
+    except ValueError:  # a field is gone, or NaN: it will differ from whatever is asked now
         return asked
     except (AttributeError, KeyError, TypeError):
         return {}
 
 
 def other_data(before: dict, asked: dict) -> str:
-    """Return what tells the data of two results apart; "" where it is the same."""
+    """Say in what the data of two results differs; "" where it is the same."""
     had, have = (of.get("data", {}) for of in (before, asked))
     return "" if had == have else f"its data was {listed_data(had)}, and is {listed_data(have)}"
 
 
 def other_training(before: dict, asked: dict) -> str:
-    """Return what tells the training of two results apart; "" where only scores, or how it is run, are others."""
+    """Say in what the training of two results differs; "" where only the scores differ, or how it is run."""
     if before.get("members") != asked["members"]:
         return "it has other seeds or learning rates"
     try:
@@ -62,7 +63,7 @@ def other_training(before: dict, asked: dict) -> str:
 
 
 def other_config(before: Config, config: Config) -> str:
-    """Return what tells two trainings apart by their configs; "" where only how they are run is another."""
+    """Say in what the configs of two trainings differ; "" where only how they are run does."""
     found = resume.changes(before, config)
     return ", ".join(
         f"its config.{field} was {old!r}, and is {new!r}" for field, (old, new) in found.items() if field not in HOW
@@ -75,7 +76,7 @@ def listed_data(data: dict[str, str]) -> str:
 
 
 def read_result(path: Path, keys: Collection[str]) -> dict:
-    """Return a result file of `launch.sweep` that has the keys; ValueError for one that is damaged, or another's."""
+    """Read a result file of `launch.sweep` that has the keys; ValueError for a damaged one, or another program's."""
     try:
         found = read_json(path)
     except ValueError as error:
@@ -87,7 +88,7 @@ def read_result(path: Path, keys: Collection[str]) -> dict:
 
 
 def check_result(path: Path, result: dict, rows: list, plan: Plan) -> None:
-    """Raise ValueError unless the result of a variant has all that is kept of it and compared."""
+    """Raise ValueError unless the result of a variant has all of `KEPT` and its rows can be compared."""
     metrics = (plan.metric, *plan.shown, *(wanted.partition(" ")[2] for wanted, *_ in plan.expect.values()))
     try:
         sum({key: result[key] for key in KEPT}["seconds"].values())
@@ -98,11 +99,11 @@ def check_result(path: Path, result: dict, rows: list, plan: Plan) -> None:
 
 
 def done_before(plan: Plan, name: str, folder: Path) -> dict | None:
-    """Return the result of a variant in its folder, just as the plan asks for it; None where there is more to do.
+    """Return the result in a variant's folder if it is what the plan asks for; None where there is more to do.
 
     Raises:
-        ValueError, OSError: there is a file that is no such result, or one of other data or another training; or there
-            are checkpoints of such.
+        ValueError: the result is damaged, or the result or the checkpoints are of other data or another training.
+        OSError: they cannot be read.
     """
     path = folder / "result.json"
     if not path.exists():
@@ -123,7 +124,7 @@ def done_before(plan: Plan, name: str, folder: Path) -> dict | None:
 
 
 def check_resume(config: Config, folder: Path) -> None:
-    """Raise ValueError for checkpoints without a result that are not of this training, or that nothing goes on from."""
+    """Raise ValueError for checkpoints without a result that this training cannot resume from."""
     if not all_steps(folder):
         return
     if parameters_alone(folder):
@@ -135,10 +136,10 @@ def check_resume(config: Config, folder: Path) -> None:
 
 
 def recorded(path: Path, plan: Plan) -> dict[str, dict]:
-    """Return the results of the variants that a result file has just as the plan asks for them, of the same data.
+    """Return, by variant, those results of a result file that are what the plan asks for.
 
     Raises:
-        ValueError: a file that is not a sweep's, or has other results that this run would not replace.
+        ValueError: the file is not a sweep's, or has results that this run would drop and not make again.
     """
     if not path.exists():
         return {}

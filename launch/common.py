@@ -22,13 +22,13 @@ from launch import hosts, xla
 from launch.hosts import USER_ERROR
 from mamba3_jax.config import Config, DataConfig, check, no_field
 
-flags.disclaim_key_flags()  # those defined here are the calling program's, and in its --help
+flags.disclaim_key_flags()  # flags that are defined here count as the calling program's, so its --help lists them
 MODULE = "config_config"  # the name that ml_collections gives to the file of the flag --config
 
 
 def fail(message, status: int = USER_ERROR) -> typing.NoReturn:
     """Print one line and exit."""
-    sys.unraisablehook = lambda _: None  # what the reads below leave unfinished ends at exit
+    sys.unraisablehook = lambda _: None  # reads that are still under way (see `run`) may fail at exit
     hosts.pause()
     line = " ".join(str(message).split())
     print(f"error: {line}", file=sys.stderr, flush=True)
@@ -44,7 +44,7 @@ def warn(message) -> None:
 
 @contextlib.contextmanager
 def user_errors():
-    """Return a ValueError or OSError raised inside is the user's to mend: one line, exit status 2.
+    """Take a ValueError or OSError raised inside for a mistake of the user: print one line, exit with status 2.
 
     Put it around reading and checking what was asked for, not around computing: an error there is a bug.
     """
@@ -55,15 +55,15 @@ def user_errors():
 
 
 def run(main, *, alone: bool = False, saves: bool = False) -> None:
-    """`absl.app.run`, with mistakes in the flags as one line, and libraries' logs from warnings on (--verbosity).
+    """Run `main` as `absl.app.run` does: with a mistake in the flags as one line, and logs from warnings on.
 
-    What XLA compiles, it compiles with the device's flags, and keeps (`launch/xla.py`). Where there are several
-    processes, they have joined before `main` (`launch/hosts.py`).
+    XLA compiles with the device's flags and keeps what it compiled (`launch/xla.py`). Several processes have joined
+    before `main` begins (`launch/hosts.py`).
 
     Args:
         main: of absl.
-        alone: it is a program for one process, and stops where there are several.
-        saves: a SIGTERM to any process is for `main` to see; else it ends them.
+        alone: the program is for one process: with several it stops with one line.
+        saves: `main` handles a SIGTERM to any process; else it ends them all.
     """
     xla.set_flags()
     if not alone:
@@ -77,7 +77,7 @@ def run(main, *, alone: bool = False, saves: bool = False) -> None:
 
 
 def _opened(main, alone: bool, saves: bool):
-    """Return `main` with its company and the cache: not for --help, nor for a mistake in the flags."""
+    """Return `main` after the processes have joined and the cache is on; --help and mistakes in flags need neither."""
 
     def opened(argv):
         with user_errors():
@@ -98,7 +98,7 @@ def _opened(main, alone: bool, saves: bool):
 
 
 def _is_news(record) -> bool:
-    """Tells apart what Orbax's threads log of a save that failed, traceback by traceback: the save raises it too."""
+    """Tell whether a log record is news: an error that Orbax's threads log is not, since the failed save raises it."""
     return not (record.levelno >= stdlib_logging.ERROR and "orbax" in Path(record.pathname).parts)
 
 
@@ -118,7 +118,7 @@ config_flags.register_flag_parser_for_type(str, _Text())
 
 
 def define_config():
-    """Return the flags --config=FILE.py, --config.section.field=VALUE; pass what it returns to `experiment`."""
+    """Define --config=FILE.py and --config.section.field=VALUE; return the holder that `experiment` wants."""
     return config_flags.DEFINE_config_file("config", None, "Python file with get_config() -> Config", lock_config=False)
 
 
@@ -132,7 +132,7 @@ def define_path(name: str, default: str | None, description: str, required: bool
 
 
 def experiment(holder) -> Config:
-    """Return the config of the file with the overrides applied, every value of its type and range; else one line."""
+    """Return the config of the file with the overrides applied; for a value of wrong type or range exit with a line."""
     config = holder.value
     if not flags.FLAGS["config"].present:
         fail("flag --config=FILE.py is missing")
@@ -146,7 +146,7 @@ def experiment(holder) -> Config:
 
 
 def _check_globs(data: DataConfig) -> None:
-    """Raise ValueError where flags name the text to train on and leave the file's own text to be validated on."""
+    """Raise ValueError where flags change the text to train on, but not the file's own text to validate on."""
     given = [name for name in ("train_glob", "valid_glob") if f"config.data.{name}" in flags.FLAGS]
     if given == ["train_glob"] and data.valid_glob and data.source == "text":
         raise ValueError(
@@ -170,7 +170,7 @@ def _parse(argv):
             fail(message)
         if not isinstance(error, (flags.Error, TypeError, ValueError, OSError)):
             raise
-        # ml_collections puts the traceback of a failed get_config() into the message: its last line says it.
+        # ml_collections puts the traceback of a failed get_config() into the message: its last line names the error.
         lines = [line for line in str(error).splitlines() if line.strip()]
         fail(f"--config: {lines[-1]}" if "Traceback" in str(error) else " ".join(lines))
     if flags.FLAGS["verbosity"].using_default_value:
@@ -181,7 +181,7 @@ def _parse(argv):
 
 
 def of_config_file(error: BaseException | None) -> str:
-    """Says what went wrong at which line of the config file, in it or below it; "" where it has no part in it."""
+    """Say at which line of the config file an error was raised, or what it called did; "" for other errors."""
     while error is not None:
         what = f"{type(error).__name__}: {error}"
         frames = [
@@ -190,7 +190,8 @@ def of_config_file(error: BaseException | None) -> str:
         if frames:
             frame, line = frames[-1]
             return f"{frame.f_code.co_filename}:{line}: {what}"
-        # Of the file itself: one without a line is not text. `ast` calls a flag's value, read as a tuple, <unknown>.
+        # The file itself does not parse; without a line number it is not text. A tuple in a flag's value that does not
+        # parse is no fault of the file: `ast` gives it the file name <unknown>.
         if isinstance(error, SyntaxError) and error.filename != "<unknown>":
             return f"{error.filename or '--config'}:{error.lineno or 0}: {type(error).__name__}: {error.msg}"
         if isinstance(error, AttributeError) and error.name == "get_config":
@@ -200,7 +201,7 @@ def of_config_file(error: BaseException | None) -> str:
 
 
 def _why_no_config(config) -> str:
-    """Says which OSError of the file ml_collections keeps in place of a config until a field of it is read."""
+    """Say which OSError the config stands for: ml_collections raises it when a field is read, and not before."""
     try:
         config.model  # noqa: B018
     except OSError as error:
@@ -211,7 +212,7 @@ def _why_no_config(config) -> str:
 
 
 def _check_overrides(argv) -> None:
-    """Names in --config.a.b=... are checked first, since config_flags answers a wrong one with a traceback."""
+    """Check the names in --config.a.b=... before config_flags does, which answers a wrong one with a traceback."""
     for argument in argv[1:]:
         if match := re.match(r"--?config=(.*)", argument):
             path = Path(match[1].split(":")[0])

@@ -10,7 +10,7 @@ from mamba3_jax.data import loader, tokenizer, tokenizer_copy
 def data_with(data: DataConfig, tokenizer: str | None, eos: str | None) -> DataConfig:
     """Change the data of a checkpoint as the flags --tokenizer and --eos (None: not given) say.
 
-    A tokenizer that is not the checkpoint's own takes its place, with a line of warning.
+    Another tokenizer than the checkpoint's own is used with a line of warning.
     """
     if tokenizer is not None:
         if other := tokenizer_copy.differ(tokenizer, data.tokenizer):
@@ -20,7 +20,11 @@ def data_with(data: DataConfig, tokenizer: str | None, eos: str | None) -> DataC
 
 
 def held_out(config: Config, valid_glob: str | None, tokenizer: str | None, eos: str | None) -> DataConfig:
-    """Return the data of a checkpoint as the flags change it (None: not given), checked before anything is compiled."""
+    """Return the held-out data of a checkpoint as the flags change it (None: not given), after reading a batch of it.
+
+    Raises:
+        ValueError, OSError: no batch of it can be made for this model.
+    """
     data = config.data
     if valid_glob:
         data = dataclasses.replace(data, source="text", valid_glob=valid_glob)
@@ -33,7 +37,7 @@ def held_out(config: Config, valid_glob: str | None, tokenizer: str | None, eos:
 
 
 def codec_of(data: DataConfig, vocab_size: int):
-    """Return the tokenizer that the data names, or None; ValueError where the vocabulary is too small for its ids."""
+    """Return the tokenizer that the data names, or None; ValueError where it has ids outside of the vocabulary."""
     codec = tokenizer(data) if data.tokenizer else None
     if codec and codec.vocab_size > vocab_size:
         raise ValueError(

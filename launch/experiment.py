@@ -1,4 +1,4 @@
-"""What came out of an experiment: the variants of its plan, trained, scored and compared. Nothing here reads a flag."""
+"""Run the plan of an experiment: train its variants, score and compare them. Nothing here reads a flag."""
 
 import contextlib
 import dataclasses
@@ -26,15 +26,15 @@ from mamba3_jax.train import resume
 from mamba3_jax.train.loop import Diverged, say
 from mamba3_jax.train.population import Member, Population, member_config
 
-# Of text, at each length, about. Two models whose losses differ by 0.005 nats differ by some 0.4 (rms) on a token, so
-# that 2^17 tokens leave an error of 0.001 in their difference, nearly as large as what seeds do; 2^21 leave 0.0003.
-# They cost a thirtieth of training on 25M.
+# Tokens of text that are scored at each length, about. Two models whose losses differ by 0.005 nats differ by some 0.4
+# (rms) on a token. So 2^17 tokens leave an error of 0.001 in their difference, nearly as large as what seeds do, and
+# 2^21 leave 0.0003. Scoring them costs a thirtieth of training on 25M.
 SCORED_TOKENS = 2**21
-SCORED_AT_ONCE = 2**17  # of all members together: logits over 8,192 ids take 4.3 GB
+SCORED_AT_ONCE = 2**17  # tokens of all members together: their logits over 8,192 ids take 4.3 GB
 
 
 def scores(config: Config, group: list[Member], params, lengths: tuple[int | str, ...], report=say) -> list[list[dict]]:
-    """Return, of every member, its scores at each length."""
+    """Return every member's scores, a dict a length."""
     model, data = LanguageModel(config.model), config.data
     if data.source in TASKS:
         found = tasks.evaluate(model, params, data, lengths=lengths, members=len(group))
@@ -47,16 +47,16 @@ def scores(config: Config, group: list[Member], params, lengths: tuple[int | str
 
 
 class Trained(NamedTuple):
-    """What the training of a variant left to be scored."""
+    """The members of a variant as training left them, to be scored."""
 
-    first: int  # the step after which its last run resumed
+    first: int  # the step after which training last resumed
     seconds: float
     summaries: list[dict]  # of the members
     params: dict  # the leading axis is the members
 
 
 def trained_before(plan: Plan, name: str, folder: Path) -> Trained | None:
-    """Return what a variant's folder has of a training that is done and only to be scored anew, or else None.
+    """Return the trained members that a variant's folder holds, which only have to be scored anew; None: train them.
 
     Raises:
         ValueError: its result or its checkpoint cannot be read.
@@ -77,12 +77,12 @@ def trained_before(plan: Plan, name: str, folder: Path) -> Trained | None:
 
 
 def is_whole(folder: Path, config: Config) -> bool:
-    """Tell whether the newest checkpoint is of the last step: not where every member diverged."""
+    """Tell whether the newest checkpoint is of the last step; where all members diverge, training ends before."""
     return all_steps(folder)[-1:] == [config.train.steps]
 
 
 def train(population: Population, begin: float, report) -> Trained:
-    """Train the members of a variant to their last step, or until all have diverged, which is a finding too."""
+    """Train the members of a variant to the last step, or until all have diverged, which is a result too."""
     with population:
         first = population.step
         try:
@@ -95,14 +95,14 @@ def train(population: Population, begin: float, report) -> Trained:
 
 
 def run_variant(plan: Plan, name: str, folder: Path, commit: str, report) -> dict:
-    """Return the result of a variant, trained and scored unless it is done, while no other process is at it."""
+    """Return the result of a variant, which is trained and scored unless it is done; no other process may do so too."""
     config = plan.variants[name]
     with contextlib.ExitStack() as stack:
         with common.user_errors():
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(resume.alone(folder, "sweep.lock"))
             result = done_before(plan, name, folder)
-            # A kill leaves no best member, or another than the result says.
+            # A process that was killed may have left no best member, or another one than the result names.
             if result and is_whole(folder, config) and not has_best(plan, name, folder, result["best"]):
                 result = None
         if result:
@@ -116,7 +116,7 @@ def run_variant(plan: Plan, name: str, folder: Path, commit: str, report) -> dic
 
 
 def found_of(plan: Plan, name: str, folder: Path, commit: str, report) -> dict:
-    """Train and score the members of a variant, or score those that are trained; return and write the result."""
+    """Train the members of a variant unless they are trained, score them, write the result and return it."""
     begin, origin, config = time.perf_counter(), provenance(commit), plan.variants[name]
     with common.user_errors():
         asked = asked_of(plan, name)
@@ -133,7 +133,7 @@ def found_of(plan: Plan, name: str, folder: Path, commit: str, report) -> dict:
 
 
 def has_best(plan: Plan, name: str, folder: Path, best: str) -> bool:
-    """Tell whether folder/best is of the member of this name."""
+    """Tell whether folder/best holds the member of this name."""
     try:
         found = load_config(folder / "best")
     except (FileNotFoundError, ValueError):
@@ -152,7 +152,7 @@ def drop_best(folder: Path) -> None:
 
 
 def scored(plan: Plan, name: str, folder: Path, trained: Trained, report) -> dict:
-    """Score the members of a variant, save the best one in folder/best, and return what was found."""
+    """Score the members of a variant, save the best one in folder/best, and return what a result has of them."""
     begin, config = time.perf_counter(), plan.variants[name]
     found = scores(config, plan.members, trained.params, plan.lengths, report)
     rows = [
@@ -174,7 +174,7 @@ def scored(plan: Plan, name: str, folder: Path, trained: Trained, report) -> dic
 
 
 def summary(name: str, plan: Plan, results: list[dict], origin: dict) -> dict:
-    """Return the content of the result file: every variant's origin and cost, every member's row."""
+    """Return the content of the experiment's result file: every variant's origin and cost, every member's row."""
     rows = [row for result in results for row in result["rows"]]
     return {
         "experiment": name,
@@ -189,15 +189,24 @@ def summary(name: str, plan: Plan, results: list[dict], origin: dict) -> dict:
 
 
 def sweep(plan: Plan, name: str, workdir: Path, kept: Path | None, known: dict[str, dict], commit: str) -> dict:
-    """Run the variants one after another, but the known ones, which the file `kept` has; write all after each."""
+    """Run the chosen variants one after another, and write and return the content of the result file.
+
+    Args:
+        plan: the experiment's.
+        name: of the experiment.
+        workdir: gets a folder a variant, and results.json after each of them.
+        kept: another file that gets the same.
+        known: results that `kept` has already, by variant; they are not run again.
+        commit: recorded where there is no git to ask.
+    """
     results, origin = [], provenance(commit)
-    for index, of in enumerate(plan.variants, 1):
-        report = functools.partial(say, f"{of} ({index}/{len(plan.variants)})")
-        if of in known:
+    for index, variant in enumerate(plan.variants, 1):
+        report = functools.partial(say, f"{variant} ({index}/{len(plan.variants)})")
+        if variant in known:
             report(f"done before, in {kept}")
-            results.append(known[of])
-        elif of in plan.chosen:
-            results.append(run_variant(plan, of, workdir / of, commit, report))
+            results.append(known[variant])
+        elif variant in plan.chosen:
+            results.append(run_variant(plan, variant, workdir / variant, commit, report))
         else:
             continue
         found = summary(name, plan, results, origin)

@@ -1,10 +1,10 @@
-"""What a compiled TPU program moves and how long its compiler thinks it takes, read from its text.
+"""Read from the text of a compiled TPU program what it moves and how long its compiler thinks that it takes.
 
-`cost_analysis` counts the body of a loop once and does not tell HBM from VMEM. The text has both: layouts name the
-memory space (`S(1)` is VMEM; none is HBM), and a loop over chunks compares its counter with a constant. So here a body
-counts once a trip, an array counts only where it lies in HBM and as large as its tiles make it, an operand that a
-fusion slices counts as the slice, and one that it updates in place as the update. A kernel's operands and results
-count once. Collectives and operations are counted in the same way, those inside fusions too.
+`cost_analysis` counts the body of a loop once and does not tell HBM from VMEM. The text says both: a layout names the
+memory space (`S(1)` is VMEM; none is HBM), and a loop compares its counter with a constant. So here the body of a loop
+counts once a trip, and an array counts if it lies in HBM, with the padding of its tiles. An operand that a fusion
+slices counts as the slice, one that it updates in place as the update, and a kernel's operands and results count once.
+Collectives and operations are counted in the same way, those inside fusions too.
 """
 
 import functools
@@ -28,15 +28,15 @@ from launch.hlo_text import (
 
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-UNKNOWN = 2**63 - 1  # cycles, where the compiler cannot say
-# These move nothing, or what they move is counted where it begins.
+UNKNOWN = 2**63 - 1  # the cycles that the compiler writes where it has no estimate
+# These move nothing, or what they move is counted at the instruction that starts it.
 FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all copy-done async-done async-update slice-done "  # noqa: SIM905
     "send-done recv-done call-done opt-barrier optimization-barrier partition-id replica-id add-dependency".split()
 )
-CALLS = ("call", "async-start", "call-start")  # the last on a unit of its own: the sparse cores of v5p, v6e and tpu7x
+CALLS = ("call", "async-start", "call-start")  # the last one runs on the sparse cores of v5p, v6e and tpu7x
 SLICES = frozenset({"dynamic-slice", "slice", "gather"})
-# Bytes that a device sends at least, over those of the whole array, where n share it (a ring of both directions).
+# The least that a device sends, over the bytes of the whole array, where n devices share it (in a ring).
 SENT = {
     "all-gather": lambda n: (n - 1) / n,
     "reduce-scatter": lambda n: (n - 1) / n,
@@ -47,8 +47,8 @@ SENT = {
     "collective-permute": lambda n: 1,
 }
 CHAIN = re.compile(r'chain_id="(\d+)"')
-TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')  # GPU's compiler says it
-# What a program sends to other slices, by way of the hosts, and between how many slices: "{1,2}x{0:3}".
+TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')  # the compiler for GPUs writes it
+# The kind of an exchange with other slices, which goes by way of the hosts, and the other slices: "{1,2}x{0:3}".
 SLICES_SENT = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 SLICES_OF = re.compile(r'_xla_megascale_target="\{([\d,]+)\}x')
 BETWEEN_SLICES = {
@@ -61,8 +61,10 @@ BETWEEN_SLICES = {
 
 
 class Cost(NamedTuple):
+    """What an instruction or a computation costs."""
+
     hbm_bytes: int = 0
-    cycles: int = 0  # the compiler's, of all but kernels, copies in flight and what it cannot say
+    cycles: int = 0  # the compiler's estimate; it has none of kernels, of copies in flight and of some others
 
     def plus(self, other: "Cost", times: int = 1) -> "Cost":
         return Cost(self.hbm_bytes + times * other.hbm_bytes, self.cycles + times * other.cycles)
@@ -73,14 +75,14 @@ class Collective:
     """One exchange between devices, and how often a run of the program makes it."""
 
     kind: str  # a key of `SENT`
-    array_bytes: int  # of the whole: what is gathered, reduced, scattered, or sent on; without tiles' padding
-    devices: int  # that share it; of `dcn` one of each slice
+    array_bytes: int  # of the whole array that is gathered, reduced, scattered or sent on, without tiles' padding
+    devices: int  # that share the array; with `dcn` one of each slice
     times: int
-    dcn: bool = False  # over the data center's network, between slices
+    dcn: bool = False  # between slices, over the data center's network
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends in one run of the program."""
+        """Return the bytes that a device sends in one run of the program."""
         return self.times * self.array_bytes * SENT[self.kind](self.devices)
 
 
@@ -122,9 +124,9 @@ class Program:
             return self.cost(instruction.called("to_apply") or instruction.called("calls"))
         cycles = sum(int(found) for found in CYCLES.findall(instruction.attributes)[:1] if int(found) != UNKNOWN)
         operands = [body[name].shape for name in instruction.operands if name in body]
-        if opcode in ("send", "recv"):  # (the array, ...): a host fetches or writes it
+        if opcode in ("send", "recv"):  # of a tuple that begins with the array, which a host fetches or writes
             return Cost(hbm_bytes(arrays(shape)[0]), cycles)
-        if opcode in ("copy-start", "slice-start"):  # (target, source, semaphore): what either side has in HBM
+        if opcode in ("copy-start", "slice-start"):  # of (target, source, semaphore) each side that lies in HBM counts
             target, source = arrays(shape)[:2]
             moved = min(hbm_bytes(target, anywhere=True), hbm_bytes(source, anywhere=True))
             return Cost(sum(moved for side in (target, source) if hbm_bytes(side)), cycles)
@@ -140,15 +142,15 @@ class Program:
 
     @staticmethod
     def branches(instruction: Instruction) -> list[str]:
-        """Return the computations of which a conditional runs one."""
+        """Return the names of the computations of which a conditional runs one."""
         branches = BRANCHES.search(instruction.attributes)
         names = re.findall(r"[\w.\-]+", branches.group(1)) if branches else []
         return names or [instruction.called(f"{case}_computation") for case in ("true", "false")]
 
     def runs(self, computation: str = "", times: int = 1) -> Iterator[tuple[Instruction, dict, int]]:
-        """Yield every instruction that a computation runs with those around it and how often, fusions' own included.
+        """Yield every instruction that a computation runs, its own computation, and how often it runs.
 
-        Of a conditional all branches, as if each ran.
+        Instructions inside fusions are included, and those of all branches of a conditional, as if each ran.
         """
         body = self.computations[computation or self.entry]
         for instruction in body.values():
@@ -165,9 +167,9 @@ class Program:
     def collectives(self) -> list[Collective]:
         """Return the exchanges of one run of the entry.
 
-        One that XLA cuts into the steps of a chain of fusions, to compute meanwhile, counts once. An all-reduce in a
-        fusion that keeps a part of it is a reduce-scatter. What crosses slices is a send to the device's host, which
-        exchanges it with the other hosts.
+        XLA cuts some exchanges into a chain of fusions, to compute meanwhile: a chain counts once. An all-reduce in a
+        fusion that keeps only a part of the sum is a reduce-scatter. An exchange between slices is a send to the
+        device's host, which exchanges it with the other hosts.
         """
         found, chains = [], set()
         scattering = {
@@ -189,7 +191,7 @@ class Program:
             if chain:
                 chains.add(chain.group(1))
             operands = [body[name].shape for name in instruction.operands if name in body]
-            # The operand is the whole but of what is gathered, whose part it is.
+            # The operand is the whole array, but that of an all-gather is one device's part.
             whole = sum(map(plain_bytes, operands))
             devices = group_size(instruction.attributes)
             if kind == "all-gather":
@@ -200,14 +202,14 @@ class Program:
         return found
 
     def operations(self) -> int:
-        """Count two a multiply-add of matrix products in one run of the entry; a kernel's as it estimates itself."""
+        """Count the operations of matrix products in one run of the entry, two a multiply-add; kernels say theirs."""
         return sum(times * _operations(instruction, body) for instruction, body, times in self.runs())
 
     def trips(self, loop: Instruction) -> int:
-        """Return how often a loop runs: as the compiler says, or from 0 up to a constant, by ones or more at a time.
+        """Return how often a loop runs: what the compiler says, or from the constant up to which its counter goes.
 
         Raises:
-            ValueError: it does not say, and the condition is another.
+            ValueError: the compiler does not say, and the condition compares no counter with a constant.
         """
         if known := TRIPS.search(loop.attributes):
             return int(known.group(1))
@@ -215,7 +217,7 @@ class Program:
         found = self.computations[condition]
         root = compared = next(i for i in found.values() if i.is_root)
         bounds = [i for i in found.values() if i.opcode == "constant" and re.match(r"[su]32\[\]", i.shape)]
-        if root.opcode == "fusion":  # the comparison within, the bound without
+        if root.opcode == "fusion":  # it holds the comparison; the constant is outside of it
             root = next(i for i in self.computations[root.called("calls")].values() if i.is_root)
         if root.opcode != "compare" or "direction=LT" not in root.attributes or len(bounds) != 1:
             raise ValueError(f"how often a loop runs is not in its condition {condition!r}")
@@ -227,7 +229,7 @@ class Program:
         return -(-bound // self._step(body[last.operands[index]], body))
 
     def _step(self, instruction: Instruction, body: dict) -> int:
-        """Return by how much a counter grows: the constant that is added to it, in a fusion or not; else 1."""
+        """Return how much a counter grows a trip: by the constant that is added to it, perhaps in a fusion; else 1."""
         if instruction.opcode == "fusion":
             body = self.computations[instruction.called("calls")]
             instruction = next(i for i in body.values() if i.is_root)
@@ -237,7 +239,7 @@ class Program:
         return int(re.match(r"\d+", added[0].operands[0]).group())
 
     def read(self, computation: str, index: int) -> int:
-        """Bytes that a fused computation reads of its parameter: all, or its slices where it only slices it."""
+        """Return the bytes that a fused computation reads of a parameter: if it only slices it, those of the slices."""
         body = self.computations[computation]
         source = next(i for i in body.values() if i.opcode == "parameter" and i.operands == (str(index),))
         whole, total = hbm_bytes(source.shape, anywhere=True), 0
@@ -251,9 +253,10 @@ class Program:
         return min(total, whole)
 
     def users(self, body: dict, name: str) -> Iterator[tuple[Instruction, int]]:
-        """Yield who uses an instruction of a fused computation and as which operand.
+        """Yield each user of an instruction of a fused computation, and as which operand it uses it.
 
-        What only lays it out anew, as tpu7x does before a slice of another tiling, is passed through: its users count.
+        In place of a user that only changes the layout, as on tpu7x before a slice of another tiling, its own users are
+        given.
         """
         for instruction in body.values():
             for place, operand in enumerate(instruction.operands):
@@ -269,7 +272,7 @@ class Program:
         return instruction.opcode in ("copy", "bitcast")
 
     def written(self, computation: str, shape: str) -> int:
-        """Bytes that a fusion writes: of a result that is an update in place, the update."""
+        """Return the bytes that a fusion writes: for a result that is updated in place, those of the update."""
         body = self.computations[computation]
         root = next(i for i in body.values() if i.is_root)
         results = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
@@ -288,10 +291,10 @@ class Program:
 
 
 def _between_slices(kind: str, instruction: Instruction, body: dict, times: int) -> Collective:
-    """Return what this device exchanges with the same of other slices.
+    """Return the exchange of this device with its counterparts in other slices, of which `instruction` is the send.
 
     Raises:
-        ValueError: the text does not say how many slices exchange it: where they are not all that there are.
+        ValueError: the text does not say how many slices take part.
     """
     shape = body[instruction.operands[0]].shape
     slices = SLICES_OF.search(instruction.attributes)
@@ -326,7 +329,7 @@ def _operations(instruction: Instruction, body: dict) -> int:
 
 
 def _taps(place: str, window: dict[str, str], lhs: dict, rhs: dict, out: dict) -> int:
-    """Count the pairs of an output and a window position, along one axis, that meet a number and no padding."""
+    """Count, along one axis, the pairs of an output and a window position that read a number and not padding."""
     field = lambda name, default: window[name].split("x")[int(place)] if name in window else default  # noqa: E731
     low = int(field("pad", "0_0").split("_")[0])
     stride, spread, dilate = (int(field(name, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate"))

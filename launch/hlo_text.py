@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 
-BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
+BITS = {"pred": 8, "token": 0, "opaque": 0}  # of dtypes without a number in their name
 ARRAY = re.compile(r"\b(pred|token|opaque|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
@@ -25,7 +25,7 @@ class Instruction:
     is_root: bool
 
     def called(self, kind: str) -> str | None:
-        """Name the computation that it calls as its `kind`: "body", "calls"."""
+        """Return the name of the computation that it calls as its `kind`, "body" or "calls" say; None: it has none."""
         return dict(CALLED.findall(self.attributes)).get(kind)
 
 
@@ -60,12 +60,12 @@ def closing(text: str, begin: int) -> int:
 
 
 def arrays(shape: str) -> list[str]:
-    """Return the arrays of a shape, a tuple's in order."""
+    """Return the shapes of the arrays that a shape is made of: those of a tuple in order."""
     return [match.group() for match in ARRAY.finditer(shape)]
 
 
 def hbm_bytes(shape: str, anywhere: bool = False) -> int:
-    """Bytes in HBM of a shape, tiles filled up; `anywhere`: wherever it lies."""
+    """Return the bytes that a shape takes in HBM, with the padding of its tiles; `anywhere`: in any memory."""
     total = 0
     for dtype, sizes, layout in ARRAY.findall(shape):
         if not anywhere and re.search(r"S\(\d+\)", layout or ""):
@@ -79,21 +79,21 @@ def hbm_bytes(shape: str, anywhere: bool = False) -> int:
                 if i < len(minor_first):
                     minor_first[i] = -(-minor_first[i] // int(size)) * int(size)
             sizes = minor_first
-        bits = BITS.get(dtype) or int(re.search(r"\d+", dtype).group()) if dtype not in ("token", "opaque") else 0
+        bits = BITS[dtype] if dtype in BITS else int(re.search(r"\d+", dtype).group())
         total += math.prod(sizes) * bits // 8
     return total
 
 
 def plain_bytes(shape: str) -> int:
-    """Bytes of a shape's numbers, wherever they lie and however tiles fill up."""
+    """Return the bytes of a shape's numbers, in any memory, without the padding of tiles."""
     return hbm_bytes(re.sub(r"\{[^{}]*\}", "", shape), anywhere=True)
 
 
 def group_size(attributes: str) -> int:
-    """Return how many devices take part in a collective together; 1 where it names none.
+    """Return how many devices of a collective exchange with one another; 1 where it names no groups.
 
     Raises:
-        ValueError: groups written in a way that is not known.
+        ValueError: the groups are written in an unknown way.
     """
     if "source_target_pairs=" in attributes or "replica_groups=" not in attributes:
         return 1

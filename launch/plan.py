@@ -15,26 +15,26 @@ from mamba3_jax.evaluate import comparison, language, tasks
 from mamba3_jax.train.fit import validate
 from mamba3_jax.train.population import Member, member_config, member_mesh, members
 
-MEMBERS = 2**12  # of a variant: each has parameters and moments of its own
+MEMBERS = 2**12  # at most, of a variant: each has parameters and moments of its own
 
 
 def is_number(value) -> bool:
-    """Tell a number that JSON has: finite, and no bool."""
+    """Tell whether a value is a finite number (a bool is none)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def is_list_of(value, kind) -> bool:
-    """Tell a list or tuple of values of a type."""
+    """Tell whether a value is a list or tuple whose entries are of a type."""
     return isinstance(value, (tuple, list)) and all(isinstance(part, kind) for part in value)
 
 
 def is_table_of(value, fits: Callable[[object], bool]) -> bool:
-    """Tell a dict from names to values that fit."""
+    """Tell whether a value is a dict from names to values that fit."""
     return isinstance(value, dict) and all(isinstance(key, str) and fits(part) for key, part in value.items())
 
 
 def is_expectation(value) -> bool:
-    """Tell ("STATISTIC METRIC", least, most)."""
+    """Tell whether a value is ("STATISTIC METRIC", least, most)."""
     if not is_list_of(value, object) or len(value) != 3:
         return False
     wanted, least, most = value
@@ -42,17 +42,18 @@ def is_expectation(value) -> bool:
 
 
 def is_line(value) -> bool:
-    """Tell {variant: size}, whose sizes have logarithms and are told apart."""
+    """Tell whether a value is {variant: size} with positive sizes that rise: an axis shows their logarithms."""
     sizes = list(value.values()) if is_table_of(value, is_number) else []
     return bool(sizes) and sizes[0] > 0 and sizes == sorted(set(sizes))
 
 
 def is_text(value) -> bool:
-    """Tell a string."""
+    """Tell whether a value is a string."""
     return isinstance(value, str)
 
 
-# What a file may say beside get_config(), to `launch.sweep` and to the report of experiments/: its form, in words too.
+# What an experiment's file may define beside get_config(), for `launch.sweep` and the report: a test of its form, and
+# the form in words.
 SAYS = {
     "VARIANTS": (
         lambda value: value and is_table_of(value, lambda fields: is_table_of(fields, lambda _: True)),
@@ -79,16 +80,16 @@ SAYS = {
 
 
 def check_said(path, given: dict) -> None:
-    """Raise ValueError for the first thing that a file says in another form than `SAYS` has."""
+    """Raise ValueError for the first thing that a file defines in another form than `SAYS` has."""
     for name, (fits, wish) in SAYS.items():
         value = given.get(name)
         if name in given and not fits(value):
-            if isinstance(value, dict):  # its first entry that is wrong by itself
+            if isinstance(value, dict):  # show only its first wrong entry
                 value = next(({key: part} for key, part in value.items() if not fits({key: part})), value)
             raise ValueError(f"{path}: {name}={shown(value)} is not {wish}")
 
 
-# Names of metrics: of a run's training, and at a length.
+# Names of metrics: of a run's training, and those at a length, of tasks and of text.
 OF_TRAINING = ("loss", "loss_last", "valid_loss", "valid_accuracy", "skipped")
 OF_TASKS = ("accuracy", "last", "scaled_last", "exact")
 OF_TEXT = ("loss", "perplexity", "bits_per_byte", "accuracy", "late_loss")
@@ -97,8 +98,8 @@ OF_TEXT = ("loss", "perplexity", "bits_per_byte", "accuracy", "late_loss")
 class Plan(NamedTuple):
     """What an experiment's file asks for."""
 
-    variants: dict[str, Config]  # all of the file
-    chosen: tuple[str, ...]  # those to train
+    variants: dict[str, Config]  # all that the file has
+    chosen: tuple[str, ...]  # the variants to train
     members: list[Member]
     lengths: tuple[int | str, ...]  # tokens, or "LENGTH:PAIRS"
     metric: str
@@ -111,16 +112,17 @@ class Plan(NamedTuple):
 def read_plan(
     path: str, config: Config, *, only: Sequence[str] = (), seeds: int = 0, rates: Sequence[float] = ()
 ) -> Plan:
-    """Return the plan of the file, every variant checked.
+    """Return the plan of a file, every variant checked.
 
     Args:
         path: the file.
-        config: what its get_config() gives, perhaps changed by flags.
-        only: which variants to train; () is all.
-        seeds, rates: in place of the file's; 0 and () are those.
+        config: what its get_config() returns, perhaps changed by flags.
+        only: the variants to train; (): all.
+        seeds: how many, in place of the file's; 0: the file's.
+        rates: learning rates in place of the file's; (): the file's.
 
     Raises:
-        ValueError: a variant, field, length, rate or metric that cannot be; it names which.
+        ValueError: a variant, field, length, rate or metric is not possible; the message names it.
     """
     given = runpy.run_path(path)
     check_said(path, given)
@@ -150,16 +152,20 @@ def read_plan(
 
 
 def lengths_of(data: DataConfig, lengths: Sequence[int | str]) -> tuple[int | str, ...]:
-    """Return what is scored, sorted, for () what is by default; ValueError for data that cannot be, or not so long."""
+    """Return the lengths that are scored, sorted; for () the default ones.
+
+    Raises:
+        ValueError: the data is not possible, or not at these lengths.
+    """
     if data.source in TEXTS:
         return tuple(language.check_lengths(lengths or (data.length,)))
-    loader(data, "train", vocab_size=1)  # whose fields go together
+    loader(data, "train", vocab_size=1)  # checks that its fields go together; nothing is read from it
     return tuple(map(tasks.written, tasks.settings_of(data, lengths)))
 
 
 def variant(config: Config, name: str, fields: dict) -> Config:
     """Return the config of a variant."""
-    if not re.fullmatch(r"\w[\w.+-]*", name) or name == "results.json":  # which is a folder in the sweep's
+    if not re.fullmatch(r"\w[\w.+-]*", name) or name == "results.json":  # it names a folder, beside that file
         raise ValueError(f"variant {name!r} is not a name of letters, digits, '_', and after the first '.', '+', '-'")
     try:
         return with_fields(dataclasses.replace(config, name=name), fields)
@@ -168,7 +174,7 @@ def variant(config: Config, name: str, fields: dict) -> Config:
 
 
 def check_plan(plan: Plan) -> None:
-    """Raise ValueError for a member that cannot be trained, and for a metric that its scores will not have."""
+    """Raise ValueError for a member that cannot be trained, and for a metric that no member will have."""
     if again := [name for name, count in Counter(member.name for member in plan.members).items() if count > 1]:
         raise ValueError(f"two members are {again[0]}: learning rates are to differ in six digits")
     mesh = member_mesh(len(plan.members))
@@ -178,7 +184,7 @@ def check_plan(plan: Plan) -> None:
             for member in plan.members:
                 check(member_config(config, member))
             lengths_of(config.data, plan.lengths)
-            validate(config, mesh)  # which may read a tokenizer: members differ in numbers alone
+            validate(config, mesh)  # once for all members, which differ in numbers alone: it may read a tokenizer
         except ValueError as error:
             raise ValueError(f"variant {name}: {error}") from None
     for word, _, metric in (wanted.partition(" ") for wanted, *_ in plan.expect.values()):
@@ -194,7 +200,7 @@ def check_plan(plan: Plan) -> None:
 
 
 def check_sizes(variants: Collection[str], sizes: dict[str, dict[str, float]], equal: Sequence[tuple]) -> None:
-    """Raise ValueError for a line of SIZES or a pair of EQUAL that names something else."""
+    """Raise ValueError for a line of SIZES or a pair of EQUAL that names no variant or no line."""
     for line, names in sizes.items():
         if unknown := sorted(set(names) - set(variants)):
             raise ValueError(f"SIZES[{line!r}] has {unknown[0]!r}, which is none of VARIANTS")
