@@ -1,4 +1,4 @@
-"""Whether a config can be trained on a mesh, and the program of its step that fits into a device's memory."""
+"""Check that a config can be trained on a mesh, and compile a step that fits into a device's memory."""
 
 import dataclasses
 
@@ -14,11 +14,11 @@ from mamba3_jax.train.step import TrainState
 
 
 class Failed(Exception):
-    """The run cannot go on: no step fits, no finite state to begin with, or an OSError. The message is for the user."""
+    """No step fits into memory, the first state is not finite, or there was an OSError. The message is for the user."""
 
 
 def validate(config: Config, mesh: Mesh | None = None) -> None:
-    """Raise ValueError, naming value and wish, for a config that cannot be trained on a mesh (None: its own)."""
+    """Raise ValueError for a config that cannot be trained on a mesh (None: the config's own)."""
     mesh = mesh or make_mesh(config.train.mesh)
     model.validate(config.model)
     optimizer.validate(config.optimizer)
@@ -39,17 +39,19 @@ def validate(config: Config, mesh: Mesh | None = None) -> None:
 
 
 def fitting(update, config: Config, shapes: TrainState, batch: Batch, limit: int | None):
-    """Return (program, remat): the step with what config.model.remat names, or else the first that fits a device.
+    """Compile the step that fits into a device; return (program, remat).
+
+    Where config.model.remat is "", each remat is tried, the fastest and largest first.
 
     Args:
-        update: returns the step of a config, `train_step` for one run.
+        update: config -> step; that of one run is `train_step`.
         config: of the run.
         shapes: of the state, with shardings.
-        batch: shapes of one, with shardings.
-        limit: bytes of a device; None: the compiler alone knows.
+        batch: shapes of a batch, with shardings.
+        limit: bytes of a device's memory; None: what the compiler takes for granted.
 
     Raises:
-        Failed: none fits.
+        Failed: no step fits.
     """
     shardings = jax.tree.map(lambda shape: shape.sharding, shapes)
     for remat in [config.model.remat] if config.model.remat else ["none", "rotation", "block"]:

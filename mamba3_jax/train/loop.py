@@ -1,4 +1,4 @@
-"""The loop around the step: data in, metrics and checkpoints out; it resumes after the workdir's newest checkpoint."""
+"""The training loop: data in, metrics and checkpoints out. A run resumes after the newest checkpoint of its workdir."""
 
 import collections
 import contextlib
@@ -26,7 +26,7 @@ from mamba3_jax.train.loss import bits_per_byte, means
 from mamba3_jax.train.step import TrainState, batch_shapes, eval_step, init_state, put, state_shapes, train_step
 
 say = functools.partial(print, flush=True)  # a progress line that waits in a buffer is no progress line
-AHEAD = 2  # steps handed to the device before the metrics of an earlier one are waited for
+AHEAD = 2  # steps that the device may have to do before the loop waits for the metrics of an earlier one
 
 
 class Diverged(Exception):
@@ -44,8 +44,8 @@ class Stopped(Exception):
 class Trainer:
     """One run in one workdir; use it as a context manager.
 
-    The constructor raises ValueError or OSError for whatever the user can mend, before anything is compiled: a config
-    that cannot be, data or a workdir that cannot be used, a checkpoint that cannot be read or is of another run.
+    The constructor raises ValueError or OSError for whatever the user can mend, before anything is compiled: an
+    impossible config, data or a workdir that cannot be used, a checkpoint that cannot be read or is of another run.
     """
 
     def __init__(self, config: Config, workdir, report=say):
@@ -69,12 +69,21 @@ class Trainer:
         host = {"host": place, "vocab_size": config.model.vocab_size}
         batches = config.train.eval_batches if config.train.eval_every else 0
         self.valid = list(itertools.islice(loader(config.data, "valid", **host), batches)) if batches else []
+        self.pending = collections.deque()  # (step, metrics still on the device)
+        self.means = [metrics.Mean() for _ in self._runs()]
+        self.flops = flops.flops_per_token(config.model, config.data.length)
+        self.peak = flops.peak_flops(config.train.peak_tflops)
+        self._open = self._opened(host)
+        self.spent.count("starting")
+
+    def _opened(self, host: dict) -> contextlib.ExitStack:
+        """Lock the workdir, open data, checkpoints and logs, and restore the state; return what closes them again."""
         with contextlib.ExitStack() as stack:
             if self.chief:
                 stack.enter_context(resume.alone(self.workdir))
             resume.check_shared(self.workdir)
             self.data = stack.enter_context(contextlib.closing(self._training_data(host)))
-            self.checkpoints = stack.enter_context(Checkpoints(self.workdir, config))
+            self.checkpoints = stack.enter_context(Checkpoints(self.workdir, self.config))
             self.best = self.checkpoints.best_loss()
             self.start_params = None
             self.state, self.step = self._restore()
@@ -84,23 +93,18 @@ class Trainer:
                     write_config(folder, of_run)
                     log = metrics.Log(folder, self.step, self.report)
                     self.logs.append(stack.enter_context(contextlib.closing(log)))
-                tokenizer_copy.keep(self.workdir, config.data.tokenizer)
-            self._open = stack.pop_all()
-        self.pending = collections.deque()  # (step, metrics still on the device)
-        self.means = [metrics.Mean() for _ in self._runs()]
-        self.flops = flops.flops_per_token(config.model, config.data.length)
-        self.peak = flops.peak_flops(config.train.peak_tflops)
-        self.spent.count("starting")
+                tokenizer_copy.keep(self.workdir, self.config.data.tokenizer)
+            return stack.pop_all()
 
     def _mesh(self, config: Config) -> Mesh:
         return make_mesh(config.train.mesh)
 
     def _shapes(self) -> tuple[TrainState, Batch]:
-        """Shapes, dtypes and shardings of the state and of a batch."""
+        """Return the shapes, dtypes and shardings of the state and of a batch."""
         return state_shapes(self.config, self.mesh), batch_shapes(self.config.data, self.mesh)
 
     def _runs(self) -> dict[Path, Config]:
-        """Return the config of each run by the folder of its metrics."""
+        """Return the config of each run by the folder that its metrics are in."""
         return {self.workdir: self.config}
 
     def _training_data(self, host: dict):
@@ -131,22 +135,22 @@ class Trainer:
 
     def __exit__(self, *exception):
         if jax.process_count() > 1 and not isinstance(exception[1], Stopped | Diverged | None):
-            return  # what closing waits for, other processes may not come to
+            return  # closing waits for the other processes, which may never come to it
         try:
             self._open.close()
         except OSError as error:
-            if exception == (None, None, None):  # else what ended the run says why
+            if exception == (None, None, None):  # else the exception that ended the run is the one to show
                 raise self._failure(error) from error
 
     def run(self) -> dict:
-        """Trains to the last step, draws the curve, reports a table and returns its numbers.
+        """Train to the last step, draw the curve, report a table and return its numbers.
 
         Raises:
-          Diverged: after max_bad_steps updates in a row that were not finite and so not made. Whichever checkpoint is
-            the newest then is a good one.
-          Stopped: after SIGTERM or SIGINT, once the state is saved.
-          Failed: the first parameters are not finite; or a file could not be read or written, a full disk for example:
-            the checkpoints before it are whole.
+            Diverged: max_bad_steps updates in a row were not finite, and so were skipped. The newest checkpoint is a
+                good one.
+            Stopped: SIGTERM or SIGINT came, and the state is saved.
+            Failed: the first parameters are not finite, no step fits into memory, or a file could not be read or
+                written, on a full disk for example. Earlier checkpoints are whole.
         """
         try:
             self._train()
@@ -167,11 +171,11 @@ class Trainer:
                     self._wait()
                     path = self.checkpoints.directory / str(self.step)
                     raise Stopped(stop, f"stopped by signal; saved {path}: the same command resumes")
-            if self.step > first:  # else there is nothing new to say of a run that is done
+            if self.step > first:  # else the run was done before, and there is nothing to write
                 self._wait()
 
     def _wait(self) -> None:
-        """Wait for the last save, and write down how long it took."""
+        """Wait until the last save is done, and log how long that took."""
         with self.spent.on("saving"):
             self.checkpoints.wait()
         self._write_spent()
@@ -182,7 +186,7 @@ class Trainer:
     def _failure(self, error: OSError) -> Failed:
         if jax.process_count() == 1:
             with contextlib.suppress(OSError):
-                self.checkpoints.wait()  # a save under way may still become the last good one
+                self.checkpoints.wait()  # a save that is under way may succeed, and then is the last good checkpoint
         return Failed(f"{error}; {self._last_good()}: once that is mended, the same command goes on")
 
     def _last_good(self) -> str:
@@ -192,7 +196,7 @@ class Trainer:
         return f"the last good checkpoint is of step {latest} in {self.checkpoints.directory}"
 
     def _check_resume(self) -> None:
-        """Check that the newest checkpoint is of this run, or of parameters to start from."""
+        """Check that the newest checkpoint is of this run, or holds parameters to start from; note the changes."""
         self.changes = {}
         if steps := all_steps(self.workdir):
             path, only = checkpoint_dir(self.workdir) / str(steps[-1]), parameters_alone(self.workdir)
@@ -203,7 +207,10 @@ class Trainer:
             self.changes = resume.check(load_config(self.workdir), self.config, path, model_only=only)
 
     def _restore(self) -> tuple[TrainState | None, int]:
-        """State and step of the newest checkpoint, the data set to its position. No state: it is still to be made."""
+        """Return the state and step of the newest checkpoint, and go on in the data from there.
+
+        The state is None where it is still to be made: nothing was saved, or parameters alone, to start from.
+        """
         step = self.checkpoints.latest()
         if step is None:
             return None, 0
@@ -217,7 +224,7 @@ class Trainer:
         return TrainState(params=params, **rest), step
 
     def compile(self) -> None:
-        """Compile the step, and make the first state unless there is one."""
+        """Make the first state unless one was restored, and compile the step."""
         config, begin = self.config, time.perf_counter()
         shardings = jax.tree.map(lambda shape: shape.sharding, self.shapes)
         runs = len(self.means)
@@ -254,7 +261,7 @@ class Trainer:
         return fitting(self._update, self.config, self.shapes, self.batch, memory.of_device())
 
     def _advance(self) -> None:
-        """Hands one step to the device, and takes in the metrics of the step before the last two."""
+        """Hand one step to the device, and wait for the metrics of earlier ones until `AHEAD` are pending."""
         with self.spent.on("data"):
             batch = next(self.data)
         self.state, got = self.update(self.state, self._put(batch))
@@ -264,7 +271,7 @@ class Trainer:
             self._receive()
 
     def _receive(self) -> None:
-        """Log the oldest pending metrics if due; stop the run if too many updates in a row were skipped."""
+        """Wait for the oldest pending metrics, log them if due, and end a run that skips too many updates in a row."""
         step, got = self.pending.popleft()
         each = self._each(got)
         bads = [values.pop("bad") for values in each]
@@ -285,13 +292,13 @@ class Trainer:
             )
 
     def _rates(self, seconds_a_step: float) -> dict:
-        """Tokens a second of a run and, where the device's peak is known, the part of it that all runs together use."""
+        """Return the tokens a second of a run and, where the devices' peak is known, the MFU of all runs together."""
         rate = self.config.data.batch * self.config.data.length / seconds_a_step
         rates = {"tokens_per_second": rate}
         return rates | {"mfu": len(self.means) * rate * self.flops / self.peak} if self.peak else rates
 
     def _evaluate_and_save(self, stop: int) -> None:
-        """Whichever is due after this step. If the best is kept, a step better than any before is saved too."""
+        """Validate and save if that is due after this step; with keep_best, also save if the loss is the best yet."""
         train = self.config.train
         last = self.step == train.steps
         evaluate = self.valid and (last or self.step % train.eval_every == 0)
@@ -315,7 +322,7 @@ class Trainer:
         self.since = (time.perf_counter(), self.step)
 
     def _validate(self) -> float:
-        """Mean validation loss over the same batches every time; of several runs, the lowest."""
+        """Return the mean loss over the validation batches, the same ones every time; of several runs the lowest."""
         parts = [self.evaluate(self.state.params, put(batch, self.mesh)) for batch in self.valid]
         total = jax.tree.map(lambda *values: sum(values), *parts)
         each = self._each(means(total))
@@ -331,11 +338,11 @@ class Trainer:
         return ", ".join(f"{name} {value:.4f}" for name, value in values.items())
 
     def _write(self, step: int, each: list[dict]) -> None:
-        for log, values in zip(self.logs, each, strict=False):  # no logs but the chief's
+        for log, values in zip(self.logs, each, strict=False):  # processes that are not the chief have no logs
             log.write(step, values)
 
     def _finish(self) -> dict:
-        """Curve and table, from metrics.jsonl: of the whole run, however often it was resumed."""
+        """Draw the curve and report the table from metrics.jsonl: of the whole run, however often it was resumed."""
         if not self.chief:
             return {}
         lines = metrics.read(self.workdir / metrics.FILE, self.report)

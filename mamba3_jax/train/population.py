@@ -1,7 +1,7 @@
 """Many runs in one compiled step: members of one config that differ in seed and learning rate, and in nothing else.
 
 Every member is a run of the ordinary trainer: `step.train_step` with a leading axis M on state and metrics. Members
-share nothing but the program: one whose updates are skipped changes no other. Letters: M members, S seeds.
+share the program and nothing else, so that one whose updates are skipped changes no other. Letters: M members, S seeds.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ AXIS = "member"  # of the mesh
 
 
 class Member(NamedTuple):
-    """What a run of a population has for itself."""
+    """What tells one run of a population from the others."""
 
     seed: int  # added to config.seed and data.seed: its parameters and its rows are those of this seed
     learning_rate: float
@@ -36,12 +36,12 @@ class Member(NamedTuple):
 
 
 def members(seeds: int, learning_rates: tuple[float, ...]) -> list[Member]:
-    """List every seed at every learning rate, seeds together."""
+    """List every seed at every learning rate; the seeds of a rate stand together."""
     return [Member(seed, rate) for rate in learning_rates for seed in range(seeds)]
 
 
 def member_config(config: Config, member: Member) -> Config:
-    """Return the config by which the ordinary trainer makes the same run."""
+    """Return the config with which the ordinary trainer makes the same run as this member."""
     return dataclasses.replace(
         config,
         seed=config.seed + member.seed,
@@ -51,7 +51,7 @@ def member_config(config: Config, member: Member) -> Config:
 
 
 def member_mesh(count: int, devices=None) -> Mesh:
-    """Return a mesh over as many devices as divide the members."""
+    """Return a mesh over the largest number of devices that divides the number of members."""
     devices = jax.devices() if devices is None else devices
     used = max(n for n in range(1, len(devices) + 1) if count % n == 0)
     return Mesh(np.array(devices[:used]), (AXIS,))
@@ -60,23 +60,24 @@ def member_mesh(count: int, devices=None) -> Mesh:
 def together(model: ModelConfig) -> bool:
     """Tell whether a device computes its members side by side (`jax.vmap`), or one after another (`jax.lax.map`).
 
-    Side by side they fill an accelerator. A CPU is full with one, whose arrays its caches hold: 8 members of one layer
-    took 163 ms a step side by side and 111 one after another (2 cores, experiments.benchmarks.population). Nor can
-    cuDNN's attention have members: jax 0.10.2 fails to fold them into the rows of a mask that all heads share.
+    Side by side they fill an accelerator. A CPU is busy with one, whose arrays fit into its caches: 8 members of one
+    layer took 163 ms a step side by side and 111 one after another (2 cores, experiments.benchmarks.population). Nor
+    does cuDNN's attention run under `vmap`: jax 0.10.2 fails to fold the members into the rows of a mask that all heads
+    share.
     """
     named = "attention" in mixer_names(model.pattern) and model.attn_implementation != "plain"
     return jax.default_backend() != "cpu" and not (named and model.compute_dtype == "bfloat16")
 
 
 def curve(lines: list[dict], points: int = 30) -> dict[str, list]:
-    """Return step, loss and accuracy where a run logged them, at most at `points` steps, the last one among them."""
+    """Return the logged steps, losses and accuracies of a run, at most `points` of each, the last ones included."""
     logged = [line for line in lines if "loss" in line]
     kept = logged[:: -max(1, -(-len(logged) // points))][::-1]
     return {name: [line[name] for line in kept] for name in ("step", "loss", "accuracy")}
 
 
 class SeedsLoader:
-    """Batches with a leading axis S: of each seed those that `loader` gives a run of that seed."""
+    """Gives batches with a leading axis S: for each seed those that `loader` gives a run of that seed."""
 
     def __init__(self, config: Config, seeds: list[int], **host):
         self._loaders = [loader(member_config(config, Member(seed, math.nan)).data, "train", **host) for seed in seeds]
@@ -85,7 +86,7 @@ class SeedsLoader:
         return jax.tree.map(lambda *arrays: np.stack(arrays), *map(next, self._loaders))
 
     def get_state(self) -> dict:
-        """JSON-able: the position of every seed's loader."""
+        """Return the positions of all seeds' loaders, as JSON."""
         return {"seeds": [source.get_state() for source in self._loaders]}
 
     def set_state(self, state: dict) -> None:
@@ -105,13 +106,14 @@ class SeedsLoader:
 class Population(Trainer):
     """Train every member in one step; use it as a context manager, as `Trainer`.
 
-    Checkpoints in `workdir` hold all members, so that the same call resumes; they are not those of a model. Each
-    member's metrics stand in workdir/members/NAME; all are validated on the rows of the config's own seed. Members are
-    spread over the devices there are; rows are not, so `train.mesh` has to be its default.
+    Checkpoints in `workdir` hold all members, so that the same call resumes; no model can be loaded from them. Each
+    member's metrics are in workdir/members/NAME. All are validated on the rows of the config's own seed. Members are
+    spread over the devices and their rows are not, so `train.mesh` has to be its default.
 
     Raises:
-        ValueError: see `Trainer`; a mesh, no member, two equal ones, or a field of one out of its bounds.
-        Diverged: (of `run`) where `train.max_bad_steps` updates in a row were not finite in every member.
+        ValueError: see `Trainer`; also for a mesh, for no members, for two equal ones, for a seed that is too large,
+            and where there are several processes.
+        Diverged: raised by `run` after `train.max_bad_steps` updates in a row that were not finite in every member.
     """
 
     def __init__(self, config: Config, members: list[Member], workdir, report=say):
@@ -178,7 +180,7 @@ class Population(Trainer):
         return self._over_members(lambda params, batch: eval_step(self.config, params, batch), 1)
 
     def _over_members(self, function, count: int):
-        """Map over the members of the first `count` arguments, each device its own; all see the whole of the last."""
+        """Map over members: the first `count` arguments have their axis, split over devices; the last is whole."""
 
         def mapped(*arguments):
             if together(self.config.model):
@@ -207,7 +209,7 @@ class Population(Trainer):
         return self.summaries()
 
     def summaries(self) -> list[dict]:
-        """Return, of every member, what a run's table has, whether its last updates were skipped, and its curve."""
+        """Return every member's summary: what a run's table has, whether it diverged, and its curve."""
         lines = [metrics.read(folder / metrics.FILE, self.report) for folder in self._runs()]
         diverged_M = np.asarray(self.state.bad) >= self.config.train.max_bad_steps
         return [
@@ -216,5 +218,5 @@ class Population(Trainer):
         ]
 
     def params(self) -> dict:
-        """Return the parameters on the host, the leading axis the members."""
+        """Return the parameters on the host; their leading axis is the members."""
         return jax.device_get(self.state.params)

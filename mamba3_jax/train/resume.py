@@ -1,4 +1,4 @@
-"""What may change between the runs of one workdir, one run at a time in it, and stopping on a signal."""
+"""Resuming a run: what may change meanwhile, one run at a time in a workdir by a lock, and stopping on a signal."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from mamba3_jax.checkpoint import Checkpoints, all_steps
 from mamba3_jax.config import Config, to_dict
 from mamba3_jax.data import tokenizer_copy
 
-# Sections and fields that a resumed run may have otherwise: how long, how fast, how it is run. All else is another run.
+# Sections and fields that may differ in a resumed run: how long, how fast and how it runs. Any other makes another run.
 MAY_CHANGE = {
     "name",
     "optimizer",
@@ -26,11 +26,11 @@ MAY_CHANGE = {
     "model.remat",
     "model.unroll",
 }
-MAY_NOT = {"optimizer.name"}  # though the rest of its section may: a checkpoint holds this optimizer's moments
+MAY_NOT = {"optimizer.name"}  # though the rest of the section may: a checkpoint holds the moments of this optimizer
 
 
 def changes(old: Config, new: Config) -> dict[str, tuple]:
-    """Field path -> (old, new) of every field that differs."""
+    """Return (old, new) of every field that differs, by the field's path."""
     return dict(_changes(to_dict(old), to_dict(new), ""))
 
 
@@ -43,10 +43,16 @@ def _changes(old: dict, new: dict, path: str):
 
 
 def check(saved: Config, config: Config, path, *, model_only: bool = False) -> dict[str, tuple]:
-    """Return the changes, if a run may resume with them.
+    """Return the changes of a config with which a run resumes.
 
-    Raises ValueError, naming the field, if it may not. `model_only`: the checkpoint is of parameters alone, so a run
-    with any data and seed may start from it.
+    Args:
+        saved: the config in the checkpoint.
+        config: that of the run.
+        path: of the checkpoint.
+        model_only: it holds parameters alone, from which a run with any data and seed may start.
+
+    Raises:
+        ValueError: a field may not change; the message names it.
     """
     found = changes(saved, config)
     for field, (old, new) in found.items():
@@ -62,9 +68,10 @@ def check(saved: Config, config: Config, path, *, model_only: bool = False) -> d
 
 
 def with_own_tokenizer(config: Config, workdir) -> Config:
-    """Give the config the workdir's own copy of the tokenizer, if there are checkpoints and a copy.
+    """Return the config with the workdir's own copy of the tokenizer, if there are checkpoints and a copy.
 
-    Raises ValueError where the config names another one.
+    Raises:
+        ValueError: the config names another tokenizer.
     """
     if not all_steps(workdir) or (own := tokenizer_copy.to_resume(workdir, config.data.tokenizer)) is None:
         return config
@@ -73,12 +80,13 @@ def with_own_tokenizer(config: Config, workdir) -> Config:
 
 @contextlib.contextmanager
 def alone(workdir: Path, name: str = "lock"):
-    """Hold workdir/NAME, which the system gives back when the process ends in whatever way.
+    """Hold the lock workdir/NAME, which the system releases however the process ends.
 
-    Raises ValueError if another run holds it: the two would delete each other's checkpoints.
+    Raises:
+        ValueError: another run holds the lock. The two would delete each other's checkpoints.
     """
     path = workdir / name
-    path.touch()  # and close it: other hosts may see a bucket's files only then (`check_shared`)
+    path.touch()  # this closes the file too: in a bucket other hosts see it only then (`check_shared`)
     with path.open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -88,9 +96,9 @@ def alone(workdir: Path, name: str = "lock"):
 
 
 def check_shared(workdir: Path) -> None:
-    """Raise ValueError unless all processes see one directory: the first one's lock, which it holds, and checkpoints.
+    """Raise ValueError unless all processes see one directory: the lock that the first one holds, and its checkpoints.
 
-    Disks of their own would get a part of each checkpoint, and none of them a whole one.
+    If each host had a disk of its own, each would get a part of every checkpoint and none a whole one.
     """
     steps = multihost_utils.process_allgather(np.int32(max(all_steps(workdir), default=-1))).reshape(-1).tolist()
     if len(set(steps)) > 1 or not (workdir / "lock").exists():
@@ -99,9 +107,9 @@ def check_shared(workdir: Path) -> None:
 
 
 class Signals:
-    """Notes SIGTERM and SIGINT instead of dying, so that the run can save first; a second one ends it at once.
+    """Notes SIGTERM and SIGINT, so that the run can save before it ends; a second signal ends it at once.
 
-    With several processes a SIGTERM is jax's to note: it tells all of them, and after which step they stop.
+    With several processes jax handles SIGTERM: it tells all of them, and after which step they are to stop.
     """
 
     def __enter__(self):
@@ -118,7 +126,7 @@ class Signals:
             signal.raise_signal(signal.SIGTERM)
 
     def stop(self, checkpoints: Checkpoints, step: int) -> int:
-        """Return the number of the signal to stop on after this step, the same step in every process; 0: go on."""
+        """Return the number of the signal on which to stop after this step; 0: go on. All processes stop together."""
         if not self._several:
             return self.caught
         return (self.caught or signal.SIGTERM) if checkpoints.reached_preemption(step) else 0
