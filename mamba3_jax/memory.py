@@ -1,6 +1,6 @@
-"""What must fit into memory at once, added up before anything is allocated, against what there is.
+"""Add up what must be in memory at once, before anything is allocated, and compare it with what is free.
 
-The sums are of what is certain to exist: kernels and compilers take more. What does not fit here does not run.
+The sums have only what is certain to exist; kernels and compilers take more. What does not fit here cannot run.
 """
 
 import math
@@ -19,7 +19,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def fit(parts: dict[str, int], where: str, free: int | None) -> None:
-    """Raise ValueError, with the sum and its parts in bytes, where they are more than is free; None: not known."""
+    """Raise ValueError, with the sum and its parts, where parts in bytes are more than is free; None: not known."""
     total = sum(parts.values())
     if free is not None and total > free:
         listed = ", ".join(f"{name} {readable(size)}" for name, size in parts.items() if size)
@@ -27,7 +27,7 @@ def fit(parts: dict[str, int], where: str, free: int | None) -> None:
 
 
 def fit_device(parts: dict[str, int]) -> None:
-    """Apply `fit` to each of this process's devices; those of a CPU share its memory."""
+    """Raise ValueError, as `fit` does, where the parts do not fit into each of this process's devices."""
     device, count = jax.local_devices()[0], jax.local_device_count()
     where = f"each {device.device_kind}"
     if device.platform == "cpu":
@@ -36,7 +36,7 @@ def fit_device(parts: dict[str, int]) -> None:
 
 
 def free_on_device() -> int | None:
-    """Return the bytes free on each of this process's devices, where those of a CPU share its memory; None: unknown."""
+    """Return the bytes that are free on each of this process's devices; CPU devices share the host's. None: unknown."""
     device = jax.local_devices()[0]
     if stats := device.memory_stats():
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
@@ -45,14 +45,14 @@ def free_on_device() -> int | None:
 
 
 def of_program(compiled) -> int:
-    """Count the bytes that a compiled program holds of a device at once: arguments, results and what is between."""
+    """Count the bytes that a compiled program holds on a device at once: arguments, results and temporaries."""
     plan = compiled.memory_analysis()
     held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
     return held + plan.temp_size_in_bytes
 
 
 def of_device() -> int | None:
-    """Return the bytes that this process may use of a device; None where it does not say."""
+    """Return the bytes of a device that this process may use; None where the device does not say."""
     stats = jax.local_devices()[0].memory_stats()
     return stats["bytes_limit"] if stats else None
 
@@ -64,7 +64,7 @@ def readable(size: int) -> str:
 
 
 def free_on_host() -> int | None:
-    """Return the bytes that the system and the control groups leave this process; None where Linux does not say."""
+    """Return the bytes that the system and its control groups leave to this process; None where Linux does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
@@ -75,7 +75,7 @@ def free_on_host() -> int | None:
         if controllers in ("", "memory"):
             root = CGROUPS / controllers
             folder = root / path.lstrip("/")
-            for group in (folder, *folder.parents):  # a limit of a group holds for those below
+            for group in (folder, *folder.parents):  # a group's limit holds for the groups below it too
                 free += free_in(group)
                 if group == root:
                     break
@@ -83,7 +83,7 @@ def free_on_host() -> int | None:
 
 
 def free_in(group: Path) -> list[int]:
-    """Return what a control group leaves, [] where it has no limit. The cache of files counts as free."""
+    """Return [the bytes that a control group leaves], [] where it has no limit. The cache of files counts as free."""
     for limit, used, cache in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -91,14 +91,14 @@ def free_in(group: Path) -> list[int]:
         try:
             most, taken = int((group / limit).read_text()), int((group / used).read_text())
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):  # another version's, or "max"
+        except (OSError, ValueError):  # the group is of the other version of control groups, or its limit is "max"
             continue
         return [max(0, most - taken + int(stat.get(cache, 0)))]
     return []
 
 
 def on_a_device(shapes) -> int:
-    """Count the bytes of a tree of shapes that one device holds: of an array with a sharding its shard."""
+    """Count the bytes of a tree of shapes on one device: of an array that has a sharding those of a shard."""
 
     def held(x):
         sharding = getattr(x, "sharding", None)
@@ -112,7 +112,7 @@ def training(config: Config, state, batch) -> dict[str, int]:
     model = config.model
     *_, rows, length = batch.tokens_BL.sharding.shard_shape(batch.tokens_BL.shape)
     tensor = dict(batch.tokens_BL.sharding.mesh.shape).get("tensor", 1)
-    runs = math.prod(state.step.sharding.shard_shape(state.step.shape))  # of several at once, those of a device
+    runs = math.prod(state.step.sharding.shard_shape(state.step.shape))  # of a population, those on one device
     tokens = runs * (rows // config.optimizer.accumulate) * length
     width = 4 if model.residual_in_fp32 or model.compute_dtype == "float32" else 2
     parameters = on_a_device(state.params)
@@ -127,7 +127,7 @@ def training(config: Config, state, batch) -> dict[str, int]:
 
 
 def validation(config: Config, hosts: int) -> dict[str, int]:
-    """Count the bytes of the validation batches of a task, which the host keeps; text has as many as it has."""
+    """Count the bytes of the validation batches that each host keeps; 0 for text, which is not read yet."""
     train, data = config.train, config.data
     batches = min(train.eval_batches, -(-data.valid_rows // data.batch)) if data.source in TASKS else 0
     return {"validation batches": batches * data.batch // hosts * data.length * 13 if train.eval_every else 0}
@@ -148,7 +148,7 @@ def fitting_rows(rows: int, needed: Callable[[int], dict[str, int]]) -> int:
 
 
 def carrying(model, rows: int, length: int, piece: int = 1) -> dict[str, int]:
-    """Count the bytes, beside the parameters, of running rows of `length` tokens by pieces with the state carried."""
+    """Count the bytes, beside the parameters, of running rows of `length` tokens in pieces with the state carried."""
     return {
         "state": on_a_device(jax.eval_shape(lambda: model.empty_state(rows, length))),
         "ids": rows * length * 4,

@@ -1,4 +1,4 @@
-"""Prompts that are continued: what they may be, and rows of them that end together."""
+"""Prompts to continue: check them, and lay them into rows that end together."""
 
 import reprlib
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,16 @@ from mamba3_jax.sampling import Sampling
 
 
 def padded(prompts, prefill_length: int, least: int = 1):
-    """(tokens_BL, start_BL, piece): right-aligned rows whose length less one is a whole number of pieces."""
+    """Lay prompts into right-aligned rows whose length less one is a whole number of pieces, the last token's own step.
+
+    Args:
+        prompts: lists of ids.
+        prefill_length: the most tokens of a piece.
+        least: the least length of a row.
+
+    Returns:
+        (tokens_BL, start_BL, piece), the latter the tokens of a piece.
+    """
     longest = max(least, *map(len, prompts)) - 1
     pieces = -(-longest // prefill_length)
     piece = -(-longest // max(pieces, 1))
@@ -24,7 +33,7 @@ def padded(prompts, prefill_length: int, least: int = 1):
 
 
 def check(model, prompts, tokens: int, sampling: Sampling, stop_ids=(), prefill_length: int | None = None, params=None):
-    """Return prompts and stop ids as lists of ints; raises ValueError for what `generate` cannot do."""
+    """Return prompts and stop ids as lists of ints; ValueError for what `generate` cannot do."""
     sampling.check()
     if not 1 <= tokens <= COUNT or (prefill_length is not None and prefill_length < 1):
         raise ValueError(f"{tokens=} is not in 1 .. {COUNT}, or {prefill_length=} is less than 1")
@@ -41,7 +50,7 @@ def check(model, prompts, tokens: int, sampling: Sampling, stop_ids=(), prefill_
 
 
 def entries(name: str, values) -> list:
-    """List the entries of a sequence or an array; ValueError for text and for what has none."""
+    """List the entries of a sequence or an array; ValueError for anything else, text included."""
     values = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(values, str | bytes | dict) or not isinstance(values, Iterable):
         raise ValueError(f"{name} is {reprlib.repr(values)}, wanted a list or array")
@@ -58,7 +67,7 @@ def integers(name: str, ids) -> list[int]:
 
 
 def check_ids(vocab_size: int, rows: Sequence[Sequence[int]]) -> None:
-    """Raise ValueError for the first id that is not a token's."""
+    """Raise ValueError for the first id that is not in the vocabulary."""
     for row in rows:
         for index, token in enumerate(row):
             if not 0 <= token < vocab_size:

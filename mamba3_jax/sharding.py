@@ -14,11 +14,11 @@ from mamba3_jax.config import ModelConfig
 from mamba3_jax.model import boxed_shapes
 from mamba3_jax.ops.sharded import Axes, axes_of
 
-# Logical axes that are split, and over which axes of the mesh; every other is whole on every device. What heads share
-# (the columns of in_kq_angle, norms) is not here: tensor parallelism replicates it. `embed` is the model's width in a
-# parameter, by which fsdp splits all large ones, their gradients and the optimizer's moments; in activations it has no
-# name, since fsdp splits their rows. On TPUs a device's part of it should be a multiple of 128, the lanes of a
-# register: else XLA sums whole gradients over fsdp, where it would scatter them.
+# Logical axes that are split, and the axes of the mesh that split them; any other axis is whole on every device. What
+# heads share (the columns of in_kq_angle, norms) is not here: tensor parallelism replicates it. `embed` is the model's
+# width in a parameter. By it fsdp splits all large parameters, their gradients and the optimizer's moments. In
+# activations that axis has no name, since fsdp splits their rows. On TPUs a device's part of `embed` should be a
+# multiple of 128, the lanes of a register: else XLA sums whole gradients over fsdp instead of scattering them.
 RULES = {
     "batch": ("data", "fsdp"),
     "length": ("sequence",),
@@ -29,23 +29,24 @@ RULES = {
     "vocab": ("tensor",),
 }
 AXES = tuple(dict.fromkeys(axis for axes in RULES.values() for axis in axes))
-SIZE = re.compile(r"-1|[1-9]\d*(x[1-9]\d*)?")  # of an axis in a specification; 2x8: of 2 slices, 8 in each
-LETTERS = {"B": "batch", "H": "heads", "K": "kv_heads", "I": "ff"}  # that names of a state's arrays end with: ssm_BHPN
+SIZE = re.compile(r"-1|[1-9]\d*(x[1-9]\d*)?")  # of an axis in a specification; 2x8: over 2 slices, 8 devices in each
+# The logical axes behind the letters in the names of a state's arrays, such as ssm_BHPN.
+LETTERS = {"B": "batch", "H": "heads", "K": "kv_heads", "I": "ff"}
 
 
 def make_mesh(spec: str, devices=None) -> Mesh:
     """Return the mesh of "axis:size, ..." over all devices, e.g. "data:-1" or "fsdp:2,tensor:4"; -1 takes what is left.
 
-    On a torus an axis may be any part of the physical ones. Of several slices of TPUs, or hosts of GPUs, whose network
-    is slower than what joins the devices of one, `data` lies over all that no size names: "fsdp:2x8" lies over 2, with
-    8 devices of each.
+    On a torus an axis may take parts of the physical axes. Several slices of TPUs, or hosts of GPUs, are joined by a
+    network that is slower than the links inside one. A size says which axis lies over them: "fsdp:2x8" lies over 2
+    slices, with 8 devices in each. `data` lies over the slices that no size names.
 
     Raises:
-        ValueError: an unknown axis, sizes that do not make up the devices there are, or the slices.
+        ValueError: an unknown axis, or sizes whose product is not the number of devices or of slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes, over = _sizes(spec, len(devices))
-    # jaxlib numbers TPU slices so, and GPUs by the host they are in (or the NVLink domain); CPUs have no such number.
+    # jaxlib gives TPUs the number of their slice, GPUs that of their host (or NVLink domain), and CPUs none.
     slices = len({getattr(device, "slice_index", None) for device in devices})
     if slices % math.prod(over.values()) or ("data" in over and math.prod(over.values()) != slices):
         raise ValueError(f"mesh={spec!r} is over {math.prod(over.values())} slices, and the devices are of {slices}")
@@ -63,7 +64,7 @@ def make_mesh(spec: str, devices=None) -> Mesh:
 
 
 def _sizes(spec: str, n_devices: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the size of each axis of a specification, and over how many slices those lie that say so."""
+    """Return the size of each axis of a specification, and over how many slices an axis lies, for those that say it."""
     sizes, over = {}, {}
     for part in spec.split(","):
         name, _, size = part.strip().partition(":")
@@ -83,9 +84,9 @@ def _sizes(spec: str, n_devices: int) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def rules(mesh: Mesh) -> tuple[tuple[str, Axes], ...]:
-    """`RULES` for flax: of the axes that split a logical one those of this mesh; none of them, and it is not split.
+    """Return `RULES` for flax, with only those axes that this mesh has; a logical axis that has none is not split.
 
-    A mesh that splits none has no rules: flax then constrains nothing.
+    For a mesh without any of the axes there are no rules, and flax constrains nothing.
     """
     if not set(AXES) & set(mesh.axis_names):
         return ()
@@ -93,7 +94,7 @@ def rules(mesh: Mesh) -> tuple[tuple[str, Axes], ...]:
 
 
 def without(axes: Axes, axis: str) -> Axes:
-    """Return the axes but one."""
+    """Return the axes without one of them."""
     return _one_or_all(other for other in axes_of(axes) if other != axis)
 
 
@@ -108,10 +109,10 @@ def parts(mesh: Mesh, name: str) -> int:
 
 
 def spec_of(names, mesh: Mesh) -> PartitionSpec:
-    """Return how an array lies whose axes have these logical names, None for one that has none.
+    """Return how an array is split whose axes have these logical names; None: the axis has no name.
 
     Raises:
-        ValueError: two of its axes that one axis of the mesh would split.
+        ValueError: one axis of the mesh would split two axes of the array.
     """
     split, by = dict(rules(mesh)), {}
     for name in names:
@@ -123,7 +124,7 @@ def spec_of(names, mesh: Mesh) -> PartitionSpec:
 
 
 def split_over(mesh: Mesh, *names: str | None) -> NamedSharding:
-    """Return the sharding of arrays whose first axes have these logical names; the others are whole."""
+    """Return the sharding of arrays whose first axes have these logical names; later axes are not split."""
     spec = list(spec_of(names, mesh))
     while spec and spec[-1] is None:
         spec.pop()
@@ -132,16 +133,16 @@ def split_over(mesh: Mesh, *names: str | None) -> NamedSharding:
 
 @contextlib.contextmanager
 def using(mesh: Mesh):
-    """Inside, what is traced is constrained to the mesh: `with using(mesh): step(...)`, step under jax.jit."""
+    """Constrain what is traced inside to the mesh: `with using(mesh): step(...)`, where step is under jax.jit."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules(mesh)):
         yield mesh
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh):
-    """Return a NamedSharding for every parameter, in the shape of the parameter tree.
+    """Return the tree of parameters with a NamedSharding for each.
 
     Raises:
-        ValueError: an axis that those of the mesh do not divide.
+        ValueError: the mesh does not divide an axis of a parameter.
     """
     boxed = boxed_shapes(config)
 
@@ -161,7 +162,7 @@ def sharding_of(names, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """Return the sharding of one array.
 
     Raises:
-        ValueError: see `spec_of`; an axis that those of the mesh do not divide.
+        ValueError: the mesh does not divide an axis; see `spec_of` too.
     """
     spec = spec_of(names, mesh)
     for name, size in zip(names, shape, strict=True):
@@ -172,15 +173,15 @@ def sharding_of(names, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of arrays (B, L, ...): tokens, targets, weights, start, logits."""
+    """Return the sharding of arrays (B, L, ...): tokens, targets, weights, start, logits."""
     return split_over(mesh, "batch", "length")
 
 
 def state_shardings(state, mesh: Mesh):
-    """Return a NamedSharding for every array of a model's state, given with its shapes: rows and heads are split.
+    """Return the tree of a model's state, given by its shapes, with a NamedSharding for each array.
 
-    The letters of a field name its last axes; what is before them are repeats. Without letters an array is whole, and
-    so is an axis that the mesh does not divide: rows fewer than devices, say.
+    Rows and heads are split. The letters of a field's name are its last axes; axes before them are repeats. An array
+    without letters is not split, nor is an axis that the mesh does not divide, such as fewer rows than devices.
     """
 
     def place(path, array):
@@ -196,7 +197,7 @@ def state_shardings(state, mesh: Mesh):
 def loading(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     """Return (index, count) of a process (None: this one) among those that load different rows of a batch.
 
-    Processes whose devices hold the same rows load the same. Where those of two overlap in part, all load all.
+    Processes whose devices hold the same rows load the same. Where the rows of two overlap in part, all load all rows.
     """
     rows = [axis for axis in RULES["batch"] if axis in mesh.axis_names]
     held: dict[int, set[tuple[int, ...]]] = {}
