@@ -2,8 +2,8 @@
 
     phi_t = phi_0 + sum_{s <= t} angle_s dt_s   modulo a turn, from nothing at the start of a document
 
-Multiples of a power of two add up exactly in float32 below 2^24 of them, in any order; modulo a turn nothing grows. So
-every increment angle dt is such a multiple and a small rest, summed apart.
+Multiples of a power of two add up exactly in float32, in any order, while the sum is below 2^24 of them; modulo a turn
+it stays small. So every increment angle dt is cut into such a multiple and a small rest, and the two are summed apart.
 """
 
 import functools
@@ -94,7 +94,7 @@ def angle_before_chunks(angle_BHSL, dt_BHL, first_BHS, *, document_BC1Q, tiles: 
 
 
 def _over_devices(start_BCHS, last_BHS, document_BC1Q, along: Along):
-    """Add what the runs before this one turn to its angles: exactly to those after it, which are 32-bit fractions."""
+    """Add the angle before this run to its own; exactly to the last one, which is a 32-bit fraction of a turn."""
     reached_BC = jnp.ones((start_BCHS.shape[0], start_BCHS.shape[1] + 1), bool)  # and after the last
     if document_BC1Q is not None:
         begun_BC = jnp.cumsum(document_BC1Q[:, :, 0, -1], axis=1)
@@ -152,7 +152,7 @@ def _angle_kernel(refs: AngleRefs, start_SH, last_SH, turns_2SH, *, tokens: int)
 
 
 def _advance(before, more, continues, step: float):
-    """Return (exact, rest) of an angle in turns, moved on by `more`; from 0 where it does not continue."""
+    """Return (exact, rest) of an angle in turns plus `more`; where the document does not continue, of `more` alone."""
     exact, rest = (jnp.where(continues, x, 0.0) + added for x, added in zip(before, more, strict=True))
     moved = jnp.floor(rest / step + 0.5) * step
     exact += moved
@@ -160,7 +160,7 @@ def _advance(before, more, continues, step: float):
 
 
 def _fraction(exact, rest):
-    """Return their sum in [0, 1)."""
+    """Return exact + rest modulo a turn, in [0, 1)."""
     turns = exact + rest
     for _ in range(2):  # a tiny negative rest rounds up to a whole turn, which is zero
         turns -= jnp.floor(turns)

@@ -28,7 +28,7 @@ def product(a, b, dimensions, grid: Grid, *, dtype=None):
 
 
 def ranks(x, rank: int, axis: int = 0):
-    """Repeats what is one number a token for every rank, one rank after another."""
+    """Repeat what is one number a token for every rank, one rank after another."""
     return x if rank == 1 else jnp.concatenate([x] * rank, axis)
 
 
@@ -53,7 +53,7 @@ def side_by_side(values: list, width: int):
 
 
 def alone(x_YX, head: int, grid: Grid):
-    """Set the lanes of the pack's other heads to 0 by a product: simulation stops at products of `where`."""
+    """Set the lanes of the pack's other heads to 0, by a product: the compiler's simulation cannot do `where` here."""
     if grid.pack == 1:
         return x_YX
     head_1X = lax.div(lax.broadcasted_iota(jnp.int32, (1, grid.lanes), 1), grid.width)
@@ -331,7 +331,7 @@ def weighted(x_NT, weight_1Q, grid: Grid):
 
     Weights lie along the lanes here, where those of values would have to cross them.
     """
-    if grid.dtype == jnp.bfloat16:  # Veltkamp's rounding: simulation stops at a cast to bfloat16 and back
+    if grid.dtype == jnp.bfloat16:  # Veltkamp's rounding: the compiler's simulation cannot do a cast there and back
         scaled_NT = x_NT * (2.0**16 + 1)
         x_NT = scaled_NT - (scaled_NT - x_NT)
     return x_NT * ranks(weight_1Q, grid.rank, 1)

@@ -113,11 +113,11 @@ class Grid:
     shared_angle: bool
     kappa: bool  # whether a token has a weight of its own in later outputs
     dtype: jnp.dtype  # of the products
-    given_length: int  # without padding, as the next
-    given_width: int
+    given_length: int  # L without padding
+    given_width: int  # P without padding
     tiles: Tiles
     backwards: bool = False
-    only_states: bool = False  # or their gradients: nothing of a token
+    only_states: bool = False  # a kernel that computes states, or their gradients, and nothing for single tokens
     along: Along | None = None  # how rows go on over devices
 
     @classmethod
@@ -223,8 +223,8 @@ class Grid:
     def spec(self, axes: str, array, *, written: bool) -> pl.BlockSpec:
         """Return the block of an array that a grid step sees, from the letters of its axes.
 
-        What a row has once is read in its first steps, and later steps stay at the last block; it is written in its
-        last steps, and earlier ones stay at the first block: both at no cost.
+        What a row has once is read in the row's first steps, and later steps stay at its last block. It is written in
+        the row's last steps, and earlier ones stay at its first block. Staying at a block costs nothing.
         """
         cut = {"B": None, "C": None, "K": None, "L": self.tokens, "H": self.heads, "W": self.packs}
         if axes == "BLX":
@@ -264,7 +264,7 @@ class Grid:
         return pltpu.VMEM((self.n_heads // self.pack, self.d_state, self.lanes), jnp.float32)
 
     def of_blocks(self, angle_HS):
-        """Reshapes (.., H, S) to (.., K, 1, J S)."""
+        """Reshape (.., H, S) to (.., K, 1, J S)."""
         if angle_HS is None:
             return None
         return angle_HS.reshape(*angle_HS.shape[:-2], self.blocks, 1, self.heads * self.pairs)
@@ -274,7 +274,7 @@ class Grid:
         return None if angle_BK1X is None else angle_BK1X.reshape(self.batch, self.n_heads, self.pairs)
 
     def packed(self, array_HRP):
-        """Lays the heads of a pack side by side: (H, R, P) as (W, R, X)."""
+        """Lay the heads of a pack side by side: (H, R, P) -> (W, R, X)."""
         if array_HRP is None:
             return None
         array_WHRP = array_HRP.reshape(-1, self.pack, *array_HRP.shape[1:])
@@ -340,9 +340,10 @@ class Grid:
         return slice(begin, begin + self.d_state)
 
     def intermediates(self) -> int:
-        """Return the bytes that the compiler holds of a chunk: Q x Q a head of a block, T x T and T x N of a pack's.
+        """Estimate the bytes that the compiler holds of a chunk: Q x Q a head of the block, T x T and T x N of a pack.
 
-        A rough figure: a quarter more, for what v4's takes; half, where products take three pieces of each operand.
+        The estimate adds a quarter, for what the compiler for v4 takes, or a half where products take three pieces of
+        each operand.
         """
         if self.backwards:
             of_tokens, of_rows, columns = 2 + self.heads, 2 + self.pack, 8 + 4 * self.pack

@@ -2,10 +2,11 @@
 
 The backward pass reads the operands again, and the state and the angle before every chunk.
 
-Where rows go on over devices (`along`), either pass has one over states alone before it: what a device's run adds to
-the state, or to its gradient, of which `before_device` makes what comes to the run. The kernels then run from there as
-from any state, and all of a run's gradients are theirs: that of the decay has the state's product with its gradient in
-every chunk, and that of the angle begins from it after the run.
+Rows that go on over devices (`along`) take one more pass over states alone, forward and backward. It computes what this
+device's run adds to the state, or to the state's gradient. From those of all runs `before_device` computes the state
+before this run, or the gradient after it. From there the kernels run as from any state and give all gradients of the
+run: the decay's has the inner product of the state and its gradient in every chunk, and the angle's starts from what
+later runs give (`_after_run`).
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ from pallas_kernels.ssm.operands import STEEPEST, documents
 
 
 class Results(NamedTuple):
-    """What the kernels give and leave."""
+    """What the kernels compute: outputs, and what the next tokens need."""
 
     o_BLX: jax.Array
     after: BlockCarry  # its angle in [0, 2 pi)
@@ -51,11 +52,11 @@ class Results(NamedTuple):
 
 
 class OverDevices(NamedTuple):
-    """The states of a run of a row that goes on over devices: residuals of the backward pass."""
+    """The states around this device's run of a row that goes on over devices: residuals of the backward pass."""
 
     before_BHPN: jax.Array
     after_BHPN: jax.Array
-    decay_BH: jax.Array  # what the run leaves of the state before it: 0 where a document starts
+    decay_BH: jax.Array  # the factor of the state before the run in the one after it: 0 where a document starts inside
 
 
 def scan(
@@ -76,7 +77,7 @@ def scan(
         interpret: pltpu.InterpretParams, or True.
         chunk: tokens a chunk, rounded up to a multiple of 16; None: the tiles'.
         tiles: how the kernels are cut; None: by this process's TPU.
-        along: how rows go on over devices.
+        along: how rows go on over devices; None: one device has all of them.
 
     Raises:
         ValueError: float64, a rank other than 1, 2, 4 or 8, d_state over 256, P over 128, or tiles that do not fit in
@@ -119,7 +120,7 @@ def scan(
 def unsupported(inputs: Row | Token) -> str | None:
     """Return what the kernels want of these shapes and dtypes, VMEM included, and what they got; None: nothing.
 
-    Traces what would run, of a scan both passes: how much VMEM they take depends on all of the shapes.
+    This traces what would run, both passes of a scan: how much VMEM they take depends on all of the shapes.
     """
 
     def run_step(token):
@@ -169,14 +170,14 @@ def _forward(operands: Operands, document_BC1Q, order_MN, grid: Grid, *, residua
     out = scan_fwd.forward(operands, constants, grid, residuals=residuals)
     if grid.along is not None:
         over = OverDevices(before_BHPN, checkpoint_name(out.after.h_BHPN, "ssm_states"), decay_BH)
-    # Of the arrays as they lie in memory: or XLA for TPU copies all of them into another order.
+    # Sliced from the arrays as they lie in memory: else XLA for TPU copies all of them into another order.
     k_BX, v_BX = (x_BLX[:, grid.given_length - 1] for x_BLX in (operands.k_BLY, operands.v_BLX))
     after = BlockCarry(angle_BK1X=grid.of_blocks(angle_BHS), h_BHPN=out.after.h_BHPN)
     return Results(o_BLX=out.o_BLX, after=after, k_BX=k_BX, v_BX=v_BX), (constants, out.h_BCWNX, over)
 
 
 def _before_run(operands: Operands, constants: Constants, grid: Grid):
-    """Return the state before this device's run, of `OverDevices`, and the run's decay."""
+    """Return `before_BHPN` and `decay_BH` of `OverDevices`."""
     tokens = -1 if operands.log_a_BHL.ndim == 3 else (1, -1)  # `tokens_last`
     decay_BH = jnp.exp(jnp.sum(jnp.maximum(operands.log_a_BHL, STEEPEST), axis=tokens))
     decay_BH = jnp.where(_carried(constants, grid)[:, None], decay_BH, 0.0)
@@ -201,7 +202,7 @@ def _fwd(operands: Operands, document_BC1Q, order_MN, grid: Grid):
 
 def _bwd(grid: Grid, residuals, cotangents: Results):
     operands, constants, h_BCWNX, over = residuals
-    # None where nobody uses a result: most often the state after the row, whose zeros would be large.
+    # None where nobody uses a result. Most often that is the state after the row, for which zeros would be large.
     cotangents = jax.tree.map(lambda d: None if isinstance(d, SymbolicZero) else d, cotangents)
     do_BLX = jnp.zeros_like(operands.v_BLX) if cotangents.o_BLX is None else cotangents.o_BLX
     grid, dafter = dataclasses.replace(grid, backwards=True), cotangents.after
@@ -212,7 +213,7 @@ def _bwd(grid: Grid, residuals, cotangents: Results):
     d = scan_bwd.backward(operands, constants, h_BCWNX, grid, do_BLX=do_BLX, dafter=dafter)
 
     def with_last(dx_BLX, more_BX):
-        """Add the last token's in place: the sum with zeros for all others would be one more pass over them."""
+        """Add the last token's gradient in place: a sum with zeros for the others would be one more pass over them."""
         return dx_BLX if more_BX is None else dx_BLX.at[:, grid.given_length - 1].add(more_BX)
 
     dk_BLX, dv_BLX = with_last(d.k_BLY, cotangents.k_BX), with_last(d.v_BLX, cotangents.v_BX)
@@ -220,12 +221,12 @@ def _bwd(grid: Grid, residuals, cotangents: Results):
 
 
 def _after_run(dstart_BHPN, dlast: BlockCarry, over: OverDevices, constants: Constants, grid: Grid) -> BlockCarry:
-    """Return the gradient of what comes after this device's run.
+    """Return the gradient of the angle and the state after this device's run.
 
     Args:
-        dstart_BHPN: that of the state before the run, but for what the next run's tokens give.
-        dlast: that of what the run leaves, likewise; None in it: 0.
-        over: the run's states.
+        dstart_BHPN: the gradient of the state before the run, without the share of later runs.
+        dlast: the gradient of the angle and the state after the run, also without it; None in it: 0.
+        over: the states around the run.
         constants: of the run.
         grid: of the run.
     """

@@ -1,8 +1,8 @@
 """The gradients of the chunked scan with its rotation and its epilogue, in one Pallas Mosaic kernel for TPUs.
 
-From the last chunk to the first, with the gradient dh of the state after the chunk carried in VMEM and the state h
-before it read: the rest is recomputed. With P_ts the decay e^(c_t - c_s), S = q k^T, M = dy x^T, x' = kappa x and
-weight_ts = P_ts kappa_s, or gamma_t where s = t:
+The kernel goes from the last chunk to the first. It carries dh, the gradient of the state after the chunk, in VMEM,
+reads h, the state before the chunk, and computes the rest again. With P_ts the decay e^(c_t - c_s), S = q k^T, M = dy
+x^T, x' = kappa x and weight_ts = P_ts kappa_s, or gamma_t where s = t:
 
     dq_t = sum_s weight_ts M_ts k_s  +  e^(c_t) h^T dy_t
     dk_s = sum_t weight_ts M_ts q_t  +  e^(c_T - c_s) dh^T x'_s
@@ -11,10 +11,10 @@ weight_ts = P_ts kappa_s, or gamma_t where s = t:
     dc_t = sum_{s < t} weight_ts M_ts S_ts  +  e^(c_t) dy_t . h q_t  -  kappa_t dkappa_t
     dh before the chunk = e^(c_T) dh  +  sum_t e^(c_t) dy_t q_t^T
 
-and dc_T has what crosses the end of the chunk as well: e^(c_T) <dh, h> + sum_s e^(c_T - c_s) x'_s . dh k_s.
+and dc_T also has what crosses the end of the chunk: e^(c_T) <dh, h> + sum_s e^(c_T - c_s) x'_s . dh k_s.
 
-The inverse rotation gives the gradients of queries and keys; the angle of a rotary pair (u, w) gets dphi = dw u - du w,
-and what a token adds to the angle the sum of dphi from it on.
+The inverse rotation gives the gradients of queries and keys. The angle of a rotary pair (u, w) has the gradient dphi =
+dw u - du w, and a token's increment of the angle has the sum of dphi from this token on.
 """
 
 import functools
@@ -55,7 +55,7 @@ class BwdRefs(NamedTuple):
 
 
 class BwdScratch(NamedTuple):
-    """What is carried: dh, dphi and weights over chunks, the rest over the blocks of heads of one."""
+    """What the kernel carries: dh, dphi and dweights over chunks, the rest over the blocks of heads of one chunk."""
 
     dh_WNX: jax.Array
     dphi_KX1: jax.Array | None  # None: nothing rotates
@@ -84,7 +84,7 @@ class Again(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The gradients of a head in a chunk that wait for those of the others; dc and dkappa are the sum of both parts."""
+    """Gradients of a head in a chunk, until all heads have theirs; dc and dkappa are each the sum of column and row."""
 
     dphi_SQ: jax.Array | None
     dc_Q1: jax.Array

@@ -34,11 +34,11 @@ class ScanOutputs(NamedTuple):
 
     o_BLX: jax.Array | None  # like v; None: without queries
     after: BlockCarry  # its angle is None
-    h_BCWNX: jax.Array | None  # before every chunk, in the dtype of products: a residual of the backward pass
+    h_BCWNX: jax.Array | None  # states before every chunk, in the dtype of products: a residual of the backward pass
 
 
 class ScanScratch(NamedTuple):
-    """What is carried: states over chunks, the rest over the blocks of heads of one."""
+    """What the kernel carries: states from chunk to chunk, the rest over the blocks of heads of one chunk."""
 
     h_WNX: jax.Array
     q_GNT: jax.Array | None
@@ -47,7 +47,7 @@ class ScanScratch(NamedTuple):
 
 
 def state_after(operands: Operands, constants: Constants, grid: Grid):
-    """Return the state after the row, h_BHPN, by the kernel without queries: it reads less and computes no outputs."""
+    """Return h_BHPN, the state after the row, by the kernel without queries: it reads less and computes no outputs."""
     read = PackedWeights(**dict.fromkeys(PackedWeights._fields))
     read = read._replace(k_bias_HRN=operands.weights.k_bias_HRN, v_rank_WRX=operands.weights.v_rank_WRX)
     operands = operands._replace(q_BLY=None, gate_BLX=None, weights=read)

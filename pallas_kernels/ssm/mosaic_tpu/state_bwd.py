@@ -1,9 +1,9 @@
-"""The backward scan's pass over states alone, for rows that go on over devices, in a Pallas Mosaic kernel for TPUs.
+"""The backward pass over states alone, for rows that go on over devices, in a Pallas Mosaic kernel for TPUs.
 
     dh before the chunk = e^(c_T) dh  +  sum_t e^(c_t) dy_t q_t^T
 
-from the last chunk to the first. Without a norm, dy comes from the outputs' gradient and the gate alone; with one, it
-takes y, which is computed again as in `scan_bwd`.
+from the last chunk to the first, dh being the gradient of the state after the chunk. Without a norm, dy comes from the
+gradient of the outputs and the gate alone; with one it needs y, which is computed again as in `scan_bwd`.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from pallas_kernels.ssm.mosaic_tpu.scan_bwd import BwdRefs, again_of
 
 
 class StateScratch(NamedTuple):
-    """What the pass over states carries: dh over chunks, the rest over the blocks of heads of one."""
+    """What the kernel carries: dh from chunk to chunk, the rest over the blocks of heads of one chunk."""
 
     dh_WNX: jax.Array
     q_GNT: jax.Array
@@ -30,12 +30,12 @@ class StateScratch(NamedTuple):
 
 
 def state_before(operands: Operands, constants: Constants, h_BCWNX, grid: Grid, *, do_BLX, dlast_BHPN):
-    """Return the gradient of the state before the row, dh_BHPN, by a kernel for nothing else.
+    """Return dh_BHPN, the gradient of the state before the row, by a kernel that computes nothing else.
 
-    Without a norm the gradient of y does not depend on y: then keys, values and states are not read.
+    Without a norm the gradient of y does not depend on y, and keys, values and states are not read.
 
     Args:
-        dlast_BHPN: the gradient of the state after the row; None: 0. All else is as for `backward`.
+        dlast_BHPN: the gradient of the state after the row; None: 0. The others are as for `scan_bwd.backward`.
     """
     grid = dataclasses.replace(grid, only_states=True)
     operands = operands._replace(before=None)
@@ -78,7 +78,7 @@ def _state_kernel(refs: BwdRefs, out: BlockCarry, scratch: StateScratch, *, grid
 
 
 def _read(pack: int, chunk: Chunk, *, refs: BwdRefs, scratch: StateScratch):
-    """Return the queries of a pack's heads, and the gradient of y."""
+    """Return the queries of a pack's heads, biased and rotated, and the gradient of y."""
     grid, operands, heads = chunk.grid, refs.operands, chunk.grid.heads_of(pack)
     of_pack, weights = grid.lanes_of_pack(pack), chunks.epilogue_weights(operands.weights, pack)
     if weights.norm_WRX is None:
