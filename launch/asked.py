@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
-from launch.plan import Plan, is_list_of, is_table_of
+from launch.plan import Plan, is_list_of, is_table_of, is_text
 from mamba3_jax.checkpoint import all_steps, load_config, parameters_alone
 from mamba3_jax.config import Config, from_dict, to_dict
 from mamba3_jax.data.pipeline import identities
@@ -38,6 +38,8 @@ def asked_of(plan: Plan, name: str) -> dict:
 def renewed(asked: dict) -> dict:
     """Return what an earlier version asked with new fields of the config at their defaults; {} if no sweep asked it."""
     try:
+        if not is_table_of(asked.get("data", {}), is_text):
+            return {}
         config = to_dict(from_dict(asked["config"]))
         return json.loads(json.dumps(asked | {"config": config}, allow_nan=False))
     except ValueError:  # a field is gone, or NaN: it will differ from whatever is asked now

@@ -311,9 +311,11 @@ def test_a_result_of_another_training_is_not_replaced(change, message, tmp_path)
         asked.done_before(plan, "still", tmp_path)
 
 
-def test_a_result_that_does_not_say_what_was_asked_is_not_replaced(tmp_path):
+@pytest.mark.parametrize("damage", [None, {"config": 1}, {"data": ["161 tokens"]}, {"data": {"train": 161}}])
+def test_a_result_that_does_not_say_what_was_asked_is_not_replaced(damage, tmp_path):
     plan = plan_of(tmp_path, "")
-    write_json(tmp_path / "result.json", result_of(plan, "still") | {"asked": {}})
+    result = result_of(plan, "still")
+    write_json(tmp_path / "result.json", result | {"asked": {} if damage is None else result["asked"] | damage})
     with pytest.raises(ValueError, match=r"result.json does not say what was asked for, .*: move .* away"):
         asked.done_before(plan, "still", tmp_path)
 
