@@ -14,7 +14,7 @@ from mamba3_jax.config import ModelConfig
 from mamba3_jax.mixers import MIXERS, Mamba2
 from mamba3_jax.model import LanguageModel, init_params
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS
-from mamba3_jax.sharding import make_mesh, using
+from mamba3_jax.sharding import make_mesh, param_shardings, using
 from tests.helpers import rel_rms
 
 BATCH, LENGTH = 2, 32
@@ -46,7 +46,7 @@ FULL = {
     "kernels": ({"sequence": 2}, {"pattern": "M", "remat": "rotation", "implementation": "triton"}),
     "tpu_kernels": ({"sequence": 2}, {"pattern": "M", "remat": "rotation", "implementation": "mosaic_tpu"}),
     "carried": ({"sequence": 4}, {"pattern": "MA2G1"}),
-    "block": ({"sequence": 2}, HYBRID | {"remat": "block"}),
+    "block": ({"fsdp": 2, "sequence": 2}, HYBRID | {"remat": "block"}),
     "op": ({"sequence": 2}, HYBRID | {"remat": "op", "layout": "zigzag"}),
 }
 
@@ -66,7 +66,7 @@ def starts():
 
 
 def step(config, params, tokens_BL, start_BL, state):
-    """Logits and state, and the gradients of a loss that weighs all logits differently."""
+    """Return logits and state, and the gradients of a loss that weighs all logits differently."""
 
     def loss(params):
         logits_BLV, after = LanguageModel(config).apply({"params": params}, tokens_BL, state, start_BL)
@@ -78,7 +78,10 @@ def step(config, params, tokens_BL, start_BL, state):
 
 
 def worst(name: str) -> float:
-    """Returns the largest error of what a model gives over a mesh; the rows go on from those before, or begin."""
+    """Return the largest error of what a model gives over a mesh, parameters in their parts too.
+
+    The rows of "carried" go on from those before, all others begin.
+    """
     sizes, changes = (QUICK | FULL)[name]
     config = dataclasses.replace(SIZES, **changes)
     params = init_params(config, jax.random.key(0))
@@ -86,16 +89,16 @@ def worst(name: str) -> float:
     run, state = jax.jit(functools.partial(step, config)), None
     if name == "carried":
         (_, state), _ = run(params, tokens_BL, starts(), LanguageModel(config).empty_state(BATCH, 2 * LENGTH))
-    inputs = params, tokens_BL, starts(), state
-    want = run(*inputs)
-    with using(mesh_of(sizes)):
-        got = run(*inputs)
+    want, mesh = run(params, tokens_BL, starts(), state), mesh_of(sizes)
+    params = jax.device_put(params, param_shardings(config, mesh))
+    with using(mesh):
+        got = run(params, tokens_BL, starts(), state)
     assert got[0][0].sharding.shard_shape(got[0][0].shape)[1] == LENGTH // sizes["sequence"]
     return max(jax.tree.leaves(jax.tree.map(rel_rms, got, want)))
 
 
 def refusal():
-    """What a mixer says that does not ask where its tokens lie."""
+    """Print what a mixer says that does not ask where its tokens lie."""
 
     class Plain(Mamba2):
         splits_rows = False
