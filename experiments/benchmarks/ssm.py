@@ -31,12 +31,12 @@ from pallas_kernels.ssm.cases import Case, of_layer, varied
 
 
 def with_mimo(cases: dict[str, Case]) -> dict[str, Case]:
-    """And each of them with four ranks."""
+    """Add each of the cases with four ranks."""
     return cases | {f"mimo4{name.removeprefix('siso')}": varied(case, rank=4) for name, case in cases.items()}
 
 
 def with_mamba2(cases: dict[str, Case], names: Sequence[str]) -> dict[str, Case]:
-    """And those of these names as Mamba-2 calls the op."""
+    """Add the cases of these names as Mamba-2 calls the op."""
     return cases | {f"mamba2{name.removeprefix('siso')}": varied(cases[name], mixer="mamba2") for name in names}
 
 
@@ -136,7 +136,7 @@ def decode(state: State, tokens: Tokens, heads: Heads, *, case: Case, implementa
 
 @lru_cache
 def check(case: Case, implementation: str, chunk: int | None) -> dict[str, float]:
-    """Errors on `case`, a short one, against `recurrent` in float64.
+    """Return the errors on `case`, a short one, against `recurrent` in float64.
 
     Returns the largest relative error of the values (output and state), of the gradients, and of those of dt, log_a and
     the angle, which add up over the row.
@@ -164,7 +164,7 @@ def short(case: Case) -> Case:
 
 @lru_cache
 def check_decode(case: Case, implementation: str | None) -> dict[str, float]:
-    """Errors of three decoding steps from a state of random numbers, against `recurrent` in float64."""
+    """Return the errors of three decoding steps from a random state against `recurrent` in float64."""
     case = varied(case, batch=2, heads=2 * case.groups)
 
     def steps(state, tokens, heads, implementation):
@@ -324,7 +324,7 @@ def measure_task(task: Task, compiled, size: int) -> common.Timing:
 
 
 def rows_of(tasks: list[Task], best: dict[str, dict]) -> Iterator[dict]:
-    """One row a task; all are compiled first, and checked, side by side."""
+    """Compile and check all tasks side by side, then time them; give a row a task."""
     with ThreadPoolExecutor() as pool:
         # What fails here fails again where its row is wanted.
         once = {(short(task.case), task.implementation, task.chunk): task for task in tasks}
@@ -336,7 +336,7 @@ def rows_of(tasks: list[Task], best: dict[str, dict]) -> Iterator[dict]:
 
 
 def growth(case: Case, implementation: str, chunk: int | None) -> list[dict]:
-    """Operations a token and temporary memory of forward+backward at growing lengths. Compiles, runs nothing."""
+    """Give operations a token and temporary memory of forward+backward at growing lengths: compiled, never run."""
     rows = []
     for length in GROWTH_LENGTHS:
         longer = varied(case, batch=1, heads=2, length=length)

@@ -32,7 +32,7 @@ class Loader:
     """
 
     def __init__(self, numbers: grain.MapDataset, rows: Rows, workers: int, vocab_size: int, identity: dict):
-        """`numbers`: of the rows of each batch."""
+        """Make a loader; `numbers` has the numbers of the rows of each batch."""
         self._numbers, self._rows, self._batches = numbers, rows, numbers.map(rows.gather)
         self._workers, self._vocab_size, self._identity = workers, vocab_size, identity
         self._position, self._iterator = 0, None
@@ -76,7 +76,7 @@ class Loader:
         return dataset.mp_prefetch(options, worker_init_fn=_live_and_die_with_main)
 
     def get_state(self) -> dict:
-        """JSON-able: the number of batches given so far and what they were cut from."""
+        """Return, as JSON, the number of batches given so far and what they were cut from."""
         return {"position": self._position, **self._identity}
 
     def set_state(self, state: dict) -> None:
@@ -95,10 +95,10 @@ class Loader:
 
 
 def _live_and_die_with_main(worker: int, workers: int) -> None:
-    """In a worker: the end comes from the main process, and with it.
+    """Make a worker ignore SIGINT and SIGTERM, and exit when the main process does.
 
-    A signal to the whole process group (Ctrl-C) is for the main process, which saves and ends us. One that is killed
-    does not: without the watch we would wait for ever for it to take the next batch.
+    A signal to the whole process group (Ctrl-C) is for the main process, which saves and then ends its workers. A main
+    process that is killed ends none: without the watch they would wait for ever for it to take the next batch.
     """
     del worker, workers
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -161,7 +161,7 @@ def documents(config: DataConfig) -> list[str]:
 
 
 def _numbers(rows: Rows, config: DataConfig, split: str, host: tuple[int, int]) -> grain.MapDataset:
-    """Row numbers of each of this host's batches."""
+    """Return the row numbers of each of this host's batches."""
     index, hosts = host
     if rows.count is None:
         # Counted off a batch at a time: Grain's way, a row at a time, takes as long as a small task's rows themselves.
@@ -172,7 +172,7 @@ def _numbers(rows: Rows, config: DataConfig, split: str, host: tuple[int, int]) 
 
 
 def _order(rows: Rows, config: DataConfig, split: str) -> grain.MapDataset:
-    """Row numbers, of which there is an end, in the order of visit."""
+    """Return the row numbers of rows that have a count, in the order of visit."""
     if split == "train":
         return grain.MapDataset.range(rows.count).shuffle(seed=config.seed).repeat()
     stride = _stride(rows.count)

@@ -41,7 +41,11 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
 
 
 def peak_flops(peak_tflops: float) -> float | None:
-    """FLOP/s of all devices together; `peak_tflops` of one, 0: from the table. None where it is not known."""
+    """Return the peak FLOP/s of all devices together, None where it is not known.
+
+    Args:
+        peak_tflops: of one device; 0: as the table has it.
+    """
     kind = jax.devices()[0].device_kind
     peak = peak_tflops or PEAK_TFLOPS.get(kind)
     return peak * 1e12 * jax.device_count() if peak else None

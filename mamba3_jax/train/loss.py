@@ -27,12 +27,12 @@ def batch_loss(config: Config, params, batch: Batch) -> tuple[jax.Array, Sums]:
 
 
 def means(parts: Sums) -> dict:
-    """loss (nats a token) and accuracy; a batch without weight has loss 0."""
+    """Return the mean loss (nats a token) and the accuracy; both are 0 without any weight."""
     weight = jnp.where(parts.weight > 0, parts.weight, 1)
     return {"loss": parts.nll / weight, "accuracy": parts.correct / weight}
 
 
 def bits_per_byte(loss: float, config: DataConfig) -> float | None:
-    """Nats a token in bits a byte where a token is a byte of text, else None."""
+    """Return a loss in nats a token as bits a byte where a token is a byte of text; else None."""
     of_bytes = config.tokenizer == "bytes" and config.source in ("text", "tfds")
     return loss / math.log(2) if of_bytes else None

@@ -125,7 +125,7 @@ class Log:
         self._board = Board(workdir / "tensorboard", step)
 
     def write(self, step: int, values: dict) -> None:
-        """One line, handed to the system when this returns. JSON has no NaN: a number that is not finite is null."""
+        """Write one line, which is with the system when this returns; a number that is not finite becomes null."""
         finite = or_null(values)
         with writing(self.path):
             self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
@@ -177,7 +177,7 @@ class Board:
 
 
 def progress(step: int, steps: int, values: dict, seconds_a_step: float) -> str:
-    """One line for people: step, mean loss since the last one, learning rate, |g|, tokens/s, MFU, time to go."""
+    """Return a line for people: step, mean loss since the last line, learning rate, |g|, tokens/s, MFU, time to go."""
     parts = [
         f"step {step:{len(str(steps))}}/{steps}",
         f"loss {values['loss']:.4f}",

@@ -102,7 +102,7 @@ def summed_once(gradient):
 
 
 def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
-    """One update, and its metrics as scalars."""
+    """Make one update; return the new state and the update's metrics as scalars."""
     return update(config, state, *gradients(config, state.params, batch))
 
 
