@@ -134,8 +134,13 @@ def check_resume(config: Config, folder: Path) -> None:
         raise ValueError(f"{folder} has checkpoints of another training: {other}; use another workdir")
 
 
-def recorded(path: Path, plan: Plan) -> dict[str, dict]:
+def recorded(path: Path, plan: Plan, report=say) -> dict[str, dict]:
     """Return the results of the variants that a result file has just as the plan asks for them, of the same data.
+
+    Args:
+        path: of the file.
+        plan: what is asked for.
+        report: is told of results of other data, which do not count; None: nobody is.
 
     Raises:
         ValueError: a file that is not a sweep's, or has other results that this run would not replace.
@@ -152,8 +157,8 @@ def recorded(path: Path, plan: Plan) -> dict[str, dict]:
         if before == asked:
             check_result(path, result, rows.get(name, []), plan)
             same.add(name)
-        elif before and (other := other_data(before, asked)):
-            say(f"{name}: {path} has a result of other data, which does not count: {other}")
+        elif report and before and (other := other_data(before, asked)):
+            report(f"{name}: {path} has a result of other data, which does not count: {other}")
     if lost := [name for name in file["variants"] if name not in same and name not in plan.chosen]:
         raise ValueError(f"{path} has {', '.join(lost)} of another plan, which would be lost: move the file away")
     return {

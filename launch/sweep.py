@@ -20,8 +20,9 @@ The same command resumes, bit for bit after SIGKILL, and goes past the variants 
 FOLDER/NAME.json. Under DIR/VARIANT stand result.json, members/NAME/metrics.jsonl, and best/, the best member as an
 ordinary workdir for the other commands. A variant that is done keeps the parameters of its members alone, from which
 other LENGTHS are scored without training; another training of a variant, done or begun, needs another DIR. One process
-at a time is at a variant. DIR/results.json and FOLDER/NAME.json have every member's numbers, those that diverged too.
-Exit statuses are those of `launch.train`, but for 3.
+at a time is at a variant. DIR/results.json and FOLDER/NAME.json have every member's numbers, those that diverged too,
+of all variants that are done just as asked, whichever --variants names; FOLDER/NAME.json is first written when nothing
+that it had would be missing. Exit statuses are those of `launch.train`, but for 3.
 """
 
 import sys
