@@ -123,11 +123,14 @@ def define_config():
 
 
 def define_path(name: str, default: str | None, description: str, required: bool = False):
-    """Define the flag of a file or directory and refuse an empty one: an unset shell variable is not a place."""
+    """Define the flag of a file or directory and refuse an empty one, which is no place, and a URL."""
     holder = flags.DEFINE_string(name, default, description, required=required)
-    flags.register_validator(
-        holder, lambda value: value is None or value.strip(), "an empty path: is a shell variable not set?"
-    )
+    for fits, wish in (
+        (str.strip, "an empty path: is a shell variable not set?"),
+        # As a path it would be a folder of that name here.
+        (lambda value: "://" not in value, "a URL: a path of a local or mounted file system is needed"),
+    ):
+        flags.register_validator(holder, lambda value, fits=fits: value is None or fits(value), wish)
     return holder
 
 
