@@ -13,7 +13,7 @@ from mamba3_jax.data.pipeline import TEXTS, loader
 from mamba3_jax.data.synthetic import TASKS
 from mamba3_jax.evaluate import comparison, language, tasks
 from mamba3_jax.train.fit import validate
-from mamba3_jax.train.population import Member, member_config, member_mesh, members
+from mamba3_jax.train.population import Member, check_members, member_config, member_mesh, members
 
 MEMBERS = 2**12  # of a variant: each has parameters and moments of its own
 
@@ -162,9 +162,15 @@ def variant(config: Config, name: str, fields: dict) -> Config:
     if not re.fullmatch(r"\w[\w.+-]*", name) or name == "results.json":  # which is a folder in the sweep's
         raise ValueError(f"variant {name!r} is not a name of letters, digits, '_', and after the first '.', '+', '-'")
     try:
-        return with_fields(dataclasses.replace(config, name=name), fields)
+        found = with_fields(dataclasses.replace(config, name=name), fields)
     except ValueError as error:
         raise ValueError(f"variant {name}: {error}") from None
+    if (rate := found.optimizer.learning_rate) != config.optimizer.learning_rate:
+        raise ValueError(
+            f"variant {name}: optimizer.learning_rate={rate!r} would not be its own: LEARNING_RATES has those that "
+            "every variant is trained at, and each is shown at its best"
+        )
+    return found
 
 
 def check_plan(plan: Plan) -> None:
@@ -177,6 +183,7 @@ def check_plan(plan: Plan) -> None:
             check(config)
             for member in plan.members:
                 check(member_config(config, member))
+            check_members(config, plan.members)
             lengths_of(config.data, plan.lengths)
             validate(config, mesh)  # which may read a tokenizer: members differ in numbers alone
         except ValueError as error:

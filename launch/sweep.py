@@ -26,6 +26,7 @@ that it had would be missing. Exit statuses are those of `launch.train`, but for
 """
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from absl import flags
@@ -34,6 +35,7 @@ from launch import common, experiment
 from launch.asked import asked_of, done_before, recorded
 from launch.plan import read_plan
 from mamba3_jax.checkpoint import checkpoint_dir
+from mamba3_jax.config import Config
 from mamba3_jax.evaluate import comparison, equal
 from mamba3_jax.files import check_writable
 from mamba3_jax.train.fit import Failed
@@ -56,6 +58,13 @@ def learning_rates() -> list[float]:
         raise ValueError(f"--learning_rates={','.join(RATES.value)}: {error}") from None
 
 
+def check_rate(config: Config, rates: Collection[float]) -> None:
+    """Raise ValueError where a flag gives the config a learning rate that no member has."""
+    name = "config.optimizer.learning_rate"
+    if name in flags.FLAGS and (rate := config.optimizer.learning_rate) not in rates:
+        raise ValueError(f"--{name}={rate} would be nobody's: name --learning_rates in place of LEARNING_RATES")
+
+
 def main(_):
     config = common.experiment(CONFIG)
     workdir = Path(WORKDIR.value).expanduser()
@@ -64,6 +73,7 @@ def main(_):
         rates = learning_rates()
         how = {"only": VARIANTS.value, "seeds": SEEDS.value or 0, "rates": rates}
         plan = read_plan(common.config_path(), config, **how)
+        check_rate(config, {member.learning_rate for member in plan.members})
         kept = Path(RESULTS.value).expanduser() / f"{config.name}.json" if RESULTS.value else None
         # What is not there, damaged or cannot be written ends it here, before anything is trained.
         known = recorded(kept, plan) if kept else {}

@@ -87,6 +87,19 @@ def test_the_plan_is_the_files_and_the_flags(tmp_path):
         ("VARIANTS = {'..': {}}; EXPECT = {}", {}, "variant '..' is not a name"),  # whose folder the sweep cleans
         ("VARIANTS = {'x': {'data.source': 'nedle'}}; EXPECT = {}", {}, "variant x: data.source='nedle' is not one of"),
         ("VARIANTS = {'x': {'data.task_lengths': ()}}; EXPECT = {}", {}, "variant x: data.task_lengths=() and"),
+        # What would end the sweep when it comes to a later variant, or be said to have been done and was not.
+        ("VARIANTS = {'x': {'train.mesh': 'fsdp:1'}}; EXPECT = {}", {}, "variant x: train.mesh='fsdp:1': the devices"),
+        ("VARIANTS = {'x': {'seed': 2**32 - 1}}; EXPECT = {}", {}, "variant x: config.seed=4294967296 is not in"),
+        (
+            "VARIANTS = {'x': {'model.implementation': 'triton'}}; EXPECT = {}",
+            {},
+            "variant x: implementation='triton' needs an NVIDIA GPU, not 'cpu'",
+        ),
+        (
+            "VARIANTS = {'x': {'optimizer.learning_rate': 0.5}}; EXPECT = {}",
+            {},
+            "variant x: optimizer.learning_rate=0.5 would not be its own",
+        ),
         (
             "VARIANTS = {'x': {'data.source': 'mqar', 'data.task_pairs': (99,)}}; EXPECT = {}",
             {},
@@ -463,6 +476,15 @@ def start(workdir, environment, *arguments):
     command = [sys.executable, "-m", "launch.sweep", "--config=tests/launch/tiny_sweep.py", f"--workdir={workdir}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, text=True, **pipes)
+
+
+def test_a_rate_that_no_member_would_have_is_refused(tmp_path):
+    """Else a flag would say one thing, and the sweep do another."""
+    process = start(tmp_path / "runs", devices(1), "--config.optimizer.learning_rate=0.5")
+    _, errors = process.communicate(timeout=300)
+    assert (process.returncode, errors.count("\n")) == (2, 1)
+    assert "--config.optimizer.learning_rate=0.5 would be nobody's: name --learning_rates" in errors
+    assert not (tmp_path / "runs").exists()
 
 
 def output_of(process) -> str:
