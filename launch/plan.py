@@ -157,10 +157,17 @@ def lengths_of(data: DataConfig, lengths: Sequence[int | str]) -> tuple[int | st
     return tuple(map(tasks.written, tasks.settings_of(data, lengths)))
 
 
+def check_name(what: str, name: str) -> None:
+    """Raise ValueError for a name that no file or folder is called by, or one elsewhere."""
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise ValueError(f"{what} {name!r} is not a name of letters, digits, '_', and after the first '.', '+', '-'")
+
+
 def variant(config: Config, name: str, fields: dict) -> Config:
     """Return the config of a variant."""
-    if not re.fullmatch(r"\w[\w.+-]*", name) or name == "results.json":  # which is a folder in the sweep's
-        raise ValueError(f"variant {name!r} is not a name of letters, digits, '_', and after the first '.', '+', '-'")
+    check_name("variant", name)
+    if name == "results.json":
+        raise ValueError(f"variant {name!r} is the name of the sweep's own file")
     try:
         found = with_fields(dataclasses.replace(config, name=name), fields)
     except ValueError as error:

@@ -33,7 +33,7 @@ from absl import flags
 
 from launch import common, experiment
 from launch.asked import asked_of, done_before, recorded
-from launch.plan import read_plan
+from launch.plan import check_name, read_plan
 from mamba3_jax.checkpoint import checkpoint_dir
 from mamba3_jax.config import Config
 from mamba3_jax.evaluate import comparison, equal
@@ -74,6 +74,8 @@ def main(_):
         how = {"only": VARIANTS.value, "seeds": SEEDS.value or 0, "rates": rates}
         plan = read_plan(common.config_path(), config, **how)
         check_rate(config, {member.learning_rate for member in plan.members})
+        if RESULTS.value:
+            check_name("config.name", config.name)
         kept = Path(RESULTS.value).expanduser() / f"{config.name}.json" if RESULTS.value else None
         # What is not there, damaged or cannot be written ends it here, before anything is trained.
         known = recorded(kept, plan) if kept else {}

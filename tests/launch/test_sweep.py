@@ -478,13 +478,20 @@ def start(workdir, environment, *arguments):
     return subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, text=True, **pipes)
 
 
-def test_a_rate_that_no_member_would_have_is_refused(tmp_path):
-    """Else a flag would say one thing, and the sweep do another."""
-    process = start(tmp_path / "runs", devices(1), "--config.optimizer.learning_rate=0.5")
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.optimizer.learning_rate=0.5", "=0.5 would be nobody's: name --learning_rates"),
+        ("--config.name=../x", "config.name '../x' is not a name"),
+    ],
+)
+def test_a_flag_that_would_be_for_nothing_or_elsewhere_is_refused(flag, message, tmp_path):
+    """A learning rate that no member would have, and a name by which the result file is outside its folder."""
+    process = start(tmp_path / "runs", devices(1), flag, f"--results={tmp_path / 'kept'}")
     _, errors = process.communicate(timeout=300)
     assert (process.returncode, errors.count("\n")) == (2, 1)
-    assert "--config.optimizer.learning_rate=0.5 would be nobody's: name --learning_rates" in errors
-    assert not (tmp_path / "runs").exists()
+    assert message in errors
+    assert not list(tmp_path.iterdir())
 
 
 def output_of(process) -> str:
