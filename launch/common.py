@@ -73,7 +73,7 @@ def run(main, *, alone: bool = False, saves: bool = False) -> None:
     sys.unraisablehook = _unraisable
     stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
     logging.get_absl_logger().addFilter(_is_news)
-    app.run(_opened(main, alone, saves), flags_parser=_parse)
+    app.run(_opened(main, alone, saves), flags_parser=parse)
 
 
 def _opened(main, alone: bool, saves: bool):
@@ -163,7 +163,8 @@ def config_path() -> str:
     return config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
 
 
-def _parse(argv):
+def parse(argv):
+    """Parse the flags, for `app.run`: a mistake among them, or what is none, is one line and exit status 2."""
     with user_errors():
         _check_overrides(argv)
     try:

@@ -15,6 +15,7 @@ import numpy as np
 from absl import flags
 
 from launch import tpu
+from launch.common import parse as parse  # for `app.run` of all
 from mamba3_jax.files import read_json, write_json
 
 flags.disclaim_key_flags()  # those defined here are the calling program's, and in its --help

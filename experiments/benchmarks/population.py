@@ -141,4 +141,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("name", "", "write results/NAME.json after every row; empty: write nothing")
     flags.DEFINE_string("out", "", "folder of the result file, by default results/ beside this")
     flags.DEFINE_string("commit", "", "recorded where there is no git to ask")
-    app.run(main)
+    app.run(main, flags_parser=common.parse)
