@@ -5,7 +5,8 @@ Trains every variant of an experiment, its seeds x learning rates as one compile
 
 The file has, beside get_config():
 
-    VARIANTS        {name: {"model.discretization": "exponential_euler"}}: fields by path, in place of the config's
+    VARIANTS        {name: {"model.discretization": "exponential_euler"}}: fields by path, in place of the config's;
+                    a learning rate is none of them, since LEARNING_RATES are every variant's
     SEEDS           how many (1); member s has seed and data.seed s higher: of all variants seed s sees the same rows
     LEARNING_RATES  each with every seed (the config's own)
     LENGTHS         scored, LENGTH or "LENGTH:PAIRS" (a task's default ones; of text the trained one)
