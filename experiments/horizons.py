@@ -12,17 +12,25 @@ import time
 from pathlib import Path
 
 from experiments.benchmarks import common
+from launch.asked import done_before
 from launch.common import config_path, define_config, define_path, experiment, run, user_errors
-from launch.experiment import read_result
-from launch.plan import read_plan
+from launch.plan import Plan, check_name, read_plan
 from launch.provenance import provenance
 from mamba3_jax.analysis.horizon import group_of, horizon
+from mamba3_jax.files import check_writable
 from mamba3_jax.finite import or_null
 from mamba3_jax.load import build, load_run
 
 CONFIG = define_config()
 SWEEP = define_path("sweep", None, "the workdir of the sweep", required=True)
 RESULTS = Path(__file__).parent / "results"
+
+
+def best_of(plan: Plan, name: str, folder: Path) -> str:
+    """Return the name of a variant's best member; ValueError unless the sweep is done, and as the file asks for it."""
+    if not (result := done_before(plan, name, folder)):
+        raise ValueError(f"{folder} has no result that is as the config asks for it: launch.sweep makes one")
+    return result["best"]
 
 
 def row(variant: str, member: str, config, params) -> dict:
@@ -40,11 +48,11 @@ def main(_):
     with user_errors():
         if not group_of(config.data.source):
             raise ValueError(f"{config.data.source=} asks for no group's product")
-        folders = {name: Path(SWEEP.value).expanduser() / name for name in read_plan(config_path(), config).variants}
-        members = {
-            name: read_result(folder / "result.json", {"best", "rows"})["best"] for name, folder in folders.items()
-        }
-        loaded = {name: load_run(folder / "best") for name, folder in folders.items()}
+        check_name("config.name", config.name)
+        plan, sweep = read_plan(config_path(), config), Path(SWEEP.value).expanduser()
+        check_writable(RESULTS / f"{config.name}_predicted.json")
+        members = {name: best_of(plan, name, sweep / name) for name in plan.variants}
+        loaded = {name: load_run(sweep / name / "best") for name in plan.variants}
     rows = []
     for variant, (own, params) in loaded.items():
         rows.append(row(variant, members[variant], own, params))

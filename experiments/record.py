@@ -16,11 +16,14 @@ from pathlib import Path
 
 from absl import flags
 
+from experiments import found
 from experiments.benchmarks import common
-from launch.common import define_path, run
+from launch.common import define_path, run, user_errors
+from launch.plan import check_name
 from launch.provenance import REPOSITORY, git_commit, load, provenance
 from mamba3_jax.checkpoint import all_steps, load_config
 from mamba3_jax.data.pipeline import identities
+from mamba3_jax.files import check_writable
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -38,10 +41,22 @@ def timed(module: str, *arguments: str) -> float:
     return round(time.perf_counter() - begin, 1)
 
 
+def check(path: Path, workdir: Path) -> None:
+    """Raise ValueError for a file that is not of one run, whose place is a sweep's, and for a workdir that is there."""
+    given, config = found.given_by(path)
+    if "VARIANTS" in given:
+        raise ValueError(f"{path} has VARIANTS: launch.sweep records them")
+    check_name("config.name", config.name)
+    if workdir.exists():
+        raise ValueError(f"{workdir} exists: a recorded run starts from nothing")
+    check_writable(workdir)
+    check_writable(RESULTS / f"{config.name}.json")
+
+
 def main(_):
     workdir = Path(flags.FLAGS.workdir).absolute()
-    if workdir.exists():
-        sys.exit(f"{workdir} exists: a recorded run starts from nothing")
+    with user_errors():
+        check(Path(flags.FLAGS.config), workdir)
     # No backend before the children have run: an accelerator may be one process's at a time.
     commit, load_before = git_commit(), load()
     seconds = {

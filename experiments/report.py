@@ -15,7 +15,7 @@ from absl import app, flags
 from experiments import found, summary
 from experiments.figures import metric
 from experiments.found import MISSING, Experiment
-from launch.common import user_errors
+from launch.common import parse, user_errors
 from launch.provenance import REPOSITORY
 from mamba3_jax.evaluate import comparison
 
@@ -235,4 +235,4 @@ def main(_):
 
 if __name__ == "__main__":
     flags.DEFINE_bool("check", False, "change nothing, fail if the page or a picture is out of date")
-    app.run(main)
+    app.run(main, flags_parser=parse)

@@ -137,8 +137,13 @@ def check_resume(config: Config, folder: Path) -> None:
         raise ValueError(f"{folder} has checkpoints of another training: {other}; use another workdir")
 
 
-def recorded(path: Path, plan: Plan) -> dict[str, dict]:
-    """Return, by variant, those results of a result file that are what the plan asks for.
+def recorded(path: Path, plan: Plan, report=say) -> dict[str, dict]:
+    """Return, by variant, those results of a result file that are what the plan asks for, of the same data.
+
+    Args:
+        path: of the file.
+        plan: what is asked for.
+        report: is told of results of other data, which do not count; None: nobody is.
 
     Raises:
         ValueError: the file is not a sweep's, or has results that this run would drop and not make again.
@@ -155,8 +160,8 @@ def recorded(path: Path, plan: Plan) -> dict[str, dict]:
         if before == asked:
             check_result(path, result, rows.get(name, []), plan)
             same.add(name)
-        elif before and (other := other_data(before, asked)):
-            say(f"{name}: {path} has a result of other data, which does not count: {other}")
+        elif report and before and (other := other_data(before, asked)):
+            report(f"{name}: {path} has a result of other data, which does not count: {other}")
     if lost := [name for name in file["variants"] if name not in same and name not in plan.chosen]:
         raise ValueError(f"{path} has {', '.join(lost)} of another plan, which would be lost: move the file away")
     return {

@@ -73,7 +73,7 @@ def run(main, *, alone: bool = False, saves: bool = False) -> None:
     sys.unraisablehook = _unraisable
     stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
     logging.get_absl_logger().addFilter(_is_news)
-    app.run(_opened(main, alone, saves), flags_parser=_parse)
+    app.run(_opened(main, alone, saves), flags_parser=parse)
 
 
 def _opened(main, alone: bool, saves: bool):
@@ -123,11 +123,14 @@ def define_config():
 
 
 def define_path(name: str, default: str | None, description: str, required: bool = False):
-    """Define the flag of a file or directory and refuse an empty one: an unset shell variable is not a place."""
+    """Define the flag of a file or directory and refuse an empty one, which is no place, and a URL."""
     holder = flags.DEFINE_string(name, default, description, required=required)
-    flags.register_validator(
-        holder, lambda value: value is None or value.strip(), "an empty path: is a shell variable not set?"
-    )
+    for fits, wish in (
+        (str.strip, "an empty path: is a shell variable not set?"),
+        # As a path it would be a folder of that name here.
+        (lambda value: "://" not in value, "a URL: a path of a local or mounted file system is needed"),
+    ):
+        flags.register_validator(holder, lambda value, fits=fits: value is None or fits(value), wish)
     return holder
 
 
@@ -160,7 +163,8 @@ def config_path() -> str:
     return config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
 
 
-def _parse(argv):
+def parse(argv):
+    """Parse the flags, for `app.run`: a mistake among them, or what is none, is one line and exit status 2."""
     with user_errors():
         _check_overrides(argv)
     try:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 
 from launch import common
-from launch.asked import KEPT, asked_of, done_before, read_result
+from launch.asked import KEPT, asked_of, done_before, read_result, recorded
 from launch.plan import Plan
 from launch.provenance import provenance
 from mamba3_jax.checkpoint import all_steps, keep_parameters, load_config, load_model, save_model
@@ -188,6 +188,29 @@ def summary(name: str, plan: Plan, results: list[dict], origin: dict) -> dict:
     }
 
 
+def so_far(plan: Plan, workdir: Path, kept: Path | None, own: dict[str, dict]) -> list[dict]:
+    """Return the results of all variants that are done just as asked, in the plan's order: of this process, its own.
+
+    The others are those of the workdir and of the file `kept`, where other processes may be at other variants.
+    """
+    found = {}
+    for name in plan.variants:
+        with contextlib.suppress(ValueError, OSError):  # what is no result of this plan is not in its table
+            found[name] = done_before(plan, name, workdir / name)
+    found |= (recorded(kept, plan, report=None) if kept else {}) | own
+    return [found[name] for name in plan.variants if found.get(name)]
+
+
+def write(found: dict, workdir: Path, kept: Path | None) -> None:
+    """Write what was found; into `kept` once that has every variant that the file had, so that a kill loses none."""
+    paths = [workdir / "results.json"]
+    if kept and (not kept.exists() or read_result(kept, {"variants"})["variants"].keys() <= found["variants"].keys()):
+        paths.append(kept)
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, found)
+
+
 def sweep(plan: Plan, name: str, workdir: Path, kept: Path | None, known: dict[str, dict], commit: str) -> dict:
     """Run the chosen variants one after another, and write and return the content of the result file.
 
@@ -195,22 +218,21 @@ def sweep(plan: Plan, name: str, workdir: Path, kept: Path | None, known: dict[s
         plan: the experiment's.
         name: of the experiment.
         workdir: gets a folder a variant, and results.json after each of them.
-        kept: another file that gets the same.
+        kept: another file that gets the same, once it would lose nothing.
         known: results that `kept` has already, by variant; they are not run again.
         commit: recorded where there is no git to ask.
     """
-    results, origin = [], provenance(commit)
+    own, origin = {}, provenance(commit)
     for index, variant in enumerate(plan.variants, 1):
         report = functools.partial(say, f"{variant} ({index}/{len(plan.variants)})")
         if variant in known:
             report(f"done before, in {kept}")
-            results.append(known[variant])
+            own[variant] = known[variant]
         elif variant in plan.chosen:
-            results.append(run_variant(plan, variant, workdir / variant, commit, report))
+            own[variant] = run_variant(plan, variant, workdir / variant, commit, report)
         else:
             continue
-        found = summary(name, plan, results, origin)
-        for path in (workdir / "results.json", *([kept] if kept else [])):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, found)
+        with common.user_errors():
+            found = summary(name, plan, so_far(plan, workdir, kept, own), origin)
+            write(found, workdir, kept)
     return found

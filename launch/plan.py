@@ -13,7 +13,7 @@ from mamba3_jax.data.pipeline import TEXTS, loader
 from mamba3_jax.data.synthetic import TASKS
 from mamba3_jax.evaluate import comparison, language, tasks
 from mamba3_jax.train.fit import validate
-from mamba3_jax.train.population import Member, member_config, member_mesh, members
+from mamba3_jax.train.population import Member, check_members, member_config, member_mesh, members
 
 MEMBERS = 2**12  # at most, of a variant: each has parameters and moments of its own
 
@@ -163,14 +163,27 @@ def lengths_of(data: DataConfig, lengths: Sequence[int | str]) -> tuple[int | st
     return tuple(map(tasks.written, tasks.settings_of(data, lengths)))
 
 
+def check_name(what: str, name: str) -> None:
+    """Raise ValueError for a name that no file or folder is called by, or one elsewhere."""
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise ValueError(f"{what} {name!r} is not a name of letters, digits, '_', and after the first '.', '+', '-'")
+
+
 def variant(config: Config, name: str, fields: dict) -> Config:
     """Return the config of a variant."""
-    if not re.fullmatch(r"\w[\w.+-]*", name) or name == "results.json":  # it names a folder, beside that file
-        raise ValueError(f"variant {name!r} is not a name of letters, digits, '_', and after the first '.', '+', '-'")
+    check_name("variant", name)
+    if name == "results.json":  # a variant names a folder, beside that file
+        raise ValueError(f"variant {name!r} is the name of the sweep's own file")
     try:
-        return with_fields(dataclasses.replace(config, name=name), fields)
+        found = with_fields(dataclasses.replace(config, name=name), fields)
     except ValueError as error:
         raise ValueError(f"variant {name}: {error}") from None
+    if (rate := found.optimizer.learning_rate) != config.optimizer.learning_rate:
+        raise ValueError(
+            f"variant {name}: optimizer.learning_rate={rate!r} would not be its own: LEARNING_RATES has those that "
+            "every variant is trained at, and each is shown at its best"
+        )
+    return found
 
 
 def check_plan(plan: Plan) -> None:
@@ -183,6 +196,7 @@ def check_plan(plan: Plan) -> None:
             check(config)
             for member in plan.members:
                 check(member_config(config, member))
+            check_members(config, plan.members)
             lengths_of(config.data, plan.lengths)
             validate(config, mesh)  # once for all members, which differ in numbers alone: it may read a tokenizer
         except ValueError as error:

@@ -5,7 +5,8 @@ Trains every variant of an experiment, its seeds x learning rates as one compile
 
 The file has, beside get_config():
 
-    VARIANTS        {name: {"model.discretization": "exponential_euler"}}: fields by path, in place of the config's
+    VARIANTS        {name: {"model.discretization": "exponential_euler"}}: fields by path, in place of the config's;
+                    a learning rate is none of them, since LEARNING_RATES are every variant's
     SEEDS           how many (1); member s has seed and data.seed s higher: of all variants seed s sees the same rows
     LEARNING_RATES  each with every seed (the config's own)
     LENGTHS         scored, LENGTH or "LENGTH:PAIRS" (a task's default ones; of text the trained one)
@@ -20,19 +21,22 @@ The same command resumes, bit for bit after SIGKILL, and goes past the variants 
 FOLDER/NAME.json. Under DIR/VARIANT stand result.json, members/NAME/metrics.jsonl, and best/, the best member as an
 ordinary workdir for the other commands. A variant that is done keeps the parameters of its members alone, from which
 other LENGTHS are scored without training; another training of a variant, done or begun, needs another DIR. One process
-at a time is at a variant. DIR/results.json and FOLDER/NAME.json have every member's numbers, those that diverged too.
-Exit statuses are those of `launch.train`, but for 3.
+at a time is at a variant. DIR/results.json and FOLDER/NAME.json have every member's numbers, those that diverged too,
+of all variants that are done just as asked, whichever --variants names; FOLDER/NAME.json is first written when nothing
+that it had would be missing. Exit statuses are those of `launch.train`, but for 3.
 """
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from absl import flags
 
 from launch import common, experiment
 from launch.asked import asked_of, done_before, recorded
-from launch.plan import read_plan
+from launch.plan import check_name, read_plan
 from mamba3_jax.checkpoint import checkpoint_dir
+from mamba3_jax.config import Config
 from mamba3_jax.evaluate import comparison, equal
 from mamba3_jax.files import check_writable
 from mamba3_jax.train.fit import Failed
@@ -55,6 +59,13 @@ def learning_rates() -> list[float]:
         raise ValueError(f"--learning_rates={','.join(RATES.value)}: {error}") from None
 
 
+def check_rate(config: Config, rates: Collection[float]) -> None:
+    """Raise ValueError where a flag gives the config a learning rate that no member has."""
+    name = "config.optimizer.learning_rate"
+    if name in flags.FLAGS and (rate := config.optimizer.learning_rate) not in rates:
+        raise ValueError(f"--{name}={rate} would be nobody's: name --learning_rates in place of LEARNING_RATES")
+
+
 def main(_):
     config = common.experiment(CONFIG)
     workdir = Path(WORKDIR.value).expanduser()
@@ -63,6 +74,9 @@ def main(_):
         rates = learning_rates()
         how = {"only": VARIANTS.value, "seeds": SEEDS.value or 0, "rates": rates}
         plan = read_plan(common.config_path(), config, **how)
+        check_rate(config, {member.learning_rate for member in plan.members})
+        if RESULTS.value:
+            check_name("config.name", config.name)
         kept = Path(RESULTS.value).expanduser() / f"{config.name}.json" if RESULTS.value else None
         # What is not there, damaged or cannot be written ends it here, before anything is trained.
         known = recorded(kept, plan) if kept else {}

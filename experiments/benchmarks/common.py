@@ -15,6 +15,7 @@ import numpy as np
 from absl import flags
 
 from launch import tpu
+from launch.common import parse as parse  # for `app.run` of all
 from launch.common import user_errors
 from mamba3_jax.files import read_json, write_json
 

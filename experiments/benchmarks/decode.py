@@ -393,4 +393,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("tokens", 64, "tokens decoded in a call", lower_bound=1)
     flags.DEFINE_integer("prompt", 32768, "tokens of the prompts of all rows", lower_bound=1)
     common.define_result(name="", empty="decode_PLATFORM", commit=True)
-    app.run(main)
+    app.run(main, flags_parser=common.parse)

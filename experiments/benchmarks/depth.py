@@ -76,4 +76,4 @@ if __name__ == "__main__":
     flags.DEFINE_multi_enum("models", list(PATTERNS), list(PATTERNS), "which patterns")
     flags.DEFINE_list("depths", [str(layers) for layers in LAYERS], "numbers of layers")
     common.define_result()
-    app.run(main)
+    app.run(main, flags_parser=common.parse)

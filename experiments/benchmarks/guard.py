@@ -111,4 +111,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch", 8, "rows of a preset's step", lower_bound=1)
     flags.DEFINE_integer("length", 2048, "tokens of a row of a preset's step", lower_bound=1)
     common.define_result(commit=True)
-    app.run(main)
+    app.run(main, flags_parser=common.parse)

@@ -221,4 +221,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("chunk", 0, "tokens a chunk of ours; 0: the op chooses", lower_bound=0)
     flags.DEFINE_integer("rounds", 7, "batches of calls of each side", lower_bound=1)
     common.define_result(name="layer_cpu")
-    app.run(main)
+    app.run(main, flags_parser=common.parse)

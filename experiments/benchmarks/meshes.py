@@ -217,4 +217,4 @@ def main(argv):
 if __name__ == "__main__":
     flags.DEFINE_list("groups", [], "of steps, in this order; empty: all")
     common.define_result(name="meshes_h200", commit=True)
-    app.run(main)
+    app.run(main, flags_parser=common.parse)

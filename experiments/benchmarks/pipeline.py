@@ -143,4 +143,4 @@ if __name__ == "__main__":
     flags.DEFINE_enum("of", "text", list(OF), "what is timed")
     flags.DEFINE_integer("batches", 500, "how many are timed", lower_bound=1)
     common.define_result(name="pipeline_cpu")
-    app.run(main)
+    app.run(main, flags_parser=common.parse)

@@ -225,4 +225,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("lengths", [], "tokens of a row; empty: all that there are steps of")
     flags.DEFINE_bool("anew", False, "compile also the steps that the result file has")
     common.define_result()
-    app.run(main)
+    app.run(main, flags_parser=common.parse)

@@ -159,4 +159,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("members", ["1", "4", "8", "16"], "sizes of the population")
     flags.DEFINE_integer("rows", 64, "of 160 tokens, of each member", lower_bound=1)
     common.define_result(name="", empty="none is written", commit=True)
-    app.run(main)
+    app.run(main, flags_parser=common.parse)

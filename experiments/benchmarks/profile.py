@@ -92,4 +92,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("cases", ["siso", "mimo4"], "names in experiments.benchmarks.ssm.CASES")
     flags.DEFINE_string("implementation", "triton", "a name in mamba3_jax.ops.ssm.IMPLEMENTATIONS")
     common.define_result(name="profile_gpu", commit=True)
-    app.run(main)
+    app.run(main, flags_parser=common.parse)

@@ -108,4 +108,4 @@ def main(argv):
 if __name__ == "__main__":
     flags.DEFINE_string("case", "siso", "a GPU case of experiments.benchmarks.ssm")
     flags.DEFINE_string("sass", "", "directory for the machine code; empty: none")
-    app.run(main)
+    app.run(main, flags_parser=common.parse)

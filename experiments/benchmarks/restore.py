@@ -191,4 +191,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("layers", 3, "of the model", 1)
     flags.DEFINE_string("workdir", "", "where the checkpoint is written; empty: where temporary files are")
     common.define_result()
-    app.run(main)
+    app.run(main, flags_parser=common.parse)

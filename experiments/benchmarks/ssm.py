@@ -442,4 +442,4 @@ if __name__ == "__main__":
     flags.DEFINE_enum("device", "", ["", "cpu", "gpu", "tpu"], "empty: JAX's default")
     flags.DEFINE_bool("growth", False, "instead: operations and memory a token at growing lengths")
     common.define_result(name="", empty="ssm_DEVICE or growth_DEVICE", commit=True)
-    app.run(main)
+    app.run(main, flags_parser=common.parse)

@@ -199,4 +199,4 @@ def main(argv):
 
 if __name__ == "__main__":
     flags.DEFINE_bool("check", False, "change nothing, fail if a table is out of date")
-    app.run(main)
+    app.run(main, flags_parser=common.parse)

@@ -334,4 +334,4 @@ if __name__ == "__main__":
     flags.DEFINE_bool("keep", True, "rows of the result file that this run does not take again, where versions agree")
     common.define_result(name="tpu_aot")
     flags.DEFINE_string("only", "", "internal: compile one case of these sizes and leave")
-    app.run(main)
+    app.run(main, flags_parser=common.parse)

@@ -306,4 +306,4 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("variants", [""], "a row each: a step's fields, as model.unroll=1,model.remat=block")
     flags.DEFINE_integer("length", 2048, "tokens of a row of a training step", lower_bound=1)
     common.define_result(name="train_gpu", commit=True)
-    app.run(main)
+    app.run(main, flags_parser=common.parse)

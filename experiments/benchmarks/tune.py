@@ -295,4 +295,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("progress", "runs/tune.json", "every time taken; the same command goes on from it")
     flags.DEFINE_string("out", "", "directory of tuned.json; empty: where the op reads it")
     flags.DEFINE_string("commit", "", "recorded where the code runs outside its git checkout")
-    app.run(main)
+    app.run(main, flags_parser=common.parse)

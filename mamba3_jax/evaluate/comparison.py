@@ -9,7 +9,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-LESS_IS_BETTER = ("loss", "valid_loss", "loss_last", "late_loss", "perplexity", "bits_per_byte")
+LESS_IS_BETTER = ("loss", "valid_loss", "loss_last", "late_loss", "perplexity", "bits_per_byte", "skipped")
 STATISTICS = {"worst": min, "mean": statistics.mean, "best": max}  # of numbers of which more is better
 DIFFERENCE = "difference"  # the word for the mean difference to the first variant, seed by seed
 MANY = 4  # seeds from which on the table has the mean of losses and their standard deviation

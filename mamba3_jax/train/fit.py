@@ -1,6 +1,7 @@
 """Check that a config can be trained on a mesh, and compile a step that fits into a device's memory."""
 
 import dataclasses
+from functools import partial
 
 import jax
 from jax.sharding import Mesh
@@ -8,9 +9,9 @@ from jax.sharding import Mesh
 from mamba3_jax import memory, model
 from mamba3_jax.config import Config
 from mamba3_jax.data import Batch, tokenizer
-from mamba3_jax.sharding import make_mesh, parts
+from mamba3_jax.sharding import make_mesh, parts, using
 from mamba3_jax.train import optimizer
-from mamba3_jax.train.step import TrainState
+from mamba3_jax.train.step import TrainState, batch_shapes, state_shapes, train_step
 
 
 class Failed(Exception):
@@ -36,6 +37,18 @@ def validate(config: Config, mesh: Mesh | None = None) -> None:
         )
     if (ids := tokenizer(config.data).vocab_size) > config.model.vocab_size:
         raise ValueError(f"model.vocab_size={config.model.vocab_size} is less than the {ids} ids of the tokenizer")
+    if config.model.implementation or config.model.attn_implementation:
+        check_implementations(config, mesh)
+
+
+def check_implementations(config: Config, mesh: Mesh) -> None:
+    """Raise ValueError where what the config names does not run the step's shapes and dtypes, or not on these devices.
+
+    The step is traced, as nothing else knows all that an implementation wants.
+    """
+    shapes, batch = state_shapes(config, mesh), batch_shapes(config.data, mesh)
+    with using(mesh):
+        jax.jit(partial(train_step, config)).trace(shapes, batch)
 
 
 def fitting(update, config: Config, shapes: TrainState, batch: Batch, limit: int | None):

@@ -76,6 +76,18 @@ def curve(lines: list[dict], points: int = 30) -> dict[str, list]:
     return {name: [line[name] for line in kept] for name in ("step", "loss", "accuracy")}
 
 
+def check_members(config: Config, members: list[Member]) -> None:
+    """Raise ValueError, naming value and wish, for members that no population of this config has."""
+    if not members or len(set(members)) < len(members):
+        raise ValueError(f"members {[member.name for member in members]} are none, or two are the same")
+    if config.train.mesh != Config().train.mesh:
+        raise ValueError(f"train.mesh={config.train.mesh!r}: the devices of a population are its members'")
+    if (last := max(config.seed, config.data.seed) + max(member.seed for member in members)) > SEED:
+        raise ValueError(f"seed {last} of the last member is over {SEED}")
+    if jax.process_count() > 1:
+        raise ValueError(f"a population is trained by one process, and there are {jax.process_count()}")
+
+
 class SeedsLoader:
     """Gives batches with a leading axis S: for each seed those that `loader` gives a run of that seed."""
 
@@ -117,15 +129,8 @@ class Population(Trainer):
     """
 
     def __init__(self, config: Config, members: list[Member], workdir, report=say):
+        check_members(config, members)
         self.members = members
-        if not members or len(set(members)) < len(members):
-            raise ValueError(f"members {[member.name for member in members]} are none, or two are the same")
-        if config.train.mesh != Config().train.mesh:
-            raise ValueError(f"train.mesh={config.train.mesh!r}: the devices of a population are its members'")
-        if (last := max(config.seed, config.data.seed) + max(member.seed for member in members)) > SEED:
-            raise ValueError(f"seed {last} of the last member is over {SEED}")
-        if jax.process_count() > 1:
-            raise ValueError(f"a population is trained by one process, and there are {jax.process_count()}")
         self.seeds = sorted({member.seed for member in members})
         train = dataclasses.replace(config.train, keep_best=False)  # which of the members' losses would be the best?
         super().__init__(dataclasses.replace(config, train=train), workdir, report)

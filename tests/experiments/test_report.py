@@ -11,6 +11,7 @@ import pytest
 from experiments import found, report, summary
 from experiments.benchmarks import table
 from experiments.figures import metric
+from launch.common import parse
 from launch.provenance import REPOSITORY
 
 TOY = '''"""Is a < b?
@@ -413,3 +414,17 @@ def test_the_readmes_have_the_report_and_the_sweeps():
     assert all((report.FOLDER / place).exists() for place in places)
     drawn = table.TABLES["experiments"]()
     assert [sweep.question for sweep in table.sweeps() if sweep.question not in drawn] == []
+
+
+@pytest.mark.parametrize("path", sorted(found.FOLDER.rglob("*.py")), ids=lambda path: path.stem)
+def test_no_program_goes_past_an_argument(path):
+    """`report check` would rewrite what it was to check, and a benchmark of other sizes than asked write a result."""
+    source = path.read_text()
+    assert source.count("app.run(main") == len(re.findall(r"app.run\(main, flags_parser=(common\.)?parse\)", source))
+
+
+def test_an_argument_that_is_no_flag_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(["report", "check"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: unexpected argument 'check': flags are written --name=value\n"

@@ -170,3 +170,12 @@ def test_what_no_row_has_is_named(metric, message):
         comparison.value(ROWS[0], metric)
     with pytest.raises(ValueError, match="not one of worst, mean, best"):
         comparison.statistic(ROWS, metric)
+
+
+def test_fewer_skipped_updates_are_better():
+    """It is a count, so not in percent."""
+    rows = [
+        {"variant": "a", "seed": 0, "learning_rate": rate, "skipped": count} for rate, count in ((0.1, 3), (0.2, 1))
+    ]
+    assert comparison.best(rows, "skipped") == 1
+    assert comparison.table(rows, ["skipped"], "skipped").splitlines()[-1] == "| a | 0.2 | 1.0000 |"

@@ -9,8 +9,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from absl import flags
 
-from launch import asked, experiment
+from launch import asked, common, experiment
 from launch.asked import asked_of
 from launch.plan import read_plan
 from mamba3_jax.checkpoint import Checkpoints, all_steps, keep_parameters, load_config, load_model, save_model
@@ -86,6 +87,19 @@ def test_the_plan_is_the_files_and_the_flags(tmp_path):
         ("VARIANTS = {'..': {}}; EXPECT = {}", {}, "variant '..' is not a name"),  # whose folder the sweep cleans
         ("VARIANTS = {'x': {'data.source': 'nedle'}}; EXPECT = {}", {}, "variant x: data.source='nedle' is not one of"),
         ("VARIANTS = {'x': {'data.task_lengths': ()}}; EXPECT = {}", {}, "variant x: data.task_lengths=() and"),
+        # What would end the sweep when it comes to a later variant, or be said to have been done and was not.
+        ("VARIANTS = {'x': {'train.mesh': 'fsdp:1'}}; EXPECT = {}", {}, "variant x: train.mesh='fsdp:1': the devices"),
+        ("VARIANTS = {'x': {'seed': 2**32 - 1}}; EXPECT = {}", {}, "variant x: config.seed=4294967296 is not in"),
+        (
+            "VARIANTS = {'x': {'model.implementation': 'triton'}}; EXPECT = {}",
+            {},
+            "variant x: implementation='triton' needs an NVIDIA GPU, not 'cpu'",
+        ),
+        (
+            "VARIANTS = {'x': {'optimizer.learning_rate': 0.5}}; EXPECT = {}",
+            {},
+            "variant x: optimizer.learning_rate=0.5 would not be its own",
+        ),
         (
             "VARIANTS = {'x': {'data.source': 'mqar', 'data.task_pairs': (99,)}}; EXPECT = {}",
             {},
@@ -380,10 +394,106 @@ def test_one_process_at_a_time_is_at_a_variant(tmp_path, capsys):
     assert f"another run is at work in {tmp_path}: it holds {tmp_path}/sweep.lock" in capsys.readouterr().err
 
 
+@pytest.fixture
+def trained(monkeypatch):
+    """Variants have their results at once; a function put here is called with the name of one before it has."""
+    before = {}
+
+    def run_variant(plan, name, folder, *_):
+        before.get(name, lambda: None)()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "result.json", result_of(plan, name))
+        return result_of(plan, name)
+
+    monkeypatch.setattr(experiment, "run_variant", run_variant)
+    return before
+
+
+def held_by(path) -> dict[str, int]:
+    """Return the state size of every variant in a result file, and see that each has rows."""
+    found = json.loads(path.read_text())
+    assert {row["variant"] for row in found["rows"]} == set(found["variants"])
+    return {name: result["asked"]["config"]["model"]["d_state"] for name, result in found["variants"].items()}
+
+
+def test_a_sweep_of_some_variants_has_those_done_before_in_its_table(tmp_path, trained):
+    """In whatever order they are run; one of another plan is left where it is, and out of the table."""
+    for name in ("still", "mamba3"):
+        experiment.sweep(plan_of(tmp_path, "", only=[name]), "tiny", tmp_path, None, {}, "")
+    assert list(held_by(tmp_path / "results.json")) == ["mamba3", "still"]
+    seen = []
+    trained["still"] = lambda: seen.append(held_by(tmp_path / "results.json"))
+    experiment.sweep(plan_of(tmp_path, ""), "tiny", tmp_path, None, {}, "")
+    assert list(seen[0]) == ["mamba3", "still"]  # a kill now leaves both
+    other = result_of(plan_of(tmp_path, "", seeds=1), "still")
+    write_json(tmp_path / "still" / "result.json", other)
+    found = experiment.sweep(plan_of(tmp_path, "", only=["mamba3"]), "tiny", tmp_path, None, {}, "")
+    assert list(found["variants"]) == list(held_by(tmp_path / "results.json")) == ["mamba3"]
+    assert json.loads((tmp_path / "still" / "result.json").read_text()) == other
+
+
+def test_a_kill_leaves_all_that_was_recorded(tmp_path, trained):
+    """What is known of later variants, and what is only to be replaced by them, is in the file until it is."""
+    kept, seen = tmp_path / "kept.json", []
+    plan = plan_of(tmp_path, "VARIANTS = {'mamba3': {}, 'still': {'model.angles': 'none'}, 'last': {}}")
+    write_json(kept, experiment.summary("tiny", plan, [result_of(plan, "last")], {}))
+    trained["still"] = lambda: seen.append(held_by(kept))
+    experiment.sweep(plan, "tiny", tmp_path / "a", kept, asked.recorded(kept, plan), "")
+    assert seen == [{"mamba3": 8, "last": 8}]
+    assert held_by(kept) == {"mamba3": 8, "still": 8, "last": 8}
+
+    names = ("mamba3", "still", "last")
+    other = plan_of(tmp_path, f"VARIANTS = {{name: {{'model.d_state': 16}} for name in {names}}}")
+    trained["still"] = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        experiment.sweep(other, "tiny", tmp_path / "b", kept, asked.recorded(kept, other), "")
+    assert held_by(kept) == dict.fromkeys(names, 8)
+    assert held_by(tmp_path / "b" / "results.json") == {"mamba3": 16}
+    del trained["still"]
+    experiment.sweep(other, "tiny", tmp_path / "b", kept, asked.recorded(kept, other), "")
+    assert held_by(kept) == dict.fromkeys(names, 16)
+
+
+def test_two_processes_record_into_one_file(tmp_path, trained):
+    """Each its own variants: what the other has written meanwhile stays."""
+    kept, plans = tmp_path / "kept.json", [plan_of(tmp_path, "", only=[name]) for name in ("mamba3", "still")]
+    trained["mamba3"] = lambda: experiment.sweep(plans[1], "tiny", tmp_path / "other", kept, {}, "")
+    experiment.sweep(plans[0], "tiny", tmp_path / "own", kept, {}, "")
+    assert held_by(kept) == {"mamba3": 8, "still": 8}
+
+
+@pytest.mark.parametrize("value", ["", " ", "gs://bucket/runs", "file:///runs"])
+def test_no_path_is_empty_or_a_url(value):
+    """Of which a folder of that name would be made here, and found unfit for checkpoints once there are some."""
+    name = "some_place"
+    common.define_path(name, None, "of this test")
+    try:
+        with pytest.raises(flags.IllegalFlagValueError, match="URL" if value.strip() else "empty path"):
+            setattr(flags.FLAGS, name, value)
+    finally:
+        delattr(flags.FLAGS, name)
+
+
 def start(workdir, environment, *arguments):
     command = [sys.executable, "-m", "launch.sweep", "--config=tests/launch/tiny_sweep.py", f"--workdir={workdir}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, text=True, **pipes)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.optimizer.learning_rate=0.5", "=0.5 would be nobody's: name --learning_rates"),
+        ("--config.name=../x", "config.name '../x' is not a name"),
+    ],
+)
+def test_a_flag_that_would_be_for_nothing_or_elsewhere_is_refused(flag, message, tmp_path):
+    """A learning rate that no member would have, and a name by which the result file is outside its folder."""
+    process = start(tmp_path / "runs", devices(1), flag, f"--results={tmp_path / 'kept'}")
+    _, errors = process.communicate(timeout=300)
+    assert (process.returncode, errors.count("\n")) == (2, 1)
+    assert message in errors
+    assert not list(tmp_path.iterdir())
 
 
 def output_of(process) -> str:

@@ -230,6 +230,7 @@ paths = {
     "evaluate": ["workdir", "tokenizer", "valid_glob"],
     "generate": ["workdir", "tokenizer"],
     "convert": ["source", "target", "tokenizer"],
+    "sweep": ["workdir", "results"],
 }
 for command, names in paths.items():
     before = set(flags.FLAGS)
@@ -237,11 +238,11 @@ for command, names in paths.items():
     for name in names:
         flags.FLAGS[name].value = "somewhere"
     for name in names:
-        for value in ("", " "):
+        for value, wish in {"": "an empty path", " ": "an empty path", "gs://bucket/runs": "a URL"}.items():
             try:
                 setattr(flags.FLAGS, name, value)
             except flags.IllegalFlagValueError as error:
-                assert "an empty path" in str(error)
+                assert wish in str(error)
             else:
                 sys.exit(f"{command} --{name}={value!r} was taken")
         flags.FLAGS[name].value = "somewhere"
@@ -251,6 +252,6 @@ for command, names in paths.items():
 
 
 @pytest.mark.full
-def test_no_command_takes_an_empty_path():
+def test_no_command_takes_an_empty_path_or_a_url():
     done = subprocess.run([sys.executable, "-c", EMPTY_PATHS], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

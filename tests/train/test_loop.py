@@ -221,6 +221,8 @@ def test_the_first_state_has_the_parameters_to_start_from(tmp_path):
         ("optimizer", {"schedule": "step"}, "schedule='step'"),
         ("model", {"vocab_size": 1}, "vocab_size=1 is less than the 2 ids"),
         ("model", {"head_dim": 7}, "head_dim"),
+        ("model", {"implementation": "triton"}, "implementation='triton' needs an NVIDIA GPU"),
+        ("model", {"pattern": "A", "attn_head_dim": 8, "attn_implementation": "cudnn"}, "='cudnn' needs an NVIDIA GPU"),
         ("data", {"length": 1}, "data.length=1"),
         ("data", {"seed": -1}, "data.seed=-1 is not in 0"),
         ("data", {"seed": 2**32}, "data.seed=4294967296 is not in 0"),
