@@ -120,7 +120,7 @@ def check_tokens(tokens_BL, vocab_size: int) -> None:
 
 
 def check_start(start_BL, shape: tuple[int, int]) -> None:
-    """Raise ValueError for what does not say of every token whether a document starts there: attention broadcasts it."""
+    """Raise ValueError for what does not say of every token whether it starts a document: attention broadcasts it."""
     if start_BL is None:
         return
     dtype = getattr(start_BL, "dtype", None)

@@ -280,7 +280,7 @@ def test_a_state_is_of_the_model_and_of_as_many_rows(letter):
     state = model.empty_state(BATCH, 20)
     other = LanguageModel(dataclasses.replace(HYBRID, pattern=letter * 2)).empty_state(BATCH, 20)
     for wrong in ({}, (tokens(), state), np.zeros((BATCH, LENGTH), bool), state["segment_0"]):
-        with pytest.raises(ValueError, match="the state is .*, wanted one of this model.*segment_0"):
+        with pytest.raises(ValueError, match=r"the state is .*, wanted one of this model.*segment_0"):
             model.apply({"params": {}}, tokens(), wrong)
     with pytest.raises(ValueError, match=r"state.* has shape \(2, 2, .*, wanted \(1, 2, "):
         model.apply({"params": {}}, tokens(), other)
