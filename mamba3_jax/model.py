@@ -97,6 +97,8 @@ def padded_vocab(config: ModelConfig) -> int:
 
 def validate(config: ModelConfig) -> None:
     """Raise ValueError, naming the value and the wish, for any combination that is not a model."""
+    if not isinstance(config, ModelConfig):
+        raise ValueError(f"config is {type(config).__name__}, wanted ModelConfig, which is `Config.model`")
     check(config, "config.model")
     for name, table in {"norm": NORMS, "compute_dtype": DTYPES, "remat": REMATS, "layout": RUNS}.items():
         if getattr(config, name) not in table:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba3_jax.config import ModelConfig
+from mamba3_jax.config import Config, ModelConfig
 from mamba3_jax.model import LanguageModel, init_params
 from tests.helpers import rel_rms
 
@@ -318,6 +318,14 @@ def test_no_attention_needs_no_room():
     want_BLV, _ = run(variables, np.array([[1, 2, 3]]))
     got_BLV, _ = run(variables, np.array([[3]]), state)
     assert rel_rms(got_BLV[:, 0], want_BLV[:, 2]) < FORWARD
+
+
+def test_the_config_is_of_a_model():
+    """A `Config` is around that of its model, and what `launch` has at hand."""
+    with pytest.raises(ValueError, match=r"config is Config, wanted ModelConfig, which is `Config\.model`"):
+        init_params(Config(), jax.random.key(0))
+    with pytest.raises(ValueError, match="config is Config, wanted ModelConfig"):
+        LanguageModel(Config()).apply({"params": {}}, tokens())
 
 
 def test_a_capacity_that_means_nothing_is_named():
