@@ -155,3 +155,14 @@ def test_a_new_optimizer_may_keep_other_shapes_than_parameters_have(monkeypatch)
     assert jax.tree.map(lambda x: x.sharding, shapes.params) == param_shardings(config.model, mesh)
     moments = {x.shape for x in jax.tree.leaves(shapes.opt_state)}
     assert moments - {x.shape for x in jax.tree.leaves(shapes.params)} > {(), (1,)}
+
+    # One update compiles, and leaves all as it was where its gradient is not finite.
+    state, batch = init_state(config), random_batch(config)
+    once = jax.jit(functools.partial(train_step, config))
+    after, metrics = once(state, batch)
+    assert int(metrics["skipped"]) == 0
+    assert jax.tree.map(jnp.shape, after.opt_state) == jax.tree.map(jnp.shape, state.opt_state)
+    broken = state._replace(params=jax.tree.map(lambda x: x * np.inf, state.params))
+    kept, metrics = once(broken, batch)
+    assert int(metrics["skipped"]) == 1
+    jax.tree.map(np.testing.assert_array_equal, kept.opt_state, state.opt_state)
