@@ -13,9 +13,18 @@ from mamba3_jax.config import listed
 def all_finite(*trees) -> jax.Array:
     """Tells whether every number of trees of one structure is finite. A norm would not: it overflows where none does.
 
-    Arrays in the same place are looked at side by side: what XLA computes them from, it reads once for all of them.
+    Arrays of one shape in the same place are looked at side by side: what XLA computes them from, it reads once for all
+    of them.
     """
-    fine = jax.tree.map(lambda *leaves: jnp.all(functools.reduce(jnp.logical_and, map(_finite, leaves))), *trees)
+
+    def place(*leaves):
+        alike = {}
+        for leaf in leaves:
+            alike.setdefault(leaf.shape, []).append(leaf)
+        each = (jnp.all(functools.reduce(jnp.logical_and, map(_finite, group))) for group in alike.values())
+        return functools.reduce(jnp.logical_and, each)
+
+    fine = jax.tree.map(place, *trees)
     return jnp.all(jnp.asarray(jax.tree.leaves(fine), bool))
 
 

@@ -1,6 +1,7 @@
 """`load`: a model and its parameters, from a workdir of ours or an official PyTorch directory."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 from mamba3_jax.config import Config
@@ -28,8 +29,8 @@ def load(path, *, step: int | None = None, **how):
 
     Raises:
         FileNotFoundError: nothing there to load, saying what was looked for and what is there.
-        ValueError: it is there and damaged, holds NaN or infinity, or does not fit its config, with every tensor that
-            does not.
+        ValueError: path is no path, or step no whole number; it is there and damaged, holds NaN or infinity, or does
+            not fit its config, with every tensor that does not.
     """
     config, params = load_run(path, step=step)
     return build(config, **how), params
@@ -45,8 +46,11 @@ def load_run(path, *, step: int | None = None) -> tuple[Config, dict]:
     from mamba3_jax import checkpoint, convert, memory
     from mamba3_jax.convert.names import check, flatten
     from mamba3_jax.convert.shards import contents
-    from mamba3_jax.model import boxed_shapes
+    from mamba3_jax.model import boxed_shapes, whole
 
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"path is {type(path).__name__}, wanted a directory")
+    step = None if step is None else whole("step", step, 0)
     path = Path(path).expanduser()
     if (path / "checkpoints").is_dir():
         if (path / "members").is_dir():

@@ -1,5 +1,8 @@
 """The language model: embedding, scanned layers, norm, head."""
 
+import operator
+import reprlib
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -94,6 +97,8 @@ def padded_vocab(config: ModelConfig) -> int:
 
 def validate(config: ModelConfig) -> None:
     """Raise ValueError, naming the value and the wish, for any combination that is not a model."""
+    if not isinstance(config, ModelConfig):
+        raise ValueError(f"config is {type(config).__name__}, wanted ModelConfig, which is `Config.model`")
     check(config, "config.model")
     for name, table in {"norm": NORMS, "compute_dtype": DTYPES, "remat": REMATS, "layout": RUNS}.items():
         if getattr(config, name) not in table:
@@ -107,13 +112,53 @@ def check_tokens(tokens_BL, vocab_size: int) -> None:
     dtype = getattr(tokens_BL, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"tokens are {dtype or type(tokens_BL).__name__}, wanted an array of integers")
-    if tokens_BL.ndim != 2:
-        raise ValueError(f"tokens have shape {tokens_BL.shape}, wanted (B, L)")
+    if tokens_BL.ndim != 2 or 0 in tokens_BL.shape:
+        raise ValueError(f"tokens have shape {tokens_BL.shape}, wanted (B, L), at least one row and one token")
     if is_known(tokens_BL):
         ids_BL = np.asarray(tokens_BL)
         for extreme in (ids_BL.min(initial=0), ids_BL.max(initial=0)):
             if not 0 <= extreme < vocab_size:
                 raise ValueError(f"token id {extreme} is out of range: the vocabulary is {vocab_size}")
+
+
+def check_start(start_BL, shape: tuple[int, int]) -> None:
+    """Raise ValueError for what does not say of every token whether it starts a document: attention broadcasts it."""
+    if start_BL is None:
+        return
+    dtype = getattr(start_BL, "dtype", None)
+    if dtype != jnp.bool_:
+        raise ValueError(f"start is {dtype or type(start_BL).__name__}, wanted an array of bool")
+    if start_BL.shape != shape:
+        raise ValueError(f"start has shape {start_BL.shape}, wanted {shape}")
+
+
+def check_state(model, state, batch: int) -> None:
+    """Raise ValueError for what is not a state of this model and this many rows, with any capacity."""
+    if state is None:
+        return
+    smaller, larger = (jax.eval_shape(lambda room=room: model.empty_state(batch, room)) for room in (1, 2))
+    if jax.tree.structure(state) != jax.tree.structure(smaller):
+        raise ValueError(
+            f"the state is {reprlib.repr(jax.tree.map(jnp.shape, state))}, wanted one of this model, as a call returns "
+            f"it beside the logits: {jax.tree.map(jnp.shape, smaller)}"
+        )
+    wanted = zip(jax.tree.leaves(smaller), jax.tree.leaves(larger), strict=True)
+    for (path, array), (least, more) in zip(jax.tree_util.tree_leaves_with_path(state), wanted, strict=True):
+        sizes = zip(least.shape, more.shape, jnp.shape(array), strict=False)
+        # An axis that grows with the capacity may have any size.
+        if jnp.ndim(array) != least.ndim or any(size != want for want, grown, size in sizes if want == grown):
+            raise ValueError(f"state{jax.tree_util.keystr(path)} has shape {jnp.shape(array)}, wanted {least.shape}")
+
+
+def whole(name: str, value, least: int) -> int:
+    """Return a whole number from `least` up as an int; ValueError for anything else."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}={value!r} is {type(value).__name__}, wanted a whole number") from None
+    if number < least:
+        raise ValueError(f"{name}={number} is less than {least}")
+    return number
 
 
 def check_room(pattern, state, length: int, capacity: int | None) -> None:
@@ -219,7 +264,8 @@ class LanguageModel(nn.Module):
     (`decoding.unstacked`): each layer's state is then an array that a loop updates in place.
 
     Raises:
-        ValueError: see `validate`; tokens that are not integers; what the arguments above call an error.
+        ValueError: see `validate`; tokens that are not integers, a start that is not (B, L) of bool, a state of another
+            model or of other rows; what the arguments above call an error.
     """
 
     config: ModelConfig
@@ -236,6 +282,9 @@ class LanguageModel(nn.Module):
         config = self.config
         validate(config)
         check_tokens(tokens_BL, config.vocab_size)
+        check_start(start_BL, tokens_BL.shape)
+        check_state(self, state, tokens_BL.shape[0])
+        capacity = None if capacity is None else whole("capacity", capacity, 0)
         if self.stacked:
             check_room(config.pattern, state, tokens_BL.shape[1], capacity)
         if capacity is not None:
@@ -279,6 +328,7 @@ class LanguageModel(nn.Module):
     def empty_state(self, batch: int, capacity: int):
         """Return the state before any token, with room for `capacity` tokens in every attention cache."""
         validate(self.config)
+        batch, capacity = whole("batch", batch, 1), whole("capacity", capacity, 0)
 
         def empty(unit, *repeats):
             names = enumerate(mixer_names(unit))

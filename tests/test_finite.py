@@ -84,3 +84,12 @@ def test_json_is_written_without_nan_everywhere():
                     found += 1
                     assert "allow_nan=False" in map(ast.unparse, node.keywords), f"{path}:{node.lineno}"
     assert found > 10
+
+
+def test_arrays_of_other_shapes_in_one_place_are_each_looked_at():
+    """As an optimizer's factored moments beside their parameter."""
+    good = [{"w": np.ones((2, 3), np.float32)}, {"w": np.ones(2, np.float32)}, {"w": np.ones((2, 3), np.float32)}]
+    assert all_finite(*good)
+    for place, tree in enumerate(good):
+        bad = {"w": np.full_like(tree["w"], np.nan)}
+        assert not all_finite(*good[:place], bad, *good[place + 1 :])

@@ -98,8 +98,9 @@ def transition(
     Raises:
         ValueError: as `ssm` raises, or the name of a kernel.
     """
+    check_arrays("tokens", tokens, Tokens)
     tokens = tokens._replace(q_BLRGN=None, gate_BLHP=None)
-    check(tokens, heads, None, rotation, chunk)
+    check(tokens, heads, None, rotation, chunk, queries=False)
     if implementation is None:
         implementation = plain(tokens)
     if implementation not in PLAIN:
@@ -140,9 +141,15 @@ def default_implementation(tokens: Tokens) -> str:
     return plain(tokens)
 
 
-def check(tokens: Tokens, heads: Heads, state: State | None, rotation: str, chunk: int | None) -> None:
+def check(
+    tokens: Tokens, heads: Heads, state: State | None, rotation: str, chunk: int | None, queries: bool = True
+) -> None:
     """Raise ValueError, naming the array, its shape and the wish, for anything the op cannot mean."""
-    first, array = ("k", tokens.k_BLRGN) if tokens.q_BLRGN is None else ("q", tokens.q_BLRGN)
+    check_arrays("tokens", tokens, Tokens, ("q_BLRGN",) * queries + ("k_BLRGN", "v_BLHP", "log_a_BLH", "gamma_BLH"))
+    check_arrays("heads", heads, Heads)
+    if state is not None:
+        check_arrays("state", state, State, ("ssm_BHPN",))
+    first, array = ("q", tokens.q_BLRGN) if queries else ("k", tokens.k_BLRGN)
     if array.ndim != 5:
         raise ValueError(f"{first} has shape {array.shape}, wanted five axes (B, L, R, G, N)")
     batch, length, rank, groups, d_state = array.shape
@@ -151,20 +158,23 @@ def check(tokens: Tokens, heads: Heads, state: State | None, rotation: str, chun
     n_heads, width = tokens.v_BLHP.shape[2:]
     planes = angle_heads = 0
     if tokens.angle_BLHS is not None:
+        if tokens.angle_BLHS.ndim != 4:
+            raise ValueError(f"angle has shape {tokens.angle_BLHS.shape}, wanted four axes (B, L, 1 or H, S)")
         planes = tokens.angle_BLHS.shape[-1]
-        angle_heads = 1 if tokens.angle_BLHS.ndim == 4 and tokens.angle_BLHS.shape[2] == 1 else n_heads
+        angle_heads = 1 if tokens.angle_BLHS.shape[2] == 1 else n_heads
     if rotation not in ROTATIONS:
         raise ValueError(f"{rotation=} is not one of {ROTATIONS}")
-    if length < 1 or batch < 1:
-        raise ValueError(f"{first} has shape {array.shape}: needs at least one row and one token")
+    for name, sized in {first: array, "v": tokens.v_BLHP, "angle": tokens.angle_BLHS}.items():
+        if sized is not None and 0 in sized.shape:
+            raise ValueError(f"{name} has shape {sized.shape}: needs at least one of every axis, a row and a token too")
     if n_heads % groups:
         raise ValueError(f"{n_heads=} is not a multiple of {groups=}")
     if d_state % 2 or 2 * planes > d_state:
         raise ValueError(f"{planes=} planes do not fit in {d_state=} (even, at least twice the planes)")
-    if chunk is not None and chunk < 1:
+    if chunk is not None and not (hasattr(chunk, "__index__") and chunk >= 1):
         raise ValueError(f"{chunk=} is not a positive number of tokens")
-    if rank > 1 and (heads.v_rank_HRP is None or heads.out_rank_HRP is None):
-        raise ValueError(f"{rank=} needs v_rank and out_rank")
+    if rank > 1 and (heads.v_rank_HRP is None or (queries and heads.out_rank_HRP is None)):
+        raise ValueError(f"{rank=} needs v_rank{' and out_rank' * queries}")
     if tokens.angle_BLHS is not None and tokens.dt_BLH is None:
         raise ValueError("dt is None, but multiplies the angle, which is not")
 
@@ -180,16 +190,32 @@ def check(tokens: Tokens, heads: Heads, state: State | None, rotation: str, chun
         if array is not None and array.shape != wanted:
             raise ValueError(f"{name} has shape {array.shape}, wanted {wanted}")
 
-    dtype = accumulator(tokens)
-    for name in ("dt", "log_a", "gamma", "beta", "angle", "state.angle", "state.ssm"):
-        _, array = given.get(name, (None, None))
-        if array is not None and array.dtype != dtype:
-            raise ValueError(f"{name} is {array.dtype}, wanted {dtype}")
-    if tokens.start_BL is not None and tokens.start_BL.dtype != jnp.bool_:
-        raise ValueError(f"start is {tokens.start_BL.dtype}, wanted bool")
-    for name, array in {"q": tokens.q_BLRGN, "k": tokens.k_BLRGN, "v": tokens.v_BLHP}.items():
-        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+    check_dtypes({name: array for name, (_, array) in given.items() if array is not None}, accumulator(tokens))
+
+
+def check_dtypes(given: dict, dtype) -> None:
+    """Raise ValueError, by name, for arrays of another kind of numbers, or of less than the accumulator's precision."""
+    for name, array in given.items():
+        if name == "start":
+            if array.dtype != jnp.bool_:
+                raise ValueError(f"start is {array.dtype}, wanted bool")
+        elif not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name} is {array.dtype}, wanted a floating point dtype")
+    for name in ("dt", "log_a", "gamma", "beta", "angle", "state.angle", "state.ssm"):
+        if name in given and given[name].dtype != dtype:
+            raise ValueError(f"{name} is {given[name].dtype}, wanted {dtype}")
+
+
+def check_arrays(name: str, values, kind: type, needed: tuple[str, ...] = ()) -> None:
+    """Raise ValueError unless `values` is a tuple of this kind, of arrays, or None where they are not needed."""
+    if not isinstance(values, kind):
+        raise ValueError(f"{name} is {type(values).__name__}, wanted ops.ssm.{kind.__name__}")
+    for field, array in values._asdict().items():
+        given = f"{'state.' * (kind is State)}{_name(field)}"
+        if array is None and field in needed:
+            raise ValueError(f"{given} is None, wanted an array")
+        if array is not None and not (hasattr(array, "shape") and hasattr(array, "dtype")):
+            raise ValueError(f"{given} is {type(array).__name__}, wanted an array{' or None' * (field not in needed)}")
 
 
 def check_parts(tokens: Tokens, state: State) -> None:

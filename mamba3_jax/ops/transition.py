@@ -40,15 +40,13 @@ def compose(left: Transition | State, right: Transition, heads: Heads, *, rotati
         rotation: as for both.
 
     Raises:
-        ValueError: an unknown rotation, or two runs of which one has an angle, or a beta, and the other has not.
+        ValueError: an unknown rotation; two runs of which one has an angle, or a beta, and the other has not, or of
+            other sizes; heads that do not fit.
     """
     if rotation not in ROTATIONS:
         raise ValueError(f"{rotation=} is not one of {ROTATIONS}")
+    check(left, right, heads)
     before, added = left.state if isinstance(left, Transition) else left, right.state
-    for part in ("angle_BHS", "k_BRHN"):
-        left_has, right_has = (getattr(state, part) is not None for state in (before, added))
-        if left_has != right_has:
-            raise ValueError(f"state.{part.split('_')[0]}: {left_has=}, {right_has=}, wanted the same")
     carried_B = right.carried_B
 
     def carried(array_B):
@@ -73,3 +71,50 @@ def compose(left: Transition | State, right: Transition, heads: Heads, *, rotati
     if not isinstance(left, Transition):
         return state
     return Transition(left.log_a_BH + right.log_a_BH, left.carried_B & carried_B, left.first_BH, state)
+
+
+def check(left: Transition | State, right: Transition, heads: Heads) -> None:
+    """Raise ValueError, naming the part, for what is not two runs of the same rows, and the heads of both."""
+    for name, value, kinds in (
+        ("left", left, (Transition, State)),
+        ("right", right, (Transition,)),
+        ("heads", heads, (Heads,)),
+    ):
+        if not isinstance(value, kinds):
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{name} is {type(value).__name__}, wanted a tuple {wanted} of ops.ssm")
+    parts = {"left": _parts(left), "right": _parts(right)}
+    for name in ("state.angle_BHS", "state.k_BRHN", "state.v_BHP"):
+        left_has, right_has = (run[name] is not None for run in parts.values())
+        if left_has != right_has:
+            raise ValueError(f"{_bare(name)}: {left_has=}, {right_has=}, wanted the same")
+    sizes = {
+        axis: size
+        for name in ("state.ssm_BHPN", "state.angle_BHS", "state.k_BRHN")
+        if parts["right"][name] is not None
+        for axis, size in zip(name.rpartition("_")[2], parts["right"][name].shape, strict=True)
+    }
+    for run, of_run in parts.items():
+        if "first_BH" in of_run and (of_run["first_BH"] is None) != (of_run["state.k_BRHN"] is None):
+            raise ValueError(f"{run}.first and {run}.state.k: one of them is None, wanted both or none")
+        for name, array in of_run.items():
+            wanted = array is not None and tuple(sizes[axis] for axis in name.rpartition("_")[2])
+            if array is not None and jnp.shape(array) != wanted:
+                raise ValueError(f"{run}.{_bare(name)} has shape {jnp.shape(array)}, wanted {wanted}")
+    if "R" in sizes:
+        weights, wanted = heads.v_rank_HRP, tuple(sizes[axis] for axis in "HRP")
+        if weights is None and sizes["R"] > 1:
+            raise ValueError(f"rank={sizes['R']} needs v_rank")
+        if weights is not None and weights.shape != wanted:
+            raise ValueError(f"v_rank has shape {weights.shape}, wanted {wanted}")
+
+
+def _parts(run: Transition | State) -> dict:
+    """Return all arrays by name, those of the state as `state.NAME`."""
+    own = run._asdict() if isinstance(run, Transition) else {"state": run}
+    return own | {f"state.{name}": array for name, array in own.pop("state")._asdict().items()}
+
+
+def _bare(name: str) -> str:
+    """Return a name without the letters of its axes."""
+    return name.rpartition("_")[0]

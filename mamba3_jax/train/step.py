@@ -40,15 +40,21 @@ def init_state(config: Config) -> TrainState:
 
 
 def state_shapes(config: Config, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings: moments lie where their parameters do, the rest is on every device."""
+    """Shapes, dtypes and shardings: moments of a parameter's shape lie where it does, the rest is on every device."""
     shapes = jax.eval_shape(lambda: init_state(config))
     whole = NamedSharding(mesh, PartitionSpec())
     params = param_shardings(config.model, mesh)
+
+    def place(moment, sharding, param):
+        # Factored moments, say, are rows and columns of what a parameter would have.
+        return moment if is_masked(moment) else sharding if moment.shape == param.shape else whole
+
     opt_state = optax.tree.map_params(
         optimizer(config),
-        lambda moment, sharding: moment if is_masked(moment) else sharding,
+        place,
         shapes.opt_state,
         params,
+        shapes.params,
         is_leaf=is_masked,
         transform_non_params=lambda _: whole,
     )

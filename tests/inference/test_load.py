@@ -58,6 +58,11 @@ def test_what_is_not_there_says_what_is(workdir, tmp_path):
         mamba3_jax.load(workdir, step=8)
     with pytest.raises(ValueError, match="no steps"):
         mamba3_jax.load(OFFICIAL, step=1)
+    for step, wanted in (("7", "step='7' is str, wanted a whole number"), (-1, "step=-1 is less than 0")):
+        with pytest.raises(ValueError, match=wanted):
+            mamba3_jax.load(workdir, step=step)
+    with pytest.raises(ValueError, match="path is NoneType, wanted a directory"):
+        mamba3_jax.load(None)
 
 
 def test_of_a_sweeps_variant_the_best_member_is_named(tmp_path):

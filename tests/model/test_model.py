@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba3_jax.config import ModelConfig
+from mamba3_jax.config import Config, ModelConfig
 from mamba3_jax.model import LanguageModel, init_params
 from tests.helpers import rel_rms
 
@@ -242,8 +242,10 @@ def test_an_id_out_of_range_is_an_error_where_it_is_known(kind, wrong):
         (np.ones((1, 2)), r"tokens are float\d\d, wanted an array of integers"),
         (np.ones((1, 2), bool), "tokens are bool, wanted"),
         (np.ones(2, int), r"tokens have shape \(2,\), wanted \(B, L\)"),
+        (np.ones((2, 0), int), r"tokens have shape \(2, 0\), .* at least one row and one token"),
+        (np.ones((0, 2), int), r"tokens have shape \(0, 2\), .* at least one row and one token"),
     ],
-    ids=["float", "bool", "row"],
+    ids=["float", "bool", "row", "no_token", "no_row"],
 )
 def test_ids_are_rows_of_integers(ids_BL, named):
     for run in (functools.partial(apply, HYBRID), compiled()):
@@ -251,6 +253,37 @@ def test_ids_are_rows_of_integers(ids_BL, named):
             run(params(), ids_BL)
     with pytest.raises(ValueError, match="tokens are list, wanted"):
         apply(HYBRID, params(), ids_BL.tolist())
+
+
+@pytest.mark.parametrize("letter", "M2AG1")
+def test_starts_are_a_bool_a_token(letter):
+    """Of every mixer: what attention and others can broadcast would part documents elsewhere."""
+    model = LanguageModel(dataclasses.replace(HYBRID, pattern=letter))
+    for start, wanted in (
+        (np.zeros((BATCH, 1), bool), r"start has shape \(2, 1\), wanted \(2, 13\)"),
+        (np.zeros((1, LENGTH), bool), r"start has shape \(1, 13\), wanted \(2, 13\)"),
+        (np.zeros(LENGTH, bool), r"start has shape \(13,\), wanted \(2, 13\)"),
+        (np.zeros((BATCH, LENGTH)), "start is float64, wanted an array of bool"),
+        ([[False] * LENGTH] * BATCH, "start is list, wanted an array of bool"),
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            model.apply({"params": {}}, tokens(), None, start)
+
+
+@pytest.mark.parametrize("letter", "M2AG1")
+def test_a_state_is_of_the_model_and_of_as_many_rows(letter):
+    """Of every mixer: attention would broadcast one row's cache over all."""
+    model = LanguageModel(dataclasses.replace(HYBRID, pattern=letter))
+    for rows in (1, 3):
+        with pytest.raises(ValueError, match=rf"state\['segment_0'\]\['block_0'\].* \(1, {rows}, .*wanted \(1, 2, "):
+            model.apply({"params": {}}, tokens(), model.empty_state(rows, 20))
+    state = model.empty_state(BATCH, 20)
+    other = LanguageModel(dataclasses.replace(HYBRID, pattern=letter * 2)).empty_state(BATCH, 20)
+    for wrong in ({}, (tokens(), state), np.zeros((BATCH, LENGTH), bool), state["segment_0"]):
+        with pytest.raises(ValueError, match=r"the state is .*, wanted one of this model.*segment_0"):
+            model.apply({"params": {}}, tokens(), wrong)
+    with pytest.raises(ValueError, match=r"state.* has shape \(2, 2, .*, wanted \(1, 2, "):
+        model.apply({"params": {}}, tokens(), other)
 
 
 @pytest.mark.full
@@ -287,6 +320,14 @@ def test_no_attention_needs_no_room():
     assert rel_rms(got_BLV[:, 0], want_BLV[:, 2]) < FORWARD
 
 
+def test_the_config_is_of_a_model():
+    """A `Config` is around that of its model, and what `launch` has at hand."""
+    with pytest.raises(ValueError, match=r"config is Config, wanted ModelConfig, which is `Config\.model`"):
+        init_params(Config(), jax.random.key(0))
+    with pytest.raises(ValueError, match="config is Config, wanted ModelConfig"):
+        LanguageModel(Config()).apply({"params": {}}, tokens())
+
+
 def test_a_capacity_that_means_nothing_is_named():
     model, variables = LanguageModel(HYBRID), {"params": params()}
     with pytest.raises(ValueError, match="capacity=12 is less than the 13 tokens of this call"):
@@ -294,6 +335,13 @@ def test_a_capacity_that_means_nothing_is_named():
     state = model.empty_state(BATCH, 20)
     with pytest.raises(ValueError, match=r"capacity=20 .* state"):
         model.apply(variables, tokens(), state, capacity=20)
+    for wrong in (20.0, "20"):
+        with pytest.raises(ValueError, match=rf"capacity={wrong!r} is (float|str), wanted a whole number"):
+            model.apply(variables, tokens(), capacity=wrong)
+    with pytest.raises(ValueError, match="capacity=-1 is less than 0"):
+        model.empty_state(BATCH, -1)
+    with pytest.raises(ValueError, match="batch=0 is less than 1"):
+        model.empty_state(0, 20)
 
 
 @pytest.mark.full

@@ -86,6 +86,36 @@ def test_dtype_of_state(part):
     assert message(tokens, heads, state) == f"state.{part.split('_')[0]} is bfloat16, wanted float32"
 
 
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64])
+def test_every_array_is_of_floating_point(dtype):
+    """A cast of a complex weight would drop its imaginary part."""
+    tokens, heads, state = draw(MIMO)
+    for name, given in {"tokens": tokens, "heads": heads, "state": state}.items():
+        for part, array in given._asdict().items():
+            if array is not None:
+                other = {"tokens": tokens, "heads": heads, "state": state}
+                other[name] = given._replace(**{part: np.ones(array.shape, dtype)})
+                where = "state." * (name == "state") + part.rpartition("_")[0]
+                wanted = f"{where} is {np.dtype(dtype)}, wanted a floating point dtype"
+                assert message(other["tokens"], other["heads"], other["state"]) == wanted
+
+
+def test_what_is_needed_and_what_is_no_array():
+    tokens, heads, state = draw(SISO)
+    for part in ("q_BLRGN", "k_BLRGN", "v_BLHP", "log_a_BLH", "gamma_BLH"):
+        name = part.rpartition("_")[0]
+        assert message(tokens._replace(**{part: None}), heads) == f"{name} is None, wanted an array"
+        listed = tokens._replace(**{part: getattr(tokens, part).tolist()})
+        assert message(listed, heads) == f"{name} is list, wanted an array"
+    assert message(tokens, heads, state._replace(ssm_BHPN=None)) == "state.ssm is None, wanted an array"
+    assert message(tokens, heads._replace(skip_H=1.0)) == "skip is float, wanted an array or None"
+    assert message(tuple(tokens), heads) == "tokens is tuple, wanted ops.ssm.Tokens"
+    assert message(tokens, None) == "heads is NoneType, wanted ops.ssm.Heads"
+    assert message(tokens, heads, tuple(state)) == "state is tuple, wanted ops.ssm.State"
+    flat = tokens._replace(angle_BLHS=np.float32(1))
+    assert message(flat, heads) == "angle has shape (), wanted four axes (B, L, 1 or H, S)"
+
+
 def test_dtype_of_start():
     tokens, heads, _ = draw(SISO)
     assert message(tokens._replace(start_BL=np.zeros((2, 13), np.int32)), heads) == "start is int32, wanted bool"
@@ -94,7 +124,8 @@ def test_dtype_of_start():
 def test_settings_and_sizes():
     tokens, heads, _ = draw(SISO)
     assert message(tokens, heads, rotation="quarter") == "rotation='quarter' is not one of ('adjacent', 'half')"
-    assert message(tokens, heads, chunk=0) == "chunk=0 is not a positive number of tokens"
+    for chunk in (0, 4.0, "4"):
+        assert message(tokens, heads, chunk=chunk) == f"{chunk=} is not a positive number of tokens"
     unknown = message(tokens, heads, implementation="fastest")
     assert unknown.startswith("implementation='fastest' is not one of")
     assert "'recurrent'" in unknown
@@ -102,7 +133,11 @@ def test_settings_and_sizes():
     groups_of_three = draw(SISO._replace(groups=3))[0]
     assert message(groups_of_three, heads) == "n_heads=4 is not a multiple of groups=3"
     no_tokens = draw(SISO._replace(length=0))[0]
-    assert message(no_tokens, heads) == "q has shape (2, 0, 1, 2, 8): needs at least one row and one token"
+    rest = "needs at least one of every axis, a row and a token too"
+    assert message(no_tokens, heads) == f"q has shape (2, 0, 1, 2, 8): {rest}"
+    for part, sizes in (("q_BLRGN", (2, 13, 1, 0, 8)), ("v_BLHP", (2, 13, 4, 0)), ("angle_BLHS", (2, 13, 1, 0))):
+        nothing = tokens._replace(**{part: np.zeros(sizes, np.float32)})
+        assert message(nothing, heads) == f"{part.partition('_')[0]} has shape {sizes}: {rest}"
     for d_state, planes in ((7, 2), (8, 5)):
         many_planes = draw(SISO._replace(d_state=d_state, planes=planes))[0]
         wanted = f"planes={planes} planes do not fit in d_state={d_state} (even, at least twice the planes)"

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba3_jax.ops.ssm import PLAIN, Transition, compose, ssm, transition
+from mamba3_jax.ops.ssm import PLAIN, Heads, Transition, compose, ssm, transition
 from pallas_kernels.ssm.cases import MIMO, SISO, SSD
 from tests.helpers import first, rel_rms
 from tests.ops import cases
@@ -201,3 +201,29 @@ def test_what_it_cannot_run():
         compose(still, done, heads)
     with pytest.raises(ValueError, match="rotation='quarter' is not one of"):
         compose(state, done, heads, rotation="quarter")
+
+
+def test_runs_of_other_rows_are_not_composed():
+    """Batches of 1 and 2 would be broadcast, ranks without their weights summed: a wrong state and no error."""
+    tokens, heads, _ = drawn(SHAPES["siso"])
+    run = jax.eval_shape(transition, tokens, heads)
+    one = jax.eval_shape(transition, jax.tree.map(lambda array: array[:1], tokens), heads)
+    ranks = drawn(SHAPES["mimo"])
+    of_ranks = jax.eval_shape(functools.partial(transition, rotation="half"), *ranks[:2])
+    for left, right, weights, wanted in (
+        (one, run, heads, r"left\.log_a has shape \(1, 4\), wanted \(2, 4\)"),
+        (run, one, heads, r"left\.log_a has shape \(2, 4\), wanted \(1, 4\)"),
+        (one.state, run, heads, r"left\.state\.angle has shape \(1, 4, 2\), wanted \(2, 4, 2\)"),
+        (run._replace(first_BH=None), run, heads, r"left\.first and left\.state\.k: one of them is None"),
+        (run, run._replace(first_BH=None), heads, r"right\.first and right\.state\.k: one of them is None"),
+        (run, run.state, heads, "right is State, wanted a tuple Transition of ops.ssm"),
+        (None, run, heads, "left is NoneType, wanted a tuple Transition or State of ops.ssm"),
+        (run, run, None, "heads is NoneType, wanted a tuple Heads of ops.ssm"),
+        (run, run, ranks[1], r"v_rank has shape \(2, 2, 4\), wanted \(4, 1, 4\)"),
+        (of_ranks, of_ranks, ranks[1]._replace(v_rank_HRP=None), "rank=2 needs v_rank"),
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            jax.eval_shape(compose, left, right, weights)
+    keys_alone = Heads(k_bias_HRN=ranks[1].k_bias_HRN, v_rank_HRP=ranks[1].v_rank_HRP)
+    want = jax.eval_shape(functools.partial(transition, rotation="half"), *ranks[:2])
+    assert jax.eval_shape(functools.partial(transition, rotation="half"), ranks[0], keys_alone) == want

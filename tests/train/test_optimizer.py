@@ -3,12 +3,15 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mamba3_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
-from mamba3_jax.train.optimizer import decays, optimizer, schedule, validate
-from mamba3_jax.train.step import train_step
+from mamba3_jax.sharding import make_mesh, param_shardings
+from mamba3_jax.train.optimizer import OPTIMIZERS, decays, optimizer, schedule, validate
+from mamba3_jax.train.step import init_state, state_shapes, train_step
 from tests.helpers import first, rel_rms
 from tests.train.test_step import fresh
 from tests.train.tiny import get_config, random_batch, random_params
@@ -138,3 +141,28 @@ def test_frozen_biases_keep_their_bits(name):
         jax.tree.map(lambda a, b: np.any(a != b), state.params, before.params)
     ):
         assert moved == (path[-1].key not in ("k_bias", "q_bias")), path
+
+
+def test_a_new_optimizer_may_keep_other_shapes_than_parameters_have(monkeypatch):
+    """One whose moments are factored is a line of the table, as README says."""
+    monkeypatch.setitem(OPTIMIZERS, "factored", lambda config: optax.scale_by_factored_rms(min_dim_size_to_factor=8))
+    config = get_config()
+    config.optimizer.name = "factored"
+    validate(config.optimizer)
+    mesh = make_mesh("fsdp:1")
+    shapes = state_shapes(config, mesh)
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, jax.eval_shape(lambda: init_state(config)))
+    assert jax.tree.map(lambda x: x.sharding, shapes.params) == param_shardings(config.model, mesh)
+    moments = {x.shape for x in jax.tree.leaves(shapes.opt_state)}
+    assert moments - {x.shape for x in jax.tree.leaves(shapes.params)} > {(), (1,)}
+
+    # One update compiles, and leaves all as it was where its gradient is not finite.
+    state, batch = init_state(config), random_batch(config)
+    once = jax.jit(functools.partial(train_step, config))
+    after, metrics = once(state, batch)
+    assert int(metrics["skipped"]) == 0
+    assert jax.tree.map(jnp.shape, after.opt_state) == jax.tree.map(jnp.shape, state.opt_state)
+    broken = state._replace(params=jax.tree.map(lambda x: x * np.inf, state.params))
+    kept, metrics = once(broken, batch)
+    assert int(metrics["skipped"]) == 1
+    jax.tree.map(np.testing.assert_array_equal, kept.opt_state, state.opt_state)
