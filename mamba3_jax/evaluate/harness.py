@@ -7,6 +7,7 @@ the process.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import random
@@ -38,7 +39,12 @@ class Asked(NamedTuple):
 
     tasks: dict[str, Any]
     limit: int | None
-    home: tempfile.TemporaryDirectory  # ends with this object
+
+
+@functools.cache
+def home() -> tempfile.TemporaryDirectory:
+    """Make the folder of what the packages keep. It ends with the process: they read its name once, when imported."""
+    return tempfile.TemporaryDirectory(prefix=HOME)
 
 
 def load(names: Sequence[str], folder: str, limit: int | None = None, shots: int | None = None) -> Asked:
@@ -56,8 +62,7 @@ def load(names: Sequence[str], folder: str, limit: int | None = None, shots: int
     folder = Path(folder).expanduser().resolve()
     if not folder.is_dir():
         raise TaskError(f"--tasks_folder={folder} is not a folder")
-    home = tempfile.TemporaryDirectory(prefix=HOME)
-    os.environ.update(OFFLINE | {"HF_HOME": home.name})
+    os.environ.update(OFFLINE | {"HF_HOME": home().name})
     try:
         import lm_eval
         from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
@@ -91,7 +96,7 @@ def load(names: Sequence[str], folder: str, limit: int | None = None, shots: int
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-    return Asked(found, limit, home)
+    return Asked(found, limit)
 
 
 @contextlib.contextmanager

@@ -181,8 +181,11 @@ def test_mistakes_of_tasks_are_one_line(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "empty.yaml").write_text(task("empty", "loglikelihood", "{{text}}", "b", "empty.jsonl"))
     names = ["whole", "nowhere", "damaged", "other", "gone", "remote", "metric", "split", "empty"]
-    status, out, err = process("mistakes", tmp_path, *names)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    status, out, err = process("mistakes", tmp_path, *names, TMPDIR=str(temporary))
     assert status == 0, err
+    assert list(temporary.iterdir()) == []
     lines = dict(zip(names, json.loads(out.splitlines()[-1]), strict=True))
     assert lines.pop("whole") is None
     for name, line in lines.items():
