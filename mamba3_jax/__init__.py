@@ -10,9 +10,7 @@ Array names end in the letters of their axes; numbers have no such ending (`d_st
     T attended tokens   E attention head width   K kv heads, candidates of sampling   I Mamba-1's channels
     Z splits of the length over programs or devices
 
-Where the state rotates by quaternions, S counts groups of four entries, as it counts pairs elsewhere.
-
-Other letters are local to a file.
+With quaternions, S counts the groups of four entries that rotate together. Other letters are local to a file.
 
 The paper's symbols (arXiv 2603.15569) and ours:
 
@@ -26,17 +24,17 @@ The paper's symbols (arXiv 2603.15569) and ours:
 
 gamma weighs a token's own input, beta the previous token's. Both, and log_a, come from a discretization: a function of
 (dt, a, logit) in the table `ops.discretize.DISCRETIZATIONS`, named by `ModelConfig.discretization`. The paper's is
-exponential_trapezoidal: gamma = lambda dt, beta = (1 - lambda) dt. With beta None a step takes its own input alone.
+exponential_trapezoidal: gamma = lambda dt, beta = (1 - lambda) dt. Where beta is None, a step adds its own input alone.
 
-Public names: `load`, `Config`, `ModelConfig`, and, imported when first used, `LanguageModel`, `init_params`, `ssm`,
-`transition`, `compose`.
-The rest by module: generate, ops, mixers, nn, data, train, evaluate, analysis, convert, checkpoint.
+Public names: `load`, `Config` and `ModelConfig`; and `LanguageModel`, `init_params`, `ssm`, `transition` and `compose`,
+which are imported when they are first used. Import everything else from its module: generate, ops, mixers, nn, data,
+train, evaluate, analysis, convert, checkpoint.
 """
 
 import importlib
 
 from mamba3_jax.config import Config, ModelConfig
-from mamba3_jax.load import load  # here, not below: the module of that name would come first
+from mamba3_jax.load import load  # here and not in LAZY: the module of the same name would be found first
 
 __all__ = ["Config", "LanguageModel", "ModelConfig", "compose", "init_params", "load", "ssm", "transition"]
 

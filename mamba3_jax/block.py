@@ -1,4 +1,4 @@
-"""One layer: norm, mixer, and where d_ff > 0 norm, feed-forward, each around the residual stream."""
+"""One layer: a norm and a mixer, then, where d_ff > 0, a norm and a feed-forward, each added to the residual stream."""
 
 import flax.linen as nn
 
@@ -10,7 +10,7 @@ from mamba3_jax.nn.precision import DTYPES
 
 
 class Block(nn.Module):
-    """r <- r + mixer(norm1(r));  r <- r + mlp(norm2(r)).  r keeps its dtype, whatever the mixer computes in."""
+    """r <- r + mixer(norm1(r));  r <- r + mlp(norm2(r)).  r keeps its dtype, whatever dtype the mixer computes in."""
 
     config: ModelConfig
     mixer: str

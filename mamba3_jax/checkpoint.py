@@ -1,4 +1,4 @@
-"""Checkpoints: Orbax directories of parameters, the rest of the training state, data position and config together.
+"""Checkpoints: Orbax directories that hold parameters, the rest of the training state, data position and config.
 
     workdir/config.json                  the resolved config of the last run
     workdir/tokenizer/                   the run's own copy of its tokenizer.json (data/tokenizer_copy.py)
@@ -8,8 +8,8 @@
                               /config    the resolved config
                               /metrics   the validation loss, where this step was evaluated
 
-A save is written beside its final name and renamed when it is complete, and a checkpoint that is no longer wanted is
-renamed away before it is deleted: whatever carries a step's number is whole, wherever a kill falls.
+A save is written beside its final name and renamed when it is complete; a checkpoint that is no longer wanted is
+renamed before it is deleted. So a directory whose name is a step is whole, whenever the process is killed.
 """
 
 import contextlib
@@ -30,19 +30,19 @@ from mamba3_jax.data import tokenizer_copy
 from mamba3_jax.files import read_json, why, write_json, writing
 from mamba3_jax.finite import check_finite
 
-TRASH = "deleted"  # where Orbax moves what is no longer kept
+TRASH = "deleted"  # where Orbax moves checkpoints before it deletes them
 UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax ends the name of a directory it is writing
 
 
 def checkpoint_dir(workdir) -> Path:
-    """Where the checkpoints of a workdir lie, absolute (Orbax refuses relative paths)."""
+    """Return the directory of a workdir's checkpoints, absolute, since Orbax refuses relative paths."""
     if "://" in str(workdir):
         raise ValueError(f"workdir={str(workdir)!r} is a URL: a directory of a local or mounted file system is needed")
     return Path(workdir).expanduser().resolve() / "checkpoints"
 
 
 def all_steps(workdir) -> list[int]:
-    """Step of the complete checkpoints, oldest first; [] where there is none."""
+    """Return the steps of the complete checkpoints, oldest first; [] if there are none."""
     directory = checkpoint_dir(workdir)
     if not directory.is_dir():
         return []
@@ -50,9 +50,9 @@ def all_steps(workdir) -> list[int]:
 
 
 def load_config(workdir, step: int | None = None) -> Config:
-    """Return the config saved in a checkpoint (None: the newest), its tokenizer the workdir's own copy if there is one.
+    """Return the config saved in a checkpoint; its tokenizer is the workdir's own copy, if there is one.
 
-    FileNotFoundError, ValueError: see `load_model`.
+    Arguments and errors are those of `load_model`.
     """
     path = _step_path(workdir, step)
     with _reading(path):
@@ -63,11 +63,15 @@ def load_config(workdir, step: int | None = None) -> Config:
 
 
 def load_model(workdir, step: int | None = None) -> tuple[Config, dict]:
-    """Config and parameters of a checkpoint (None: the newest), on the default device, whatever device saved them.
+    """Return the config and the parameters of a checkpoint, on this process's first device, whatever device saved them.
+
+    Args:
+        workdir: the directory of a run.
+        step: which checkpoint; None: the newest.
 
     Raises:
-      FileNotFoundError: no such workdir, no complete checkpoint in it, or none of that step.
-      ValueError: the checkpoint is there and cannot be read, or holds NaN or infinity.
+        FileNotFoundError: there is no such workdir, no complete checkpoint in it, or none of that step.
+        ValueError: the checkpoint cannot be read, or holds NaN or infinity.
     """
     path = _step_path(workdir, step)
     config = load_config(workdir, step)
@@ -83,7 +87,8 @@ def load_model(workdir, step: int | None = None) -> tuple[Config, dict]:
 def save_model(workdir, config: Config, params: dict, step: int = 0) -> None:
     """Write a checkpoint of parameters and config alone, for evaluation, decoding or as the start of a training run.
 
-    Raises ValueError if the workdir has a checkpoint already: it would be mixed up with another model's.
+    Raises:
+        ValueError: the workdir has checkpoints already, with which those of this model would be mixed up.
     """
     if steps := all_steps(workdir):
         raise ValueError(f"{checkpoint_dir(workdir)} already holds checkpoints of steps {_names(steps)}")
@@ -92,9 +97,12 @@ def save_model(workdir, config: Config, params: dict, step: int = 0) -> None:
 
 
 def keep_parameters(workdir) -> None:
-    """Delete all but the newest checkpoint, and of that all but parameters and config: of a run that is done.
+    """Delete, of a run that is done, all checkpoints but the newest, and the training state of that one.
 
-    Whatever carries a step's number stays whole. Raises OSError where something cannot be deleted.
+    A directory whose name is a step is whole at any time.
+
+    Raises:
+        OSError: something cannot be deleted.
     """
     directory, steps = checkpoint_dir(workdir), all_steps(workdir)
     trash = directory / TRASH
@@ -107,12 +115,12 @@ def keep_parameters(workdir) -> None:
 
 
 def parameters_alone(workdir) -> bool:
-    """Tell whether the newest checkpoint, of which there is one, holds no state: training does not go on from it."""
+    """Tell whether the newest checkpoint, which must exist, holds no training state: no run can resume from it."""
     return not (checkpoint_dir(workdir) / str(all_steps(workdir)[-1]) / "state").exists()
 
 
 def write_config(workdir, config: Config) -> None:
-    """workdir/config.json, for people; programs read the copy inside the checkpoint."""
+    """Write workdir/config.json, for people; programs read the copy inside the checkpoint."""
     path = Path(workdir) / "config.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, to_dict(config), indent=2)
@@ -121,9 +129,9 @@ def write_config(workdir, config: Config) -> None:
 class Checkpoints:
     """The checkpoints of a training run.
 
-    Saves are asynchronous: `save` returns once the arrays are copied from the device. Opening removes what an
-    interrupted save or deletion left behind. Use it as a context manager: leaving it waits for the last save.
-    A save that fails, then or later, raises OSError naming the directory, and the checkpoints before it stay whole.
+    Use it as a context manager. Entering it removes what an interrupted save or deletion left behind; leaving it waits
+    for the last save. Saves are asynchronous: `save` returns once the arrays are copied from the device. A save that
+    fails, at once or later, raises OSError naming the directory, and the checkpoints before it stay whole.
     """
 
     def __init__(self, workdir, config: Config):
@@ -154,9 +162,18 @@ class Checkpoints:
         self._remove(TRASH)
 
     def save(self, step: int, params, state=None, data=None, valid_loss: float = math.inf) -> None:
-        """Start a save; do nothing if the step has been saved already. `data`: the loader's position, JSON-able.
+        """Start a save; do nothing if the step has been saved already.
 
-        Raises ValueError, and writes nothing, for parameters or a state that hold NaN or infinity.
+        Args:
+            step: the number of updates that the parameters have had.
+            params: the parameter tree.
+            state: the rest of the training state; None saves parameters alone.
+            data: the position of the data iterator, plain values that JSON can hold; read if there is a state.
+            valid_loss: the validation loss; infinity: this step was not evaluated.
+
+        Raises:
+            ValueError: parameters or state hold NaN or infinity; nothing is written.
+            OSError: this save failed, or the one before it.
         """
         if step in self._manager.all_steps():
             return
@@ -165,7 +182,7 @@ class Checkpoints:
         if state is not None:
             items["state"] = ocp.args.StandardSave(state)
             items["data"] = ocp.args.JsonSave(data)
-        # A loss that is not a number is no best one, and JSON has no infinity.
+        # A loss that is not finite is never the best one, and JSON cannot hold it.
         metrics = {"valid_loss": valid_loss} if math.isfinite(valid_loss) else {}
         self.wait()
         self._remove(TRASH)
@@ -174,12 +191,12 @@ class Checkpoints:
         self._saving = step
 
     def wait(self) -> None:
-        """Until the last save is complete on disk; raises OSError if it failed."""
+        """Wait until the last save is complete on disk; raise OSError if it failed."""
         with writing(self.directory / str(self._saving)):
             self._manager.wait_until_finished()
 
     def best_loss(self) -> float:
-        """Return the lowest validation loss among the checkpoints kept; inf if none was evaluated."""
+        """Return the lowest validation loss of the checkpoints on disk; infinity if none was evaluated."""
         losses = [(self._manager.metrics(step) or {}).get("valid_loss", math.inf) for step in self._manager.all_steps()]
         return min(losses, default=math.inf)
 
@@ -188,13 +205,14 @@ class Checkpoints:
         return max(all_steps(self.workdir), default=None)
 
     def reached_preemption(self, step: int) -> bool:
-        """Whether the runtime of a multi-host job told all hosts to stop after this step."""
+        """Tell whether the runtime of a multi-host job told all hosts to stop after this step."""
         return self._manager.reached_preemption(step)
 
     def restore(self, step: int, params, state) -> tuple[Any, Any, Any]:
-        """Parameters, state and data position, in the structure and shardings of these `params` and `state`.
+        """Return (params, state, data) of a step, in the structure and shardings of the given `params` and `state`.
 
-        ShapeDtypeStructs with a sharding do. A checkpoint of `save_model` has parameters alone: the others are None.
+        These may be ShapeDtypeStructs with shardings. A checkpoint of `save_model` has parameters alone: state and data
+        are then None.
         """
         path = self.directory / str(step)
         items = {"params": ocp.args.StandardRestore(params)}
@@ -211,9 +229,10 @@ class Checkpoints:
 
 
 def _barrier():
-    """Return how the threads of a save wait for those of other processes: not where their own part has failed.
+    """Return the barrier at which the threads of a save wait for other processes, unless they themselves have failed.
 
-    The others wait for that part, and Orbax would for them, for twenty minutes; so this process can say what failed.
+    If this process fails to save its part, the others wait for that part, and Orbax would make this process wait for
+    them, for twenty minutes. Raising the failure at once lets this process say what it is.
     """
     wait = ocp.multihost.get_barrier_sync_fn()
 
@@ -227,7 +246,7 @@ def _barrier():
 
 @dataclasses.dataclass
 class NewestAndBest:
-    """Orbax preservation policy: the `keep` newest checkpoints and, if `best`, that of the lowest validation loss."""
+    """An Orbax preservation policy: the `keep` newest checkpoints and, if `best`, the one of lowest validation loss."""
 
     keep: int
     best: bool
@@ -256,7 +275,7 @@ def _step_path(workdir, step: int | None) -> Path:
 
 @contextlib.contextmanager
 def _reading(path: Path):
-    """Whatever goes wrong while a complete checkpoint is read, the file is at fault: one line that names it."""
+    """Turn whatever goes wrong while a complete checkpoint is read into a ValueError of one line that names it."""
     try:
         yield
     except Exception as error:

@@ -1,6 +1,6 @@
-"""Every default in one place, and beside it what a number may be. A run is one `Config`.
+"""Every default in one place, with the range that each number may have. A run is one `Config`.
 
-Flags override any field by its path (--config.model.d_state=64). Plain dataclasses, not frozen:
+Flags override any field by its path (--config.model.d_state=64). The dataclasses are not frozen, because
 `ml_collections.config_flags` assigns to their fields.
 """
 
@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-WIDTH = 2**16  # of anything in a layer: four times the widest model there is
+WIDTH = 2**16  # of anything in a layer: four times that of the widest models
 LAYERS = 2**10
 LENGTH = 2**27  # tokens in a row
 COUNT = 2**31 - 1  # steps are counted in int32
@@ -27,12 +27,12 @@ def size(default: int | tuple[int, ...], least: int = 1, most: int = WIDTH):
 
 
 def number(default: float, interval: str = "[0, inf)"):
-    """Declare a float32 number in an interval as it is written: "(0, 1]" is without 0 and with 1."""
+    """Declare a float32 number in an interval in mathematical notation: "(0, 1]" excludes 0 and includes 1."""
     return field(default=default, metadata={"interval": interval})
 
 
 class Section:
-    """Refuses to set what is not a field: a misspelt name in a config file would change nothing."""
+    """A dataclass that has no attributes but its fields: a misspelt name in a config file is an error."""
 
     def __setattr__(self, name, value):
         if name not in self.__dataclass_fields__:
@@ -41,7 +41,7 @@ class Section:
 
 
 def no_field(where: str, name: str, fields) -> str:
-    """Says that there is no such field, which one is meant and which there are."""
+    """Say that there is no such field, which one may be meant, and which fields there are."""
     close = difflib.get_close_matches(name, fields, 1)
     hint = f", did you mean {close[0]}?" if close else ";"
     return f"{where} has no field {name!r}{hint} it has {', '.join(fields) or 'none'}"
@@ -54,8 +54,8 @@ class ModelConfig(Section):
     vocab_size: int = size(256, most=2**24)
     pad_vocab_to: int = size(8)  # the embedding's rows are rounded up to a multiple of this
     d_model: int = size(256)
-    # One letter a layer, which each mixer has in its file: M Mamba-3, 2 Mamba-2, 1 Mamba-1, G gated DeltaNet,
-    # A attention. In a config file also a tuple of names; the declared type is what a flag gives.
+    # One letter for each layer, `Mixer.letter`: M Mamba-3, 2 Mamba-2, 1 Mamba-1, G gated DeltaNet, A attention. In a
+    # config file it may also be a tuple of names in `MIXERS`; a flag can only give a string.
     pattern: str = field(default="MM", metadata={"or": tuple[str, ...], "layers": LAYERS})
     d_ff: int = size(0, 0, 2**20)  # width of the SwiGLU feed-forward after every mixer; 0: none
     embedding_std: float = number(0.02)  # of the embedding's initial values
@@ -63,7 +63,7 @@ class ModelConfig(Section):
     norm: str = "rms"  # rms | layer
     residual_in_fp32: bool = True
 
-    # Mamba-3 and Mamba-2; dt_min to dt_init_floor and chunk also Mamba-1 and gated DeltaNet, expand also Mamba-1
+    # Mamba-3 and Mamba-2. Mamba-1 and gated DeltaNet also read dt_min, dt_max, dt_init_floor and chunk; Mamba-1 expand
     d_state: int = size(128)
     expand: int = size(2, most=256)
     head_dim: int = size(64)
@@ -71,8 +71,8 @@ class ModelConfig(Section):
     dt_min: float = number(0.001, "(0, inf)")  # initial dt is log-uniform in [dt_min, dt_max]
     dt_max: float = number(0.1, "(0, inf)")
     dt_init_floor: float = number(1e-4)
-    implementation: str = ""  # of the op; "": the fastest for the backend
-    chunk: int = size(0, 0)  # tokens a chunk of the op; 0: chosen
+    implementation: str = ""  # of the op; "": the fastest for the device
+    chunk: int = size(0, 0)  # tokens in a chunk of the op; 0: the implementation chooses
 
     # Mamba-3
     mimo_rank: int = size(0, 0, 256)  # 0: SISO; r >= 1: MIMO of rank r (rank 1 is still MIMO: its planes are halves)
@@ -80,18 +80,20 @@ class ModelConfig(Section):
     out_norm: bool = False  # RMSNorm of each head before the gate ("pre-gate grouped")
     a_floor: float = number(1e-4, "(0, inf)")
     discretization: str = "exponential_trapezoidal"  # a row of DISCRETIZATIONS in ops/discretize.py
-    # How the state rotates: data: pairs of entries, by angles of the data | rope: pairs, by t * 10000^(-i/S) whatever
-    # the data | none | quaternion: groups of four, by unit quaternions of the data, whose order matters
+    # How the state rotates. data: pairs of entries, by angles that depend on the data | rope: pairs, by the angle
+    # t * 10000^(-i/S) at token t | none | quaternion: groups of four entries, by unit quaternions that depend on the
+    # data and do not commute
     angles: str = "data"
-    bc_bias: str = "both"  # which of B and C (here k and q) have a bias: both | b | c | none (paper table 5a without)
+    bc_bias: str = "both"  # which of B and C (here k and q) have a bias: both | b | c | none (see the paper's table 5a)
     bc_bias_initial: float = number(1.0, "(-inf, inf)")
     bc_bias_frozen: bool = False  # biases keep their initial values
     bc_norm: bool = True  # RMSNorm of k and q before their biases
-    conv: int = size(0, 0, 16)  # tokens that a short convolution of v, k and q with SiLU sees, as Mamba-2's; 0: none
-    # The decay rate -A: heavy_tail(u) of the token's own u | softplus(u) (the paper's) | learned, one number a head
+    conv: int = size(0, 0, 16)  # tokens that a short convolution of v, k and q sees, Mamba-2's; 0: there is none
+    # The decay rate -A. heavy_tail: of the token's own u | softplus: of u, as official layers had it before
+    # June 2026 | learned: one number for each head
     a_form: str = "heavy_tail"
-    # Which entries of the state rotate together: adjacent | half a state apart; "": as in official layers, whose MIMO
-    # has half and SISO adjacent
+    # Which two entries of the state rotate together: adjacent | half: half a state apart. "": as in official layers,
+    # half for MIMO and adjacent for SISO
     pairing: str = ""
 
     # Mamba-2, Mamba-1 and gated DeltaNet
@@ -104,8 +106,8 @@ class ModelConfig(Section):
     # gated DeltaNet
     delta_heads: int = size(0, 0)  # 0: d_model // delta_head_dim
     delta_head_dim: int = size(128)  # of queries and keys
-    delta_expand: int = size(2, most=256)  # values are so many times as wide
-    delta_negative: bool = False  # steps turn around what they forget: eigenvalues in (-1, 1), for state tracking
+    delta_expand: int = size(2, most=256)  # the width of values over that of queries and keys
+    delta_negative: bool = False  # doubles b: a step has eigenvalues in (-1, 1), not in (0, 1), for state tracking
 
     # attention
     attn_heads: int = size(0, 0)  # 0: d_model // attn_head_dim
@@ -113,29 +115,30 @@ class ModelConfig(Section):
     attn_head_dim: int = size(64)
     attn_rope_theta: float = number(0.0)  # 0: no positional embedding (the paper's hybrids)
     attn_bias: bool = False
-    # cudnn (NVIDIA GPUs, bfloat16, calls without a state) | plain; "": cudnn where it runs and the row is not short
+    # cudnn (NVIDIA GPUs, bfloat16, calls without a state) | plain. "": cudnn where it can run, unless rows are short or
+    # its mask of documents is too large
     attn_implementation: str = ""
 
     # how it is run
     compute_dtype: str = "float32"  # float32 | bfloat16; parameters stay float32
-    # What the backward pass computes again: none | rotation: the kernels' rotated queries and keys, most of what they
-    # keep; their outputs and states are kept | op: the whole op; its inputs are kept | block: the layer. "": in
-    # training the first of none, rotation and block whose step fits into the device's memory
+    # What the backward pass computes again. none: nothing | rotation: the kernels' rotated queries and keys, which are
+    # most of their residuals; their outputs and states are kept | op: the whole op; its inputs are kept | block: the
+    # layer. "": training takes the first of none, rotation and block whose step fits into the device's memory
     remat: str = ""
-    # Which tokens of a row the devices have that share it (mesh axis sequence): contiguous | zigzag: an early run and a
-    # late one each, which shares out the work of attention evenly
+    # Which tokens of a row each device on the mesh axis `sequence` has. contiguous: one run | zigzag: an early run and
+    # a late one, which divides the work of attention evenly
     layout: str = "contiguous"
-    unroll: int = size(0, 0, LAYERS)  # repeats of a segment that one turn of the scan over layers runs; 0: by device
+    unroll: int = size(0, 0, LAYERS)  # repeats of a segment in one iteration of the scan over layers; 0: by device
 
 
 @dataclass
 class DataConfig(Section):
-    """Where tokens come from. `length` and `batch` are of one global batch."""
+    """Where tokens come from. `length` and `batch` are those of a global batch."""
 
     source: str = "text"  # text | tfds | a task of data/synthetic.py: parity, arithmetic, S3, ...
     tokenizer: str = "bytes"  # bytes, or the path of a Hugging Face tokenizer.json
     eos: str = ""  # the token, or its id, that ends a document; "": what the files beside tokenizer.json name
-    separator: str = ""  # what parts the documents of a text file (<|endoftext|>, say); "": a file is one
+    separator: str = ""  # what separates the documents of a text file, e.g. <|endoftext|>; "": a file is one document
     key: str = "text"  # the field, or column, of JSON lines and Parquet that holds a document
     train_glob: str = ""  # text, .jsonl or .parquet files; "": the Python standard library's own source
     valid_glob: str = ""  # "": one file in twenty of train_glob, chosen by a hash of its path
@@ -148,25 +151,27 @@ class DataConfig(Section):
     batch: int = size(8, most=2**20)
     seed: int = size(0, 0, SEED)
     workers: int = size(0, 0, 1024)  # grain worker processes; 0: in this process
-    task_lengths: tuple[int, ...] = size((40, 160), 1, LENGTH)  # curriculum of a generated task: document lengths
-    task_steps: tuple[int, ...] = size((400, 500), 0, COUNT)  # and the steps spent at each
-    # Over 0: each step's documents have a length drawn between this and a longest one, which rises linearly from
-    # task_lengths[i] to the next over task_steps[i] steps. The paper: 3, (40, 160), (10000, 0)
+    # The curriculum of a generated task: in stage i documents have task_lengths[i] tokens, for task_steps[i] steps
+    task_lengths: tuple[int, ...] = size((40, 160), 1, LENGTH)
+    task_steps: tuple[int, ...] = size((400, 500), 0, COUNT)
+    # If not 0, the documents of a step have one length, drawn between this one and a longest one, which rises linearly
+    # from task_lengths[i] to task_lengths[i + 1] over task_steps[i] steps. The paper: 3, (40, 160), (10000, 0)
     task_min_length: int = size(0, 0, LENGTH)
-    # Each step's stage is drawn, task_steps[i] in their sum the chance of stage i; else one follows the other
+    # The stage of each step is drawn, stage i with probability task_steps[i] / sum(task_steps); False: in order
     task_mixed: bool = False
-    # Key-value pairs of a stage's documents, of tasks that have them; 0 or (): as the task has it for a length
+    # Key-value pairs in the documents of each stage, for tasks that have them; 0 or (): as many as the task has for a
+    # document of this length
     task_pairs: tuple[int, ...] = size((), 0, LENGTH)
     task_packed: bool = True  # rows are full of documents; False: one a row, and padding that is not scored
-    labels: str = "every"  # of a generated task's tokens, which are scored: every (that has a target) | answer
-    valid_rows: int = size(256, 1, COUNT)  # of a generated task; text has as many as it has
+    labels: str = "every"  # which tokens of a generated task are scored: every (one that has a target) | answer
+    valid_rows: int = size(256, 1, COUNT)  # validation rows of a generated task; text has its own number of them
 
 
-BUILT = {"build/corpus/": "python -m experiments.corpus"}  # data that a command of the project makes, by its place
+BUILT = {"build/corpus/": "python -m experiments.corpus"}  # folders of data, and the commands that make them
 
 
 def what_builds(path: str) -> str:
-    """Says which command makes a file of data that is not there, if one does."""
+    """Say which command makes a missing file of data; "" if none does."""
     commands = [command for place, command in BUILT.items() if place in path]
     return f": `{commands[0]}` builds it" if commands else ""
 
@@ -175,8 +180,9 @@ def what_builds(path: str) -> str:
 class OptimizerConfig(Section):
     """The optimizer and its schedule."""
 
-    # adamw | muon: the layers' matrices are orthogonalised, the rest is AdamW's (train/muon.py says what is which).
-    # Muon's updates are as large as AdamW's, so AdamW's learning rate and decay are where to begin (arXiv:2502.16982).
+    # adamw | muon: Muon orthogonalises the updates of the layers' matrices, AdamW updates all other parameters
+    # (train/muon.py says which is which). Muon's updates are scaled to be as large as AdamW's, so AdamW's learning rate
+    # and weight decay are where to begin (arXiv:2502.16982).
     name: str = "adamw"
     learning_rate: float = number(3e-3, "(0, inf)")
     schedule: str = "cosine"  # cosine | wsd | constant
@@ -187,31 +193,31 @@ class OptimizerConfig(Section):
     b2: float = number(0.95, "[0, 1)")
     momentum: float = number(0.95, "[0, 1)")  # Muon's, Nesterov; b1 and b2 are Adam's
     eps: float = number(1e-8, "(0, inf)")
-    weight_decay: float = number(0.1)  # not on dt_bias, D, norms and biases
+    weight_decay: float = number(0.1)  # of all parameters but dt_bias, A_log, D, norms and biases
     clip: float = number(1.0)  # global norm; 0: off
     accumulate: int = size(1, most=2**20)  # micro-batches a step: `data.batch` is split into this many
 
 
 @dataclass
 class TrainConfig(Section):
-    """The loop around the step."""
+    """The training loop."""
 
     steps: int = size(1000, 1, COUNT)
     log_every: int = size(10, 1, COUNT)
     eval_every: int = size(200, 0, COUNT)  # 0: never
     eval_batches: int = size(8, 0, 2**20)
     save_every: int = size(200, 1, COUNT)
-    keep: int = size(2, 1, COUNT)  # newest checkpoints
-    keep_best: bool = True  # and the one of the lowest validation loss
+    keep: int = size(2, 1, COUNT)  # how many of the newest checkpoints stay on disk
+    keep_best: bool = True  # the checkpoint of the lowest validation loss stays too
     z_loss: float = number(0.0)
     max_bad_steps: int = size(10, 1, COUNT)  # non-finite updates in a row before the run stops
-    # Axis:size, comma separated; -1: the devices that are left. data: splits rows | fsdp: rows, parameters, moments |
-    # tensor: heads, the feed-forward and the vocabulary | sequence: the length. Over several slices of TPUs or hosts of
-    # GPUs lies data, or the axis whose size says so: fsdp:2x8 is 2 slices, 8 devices in each.
+    # axis:size, separated by commas; the size -1 takes the devices that are left. data splits rows | fsdp: rows,
+    # parameters and the optimizer's moments | tensor: heads, the feed-forward and the vocabulary | sequence: the
+    # length. Over several slices of TPUs, or hosts of GPUs, lies data, or the axis whose size says so: fsdp:2x8 lies
+    # over 2 slices, with 8 devices in each.
     mesh: str = "data:-1"
-    peak_tflops: float = number(
-        0.0
-    )  # of one device, for model-FLOPs utilisation; 0: from the device table, else left out
+    # Of one device, for model-FLOPs utilisation. 0: as the table of devices says; of other devices there is no figure
+    peak_tflops: float = number(0.0)
 
 
 @dataclass
@@ -227,15 +233,15 @@ class Config(Section):
 
 
 def to_dict(config: Config) -> dict:
-    """Nested plain values, for JSON."""
+    """Return a config as nested dicts of plain values, for JSON."""
     return dataclasses.asdict(config)
 
 
 def with_fields(config: Config, fields: dict[str, object]) -> Config:
-    """Return a copy in which fields, by path ("model.d_state"), have other values.
+    """Return a copy in which fields, given by paths such as "model.d_state", have other values.
 
     Raises:
-        ValueError: a path that names no field.
+        ValueError: a path names no field.
     """
     changed = copy.deepcopy(config)
     for path, value in fields.items():
@@ -251,8 +257,8 @@ def with_fields(config: Config, fields: dict[str, object]) -> Config:
     return changed
 
 
-# What earlier versions saved and is called otherwise now: fields, with what their values are now where those changed
-# too, and values by field.
+# Configs that earlier versions saved: fields that have another name now (and the new values, where these changed too),
+# and values that have another name, by field.
 RENAMED_FIELDS = {
     "parity_lengths": ("task_lengths", {}),
     "parity_steps": ("task_steps", {}),
@@ -302,7 +308,7 @@ def check(section: Section, path: str = "config") -> None:
 
 
 def shown(value) -> str:
-    """Write the value as Python does, its middle left out where it is long."""
+    """Write a value as Python does, without its middle if that is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:50]}...{text[-20:]}"
 
@@ -323,7 +329,7 @@ def _is(value, kind) -> bool:
 
 
 def _wish(value, metadata) -> str:
-    """Says what a value of the right type should have been; "" where it is."""
+    """Say how a value of the right type is out of its range; "" if it is not."""
     if interval := metadata.get("interval"):
         return "" if in_float32(value, interval) else f"is not a float32 number in {interval}"
     if "layers" in metadata:
@@ -337,10 +343,10 @@ def _wish(value, metadata) -> str:
 
 
 def in_float32(value: float, interval: str) -> bool:
-    """Tells whether the nearest float32 is a number in the interval, and is 0 only if the value is."""
+    """Tell whether the float32 nearest to a value is a number in the interval, and is 0 only if the value is."""
     try:
         (nearest,) = struct.unpack("f", struct.pack("f", value))
-    except (OverflowError, struct.error):  # the latter of a whole number past the double ones
+    except (OverflowError, struct.error):  # the latter for integers that are too large for a double
         return False
     low, high = map(float, interval[1:-1].split(","))
     above = nearest > low if interval[0] == "(" else nearest >= low

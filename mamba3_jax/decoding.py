@@ -1,7 +1,8 @@
-"""A model as a decode loop runs it: each layer's parameters and state in arrays of their own, matrices already cast.
+"""A model as a decode loop runs it: every layer has its own arrays of parameters and state, and matrices are cast once.
 
-The public trees stay as `LanguageModel` has them, stacked over the repeats of a segment; a loop converts at its edges.
-XLA then updates every layer's state in place, where a scan over stacked ones copies them all each token.
+The public trees are those of `LanguageModel`, stacked over the repeats of a segment; a decode loop converts them before
+it begins. XLA then updates the state of each layer in place, where a scan over stacked states copies all of them for
+each token.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from mamba3_jax.ops.einsum import einsum
 
 
 def unstacked(config: ModelConfig, tree):
-    """Cut parameters or a state stacked over the repeats of a segment into one tree a repeat."""
+    """Cut parameters or a state that are stacked over the repeats of a segment into one tree for each repeat."""
     cut = dict(tree)
     for index, (_, repeats) in enumerate(segments(config.pattern)):
         name = f"segment_{index}"
@@ -30,7 +31,7 @@ def unstacked(config: ModelConfig, tree):
 
 
 def prepare(config: ModelConfig, params, *, fused: bool = True):
-    """Return parameters as `step` takes them: unstacked, and in the compute dtype those that are only read in it.
+    """Return parameters as `step` takes them: unstacked, and cast to the compute dtype if they are only read in it.
 
     A tied head becomes an array of its own: the look-up reads rows of the table in float32, the head reads all of it
     in the compute dtype.
@@ -38,7 +39,7 @@ def prepare(config: ModelConfig, params, *, fused: bool = True):
     Args:
         config: the model's.
         params: as `LanguageModel` has them.
-        fused: makes of each layer what `decoding_layer` reads, where that runs.
+        fused: whether layers become what `decoding_layer` reads, where it can run them.
     """
     fused = fused and on_one_device(params) and decoding_layer.refused(config) is None
     if config.tie_embeddings:
@@ -46,7 +47,7 @@ def prepare(config: ModelConfig, params, *, fused: bool = True):
     cast = functools.partial(jax.tree.map, lambda x, dtype: x if x.dtype == dtype else x.astype(dtype))
     dtypes = read_dtypes(config, params)
     layers = {name: params[name] for name in params if name.startswith("segment")}
-    whole = {name: params[name] for name in params if name not in layers}  # outside jit what is not cast is not copied
+    whole = {name: params[name] for name in params if name not in layers}  # jit would copy those that are not cast
 
     def cut(layers):
         layers = unstacked(config, cast(layers, {name: dtypes[name] for name in layers}))
@@ -56,7 +57,7 @@ def prepare(config: ModelConfig, params, *, fused: bool = True):
 
 
 def arranged(config: ModelConfig, layers):
-    """Return unstacked parameters with every layer of Mamba-3 as a `decoding_layer.Layer`."""
+    """Return unstacked parameters in which every layer of Mamba-3 is a `decoding_layer.Layer`."""
     mixers = blocks(config.pattern)
 
     def of_block(segment: str, block: str, params):
@@ -72,13 +73,13 @@ def arranged(config: ModelConfig, layers):
 
 
 def on_one_device(params) -> bool:
-    """Says whether no array is spread over several devices; what is being traced has none."""
+    """Tell whether no array is spread over several devices; arrays that are being traced do not count."""
     known = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)]
     return all(len(x.sharding.device_set) == 1 for x in known)
 
 
 def copied(config: ModelConfig, params) -> int:
-    """Count the bytes that `prepare` takes at least: the layers, and what of the head is cast, in the compute dtype."""
+    """Count the bytes that `prepare` allocates at least: the layers and, if it is cast, the head, in compute dtype."""
     dtype = jnp.dtype(DTYPES[config.compute_dtype])
     parts = [params[name] for name in params if name.startswith("segment")]
     if dtype != jnp.float32:
@@ -87,21 +88,21 @@ def copied(config: ModelConfig, params) -> int:
 
 
 def step(config: ModelConfig, params, token_B, state, start_B, *, stacked: bool = False, interpret: object = None):
-    """Return (logits_BV, state) after one more token a row, from prepared parameters and an unstacked state.
+    """Return (logits_BV, state) after one more token in every row.
 
     Args:
         config: the model's.
-        params: prepared; or, where `stacked`, the public ones.
+        params: from `prepare`; with `stacked`, the public ones.
         token_B: ids.
-        state: as `params` are.
+        state: unstacked; with `stacked`, the public one.
         start_B: bool, true at the first token of a document.
-        stacked: takes the public trees.
+        stacked: whether parameters and state are the public trees.
         interpret: runs the kernels of arranged layers on any backend, slowly, for tests.
     """
     if any(map(is_arranged, jax.tree.leaves(params, is_leaf=is_arranged))):
         return fused_step(config, params, token_B, state, start_B, interpret)
     if config.tie_embeddings:
-        # Transposed here and not in `prepare`: the product is then that of `LanguageModel`.
+        # Transpose here and not in `prepare`: the product is then the same as that of `LanguageModel`.
         params = params | {"head": {"kernel": params["head"]["embedding"].T}}
     model = LanguageModel(dataclasses.replace(config, tie_embeddings=False), stacked)
     logits_BLV, state = model.apply({"params": params}, token_B[:, None], state, start_B[:, None])
@@ -110,14 +111,14 @@ def step(config: ModelConfig, params, token_B, state, start_B, *, stacked: bool 
 
 
 def is_arranged(layer) -> bool:
-    """Says whether a layer is one of `decoding_layer`."""
+    """Tell whether a layer is one of `decoding_layer`."""
     return isinstance(layer, decoding_layer.Layer)
 
 
 def fused_step(config: ModelConfig, params, token_B, state, start_B, interpret: object = None):
-    """Return what `step` does where layers are arranged; the others are `Block`s."""
+    """Compute `step` where some layers are arranged for `decoding_layer`; the others run as `Block`s."""
     dtype, new_state = DTYPES[config.compute_dtype], {}
-    # One program for all layers: it is traced once.
+    # One jitted function for all layers, so that it is traced once.
     run = jax.jit(functools.partial(decoding_layer.step, config, interpret=interpret))
     residual_BD = jnp.take(params["embedding"]["embedding"], known_or_past(token_B, config), axis=0)
     for index, (unit, repeats) in enumerate(segments(config.pattern)):
@@ -141,9 +142,9 @@ def fused_step(config: ModelConfig, params, token_B, state, start_B, interpret: 
 
 
 def read_dtypes(config: ModelConfig, params):
-    """Return the dtype of each parameter that a step casts it to wherever it reads it, or else its own.
+    """Return, for each parameter, the one dtype that a step casts it to wherever it reads it, or else its own dtype.
 
-    From the step's jaxpr, so that no list of names has to follow the modules.
+    They are read off the step's jaxpr, so that no list of names has to be kept in line with the modules.
     """
     state = jax.eval_shape(lambda: LanguageModel(config).empty_state(1, 1))
     token_B, start_B = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((1,), bool)
@@ -156,14 +157,14 @@ def read_dtypes(config: ModelConfig, params):
 
 
 def readings(jaxpr, variables) -> list[set]:
-    """Return the dtypes that a jaxpr reads each of some variables in: those of casts, and its own for any other use."""
+    """Return, for each variable, the dtypes that a jaxpr reads it in: those of casts, and its own for any other use."""
     found = {variable: set() for variable in variables}
     for equation in jaxpr.eqns:
         for place, variable in enumerate(equation.invars):
             if not isinstance(variable, core.Var) or variable not in found:
                 continue
             if equation.primitive.name == "transpose":
-                found[equation.outvars[0]] = found[variable]  # the same set: what reads it reads the variable
+                found[equation.outvars[0]] = found[variable]  # the same set: a read of the transpose reads the variable
             else:
                 found[variable] |= readings_of(equation, place)
     for variable in jaxpr.outvars:
@@ -176,7 +177,7 @@ def readings_of(equation, place: int) -> set:
     """Return the dtypes in which one equation reads an operand."""
     if equation.primitive.name == "convert_element_type":
         return {equation.outvars[0].aval.dtype}
-    # Of calls and scans, whose inner variables are their operands one by one.
+    # Calls and scans: the variables of the inner jaxpr are the operands, one by one.
     for inner in equation.params.values():
         inner = getattr(inner, "jaxpr", inner)
         if isinstance(inner, core.Jaxpr) and len(inner.invars) == len(equation.invars):

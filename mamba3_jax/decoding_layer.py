@@ -1,9 +1,9 @@
-"""A layer of Mamba-3 and SwiGLU for one token a row, in five kernels on a Hopper GPU: the same numbers as `Block`'s.
+"""One decoding step of a layer of Mamba-3 and SwiGLU, in five kernels on a Hopper GPU. It computes what `Block` does.
 
     r <- r + out(ssm(in(norm1(r))));   r <- r + back(value(norm2(r)) silu(gate(norm2(r))))
 
-A product has in its kernel the norm before it and what is made of it after (`ops.projections`). Matrices that one
-kernel reads are one array, each output a row of it, so that all of them are read once and none is copied.
+The kernel of a product also computes the norm before it and the epilogue after it (`ops.projections`). All matrices
+that one kernel reads are one array, in which every output is a row: each is read once, and none is copied.
 """
 
 import functools
@@ -24,7 +24,7 @@ from mamba3_jax.ops.sharded import one_device
 from mamba3_jax.ops.tuned import device
 from mamba3_jax.ops.types import Heads, State, Tokens
 
-RULES = ("exponential_trapezoidal", "midpoint", "exponential_euler")  # which Triton has been seen to lower
+RULES = ("exponential_trapezoidal", "midpoint", "exponential_euler")  # those that Triton has been seen to lower
 
 
 class Layer(NamedTuple):
@@ -43,7 +43,7 @@ class Layer(NamedTuple):
 
 
 def refused(config: ModelConfig) -> str | None:
-    """Return what keeps the layers of Mamba-3 of a config from this file on this process's devices; None: nothing."""
+    """Return why this file cannot run the Mamba-3 layers of a config on this process's devices; None: it can."""
     known = {
         "norm": ("rms",),
         "residual_in_fp32": (True,),
@@ -68,7 +68,7 @@ def refused(config: ModelConfig) -> str | None:
 
 
 def zeros(config: ModelConfig):
-    """Return (tokens, heads, state, norms) of one row, for their shapes."""
+    """Return (tokens, heads, state, norms) of a batch of one, for their shapes."""
     size, dtype = sizes(config), DTYPES[config.compute_dtype]
     inner, shared = size.heads * size.head_dim, size.rank * size.groups * size.d_state
     wide, row, number = jnp.zeros((1, inner), dtype), jnp.zeros((1, shared)), jnp.zeros((1, size.heads))
@@ -80,7 +80,7 @@ def zeros(config: ModelConfig):
 
 
 def arranged(config: ModelConfig, block) -> Layer:
-    """Return a layer's parameters from those of its `Block`, matrices in the compute dtype."""
+    """Return a layer's parameters from those of its `Block`, with matrices in the compute dtype."""
     mixer, mlp, dtype = block["mixer"], block["mlp"], DTYPES[config.compute_dtype]
     flat = lambda matrix: matrix.reshape(matrix.shape[0], -1).T.astype(dtype)  # noqa: E731
     per_head = ("skip", "v_rank", "gate_rank", "out_rank", "norm", "q_bias", "k_bias")
@@ -100,7 +100,7 @@ def arranged(config: ModelConfig, block) -> Layer:
 
 
 def step(config: ModelConfig, layer: Layer, residual_BD, state: State, start_B, *, interpret: object = None):
-    """Return (residual_BD, state) after a token."""
+    """Return (residual_BD, state) of this layer after one token in every row."""
     dtype, how = DTYPES[config.compute_dtype], {"interpret": bool(interpret)}
 
     def rounded(x):
@@ -110,7 +110,7 @@ def step(config: ModelConfig, layer: Layer, residual_BD, state: State, start_B, 
         return (rounded(y) + residual,)
 
     def gated(value, gate):
-        # Rounded after every operation, as XLA computes `jax.nn.silu` of bfloat16.
+        # Round after every operation, as XLA does in `jax.nn.silu` of bfloat16.
         value, gate = rounded(value), rounded(gate)
         sigmoid = rounded(1 / rounded(1 + rounded(jnp.exp(-gate))))
         return (value * rounded(gate * sigmoid),)
@@ -131,7 +131,7 @@ def step(config: ModelConfig, layer: Layer, residual_BD, state: State, start_B, 
 
 
 def tokens_of(config: ModelConfig, layer: Layer, residual_BD, start_B, *, interpret: bool) -> Tokens:
-    """Return what the op needs of a token, but for the norm of q and k."""
+    """Compute what the op needs of a token. Queries and keys come before their norm, which the op's kernel applies."""
     size, dtype, float32 = sizes(config), DTYPES[config.compute_dtype], jnp.float32
     inner, shared = size.heads * size.head_dim, size.rank * size.groups * size.d_state
     looks_back, scalars = uses_previous(config.discretization), 2 * inner + 2 * shared + size.planes
@@ -159,7 +159,7 @@ def tokens_of(config: ModelConfig, layer: Layer, residual_BD, start_B, *, interp
 
 
 def as_tokens(size: Sizes, *, z, x, k, q, theta, dt, log_a, gamma, beta: list, start) -> Tokens:
-    """Return rows of numbers in the op's axes."""
+    """Return the outputs of the in-projection, (B, columns) each, in the axes of the op."""
     keys, values = (-1, 1, size.rank, size.groups, size.d_state), (-1, 1, size.heads, size.head_dim)
     return Tokens(
         q_BLRGN=q.reshape(keys),

@@ -1,4 +1,4 @@
-"""Numbers that are not numbers: which tensors hold some, and what JSON, which has none, says in their place."""
+"""NaN and infinity: which tensors hold them, and null in their place for JSON, which has neither."""
 
 import functools
 import math
@@ -11,10 +11,10 @@ from mamba3_jax.config import listed
 
 
 def all_finite(*trees) -> jax.Array:
-    """Tells whether every number of trees of one structure is finite. A norm would not: it overflows where none does.
+    """Tell whether every number in trees of one structure is finite. A norm is no test: it may overflow if all are.
 
-    Arrays of one shape in the same place are looked at side by side: what XLA computes them from, it reads once for all
-    of them.
+    Arrays of one shape in the same place of the trees are tested in one expression: XLA then reads what they are
+    computed from once.
     """
 
     def place(*leaves):
@@ -29,11 +29,11 @@ def all_finite(*trees) -> jax.Array:
 
 
 def check_finite(what: str, tree) -> None:
-    """Raise ValueError, naming the tensors, unless every number of a tree is finite. Each array is read where it is.
+    """Raise ValueError, naming the tensors, unless all numbers of a tree are finite. Arrays are read where they lie.
 
     Args:
-        what: the subject of the error.
-        tree: arrays of numpy, or of jax on any one mesh.
+        what: the subject of the error message.
+        tree: arrays of numpy, or of jax on one mesh.
     """
     named = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
@@ -55,7 +55,7 @@ def _each_fine(named: dict) -> dict:
 
 
 def or_null(value):
-    """Return the same plain value, with None in place of every float that is not finite: JSON has null and no NaN."""
+    """Return a plain value with None in place of every float that is not finite: JSON has null and no NaN."""
     if isinstance(value, dict):
         return {name: or_null(part) for name, part in value.items()}
     if isinstance(value, list | tuple):

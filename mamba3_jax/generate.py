@@ -17,22 +17,23 @@ from mamba3_jax.model import LanguageModel
 from mamba3_jax.prompts import check, padded
 from mamba3_jax.sampling import Sampling, draw
 
-# Tokens of a piece of the prefill where none are asked for. On an accelerator what fits, of a row at least PREFILL and
-# of all together at most PREFILL_MOST, past which speed hardly grows. On a CPU PREFILL: what caches hold is faster.
+# How many tokens of a row one piece of the prefill has, where the caller does not say. On an accelerator, as many as
+# fit into memory: at least PREFILL, and at most PREFILL_MOST over all rows, past which speed hardly grows. On a CPU,
+# PREFILL: pieces that fit into its caches are faster.
 PREFILL, PREFILL_MOST = 2048, 2**17
-BLOCK = 32  # decoded tokens between two looks of the host, where it looks for a stop string
+BLOCK = 32  # tokens that the loop decodes before the host searches them for a stop string
 NOTHING, NO_NUMBER = -1, -2  # in place of a token
 
 
 class Generated(NamedTuple):
-    """What followed each prompt, and what it took; no time holds any compilation."""
+    """What followed each prompt, and how long it took; the times of prefill and decode include no compilation."""
 
-    ids: list[list[int]]  # a list a prompt, without the stop token
+    ids: list[list[int]]  # one list for each prompt, without the stop token
     prefill_tokens: int  # of the prompts, without padding
     prefill_seconds: float
-    decode_tokens: int  # steps times prompts, also those of a prompt that has stopped while others have not
+    decode_tokens: int  # steps times prompts: a prompt that has stopped counts for as long as others go on
     decode_seconds: float
-    compile_seconds: float  # and of preparing the parameters
+    compile_seconds: float  # includes the time of preparing the parameters
 
     def __str__(self):
         prefill = self.prefill_tokens / max(self.prefill_seconds, 1e-9)
@@ -47,30 +48,33 @@ class Carry(NamedTuple):
     """The decode loop between two tokens."""
 
     step: jax.Array  # tokens written so far
-    token_B: jax.Array  # the last one, not yet run
+    token_B: jax.Array  # the last one, which the model has not read yet
     start_B: jax.Array  # whether it is the first one of its document
     done_B: jax.Array
-    out_BT: jax.Array  # or NOTHING, or NO_NUMBER where the model gave NaN
+    out_BT: jax.Array  # the ids drawn; NOTHING where there is none, NO_NUMBER where the logits were NaN
     state: Any  # unstacked
 
 
 @functools.lru_cache(maxsize=8)
 def programs(fields: tuple[tuple, ...], sampling: Sampling, stop_ids: tuple[int, ...]):
-    """(prefill, decode) of a model config, given by its fields; one object each, so that equal calls compile once."""
+    """Return the jitted (prefill, decode) of a model config, given by its fields, which can be hashed.
+
+    Equal arguments return the same two objects, so that equal calls compile once.
+    """
     config = ModelConfig(**dict(fields))
     run, loop = functools.partial(prefill, LanguageModel(config)), functools.partial(decode, config, sampling, stop_ids)
     return jax.jit(run, donate_argnums=3), jax.jit(loop, donate_argnums=2)
 
 
 def prefill(model: LanguageModel, params, tokens_BL, start_BL, state):
-    """Return the state after some more tokens of the prompt; the head is not computed."""
+    """Return the state after some more tokens of the prompts; no logits are computed."""
     return model.apply({"params": params}, tokens_BL, state, start_BL)[1]
 
 
 def decode(config: ModelConfig, sampling: Sampling, stop_ids: tuple[int, ...], params, key, carry: Carry, until):
-    """Tokens until `until` of them are written or every row is done; a row is done when it draws a stop id.
+    """Draw tokens until `until` of them are written or every row is done. A row is done when it draws a stop id.
 
-    Parameters are `decoding.prepare`d.
+    Parameters are those that `decoding.prepare` returns.
     """
 
     def unfinished(carry: Carry):
@@ -96,7 +100,7 @@ def decode(config: ModelConfig, sampling: Sampling, stop_ids: tuple[int, ...], p
 
 
 def holds_nan(logits_BV):
-    """Say of each row whether a logit is NaN: its maximum then is, which the draw needs too, so both read once."""
+    """Tell which rows hold NaN: their maximum is NaN. The draw needs the maximum too, so XLA reads the logits once."""
     return jnp.isnan(jnp.max(logits_BV, axis=-1))
 
 
@@ -115,26 +119,29 @@ def generate(
 ) -> Generated:
     """Continue prompts of any lengths together.
 
-    A prompt shorter than the longest is padded on the left, and `start` at its first token keeps the padding out of its
-    state exactly. All but a prompt's last token are prefilled, at most `prefill_length` at a time; the decode loop
-    begins with the last one.
+    Prompts are padded on the left to the length of the longest. `start` at the first token of a prompt keeps the
+    padding out of its state exactly. The prefill runs all tokens of the prompts but the last, in pieces of at most
+    `prefill_length`; the decode loop begins with the last one.
 
     Args:
-        model: its config says what ids there are.
+        model: a `LanguageModel`.
         params: its parameters.
-        prompts: ids, at least one a prompt: a list of lists or 1-D arrays of integers, or one array (B, L).
-        tokens: how many to draw at most.
+        prompts: ids, at least one in each prompt: a list of lists or of 1-D arrays of integers, or one array (B, L).
+        tokens: the most tokens to draw for each prompt.
         sampling: temperature, top_k and top_p; None is `Sampling()`.
         seed: of the draws. Equal seeds draw equal tokens.
         stop_ids: a row ends when it draws one of these.
-        stop: called on what a row has drawn, every `BLOCK` tokens; the row is cut after the first token where it holds.
-        prefill_length: tokens of a row that a piece of the prefill holds at most; bounds its memory. None: see
+        stop: a function of the tokens that a row has drawn, called every `BLOCK` tokens. The row is cut after the first
+            token at which it returns True.
+        prefill_length: the most tokens of a row in one piece of the prefill, which bounds its memory; None: see
             `PREFILL`.
-        padded_to: tokens that a row has at least, padding among them: calls whose prompts are no longer have one shape.
+        padded_to: the least length of a row, with its padding: calls whose prompts are no longer than this have the
+            same shape.
 
     Raises:
-        ValueError: no prompt or an empty one, an id outside the vocabulary or what is no id, or a number that means
-            nothing; before anything is compiled.
+        ValueError: no prompt or an empty one, something that is not an id of the vocabulary, a number out of its range,
+            or not enough memory. It is raised before anything is compiled.
+        FloatingPointError: the model's logits are NaN.
     """
     sampling = sampling or Sampling()
     prompts, stop_ids = check(model, prompts, tokens, sampling, stop_ids, prefill_length, params)
@@ -172,7 +179,7 @@ def prefilled(
     padded_to: int,
     seconds: dict[str, float],
 ) -> Carry:
-    """Run all but the last token of each prompt, piece by piece; return where the decode loop of `tokens` begins."""
+    """Run all but the last token of each prompt, piece by piece; return what a decode loop of `tokens` begins with."""
     with timed(seconds, "compile"):
         compile_prefill = functools.partial(compiled_prefill, program, model, params, tokens)
         held = memory.on_a_device(params)
@@ -208,7 +215,7 @@ def decoded(
     stop: Callable[[list[int]], bool] | None,
     seconds: dict[str, float],
 ) -> tuple[list[list[int]], int]:
-    """Run the loop, (carry, until) -> carry, to its end; return what each row has drawn, and the steps taken."""
+    """Run the loop, (carry, until) -> carry, to its end; return what each row has drawn, and the number of steps."""
     block, rows, searched = BLOCK if stop else tokens, [], [0] * len(carry.token_B)
     for until in range(block, tokens + block, block):
         with timed(seconds, "decode"):
@@ -233,9 +240,10 @@ def compiled_prefill(program, model: LanguageModel, params, tokens: int, tokens_
 
 
 def fitting(compile_prefill: Callable, prompts, prefill_length: int | None, held: int, padded_to: int = 1):
-    """Return the compiled prefill, and (tokens_BL, start_BL, piece): of given pieces, or of the longest that fit.
+    """Return the compiled prefill, tokens_BL, start_BL and the length of a piece: the given one, or what fits.
 
-    The compiler plans all memory of a piece; `held` bytes of it are there already. Pieces shrink until the rest fits.
+    The compiler plans all memory that a piece needs, of which `held` bytes are allocated already. Pieces become shorter
+    until the rest fits, or until they have `PREFILL` tokens.
     """
     most = prefill_length or PREFILL
     if not prefill_length and jax.default_backend() != "cpu":
@@ -246,20 +254,20 @@ def fitting(compile_prefill: Callable, prompts, prefill_length: int | None, held
         needed, free = memory.of_program(run) - held, memory.free_on_device()
         if prefill_length or piece <= PREFILL or free is None or needed <= free:
             return run, tokens_BL, start_BL, piece
-        # In proportion, and by half at least, so that it ends soon.
+        # Shrink in proportion to what is missing, and at least by half, so that the search ends soon.
         most = max(PREFILL, min(piece // 2, int(piece * free / needed)))
 
 
 @contextlib.contextmanager
 def timed(seconds: dict[str, float], what: str):
-    """Add the time inside to an entry."""
+    """Add the seconds that the body takes to the entry `what`."""
     begin = time.perf_counter()
     yield
     seconds[what] += time.perf_counter() - begin
 
 
 def drawn(out_BT) -> list[list[int]]:
-    """Return what each row has drawn; FloatingPointError where the model gave NaN."""
+    """Return what each row has drawn. Raise FloatingPointError if logits were NaN."""
     out_BT = np.asarray(out_BT)
     if (out_BT == NO_NUMBER).any():
         raise FloatingPointError(
@@ -269,5 +277,5 @@ def drawn(out_BT) -> list[list[int]]:
 
 
 def cut(row: list[int], stop: Callable[[list[int]], bool], searched: int) -> list[int]:
-    """Return the shortest beginning of more than `searched` tokens where `stop` holds, or all of it."""
+    """Return the shortest beginning of the row, longer than `searched`, for which `stop` holds; or else all of it."""
     return next((row[:end] for end in range(searched + 1, len(row) + 1) if stop(row[:end])), row)

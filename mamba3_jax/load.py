@@ -1,4 +1,4 @@
-"""`load`: a model and its parameters, from a workdir of ours or an official PyTorch directory."""
+"""Loading a model and its parameters from a workdir of this project or from an official PyTorch directory."""
 
 import dataclasses
 import os
@@ -6,39 +6,43 @@ from pathlib import Path
 
 from mamba3_jax.config import Config
 
-# What changes no parameter.
+# The fields of `ModelConfig` that `load` can change: none of them changes a parameter.
 HOW = ("compute_dtype", "implementation", "chunk", "attn_implementation", "remat", "unroll")
 
 
 def load(path, *, step: int | None = None, **how):
-    """(model, params) of a workdir or of a directory with config.json and model.safetensors or pytorch_model.bin.
+    """Return (model, params) of a workdir, or of a directory with config.json and the official PyTorch weights.
 
         model, params = mamba3_jax.load("runs/text")
         logits_BLV, state = model.apply({"params": params}, tokens_BL)
 
-    Official files may also be sharded, or as training loops save them (mamba3_jax/convert/peel.py).
+    Official weights are model.safetensors or pytorch_model.bin. They may be sharded, or wrapped as training loops save
+    them (mamba3_jax/convert/peel.py).
 
     Args:
         path: the directory.
         step: which checkpoint of a workdir; None is the newest.
-        how: fields of `ModelConfig` to run it differently from how it was trained: compute_dtype, implementation,
-            chunk, attn_implementation, remat, unroll.
+        how: fields of `ModelConfig` that run the model differently from how it was trained: compute_dtype,
+            implementation, chunk, attn_implementation, remat, unroll.
 
     Returns:
         A `LanguageModel` (its `config` is the `ModelConfig`) and its parameters as float32 device arrays.
 
     Raises:
-        FileNotFoundError: nothing there to load, saying what was looked for and what is there.
-        ValueError: path is no path, or step no whole number; it is there and damaged, holds NaN or infinity, or does
-            not fit its config, with every tensor that does not.
+        FileNotFoundError: there is nothing to load; the message says what was looked for and what is there.
+        ValueError: path is no path, or step no whole number; or a checkpoint is damaged, holds NaN or infinity, or does
+            not fit its config; the message names the tensors that do not fit.
     """
     config, params = load_run(path, step=step)
     return build(config, **how), params
 
 
 def load_run(path, *, step: int | None = None) -> tuple[Config, dict]:
-    """(config, params) as `load` finds them: the whole run's config, for its data. See `load` for the rest."""
-    # These import jax and orbax: seconds that `import mamba3_jax` need not take.
+    """Return (config, params): the parameters as `load` returns them, and the `Config` of the whole run, with its data.
+
+    Arguments and errors are those of `load`.
+    """
+    # These import jax and orbax, which takes seconds that `import mamba3_jax` need not take.
     import flax
     import jax
     import jax.numpy as jnp
@@ -72,7 +76,7 @@ def load_run(path, *, step: int | None = None) -> tuple[Config, dict]:
 
 
 def run_config(path: Path, model) -> Config:
-    """Return the `Config` around an official directory's model: its own tokenizer.json if it has one, else none."""
+    """Return a `Config` around an official directory's model, with its tokenizer.json if it has one."""
     tokenizer = path / "tokenizer.json"
     config = Config(name=path.resolve().name, model=model)
     config.data.tokenizer = str(tokenizer.resolve()) if tokenizer.exists() else ""
@@ -80,7 +84,7 @@ def run_config(path: Path, model) -> Config:
 
 
 def build(config: Config, **how):
-    """Return the `LanguageModel` of a config, run as `how` says."""
+    """Return the `LanguageModel` of a config, whose fields `how` replaces; see `load`."""
     from mamba3_jax.model import LanguageModel, validate
 
     unknown = sorted(set(how) - set(HOW))

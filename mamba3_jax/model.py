@@ -25,14 +25,15 @@ REMATS = ("", "none", "rotation", "op", "block")
 
 
 def segments(pattern):
-    """Cut a pattern into [(unit, repeats), ...] with the least total length of the units: what must be compiled.
+    """Cut a pattern into segments [(unit, repeats), ...] whose units have the least total length.
 
-    "MMMMMA" * 4 -> [("MMMMMA", 4)];  "MMMAMMM" -> [("M", 3), ("A", 1), ("M", 3)]. Of equals, the fewest segments.
-    A pattern is a string of letters or a tuple of names, and so are the units.
+    "MMMMMA" * 4 -> [("MMMMMA", 4)];  "MMMAMMM" -> [("M", 3), ("A", 1), ("M", 3)]. Only the units are compiled. Of cuts
+    that are as good, the one with the fewest segments is returned. A pattern is a string of letters or a tuple of
+    names, and so are the units.
     """
     layers = len(pattern)
-    best = [(0, 0)] + [(layers + 1, 0)] * layers  # of every prefix: total length of the units, segments
-    last = [(0, 0)] * (layers + 1)  # of every prefix: where its last segment begins, the size of that one's unit
+    best = [(0, 0)] + [(layers + 1, 0)] * layers  # for each prefix: total length of its units, number of segments
+    last = [(0, 0)] * (layers + 1)  # for each prefix: where its last segment begins, and the size of that unit
     for begin in range(layers):
         length, count = best[begin]
         for end, size in enumerate(unit_sizes(pattern[begin:]), begin + 1):
@@ -47,8 +48,8 @@ def segments(pattern):
 
 
 def unit_sizes(pattern):
-    """Yield, of every prefix of a pattern, the size of the shortest unit that it repeats a whole number of times."""
-    borders, border = [0], 0  # of every prefix: the longest beginning that is also an end (Knuth, Morris, Pratt)
+    """Yield, for each prefix of a pattern, the size of the shortest unit that it repeats a whole number of times."""
+    borders, border = [0], 0  # for each prefix: its longest proper prefix that is also a suffix (Knuth, Morris, Pratt)
     yield from (1 for _ in pattern[:1])
     for index in range(1, len(pattern)):
         while border and pattern[index] != pattern[border]:
@@ -60,7 +61,7 @@ def unit_sizes(pattern):
 
 
 def mixer_names(pattern) -> list[str]:
-    """Names in `MIXERS`, one a layer.
+    """Return the name in `MIXERS` of each layer of a pattern.
 
     Raises:
         ValueError: a letter or a name that no mixer has.
@@ -73,7 +74,7 @@ def mixer_names(pattern) -> list[str]:
 
 
 def blocks(pattern) -> dict[tuple[str, str], str]:
-    """Names in `MIXERS` by (segment, block), the first two keys of a layer's parameters and state."""
+    """Return the names in `MIXERS` by (segment, block), the first two keys of a layer's parameters and state."""
     return {
         (f"segment_{i}", f"block_{j}"): mixer
         for i, (unit, _) in enumerate(segments(pattern))
@@ -82,16 +83,16 @@ def blocks(pattern) -> dict[tuple[str, str], str]:
 
 
 def turns_at_once(repeats: int) -> int:
-    """Return how many repeats of a segment one turn of the scan runs where the config leaves it open.
+    """Return how many repeats of a segment one iteration of the scan runs where `config.unroll` is 0.
 
-    All of them on GPUs, where what crosses turns is copied: a sixth of a training step, for which 12 layers on an H200
-    compile 20 to 30 s longer. One elsewhere.
+    On GPUs, all of them: a loop copies what crosses its iterations, which took a sixth of a training step. Unrolling 12
+    layers compiles 20 to 30 s longer on an H200. Elsewhere, one.
     """
     return repeats if device().platform == "gpu" else 1
 
 
 def padded_vocab(config: ModelConfig) -> int:
-    """Rows of the embedding: vocab_size rounded up to a multiple of pad_vocab_to."""
+    """Return the number of rows of the embedding: vocab_size rounded up to a multiple of pad_vocab_to."""
     return -(-config.vocab_size // config.pad_vocab_to) * config.pad_vocab_to
 
 
@@ -108,7 +109,7 @@ def validate(config: ModelConfig) -> None:
 
 
 def check_tokens(tokens_BL, vocab_size: int) -> None:
-    """Raise ValueError for tokens that are not integers, and for ids outside the vocabulary where they are known."""
+    """Raise ValueError for tokens that are not (B, L) integers, and for known ids that are not in the vocabulary."""
     dtype = getattr(tokens_BL, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"tokens are {dtype or type(tokens_BL).__name__}, wanted an array of integers")
@@ -162,7 +163,7 @@ def whole(name: str, value, least: int) -> int:
 
 
 def check_room(pattern, state, length: int, capacity: int | None) -> None:
-    """Raise ValueError where `length` more tokens do not fit: in `capacity`, or in a state whose fill is known."""
+    """Raise ValueError where `length` more tokens do not fit: in `capacity`, or in a state whose values are known."""
     if capacity is not None and state is not None:
         raise ValueError(f"{capacity=} is for a call without a state: the room of a given state does not change")
     if capacity is not None and capacity < length:
@@ -180,7 +181,7 @@ def check_room(pattern, state, length: int, capacity: int | None) -> None:
 
 
 def table_split() -> Split:
-    """Return how tokens and the table of their vectors lie on the mesh in context, by its rules (`sharding.using`)."""
+    """Return how tokens and the embedding lie on the mesh in context, by the rules in context (`sharding.using`)."""
     return Split(*nn.logical_to_mesh_axes(("batch", "length")), *nn.logical_to_mesh_axes(("embed", "vocab")))
 
 
@@ -192,12 +193,15 @@ def check_splits_rows(config: ModelConfig, context: Context) -> None:
 
 
 def is_known(array) -> bool:
-    """Tells whether the values are at hand: not in a compiled program, and not on other hosts."""
+    """Tell whether the values of an array can be read here: it is not traced, and no other host has a part of it."""
     return not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True)
 
 
 def known_or_past(tokens_BL, config: ModelConfig):
-    """Keep ids in [0, vocab_size) and send all others past the table: a look-up counts negative ones from its end."""
+    """Keep ids in [0, vocab_size) and replace all others by one past the table, whose look-up is NaN.
+
+    A negative id would otherwise count from the table's end, and an id of the padding would find a vector.
+    """
     tokens_BL = jnp.asarray(tokens_BL, jnp.int32)
     return jnp.where((tokens_BL >= 0) & (tokens_BL < config.vocab_size), tokens_BL, padded_vocab(config))
 
@@ -220,7 +224,7 @@ class Unit(nn.Module):
 
 
 class Repeats(nn.Module):
-    """The repeats of a segment one after another, each with parameters and a state of its own."""
+    """The repeats of a segment, one after another, each with its own parameters and state: no scan, nothing stacked."""
 
     config: ModelConfig
     mixers: tuple[str, ...]
@@ -235,7 +239,7 @@ class Repeats(nn.Module):
             unit = Unit(self.config, self.mixers, name=name)
             residual_BLD, new_state[name] = unit(residual_BLD, before, start_BL)
             if residual_BLD.dtype != jnp.float32:
-                # Rounded here, as between the steps of a scan: XLA would hand on the float32 that it has.
+                # Round here, as a scan does between its steps: XLA would pass on the float32 value that it has.
                 residual_BLD = jax.lax.optimization_barrier(residual_BLD)
         return residual_BLD, new_state
 
@@ -246,22 +250,23 @@ class LanguageModel(nn.Module):
     Training, prefill in any number of pieces and decoding are this one call.
 
     Args of the call:
-        tokens_BL: integers in [0, vocab_size); ids that only pad the table are not among them. Any other is an error
-            where its value is known, outside `jax.jit`. A compiled program gives NaN logits for it and the rest of its
-            document, never another token's. NaN may reach other documents of the same row (`ops.ssm` says which;
-            with attention all), not other rows. Loaders and commands check ids before.
+        tokens_BL: integers in [0, vocab_size); the rows that pad the table have no ids. Any other id is an error where
+            its value is known, outside `jax.jit`. A compiled program returns NaN logits from that token to the end of
+            its document, and never the logits of another token. NaN may reach other documents of the same row
+            (`ops.ssm` says which; attention lets it reach all of them), but no other row. Loaders and commands check
+            ids beforehand.
         state: what the tokens before left (`empty_state` or a returned one), or None to start from nothing.
         start_BL: bool, true at the first token of a document, or None. Documents do not see each other.
-        capacity: with no state, how many tokens in all the attention caches of the returned one have room for; None
-            is these L. More tokens than there is room for are an error where the state's values are known, and NaN
-            in a compiled program. Mamba-3 layers need no room.
+        capacity: for a call without a state: how many tokens in all the attention caches of the returned state have
+            room for; None: the L of this call. Tokens that do not fit are an error where the state's values are known,
+            and give NaN in a compiled program. Layers other than attention need no room.
 
     Returns:
         logits_BLV, float32, as wide as the padded vocabulary, and the state
-        {"segment_i": {"block_j": the mixer's state, its leading axis the repeats}}.
+        {"segment_i": {"block_j": the mixer's state, whose leading axis is the repeats}}.
 
     With `stacked` False, parameters and state are {"segment_i": {"repeat_r": {"block_j": ...}}} without that axis
-    (`decoding.unstacked`): each layer's state is then an array that a loop updates in place.
+    (`decoding.unstacked`): the state of each layer is then an array of its own, which a loop updates in place.
 
     Raises:
         ValueError: see `validate`; tokens that are not integers, a start that is not (B, L) of bool, a state of another
@@ -278,7 +283,7 @@ class LanguageModel(nn.Module):
 
     @nn.compact
     def features(self, tokens_BL, state=None, start_BL=None, capacity: int | None = None):
-        """Return (x_BLD, head_DV, state), whose product would be the logits: a loss need not hold them."""
+        """Return (x_BLD, head_DV, state); x head are the logits, which a loss need not hold all at once."""
         config = self.config
         validate(config)
         check_tokens(tokens_BL, config.vocab_size)
@@ -310,7 +315,8 @@ class LanguageModel(nn.Module):
                 in_axes=(0, nn.broadcast),
                 length=repeats,
                 unroll=min(config.unroll or turns_at_once(repeats), repeats),
-                # It traces all once more, and so has its part in what is drawn. Kernels that write in place fail in it.
+                # This check traces the body once more, so initial values depend on it: it stays on for `init`. Kernels
+                # that write in place fail in it.
                 check_constancy_invariants=self.is_initializing(),
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
@@ -333,7 +339,7 @@ class LanguageModel(nn.Module):
         def empty(unit, *repeats):
             names = enumerate(mixer_names(unit))
             state = {f"block_{j}": MIXERS[mixer].empty_state(self.config, batch, capacity) for j, mixer in names}
-            # Copies, so that no two are one array: a loop that updates them in place may be given none twice.
+            # Copies, so that no array is there twice: a program that is donated the state may not be given one twice.
             return jax.tree.map(lambda x: jnp.array(jnp.broadcast_to(x, (*repeats, *x.shape))), state)
 
         return {

@@ -12,14 +12,14 @@ from mamba3_jax.config import TINY, in_float32
 
 
 class Sampling(NamedTuple):
-    """How the next token is drawn: softmax(logits / temperature) over the top_k, of those the top_p."""
+    """How the next token is drawn: from softmax(logits / temperature) over the top_k tokens, and of these the top_p."""
 
     temperature: float = 1.0  # 0: the likeliest token
     top_k: int = 0  # 0: all
     top_p: float = 1.0  # the fewest likeliest tokens that hold this much of the probability (after top_k)
 
     def check(self) -> None:
-        """ValueError for a value that means nothing."""
+        """Raise ValueError for a value out of its range."""
         if not in_float32(self.temperature, "[0, inf)"):
             raise ValueError(f"temperature={self.temperature} is not a float32 number from 0 up")
         if self.top_k < 0:
@@ -29,10 +29,10 @@ class Sampling(NamedTuple):
 
 
 def draw(key, logits_BV, sampling: Sampling):
-    """Return a token a row. Row b draws from its own stream, so it does not depend on the rows beside it."""
+    """Draw one token for each row. Row b has a random stream of its own and does not depend on the other rows."""
     if not sampling.temperature:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    # Less the maximum, so that a temperature near 0 gives -inf and not inf - inf.
+    # Subtract the maximum, so that a temperature near 0 gives -inf and not inf - inf.
     logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / sampling.temperature
     ids_BV = None
     if sampling.top_k:
@@ -47,20 +47,21 @@ def draw(key, logits_BV, sampling: Sampling):
 
 
 def largest(logits_BV, count: int):
-    """Return what `jax.lax.top_k` does, the `count` largest of a row and their ids, of equals the first.
+    """Return what `jax.lax.top_k` returns: the `count` largest logits of a row and their ids, the first of equal ones.
 
-    A block that holds one of the largest has one of the `count` largest maxima, so only that many blocks are sorted.
+    A row is cut into blocks. Only a block whose maximum is among the `count` largest maxima can hold one of the largest
+    logits, so only `count` blocks are sorted.
     """
     batch, vocab = logits_BV.shape
-    width = max(1, math.isqrt(vocab // count))  # W: makes about as many blocks as it leaves tokens in `count` of them
+    width = max(1, math.isqrt(vocab // count))  # W: there are then about as many blocks as tokens in `count` of them
     blocks = -(-vocab // width)
-    if 4 * (blocks + count * width) > vocab:  # hardly fewer numbers to sort
+    if 4 * (blocks + count * width) > vocab:  # blocks would leave hardly fewer numbers to sort
         return jax.lax.top_k(logits_BV, count)
-    # The padding stands last: real tokens come before it wherever it could be reached.
+    # The padding comes last, so that of equal logits, -inf, those of real tokens are found first.
     padding = ((0, 0), (0, blocks * width - vocab))
     blocks_BCW = jnp.pad(logits_BV, padding, constant_values=-jnp.inf).reshape(batch, blocks, width)
     _, chosen_BK = jax.lax.top_k(jnp.max(blocks_BCW, axis=-1), count)
-    chosen_BK = jnp.sort(chosen_BK, axis=-1)  # so that the first of equals is still the first
+    chosen_BK = jnp.sort(chosen_BK, axis=-1)  # so that the first of equal logits is still the first
     chosen_BKW = jnp.take_along_axis(blocks_BCW, chosen_BK[..., None], axis=1)
     logits_BK, place_BK = jax.lax.top_k(chosen_BKW.reshape(batch, -1), count)
     block_BK = jnp.take_along_axis(chosen_BK, place_BK // width, axis=1)
@@ -68,11 +69,12 @@ def largest(logits_BV, count: int):
 
 
 def best_of_likeliest(logits_BV, scores_BV, top_p: float):
-    """Return the argmax of `scores` over the fewest likeliest tokens that hold `top_p` of the probability.
+    """Return the argmax of `scores` over the nucleus: the fewest likeliest tokens that hold `top_p` of the probability.
 
-    Those are the tokens i with sum(p_j, j before i) < top_p, and the likeliest; j is before i where its logit is larger
-    or, of equals, its id smaller. Nothing is sorted. The best of all is it where little enough is before it. Where not,
-    neither it nor what comes after it is among them, so the best of what is before it is looked at next: a few passes.
+    Token j is before i if its logit is larger or, of equal logits, its id smaller. The nucleus is the likeliest token
+    and every token i with sum(p_j, j before i) < top_p. Nothing is sorted: if the token with the best score is in the
+    nucleus, it is the argmax. If not, no token after it is in the nucleus either, and the best of the tokens before it
+    is tried next. This takes a few passes over the vocabulary.
 
     Args:
         logits_BV: at most 0; the largest of a row is 0.
@@ -84,11 +86,12 @@ def best_of_likeliest(logits_BV, scores_BV, top_p: float):
         return best_B
     ids_V = jnp.arange(logits_BV.shape[-1])
     p_BV = jnp.exp(logits_BV)  # unnormalised
-    # Not 0, which would leave nothing of a tiny top_p: nothing is before the likeliest, and anything else has 1 before.
+    # A tiny top_p must not round to 0, which would exclude the likeliest token: the sum before it is 0. The sum before
+    # any other token is at least 1.
     most_B = jnp.maximum(np.float32(top_p) * jnp.sum(p_BV, axis=-1), TINY)
 
     def look(best_B):
-        """Return whether the best is too far down, and the best of what is before it."""
+        """Return whether the best token is outside the nucleus, and the best of the tokens before it."""
         best_B1 = best_B[:, None]
         logit_B1 = jnp.take_along_axis(logits_BV, best_B1, axis=1)
         before_BV = (logits_BV > logit_B1) | ((logits_BV == logit_B1) & (ids_V < best_B1))

@@ -1,4 +1,4 @@
-"""Mixers, interchangeable in a pattern: a new one is a file with a `Mixer` (see `mixer.py`) and a line in `MIXERS`."""
+"""Mixers, interchangeable in a pattern. A new one is a file with a `Mixer` (see `mixer.py`) and a line in `MIXERS`."""
 
 from mamba3_jax.mixers.attention import Attention
 from mamba3_jax.mixers.gated_deltanet import GatedDeltaNet
@@ -17,5 +17,5 @@ MIXERS: dict[str, type[Mixer]] = {
 
 
 def letters() -> dict[str, str]:
-    """Give the name in `MIXERS` of every letter that a pattern may have."""
+    """Return the name in `MIXERS` for every letter that a pattern may have."""
     return {mixer.letter: name for name, mixer in MIXERS.items()}

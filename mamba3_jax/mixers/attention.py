@@ -24,11 +24,11 @@ class Cache(NamedTuple):
     k_BTKE: jax.Array  # rotated where the layer has positions
     v_BTKE: jax.Array
     position_B: jax.Array  # int32, tokens held
-    first_B: jax.Array  # int32, the first one of the current document: what is before is invisible
+    first_B: jax.Array  # int32, place of the first token of the current document: those before it are not seen
 
 
 def rope(x, position_BL, theta: float):
-    """Turn plane (i, i + E/2) of x (B, L, ..., E) by position * theta^(-2i/E) radians."""
+    """Rotate plane (i, i + E/2) of x (B, L, ..., E) by position * theta^(-2i/E) radians."""
     half = x.shape[-1] // 2
     frequency_E = theta ** (-np.arange(half, dtype=np.float32) / half)
     angle = position_BL[..., None].astype(jnp.float32) * frequency_E
@@ -46,18 +46,18 @@ def write(cache_BTKE, new_BLKE, position_B):
 
 
 def head_counts(config: ModelConfig) -> tuple[int, int]:
-    """Query heads and kv heads."""
+    """Return the number of query heads and of key-value heads."""
     heads = config.attn_heads or config.d_model // config.attn_head_dim
     return heads, config.attn_kv_heads or heads
 
 
 class Attention(Mixer):
-    """y, cache = attention(x, cache, start): a token sees those before it in its own document.
+    """y, cache = attention(x, cache, start): a token sees itself and those before it in its own document.
 
-    Without a cache the returned one has capacity L; `empty_state` makes room for more. A cache that is full gives
-    NaN for the tokens that do not fit, not wrong numbers (and `LanguageModel` raises where it can see that). A NaN
-    anywhere in a row may spoil all of it: weights of 0 times NaN are NaN. Calls without a cache, as in training, are
-    `ops.attention.rows`, which cuDNN may compute; those with one are always plain.
+    Without a cache the returned one has capacity L; `empty_state` makes room for more. Tokens that do not fit into a
+    cache get NaN, not wrong numbers (and `LanguageModel` raises where it can see that). A NaN anywhere in a row may
+    reach all of it: a weight of 0 times NaN is NaN. Calls without a cache, as in training, run
+    `ops.attention.rows`, which may use cuDNN; calls with one run `ops.attention.attend`, in plain XLA.
     """
 
     letter = "A"
@@ -78,7 +78,7 @@ class Attention(Mixer):
             raise ValueError(f"{length=} tokens do not fit in a cache of capacity {state.k_BTKE.shape[1]}")
         zero_B = jnp.zeros(batch, jnp.int32)
         position_B, first_B = (state.position_B, state.first_B) if state is not None else (zero_B, zero_B)
-        # A cache is whole, in the order of its row: only rows without one are split.
+        # A cache holds whole rows in their order: only calls without one have their rows split.
         context = self.context(x_BLD, state) if state is None else None
         if context is not None and start_BL is not None:
             start_BL = contexts.whole(context, start_BL)
@@ -104,7 +104,7 @@ class Attention(Mixer):
                 context=context,
             )
             seen = (None if start_BL is None else first_BL,)
-        else:  # a piece of a row: its queries are not as many as the cache's keys
+        else:  # a piece of a row: the cache has more keys than there are queries
             attention, seen = attend, (first_BL, place_BL)
         attention = jax.checkpoint(attention) if config.remat == "op" else attention
         y_BLHE = attention(q_BLHE, k_BLKE, v_BLKE, *seen)
@@ -116,7 +116,7 @@ class Attention(Mixer):
         return y_BLD, Cache(k_BLKE, v_BLKE, position_B + length, first_B)
 
     def project(self, name, x_BLD, heads: int):
-        """x W (+ b) -> (B, L, heads, E), in the compute dtype."""
+        """Compute x W (+ b), (B, L, heads, E), in the compute dtype."""
         config, dtype, d_model, width = self.config, self.dtype, x_BLD.shape[-1], self.config.attn_head_dim
         axis = "heads" if name == "q" else "kv_heads"
         kernel = nn.with_logical_partitioning(linear(d_model), ("embed", axis, "head_dim"))
@@ -127,7 +127,7 @@ class Attention(Mixer):
         return y_BLHE
 
     def output(self, y_BLHE):
-        """Return the heads back to the model's width."""
+        """Project the heads back to the model's width."""
         config, dtype, (heads, width) = self.config, self.dtype, y_BLHE.shape[2:]
         scaled = linear(heads * width, len(config.pattern) ** -0.5)
         kernel = nn.with_logical_partitioning(scaled, ("heads", "head_dim", "embed"))
@@ -144,7 +144,7 @@ class Attention(Mixer):
 
     @staticmethod
     def empty_state(config: ModelConfig, batch: int, capacity: int) -> Cache:
-        """Room for `capacity` tokens."""
+        """Return an empty cache with room for `capacity` tokens."""
         _, kv_heads = head_counts(config)
         zeros = jnp.zeros((batch, capacity, kv_heads, config.attn_head_dim), DTYPES[config.compute_dtype])
         return Cache(zeros, zeros, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32))
@@ -164,18 +164,18 @@ class Attention(Mixer):
 
     @staticmethod
     def state_flops(config: ModelConfig, length: int) -> float:
-        """4 Hq E a token attended, length / 2 of them on average."""
+        """Count 4 H E FLOPs for each token that is attended to, length / 2 on average."""
         heads, _ = head_counts(config)
         return 4 * heads * config.attn_head_dim * length / 2
 
     @staticmethod
     def room(state: Cache) -> tuple:
-        """Return the tokens held (..., B) and the capacity of a cache, or of several stacked."""
+        """Return the number of tokens held (..., B) and the capacity of a cache, or of several that are stacked."""
         return state.position_B, state.k_BTKE.shape[-3]
 
     @staticmethod
     def official_rows(config: ModelConfig) -> dict[str, Row]:
-        """List the official tensors of an attention layer; in_proj is q | k | v."""
+        """Return where the official tensors of an attention layer lie; in_proj is q | k | v."""
         width, head_dim = config.d_model, config.attn_head_dim
         heads, kv_heads = head_counts(config)
         counts = {"q": heads, "k": kv_heads, "v": kv_heads}

@@ -1,4 +1,4 @@
-"""What a config chooses for a Mamba-3 layer: tables of what may be, sizes that follow, and what cannot be."""
+"""What a config chooses for a Mamba-3 layer: tables of the choices, the sizes that follow, and checks."""
 
 from typing import NamedTuple
 
@@ -13,15 +13,15 @@ from mamba3_jax.ops.rotary import ROTATIONS
 
 
 def data_angle(theta_BLS, dt_BLH):
-    """pi tanh(theta) radians per unit dt, shared by the heads."""
+    """Return pi tanh(theta), the angle in radians per unit dt, shared by the heads."""
     return jnp.pi * jnp.tanh(theta_BLS)[:, :, None]
 
 
 def rope_angle(theta_BLS, dt_BLH):
-    """10000^(-i/S) radians a token whatever the data: the op multiplies by dt, so divided by it here."""
+    """Return 10000^(-i/S) / dt: the op multiplies by dt, so pair i rotates by 10000^(-i/S) radians at every token."""
     planes = theta_BLS.shape[-1]
     frequency_S = 10000.0 ** (-np.arange(planes, dtype=np.float32) / planes)
-    return frequency_S / jnp.maximum(dt_BLH, 1e-15)[..., None]  # a dt that underflowed: no turn, not 0 * inf
+    return frequency_S / jnp.maximum(dt_BLH, 1e-15)[..., None]  # a dt that underflowed rotates by 0, not by 0 * inf
 
 
 def no_angle(theta_BLS, dt_BLH):
@@ -29,9 +29,9 @@ def no_angle(theta_BLS, dt_BLH):
     return
 
 
-# What the op rotates by; with quaternions nothing, since keys and queries come to it rotated.
+# The angles that the op rotates by. With quaternions there are none: keys and queries are rotated before the op.
 ANGLES = {"data": data_angle, "rope": rope_angle, "none": no_angle, "quaternion": no_angle}
-BIASED = {"both": ("k_bias", "q_bias"), "b": ("k_bias",), "c": ("q_bias",), "none": ()}  # the parameters that there are
+BIASED = {"both": ("k_bias", "q_bias"), "b": ("k_bias",), "c": ("q_bias",), "none": ()}  # which bias parameters exist
 
 
 class Sizes(NamedTuple):
@@ -42,13 +42,16 @@ class Sizes(NamedTuple):
     groups: int
     rank: int  # 1 for SISO
     d_state: int
-    planes: int  # of two entries that rotate together; with quaternions groups of four
-    thetas: int  # columns of theta
+    planes: int  # pairs of entries that rotate together; with quaternions, groups of four
+    thetas: int  # columns of theta: one for each plane, or three with quaternions
     mimo: bool
 
 
 def sizes(config: ModelConfig) -> Sizes:
-    """H = expand D / P heads; S planes = half of the rotated part of the state, or a quarter with quaternions."""
+    """Return the sizes of a config's layer. A plane has two entries of the rotated part of the state, or four.
+
+    H = expand D / P;  S = rope_fraction N / 2, or rope_fraction N / 4 with quaternions.
+    """
     quaternion = config.angles == "quaternion"
     planes = int(config.d_state * config.rope_fraction) // (4 if quaternion else 2)
     return Sizes(

@@ -16,28 +16,30 @@ from mamba3_jax.ops.convolve import convolve
 from mamba3_jax.ops.delta import Tokens, delta
 from mamba3_jax.ops.einsum import einsum
 
-A_RANGE = (1e-4, 16.0)  # exp(a_log) of the heads before training, uniform; the official 0 has no logarithm
-EPS = 1e-6  # beside the squared length of a query or key
+A_RANGE = (1e-4, 16.0)  # exp(a_log) is initially uniform in it; the official range begins at 0, which has no logarithm
+EPS = 1e-6  # added to the squared length of a query or key
 
 
 class Carried(NamedTuple):
     """What a sequence leaves behind: the state, and what the convolutions of the next tokens see."""
 
     h_BHPN: jax.Array  # float32
-    q_BWHN: jax.Array  # before the convolution, of the last W = d_conv - 1 tokens; 0 of what is of another document
+    # The convolutions' inputs of the last W = d_conv - 1 tokens, 0 where a token belongs to an earlier document.
+    q_BWHN: jax.Array
     k_BWHN: jax.Array
     v_BWHP: jax.Array
 
 
 class GatedDeltaNet(Mixer):
-    """y, state = GatedDeltaNet(x, state, start): projections, convolutions of q, k and v, `ops.delta`, gated norm, out.
+    """y, state = Gated DeltaNet(x, state, start): projections, short convolutions, `ops.delta`, gated norm, out.
 
         h_t = a_t h_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T,   out = W (RMSNorm(h_t q_t) silu(z_t))
         a_t = exp(-exp(a_log) softplus(W_a x_t + dt_bias)),   b_t = sigmoid(W_b x_t), doubled with delta_negative
 
-    q and k have length 1 a head. The norm is over a head's channels, its weight shared by the heads. The official layer
-    divides q by sqrt(N), which the norm undoes but for its epsilon. Values in the compute dtype, decays, sums and the
-    triangular solve in float32. In plain XLA everywhere: `implementation` is of other layers.
+    q, k and v are convolved and pass a SiLU; in each head q and k are then divided by their length. The norm is over
+    the channels of a head, with one weight for all heads. The official layer divides q by sqrt(N), which the norm
+    undoes up to its epsilon. Values are in the compute dtype; decays, sums and the triangular solve are float32. It
+    runs in plain XLA on every device: `config.implementation` is for other layers.
     """
 
     letter = "G"
@@ -92,7 +94,7 @@ class GatedDeltaNet(Mixer):
 
     @staticmethod
     def empty_state(config: ModelConfig, batch: int, capacity: int) -> Carried:
-        """Zeros; `capacity` has no meaning for a state of fixed size."""
+        """Return zeros; `capacity` has no meaning for a state of fixed size."""
         (heads, width, d_state), dtype = sizes(config), DTYPES[config.compute_dtype]
         keys = jnp.zeros((batch, config.d_conv - 1, heads, d_state), dtype)
         return Carried(
@@ -116,7 +118,7 @@ class GatedDeltaNet(Mixer):
 
     @staticmethod
     def state_flops(config: ModelConfig, length: int) -> float:
-        """2 H P N each to read the state at k and at q and to write it, and the convolutions' 2 K a channel."""
+        """Count 2 H P N FLOPs to read the state at k, as many at q and to write it, and 2 K a channel convolved."""
         size = sizes(config)
         return size.heads * (6 * size.head_dim * size.d_state + 2 * config.d_conv * (2 * size.d_state + size.head_dim))
 
@@ -130,12 +132,12 @@ class Sizes(NamedTuple):
 
 
 def sizes(config: ModelConfig) -> Sizes:
-    """Values are delta_expand times as wide as queries and keys, which together are as wide as the model."""
+    """Return the sizes of a config's layer: P = delta_expand N; without delta_heads, H = d_model // N."""
     heads = config.delta_heads or config.d_model // config.delta_head_dim
     return Sizes(heads=heads, head_dim=config.delta_expand * config.delta_head_dim, d_state=config.delta_head_dim)
 
 
 def unit(x_BLHN):
-    """x / |x|, in float32, returned in x's dtype."""
+    """Return x / |x|, computed in float32, in x's dtype."""
     wide = x_BLHN.astype(jnp.float32)
     return (wide * jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + EPS)).astype(x_BLHN.dtype)

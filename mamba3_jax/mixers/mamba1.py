@@ -21,17 +21,19 @@ class Carried(NamedTuple):
     """What a sequence leaves behind: the state, and what the convolution of the next tokens sees."""
 
     h_BIN: jax.Array  # float32
-    x_BWI: jax.Array  # before the convolution, of the last W = d_conv - 1 tokens; 0 of what is of another document
+    # The convolution's inputs of the last W = d_conv - 1 tokens, 0 where a token belongs to an earlier document.
+    x_BWI: jax.Array
 
 
 class Mamba1(Mixer):
-    """y, state = Mamba-1(x, state, start): in-projection, convolution, dt, B and C of its output, selective scan, out.
+    """y, state = Mamba-1(x, state, start): in-projection, convolution, dt, B and C of its output, `ops.selective`, out.
 
         h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,   y_t = h_t C_t + D x_t,   out = W (y silu(z))
         dt_t = softplus(W_dt (W_r x_t) + dt_bias)
 
-    Each of the I = expand D channels has a dt and a row of A of its own; B and C are shared by all. Values in the
-    compute dtype, steps, decays and the scan in float32. In plain XLA everywhere: `implementation` is of other layers.
+    Each of the I = expand D channels has a dt and a row of A of its own; B and C are shared by all. Values are in the
+    compute dtype; steps, decays and the scan are float32. It runs in plain XLA on every device:
+    `config.implementation` is for other layers.
     """
 
     letter = "1"
@@ -43,7 +45,7 @@ class Mamba1(Mixer):
         ones, taps = nn.initializers.ones, linear(config.d_conv)
         out = linear(size.channels, len(config.pattern) ** -0.5)
         dt = inverse_softplus_dt(config.dt_min, config.dt_max, config.dt_init_floor)
-        wide = {"ff": size.channels}  # split over devices as a feed-forward's
+        wide = {"ff": size.channels}  # tensor parallelism splits channels as it splits a feed-forward
 
         self.in_zx = self.named("in_zx", linear(config.d_model), embed=config.d_model, pair=2, **wide)
         self.conv_x = self.named("conv_x", taps, **wide, taps=config.d_conv)
@@ -83,7 +85,7 @@ class Mamba1(Mixer):
 
     @staticmethod
     def empty_state(config: ModelConfig, batch: int, capacity: int) -> Carried:
-        """Zeros; `capacity` has no meaning for a state of fixed size."""
+        """Return zeros; `capacity` has no meaning for a state of fixed size."""
         size, dtype = sizes(config), DTYPES[config.compute_dtype]
         return Carried(
             h_BIN=jnp.zeros((batch, size.channels, size.d_state), jnp.float32),
@@ -92,7 +94,7 @@ class Mamba1(Mixer):
 
     @staticmethod
     def memory(state: Carried):
-        """Return h, a row a channel."""
+        """Return h, in which each channel is a row."""
         return state.h_BIN
 
     @staticmethod
@@ -102,7 +104,7 @@ class Mamba1(Mixer):
 
     @staticmethod
     def state_flops(config: ModelConfig, length: int) -> float:
-        """2 I N to write the state and as much to read it, and the convolution's 2 K a channel."""
+        """Count 2 I N FLOPs to write the state and as many to read it, and 2 K for each channel convolved."""
         size = sizes(config)
         return size.channels * (4 * size.d_state + 2 * config.d_conv)
 
@@ -116,7 +118,7 @@ class Sizes(NamedTuple):
 
 
 def sizes(config: ModelConfig) -> Sizes:
-    """I = expand D channels; dt has a sixteenth of the model's width, rounded up, where nothing is said."""
+    """Return the sizes of a config's layer: I = expand D; without mamba1_rank, the rank of dt is D / 16, rounded up."""
     return Sizes(
         channels=config.expand * config.d_model,
         d_state=config.mamba1_state,
@@ -125,6 +127,6 @@ def sizes(config: ModelConfig) -> Sizes:
 
 
 def log_counted(key, shape, dtype=jnp.float32):
-    """log n for n = 1..N in every channel: S4D-real."""
+    """Return log n for n = 1..N in every channel: S4D-real."""
     del key
     return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[-1] + 1, dtype=dtype)), shape)

@@ -1,4 +1,4 @@
-"""The Mamba-2 mixer (arXiv:2405.21060): a short convolution, and the op without rotation, biases or a look back."""
+"""The Mamba-2 mixer (arXiv:2405.21060): a short convolution, and the op without rotation, biases and beta."""
 
 from typing import ClassVar, NamedTuple
 
@@ -31,15 +31,15 @@ class Mamba2(Mixer):
 
         h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,  y_t = h_t C_t + D x_t,  out = W RMSNorm(y silu(z))
 
-    A is learned, one number a head. The norm is over each group's channels, as in the official layer, with its gate
-    before it. Sizes are those of Mamba-3's fields; `d_conv` is its own. Values in the compute dtype, steps, decays and
-    sums in float32.
+    A is learned, one number for each head. The norm comes after the gate and is over the channels of each group, as in
+    the official layer. Sizes come from the same fields as Mamba-3's; `d_conv` is its own. Values are in the compute
+    dtype; steps, decays and sums are float32.
     """
 
     letter = "2"
     matrices = ("in_zx", "in_kq", "in_dt", "out")
     splits_rows = True
-    official: ClassVar = {}  # it has all that can be chosen here
+    official: ClassVar = {}  # every choice that a config has here, the official layer has too
 
     def setup(self):
         config = self.config
@@ -64,7 +64,7 @@ class Mamba2(Mixer):
         before, window = (None, None) if state is None else (state.ssm, state.window)
         context = self.context(x_BLD, state)
 
-        kq_BLE = einsum("bld,de->ble", x_BLD, self.in_kq, dtype=dtype)  # first, as Mamba-3's
+        kq_BLE = einsum("bld,de->ble", x_BLD, self.in_kq, dtype=dtype)  # first, as in `Mamba3.tokens`
         z_BLHP, x_BLHP = both(x_BLD, self.in_zx, dtype)
         dt_BLH = einsum("bld,dh->blh", x_BLD, self.in_dt, dtype=dtype, out=jnp.float32)
         x_BLHP, kq_BLE, window = convolved(self.taps, x_BLHP, kq_BLE, window, start_BL, context)
@@ -90,7 +90,7 @@ class Mamba2(Mixer):
 
     @staticmethod
     def empty_state(config: ModelConfig, batch: int, capacity: int) -> Carried:
-        """Zeros; `capacity` has no meaning for a state of fixed size."""
+        """Return zeros; `capacity` has no meaning for a state of fixed size."""
         ssm_BHPN = jnp.zeros((batch, head_count(config), config.head_dim, config.d_state), jnp.float32)
         return Carried(
             ssm=State(angle_BHS=None, ssm_BHPN=ssm_BHPN),
@@ -109,18 +109,18 @@ class Mamba2(Mixer):
 
     @staticmethod
     def state_flops(config: ModelConfig, length: int) -> float:
-        """2 H P N to write the state and as much to read it, and the convolution's 2 K a channel."""
+        """Count 2 H P N FLOPs to write the state and as many to read it, and 2 K for each channel convolved."""
         inner = head_count(config) * config.head_dim
         return 4 * inner * config.d_state + convolution_flops(config.d_conv, **channels(config))
 
     @staticmethod
     def fused(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-        """B and C."""
+        """Return the widths of B and C."""
         return {"in_kq": (config.n_groups * config.d_state,) * 2}
 
     @staticmethod
     def official_rows(config: ModelConfig) -> dict[str, Row]:
-        """List the official tensors of a Mamba-2 layer; in_proj is z | x | B | C | dt, conv1d is over x | B | C."""
+        """Return where official tensors of Mamba-2 lie; in_proj is z | x | B | C | dt, conv1d is over x | B | C."""
         width, heads, head_dim, taps = config.d_model, head_count(config), config.head_dim, config.d_conv
         inner, shared = heads * head_dim, channels(config)["shared"]
         inputs = [

@@ -26,30 +26,30 @@ from mamba3_jax.ops.state import per_head
 
 
 class Carried(NamedTuple):
-    """What a sequence leaves behind where it is more than the op's state."""
+    """What a sequence leaves behind: the op's state, and what a convolution or quaternions add to it."""
 
     ssm: State | None
-    window: Window | None = None  # of a convolution
-    rotation: Quaternion | None = None  # running products, (B, H, S) each
+    window: Window | None = None  # of the convolution; None: there is none
+    rotation: Quaternion | None = None  # the running product, parts (B, H, S); None: no quaternions
 
 
 def opened(state: State | Carried | None) -> Carried:
-    """Return the parts of a state; None: it is empty."""
+    """Return the parts of a layer's state; None is the empty state."""
     return state if isinstance(state, Carried) else Carried(ssm=state)
 
 
 def closed(carried: Carried) -> State | Carried:
-    """Return the state of these parts: the op's own where there is nothing else."""
+    """Return the layer's state of these parts: the op's own state if there is nothing else."""
     return carried.ssm if carried.window is None and carried.rotation is None else carried
 
 
 class Mamba3(Mixer):
     """y, state = Mamba-3(x, state, start): in-projections, `ops.ssm`, out-projection.
 
-    The projection is three parameters, so that tensor parallelism shards what is per head and replicates what heads
-    share: in_zx and in_dt_a_trap, and in_kq_angle (whose columns are k, q, theta: the paper's B, C, angle). The
-    ablations keep every matrix, so that variants differ in nothing else; what they do not use gets a zero gradient.
-    Biases and norms of k and q, a_log and the convolution are there where they are used.
+    The in-projection is three parameters, so that tensor parallelism can shard what is per head (in_zx, in_dt_a_trap)
+    and replicate what heads share (in_kq_angle, whose columns are k, q, theta: the paper's B, C, angle). Ablations keep
+    all of these matrices, so that variants differ in nothing else; columns that a variant does not use have a gradient
+    of zero. Biases and norms of k and q, a_log and the convolution exist only where they are used.
     """
 
     letter = "M"
@@ -96,7 +96,7 @@ class Mamba3(Mixer):
             self.taps = taps_of(self, config.conv, **channels(config, size.rank))
 
     def bias(self, name: str):
-        """Return a bias of keys or queries; frozen, it has no gradient, and the optimizer decays no bias."""
+        """Return a bias of keys or queries. A frozen one gets no gradient, so it stays: biases have no weight decay."""
         config, size = self.config, sizes(self.config)
         initial = nn.initializers.constant(config.bc_bias_initial)
         bias_HRN = self.named(name, initial, heads=size.heads, rank=size.rank, state=size.d_state)
@@ -110,13 +110,14 @@ class Mamba3(Mixer):
         return y_BLD, closed(after._replace(ssm=ssm))
 
     def tokens(self, x_BLD, start_BL, before: Carried, context: Context | None) -> tuple[Tokens, Carried]:
-        """SPEC sections 2 and 3, and the norm of 4: everything about a token that the op needs.
+        """Compute what the op needs of each token (SPEC sections 2 and 3, and the norm of 4).
 
-        Returns what the tokens leave behind, too, but for the op's state.
+        Returns:
+            The op's tokens, and what they leave behind, without the op's state.
         """
         config, size, dtype = self.config, sizes(self.config), DTYPES[self.config.compute_dtype]
-        # First what heads share: the others' gradients of x, which tensor parallelism sums over devices, are then added
-        # to one another first, and XLA makes one sum of them.
+        # Project to what heads share first. The backward pass then adds the gradients of x from the per-head
+        # projections to one another, and XLA sums them over the devices of tensor parallelism once.
         kq_angle = einsum("bld,de->ble", x_BLD, self.in_kq_angle, dtype=dtype, out=jnp.float32)
         gate_BLHP, v_BLHP = both(x_BLD, self.in_zx, dtype)
         dt_a_trap = einsum("bld,dch->blch", x_BLD, self.in_dt_a_trap, dtype=dtype, out=jnp.float32)
@@ -153,7 +154,7 @@ class Mamba3(Mixer):
         return tokens, Carried(ssm=None, window=window, rotation=rotation)
 
     def keys_and_queries(self, kq_BLE):
-        """Return keys and queries of every group, normalised, before bias and rotation."""
+        """Return keys and queries of every group before bias and rotation, with bc_norm after their norm."""
         size = sizes(self.config)
         kq = kq_BLE.reshape(*kq_BLE.shape[:2], 2, size.rank, size.groups, size.d_state)
         if not self.config.bc_norm:
@@ -169,7 +170,7 @@ class Mamba3(Mixer):
     def heads(self) -> Heads:
         """Return the learned arrays of the op."""
         size = sizes(self.config)
-        biases = {} if self.config.angles == "quaternion" else self.biases  # which has added them already
+        biases = {} if self.config.angles == "quaternion" else self.biases  # `tokens` added them before it rotated
         return Heads(
             q_bias_HRN=biases.get("q_bias"),
             k_bias_HRN=biases.get("k_bias"),
@@ -182,7 +183,7 @@ class Mamba3(Mixer):
 
     @staticmethod
     def empty_state(config: ModelConfig, batch: int, capacity: int) -> State | Carried:
-        """Zeros, rotated by nothing; `capacity` has no meaning for a state of fixed size."""
+        """Return zeros, and no rotation; `capacity` has no meaning for a state of fixed size."""
         size, dtype = sizes(config), DTYPES[config.compute_dtype]
         turns, looks_back = config.angles in ("data", "rope"), uses_previous(config.discretization)
         ssm = State(
@@ -204,21 +205,21 @@ class Mamba3(Mixer):
 
     @staticmethod
     def state_flops(config: ModelConfig, length: int) -> float:
-        """2 H P N R to write the state and as much to read it, and the convolution's."""
+        """Count 2 H P N R FLOPs to write the state and as many to read it, and the convolution's."""
         size = sizes(config)
         state = 4 * size.heads * size.head_dim * size.d_state * size.rank
         return state + convolution_flops(config.conv, **channels(config, size.rank))
 
     @staticmethod
     def fused(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-        """k, q and angle."""
+        """Return the widths of k, q and theta."""
         size = sizes(config)
         shared = size.rank * size.groups * size.d_state
         return {"in_kq_angle": (shared, shared, size.thetas)}
 
     @staticmethod
     def official_rows(config: ModelConfig) -> dict[str, Row]:
-        """List the official tensors of a Mamba-3 layer (SPEC section 10)."""
+        """Return where the official tensors of a Mamba-3 layer lie (SPEC section 10)."""
         width, size = config.d_model, sizes(config)
         heads, head_dim, ranks, state, planes = size.heads, size.head_dim, size.rank, size.d_state, size.planes
         inner, shared = heads * head_dim, 2 * ranks * size.groups * state

@@ -1,4 +1,4 @@
-"""What a mixer is. All that the rest asks of one stands in its own file; `MIXERS` in `__init__.py` has it in a line."""
+"""The base class of mixers. All that other modules need to know of a mixer are members of its class."""
 
 import functools
 from typing import ClassVar
@@ -15,28 +15,29 @@ from mamba3_jax.ops.einsum import einsum
 from mamba3_jax.ops.sharded import sharded
 from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
 
-# By config.remat: what the backward pass keeps of the op beside its inputs, by the names that kernels give. What has no
-# such names (plain XLA) keeps nothing.
+# By config.remat: the residuals of the op that the backward pass keeps beside its inputs, by the names that kernels
+# give them. Plain XLA gives no names, and so keeps none.
 KEPT = {"op": (), "rotation": ("ssm_y", "ssm_states")}
-OBSERVED = "intermediates"  # the collection of what layers show of themselves, by `mamba3_jax/analysis`
+OBSERVED = "intermediates"  # the collection of arrays that layers show to `mamba3_jax/analysis`
 
 
 class Mixer(nn.Module):
     """y_BLD, state = mixer(x_BLD, state, start_BL), for any L: training, prefill and decoding are this one call.
 
-    `state` None is the empty state; `start_BL` is true at the first token of a document, or None, and no value or
-    gradient crosses it. Every array of the state begins with the batch. Axes of parameters have logical names
-    (`sharding.RULES`); parameters called skip, scale, a_log or ..bias, ..norm do not decay (`train/optimizer.py`). Of
-    those in `matrices`, Muon takes what has an axis `embed`, the model's width, and takes an axis `pair` for several
-    matrices (`train/muon.py`).
+    `state` None is the empty state. `start_BL` is true at the first token of a document, or None; no value and no
+    gradient crosses it. The first axis of every array of the state is the batch.
+
+    Axes of parameters have logical names (`sharding.RULES`). Weight decay leaves out parameters called skip, scale or
+    a_log, and those whose name ends in bias or norm (`train/optimizer.py`). Muon takes the parameters in `matrices`
+    that have an axis `embed`, the model's width; an axis `pair` is one over several matrices (`train/muon.py`).
     """
 
     config: ModelConfig
 
     letter: ClassVar[str]  # of a layer in `config.pattern`
-    matrices: ClassVar[tuple[str, ...]]  # parameters that every token is multiplied by: 2 FLOPs an entry
-    splits_rows: ClassVar[bool] = False  # it asks `context` where its tokens lie, and passes on what the next ones need
-    # What fields must be for the official layer to compute the same; None: there is no official layer.
+    matrices: ClassVar[tuple[str, ...]]  # parameters that every token is multiplied by: 2 FLOPs for each entry
+    splits_rows: ClassVar[bool] = False  # whether it runs rows that `context` splits over devices
+    # The values that config fields must have for the official layer to compute the same; None: there is none.
     official: ClassVar[dict | None] = None
 
     def named(self, name: str, initializer, **axes: int):
@@ -44,9 +45,9 @@ class Mixer(nn.Module):
         return self.param(name, nn.with_logical_partitioning(initializer, tuple(axes)), tuple(axes.values()))
 
     def observe(self, **arrays) -> None:
-        """Show arrays, by name, to a call that asks for the collection `OBSERVED`; any other program is the same.
+        """Show arrays, by name, to a call that asks for the collection `OBSERVED`; other calls are not changed by it.
 
-        `analysis.observe` says which names mean what. What is None is not there.
+        `analysis.observe` says what each name means. Arrays that are None are left out.
         """
         for name, array in arrays.items():
             if array is not None:
@@ -57,7 +58,12 @@ class Mixer(nn.Module):
         return length_context(self.config, x_BLD.shape[1], state)
 
     def op(self, rotation: str, over: Context | None):
-        """Return `ssm` as the config has it run: by what, in which chunks, over the mesh, keeping what for backward."""
+        """Return `ssm` with the config's implementation, chunk and remat, divided over the mesh in context.
+
+        Args:
+            rotation: that of `ssm`.
+            over: how the tokens lie over the mesh, from `context`.
+        """
         config = self.config
         implementation = "recurrent" if self.is_initializing() else config.implementation or None
         how = {"rotation": rotation, "implementation": implementation, "chunk": config.chunk or None}
@@ -78,40 +84,40 @@ class Mixer(nn.Module):
 
     @staticmethod
     def empty_state(config: ModelConfig, batch: int, capacity: int):
-        """Make the state before any token, with room for `capacity` of them where it grows with their number."""
+        """Return the state before any token. If it grows with every token, it has room for `capacity` tokens."""
         raise NotImplementedError
 
     @staticmethod
     def state_flops(config: ModelConfig, length: int) -> float:
-        """Count the forward FLOPs a token, in rows of `length`, beside those of `matrices`."""
+        """Count the forward FLOPs of a token in a row of `length`, without those of `matrices`."""
         raise NotImplementedError
 
     @staticmethod
     def fused(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-        """List the widths of the matrices that share the last axis of a parameter, by its name."""
+        """Return, for each parameter whose last axis holds several matrices side by side, their widths."""
         return {}
 
     @staticmethod
     def room(state) -> tuple | None:
-        """Return (tokens held, an array; tokens that fit in all) of a state, None where any number fits."""
+        """Return how many tokens a state holds, an array, and how many fit in all; None: any number fits."""
         return None
 
     @staticmethod
     def memory(state):
-        """Return the matrix that a layer remembers by, (..., H, P, N) or one for all heads, None where it has none."""
+        """Return the state matrix of a layer's state, (..., H, P, N) or one for all heads; None: it has none."""
         return None
 
     @staticmethod
     def official_rows(config: ModelConfig) -> dict[str, Row]:
-        """List the official tensors of a layer in their order: name under `mixer.` -> where it lies in our parameters.
+        """Return where the official tensors of a layer, in their order, lie in our parameters, by name under `mixer.`.
 
-        Needed where `official` is not None.
+        A mixer whose `official` is not None defines it.
         """
         raise NotImplementedError
 
 
 def length_context(config: ModelConfig, length: int, state) -> Context | None:
-    """Return how tokens of a call lie over the mesh; None: rows are whole. Those that go on from a state lie in order.
+    """Return how the tokens of a call lie over the mesh; None: rows are whole. After a state the layout is contiguous.
 
     Raises:
         ValueError: see `ops.context.divide`.
@@ -121,10 +127,11 @@ def length_context(config: ModelConfig, length: int, state) -> Context | None:
 
 
 def both(x_BLD, pair_DC, dtype):
-    """Return x W of the two matrices that share a parameter (D, 2, ...), each as an array of its own.
+    """Return the products of x with the two matrices that share a parameter (D, 2, ...), as two arrays.
 
-    One product leaves halves of an array, which a kernel only takes as copies, and two gradients to be copied into one:
-    3 ms of a step of 113 (180M SISO on an H200). Of a single token the weights are the cost: one product reads them.
+    They are computed apart: a kernel would need copies of the halves of one product, and their two gradients would be
+    copied into one array. The copies took 3 of the 113 ms of a step (180M SISO on an H200). For a single token the cost
+    is to read the weights, which one product does at once.
     """
     out = "hp"[: pair_DC.ndim - 2]
     if x_BLD.shape[1] == 1:
@@ -133,7 +140,7 @@ def both(x_BLD, pair_DC, dtype):
 
 
 def head_count(config: ModelConfig) -> int:
-    """H = expand D / P."""
+    """Return H = expand D / P."""
     return config.expand * config.d_model // config.head_dim
 
 
@@ -150,6 +157,6 @@ def check_op(config: ModelConfig) -> None:
 
 
 def check_dt(config: ModelConfig) -> None:
-    """Raise ValueError for a range of initial steps that is none."""
+    """Raise ValueError for an empty range of initial steps."""
     if config.dt_min > config.dt_max:
         raise ValueError(f"{config.dt_min=}, {config.dt_max=}: wanted dt_min <= dt_max")

@@ -1,14 +1,15 @@
-"""Where official tensors lie in our arrays: rows, of which `convert/` and each mixer with official weights make tables.
+"""Where official tensors lie in our arrays: the rows of tables in `convert/` and in each mixer with official weights.
 
-An official tensor is a stack (along its first axis) of pieces of ours. Official `Linear` weights are (out, in); ours
-keep the input axes first and split what the official in_proj packs, so that heads can be sharded on their own axis.
+An official tensor is a stack, along its first axis, of pieces of our arrays. Official `Linear` weights are (out, in).
+Ours have the input axes first and split what the official in_proj packs, so that heads can be sharded on their own
+axis.
 """
 
 from typing import NamedTuple
 
 
 class Piece(NamedTuple):
-    """Part of one of our arrays: the columns `first` to `stop` of it flattened to (inputs, outputs)."""
+    """Part of one of our arrays: some columns of the array flattened to (inputs, outputs)."""
 
     path: str
     shape: tuple[int, ...]  # of our whole array
@@ -16,10 +17,10 @@ class Piece(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One official tensor: `inputs` is the width of a Linear's input, or 0 for a tensor that is only reshaped."""
+    """One official tensor."""
 
     shape: tuple[int, ...]
-    inputs: int
+    inputs: int  # width of a Linear's input; 0: the tensor is only reshaped
     pieces: tuple[Piece, ...]
 
     def under(self, prefix: str) -> "Row":
@@ -28,7 +29,7 @@ class Row(NamedTuple):
 
 
 def same(path: str, shape: tuple[int, ...], official: tuple[int, ...] | None = None) -> Row:
-    """Declare a tensor of the same numbers in the same order."""
+    """Declare an official tensor with the same numbers, in the same order, as one of our arrays."""
     return Row(official or shape, 0, (Piece(path, shape),))
 
 

@@ -3,16 +3,16 @@
 import jax
 import jax.numpy as jnp
 
-A_RANGE = (1.0, 16.0)  # -A of the heads before training where it is learned, uniform: Mamba-2's
+A_RANGE = (1.0, 16.0)  # a learned -A is initially uniform in it, as in Mamba-2
 
 
 def heavy_tail(u):
-    """f(u) = 1 + u for u >= 0, 1 / (1 - u) below: positive, and slow to reach 0 or infinity."""
+    """Return 1 + u for u >= 0, and 1 / (1 - u) below: positive, and slow to reach 0 or infinity."""
     # the branch not taken must stay finite, or its gradient is 0 * inf
     return jnp.where(u >= 0, 1 + u, 1 / (1 - jnp.minimum(u, 0)))
 
 
-# -A of what the token says, and of what is learned, a number a head.
+# -A from the token's own number and from the learned one, for each head.
 A_FORMS = {
     "heavy_tail": lambda a_BLH, a_log_H: heavy_tail(a_BLH),
     "softplus": lambda a_BLH, a_log_H: jax.nn.softplus(a_BLH),

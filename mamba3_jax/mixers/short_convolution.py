@@ -13,7 +13,7 @@ from mamba3_jax.ops.convolve import convolve
 
 
 class Taps(NamedTuple):
-    """The weights of K tokens, a channel's own last, and biases."""
+    """Each channel's weights of K tokens, of which the current one is last, and its bias."""
 
     x_HPK: jax.Array
     x_bias_HP: jax.Array
@@ -22,20 +22,20 @@ class Taps(NamedTuple):
 
 
 class Window(NamedTuple):
-    """What the convolution of the next tokens sees: the last W = K - 1 before it; 0 of what is of another document."""
+    """The convolution's inputs of the last W = K - 1 tokens; 0 where a token belongs to an earlier document."""
 
     x_BWHP: jax.Array
     kq_BWE: jax.Array
 
 
 def channels(config: ModelConfig, rank: int = 1) -> dict[str, int]:
-    """Return what it is over: values a head, and the columns of keys and queries, which all heads share."""
+    """Return the sizes of its channels: values of each head, and the keys and queries that all heads share."""
     shared = 2 * rank * config.n_groups * config.d_state
     return {"heads": head_count(config), "head_dim": config.head_dim, "shared": shared}
 
 
 def taps_of(mixer: Mixer, taps: int, *, heads: int, head_dim: int, shared: int) -> Taps:
-    """Return the convolution's parameters, of `mixer`: values a head, keys and queries as the heads share them."""
+    """Return the convolution's parameters, which belong to `mixer`; sizes are those of `channels`."""
     draw, values = linear(taps), {"heads": heads, "head_dim": head_dim}
     return Taps(
         x_HPK=mixer.named("conv_x", draw, **values, taps=taps),
@@ -54,7 +54,7 @@ def empty_window(taps: int, batch: int, dtype, *, heads: int, head_dim: int, sha
 
 
 def convolved(taps: Taps, x_BLHP, kq_BLE, window: Window | None, start_BL, context: Context | None):
-    """Return values, keys and queries after the convolution and SiLU, and the next tokens' window; None: no tokens."""
+    """Return values, keys and queries after the convolution and SiLU, and the next window. A None `window` is empty."""
     if window is None:
         heads, head_dim, width = taps.x_HPK.shape
         sizes = {"heads": heads, "head_dim": head_dim, "shared": kq_BLE.shape[-1]}
@@ -65,5 +65,5 @@ def convolved(taps: Taps, x_BLHP, kq_BLE, window: Window | None, start_BL, conte
 
 
 def convolution_flops(taps: int, *, heads: int, head_dim: int, shared: int) -> float:
-    """2 K a channel."""
+    """Count the FLOPs of a token: 2 K for each channel."""
     return 2 * taps * (heads * head_dim + shared)

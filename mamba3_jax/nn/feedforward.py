@@ -9,7 +9,7 @@ from mamba3_jax.ops.einsum import einsum
 
 
 class SwiGLU(nn.Module):
-    """out(value(x) silu(gate(x))), no biases; `out_scale` shrinks the initial output projection."""
+    """y = out(value(x) silu(gate(x))), without biases; `out_scale` scales the initial values of `out`."""
 
     width: int
     dtype: jnp.dtype

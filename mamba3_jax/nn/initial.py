@@ -1,4 +1,4 @@
-"""Initial values (SPEC section 10): those of torch's Linear, of dt_bias and of a learned decay."""
+"""Initial values (SPEC section 10) of linear maps, as torch has them, of dt_bias and of a learned decay."""
 
 import math
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def linear(fan_in: int, scale: float = 1.0):
-    """U(-b, b), b = scale / sqrt(fan_in): torch's default for a Linear, whatever axes the inputs lie on."""
+    """Draw from U(-b, b), b = scale / sqrt(fan_in): torch's default for a Linear, whatever axes the inputs lie on."""
 
     def draw(key, shape, dtype=jnp.float32):
         bound = scale / math.sqrt(fan_in)
@@ -17,7 +17,7 @@ def linear(fan_in: int, scale: float = 1.0):
 
 
 def inverse_softplus_dt(dt_min: float, dt_max: float, floor: float):
-    """softplus^-1(dt) = dt + log(1 - exp(-dt)) of a dt log-uniform in [dt_min, dt_max] and at least `floor`."""
+    """Draw softplus^-1(dt) = dt + log(1 - exp(-dt)), dt log-uniform in [dt_min, dt_max] and at least `floor`."""
 
     def draw(key, shape, dtype=jnp.float32):
         log_dt = jax.random.uniform(key, shape, dtype, math.log(dt_min), math.log(dt_max))
@@ -28,7 +28,7 @@ def inverse_softplus_dt(dt_min: float, dt_max: float, floor: float):
 
 
 def log_uniform(low: float, high: float):
-    """log u, u uniform in [low, high)."""
+    """Draw log u, u uniform in [low, high)."""
 
     def draw(key, shape, dtype=jnp.float32):
         return jnp.log(jax.random.uniform(key, shape, dtype, low, high))

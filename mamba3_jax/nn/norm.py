@@ -36,7 +36,7 @@ class LayerNorm(nn.Module):
 
 
 def named(initializer):
-    """Return the initial value of a vector as wide as the model, with its logical axis."""
+    """Return the initializer of a vector as wide as the model, with the name of its logical axis."""
     return nn.with_logical_partitioning(initializer, ("embed",))
 
 

@@ -1,4 +1,4 @@
-"""Which dtypes a module can compute in."""
+"""The dtypes that a module can compute in."""
 
 import jax.numpy as jnp
 

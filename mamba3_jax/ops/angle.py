@@ -1,8 +1,8 @@
 """The cumulative angle, accumulated in turns so that a million tokens cost no precision.
 
-A turn is 2 pi. Modulo one turn nothing grows, and a multiple of a fixed `grid` (a power of two) adds up exactly in
-float32 as long as the sum stays below 2^24 grid steps, in any order and on any hardware. So every increment is split
-into a part on the grid and a small rest; both are summed apart, and the grid part loses nothing.
+A turn is 2 pi. Modulo one turn nothing grows, and multiples of a fixed `grid` (a power of two) add up exactly in
+float32, in any order and on any hardware, as long as the sum stays below 2^24 grid steps. So every increment is split
+into a multiple of the grid and a small rest. The two are summed apart, and the sum on the grid is exact.
 """
 
 import functools
@@ -17,9 +17,9 @@ INVERSE_TURN = 1 / (2 * math.pi)
 
 
 class Turns(NamedTuple):
-    """An angle / (2 pi) modulo 1: exact + rest, exact a multiple of the grid in [0, 1), |rest| about a grid step.
+    """An angle / (2 pi) modulo 1, as exact + rest: exact is a multiple of the grid in [0, 1), |rest| about a grid step.
 
-    All of the derivative is carried by `rest`; `exact` is piecewise constant.
+    `rest` carries all of the derivative; `exact` is piecewise constant.
     """
 
     exact_BHS: jax.Array
@@ -38,21 +38,21 @@ def from_radians(angle_BHS, step: float) -> Turns:
 
 
 def to_radians(turns: Turns):
-    """Return the angle in [0, 2 pi)."""
+    """Return the angle in radians, in [0, 2 pi)."""
     fraction_BHS = turns.exact_BHS + turns.rest_BHS
-    for _ in range(2):  # a tiny negative rest rounds up to a whole turn, which is zero
+    for _ in range(2):  # a tiny negative fraction rounds up to a whole turn, so it takes a second pass to become 0
         fraction_BHS -= jax.lax.stop_gradient(jnp.floor(fraction_BHS))
     return fraction_BHS * (2 * math.pi)
 
 
 def advance(turns: Turns, angle_BHQS, dt_BHQ, within_BQQ, carried_BQ, step: float) -> tuple[Turns, Turns]:
-    """phi_t = phi_0 + sum_{s <= t} angle_s dt_s over a chunk, restarting from zero at every document.
+    """phi_t = phi_0 + sum_{s <= t} angle_s dt_s over a chunk; the sum begins again from zero at every document.
 
     Args:
         turns: the angle before the chunk.
         angle_BHQS: radians per unit dt (the H axis may be 1).
-        within_BQQ: token s (last axis) is not after t and in its document; the B axis may be 1.
-        carried_BQ: the tokens that no document start of the chunk separates from `turns`; None: all.
+        within_BQQ: bool: token s (last axis) is not after t and is in t's document; the B axis may be 1.
+        carried_BQ: bool: no document starts between `turns` and the token; None: everywhere.
         step: `grid(Q)`.
 
     Returns:
@@ -79,10 +79,10 @@ def advance(turns: Turns, angle_BHQS, dt_BHQ, within_BQQ, carried_BQ, step: floa
 
 @jax.custom_jvp
 def sincos(turns: Turns):
-    """sin and cos of an angle given in turns, to 2e-7 in float32.
+    """Return sin and cos of an angle given in turns, to 2e-7 in float32.
 
-    An eighth of a turn around each quarter is a short polynomial (fitted to 3e-9 and 5e-11); the backends'
-    own sine and cosine each reduce any radian instead, at several times the cost.
+    Within an eighth of a turn of each quarter they are short polynomials (fitted to 3e-9 and 5e-11). The backends' own
+    sine and cosine each reduce an arbitrary number of radians instead, which costs several times as much.
     """
     exact, rest = turns
     if exact.dtype == jnp.float64:
@@ -111,15 +111,15 @@ _COS = (59.220407246083, -85.442852120153, 64.939316208438, -19.739208650358, 0.
 
 
 def _polynomial(coefficients: tuple[float, ...], x):
-    """Horner's scheme, highest power first."""
+    """Evaluate a polynomial by Horner's scheme; coefficients come highest power first."""
     return functools.reduce(lambda sum_, coefficient: sum_ * x + coefficient, coefficients, jnp.zeros_like(x))
 
 
 def increments(angle: Float[Array, "..."], dt: Float[Array, "..."], step: float):
-    """angle dt / (2 pi), modulo 1, as a multiple of `step` and a rest below it, together good to about 2^-40.
+    """Return angle dt / (2 pi) modulo 1 as a multiple of `step` and a rest below it, together good to about 2^-40.
 
-    A float32 product alone would be off by 2^-25 of itself, the same way at every token of a constant input: 1e-2 rad
-    after a million tokens. float64 needs none of this and returns (0, the product).
+    A float32 product alone would be off by 2^-25 of itself, in the same direction at every token of a constant input:
+    by 1e-2 rad after a million tokens. float64 needs none of this and returns (0, the product).
     """
     return _increments(angle, dt, step)
 
@@ -130,7 +130,7 @@ def _increments(angle, dt, step):
         product = angle * dt * INVERSE_TURN
         return jnp.zeros_like(product), product
     # Products of two 12-bit pieces are exact in float32, so a compiler that fuses multiply and add changes nothing.
-    # First angle / (2 pi) as a sum of such pieces, the largest first, and a tail below 2^-24 of it.
+    # First, write angle / (2 pi) as a sum of such pieces, the largest first, and a tail below 2^-24 of it.
     angle_head = _head(angle)
     angle_tail = angle - angle_head
     constant_head, constant_middle, constant_tail = _INVERSE_TURN_PIECES
@@ -138,7 +138,7 @@ def _increments(angle, dt, step):
     pieces = [_head(first), first - _head(first), _head(second), _head(third)]
     tail = (second - pieces[2]) + (third - pieces[3]) + (angle_tail * constant_middle + angle * constant_tail)
 
-    # Then times dt: what is large goes to the grid without rounding, term by term.
+    # Then multiply by dt: each large term is split exactly into its part on the grid and the rest.
     dt_head = _head(dt)
     dt_tail = dt - dt_head
     exact = 0
@@ -165,7 +165,7 @@ def _head(x):
 
 
 def _pieces(value: float) -> tuple[float, float, float]:
-    """value = a + b + c, the first two of 12 bits each."""
+    """Split value = a + b + c, where a and b have 12 bits each."""
     scale = 2.0 ** (12 - math.frexp(value)[1])
     first = math.floor(value * scale) / scale
     second = math.floor((value - first) * scale * 4096) / (scale * 4096)

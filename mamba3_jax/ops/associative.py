@@ -6,13 +6,14 @@ import jax.numpy as jnp
 from mamba3_jax.ops.scan_chunks import Chunk, over_chunks
 from mamba3_jax.ops.types import Heads, State, Tokens
 
-CHUNK = 32  # every token of a chunk holds its whole state: Q x P x N a head
+CHUNK = 32  # the states of all tokens of a chunk exist at once: Q x P x N for each head
 
 
 def associative(tokens: Tokens, heads: Heads, state: State | None, *, rotation: str, chunk: int | None = None):
     """(a_2, b_2) o (a_1, b_1) = (a_2 a_1, a_2 b_1 + b_2) composes steps g_t = a_t g_{t-1} + kappa_t x_t k_t^T.
 
-    g_t is the state with all that token t will ever add, so h_t = a_t g_{t-1} + gamma_t x_t k_t^T and y_t = h_t q_t.
+    g_t is the state with all that token t adds to it, now and at the next step (`discretize.later_weight`). So
+    h_t = a_t g_{t-1} + gamma_t x_t k_t^T and y_t = h_t q_t.
     """
     return over_chunks(_core, tokens, heads, state, rotation=rotation, chunk=chunk or CHUNK)
 

@@ -13,9 +13,10 @@ from mamba3_jax.ops.sharded import Axes, size_of, undivided
 from mamba3_jax.ops.tuned import device
 
 IMPLEMENTATIONS = ("cudnn", "plain")
-QUERIES = 256  # of plain attention: queries whose scores exist at a time
+QUERIES = 256  # plain attention computes the scores of so many queries at a time
 WIDTH = 128  # the widest heads that cuDNN takes on every GPU
-# What "" leaves to plain attention: rows that launches dominate, and masks (B, L, L) of more bytes than this.
+# "" chooses plain attention for rows shorter than SHORT tokens, where launches dominate, and where the mask (B, L, L)
+# would have more than MASK bytes.
 SHORT, MASK = 128, 2**30
 
 
@@ -36,12 +37,12 @@ def rows(
         q_BLHE: queries.
         k_BLKE: keys; K divides H.
         v_BLKE: values.
-        first_BL: where each token's document begins, or None where every row is one document.
-        implementation: "plain", "cudnn", or "" for cuDNN where it runs and is worth it. cuDNN sums the gradients of
-            queries in any order, unless XLA is told otherwise (--xla_gpu_deterministic_ops=true).
-        split: the mesh axes (`jax.set_mesh`) that rows and heads are split over, each may be None.
-        context: how the tokens lie over the mesh; None: whole rows. Each device then has the keys and values of all of
-            a row, and computes no scores of runs after its own queries'.
+        first_BL: the place of the first token of each token's document; None: every row is one document.
+        implementation: "plain", "cudnn", or "" for cuDNN where it can run and is worth it (`choose`). cuDNN sums the
+            gradients of queries in any order, unless XLA is told otherwise (--xla_gpu_deterministic_ops=true).
+        split: the mesh axes (`jax.set_mesh`) that rows and heads are split over; each may be None.
+        context: how the tokens lie over the mesh; None: rows are whole. With a context every device gathers the keys
+            and values of whole rows, and computes no scores of its queries with later runs of keys.
 
     Raises:
         ValueError: cuDNN is named and cannot run this here.
@@ -62,7 +63,7 @@ def rows(
 
 
 def choose(implementation: str, q_BLHE, packed: bool) -> str:
-    """Return what is named; or else "cudnn" where it runs these queries here, they are many and no mask is too large.
+    """Return the named implementation; for "", cuDNN where it can run, rows are not short and no mask is too large.
 
     Raises:
         ValueError: cuDNN is named and cannot run this here.
@@ -76,17 +77,17 @@ def choose(implementation: str, q_BLHE, packed: bool) -> str:
 
 
 def unavailable() -> str | None:
-    """Return what cuDNN wants of the device that what is traced is for, and what it is; None: nothing."""
+    """Return what cuDNN needs of the device that the traced program is for, and what that is; None: it can run."""
     target = device()
     if "NVIDIA" not in target.device_kind:
         return f"needs an NVIDIA GPU, not {target.device_kind!r}"
-    if float(getattr(target, "compute_capability", 0)) < 8:  # of one that is not here it is not known
+    if float(getattr(target, "compute_capability", 0)) < 8:  # a device of another process does not say it
         return f"needs an NVIDIA GPU of this process from Ampere on, not {target.device_kind!r}"
     return None
 
 
 def unsupported(q_BLHE, packed: bool) -> str | None:
-    """Return what cuDNN wants of the queries' shape and dtype, and what they are; None: nothing."""
+    """Return what cuDNN wants of the queries' shape and dtype, and what they are; None: it takes them."""
     length, width = q_BLHE.shape[1], q_BLHE.shape[3]
     if q_BLHE.dtype != jnp.bfloat16:
         return f"computes in bfloat16, not {q_BLHE.dtype}"
@@ -98,24 +99,24 @@ def unsupported(q_BLHE, packed: bool) -> str | None:
 
 
 def cudnn(q_BLHE, k_BLKE, v_BLKE, first_BL):
-    """Compute `rows` by cuDNN's fused kernels, which hold no scores.
+    """Compute `rows` by cuDNN's fused kernels, which do not store the scores.
 
     Documents are a mask (B, 1, L, L) that cuDNN adds to the scores as a bias of -2^41, so that weights outside of the
-    document are exactly 0; it skips what is not causal. The mask depends on no layer, so that layers share one. (cuDNN
-    can pack documents without a mask, but what jax makes of that is private, wants a static bound on the documents of a
-    row, holds the softmax's sums once for each of them, and takes no grouped heads.)
+    document are exactly 0. It skips keys after the query. The mask is the same for all layers, which share it. (cuDNN
+    can pack documents without a mask, but jax's way to that is private, needs a static bound on the number of documents
+    in a row, stores the softmax's sums once for each of them, and takes no grouped heads.)
     """
     mask = None
     if first_BL is not None:
         mask = (jnp.arange(k_BLKE.shape[1]) >= first_BL[..., None])[:, None]
-    # A mask that is boolean has no gradient, which jax 0.10.2 lets cuDNN compute nevertheless (jax-ml/jax#39512).
+    # A boolean mask has no gradient; jax 0.10.2 lets cuDNN compute one nevertheless (jax-ml/jax#39512).
     return jax.nn.dot_product_attention(q_BLHE, k_BLKE, v_BLKE, mask=mask, is_causal=True, implementation="cudnn")
 
 
 def over_mesh(attention, batch: Axes, heads: str | None):
-    """`attention(q, k, v, first)` over the mesh in context, each device its rows and heads; without one, itself.
+    """Return a function that runs `attention(q, k, v, first)` on each device's rows and heads; without a mesh, itself.
 
-    Kernels are not left to XLA to divide: jax can only where queries, keys and values are split alike.
+    XLA is not left to divide these kernels: jax can do so only where queries, keys and values are split alike.
     """
     if undivided(batch, heads):
         return attention
@@ -130,11 +131,11 @@ def over_mesh(attention, batch: Axes, heads: str | None):
 
 
 def attend(q_BLHE, k_BTKE, v_BTKE, first_BL, last_BL):
-    """softmax(q k^T / sqrt(E)) v over the tokens first <= t <= last of each query; scores and softmax in float32.
+    """y = softmax(q k^T / sqrt(E)) v over the tokens first <= t <= last of each query; scores and softmax in float32.
 
-    Query head h reads kv head h // (H / K). Scores exist for `QUERIES` queries at a time and are recomputed in the
-    backward pass, so memory is QUERIES x T a head and not L x T. (jax.nn.dot_product_attention takes the same masks,
-    but on CPU and TPU it holds all L x T scores.)
+    Query head h reads kv head h // (H / K). Scores exist for `QUERIES` queries at a time and are computed again in the
+    backward pass, so they take QUERIES x T numbers for each head, not L x T. (jax.nn.dot_product_attention takes the
+    same masks, but on CPU and TPU it stores all L x T scores.)
     """
     grouped = q_BLHE.reshape(*q_BLHE.shape[:2], k_BTKE.shape[2], -1, q_BLHE.shape[3])
     y_BLGKE = _attend(jnp.swapaxes(grouped, 2, 3), k_BTKE, v_BTKE, first_BL, last_BL)
@@ -142,7 +143,7 @@ def attend(q_BLHE, k_BTKE, v_BTKE, first_BL, last_BL):
 
 
 def _attend(q_BLGKE, k_BTKE, v_BTKE, first_BL, last_BL):
-    """Compute `attend` of query heads (g, k), G for each kv head k."""
+    """Compute `attend` with query heads on two axes: G of them for each kv head K."""
     dtype = v_BTKE.dtype
     times_T = jnp.arange(k_BTKE.shape[1])
 
@@ -172,10 +173,12 @@ def _over_runs(context: Context, q_BLHE, k_BLKE, v_BLKE, first_BL):
 
 
 def _up_to(run, q_BLGKE, k_ZBTKE, v_ZBTKE, first_BL):
-    """Compute `rows` of the queries of a run from the keys of all Z runs, one run of keys after the other.
+    """Compute `rows` for the queries of one run from the keys of all Z runs, one run of keys after the other.
 
-    With m the largest score so far, y = sum_t exp(score_t - m) v_t / sum_t exp(score_t - m), whatever m is: it has no
-    gradient. Runs of keys after the queries' cost nothing.
+        y = sum_t exp(score_t - m) v_t / sum_t exp(score_t - m)
+
+    m is the largest score so far. y does not depend on it, so it has no gradient. Runs of keys that come after the
+    queries' are skipped.
     """
     dtype, scale = v_ZBTKE.dtype, q_BLGKE.shape[-1] ** -0.5
     n_runs, length = k_ZBTKE.shape[0], k_ZBTKE.shape[2]
@@ -199,7 +202,7 @@ def _up_to(run, q_BLGKE, k_ZBTKE, v_ZBTKE, first_BL):
 
         batch, length_, groups, kv_heads, width = q_BLGKE.shape
         nothing = jnp.zeros((batch, groups, kv_heads, length_, width), jnp.float32)
-        lowest = jnp.full(nothing.shape[:-1], jnp.finfo(jnp.float32).min)  # finite: less no score, and m - m is 0
+        lowest = jnp.full(nothing.shape[:-1], jnp.finfo(jnp.float32).min)  # finite, so that m - m is 0 and not NaN
         carry = lowest, jnp.zeros_like(lowest), nothing
         (_, sum_BGKL, y_BGKLE), _ = jax.lax.scan(step, carry, (jnp.arange(n_runs), k_ZBTKE, v_ZBTKE))
         return jnp.moveaxis(y_BGKLE / sum_BGKL[..., None], 3, 1).astype(dtype)
@@ -208,7 +211,7 @@ def _up_to(run, q_BLGKE, k_ZBTKE, v_ZBTKE, first_BL):
 
 
 def _by_queries(block, q_BLGKE, first_BL, last_BL):
-    """Return `block(q, first, last)` of `QUERIES` queries at a time, computed again in the backward pass."""
+    """Run `block(q, first, last)` on `QUERIES` queries at a time, and again in the backward pass."""
     length = q_BLGKE.shape[1]
     if length <= QUERIES:
         return block(q_BLGKE, first_BL, last_BL)
@@ -217,7 +220,7 @@ def _by_queries(block, q_BLGKE, first_BL, last_BL):
         x = jnp.pad(x, ((0, 0), (0, -length % QUERIES), *[(0, 0)] * (x.ndim - 2)))
         return jnp.moveaxis(x.reshape(x.shape[0], -1, QUERIES, *x.shape[2:]), 1, 0)
 
-    block = jax.checkpoint(block, prevent_cse=False)  # in a loop: nothing to merge with
+    block = jax.checkpoint(block, prevent_cse=False)  # in a loop XLA has nothing to merge it with
     y = jax.lax.map(lambda arrays: block(*arrays), tuple(map(blocks, (q_BLGKE, first_BL, last_BL))))
     y = jnp.moveaxis(y, 0, 1)
     return y.reshape(y.shape[0], -1, *y.shape[3:])[:, :length]

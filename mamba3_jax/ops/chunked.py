@@ -1,4 +1,4 @@
-"""Matmuls inside chunks, one small state between them (the SSD form of Mamba-2 with Mamba-3's weights)."""
+"""Matrix products inside chunks, and one state between them: the SSD form of Mamba-2 with Mamba-3's weights."""
 
 import math
 
@@ -13,13 +13,13 @@ from mamba3_jax.ops.types import Heads, State, Tokens
 def chunked(tokens: Tokens, heads: Heads, state: State | None, *, rotation: str, chunk: int | None = None):
     """y_t = sum_{s<t} exp(sum_{s<u<=t} log_a_u) kappa_s (q_t.k_s) x_s + gamma_t (q_t.k_t) x_t + exp(..) h_0 q_t.
 
-    The sums over s inside a chunk are three matrix products; what came before the chunk is in h_0 (SPEC section 6).
+    The sums over the tokens s of a chunk are matrix products; h_0 is the state before the chunk (SPEC section 6).
     """
     return over_chunks(_core, tokens, heads, state, rotation=rotation, chunk=chunk or _default(tokens.k_BLRGN.shape[2]))
 
 
 def _default(rank: int) -> int:
-    """Return the fastest size measured (experiments/benchmarks): an accelerator wants fewer and larger products."""
+    """Return the size measured as fastest (experiments/benchmarks): an accelerator wants fewer and larger products."""
     if device().platform == "cpu":
         return max(16, 64 // rank)
     return max(64, 128 // rank)
@@ -34,7 +34,7 @@ def _core(part: Chunk, h_BHPN):
         return jnp.einsum(formula, a, b, precision="highest", preferred_element_type=h_BHPN.dtype)
 
     def by_row(array_BHQR):
-        """Tokens and ranks are one axis: every rank of a query sees every rank of a key."""
+        """Merge tokens and ranks into one axis: every rank of a query sees every rank of a key."""
         return array_BHQR.reshape(batch, n_heads, length * rank, -1)
 
     exact_BHQ, rest_BHQ = log_decay(part.log_a_BHQ, part.within_BQQ)
@@ -44,8 +44,8 @@ def _core(part: Chunk, h_BHPN):
     decay_BHQQ = _decay(exact_BHQ, rest_BHQ, within_BHQQ, targets)
     decay_from_start_BHQ = jnp.exp(exact_BHQ + rest_BHQ)
 
-    # Masks choose values: a factor of 0 would let NaN through, and so one before the chunk, or in the token after it,
-    # stays there.
+    # Masks select with `where`: a factor of 0 would let NaN through. So a NaN in the state before the chunk, or in the
+    # token after it, does not reach what is masked.
     y_BHQRP = None
     if part.q_BHQRN is not None:
         weight_BHQQ = decay_BHQQ * part.gamma_BHQ[..., None, :]
@@ -74,22 +74,21 @@ def _core(part: Chunk, h_BHPN):
 
 
 def _decay(exact_BHQ, rest_BHQ, within_BHQQ, targets: slice):
-    """Return exp(c_t - c_s) from token s (last axis) to the tokens t of `targets`, c the sum of both; 1 elsewhere.
+    """Return exp(c_t - c_s), c = exact + rest, from token s (last axis) to the tokens t of `targets`; 1 where masked.
 
-    Masked before exp: what lies after a token grows without bound.
+    The mask comes before exp: for s after t the difference grows without bound.
     """
     parts = [part_BHQ[..., targets, None] - part_BHQ[..., None, :] for part_BHQ in (exact_BHQ, rest_BHQ)]
     return jnp.exp(jnp.where(within_BHQQ, parts[0] + parts[1], 0))
 
 
 def log_decay(log_a_BHQ, within_BQQ):
-    """Sum log_a_s over s <= t from the document's (or the chunk's) first token, as exact + rest.
+    """Return c_t, the sum of log_a_s over s <= t from the first token of the document (or the chunk), as exact + rest.
 
-    A sum that started earlier would let the gradient of one document reach another's log_a. Differences of plain
-    float32 sums would lose the digits of a gentle decay after steep ones: as in `angle`, what lies on a grid adds up
-    exactly.
+    A sum that began earlier would let the gradient of one document reach another's log_a. Differences of plain float32
+    sums would lose the digits of a gentle decay after steep ones: as in `angle`, multiples of a grid add up exactly.
     """
-    steepest = -104.0  # exp of it is 0 in float32, so a steeper one decays no more
+    steepest = -104.0  # exp(-104) is 0 in float32, so steeper steps decay no more than this
     step = 2.0 ** (math.ceil(math.log2(-steepest * log_a_BHQ.shape[-1])) - 24)
     dtype = log_a_BHQ.dtype
     if dtype != jnp.float64:

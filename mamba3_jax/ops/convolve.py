@@ -10,20 +10,21 @@ from mamba3_jax.ops.context import Context
 
 
 def convolve(x, weights, bias, before, start_BL, context: Context | None = None):
-    """silu(bias + sum_j weights[j] x_{t-j}) over the tokens of t's own document, and what the next tokens see.
-
-    A channel sees itself alone. Sums are float32, the result has x's dtype.
+    """y_t = silu(bias + sum_{j<K} weights[K-1-j] x_{t-j}) over the tokens of t's own document, channel by channel.
 
     Args:
         x: (B, L, ...).
-        weights: (..., K), the token's own weight last.
+        weights: (..., K); the last one is that of the token itself.
         bias: (...), or 0.
-        before: (B, K-1, ...), the tokens before the first; 0 of what is of another document.
+        before: (B, K-1, ...), the K-1 tokens before the row, 0 where a token belongs to an earlier document.
         start_BL: true at the first token of a document, or None.
-        context: how the tokens lie over the mesh; None: whole rows. The last K-1 of each run go to the next one.
+        context: how the tokens lie over the mesh; None: rows are whole. Each run sends its last K-1 tokens to the next.
+
+    Returns:
+        y in x's dtype (sums are float32), and `before` for the tokens after the row.
 
     Raises:
-        ValueError: runs that are shorter than that.
+        ValueError: runs of fewer than K-1 tokens.
     """
     if context is None:
         return _convolve(x, weights, bias, before, start_BL)
@@ -57,20 +58,20 @@ def _convolve(x, weights, bias, before, start_BL):
 
 
 def _seen(x, before, start_BL):
-    """Return the tokens with those before them, and of which document each is; 0: of the one that goes on."""
+    """Return `before` and the tokens as one array, and the number of each one's document; 0: the one that goes on."""
     start_BL = jnp.zeros(x.shape[:2], bool) if start_BL is None else start_BL
     document_BL = jnp.cumsum(start_BL, axis=1, dtype=jnp.int32)
     return jnp.concatenate([before, x], axis=1), jnp.pad(document_BL, ((0, 0), (before.shape[1], 0)))
 
 
 def _same(seen, documents_BL, first: int, of_BL):
-    """Take what is of a document from `seen[:, first:]`, and 0 for the rest."""
+    """Return the tokens of `seen` from place `first` on, one for each of `of_BL`, 0 where its document is another."""
     part, its_BL = (array[:, first : first + of_BL.shape[1]] for array in (seen, documents_BL))
     return jnp.where(_wide(its_BL == of_BL, part), part, 0)
 
 
 def _last(seen, documents_BL, window: int):
-    """Return what the next tokens see: of the last ones those of the last document."""
+    """Return the last `window` tokens, 0 where one is not of the last document: what the next tokens see."""
     last_BW = jnp.broadcast_to(documents_BL[:, -1:], (seen.shape[0], window))
     return _same(seen, documents_BL, seen.shape[1] - window, last_BW)
 

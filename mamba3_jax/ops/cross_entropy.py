@@ -1,4 +1,4 @@
-"""Next-token cross entropy as sums over tokens, from logits or, without ever holding them all, from features."""
+"""Next-token cross entropy as sums over tokens: from logits, or from features without ever holding all the logits."""
 
 import functools
 import math
@@ -12,40 +12,41 @@ from mamba3_jax.ops.einsum import product
 from mamba3_jax.ops.look_up import WHOLE, Split
 from mamba3_jax.ops.sharded import axes_of, size_of, undivided
 
-REACH = 2.0**60  # of a sum of exp(logit - logit[target]): a target that is less likely than e^-41 is beyond it
-TILE = 2**29  # logits that exist at a time on a device: 2 GiB in float32, 4,186 tokens of a vocabulary of 128,256
+# The largest sum of exp(logit - logit[target]) that is used: that of a target less likely than e^-41 is larger.
+REACH = 2.0**60
+TILE = 2**29  # logits that exist at once on a device: 2 GiB in float32, 4,186 tokens of a vocabulary of 128,256
 
 
 class Sums(NamedTuple):
-    """Weighted sums over tokens, float32 scalars: batches of unequal weight add up. Divide by `weight` for means."""
+    """Weighted sums over tokens, float32 scalars. Add those of several batches; divide by `weight` for means."""
 
     nll: jax.Array  # -log p(target), nats
     z: jax.Array  # (log sum exp of the logits)^2
-    correct: jax.Array  # the likeliest id is the target
+    correct: jax.Array  # 1 where the likeliest id is the target
     weight: jax.Array
 
 
 class Scores(NamedTuple):
-    """What a token's logits say of its target, float32."""
+    """How well the logits of each token predict its target."""
 
-    log_z_BL: jax.Array  # log sum exp of the logits
-    nll_BL: jax.Array  # -log p(target), nats; NaN for a target that is not in the vocabulary
-    correct_BL: jax.Array  # the first of the largest logits is the target's
+    log_z_BL: jax.Array  # log sum exp of the logits, float32
+    nll_BL: jax.Array  # -log p(target), nats, float32; NaN for a target that is not in the vocabulary
+    correct_BL: jax.Array  # bool: the first of the largest logits is the target's
 
 
 def scores(logits_BLV, targets_BL, vocab_size: int) -> Scores:
     """Score every target: nll = log Z - logit[target],  log Z = log sum_v exp(logit[v]).
 
-    v runs over the whole padded vocabulary, as in the official code: the padding columns are ids that never occur, and
-    the model learns so. NaN logits are right about nothing.
+    v runs over the whole padded vocabulary, as in the official code: the padding columns are ids that never occur,
+    which the model learns. NaN logits are never correct.
 
     Args:
-        logits_BLV: of any float dtype; what is computed of them is float32.
-        targets_BL: integers. One that is not in [0, vocab_size) has NaN for nll, whatever the look-up would find there.
-        vocab_size: columns of the logits that are ids.
+        logits_BLV: of any float dtype; the scores are computed in float32.
+        targets_BL: integers. The nll of one that is not in [0, vocab_size) is NaN.
+        vocab_size: how many columns of the logits are ids; the others are padding.
     """
     logits_BLV = logits_BLV.astype(jnp.float32)
-    # Look-ups by comparison: one pass finds sum, target and place, and columns split over devices stay where they are.
+    # Look up by comparison: one pass finds sum, target and place, and columns split over devices stay where they are.
     columns_V = jnp.arange(logits_BLV.shape[-1])
     largest_BL1 = jax.lax.stop_gradient(jnp.max(logits_BLV, axis=-1, keepdims=True))
     log_z_BL = jnp.log(jnp.sum(jnp.exp(logits_BLV - largest_BL1), axis=-1)) + largest_BL1[..., 0]
@@ -55,15 +56,15 @@ def scores(logits_BLV, targets_BL, vocab_size: int) -> Scores:
 
 
 def _scored(log_z_BL, nll_BL, first, targets_BL, vocab_size: int) -> Scores:
-    """Return the scores of targets, NaN for those that are no ids; `first`: no logit is larger, or as large before."""
+    """Return `Scores`, NaN for targets that are no ids. `first`: the target's is the first of the largest logits."""
     known_BL = (targets_BL >= 0) & (targets_BL < vocab_size)
     return Scores(log_z_BL, jnp.where(known_BL, nll_BL, jnp.nan), known_BL & first & ~jnp.isnan(log_z_BL))
 
 
 class Relative(NamedTuple):
-    """A row's logits relative to its target's, and what they add up to."""
+    """A token's logits relative to its target's, and what follows from them."""
 
-    e_BLV: jax.Array  # exp(logit - logit[target]), float32; no row is there but where it is asked for
+    e_BLV: jax.Array  # exp(logit - logit[target]), float32; XLA computes it only where it is used
     sum_BL: jax.Array
     places_BL: jax.Array  # the target's column
     scores: Scores
@@ -72,8 +73,8 @@ class Relative(NamedTuple):
 def relative(logits_BLV, targets_BL, vocab_size: int) -> Relative:
     """Score as `scores` does, relative to the target's logit and not to the largest: nll = log sum exp(logit - target).
 
-    That is known before any pass over the logits, so one pass is enough, and it is exact where p(target) is near 1. The
-    sum overflows where a target is less likely than e^-88 (`fits`).
+    The target's logit is known before any pass over the logits, so one pass is enough, and nll is exact where p(target)
+    is near 1. The sum overflows where a target is less likely than e^-88 (see `REACH`).
     """
     columns_V = jnp.arange(logits_BLV.shape[-1])
     places_BL = jnp.clip(targets_BL, 0, columns_V.size - 1)
@@ -89,12 +90,12 @@ def relative(logits_BLV, targets_BL, vocab_size: int) -> Relative:
 
 
 def sums(logits_BLV, targets_BL, weights_BL, vocab_size: int) -> Sums:
-    """Sum `scores` over tokens by weight; a token of weight 0 does not count whatever its logits and target."""
+    """Sum `scores` over tokens by weight. A token of weight 0 does not count, whatever its logits and target are."""
     return added(scores(logits_BLV, targets_BL, vocab_size), weights_BL)
 
 
 def added(scores: Scores, weights_BL) -> Sums:
-    """Sum over tokens; where the weight is 0, 0 times NaN is 0."""
+    """Sum scores over tokens by weight; a weight of 0 times NaN is 0."""
 
     def total(x_BL):
         return jnp.sum(jnp.where(weights_BL == 0, 0.0, weights_BL * x_BL))
@@ -103,7 +104,7 @@ def added(scores: Scores, weights_BL) -> Sums:
 
 
 def objective(parts: Sums, z_loss: float):
-    """Return what is minimised, times the weight: nll + z_loss * z. The second term keeps log Z near 0."""
+    """Return nll + z_loss * z: the loss that is minimised, times the weight. The second term keeps log Z near 0."""
     return parts.nll + z_loss * parts.z
 
 
@@ -118,26 +119,27 @@ def linear_cross_entropy(
     tiles: int | None = None,
     split: Split = WHOLE,
 ) -> tuple[jax.Array, Sums]:
-    """(objective, sums) of logits = x head, of which only those of a tile of every row exist at a time.
+    """Return (objective, sums) of logits = x head, which are computed for one tile of the length at a time.
 
-    The gradient of the objective is formed in the forward pass, while a tile's logits are there:
+    The gradient of the objective is formed in the forward pass, while a tile's logits exist:
 
         dlogit[v] = w (p[v] (1 + 2 z_loss log Z) - [v = target]),  dx = dlogit head^T,  dhead = sum_t x_t^T dlogit_t
 
-    so logits are computed once and the backward pass multiplies by a number. Products run in x's dtype with float32
-    sums (float32: true float32 products); dlogit, over what is the same for a row, and the features, times it, are
-    rounded to x's dtype before its two. Beside the gradients, memory is a tile's logits. (The idea is Liger's and
-    jax-linear-attention's.)
+    So logits are computed once, and the backward pass multiplies the gradients by a number. Products run in x's dtype
+    with float32 sums; products of float32 are true float32. A factor of dlogit that all v share is applied to dx and to
+    the features, not to dlogit; dlogit and these features are rounded to x's dtype. Beside the gradients, the logits of
+    one tile are held in memory. (The idea is Liger's and jax-linear-attention's.)
 
-    Columns split over a mesh axis stay split: a few numbers a token cross it, and dx. Every device takes its own rows:
-    it gathers the head in x's dtype, once, and its gradient is summed over devices in float32, once and not a tile.
+    Columns that are split over a mesh axis stay split: dx and a few numbers for each token cross that axis. Each device
+    takes its own rows. It gathers the head once, in x's dtype, and the head's gradient is summed over devices once, in
+    float32, not for every tile.
 
     Args:
         x_BLD: features, float32 or bfloat16.
         head_DV: float32, one column an id; its gradient is float32 and is summed over tiles in it.
         targets_BL: as in `scores`.
-        weights_BL: float32; neither it nor the sums have a gradient.
-        vocab_size: columns that are ids.
+        weights_BL: float32; neither the weights nor the sums have a gradient.
+        vocab_size: how many columns are ids.
         z_loss: see `objective`.
         tiles: how many parts the length is cut into; None: as few as keep a device's logits within `TILE`.
         split: how rows, length and the head's D and V lie on the mesh in context (`jax.set_mesh`).
@@ -160,21 +162,22 @@ def _forward(x_BLD, head_DV, targets_BL, weights_BL, vocab_size, z_loss, tiles, 
     own = functools.partial(_own_rows, vocab_size=vocab_size, z_loss=z_loss, tiles=tiles, out=head_DV.dtype)
     found = _by_rows(own, split, x_BLD, head_DV.astype(x_BLD.dtype), targets_BL, weights_BL)
     parts, dhead_DV, dx_BLD = found
-    # XLA for CPU (jax 0.10.2) dies of a transposed bfloat16 product that is summed into float32.
+    # XLA for CPU (jax 0.10.2) aborts in a transposed bfloat16 product that is summed into float32.
     return (objective(parts, z_loss), parts), (dx_BLD, jax.lax.optimization_barrier(dhead_DV))
 
 
 def _by_rows(run, split: Split, x_BLD, head_DV, targets_BL, weights_BL):
-    """Run on every device its rows with the whole of D; the vocabulary is XLA's to divide.
+    """Run `run` on each device's rows with the whole of D; XLA divides the vocabulary.
 
-    `run` is given a function that sums over all rows, and returns (sums, dhead_DV or None, dx_BLD or None).
+    `run` takes the arrays and `total`, a function that sums over the rows of all devices. It returns sums, dhead_DV or
+    None, and dx_BLD or None.
     """
     rows = (*axes_of(split.batch), *axes_of(split.length))
     if undivided(*rows) or x_BLD.shape[0] % size_of(split.batch) or x_BLD.shape[1] % size_of(split.length):
         return run(x_BLD, head_DV, targets_BL, weights_BL, total=lambda parts: parts)
 
     def by_columns(move, array_DV):
-        """Move each device's columns alone: XLA would first make of an array that it divides a whole one."""
+        """Apply `move` to each device's own columns: XLA would first gather the columns that it divides."""
         spec = Spec(None, split.vocab)
         run = functools.partial(jax.shard_map, in_specs=spec, out_specs=spec, axis_names={split.vocab}, check_vma=False)
         return run(move)(array_DV) if split.vocab else move(array_DV)
@@ -201,14 +204,15 @@ def _by_rows(run, split: Split, x_BLD, head_DV, targets_BL, weights_BL):
 
 
 def _own_rows(x_BLD, narrow_DV, targets_BL, weights_BL, *, vocab_size, z_loss, tiles, out, total):
-    """Return (sums, dhead_DV in `out`, dx_BLD); `total` sums over all rows what has to be the same for them."""
+    """Return (sums, dhead_DV in `out`, dx_BLD) of a device's rows; `total` sums over the rows of all devices."""
     dtype = x_BLD.dtype
     over_tiles = functools.partial(_over_tiles, tiles=tiles, head_DV=narrow_DV, arrays=(x_BLD, targets_BL, weights_BL))
 
     def near(x_BLD, targets_BL, weights_BL):
         """Form dlogit = w z / sum (exp(logit - logit[target]) - [v = target] sum / z),  z = 1 + 2 z_loss log Z.
 
-        What is the same for a row is left to its products: the exponentials are written as they are added up.
+        The factor w z / sum, the same for all v, is left to the two products. So the exponentials can be written in the
+        pass that sums them.
         """
         found = relative(_logits(x_BLD, narrow_DV), targets_BL, vocab_size)
         by_z_BL = 1 + 2 * z_loss * found.scores.log_z_BL
@@ -224,7 +228,7 @@ def _own_rows(x_BLD, narrow_DV, targets_BL, weights_BL, *, vocab_size, z_loss, t
         return (added(found.scores, weights_BL), dhead_DV, (~fit).astype(jnp.int32)), dx_BLD
 
     def far(x_BLD, targets_BL, weights_BL):
-        """Form it as it stands, from any logits: a token without weight has none of their NaN."""
+        """Form dlogit as `linear_cross_entropy` defines it, from any logits; it is 0 where a token's weight is 0."""
         logits_BLV = _logits(x_BLD, narrow_DV)
         found = scores(logits_BLV, targets_BL, vocab_size)
         weight_BL1, log_z_BL1 = weights_BL[..., None], found.log_z_BL[..., None]
@@ -236,7 +240,7 @@ def _own_rows(x_BLD, narrow_DV, targets_BL, weights_BL, *, vocab_size, z_loss, t
         return (added(found, weights_BL), dhead_DV), dx_BLD
 
     (*found, beyond), dx_BLD = over_tiles(near)
-    near_enough = total(beyond) == 0  # for all rows or none: every device takes the same branch
+    near_enough = total(beyond) == 0  # over all rows, so that every device takes the same branch
     (parts, dhead_DV), dx_BLD = jax.lax.cond(near_enough, lambda: (tuple(found), dx_BLD), lambda: over_tiles(far))
     return total(parts), dhead_DV, dx_BLD
 
@@ -251,11 +255,11 @@ linear_cross_entropy.defvjp(_forward, _backward)
 
 
 def _over_tiles(tile, tiles: int | None, head_DV, arrays):
-    """Sum `tile(*arrays)[0]` over tiles of the length, and put its other results (B, L, ...) together again."""
+    """Sum `tile(*arrays)[0]` over tiles of the length, and concatenate its other results, (B, L, ...)."""
     (batch, length), vocab = arrays[0].shape[:2], head_DV.shape[-1]
     if tiles is None:
         mesh = jax.sharding.get_abstract_mesh()
-        left = [size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes]  # to XLA
+        left = [size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes]  # axes that XLA divides
         tiles = -(-batch * length * vocab // (TILE * math.prod(left)))
     each = -(-length // max(1, min(tiles, length)))
     tiles = -(-length // each)
@@ -263,7 +267,7 @@ def _over_tiles(tile, tiles: int | None, head_DV, arrays):
         return tile(*arrays)
 
     def cut(array):
-        # Filled up by tokens of weight 0. Rows stay whole, so that each stays on its device.
+        # Tokens of weight 0 fill the last tile. A tile has a part of every row, so that rows stay on their devices.
         padded = jnp.pad(array, [(0, 0), (0, tiles * each - length), *[(0, 0)] * (array.ndim - 2)])
         return jnp.moveaxis(padded.reshape(batch, tiles, each, *array.shape[2:]), 1, 0)
 

@@ -1,4 +1,4 @@
-"""The gated delta rule (Yang et al. 2024, arXiv 2412.06464): token by token, which is the definition, and in chunks."""
+"""The gated delta rule (Yang et al. 2024, arXiv 2412.06464): defined token by token, and computed in chunks."""
 
 import functools
 from typing import NamedTuple
@@ -10,32 +10,32 @@ from mamba3_jax.ops import context as contexts
 from mamba3_jax.ops.context import Context
 from mamba3_jax.ops.einsum import einsum
 
-CHUNK = 64  # tokens a chunk where nothing is said
+CHUNK = 64  # tokens in a chunk, by default
 
 
 class Tokens(NamedTuple):
     """One entry a token."""
 
     q_BLHN: jax.Array
-    k_BLHN: jax.Array  # of length 1, or steps may grow
+    k_BLHN: jax.Array  # of length 1, or the state may grow without bound
     v_BLHP: jax.Array
     log_a_BLH: jax.Array  # float32, < 0: log of a step's decay
-    b_BLH: jax.Array  # float32, in (0, 2): how much of what the state has at k the value takes the place of
+    b_BLH: jax.Array  # float32, in (0, 2): how far the state's value at k is moved towards v; 1: it becomes v
     start_BL: jax.Array | None  # true at the first token of a document
 
 
 class Chunk(NamedTuple):
-    """What a chunk is to the state before it, see `chunked`."""
+    """What a chunk does to the state h before it; see `chunked` for the symbols."""
 
-    own_BHQP: jax.Array  # u where h is 0
+    own_BHQP: jax.Array  # u if h is 0
     w_BHQN: jax.Array
     k_BHQN: jax.Array
-    to_end_BHQ: jax.Array  # decay from each token to the chunk's last, 0 of another document than its
+    to_end_BHQ: jax.Array  # decay from each token to the chunk's last one; 0 if that is of another document
     decay_BH: jax.Array  # of the whole chunk, 0 where a document starts in it
 
 
 class Run(NamedTuple):
-    """What a run of tokens does to any state before it: h <- h decay + added."""
+    """What a run of tokens does to the state before it: h <- h decay + added."""
 
     decay_BHNN: jax.Array
     added_BHPN: jax.Array
@@ -44,15 +44,16 @@ class Run(NamedTuple):
 def delta(tokens: Tokens, h_BHPN, chunk: int | None = None, context: Context | None = None):
     """h_t = a_t h_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T,  y_t = h_t q_t.
 
-    Running a sequence in two pieces with the state carried is running it whole; no value and no gradient crosses to
-    another document. Products of float32 are truly so; of bfloat16 they are summed in float32, as is the state.
+    Running a sequence in two pieces with the state carried gives what running it whole gives; no value and no gradient
+    crosses to another document. Products of float32 are true float32; products of bfloat16 are summed in float32. The
+    state is float32.
 
     Args:
         tokens: one entry a token.
-        h_BHPN: float32, what the tokens before left.
-        chunk: tokens a chunk, taken as the power of two from 2 that is not less. Performance only; None: `CHUNK`.
-        context: how the tokens lie over the mesh; None: whole rows. What each run does to a state goes to the next one,
-            for which a pass over states computes an N x N matrix more a head.
+        h_BHPN: float32, the state after the tokens before.
+        chunk: tokens in a chunk, rounded up to a power of two, at least 2. Performance only; None: `CHUNK`.
+        context: how the tokens lie over the mesh; None: rows are whole. Each run passes on what it does to a state,
+            which takes one more pass over the tokens, with N more rows in the state of each head.
 
     Returns:
         y_BLHP in v's dtype, and h after the last token.
@@ -69,7 +70,8 @@ def _over_runs(context: Context, chunk: int | None, tokens: Tokens, h_BHPN):
     """Compute `delta` of this device's tokens."""
     rows = contexts.fold(context, tokens)
     width, d_state = h_BHPN.shape[2:]
-    # Rows of a state do not see each other. So values of 0 after a state of 1 give what tokens do to any state.
+    # The rows of a state do not see each other. So N more rows, which begin as the identity and whose values are 0, end
+    # as the matrix by which these tokens multiply any state.
     wider = [(0, 0)] * 3 + [(0, d_state)]
     start_HMN = jnp.concatenate([jnp.zeros((width, d_state), h_BHPN.dtype), jnp.eye(d_state, dtype=h_BHPN.dtype)])
     start_BHMN = jnp.broadcast_to(start_HMN, (rows.v_BLHP.shape[0], h_BHPN.shape[1], *start_HMN.shape))
@@ -114,9 +116,10 @@ def chunked(tokens: Tokens, h_BHPN, chunk: int):
 
         h_t = exp(c_t) h + sum_{s<=t} exp(c_t - c_s) u_s k_s^T,   u_t = b_t (v_t - a_t h_{t-1} k_t)
 
-    Put into each other these are (I + T) u = diag(b) (v - diag(exp(c)) k h^T), T_ts = b_t exp(c_t - c_s) k_t k_s for
-    s < t. So u = (I + T)^-1 diag(b) v - w h^T, w = (I + T)^-1 diag(b exp(c)) k: all but h is known for every chunk at
-    once, and a scan over chunks has two products a step. A document's start cuts the sums; it takes entries out of T.
+    Substituting h in u gives (I + T) u = diag(b) (v - diag(exp(c)) k h^T), T_ts = b_t exp(c_t - c_s) k_t k_s for s < t.
+    So u = (I + T)^-1 diag(b) v - w h^T, w = (I + T)^-1 diag(b exp(c)) k. All but h is computed for all chunks at once;
+    a scan over chunks then takes two products a step. Where a document starts, the sums begin again, and entries of T
+    between documents are 0.
     """
     length, dtype = tokens.v_BLHP.shape[1], tokens.v_BLHP.dtype
     chunk = 1 << max(min(chunk, length) - 1, 1).bit_length()
@@ -128,7 +131,8 @@ def chunked(tokens: Tokens, h_BHPN, chunk: int):
     within_CBQQ &= jnp.tril(jnp.ones((chunk, chunk), bool))
     carried_CBHQ, last_CBHQ = ((document_CBQ == x)[:, :, None] for x in (0, document_CBQ[..., -1:]))
 
-    # Summed over the token's document alone: the gradient of a sum over all before it would cancel there, and not to 0.
+    # Sum over the token's own document alone: with a sum over all tokens before it, the gradients that reach another
+    # document would cancel, but not to exactly 0.
     c_CBHQ = jnp.einsum("cbqs,cbhs->cbhq", within_CBQQ.astype(jnp.float32), parts.log_a_BLH, precision="highest")
     decay_CBHQQ = jnp.exp(jnp.where(within_CBQQ[:, :, None], c_CBHQ[..., :, None] - c_CBHQ[..., None, :], -jnp.inf))
     from_start_CBHQ = jnp.where(carried_CBHQ, jnp.exp(c_CBHQ), 0)
@@ -167,7 +171,7 @@ def chunked(tokens: Tokens, h_BHPN, chunk: int):
 
 
 def _split(x_BL, chunk: int):
-    """(B, L, H, ...) -> (C, B, H, Q, ...), zeros after the end: b = 0 and log_a = 0 leave the state as it is."""
+    """Cut (B, L, H, ...) into (C, B, H, Q, ...), padded by zeros: b = 0 and log_a = 0 leave the state as it is."""
     padding = -x_BL.shape[1] % chunk
     x_BL = jnp.pad(x_BL, [(0, padding if axis == 1 else 0) for axis in range(x_BL.ndim)])
     x_BCQ = x_BL.reshape(x_BL.shape[0], -1, chunk, *x_BL.shape[2:])
@@ -176,11 +180,11 @@ def _split(x_BL, chunk: int):
 
 @jax.custom_vjp
 def unit_lower_inverse(lower_QQ):
-    """(I + lower)^-1 of strictly lower triangular (..., Q, Q), Q a power of two, in products of float32.
+    """Return (I + lower)^-1 of strictly lower triangular matrices (..., Q, Q), Q a power of two, in float32 products.
 
-    From blocks of 1 to ever larger ones: the inverse of [[A, 0], [B, C]] is [[A^-1, 0], [-C^-1 B A^-1, C^-1]]. As good
-    as forward substitution, which is Q steps; powers of `lower` would be fewer products, but lose all digits where keys
-    are alike.
+    The inverse of [[A, 0], [B, C]] is [[A^-1, 0], [-C^-1 B A^-1, C^-1]]; blocks of size 1 are merged into ever larger
+    ones. This is as accurate as forward substitution, which takes Q steps. Powers of `lower` would take fewer products,
+    but lose all digits where keys are alike.
     """
     size, half = lower_QQ.shape[-1], 1
     blocks = jnp.ones((*lower_QQ.shape[:-2], size, 1, 1), lower_QQ.dtype)
@@ -203,7 +207,7 @@ def _inverse_fwd(lower_QQ):
 
 
 def _inverse_bwd(inverse_QQ, d_QQ):
-    """d lower = -(X^T dX X^T), below the diagonal, X the inverse."""
+    """Return d lower = -X^T dX X^T, below the diagonal, where X is the inverse."""
     turned_QQ = jnp.swapaxes(inverse_QQ, -1, -2)
     product = lambda a, b: jnp.matmul(a, b, precision="highest")  # noqa: E731
     return (jnp.tril(-product(product(turned_QQ, d_QQ), turned_QQ), -1),)

@@ -3,12 +3,12 @@
     h_t = exp(log_a_t) (h_{t-1} + beta_t u_{t-1}) + gamma_t u_t
 
 A rule is a function (dt, a, logit) -> (log_a, gamma, beta) and a line in `DISCRETIZATIONS`; the op knows none of them.
-dt > 0 is the step, a < 0 the rate during it, logit what the model adds for a rule with a parameter; beta None: the
-previous token's input has no weight.
+dt > 0 is the step, a < 0 the rate during it, and logit a number that the model computes for rules with a parameter. If
+beta is None, the previous token's input has no weight.
 
-The order that each rule states is that of the error at a fixed time as the steps get shorter. Where a varies, dt a
-stands for its integral over the step: it must be that to third order (a of the step's middle, say) for order 2; with a
-of the step's end every rule has order 1.
+Each rule states the order of its error at a fixed time as the steps get shorter. Where a varies, dt a stands for its
+integral over the step. A rule has order 2 only if dt a is that integral to third order, as it is with a at the middle
+of the step; with a at the end of the step every rule has order 1.
 """
 
 import math
@@ -46,8 +46,8 @@ def zero_order_hold(dt, a, logit):
     """log_a = dt a, gamma = expm1(dt a) / a: exact for an input that holds its new value over the step. Order 1."""
     del logit
     log_a = dt * a
-    # Near 0 the derivative by a, (dt e^x - expm1(x) / a) / a, would lose all digits: there a series in x = dt a, of
-    # which what is left out is below 1e-18.
+    # Near 0 the derivative by a, (dt e^x - expm1(x) / a) / a, would lose all digits. A series in x = dt a takes its
+    # place there, whose missing terms are below 1e-18.
     near = jnp.abs(log_a) < 0.25
     x, far = jnp.where(near, log_a, 0), jnp.where(near, -1, a)
     series = jnp.zeros_like(x)
@@ -72,7 +72,7 @@ DISCRETIZATIONS = {
 
 
 def uses_previous(name: str) -> bool:
-    """Says whether a rule of the table weighs the previous token's input: whether its beta is there."""
+    """Tell whether a rule of the table weighs the previous token's input: its beta is not None."""
     number = jax.ShapeDtypeStruct((), jnp.float32)
     return jax.eval_shape(DISCRETIZATIONS[name], number, number, number)[2] is not None
 
@@ -80,13 +80,15 @@ def uses_previous(name: str) -> bool:
 def later_weight(
     gamma_BLH: Float[Array, "B L H"], beta_BLH: Float[Array, "B L H"] | None, start_BL: Bool[Array, "B L"] | None = None
 ) -> tuple[Float[Array, "B L H"] | None, Float[Array, "B H"] | None]:
-    """kappa_t = gamma_t + beta_{t+1}: what a token weighs in every output after its own.
+    """kappa_t = gamma_t + beta_{t+1}, the weight of a token in every output after its own.
 
-    Token t+1 adds a_{t+1} beta_{t+1} X_t k_t^T, which decays exactly as token t's own input does. So it is part of
-    token t's weight kappa_t for every later output, and only the output at t itself uses gamma_t.
+    Token t+1 adds a_{t+1} beta_{t+1} X_t k_t^T, which decays exactly as token t's own input does. So beta_{t+1} is part
+    of token t's weight kappa_t for every later output, and only the output at t itself uses gamma_t.
 
-    Returns kappa_BLH (gamma at the last token of the row and of every document) and first_BH, what token 0 adds for the
-    token before the row (zero where token 0 starts a document). Both None without beta: kappa is gamma.
+    Returns:
+        kappa_BLH, which is gamma at the last token of the row and of every document, and first_BH, the weight that
+        token 0 adds to the token before the row, zero where token 0 starts a document. Both are None without beta:
+        kappa is then gamma.
     """
     if beta_BLH is None:
         return None, None

@@ -1,4 +1,4 @@
-"""einsum of two arrays whose three products, one forward and two backward, all run in one dtype."""
+"""An einsum of two arrays whose three products, one forward and two backward, all run in one dtype."""
 
 import functools
 from typing import NamedTuple
@@ -8,28 +8,28 @@ import jax.numpy as jnp
 
 
 class Plan(NamedTuple):
-    """What is known of a product before its numbers are."""
+    """The static arguments of a product."""
 
-    left: str  # the letters of a, b and the result
-    right: str
+    left: str  # the letters of a
+    right: str  # the letters of b
     result: str
     dtype: jnp.dtype  # of the products
     out: jnp.dtype  # of the result
-    of_left: jnp.dtype  # of a, so of its gradient
+    of_left: jnp.dtype  # of a, and so of its gradient
 
 
 def einsum(equation: str, a, b, *, dtype, out=None):
-    """einsum of a and b cast to `dtype`, summed in float32 and returned in `out` (default `dtype`).
+    """Return the einsum of a and b cast to `dtype`, summed in float32, in the dtype `out` (by default `dtype`).
 
     float32 means true float32 products: the backends' default would be TF32 on NVIDIA GPUs and bfloat16 on TPUs. In
-    bfloat16 the cotangent is cast too, before its two products: autodiff of a float32 `out` would make them products of
-    float32 (43 of 171 ms of a training step on an H200). A gradient leaves its sum in its operand's own dtype, so that
-    of a float32 weight is never rounded to bfloat16.
+    bfloat16 the cotangent is cast too, before its two products: autodiff of a float32 `out` would make them float32
+    products (43 of 171 ms of a training step on an H200). The sums of a gradient are returned in its operand's own
+    dtype, so the gradient of a float32 weight is never rounded to bfloat16.
 
     Args:
-        equation: "bld,df->blf", say: two operands, and every letter in at least two of the three terms.
-        a: kept for the backward pass in `dtype`.
-        b: kept as it is: a weight is there anyway.
+        equation: such as "bld,df->blf": two operands, and every letter in at least two of the three terms.
+        a: its cast to `dtype` is kept for the backward pass.
+        b: kept for the backward pass as it is: a weight is in memory anyway.
         dtype: float32 or bfloat16.
         out: of the result.
 
@@ -44,7 +44,7 @@ def einsum(equation: str, a, b, *, dtype, out=None):
 
 
 def product(equation: str, a, b, out):
-    """einsum of operands of one dtype, summed in float32 and returned in `out`; of float32 ones truly so."""
+    """Return the einsum of operands of one dtype, summed in float32, in dtype `out`; float32 means true float32."""
     precision = "highest" if a.dtype == jnp.float32 else None
     return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=out)
 
@@ -72,7 +72,7 @@ def _backward(plan: Plan, residuals, d):
     (a, b), d = residuals, d.astype(plan.dtype)
     da = product(f"{plan.result},{plan.right}->{plan.left}", d, b.astype(plan.dtype), plan.of_left)
     db = product(f"{plan.left},{plan.result}->{plan.right}", a, d, b.dtype)
-    # XLA for CPU (jax 0.10.2) dies of a transposed bfloat16 product that is summed into float32.
+    # XLA for CPU (jax 0.10.2) aborts in a transposed bfloat16 product that is summed into float32.
     return da, jax.lax.optimization_barrier(db)
 
 

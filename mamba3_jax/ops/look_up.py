@@ -1,4 +1,4 @@
-"""Rows of a table by their numbers, over a mesh of devices that each have a part of the table."""
+"""Look up rows of a table by their numbers, on a mesh of devices that each have a part of the table."""
 
 import functools
 from typing import NamedTuple
@@ -11,11 +11,11 @@ from mamba3_jax.ops.sharded import Axes, axes_of, size_of, undivided
 
 
 class Split(NamedTuple):
-    """The mesh axes over which arrays are split, each may be None."""
+    """The mesh axes over which arrays are split; each may be None."""
 
     batch: Axes = None
     length: Axes = None
-    width: str | None = None  # one of `batch`, if any: D is split over devices that have different rows
+    width: str | None = None  # of D; if any, one of the axes of `batch`, whose devices have different rows
     vocab: str | None = None
 
 
@@ -23,16 +23,16 @@ WHOLE = Split()
 
 
 def look_up(table_VD, tokens_BL, split: Split = WHOLE):
-    """x_BLD = table[tokens], NaN for a number past the table.
+    """Return x_BLD = table[tokens], NaN for a number past the table.
 
-    XLA gathers the table, or all rows. Here a device looks up its part of the width for all rows of its group over
-    `width`, and its part of the vocabulary; what crosses is rows, forward and backward, and the gradient's sum over the
-    other rows, which each device has of its part alone.
+    XLA would gather the table, or the rows of all devices. Here each device looks up its own part of the table for all
+    rows of the devices that share the axis `width` with it. Only looked-up rows and their gradients cross devices, and
+    the table's gradient, which each device sums over the other mesh axes for its own part alone.
 
     Args:
         table_VD: float32.
         tokens_BL: int32, none below 0.
-        split: how they lie on the mesh in context (`jax.set_mesh`); rows too few to split are left to XLA.
+        split: how they lie on the mesh in context (`jax.set_mesh`). Too few rows or tokens to split are left to XLA.
     """
     if undivided(*split) or tokens_BL.shape[0] % size_of(split.batch) or tokens_BL.shape[1] % size_of(split.length):
         return jnp.take(table_VD, tokens_BL, axis=0)
@@ -55,7 +55,7 @@ def _look_up(split: Split, entries: int, table_VD, tokens_BL):
 
 
 def _places(split: Split, entries: int, tokens_BL):
-    """Return the tokens of all rows of the group as places in this device's part of the table, past it for others."""
+    """Return the tokens of all rows of the group as places in this device's part of the table, or past it."""
     if split.width:
         tokens_BL = jax.lax.all_gather(tokens_BL, split.width, axis=0, tiled=True)
     places_BL = tokens_BL - (entries * jax.lax.axis_index(split.vocab) if split.vocab else 0)

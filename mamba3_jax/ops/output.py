@@ -11,10 +11,10 @@ NORM_EPS = 1e-5
 def epilogue(y_HRP, x_HRP, gate_HP, heads: Heads):
     """o = sum_r out[r] norm(y[r] + D x[r]) silu(gate gate_rank[r]): SPEC section 7, for any leading axes.
 
-    An axis of tokens may stand between H and R: then every field of `heads` has an axis of size 1 there.
+    There may be an axis of tokens between H and R: every field of `heads` then has an axis of size 1 there.
 
     Args:
-        y_HRP: (..., H, R, P), what the state gives each rank, in the accumulator's dtype.
+        y_HRP: (..., H, R, P), the state's read-out of each rank, in the accumulator's dtype.
         x_HRP: (..., H, R, P), the values as they entered the state (times v_rank).
         gate_HP: (..., H, P) or None.
         heads: skip, norm, gate_rank and out_rank, each applied where it is not None (out_rank None: one rank).
@@ -37,6 +37,7 @@ def epilogue(y_HRP, x_HRP, gate_HP, heads: Heads):
         y_HRP = y_HRP * heads.out_rank_HRP.astype(dtype)
     if y_HRP.shape[-2] == 1:
         return y_HRP[..., 0, :]
-    # Neither jnp.sum nor fused with what is above: XLA's CPU backend takes ten times as long over a short inner axis.
+    # jnp.sum over such a short axis, or a sum that XLA fuses with what is above, takes ten times as long on its CPU
+    # backend.
     y_HRP = jax.lax.optimization_barrier(y_HRP)
     return sum(y_HRP[..., rank, :] for rank in range(1, y_HRP.shape[-2])) + y_HRP[..., 0, :]

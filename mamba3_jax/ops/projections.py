@@ -1,8 +1,8 @@
-"""Products of the rows of one token with a matrix, what is before and after them included.
+"""The projections of a decoding step: products of one token's rows with a matrix, a norm before and an epilogue.
 
     x' = rms_norm(x, scale)   (or x itself),   y = epilogue(x' W_1^T, x' W_2^T, ..., vectors)
 
-`plain` is the definition. On an NVIDIA GPU few rows run in one kernel, `pallas_kernels.linear`.
+`plain` is the definition. On an NVIDIA GPU one kernel, `pallas_kernels.linear`, computes it for few rows.
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ from mamba3_jax.ops.norm import EPS, rms_norm
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """N rows of the matrix from each of `firsts` on, and what is made of their products.
+    """N rows of the matrix from each of `firsts` on, and an epilogue of their products.
 
-    `epilogue(*products, *vectors)` returns a tuple of outputs. All are float32. It works on columns apart from one
-    another, and on one row as on more: a kernel calls it with some of them.
+    `epilogue(*products, *vectors)` returns a tuple of outputs. Its arguments and results are float32. It must treat
+    every column, and every row, by itself: a kernel calls it with some of them.
     """
 
     columns: int  # N
@@ -35,9 +35,9 @@ def plain(x_BK, weight_MK, products: Sequence[Product], scale_K=None) -> list[tu
 
     Args:
         x_BK: float32 or bfloat16.
-        weight_MK: float32 or bfloat16; each output of a product is one of its rows.
+        weight_MK: float32 or bfloat16; each of its rows gives one column of a product.
         products: at least one.
-        scale_K: of the rows' RMSNorm; None: rows are as they are.
+        scale_K: of an RMSNorm of the rows; None: there is no norm.
     """
     x_BK = (x_BK if scale_K is None else rms_norm(x_BK, scale_K)).astype(weight_MK.dtype)
     sums_BM, results = dot("bk,mk->bm", x_BK, weight_MK, jnp.float32), []
@@ -49,7 +49,7 @@ def plain(x_BK, weight_MK, products: Sequence[Product], scale_K=None) -> list[tu
 
 
 def project(x_BK, weight_MK, products: Sequence[Product], scale_K=None, *, name: str, interpret: bool = False):
-    """Return what `plain` does, by the kernel where it is the faster; `refused` has to be None.
+    """Compute `plain`, by the kernel where it is the faster one. `refused()` must be None.
 
     Args:
         x_BK: as for `plain`.
@@ -72,7 +72,7 @@ def project(x_BK, weight_MK, products: Sequence[Product], scale_K=None, *, name:
 
 
 def refused() -> str | None:
-    """Return what keeps `project` from this process's devices; None: nothing."""
+    """Return why `project` cannot run on this process's devices; None: it can."""
     from pallas_kernels import linear
 
     return linear.available()
