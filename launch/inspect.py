@@ -67,7 +67,7 @@ def load(path: str, step: int | None) -> Run:
 
 
 def check(runs: list[Run], data: DataConfig, length: int) -> None:
-    """Raise ValueError for a layer that is not there, a checkpoint of other data, or rows that do not fit into memory."""
+    """Raise ValueError for a layer that is not there, a checkpoint of other data, and rows too large for memory."""
     first, *others = runs
     for other in others:
         sources = [run.config.data.source for run in (first, other)]
@@ -146,7 +146,7 @@ def absences(layers: list[dict]) -> list[str]:
 
 
 def said(found: dict) -> list[str]:
-    """Return the lines about a horizon: where the model fails, where it was predicted to, which planes carry the sum."""
+    """Return the lines about a horizon: where the model fails, where it was predicted to, and what carries the sum."""
     predicted = found["predicted"]
 
     def where(fails: float) -> str:
