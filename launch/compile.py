@@ -1,14 +1,14 @@
 """python -m launch.compile --config=FILE.py --topology=v5e:16x16 [--what=decode] [--config.train.mesh=... ...]
 
-Compiles the step that `launch.train` would run for TPUs that need not be there, or one that decodes a token of every
-row, and says what it needs of each device: memory, operations, bytes of HBM, collectives, and the least time that those
-take. Nothing runs, so no time is measured. A mesh that does not make up the topology, a dimension that it does not
-divide and a step that does not fit into memory are one line and exit status 2.
+Compiles the step that `launch.train` would run, or the one that decodes a token of every row, for TPUs that need not be
+there, and says what it needs of each device: memory, operations, bytes of HBM, collectives, and the least time that
+these take. Nothing runs, so no time is measured. A mesh whose size is not the topology's, a dimension that the mesh
+does not divide and a step that does not fit into memory are one line and exit status 2.
 
 A topology is a chip of `launch/tpu.py` and the sides of its grid: v5e:16x16 has 256 devices, v5p:4x4x4 has 64 and
 tpu7x:2x2x4 has 32, two a chip. 2xv5e:16x16 is two slices of 256 devices: `data` lies over them, unless a size says
-otherwise (fsdp:2x256), and what they send one another is told apart. To decode, data.batch rows have room for
-data.length tokens.
+otherwise (fsdp:2x256), and what slices send one another is counted apart. With --what=decode, data.batch rows have room
+for data.length tokens.
 """
 
 from absl import flags

@@ -1,15 +1,15 @@
-"""Official PyTorch layout -> Orbax workdir, and back; which way is seen from the source.
+"""Convert the official PyTorch layout to an Orbax workdir, and back; the source decides which way.
 
     python -m launch.convert --source=PATH --target=PATH [--step=N] [--dtype=bfloat16] [--files=pytorch_model.bin]
                              [--tokenizer=tokenizer.json] [--eos=TOKEN]
 
 A workdir made from official files remembers, in official.json, their config.json, dtypes and file names, and is written
-back bit for bit. A tokenizer.json in the source, or the one that is named, goes along. The target must not exist, and
-appears whole or not at all.
+back bit for bit. The source's tokenizer.json, or the one that --tokenizer names, is copied along. The target must not
+exist, and appears whole or not at all.
 
-Official files may be sharded (with their index.json), lack a tied head, stand in a wrapper (state_dict, model, module;
-Lightning's too) or under prefixes (module., _orig_mod., model.), beside buffers: what was peeled is printed and
-remembered, and is not put around them again when they are written back.
+Official files may be sharded (with their index.json), may lack a tied head, and may hold their tensors in a wrapper
+(state_dict, model, module; Lightning's too), under prefixes (module., _orig_mod., model.) and beside buffers. What was
+peeled off is printed and remembered, and is not put back when they are written again.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ EOS = flags.DEFINE_string(
 
 @contextlib.contextmanager
 def whole(target: Path):
-    """Return a directory to fill, renamed to `target` at the end and removed if anything goes wrong."""
+    """Yield a directory to fill, which is renamed to `target` at the end, or removed if anything goes wrong."""
     partial = target.parent / f".{target.name}.{os.getpid()}.partial"
     partial.mkdir(parents=True)
     try:
@@ -50,7 +50,7 @@ def whole(target: Path):
 
 
 def to_workdir(source: Path, target: Path) -> None:
-    """Official layout -> workdir, at step 0."""
+    """Convert the official layout to a workdir, at step 0."""
     model, params, origin = convert.read(source)
     config = run_config(source, model)
     if TOKENIZER.value:
@@ -68,7 +68,7 @@ def to_workdir(source: Path, target: Path) -> None:
 
 
 def to_official(source: Path, target: Path) -> None:
-    """Workdir -> official layout."""
+    """Convert a workdir to the official layout."""
     unknown = sorted(set(FILES.value or []) - set(FORMATS))
     if unknown:
         raise ValueError(f"--files has {unknown}, wanted some of {list(FORMATS)}")
@@ -85,7 +85,7 @@ def to_official(source: Path, target: Path) -> None:
 
 
 def say_peeled(where, origin: convert.Origin) -> None:
-    """Print what of the official files is not in the workdir, nor will be in what is written back."""
+    """Print which parts of the official files are not in the workdir, and so not in what is written back either."""
     if origin.peeled:
         print(f"{where}: {'; '.join(origin.peeled)}")
 

@@ -7,15 +7,16 @@
 
 Prints a table (text: loss, perplexity, bits per byte, loss by position, past the trained length too; a task: accuracy
 by length), then writes it to PATH, by default DIR/evaluation/step_N.json; a score that is not finite is null there.
-DIR may be a directory in the official layout, and may be read-only where PATH is given. Of several processes
+DIR may be a directory in the official layout, and may be read-only if PATH is given. With several processes
 (`launch/hosts.py`) each scores a part of the rows.
 
 --by_document adds whole documents, each from an empty state, and --windows=W:S windows of W tokens that slide over them
-by S (`mamba3_jax/evaluate/documents.py`): every token scored once, perplexities of words and bytes as lm-eval has them.
+by S (`mamba3_jax/evaluate/documents.py`). They score every token once, and perplexities of words and bytes are defined
+as in lm-eval.
 
 --tasks runs tasks of lm-eval (pip install 'mamba3_jax[lm-eval]') from the YAML files of FOLDER and downloads nothing
-(`mamba3_jax/evaluate/harness.py`). The report keeps what other runs wrote of the same checkpoint. Documents, windows
-and tasks run on one device, and the same in every process.
+(`mamba3_jax/evaluate/harness.py`). The report keeps the entries that other runs wrote of the same checkpoint.
+Documents, windows and tasks run on one device, and every process runs all of them.
 """
 
 import dataclasses
@@ -60,7 +61,7 @@ COMPUTE_DTYPE = flags.DEFINE_string("compute_dtype", None, "float32 or bfloat16;
 
 
 def lengths(data: DataConfig) -> list[int | str]:
-    """--lengths as numbers; of a task with pairs "LENGTH:PAIRS" too."""
+    """Read --lengths as numbers, or "LENGTH:PAIRS" of a task with pairs."""
     if not LENGTHS.value:
         return []
     try:
@@ -74,7 +75,7 @@ def lengths(data: DataConfig) -> list[int | str]:
 
 
 def check_memory(model, data, wanted: list[int | str]) -> None:
-    """Raise ValueError where rows of the longest length do not fit beside the parameters, or a task has none such."""
+    """Raise ValueError where rows of the longest length do not fit beside the parameters, or a task has no such row."""
     if data.source in TASKS:
         longest = max(tasks.settings_of(data, wanted)).length
     else:
@@ -130,7 +131,7 @@ def of_held_out(config, model, params, origin: dict, before: dict) -> tuple[dict
         scorer = Likelihoods(model, params)
         if forms:
             found, eos = documents.held_out(data, TOKENS.value)
-            asked = documents.ask(scorer, found, eos, forms)  # what does not fit is said now
+            asked = documents.ask(scorer, found, eos, forms)  # raises now for what does not fit
 
     generated = data.source in TASKS
     kind, trained = (tasks, data.task_lengths[-1]) if generated else (language, data.length)
@@ -145,7 +146,7 @@ def of_held_out(config, model, params, origin: dict, before: dict) -> tuple[dict
 
 
 def of_tasks(config, model, params, origin: dict, before: dict) -> tuple[dict, str]:
-    """Return (the report, its table) of tasks of lm-eval; of what was written before it keeps all other entries."""
+    """Return (the report, its table) of tasks of lm-eval; the report keeps all other entries of the one before."""
     from mamba3_jax.evaluate import harness  # needs a package that others do not
 
     with user_errors():
@@ -174,15 +175,15 @@ def windows() -> list[documents.Window]:
 
 
 def say():
-    """Return what prints a line of progress, in one process of a run; None in the others."""
+    """Return the function that prints a line of progress in the first process; None in the others."""
     return None if jax.process_index() else lambda line: print(line, file=sys.stderr, flush=True)
 
 
 def written(target: Path, step: int) -> dict:
-    """Return the report that is there of this step, {} for none; ValueError for a file that is none."""
+    """Return the report of this step that the file holds, {} without one; ValueError for a file that is no report."""
     try:
         report = files.read_json(target)
-    except OSError:  # there is none; what cannot be written either is said then
+    except OSError:  # there is none, or it cannot be read: `check_written` says whether it can be written
         return {}
     except ValueError as error:
         raise ValueError(f"{error}; --output=PATH writes another one") from None
@@ -193,7 +194,7 @@ def written(target: Path, step: int) -> dict:
 
 
 def check_written(target: Path) -> None:
-    """Raise OSError where the report could not be written, which is known before anything is scored."""
+    """Raise OSError where the report cannot be written, before anything is scored."""
     try:
         files.check_writable(target)
     except OSError as error:
@@ -201,7 +202,7 @@ def check_written(target: Path) -> None:
 
 
 def write(target: Path, report: dict) -> None:
-    """Write the report; where that fails, the table has been printed and one line says how to write it elsewhere."""
+    """Write the report, after the table was printed; where that fails, one line says how to write it elsewhere."""
     try:
         with files.writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)

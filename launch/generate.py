@@ -4,10 +4,11 @@
                               [--top_p=1] [--seed=0] [--stop=TEXT] [--step=N] [--tokenizer=tokenizer.json]
                               [--eos=TOKEN]
 
-Prints each prompt with what followed it, then the speed. The workdir may also be a directory in the official layout.
-Without a tokenizer, --prompt_ids=1,2,3 gives ids and ids are printed. A row ends where the model ends the document, or
-before a --stop text, a special token or not. Special tokens are read in a prompt and printed as they are drawn.
-An empty prompt starts from a document's end, where the model is weak: training never scores what follows a separator.
+Prints each prompt with its continuation, then the speed. The workdir may also be a directory in the official layout.
+Without a tokenizer, give ids by --prompt_ids=1,2,3; ids are printed then. A row ends where the model ends the document,
+or before a --stop text, which may be a special token. The spelling of a special token in a prompt is read as that
+token, and drawn ones are printed. An empty prompt starts from a document's end, where the model is weak: training never
+scores what follows a separator.
 """
 
 import os
@@ -41,7 +42,7 @@ COMPUTE_DTYPE = flags.DEFINE_string("compute_dtype", None, "float32 or bfloat16;
 
 
 def ids(text: str) -> list[int]:
-    """ "1,2,3" as numbers."""
+    """Read "1,2,3" as numbers."""
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
@@ -67,7 +68,7 @@ def prompts_of(codec) -> list[list[int]]:
 
 
 def echoes_of(codec) -> list[str]:
-    """Give the prompts to print, in the order of `prompts_of`: as they were given, or the text of ids."""
+    """Return the prompts to print, in the order of `prompts_of`: as they were given, or the text of ids."""
     given = [codec.decode(ids(text)) if codec else text for text in PROMPT_IDS.value or []]
     return [*(PROMPT.value or []), *given]
 
@@ -82,7 +83,7 @@ def check_utf8(name: str, texts: list[str]) -> None:
 
 
 def stop_ids_of(codec) -> list[int]:
-    """Read --stop_ids, or else take the end of a document where there is one; add the special tokens of --stop."""
+    """Read --stop_ids, by default the end of a document where there is one; add the special tokens of --stop."""
     if STOP_IDS.value is not None:
         given = ids(STOP_IDS.value)
     else:
@@ -105,14 +106,14 @@ def main(_argv):
         options = {"tokens": TOKENS.value, "sampling": sampling, "stop_ids": stop_ids}
         check(model, prompts, **options, params=params)
 
-    # After anything: a decoder may drop a space where the ids begin.
+    # Spell rows after some token, whichever: a decoder may drop a space where the ids begin.
     before = prompts[0][-1:]
     stop = (lambda row: any(text in continuation(codec, before, row) for text in stops)) if stops else None
     try:
         result = generate(model, params, prompts, seed=SEED.value, stop=stop, **options)
     except FloatingPointError as error:
         fail(f"{WORKDIR.value}: {error}")
-    if jax.process_index():  # of several processes all have the same rows
+    if jax.process_index():  # with several processes, all have the same rows
         return
     for echo, prompt, row in zip(echoes_of(codec), prompts, result.ids, strict=True):
         print(show(codec, echo, prompt, row, stops), flush=True)

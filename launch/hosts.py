@@ -1,15 +1,16 @@
 """Several processes as one run: how they find one another, and how one that fails or is lost ends the others.
 
-jax says who they are on TPU pods, GKE, Slurm, Open MPI and Kubernetes Jobs and JobSets; elsewhere flags do:
+On TPU pods, GKE, Slurm, Open MPI and Kubernetes Jobs and JobSets jax finds out who they are; elsewhere flags say it:
 
     python -m launch.train --coordinator=HOST:PORT --processes=2 --process=0 ...     and --process=1 on the other host
 
-Of several TPU slices too: GKE gives every host MEGASCALE_COORDINATOR_ADDRESS, _NUM_SLICES and _SLICE_ID, and jax counts
-processes slice after slice. GPU hosts without them are joined in the same way, and are slices to `train.mesh`.
+This holds for several TPU slices too: GKE gives every host MEGASCALE_COORDINATOR_ADDRESS, _NUM_SLICES and _SLICE_ID,
+and jax counts processes slice after slice. GPU hosts without these variables are joined in the same way, and
+`train.mesh` takes each of them as a slice.
 
 Before jax starts, process 0 calls the roll on the coordinator's port and names who is missing; afterwards these
-connections stay open, unused. One that breaks means that its process is gone: all others end within seconds, where a
-collective would wait for ever, and a restart resumes. A process that should have company never runs alone.
+connections stay open, unused. One that breaks means that its process is gone: all others then end within seconds,
+where a collective would wait for ever, and a restart resumes. A process that should have company never runs alone.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ from typing import NamedTuple
 
 import jax
 from absl import flags, logging
-from jax._src.clusters import ClusterEnv  # jax's own detection: its public call starts at once, and dies of a timeout
+from jax._src.clusters import ClusterEnv  # jax's own detection: the public call also starts, and dies of a timeout
 
 from mamba3_jax.config import listed
 
@@ -38,8 +39,8 @@ JOIN_TIMEOUT = flags.DEFINE_integer("join_timeout", 300, "seconds in which all p
 
 USER_ERROR, LOST = 2, 4  # exit statuses: see launch/common.py
 HEARTBEAT = 40  # seconds after which jax gives up a host that vanished without closing its connections
-GRACE = 3  # seconds in which word of a lost process arrives, where something has failed
-# Variables that speak of several processes, and how many.
+GRACE = 3  # seconds that a failed process waits for word that another one was lost
+# Variables that say that there are several processes, and how each value says how many.
 CLAIMS = {
     "SLURM_NTASKS": int,
     "OMPI_COMM_WORLD_SIZE": int,
@@ -47,7 +48,7 @@ CLAIMS = {
     "WORLD_SIZE": int,
     "MEGASCALE_NUM_SLICES": int,
     "TPU_WORKER_HOSTNAMES": lambda value: len(value.split(",")),
-    "JOB_COMPLETION_INDEX": lambda value: 2,  # of an indexed Kubernetes Job, which does not say how many
+    "JOB_COMPLETION_INDEX": lambda value: 2,  # set by an indexed Kubernetes Job, which does not say how many: assume 2
 }
 
 
@@ -67,17 +68,17 @@ class Place(NamedTuple):
 
 
 def place() -> Place | None:
-    """Return which process this is by the flags and jax's detection; None: it is alone.
+    """Return which process this is, from the flags and jax's detection; None: it is alone.
 
     Raises:
-        ValueError: the platform speaks of several processes and does not say how to join them, or half of it is given.
+        ValueError: the platform speaks of several processes without saying how to join them, or flags are missing.
     """
     if PROCESSES.value == 1:
         return None
     given = (COORDINATOR.value or os.environ.get("JAX_COORDINATOR_ADDRESS"), PROCESSES.value, PROCESS.value)
     try:
         found = ClusterEnv.auto_detect_unset_distributed_params(*given, None, None, JOIN_TIMEOUT.value)[:3]
-    except Exception as error:  # of any type, by platform
+    except Exception as error:  # each platform's detection raises another type
         why = f"{type(error).__name__}: {error}"
         raise ValueError(f"the platform does not say how to join: {why} (--processes=1 runs it alone)") from error
     if found == (None, None, None):
@@ -100,10 +101,11 @@ def place() -> Place | None:
 def join(saves: bool):
     """Return the `Company` of this process, with jax started in all of them; None: it is alone.
 
-    `saves`: jax notes a SIGTERM to any of them (see train/resume.py); else it ends them.
+    Args:
+        saves: jax notes a SIGTERM to any of them, so that all save (see train/resume.py); else a SIGTERM ends them.
 
     Raises:
-        ValueError: see `place`; or they do not agree on how many they are.
+        ValueError: see `place`; or the processes do not agree on how many they are.
         Missing: some did not come in time; it names them.
     """
     if (here := place()) is None:
@@ -119,20 +121,20 @@ def join(saves: bool):
 
 
 def pause() -> None:
-    """Wait before this process says that it has failed: where the loss of another is behind it, it ends meanwhile."""
+    """Wait before this process says that it failed: if another was lost, which is the cause, `_watch` ends it now."""
     if jax.distributed.is_initialized():
         time.sleep(GRACE)
 
 
 class _Labelled:
-    """A stream whose lines begin with who wrote them."""
+    """A stream that begins every line with the process that wrote it."""
 
     def __init__(self, stream, label: str):
         self._stream, self._label, self._held = stream, label, ""
 
     def write(self, text: str) -> int:
         whole, newline, self._held = (self._held + text).rpartition("\n")
-        if newline:  # in one piece: others may write to the same place
+        if newline:  # written in one piece, since other processes may write to the same terminal or file
             self._stream.write(self._label + whole.replace("\n", f"\n{self._label}") + newline)
         return len(text)
 
@@ -146,9 +148,9 @@ class _Labelled:
 
 
 class Company:
-    """The other processes of this run. Process 0 has a connection to each, which it passes last words on by.
+    """The other processes of this run. Process 0 has a connection to each, and passes on why the run ends.
 
-    As a context manager around the program it ends all of them with it, unless all come to the same end anyway.
+    As a context manager around the program it ends all processes with this one, unless all end in the same way anyway.
     """
 
     def __init__(self, here: Place, seconds: float):
@@ -162,7 +164,7 @@ class Company:
     def _call_the_roll(self, deadline: float, late: str) -> None:
         port, there = int(self._here.address.rsplit(":", 1)[1]), {}
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection each, and there may be thousands
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection a process, and there may be thousands
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
         try:
@@ -172,7 +174,7 @@ class Company:
         with door:
             while len(there) < self._here.count - 1 and (left := deadline - time.monotonic()) > 0:
                 door.settimeout(left)
-                with contextlib.suppress(OSError, ValueError):  # what is not one of us is not answered
+                with contextlib.suppress(OSError, ValueError):  # a caller that is not a process of ours gets no answer
                     peer, _ = door.accept()
                     peer.settimeout(GRACE)
                     words = _hear(peer, "process", "processes", "host")
@@ -188,7 +190,7 @@ class Company:
             raise Missing(text)
         for peer in self._peers:
             _keep(peer)
-        self._tell(0, "all are there")  # who has gone meanwhile, `_watch` finds
+        self._tell(0, "all are there")  # `_watch` finds whoever has gone meanwhile
 
     def _answer(self, deadline: float, late: str) -> None:
         host, port = self._here.address.rsplit(":", 1)
@@ -197,9 +199,9 @@ class Company:
             try:
                 peer = socket.create_connection((host.strip("[]"), int(port)), timeout=left)
                 _say(peer, process=self._here.index, processes=self._here.count, host=socket.gethostname())
-                peer.settimeout(left + GRACE)  # process 0 names who is missing, and may have begun later
+                peer.settimeout(left + GRACE)  # process 0 may have begun later, and will name who is missing
                 words = _hear(peer, "status", "text")
-            except (OSError, ValueError) as error:  # it is not up yet, or what is there is the end of another run
+            except (OSError, ValueError) as error:  # it is not up yet, or a run before this one is still ending there
                 why = str(error)
                 time.sleep(0.2)
                 continue
@@ -231,8 +233,8 @@ class Company:
                 _say(peer, status=status, text=text)
 
     def _end(self, status: int, text: str, said: bool = False) -> None:
-        """End this process and, through process 0, all others. Nothing of jax's is waited for: it might for ever."""
-        self._ending.acquire()  # and never given back
+        """End this process and, through process 0, all others, without waiting for jax, which might take for ever."""
+        self._ending.acquire()  # never released: only one thread may end the process
         self._tell(status, text)
         if not said:
             print(f"error: {text}", file=sys.stderr)
@@ -245,11 +247,11 @@ class Company:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if error is None or (isinstance(error, SystemExit) and error.code != USER_ERROR):  # as all others end
+        if error is None or (isinstance(error, SystemExit) and error.code != USER_ERROR):  # all others end like this
             self._leaving.set()
             jax.distributed.shutdown()
             return
-        status, words = USER_ERROR, getattr(error, "__notes__", [])  # of `common.fail`, which has printed them
+        status, words = USER_ERROR, getattr(error, "__notes__", [])  # `common.fail` added them, and has printed them
         if not isinstance(error, SystemExit):
             status = 1 if isinstance(error, Exception) else 130  # Ctrl-C
             if status == 1:
@@ -260,10 +262,10 @@ class Company:
 
 
 def _keep(peer: socket.socket) -> None:
-    """Let a connection stay idle for days: firewalls forget one after minutes in which nothing went over it."""
+    """Send keep-alives over a connection that stays idle for days: firewalls forget one that is silent for minutes."""
     peer.settimeout(None)
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if hasattr(socket, "TCP_KEEPIDLE"):  # Linux; elsewhere the first sign of life is after two hours
+    if hasattr(socket, "TCP_KEEPIDLE"):  # on Linux; elsewhere the first keep-alive is sent after two hours
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
 
 
@@ -272,7 +274,7 @@ def _say(peer: socket.socket, **words) -> None:
 
 
 def _hear(peer: socket.socket, *names: str) -> dict:
-    """Return what the other side says; ValueError where it is gone, or is none of us and so has no such names."""
+    """Return what the other side says; ValueError where it is gone, or does not say just these names and is no peer."""
     try:
         words = json.loads(peer.makefile("rb", buffering=0).readline(2**16) or "null")
     except OSError as error:

@@ -3,11 +3,12 @@
     python -m launch.inspect --workdir=DIR [--step=N] [--other=DIR] [--layer=N] [--rows=8] [--length=N] [--out=DIR]
                              [--valid_glob=GLOB] [--tokenizer=tokenizer.json] [--eos=TOKEN]
 
-Prints a line a layer, or of --layer a line a head: the decay horizon 1 / -log_a in tokens, dt, lambda, the rotation a
-token, the norm and effective rank of the state, the gradient's norm; "-" is what a mixer does not have. Of a model that
-was trained on words over a group it also measures where it fails, and predicts it from rows of the trained length:
-`analysis/horizon.py` says how. --other stands beside, on the same rows. All of it goes to OUT (DIR/inspection/step_N by
-default) as inspection.json and pictures. DIR may be a directory in the official layout.
+Prints a line a layer, or with --layer a line a head of that layer: the decay horizon 1 / -log_a in tokens, dt, lambda,
+the rotation a token, the norm and effective rank of the state, the gradient's norm; "-" is what a mixer does not have.
+If the model was trained on words over a group, it also measures where the model fails, and predicts that from rows of
+the trained length: `analysis/horizon.py` says how. --other shows a second checkpoint beside the first, on the same
+rows. All of it goes to OUT (DIR/inspection/step_N by default) as inspection.json and pictures. DIR may be a directory
+in the official layout.
 """
 
 import dataclasses
@@ -43,8 +44,8 @@ VALID_GLOB = define_path("valid_glob", None, "text files to look at instead of t
 TOKENIZER = define_path("tokenizer", None, "tokenizer.json instead of the checkpoint's own")
 EOS = flags.DEFINE_string("eos", None, "the token, or its id, that ends a document; default as data.eos of the config")
 
-POINTS = 400  # eigenvalues drawn of a layer
-# Columns of the table: what of a head, its width and format.
+POINTS = 400  # eigenvalues that are drawn of a layer
+# Columns of the table: which quantity of a head, its width and format.
 COLUMNS = {"horizon": "9.1f", "dt": "8.4f", "lambda": "7.3f", "rotation": "9.4f", "norm": "8.2f", "rank": "6.1f"}
 
 
@@ -66,7 +67,7 @@ def load(path: str, step: int | None) -> Run:
 
 
 def check(runs: list[Run], data: DataConfig, length: int) -> None:
-    """Raise ValueError for a layer that a checkpoint does not have, for other data, and for what does not fit."""
+    """Raise ValueError for a layer that is not there, a checkpoint of other data, and rows too large for memory."""
     first, *others = runs
     for other in others:
         sources = [run.config.data.source for run in (first, other)]
@@ -84,7 +85,7 @@ def check(runs: list[Run], data: DataConfig, length: int) -> None:
 
 
 def rows_of(data: DataConfig) -> DataConfig:
-    """Return the data in rows of --length; of a task one document each."""
+    """Return the data in rows of --length; a row of a task is one document."""
     if data.source in TASKS:
         (setting,) = tasks.settings_of(data, [LENGTH.value or data.task_lengths[-1]])
         rows = tasks.of_setting(data, *setting)
@@ -94,7 +95,7 @@ def rows_of(data: DataConfig) -> DataConfig:
 
 
 def table(found: dict[str, list[dict]]) -> str:
-    """Return a line a layer and checkpoint, the median of its heads, the horizon with its least and greatest."""
+    """Return a line for each layer and checkpoint: the medians over its heads, and the range of their horizons."""
     names = list(found)
     heads = "".join(f"{name:>{int(how.split('.')[0]) + 2}}" for name, how in COLUMNS.items())
     lines = [f"layer  {'mixer':15}{heads}  gradient  horizons"]
@@ -133,13 +134,13 @@ def mark(index: int, names: list[str]) -> str:
 
 
 def cell(values: list[float], how: str) -> str:
-    """Return the median of what there is, in two more places than the format's."""
+    """Return the median of the finite values, "-" for none, two characters wider than the format."""
     width, known = int(how.split(".")[0]) + 2, [value for value in values if math.isfinite(value)]
     return f"{format(float(np.median(known)), how).strip() if known else '-':>{width}}"
 
 
 def absences(layers: list[dict]) -> list[str]:
-    """Return a sentence a mixer: what it does not have."""
+    """Return a sentence for each mixer that lacks something."""
     absent = {layer["mixer"]: layer["absent"] for layer in layers}
     return [f"{mixer} has no {', '.join(names)}" for mixer, names in absent.items() if names]
 
@@ -221,7 +222,7 @@ def main(_argv):
 
 def drawn(layers: dict, found: dict, horizons: dict) -> dict[str, bytes]:
     """Return the pictures by name."""
-    from mamba3_jax.analysis import pictures  # matplotlib is slow to import, and mistakes need none
+    from mamba3_jax.analysis import pictures  # matplotlib is slow to import, and a mistake is told without it
 
     eigenvalues = {name: [observe.some_eigenvalues(layer, POINTS) for layer in own] for name, own in layers.items()}
     made = {

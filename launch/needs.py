@@ -1,4 +1,4 @@
-"""A step compiled for TPUs that need not be there, and what its program needs of each of them. Nothing runs."""
+"""Compile a step for TPUs that need not be there, and say what its program needs of each of them. Nothing runs."""
 
 import functools
 import re
@@ -17,20 +17,21 @@ from mamba3_jax.train.fit import Failed, fitting, validate
 from mamba3_jax.train.flops import flops_per_token
 from mamba3_jax.train.step import batch_shapes, state_shapes, train_step
 
-# Of the width that fsdp leaves a device, or a multiple. With 64 or 192 v5e's compiler summed the gradients of matrices
-# whose last axis it is on every device, twice what scattering them sends; with 128 and 256 it scattered all.
+# The part of the width that fsdp leaves each device should be a multiple of this. With 64 or 192, v5e's compiler summed
+# the gradients of matrices whose last axis is the width on every device, which sends twice what scattering them does;
+# with 128 and 256 it scattered all.
 LANES = 128
 
 
 def measured(config: Config, topology: str, what: str = "train") -> dict:
-    """Compile the step, and return what it needs: of each device GB and GFLOP, times in ms.
+    """Compile the step, and return what it needs of each device: GB, GFLOP, and times in ms.
 
-    `collectives` has, of each kind and number of devices that share an array, how often it runs, the GB of the whole
-    arrays, those that a device sends, and whether to other slices (`dcn`).
+    `collectives` has a row for each kind and number of devices that share an array: how often it runs, the GB of the
+    whole arrays, the GB that a device sends, and whether they go to other slices (`dcn`).
 
     Raises:
-        ValueError: the topology, the mesh or the config is none, or what must be in memory at once does not fit.
-        Failed: the program does not fit.
+        ValueError: there is no such topology, mesh or config, or what must be in memory at once does not fit.
+        Failed: the program does not fit into memory.
     """
     mesh = make_mesh(config.train.mesh, tpu.devices_of(topology))
     validate(config, mesh)
@@ -46,7 +47,7 @@ def measured(config: Config, topology: str, what: str = "train") -> dict:
         "outputs_gb": plan.output_size_in_bytes / 1e9,
         "aliased_gb": plan.alias_size_in_bytes / 1e9,
         "temporaries_gb": plan.temp_size_in_bytes / 1e9,
-        "peak_gb": plan.peak_memory_in_bytes / 1e9,  # as the compiler places it: not all is there at once
+        "peak_gb": plan.peak_memory_in_bytes / 1e9,  # by the compiler's plan, in which not all is there at once
         "held_gb": memory.of_program(program) / 1e9,
         "kernels": sorted({re.sub(r"[.\d]+$", "", name) for name in text.kernels()}),
         "gflop": text.operations() / 1e9,
@@ -57,7 +58,7 @@ def measured(config: Config, topology: str, what: str = "train") -> dict:
 
 
 def _added(collectives: list[hlo.Collective]) -> list[dict]:
-    """Return a row of each kind, number of devices and network, what is sent most first."""
+    """Return a row for each kind, number of devices and network, the one that sends most first."""
     rows = {}
     for each in collectives:
         nothing = {"kind": each.kind, "devices": each.devices, "dcn": each.dcn, "times": 0, "gb": 0.0, "sent_gb": 0.0}
@@ -69,19 +70,19 @@ def _added(collectives: list[hlo.Collective]) -> list[dict]:
 
 
 def model_gflop(config: Config, what: str) -> float:
-    """Return what the mathematics of a step needs, in GFLOP of all devices."""
+    """Return what the mathematics of a step needs, in GFLOP over all devices."""
     tokens = config.data.batch * (config.data.length if what == "train" else 1)
     passes = 1 if what == "train" else 1 / 3  # forward alone
     return passes * tokens * flops_per_token(config.model, config.data.length) / 1e9
 
 
 def roofline(row: dict, gflop: float, chip: tpu.Chip) -> dict:
-    """Return the least time of each resource in ms, and the MFU if they are used at once and one after the other.
+    """Return the least time that each resource takes, in ms, and the MFU if all work at once or one after the other.
 
     Args:
-        row: `gflop`, `hbm_gb` and `collectives`, of a device; what slices exchange crosses the data center's network.
-        gflop: of a device, what the mathematics needs.
-        chip: its peaks.
+        row: a device's `gflop`, `hbm_gb` and `collectives`; those between slices cross the data center's network.
+        gflop: what the mathematics needs of a device.
+        chip: the device's peaks.
     """
     sent, abroad = (sum(each["sent_gb"] for each in row["collectives"] if each["dcn"] is dcn) for dcn in (False, True))
     times = {
@@ -111,7 +112,7 @@ def training(config: Config, mesh: Mesh, chip: tpu.Chip):
 
 
 def decode(config: Config, mesh: Mesh, chip: tpu.Chip):
-    """Return (program, "") of `decoding.step` as `generate` has it: parameters prepared, the state in place."""
+    """Return (program, "") of `decoding.step` as `generate` runs it: on prepared parameters, the state in place."""
     model, rows = config.model, config.data.batch
     shardings = _prepared(model, mesh)
     params = jax.eval_shape(functools.partial(decoding.prepare, model), state_shapes(config, mesh).params)
@@ -135,7 +136,7 @@ def decode(config: Config, mesh: Mesh, chip: tpu.Chip):
 
 
 def _prepared(config: ModelConfig, mesh: Mesh) -> dict:
-    """Return where prepared parameters lie: as the public ones, without the axis of repeats."""
+    """Return the shardings of prepared parameters: those of the public ones, without the axis of repeats."""
     public = param_shardings(config, mesh)
     shardings = public | ({"head": public["embedding"]} if config.tie_embeddings else {})
     for index, (_, repeats) in enumerate(segments(config.pattern)):
@@ -149,7 +150,7 @@ PROGRAMS = {"train": training, "decode": decode}
 
 
 def lines(row: dict) -> list[str]:
-    """Write a row of `measured` for a reader."""
+    """Return a row of `measured` as lines for a reader."""
 
     def size(gb: float) -> str:
         return memory.readable(round(gb * 1e9))

@@ -1,4 +1,4 @@
-"""Where, when and by what command a figure was taken: what stands in every result file."""
+"""Record where, when and by what command a figure was taken, for every result file."""
 
 import datetime
 import os
@@ -26,9 +26,9 @@ def device_name() -> str:
 
 
 def git_commit() -> str:
-    """Return this checkout's short commit, `-dirty` if its code, new files included, is other, `unknown` outside."""
+    """Return the short commit, with `-dirty` if code differs from it, new files included; `unknown` outside of git."""
     git = ["git", "-C", str(REPOSITORY)]
-    code = ["--", ".", ":(exclude,glob)**/results/**", ":(exclude,glob)**/*.md"]  # what measuring itself rewrites
+    code = ["--", ".", ":(exclude,glob)**/results/**", ":(exclude,glob)**/*.md"]  # which measuring itself rewrites
     try:
         head = subprocess.run([*git, "rev-parse", "--short=9", "HEAD"], capture_output=True, text=True, check=True)
         status = [*git, "status", "--porcelain", "--untracked-files=all", *code]
@@ -39,12 +39,12 @@ def git_commit() -> str:
 
 
 def load() -> float:
-    """Return the machine's load over the last minute: a busy machine explains a slow figure."""
+    """Return the machine's load over the last minute, since a busy machine explains a slow figure."""
     return round(os.getloadavg()[0], 2)
 
 
 def provenance(commit: str = "") -> dict:
-    """Return where and when a figure was taken. `commit` stands in where the code runs outside its checkout."""
+    """Return where and when a figure was taken; `commit` is given where the code runs outside of its checkout."""
     return {
         "commit": commit or git_commit(),
         "date": datetime.date.today().isoformat(),
@@ -58,7 +58,7 @@ def provenance(commit: str = "") -> dict:
 
 
 def command_line() -> str:
-    """Return how this program was called, as one would type it from the repository's root."""
+    """Return the command that called this program, as one would type it in the repository's root."""
     program = Path(sys.argv[0]).resolve()
     if not program.is_relative_to(REPOSITORY):
         return " ".join(["python", program.name, *sys.argv[1:]])

@@ -1,8 +1,8 @@
-"""TPUs that need not be there: the compiler for them, what their chips can do, and topologies of them.
+"""The TPU compiler on hosts without TPUs: how it is loaded, what the chips can do, and topologies to compile for.
 
     pip install --target=build/libtpu "libtpu==0.0.42.*"      with jax 0.10; 0.0.48.* with jax 0.11
 
-The compiler may be installed as usual too; in build/libtpu, where `make test` puts it, no other program sees it.
+The compiler may also be installed as usual. In build/libtpu, where `make test` puts it, no other program sees it.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import jax
 from launch.provenance import REPOSITORY
 from mamba3_jax.train.flops import PEAK_TFLOPS
 
-# Before libtpu is loaded: there is no TPU to ask, and another process may have it loaded too.
+# Set before libtpu is loaded: there is no TPU to ask, and another process may have loaded it too.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -25,11 +25,9 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
 }
-# Away from the environment: wherever libtpu can be imported, every JAX program looks for a TPU.
+# Outside of the Python environment: wherever libtpu can be imported, every JAX program looks for a TPU.
 LIBTPU = REPOSITORY / "build" / "libtpu"
-
-
-DEVICES = 2**17  # no pod is as large, and each takes the compiler's time
+DEVICES = 2**17  # at most, in a topology: no pod is as large, and every device takes the compiler time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +37,12 @@ class Chip:
     topology: str
     tera_flops: float  # bf16
     gb_s: float
-    hbm_gb: float  # GiB of HBM; the compiler leaves programs a quarter of one less on v5e
-    # What it can send over all of its links at once; as much comes in. Half of what the pages call bidirectional.
+    hbm_gb: float  # GiB of HBM; on v5e the compiler leaves programs a quarter of a GiB less
+    # What the device can send over all of its links at once, and receive: half of what the pages call bidirectional.
     ici_gb_s: float
-    # Over the network of the data center, to other slices; of v5e and v6e the pages have that of a pod of 256 chips.
+    # What it can send over the data center's network, to other slices; the pages of v5e and v6e have it for 256 chips.
     dcn_gb_s: float | None = None
-    # v4, v5e, v5p: the peak over what their four 128 x 128 units a core do a cycle; for the others no such figure.
+    # The peak over what the four 128 x 128 units of a core do in a cycle, of v4, v5e and v5p; None: not known.
     ghz: float | None = None
 
 
@@ -65,7 +63,7 @@ CHIPS = {  # v4 and tpu7x have two devices a chip here
 
 
 def prepare() -> str:
-    """Make this process one that compiles for TPUs and has none; return the compiler's version.
+    """Set this process up to compile for TPUs, of which it has none; return the compiler's version.
 
     Raises:
         ValueError: there is no compiler; it says how to get it.
@@ -80,16 +78,16 @@ def prepare() -> str:
         raise ValueError(f"there is no libtpu, the compiler for TPUs: {how}") from None
     os.environ.update(ENVIRONMENT)
     jax.config.update("jax_platforms", ENVIRONMENT["JAX_PLATFORMS"])
-    # What is compiled for a chip that is not there is written to a cache and cannot be read back.
+    # JAX would write programs for chips that are not there to its cache, and could not read them back.
     jax.config.update("jax_enable_compilation_cache", False)
     return libtpu.__version__
 
 
 def chip_of(topology: str) -> Chip:
-    """Return the chip that "v5e:16x16" or "2xv5e:16x16" is of.
+    """Return the chip of a topology such as "v5e:16x16" or "2xv5e:16x16".
 
     Raises:
-        ValueError: one that is not in `CHIPS`, or several slices of one whose network between slices is not known.
+        ValueError: a chip that is not in `CHIPS`, or several slices of one whose speed between slices is not known.
     """
     slices, one = slices_of(topology)
     name = one.partition(":")[0]
@@ -111,8 +109,8 @@ def devices_of(topology: str, **how) -> list:
     """Return the devices of a topology that need not be there.
 
     Args:
-        topology: the chip and the sides of its grid: "v5e:16x16", "v5p:4x4x4"; before them how many such slices.
-        how: what the compiler may be told beside.
+        topology: the chip and the sides of its grid, "v5e:16x16"; for several slices how many first, "2xv5e:16x16".
+        how: further options of `jax.experimental.topologies.get_topology_desc`.
 
     Raises:
         ValueError: the compiler knows no such topology.

@@ -1,11 +1,12 @@
 """python -m launch.train --config=experiments/FILE.py --workdir=DIR [--config.model.d_state=64 ...]
 
 Trains, or resumes: the same command goes on after the newest checkpoint of DIR, whether the run was killed or stopped.
-A field that does not exist, a number out of its range (mamba3_jax/config.py), what the config file raises and a run
-that cannot fit into memory are one line and exit status 2, before anything is written. So is a file that cannot be
-written later on (a full disk): the last good checkpoint is named, and the same command resumes. SIGTERM and SIGINT save
-first; the exit status is then 128 + the signal's number: 143, 130. Exit status 3: loss, gradient or update was not
-finite in max_bad_steps steps in a row. Several processes, on one host or many, are one run: see launch/hosts.py.
+A field that does not exist, a number out of its range (mamba3_jax/config.py), an error that the config file raises and
+a run that cannot fit into memory are one line and exit status 2, before anything is written. A file that cannot be
+written later on (a full disk) is too: the line names the last good checkpoint, and the same command resumes. SIGTERM
+and SIGINT save first; the exit status is then 128 + the signal's number: 143, 130. Exit status 3 means that the loss,
+the gradient or the update was not finite in max_bad_steps steps in a row. Several processes, on one host or many, are
+one run: see launch/hosts.py.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""Where angles alone end a sum mod n: rotations miss multiples of a turn / n, and what they miss a token adds up.
+"""Predict where errors of angles alone end a sum mod n: rotations miss multiples of a turn / n, and the errors add up.
 
-With mean error mu and standard deviation sigma sqrt(L) of the sum over L tokens, half a step between two products that
-a plane tells apart is missed where mu L + sigma sqrt(L) = pi / products. The frame is that of arXiv:2605.07755: a
-recurrence that nothing corrects.
+The error of the sum over L tokens has the mean mu L and the standard deviation sigma sqrt(L). It reaches half a step
+between two products that a plane tells apart where mu L + sigma sqrt(L) = pi / products. The frame is that of
+arXiv:2605.07755: a recurrence that nothing corrects.
 """
 
 import math
@@ -13,20 +13,20 @@ import numpy as np
 
 
 class AngleErrors(NamedTuple):
-    """What rotations miss of multiples of a turn / n, a plane each, in radians."""
+    """By how much the rotations of each plane miss multiples of a turn / n, in radians."""
 
-    order: int
+    order: int  # n
     multiple_HS: np.ndarray  # m: element g turns by about m g turns / n
-    turn_VHS: np.ndarray  # mean rotation of each element; NaN of one that is not there
+    turn_VHS: np.ndarray  # mean rotation of each element; NaN for one that does not occur
     worst_HS: np.ndarray  # the largest error of an element's mean
-    drift_HS: np.ndarray  # mean error a token
-    spread_HS: np.ndarray  # times sqrt(L): the standard deviation of the sum over L tokens
+    drift_HS: np.ndarray  # mean error of a token
+    spread_HS: np.ndarray  # times sqrt(L), the standard deviation of the error of a sum over L tokens
 
     def of_plane(self, head: int, plane: int) -> dict:
-        """Return one plane, with the length at which drift and a standard deviation have added up to half a step."""
+        """Return one plane, with the length at which drift and one standard deviation add up to half a step."""
         at = (head, plane)
         multiple, drift, spread = int(self.multiple_HS[at]), float(self.drift_HS[at]), float(self.spread_HS[at])
-        products = self.order // math.gcd(multiple, self.order)  # that the plane tells apart
+        products = self.order // math.gcd(multiple, self.order)  # how many the plane tells apart
         return {
             "multiple": multiple,
             "products": products,
@@ -39,7 +39,7 @@ class AngleErrors(NamedTuple):
 
 
 def angle_errors(rotation_BLHS: np.ndarray, tokens_BL: np.ndarray, order: int) -> AngleErrors:
-    """Compare the rotations of planes with the multiples m g / n of a turn that are nearest to them.
+    """Compare the rotations of planes with the nearest multiples m g / n of a turn, one m for each plane.
 
     The first token of a row has nothing before it to rotate, so it does not count.
     """
@@ -76,7 +76,7 @@ def adds_up(drift: float, spread: float, half: float) -> float:
 
 
 def tells(plane: dict) -> bool:
-    """Say whether a plane tells some products apart: it turns, and misses no element by half a step or more."""
+    """Tell whether a plane keeps some products apart: it turns, and misses no element by half a step or more."""
     return plane["products"] > 1 and plane["worst"] < np.pi / plane["products"]
 
 
@@ -90,7 +90,7 @@ def carriers(planes: Sequence[dict], order: int) -> list[dict]:
 
 
 def prediction(chosen: list[dict], shown: list[dict], order: int) -> dict:
-    """Return the simple rule: where the first of the planes that carry the sum misses half a step between products."""
+    """Apply the simple rule: the model fails where the first of the planes that carry the sum misses half a step."""
     if chosen:
         return {"fails": min(plane["fails"] for plane in chosen), "planes": chosen}
     if not order:

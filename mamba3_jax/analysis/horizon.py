@@ -1,17 +1,17 @@
-"""How far past its trained length a model follows a group's running product, predicted from the trained length alone.
+"""Predict, from the trained length alone, how far past it a model follows a group's running product.
 
-A layer that follows z_t, the product of the first t elements, by rotations adds for every token what makes the past
-telescope: from w_t = c - a_t z_t c follows h_t = c - (a_1 .. a_t) (z_1 .. z_t) c. So what a state knows of the product
-is the memory of the row's beginning. In the op's own frame, where keys rotate and the state does not, this memory
-stands still and decays by a_1 .. a_t, beside what later tokens add. Two things end it:
+A layer that follows a product by rotations, with z_t the rotation of token t and a_t its decay, adds at every token
+what makes the past telescope: from w_t = c - a_t z_t c follows h_t = c - (a_1 .. a_t) (z_1 .. z_t) c. So what the state
+knows of the product is its memory of the row's beginning. In the op's own frame, where keys rotate and the state does
+not, this memory stands still and decays by a_1 .. a_t, beside what later tokens add. Two things end it:
 
-  - forgetting: it becomes too small for a readout that was trained at the sizes of the trained length;
-  - angles: what rotations miss a token adds up, until a product looks like another.
+  - forgetting: the memory becomes too small for a readout that was trained at the sizes of the trained length;
+  - angles: the errors of rotations add up, token by token, until a product looks like another.
 
 `predictions` asks the model itself which comes first: it takes the states that rows of the trained length leave, lets
-their memory of the beginning alone decay, or turn, or both, as over k more tokens, and has the last token read them.
-`restored` asks the other way round: rows that are too long are read again with the memory as large as it was before.
-The simple rule beside them, `half_step`, says where angles alone have missed half a step between two products.
+their memory of the beginning decay, or turn, or both, as it would over k more tokens, and has the last token read them.
+`restored` asks the other way round: rows that are too long are read again with the memory as large as at the trained
+length. The simple rule beside them, `half_step`, says where angles alone have missed half a step between two products.
 """
 
 import dataclasses
@@ -35,31 +35,32 @@ from mamba3_jax.mixers.choices import pairing
 from mamba3_jax.model import LanguageModel, mixer_names, segments
 from mamba3_jax.ops.rotary import rotate, to_planes
 
-ROWS = 512  # that predictions are made from
-OCTAVES = 5  # past the trained length that predictions reach, eight lengths each
-MEASURED = (1, 1.25, 1.5, 1.75, 2, 3, 4, 8)  # times the trained length
-HALF = 0.5  # of the way from chance to always right: where a model is said to fail
-CAUSES = {"forgetting": (1, 0), "angles": (0, 1), "both": (1, 1)}  # whether memory decays, whether it turns
+ROWS = 512  # rows that predictions are made from, at most
+OCTAVES = 5  # how far past the trained length predictions reach, at eight lengths an octave
+MEASURED = (1, 1.25, 1.5, 1.75, 2, 3, 4, 8)  # lengths to measure at, as multiples of the trained one
+HALF = 0.5  # a model fails where accuracy is less than this part of the way from chance to always right
+CAUSES = {"forgetting": (1, 0), "angles": (0, 1), "both": (1, 1)}  # (the memory decays, the memory turns)
 
 
 def group_of(source: str) -> str:
-    """Return the name in `GROUPS` of the group whose running product a task asks for; "" of other tasks."""
+    """Return the name in `GROUPS` of the group whose running product a task asks for; "" for other tasks."""
     name = "Z2" if source == "parity" else source.removesuffix("_generators")
     return name if name in GROUPS else ""
 
 
 def horizon(model: LanguageModel, params, data: DataConfig, lengths: Sequence[int] = ()) -> dict | None:
-    """Return where a model fails on words over a group, measured and predicted; None for data that is not that.
+    """Return where a model fails on words over a group, measured and predicted; None for other data.
 
     Args:
         model: a `LanguageModel`.
         params: its parameters.
-        data: the task; the last of its lengths is the trained one, all that predictions are made from.
-        lengths: measured at; () is `MEASURED` times the trained one.
+        data: the task; the last of its `task_lengths` is the trained one, from whose rows predictions are made.
+        lengths: to measure at; () is `MEASURED` times the trained one.
 
     Returns:
-        trained; measured, the scores by length; fails, the length at which the last answer is halfway to chance (the
-        first one scored, where that is further down; inf: at none of them); predicted, see `predictions`; and restored.
+        A dict of trained; measured, the scores by length; fails, the length at which the last answer is halfway to
+        chance (the first length, if accuracy is below that there; inf if it never is); predicted, see `predictions`;
+        and restored, see `restored`.
     """
     if not (name := group_of(data.source)):
         return None
@@ -81,7 +82,7 @@ def horizon(model: LanguageModel, params, data: DataConfig, lengths: Sequence[in
 
 
 def crossing(points: Sequence[tuple[float, float]]) -> float:
-    """Return the length at which accuracies by length fall under `HALF`, linear between two; see `horizon`."""
+    """Return the length at which accuracy falls under `HALF`, interpolated linearly between lengths; see `horizon`."""
     before = None
     for length, accuracy in points:
         if accuracy < HALF:
@@ -94,28 +95,28 @@ def crossing(points: Sequence[tuple[float, float]]) -> float:
 
 
 class Change(NamedTuple):
-    """What a token more does to the memory of the beginning in a layer."""
+    """What one more token does to the memory of the beginning in a layer."""
 
-    log_a_H: jax.Array
-    angle_HS: jax.Array | None  # by which rotations miss, radians; None: the layer does not rotate planes by angles
+    log_a_H: jax.Array  # by which it decays
+    angle_HS: jax.Array | None  # error of its rotation, radians; None: the layer does not rotate planes by angles
 
 
 def predictions(model: LanguageModel, params, batch: Batch, chance: float, order: int) -> dict:
     """Return, for each of `CAUSES`, scaled accuracies of the last token by length, and where they fall under `HALF`.
 
-    The memory of the beginning is the mean state of the rows that begin with the same token: what others add has mean
-    0, as elements are uniform. Its k tokens more are those of a row of length + k.
+    The memory of the beginning is the mean state over the rows that begin with the same token: what other tokens add
+    has mean 0, since elements are uniform. After k more tokens it stands for the memory in a row of length + k.
 
     Args:
         model: a `LanguageModel`.
         params: its parameters.
         batch: rows of the trained length.
         chance: accuracy of a guess.
-        order: n of the cyclic group Z_n whose sums are asked for, so that angles have what to miss; 0: another group.
+        order: n if sums in the cyclic group Z_n are asked for, which says what angles should be; 0: another group.
 
     Returns:
-        {"forgetting": {"fails", "points"}, ...}, "half_step" with its own `fails` and the planes that it is about; of
-        what cannot be predicted {"absent": why}.
+        {"forgetting": {"fails", "points"}, ...}, and "half_step" with its own `fails` and the planes that it is about.
+        What cannot be predicted is {"absent": why}.
     """
     length, (before, state, shown) = batch.tokens_BL.shape[1], before_last(model, params, batch)
     if why := no_memory(model, shown):
@@ -135,10 +136,10 @@ def predictions(model: LanguageModel, params, batch: Batch, chance: float, order
 
 
 def restored(model: LanguageModel, params, batch: Batch, chance: float, trained: int) -> dict:
-    """Return scaled accuracies of the last token of rows past the trained length: as it is, and with memory as it was.
+    """Return scaled accuracies of the last token of rows past the trained length: as it is, and with memory restored.
 
     The memory of the beginning is scaled back to its size at the trained length, in heads whose horizon is over a
-    quarter of that: what a faster one still has of it is less than the noise of the mean.
+    quarter of that length: in faster ones what is left of it is less than the noise of the mean.
     """
     length, (_, state, shown) = batch.tokens_BL.shape[1], before_last(model, params, batch)
     if why := no_memory(model, shown):
@@ -150,13 +151,13 @@ def restored(model: LanguageModel, params, batch: Batch, chance: float, trained:
 
 
 def before_last(model: LanguageModel, params, batch: Batch) -> tuple[Batch, dict, list[dict]]:
-    """Return rows without their last token, the state that they leave, and what every layer shows."""
+    """Return rows without their last token, the state that these leave, and what every layer shows."""
     before = Batch._make(x[:, :-1] for x in batch)
     return before, *jax.jit(functools.partial(shown_by, model))(params, before.tokens_BL, before.start_BL, None)
 
 
 def no_memory(model: LanguageModel, shown: list[dict]) -> str:
-    """Return why the memory of the beginning is not known: a layer of which it does more than decay; "" where it is."""
+    """Return why the memory of the beginning is not known, which is so if a layer does not only decay it; else ""."""
     for mixer, layer in zip(mixer_names(model.config.pattern), shown, strict=True):
         if "log_a" not in layer or "b" in layer:
             return f"the memory of {mixer} is not one that decays head by head and else stands still"
@@ -164,7 +165,7 @@ def no_memory(model: LanguageModel, shown: list[dict]) -> str:
 
 
 def reader(model: LanguageModel, batch: Batch, chance: float):
-    """Return a function of what `with_memory_moved` takes: scaled accuracy of the last token, read from that state."""
+    """Return a function that moves the memory (`with_memory_moved`) and gives the last token's scaled accuracy then."""
 
     @jax.jit
     def right(params, state, changes, decayed, turned):
@@ -177,9 +178,9 @@ def reader(model: LanguageModel, batch: Batch, chance: float):
 
 
 def with_memory_moved(model: LanguageModel, state, changes: list[Change], decayed, turned, first_B):
-    """Return the state with the memory of the beginning as it is after `decayed` and `turned` tokens more.
+    """Return the state with the memory of the beginning decayed by `decayed` and turned by `turned` more tokens.
 
-    A query sees keys by the angle between them, so that of which rotations miss an angle appears turned back by it.
+    A query sees keys by the angle between them, so an error of rotations makes the memory appear turned back by it.
     """
     new, layer = {}, 0
     for index, (unit, repeats) in enumerate(segments(model.config.pattern)):
@@ -205,7 +206,7 @@ def beginning(h, first_B):
 
 
 def changes_of(shown: list[dict], planes: list[dict]) -> list[Change]:
-    """Return every layer's change a token: its mean decay, and what those of `planes` miss that turn at all."""
+    """Return every layer's change by one token: its mean decay, and the drift of `planes` that tell products apart."""
     drift = {
         (plane["layer"], plane["head"], plane["plane"]): plane["drift"] for plane in planes if half_step.tells(plane)
     }
@@ -220,7 +221,7 @@ def changes_of(shown: list[dict], planes: list[dict]) -> list[Change]:
 
 
 def planes_of(model: LanguageModel, state, shown: list[dict], batch: Batch, order: int) -> list[dict]:
-    """Return every plane that rotates by angles: where it is, how much it remembers, what its angles miss of Z_n."""
+    """Return every plane that rotates by angles: where it is, how much it remembers, its angles' errors in Z_n."""
     found = []
     for index, (layer, h_BHPN) in enumerate(zip(shown, memories(model.config, state), strict=True)):
         if "angle" in layer:

@@ -1,7 +1,7 @@
-"""What each layer does on real tokens: decay, step, weights, rotation, the state's norm and rank, the gradient's norm.
+"""Observe each layer on real tokens: decay, step, weights, rotation, the state's norm and rank, the gradient's norm.
 
 Mixers show arrays by name (`Mixer.observe`), which come out of the model's own program. What a mixer does not show is
-absent, not computed some other way:
+absent, and not computed in some other way:
 
     dt            (B, L, H), or Mamba-1's (B, L, I)    length of a step
     log_a         (B, L, H)                            log of a step's decay
@@ -11,8 +11,8 @@ absent, not computed some other way:
     step          quaternions (B, L, H, S)             rotation of a token
     b             (B, L, H)                            the delta rule's strength
 
-A state matrix is multiplied by exp(log_a + i rotation) a token, plane by plane; with the delta rule by a (1 - b) along
-the key and by a elsewhere. The eigenvalues are these numbers.
+Every token multiplies a state matrix by exp(log_a + i rotation), plane by plane; with the delta rule, by a (1 - b)
+along the key and by a elsewhere. The eigenvalues are these numbers.
 """
 
 import dataclasses
@@ -35,26 +35,26 @@ from mamba3_jax.mixers.mixer import OBSERVED
 from mamba3_jax.model import LanguageModel, mixer_names, segments
 from mamba3_jax.train.step import gradients
 
-PLACES = 32  # of a row at which the state is looked at
-TOKENS = 4096  # that quantities are kept of, evenly spaced in each piece of a row
-ENTRIES = 256  # of Mamba-1's state that are looked at, evenly spaced
-QUANTITIES = ("dt", "log_a", "gamma", "beta", "lambda", "rotation", "delta")  # that a layer may have a token
-OF_STATE = ("norm", "rank")
+PLACES = 32  # places in a row at which the state is looked at
+TOKENS = 4096  # about how many tokens quantities are kept of, evenly spaced in each piece of a row
+ENTRIES = 256  # entries of Mamba-1's state that are looked at, evenly spaced
+QUANTITIES = ("dt", "log_a", "gamma", "beta", "lambda", "rotation", "delta")  # what a layer may have for every token
+OF_STATE = ("norm", "rank")  # what a layer may have for its state
 
 
 class Layer(NamedTuple):
     """One layer on some rows; a mixer without heads counts as one head."""
 
     mixer: str
-    tokens: dict[str, np.ndarray]  # of `QUANTITIES`, (B, L, H, ...), of about `TOKENS` tokens
+    tokens: dict[str, np.ndarray]  # those of `QUANTITIES` that it has, (B, L, H, ...), at about `TOKENS` tokens
     d_state: int  # columns of the state; 0: the layer has no state matrix
     norm_BCH: np.ndarray | None  # of the state after every piece of the row; None: the layer has no state matrix
     rank_BH: np.ndarray | None  # effective rank of the last of these states
-    gradient: float  # norm over the layer's parameters, of the mean loss of the rows
+    gradient: float  # norm of the gradient of the rows' mean loss in the layer's parameters
 
 
 def observe(config: Config, model: LanguageModel, params, batch: Batch) -> list[Layer]:
-    """Return every layer on these rows, run in pieces with the state carried; what fills no piece is left out."""
+    """Return every layer on these rows, run in pieces with the state carried; a last piece not full is left out."""
     rows, length = batch.tokens_BL.shape
     piece = max(1, length // PLACES)
     every = min(piece, -(-rows * length // TOKENS))
@@ -76,7 +76,7 @@ def observe(config: Config, model: LanguageModel, params, batch: Batch) -> list[
 
 
 def look(model: LanguageModel, every: int, params, tokens_BL, start_BL, state):
-    """Return the state after some tokens; of every layer quantities of each `every`th, and its state's norm (B, H)."""
+    """Return the state after some tokens and, by layer, quantities at each `every`th and the state's norm (B, H)."""
     state, shown = shown_by(model, params, tokens_BL, start_BL, state)
     layers = [{name: array[:, ::every] for name, array in quantities(layer).items()} for layer in shown]
     for layer, h_BHPN in zip(layers, memories(model.config, state), strict=True):
@@ -86,14 +86,14 @@ def look(model: LanguageModel, every: int, params, tokens_BL, start_BL, state):
 
 
 def shown_by(model: LanguageModel, params, tokens_BL, start_BL, state):
-    """Return the state after some tokens, and what every layer shows, as the mixers name it."""
+    """Return the state after some tokens, and the arrays that every layer shows, as its mixer names them."""
     (_, state), found = model.apply({"params": params}, tokens_BL, state, start_BL, mutable=[OBSERVED])
     blocks = by_layer(model.config, found.get(OBSERVED, {}))
     return state, [{name: array for name, (array,) in block.get("mixer", {}).items()} for block in blocks]
 
 
 def by_layer(config, tree) -> list[dict]:
-    """Return the part of every layer, in their order, of a tree stacked over the repeats of segments."""
+    """Return every layer's part, in order, of a tree that is stacked over the repeats of segments."""
     whole = {f"segment_{index}": {} for index in range(len(segments(config.pattern)))} | tree
     cut, layers = unstacked(config, whole), []
     for index, (unit, repeats) in enumerate(segments(config.pattern)):
@@ -103,7 +103,7 @@ def by_layer(config, tree) -> list[dict]:
 
 
 def memories(config, state) -> list:
-    """Return the state matrices (B, H, P, N) of every layer, None of one that has none."""
+    """Return the state matrices (B, H, P, N) of every layer, None for one without them."""
     found = [
         MIXERS[mixer].memory(of_layer)
         for mixer, of_layer in zip(mixer_names(config.pattern), by_layer(config, state), strict=True)
@@ -112,7 +112,7 @@ def memories(config, state) -> list:
 
 
 def quantities(shown: dict) -> dict:
-    """Return those of `QUANTITIES` that follow from what a mixer shows, (B, L, H, ...)."""
+    """Return those of `QUANTITIES`, (B, L, H, ...), that follow from the arrays that a mixer shows."""
     found = {name: shown[name] for name in ("dt", "log_a", "gamma", "beta") if name in shown}
     if "a" in shown:
         dt_BLI, a_IN = shown["dt"], shown["a"]
@@ -131,7 +131,7 @@ def quantities(shown: dict) -> dict:
 
 
 def eigenvalues(tokens: dict[str, np.ndarray], d_state: int) -> np.ndarray:
-    """Return exp(log_a +- i rotation) a token, (B, L, H, K) complex, each that differs once.
+    """Return exp(log_a +- i rotation) of every token, (B, L, H, K) complex; of equal ones each once.
 
     Entries of the state that do not rotate have exp(log_a).
     """
@@ -150,12 +150,12 @@ def eigenvalues(tokens: dict[str, np.ndarray], d_state: int) -> np.ndarray:
 
 
 def some_eigenvalues(layer: Layer, count: int) -> np.ndarray:
-    """Return so many of a layer's eigenvalues, drawn at random: evenly spaced ones would be of few planes."""
+    """Return `count` of a layer's eigenvalues, drawn at random: evenly spaced ones would be those of few planes."""
     return np.random.default_rng(0).permutation(eigenvalues(layer.tokens, layer.d_state).ravel())[:count]
 
 
 def layer_of(mixer: str, pieces: tuple[dict, ...], h_BHPN, gradient: float) -> Layer:
-    """Put the pieces of a row together."""
+    """Put what was kept of a row's pieces together."""
     joined = {name: np.concatenate([part[name] for part in pieces], axis=1) for name in QUANTITIES if name in pieces[0]}
     has_state = h_BHPN is not None
     return Layer(
@@ -169,7 +169,7 @@ def layer_of(mixer: str, pieces: tuple[dict, ...], h_BHPN, gradient: float) -> L
 
 
 def effective_rank(h_PN: np.ndarray) -> np.ndarray:
-    """Return exp(-sum p log p), p the singular values over their sum (Roy and Vetterli 2007); of nothing 0."""
+    """Return exp(-sum p log p), p the singular values over their sum (Roy and Vetterli 2007); 0 for a zero matrix."""
     values = np.linalg.svd(h_PN, compute_uv=False)
     total = values.sum(axis=-1, keepdims=True)
     p = values / np.where(total > 0, total, 1)
@@ -178,7 +178,7 @@ def effective_rank(h_PN: np.ndarray) -> np.ndarray:
 
 
 def gradient_norms(config: Config, params, batch: Batch) -> list[float]:
-    """Return the norm of the mean loss's gradient over the parameters of each layer, its feed-forward among them."""
+    """Return the norm of the mean loss's gradient in the parameters of each layer, its feed-forward included."""
     whole = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, accumulate=1))
     norm = lambda part: jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(part)))  # noqa: E731
 
@@ -191,7 +191,7 @@ def gradient_norms(config: Config, params, batch: Batch) -> list[float]:
 
 
 def norms_by_position(norm_BCH: np.ndarray, start_BL: np.ndarray) -> list[dict]:
-    """Return the mean norm of a state a head, in doubling buckets of the tokens of the document so far (from, to)."""
+    """Return each head's mean norm of the state, in doubling buckets (from, to) of the document's tokens so far."""
     length, piece = start_BL.shape[1], max(1, start_BL.shape[1] // PLACES)
     position_BC = positions(start_BL)[:, piece - 1 :: piece][:, : norm_BCH.shape[1]]
     cuts = edges(length)
@@ -204,7 +204,7 @@ def norms_by_position(norm_BCH: np.ndarray, start_BL: np.ndarray) -> list[dict]:
 
 
 def summary(layers: list[Layer], start_BL: np.ndarray) -> list[dict]:
-    """Return what a report says of every layer: its heads' quantities spread over the tokens, and what it has not."""
+    """Return what a report says of every layer: the spread of its heads' quantities over tokens, and what is absent."""
     found = []
     for index, layer in enumerate(layers):
         has = {"norm": layer.norm_BCH, "rank": layer.rank_BH}
@@ -219,7 +219,7 @@ def summary(layers: list[Layer], start_BL: np.ndarray) -> list[dict]:
 
 
 def of_head(layer: Layer, head: int, eigenvalues_BLK: np.ndarray) -> dict:
-    """Return a head: its decay horizon 1 / -mean(log_a) in tokens, and its quantities' spreads, rotation's size."""
+    """Return a head: its decay horizon 1 / -mean(log_a) in tokens, and the spreads of its quantities (|rotation|)."""
     mean = -float(layer.tokens["log_a"][:, :, head].mean(dtype=np.float64))
     facts = {"head": head, "horizon": 1 / mean if mean else math.inf}
     own = {name: array[:, :, head] for name, array in layer.tokens.items()}
@@ -231,13 +231,13 @@ def of_head(layer: Layer, head: int, eigenvalues_BLK: np.ndarray) -> dict:
 
 
 def spread(array: np.ndarray) -> dict:
-    """Return the mean, the median and the 5th and 95th percentile."""
+    """Return the mean, the median, and the 5th and 95th percentiles."""
     low, median, high = np.quantile(array, (0.05, 0.5, 0.95)).tolist()
     return {"mean": float(array.mean(dtype=np.float64)), "p5": low, "p50": median, "p95": high}
 
 
 def number(head: dict, name: str) -> float:
-    """Return a head's number, of a spread its median; NaN of what is absent or not finite."""
+    """Return a head's number, or the median of a spread; NaN for what is absent or not finite."""
     found = head.get(name)
     found = found["p50"] if isinstance(found, dict) else found
     return found if found is not None and math.isfinite(found) else math.nan

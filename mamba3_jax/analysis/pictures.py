@@ -1,6 +1,6 @@
-"""Pictures of what layers do: eigenvalues on the unit disc, quantities by layer, the state by position, horizons.
+"""Draw what layers do: eigenvalues on the unit disc, quantities by layer, the state by position, horizons.
 
-Every function returns a PNG. Checkpoints stand side by side, a colour each.
+Every picture is a PNG in which each checkpoint has a colour.
 """
 
 import io
@@ -16,8 +16,8 @@ from matplotlib.ticker import MaxNLocator
 
 from mamba3_jax.analysis.observe import number
 
-MOST = 12  # layers that are drawn one by one, evenly chosen
-BY_LAYER = {  # panels: what of a head, and the label
+MOST = 12  # at most so many layers get a panel each, evenly chosen
+BY_LAYER = {  # panels: which quantity of a head, and its label
     "horizon": "decay horizon, tokens",
     "dt": "dt",
     "lambda": "lambda",
@@ -30,7 +30,7 @@ STROKES = {"measured": "-", "forgetting": "--", "angles": ":", "both": "-."}
 
 
 def png(figure) -> bytes:
-    """Return a figure's file and close it."""
+    """Return a figure as a file and close it."""
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=110, format="png", metadata={"Software": None})
     plt.close(figure)
@@ -38,14 +38,14 @@ def png(figure) -> bytes:
 
 
 def names_of(figure, names: list[str]) -> None:
-    """Name the checkpoints by their colours, below, where there are several."""
+    """Name the checkpoints and their colours below the figure, if there are several."""
     if len(names) > 1:
         marks = [Line2D([], [], color=f"C{index}", marker="o", linestyle="") for index in range(len(names))]
         figure.legend(marks, names, loc="outside lower center", frameon=False)
 
 
 def eigenvalues(checkpoints: dict[str, list[np.ndarray]]) -> bytes:
-    """Draw eigenvalues on the unit disc, a panel a layer; each checkpoint has an array a layer."""
+    """Draw eigenvalues on the unit disc, a panel for each layer; every checkpoint gives an array for each layer."""
     deepest = max(len(layers) for layers in checkpoints.values())
     shown = np.unique(np.linspace(0, deepest - 1, min(MOST, deepest)).astype(int)).tolist()
     across = min(4, len(shown))
@@ -69,7 +69,7 @@ def eigenvalues(checkpoints: dict[str, list[np.ndarray]]) -> bytes:
 
 
 def by_layer(checkpoints: dict[str, list[dict]]) -> bytes:
-    """Draw what each layer's heads have, from the summaries: their median, a bar from the least to the greatest."""
+    """Draw each layer's quantities from the summaries: a dot at the median of heads, a bar from least to greatest."""
     panels = {
         name: label
         for name, label in BY_LAYER.items()
@@ -103,7 +103,7 @@ def by_layer(checkpoints: dict[str, list[dict]]) -> bytes:
 
 
 def state_by_position(checkpoints: dict[str, list[dict]]) -> bytes:
-    """Draw the norm of each layer's state by the tokens of the document so far, deeper layers darker."""
+    """Draw the norm of each layer's state over the document's tokens so far, deeper layers darker."""
     figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
     for index, layers in enumerate(checkpoints.values()):
         for layer in layers:

@@ -1,12 +1,12 @@
-"""Official PyTorch checkpoints (`state-spaces/mamba`, `MambaLMHeadModel`) <-> our config and parameters.
+"""Convert official PyTorch checkpoints (`MambaLMHeadModel` of `state-spaces/mamba`) to config and parameters, and back.
 
-names.py      the one table of tensor names, and the layout of each
+names.py      the one table of tensor names, and the layout of each tensor
 config.py     config.json <-> ModelConfig
-ssm_cfg.py    what its ssm_cfg says, by official class of layers
+ssm_cfg.py    its ssm_cfg, for each official class of layers
 torch_zip.py  pytorch_model.bin without torch
-shards.py     what is no file of its kind, and files in shards
+shards.py     sharded files, and files that are not what their name says
 peel.py       wrappers, prefixes and buffers around the official tensors
-files.py      a directory read or written whole
+files.py      reads and writes whole directories
 """
 
 from mamba3_jax.convert.config import from_official, to_official

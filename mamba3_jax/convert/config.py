@@ -1,7 +1,7 @@
-"""The official `config.json` <-> `ModelConfig`. Keys and defaults are those of `MambaConfig` and `MHA`.
+"""Convert the official `config.json` to `ModelConfig` and back. Keys and defaults are those of `MambaConfig` and `MHA`.
 
-Those of `Mamba3` and `Mamba2` stand in ssm_cfg.py. A key that changes what is computed and that we do not have is an
-error; one that only picks a kernel or initial values is dropped.
+Those of `Mamba3` and `Mamba2` stand in ssm_cfg.py. A key that changes what is computed and has no counterpart here is
+an error; a key that only picks a kernel or initial values is dropped.
 """
 
 import math
@@ -28,7 +28,7 @@ MODEL_KEYS = {
     "pad_vocab_size_multiple": 8,
     "tie_embeddings": True,
 }
-DEFAULT_CLASS = "Mamba1"  # of layers
+DEFAULT_CLASS = "Mamba1"  # the official class of layers where ssm_cfg names none
 ATTENTION_KEYS = {
     "num_heads": None,  # required
     "num_heads_kv": None,  # num_heads
@@ -49,7 +49,7 @@ WHOLE, POSITIVE, NUMBER, FLAG = (
     "a positive number",
     "true or false",
 )
-# What the values that we compute with must be
+# What kind of value the keys that we compute with must have
 KINDS = {
     **dict.fromkeys(["d_intermediate", "mimo_rank", "d_conv"], WHOLE),
     **dict.fromkeys(["d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple"], POSITIVE),
@@ -58,12 +58,16 @@ KINDS = {
     **dict.fromkeys(["rms_norm", "residual_in_fp32", "tie_embeddings", "is_outproj_norm", "is_mimo"], FLAG),
     **dict.fromkeys(["qkv_proj_bias", "out_proj_bias"], FLAG),
 }
-# What an attention layer must say for ours to compute the same
+# The values that an attention layer must have for ours to compute the same
 ATTENTION_MUST = {"causal": True, "d_conv": 0, "mlp_dim": 0, "rotary_emb_dim": 0, "softmax_scale": None}
 
 
 def filled(given: dict, keys: dict, where: str) -> dict:
-    """`given` over the official defaults; a key the official code does not read, or an object that is none, raises."""
+    """Return `given` over the official defaults.
+
+    Raises:
+        ValueError: no object, a key that the official code does not read, or a value that is not of its kind.
+    """
     if not isinstance(given, dict):
         raise ValueError(f"{where} is {given!r}, wanted an object")
     unknown = sorted(set(given) - set(keys))
@@ -77,7 +81,7 @@ def filled(given: dict, keys: dict, where: str) -> dict:
 
 
 def is_kind(value, kind: str) -> bool:
-    """Whether a JSON value is what `KINDS` wants."""
+    """Tell whether a JSON value is of a kind of `KINDS`."""
     if kind == FLAG or isinstance(value, bool):
         return kind == FLAG and isinstance(value, bool)
     if kind == NUMBER:
@@ -86,7 +90,11 @@ def is_kind(value, kind: str) -> bool:
 
 
 def layer_class(official: dict) -> Layer:
-    """Return what a config's layers are, looking at no other key; raises for another program's, or another layer."""
+    """Return the class of a config's layers, looking at no other key.
+
+    Raises:
+        ValueError: a config.json of another program, or a class that is none of `CLASSES`.
+    """
     if "model_type" in official or "architectures" in official:
         held = {key: official.get(key) for key in ("model_type", "architectures")}
         raise ValueError(
@@ -134,7 +142,7 @@ def from_official(official: dict) -> ModelConfig:
 
 
 def attention_layers(model: dict) -> list[int]:
-    """`attn_layer_idx`, each the number of a layer."""
+    """Return `attn_layer_idx`; ValueError where one is not the number of a layer."""
     layers, attends = model["n_layer"], model["attn_layer_idx"] or []
     if not isinstance(attends, list) or not all(is_kind(index, WHOLE) for index in attends):
         raise ValueError(f"config.json: attn_layer_idx is {attends!r}, wanted a list of layers 0 to {layers - 1}")
@@ -144,7 +152,7 @@ def attention_layers(model: dict) -> list[int]:
 
 
 def attention_from_official(model: dict) -> dict:
-    """Return the attention fields of `ModelConfig`; raises for what ours does not have."""
+    """Return the attention fields of `ModelConfig`; ValueError for what our attention does not have."""
     given = filled(model["attn_cfg"], ATTENTION_KEYS, "config.json: attn_cfg")
     check_must(given, ATTENTION_MUST, "config.json: attn_cfg")
     heads = given["num_heads"]
@@ -169,7 +177,7 @@ def to_official(model: ModelConfig) -> dict:
     """Return the official `config.json` of a `ModelConfig`; `from_official` of it computes the same model.
 
     Raises:
-        ValueError: a choice that the official code does not have, named.
+        ValueError: a choice that the official code does not have; the message names it.
     """
     mixers = mixer_names(model.pattern)
     for mixer in dict.fromkeys(mixers):
@@ -208,7 +216,7 @@ def to_official(model: ModelConfig) -> dict:
 
 
 def class_of(mixers: list[str]) -> str:
-    """Return the one official class of all layers but attention: the first of `CLASSES` where there are no others."""
+    """Return the one official class of all layers but attention; the first of `CLASSES` if all are attention."""
     held = [name for name, layer in CLASSES.items() if layer.mixer in [MIXERS[mixer] for mixer in mixers]]
     if len(held) > 1:
         raise ValueError(f"layers of {' and '.join(held)} in one model have no official counterpart; only one kind has")

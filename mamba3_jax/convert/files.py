@@ -1,4 +1,4 @@
-"""Directories in the official layout: `config.json` with `model.safetensors` or `pytorch_model.bin` or both.
+"""Read and write the official layout: a folder of `config.json` and `model.safetensors`, `pytorch_model.bin` or both.
 
 Reading also takes these files in shards, and as people's training loops save them (see shards.py and peel.py). Writing
 makes the plain official files only.
@@ -26,20 +26,20 @@ from mamba3_jax.convert.shards import contents, is_there, read_file, read_json
 from mamba3_jax.finite import check_finite
 
 DTYPES = {"float32": jnp.float32, "float16": jnp.float16, "bfloat16": jnp.bfloat16}
-# By safetensors' names: those of weights, then others that buffers may have.
+# The dtypes of weights by safetensors' names, then others that buffers may have.
 SAFETENSORS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64, "BOOL": np.bool_}
 SAFETENSORS |= {f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)}
 SAFETENSORS |= {f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)}
-RECORD = "official.json"  # in a workdir: what `Origin` holds
+RECORD = "official.json"  # in a workdir: the file of an `Origin`
 
 
 class Origin(NamedTuple):
     """What an official directory says beyond our config and float32 parameters: enough to write it back as it was."""
 
     config: dict  # its config.json
-    dtypes: dict[str, str]  # of every tensor
+    dtypes: dict[str, str]  # of every tensor, by name
     files: list[str]  # which of FORMATS it had, whole or in shards
-    peeled: list[str]  # what `read` did to the tensors' names and places: it is not undone when they are written back
+    peeled: list[str]  # lines that say what `read` changed around the tensors; `write` does not undo it
 
     def save(self, workdir: Path) -> None:
         """Write `official.json`."""
@@ -51,7 +51,7 @@ class Origin(NamedTuple):
         path = workdir / RECORD
         if not path.exists():
             return None
-        held = {"peeled": []} | read_json(path)  # earlier records have none
+        held = {"peeled": []} | read_json(path)  # records of earlier versions have no "peeled"
         kinds = {"config": dict, "dtypes": dict, "files": list, "peeled": list}
         fits = {name: type(value) for name, value in held.items()} == kinds
         if not fits or not all(isinstance(line, str) for line in held["peeled"]):
@@ -68,7 +68,7 @@ def read_safetensors(path: Path, _say: Callable[[str], None] | None = None) -> d
     """Return the tensors by name, as views of the file, mapped into memory: it must not change while they are used.
 
     Raises:
-        ValueError: the file is not one, or has a dtype that numpy has not.
+        ValueError: it is not a safetensors file, or has a dtype that is not in `SAFETENSORS`.
     """
     try:
         with safetensors.safe_open(path, "numpy"):  # checks the header, the shapes and where the tensors lie
@@ -89,7 +89,7 @@ def read_safetensors(path: Path, _say: Callable[[str], None] | None = None) -> d
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """One copy a name, as the official files have it: a tied head is written twice."""
+    """Write one copy for each name, as the official files have it: a tied head is written twice."""
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     safetensors.numpy.save_file(contiguous, path, metadata={"format": "pt"})
 
@@ -97,7 +97,7 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 class Format(NamedTuple):
     """How one kind of file is read and written."""
 
-    read: Callable[..., dict[str, np.ndarray]]  # of a path and of what is called with a line for all that is peeled
+    read: Callable[..., dict[str, np.ndarray]]  # takes a path, and a function that gets a line for all that is peeled
     write: Callable[[Path, dict[str, np.ndarray]], None]
 
 
@@ -108,12 +108,12 @@ FORMATS = {
 
 
 def is_official(path: Path) -> bool:
-    """Whether a directory looks like the official layout."""
+    """Tell whether a directory looks like the official layout."""
     return any(is_there(path / name) for name in FORMATS)
 
 
 def without_infinity(config: dict, say: Callable[[str], None]) -> dict:
-    """Return a config.json that is supported without `dt_limit`: its one value has an Infinity, which JSON has not."""
+    """Return a config.json without `dt_limit`, whose one supported value has an Infinity, which JSON does not have."""
     ssm = config.get("ssm_cfg", {})
     if "dt_limit" not in ssm:
         return config
@@ -122,12 +122,13 @@ def without_infinity(config: dict, say: Callable[[str], None]) -> dict:
 
 
 def read(directory: str | os.PathLike) -> tuple[ModelConfig, dict, Origin]:
-    """Return the config, the float32 parameters and the rest of an official directory; safetensors first of both files.
+    """Return the config, the float32 parameters and the rest of an official directory.
 
-    `Origin.peeled` says what was joined, unwrapped, renamed, ignored, left out or taken from another tensor.
+    Where there are both files, the tensors are those of model.safetensors. `Origin.peeled` says what was joined,
+    unwrapped, renamed, ignored, left out or taken from another tensor.
 
     Raises:
-        FileNotFoundError: no config.json or no tensors, saying what there is.
+        FileNotFoundError: no config.json or no tensors; the message says what there is.
         ValueError: unsupported keys, a file that is not what its name says, or tensors that are missing, extra,
             misshapen, not finite, or of a dtype that is not float32, float16 or bfloat16.
     """
@@ -145,7 +146,7 @@ def read(directory: str | os.PathLike) -> tuple[ModelConfig, dict, Origin]:
     try:
         tensors = peel(tensors, official_shapes(model), model.tie_embeddings, peeled.append)
         dtypes = {name: str(array.dtype) for name, array in tensors.items()}
-        # Anything else would be rounded, and nothing is in silence.
+        # Other dtypes would have to be rounded, and nothing is rounded in silence.
         if odd := [f"{name} {dtype}" for name, dtype in dtypes.items() if dtype not in DTYPES]:
             raise ValueError(f"{len(odd)} tensors are not one of {list(DTYPES)}: {listed(odd)}")
         params = to_params(tensors, model)
@@ -166,17 +167,17 @@ def write(
     """Fill an existing directory with the official layout of a model.
 
     Args:
-        directory: where to.
-        model: our config; an `origin` whose config means the same keeps its own words.
+        directory: where to write.
+        model: our config; if that of `origin` means the same, its config.json is written as it was.
         params: our parameters, float32.
         origin: of parameters that were read from an official directory.
         dtype: of every tensor; "": as in `origin`, or float32 without one.
         files: names in `FORMATS`; None: as in `origin`, or pytorch_model.bin, which the official code loads.
 
     Raises:
-        ValueError: a config with no official counterpart, parameters that do not fit it, or values that the dtypes of
-            `origin` cannot hold (the parameters were trained since): say which dtype to round to. Parameters that are
-            not finite, or are not in `dtype`.
+        ValueError: a config without an official counterpart; parameters that do not fit it; values that the dtypes of
+            `origin` cannot hold, as they were trained since (give `dtype` to round them); or parameters that are not
+            finite, or not finite in `dtype`.
     """
     directory, config = Path(directory), to_official(model)
     if dtype and dtype not in DTYPES:
@@ -197,18 +198,18 @@ def write(
 
 
 def cast(tensors: dict[str, np.ndarray], dtypes: dict[str, str]) -> dict[str, np.ndarray]:
-    """Each tensor in its dtype; names that share an array still share one."""
+    """Return each tensor in its dtype; names that share an array still share one."""
     done = {}
     for name, array in tensors.items():
         key = (id(array), dtypes[name])
         if key not in done:
-            with np.errstate(over="ignore"):  # what becomes infinite is named by whoever writes it
+            with np.errstate(over="ignore"):  # `write` raises for what becomes infinite
                 done[key] = array.astype(DTYPES[dtypes[name]], copy=False)
     return {name: done[id(array), dtypes[name]] for name, array in tensors.items()}
 
 
 def as_before(tensors: dict[str, np.ndarray], dtypes: dict[str, str]) -> dict[str, np.ndarray]:
-    """`cast`, or ValueError where that would round."""
+    """Return what `cast` does; ValueError where that would round."""
     after = cast(tensors, dtypes)
     rounded = [k for k, v in after.items() if not np.array_equal(v.astype(np.float32), tensors[k], equal_nan=True)]
     if rounded:

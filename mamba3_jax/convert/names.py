@@ -1,6 +1,6 @@
-"""The one table of names: official `state_dict` keys <-> our parameter tree, with what happens to each tensor between.
+"""The one table of names: official `state_dict` keys and our parameter paths, and how each tensor becomes the other.
 
-The rows of a mixer stand in its own file (`official_rows`), what a row says in `mixers/official.py`.
+A mixer's rows stand in its own file (`official_rows`); `mixers/official.py` explains what a row is.
 """
 
 import itertools
@@ -15,13 +15,13 @@ from mamba3_jax.model import mixer_names, padded_vocab, segments
 
 
 def norm_rows(official: str, path: str, model: ModelConfig) -> dict[str, Row]:
-    """Return a norm's weight, and the bias of a layer norm."""
+    """Return the rows of a norm: its weight, and the bias of a layer norm."""
     names = {"weight": "scale"} | ({"bias": "bias"} if model.norm == "layer" else {})
     return {f"{official}.{theirs}": same(f"{path}/{ours}", (model.d_model,)) for theirs, ours in names.items()}
 
 
 def layer_rows(mixer: str, model: ModelConfig) -> dict[str, Row]:
-    """Official names under `backbone.layers.{i}.`, our paths under a block."""
+    """Return the rows of a layer: official names under `backbone.layers.{i}.`, our paths under a block."""
     width, hidden = model.d_model, model.d_ff
     rows = norm_rows("norm", "norm1", model)
     rows |= {f"mixer.{name}": row.under("mixer/") for name, row in MIXERS[mixer].official_rows(model).items()}
@@ -34,7 +34,7 @@ def layer_rows(mixer: str, model: ModelConfig) -> dict[str, Row]:
 
 
 def outer_rows(model: ModelConfig) -> dict[str, Row]:
-    """Return what stands outside the layers. A tied head is the embedding under a second name."""
+    """Return the rows outside of the layers. A tied head is the embedding under a second name."""
     width, rows = model.d_model, padded_vocab(model)
     embedding = same("embedding/embedding", (rows, width))
     head = embedding if model.tie_embeddings else weight(width, rows, Piece("head/kernel", (width, rows)))
@@ -43,7 +43,7 @@ def outer_rows(model: ModelConfig) -> dict[str, Row]:
 
 
 def placed(model: ModelConfig) -> list[tuple[str, Row, str, int | None]]:
-    """(official name, row, prefix of our paths, index on the repeat axis or None) of every tensor, in their order."""
+    """Return (official name, row, prefix of our paths, index on the repeat axis or None) of every tensor, in order."""
     layers, number = [], itertools.count()
     for index, (unit, repeats) in enumerate(segments(model.pattern)):
         for repeat in range(repeats):
@@ -55,12 +55,12 @@ def placed(model: ModelConfig) -> list[tuple[str, Row, str, int | None]]:
 
 
 def official_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Official names and shapes."""
+    """Return the official names and shapes."""
     return {name: row.shape for name, row, *_ in placed(model)}
 
 
 def our_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Our parameter paths and shapes, the repeat axis included."""
+    """Return our parameter paths and shapes, the repeat axis included."""
     repeats = {}
     for _name, row, prefix, repeat in placed(model):
         for piece in row.pieces:
@@ -69,7 +69,7 @@ def our_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check(what: str, given: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise one ValueError that counts missing, extra and misshapen arrays, lists ten and names a prefix as cause."""
+    """Raise one ValueError that counts missing, extra and misshapen arrays, lists some, and names a prefix as cause."""
     missing = {name: shape for name, shape in wanted.items() if name not in given}
     extra = {name: array.shape for name, array in given.items() if name not in wanted}
     lines = [f"missing {name} {shape}" for name, shape in missing.items()]
@@ -85,7 +85,7 @@ def check(what: str, given: Mapping[str, np.ndarray], wanted: Mapping[str, tuple
 
 
 def prefix_cause(extra: list[str], wanted: Mapping) -> str:
-    """Return what one prefix, too much or lacking, makes of the extra names; "" where none makes them wanted ones."""
+    """Say which one prefix, added or removed, makes all extra names wanted ones; "" where none does."""
     first = extra[0] if extra else ""
     for prefix in (first[: place + 1] for place, letter in enumerate(first) if letter in "./"):
         if all(name.startswith(prefix) and name.removeprefix(prefix) in wanted for name in extra):
@@ -117,22 +117,23 @@ def unflatten(flat: Mapping[str, np.ndarray]) -> dict:
 
 
 def view(array: np.ndarray, row: Row, piece: Piece) -> np.ndarray:
-    """Return a writable view of `array` that lies as the piece does in the official tensor: outputs first."""
+    """Return a writable view of `array` in the layout that the piece has in the official tensor: outputs first."""
     if not row.inputs:
         return array.reshape(-1, *row.shape[1:])
     return array.reshape(row.inputs, -1).T[piece.columns]
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    """Says whether two arrays of one shape have one dtype and hold the same bits."""
+    """Tell whether two arrays of one shape have one dtype and hold the same bits."""
     return a.dtype == b.dtype and np.array_equal(a.view(f"u{a.itemsize}"), b.view(f"u{a.itemsize}"))
 
 
 def to_params(tensors: Mapping[str, np.ndarray], model: ModelConfig) -> dict:
-    """Return the official state dict as our parameters, float32 (exact: from float32, float16 and bfloat16).
+    """Return our parameters from an official state dict, in float32, which holds float16 and bfloat16 exactly.
 
     Raises:
-        ValueError: tensors that are missing, extra or misshapen, all of them; a tied head that is not the embedding.
+        ValueError: tensors that are missing, extra or misshapen (the message counts all of them), or a tied head that
+            is not the embedding.
     """
     rows = placed(model)
     check("official tensors", tensors, official_shapes(model))
@@ -151,10 +152,10 @@ def to_params(tensors: Mapping[str, np.ndarray], model: ModelConfig) -> dict:
 
 
 def to_state_dict(params: Mapping, model: ModelConfig) -> dict[str, np.ndarray]:
-    """Our parameters as the official state dict, in its order and in our dtypes; a tied head is one array, twice.
+    """Return our parameters as an official state dict, in its order, in our dtypes; a tied head is one array, twice.
 
     Raises:
-        ValueError: arrays that are missing, extra or misshapen, all of them.
+        ValueError: arrays that are missing, extra or misshapen; the message counts all of them.
     """
     flat = {path: np.asarray(array) for path, array in flatten(params).items()}
     check("parameters", flat, our_shapes(model))

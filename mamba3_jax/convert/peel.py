@@ -1,7 +1,7 @@
-"""What savers put around the official tensors or leave out. All that is known is listed here, and what is done is said.
+"""Undo what savers add around the official tensors or leave out: all that is known is listed here, and printed if met.
 
-Wrappers are the dicts that a training loop saves around its state dict; prefixes come from modules around the model;
-buffers are tensors that no weight is; a tied head is left out by savers that refuse shared memory.
+Wrappers are the dicts that a training loop saves around its state dict. Prefixes come from modules around the model.
+Buffers are tensors that are not weights. Savers that refuse shared memory leave a tied head out.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ import numpy as np
 from mamba3_jax.config import listed
 
 WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
-# What may hold tensors beside a wrapped state dict: none of them is a weight of the model.
+# Entries beside a wrapped state dict that may hold tensors; none of these is a weight of the model.
 BESIDE = {
     "amp_scaling_state",
     "callbacks",
@@ -32,7 +32,7 @@ BESIDE = {
     "scheduler",
     "torch_rng_state",
 }
-# Names that DataParallel, torch.compile, FSDP, activation checkpoints and Lightning modules put into a tensor's. No
+# Parts that DataParallel, torch.compile, FSDP, activation checkpoints and Lightning modules add to a tensor's name. No
 # official name has one of them as a part.
 WRAPPED = ("module", "_orig_mod", "model", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # Last parts of the names of buffers, which are computed or counted, not learned. The last two are left by a profiler.
@@ -50,12 +50,12 @@ TIED = ("backbone.embedding.weight", "lm_head.weight")
 
 
 def unwrap(held, say: Callable[[str], None]) -> dict[str, np.ndarray]:
-    """Return the dict of tensors in what a file holds, out of the `WRAPPERS` around it.
+    """Take the dict of tensors that a file holds out of the `WRAPPERS` around it.
 
     Raises:
-        ValueError: no dict of tensors there, two of them, or tensors beside it that are not known.
+        ValueError: there is no dict of tensors, there are two, or there are tensors of unknown use beside it.
     """
-    for _ in WRAPPERS:  # as deep as they can be stacked; a dict can hold itself
+    for _ in WRAPPERS:  # as deep as they can be stacked, and no deeper: a dict can hold itself
         inside = [key for key in WRAPPERS if isinstance(held, dict) and has_tensors(held.get(key), nested=True)]
         if not inside:
             break
@@ -77,7 +77,7 @@ def unwrap(held, say: Callable[[str], None]) -> dict[str, np.ndarray]:
 
 
 def has_tensors(held, nested: bool = False) -> bool:
-    """Whether a tensor is anywhere in lists, tuples and dicts; `nested`: in a dict, which a tensor alone is not."""
+    """Tell whether there is a tensor anywhere in lists, tuples and dicts; `nested`: only if the outermost is a dict."""
     if nested and not isinstance(held, dict):
         return False
     left, seen = [held], set()
@@ -98,7 +98,7 @@ def peel(tensors: Mapping, wanted: Mapping, tied: bool, say: Callable[[str], Non
         tensors: as a file has them.
         wanted: the official names of the model; a name that is none of them, peeled or not, stays as it is.
         tied: whether the head is the embedding.
-        say: takes a line for all that is done.
+        say: called with a line for everything that is done.
 
     Raises:
         ValueError: two names that are one without their prefixes.

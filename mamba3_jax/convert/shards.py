@@ -1,4 +1,4 @@
-"""A directory's files before their tensors: what is no file of its kind is named, shards are joined by their index.
+"""Find a directory's files and check that each is of its kind, before its tensors are read; join shards by their index.
 
 A sharded `model.safetensors` is `model-00001-of-00002.safetensors`, ... and `model.safetensors.index.json`, whose
 `weight_map` says in which file each tensor is.
@@ -17,7 +17,7 @@ LFS = b"version https://git-lfs.github.com/spec/"
 
 
 def contents(path: Path) -> str:
-    """Return what an error says is at a path where a directory was wanted."""
+    """Return, for an error, what is at a path where a directory was wanted."""
     if path.is_dir():
         return f"[{listed(repr(entry.name) for entry in sorted(path.iterdir()))}]"
     return "a file, not a directory" if path.exists() else "no such directory"
@@ -38,13 +38,13 @@ def check_file(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON object; ValueError names the file that is none."""
+    """Read a JSON object; ValueError, naming the file, if it holds none."""
     check_file(path)
     return read_object(path)
 
 
 def index_of(path: Path) -> Path:
-    """Return the path that the index of a sharded file has."""
+    """Return the path of a sharded file's index."""
     return path.with_name(f"{path.name}.index.json")
 
 
@@ -54,7 +54,7 @@ def shards_of(path: Path) -> list[Path]:
 
 
 def is_there(path: Path) -> bool:
-    """Whether a file, its index or a shard of it is there, be it damaged."""
+    """Tell whether a file, its index or a shard of it is there, damaged or not."""
     return os.path.lexists(path) or os.path.lexists(index_of(path)) or bool(shards_of(path))
 
 
@@ -75,8 +75,8 @@ def join(index: Path, read: Callable, say: Callable[[str], None]) -> dict[str, n
     """Return the tensors of all shards, in the order of the index.
 
     Raises:
-        ValueError: an index that is damaged or names what is not in its directory, a shard that is not there or that
-            the index leaves out, a tensor in no shard, in two, in another than the index says, or not in the index.
+        ValueError: the index is damaged or names files outside of its directory; a shard is missing, or the index
+            leaves it out; a tensor is in no shard, in two, in another than the index says, or not in the index.
     """
     file_of = weight_map(index)
     files = sorted(set(file_of.values()))
@@ -103,7 +103,7 @@ def join(index: Path, read: Callable, say: Callable[[str], None]) -> dict[str, n
 
 
 def disagreement(name: str, said: str | None, held: list[str]) -> str:
-    """Return what is wrong with a tensor that the index says is in one file, or in none, and that these files hold."""
+    """Say what is wrong with a tensor that is in the files `held`, and in `said` (None: in no file) by the index."""
     if len(held) > 1:
         return f"{name} is in {' and in '.join(held)}"
     if not held:
@@ -116,7 +116,7 @@ def weight_map(index: Path) -> dict[str, str]:
     held = read_json(index).get("weight_map")
     if not isinstance(held, dict) or not held or not all(isinstance(file, str) for file in held.values()):
         raise ValueError(f"{index} has no weight_map, an object of tensor names and file names")
-    odd = ("", "..")  # of which Path.name is the same
+    odd = ("", "..")  # Path.name of these is the same, so the next line would take them
     outside = sorted({file for file in held.values() if Path(file).name != file or file in odd or "\0" in file})
     if outside:
         raise ValueError(f"{index} names files that are not in its directory: {listed(map(repr, outside))}")

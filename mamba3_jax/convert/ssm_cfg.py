@@ -1,4 +1,4 @@
-"""The official `ssm_cfg` <-> fields of `ModelConfig`, for each class of layers that its key `layer` names."""
+"""Convert the official `ssm_cfg` to fields of `ModelConfig` and back, for each class of layers that `layer` names."""
 
 import math
 from typing import NamedTuple
@@ -10,12 +10,12 @@ from mamba3_jax.mixers.mixer import Mixer
 
 
 class Layer(NamedTuple):
-    """One official class of layers: every key that it reads, with the official default, and what a key is to us."""
+    """One official class of layers, and what its keys are here."""
 
     mixer: type[Mixer]
-    keys: dict
-    fields: dict[str, str]  # keys whose values are those of our fields
-    must: tuple[str, ...]  # keys that change what is computed: ours computes the same with their defaults alone
+    keys: dict  # every key that it reads, with the official default
+    fields: dict[str, str]  # key -> the field of `ModelConfig` that has its value
+    must: tuple[str, ...]  # keys that change what is computed, of which our layer has only the default
 
 
 # Both classes read these.
@@ -66,11 +66,11 @@ CLASSES = {
             "dt_limit": [0.0, math.inf],
             "bias": False,
             "conv_bias": True,
-            "conv_init": None,  # these two say how a new layer begins, which no weight that is read does
+            "conv_init": None,  # this and the next give initial values, which are replaced by the weights that are read
             "A_init_range": [1, 16],
             "chunk_size": 256,  # performance only
             "use_mem_eff_path": True,  # a kernel choice
-            "sequence_parallel": True,  # over several processes
+            "sequence_parallel": True,  # has an effect over several processes only
         },
         fields=FIELDS | {"d_conv": "d_conv"},
         must=("D_has_hdim", "rmsnorm", "norm_before_gate", "dt_limit", "bias", "conv_bias"),
@@ -86,7 +86,7 @@ def check_must(given: dict, must: dict, where: str) -> None:
 
 
 def fields_of(layer: Layer, ssm: dict, d_model: int) -> dict:
-    """Return the fields of `ModelConfig` that an `ssm_cfg` says, of which every key has a value of its kind.
+    """Return the fields of `ModelConfig` for an `ssm_cfg` that has every key, with a value of its kind.
 
     Raises:
         ValueError: an option that our layer does not have, or sizes that do not fit each other.
@@ -111,7 +111,7 @@ def check_sizes(ssm: dict, d_model: int, where: str) -> None:
             f"expand * {d_model} a multiple of headdim {ssm['headdim']}"
         )
     inner = int(ssm["expand"]) * d_model
-    if ssm.get("d_ssm") not in (None, inner):  # the official layer has a feed-forward in the channels that are left
+    if ssm.get("d_ssm") not in (None, inner):  # the official layer would have a feed-forward in the other channels
         raise ValueError(f"{where}.d_ssm is {ssm['d_ssm']!r}; only null and {inner}, all channels, are supported")
     if inner // ssm["headdim"] % ssm["ngroups"]:
         heads = inner // ssm["headdim"]
@@ -124,5 +124,5 @@ def ssm_of(name: str, model: ModelConfig) -> dict:
     if name != "Mamba3":
         return ssm
     rank = {"mimo_rank": model.mimo_rank} if model.mimo_rank else {}
-    chunk = max(64 // max(model.mimo_rank, 1), 16)  # what the official warning asks for
+    chunk = max(64 // max(model.mimo_rank, 1), 16)  # the size that the official layer's warning asks for
     return ssm | {"is_mimo": model.mimo_rank > 0, "chunk_size": chunk} | rank

@@ -1,7 +1,7 @@
-"""`pytorch_model.bin` read and written without torch: a zip of one pickle and one record of raw bytes a storage.
+"""Read and write `pytorch_model.bin` without torch: a zip of one pickle and, for each storage, a record of raw bytes.
 
-Reading runs nothing: the unpickler builds tensors and plain containers from the names of `NAMES`, puts an empty object
-in the place of what `INERT` lists (what training loops save beside the weights), and refuses any other name.
+Reading runs no code of the file: the unpickler builds tensors and plain containers from the names in `NAMES`, puts an
+empty object in place of those in `INERT` (what training loops save beside the weights), and refuses any other name.
 """
 
 import math
@@ -18,7 +18,7 @@ import numpy as np
 
 from mamba3_jax.convert.peel import unwrap
 
-# The first three are those of weights, the others of buffers.
+# The first three are dtypes of weights, the others of buffers.
 STORAGES = {
     "FloatStorage": np.float32,
     "HalfStorage": np.float16,
@@ -36,17 +36,18 @@ STORAGES = {
 LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, 2)  # how a file of torch before 1.6 begins
 
 
-# A pickle can set attributes of whatever it names. What it can name has none, so no file changes how the next is read.
+# A pickle can set attributes of whatever it names. The classes that it can name here have none that can be set, so no
+# file changes how the next one is read.
 
 
 class Storage(NamedTuple):
-    """A name of `STORAGES` met in the pickle: the class, not its bytes."""
+    """Stands for a class of `STORAGES` that the pickle names; it holds no bytes."""
 
     dtype: np.dtype
 
 
 class Function(NamedTuple):
-    """What stands for a function or class that the pickle calls."""
+    """Stands for a function or class that the pickle calls."""
 
     compute: Callable
 
@@ -78,7 +79,7 @@ class Inert:
 
 
 def rebuild(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None):
-    """Return a (possibly strided) view of a storage; anything that reaches outside it raises ValueError."""
+    """Return a (possibly strided) view of a storage; ValueError for one that reaches outside of it."""
     if storage.ndim != 1 or not storage.flags.c_contiguous:
         raise ValueError("a tensor is a view of another, wanted a view of a storage")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
@@ -146,7 +147,7 @@ class Reader(pickle.Unpickler):
         self.archive, self.prefix, self.content, self.storages = archive, prefix, content, {}
 
     def find_class(self, module, name):
-        module = "builtins" if module == "__builtin__" else module  # Python 2's name, which protocol 2 writes
+        module = "builtins" if module == "__builtin__" else module  # protocol 2 writes Python 2's name of the module
         if (module, name) in NAMES:
             return NAMES[module, name]
         if name in INERT.get(module, ()):
@@ -164,12 +165,12 @@ class Reader(pickle.Unpickler):
         return self.storages[key]
 
     def record(self, name: str) -> np.ndarray:
-        """Return the bytes of a record where they lie in the file, checked; a copy only of compressed ones."""
+        """Return the bytes of a record, checked: a view of the file, or a copy of a record that is compressed."""
         info = self.archive.getinfo(name)
         if info.compress_type != zipfile.ZIP_STORED:
             return np.frombuffer(self.archive.read(info), np.uint8)
         self.archive.open(info).close()  # checks the local header
-        lengths = self.content[info.header_offset + 26 :][:4].tobytes()  # of the name and what follows it, as padded
+        lengths = self.content[info.header_offset + 26 :][:4].tobytes()  # of the name and of the padding after it
         first = info.header_offset + 30 + sum(struct.unpack("<HH", lengths))
         record = self.content[first : first + info.file_size]
         if record.size != info.file_size or zlib.crc32(record) != info.CRC:
@@ -178,12 +179,13 @@ class Reader(pickle.Unpickler):
 
 
 def read(path: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, np.ndarray]:
-    """Return by name the tensors that `torch.save` wrote: a state dict, or one in a known wrapper; `say` hears which.
+    """Return by name the tensors that `torch.save` wrote: a state dict, or one in a known wrapper, which `say` is told.
 
-    They are views of the file, mapped into memory, strided and shared ones too: it must not change while they are used.
+    All of them, strided and shared ones too, are views of the file, mapped into memory: it must not change while they
+    are used.
 
     Raises:
-        ValueError: not such a file, truncated, or with anything in it but tensors; the message says which.
+        ValueError: it is no such file, is truncated, or holds anything but tensors; the message says which.
     """
     try:
         with path.open("rb") as file:
@@ -207,7 +209,7 @@ def read(path: Path, say: Callable[[str], None] = lambda line: None) -> dict[str
 
 
 def write(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Write what `torch.save(state_dict, path)` does. Entries that are one array share a storage, as a tied head."""
+    """Write what `torch.save(state_dict, path)` does. Entries that are one array, as a tied head, share a storage."""
     keys = {}
     for array in tensors.values():
         keys.setdefault(id(array), (str(len(keys)), array))
@@ -222,7 +224,7 @@ def write(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def state_dict_pickle(tensors: dict[str, np.ndarray], keys: dict[int, str]) -> bytes:
-    """Protocol 2, opcode by opcode: the classes it names are torch's, which need not be installed."""
+    """Return a state dict's pickle, protocol 2, opcode by opcode: it names torch's classes, which need not be here."""
 
     def text(string):
         return pickle.BINUNICODE + struct.pack("<I", len(string.encode())) + string.encode()

@@ -6,7 +6,7 @@ from mamba3_jax.data.batch import Batch
 
 __all__ = ["Batch", "Loader", "documents", "loader", "tokenizer"]
 
-# Imported when first used: who takes batches and no files needs neither Grain, TensorFlow Datasets nor tokenizers.
+# Imported when first used: code that takes batches alone needs neither Grain, TensorFlow Datasets nor tokenizers.
 LAZY = {
     "Loader": "mamba3_jax.data.pipeline",
     "documents": "mamba3_jax.data.pipeline",

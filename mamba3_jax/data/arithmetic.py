@@ -1,9 +1,9 @@
-"""Arithmetic modulo 5, as Grazzi et al. 2024 (arXiv:2411.12537, appendix E.1) train and score it.
+"""Draw arithmetic modulo 5, as Grazzi et al. 2024 (arXiv:2411.12537, appendix E.1) train and score it.
 
 The layouts are those of their code: xLSTM's `formal_language` tasks, and with brackets DeepMind's "neural networks and
-the Chomsky hierarchy". The answer's own token is hidden (PAD), and predicted where "=" stands.
+the Chomsky hierarchy". The answer's own token is hidden (PAD), and is predicted at the "=" before it.
 
-U is the digits of a document, X expressions, T the tokens of all documents, end to end.
+In shapes U stands for the digits of a document, X for expressions, T for the tokens of all documents, end to end.
 """
 
 import numpy as np
@@ -12,9 +12,9 @@ from mamba3_jax.data.batch import Documents
 
 MODULUS = 5
 FLAT = "_+-*=01234"  # the symbol of each id, without brackets
-NESTED = "01234+-*()=_"  # and with; "_" is PAD
+NESTED = "01234+-*()=_"  # the same with brackets; "_" is PAD
 
-# Discrete logarithms to the base 2 modulo 5, and back: 2^0 .. 2^3 = 1, 2, 4, 3. That of 0 is never used.
+# Discrete logarithms to the base 2 modulo 5, and their inverse: 2^0 .. 2^3 = 1, 2, 4, 3. That of 0 is never used.
 LOGARITHM = np.array([0, 0, 1, 3, 2], np.int32)
 POWER = np.array([1, 2, 4, 3], np.int32)
 
@@ -22,8 +22,8 @@ POWER = np.array([1, 2, 4, 3], np.int32)
 def flat(numbers_BL: np.ndarray) -> Documents:
     """Draw d op d op .. d = PAD: digits and operators +, -, * are uniform, * binds tighter.
 
-    The target at a digit is the value of the expression up to it, at "=" that of all of it. A document of even length
-    ends in one more PAD, as in the source, which draws odd lengths only.
+    The target at a digit is the value of the expression up to it, and at "=" the value of the whole. The source draws
+    odd lengths only; here a document of even length ends in one more PAD.
 
     Args:
         numbers_BL: uniform in [0, 1), of at least 3 tokens.
@@ -56,7 +56,7 @@ def prefix_values(digit_BU: np.ndarray, operator_BU: np.ndarray) -> np.ndarray:
     minus_BU = np.pad(operator_BU == 1, ((0, 0), (1, 0)))
     begin_BU = np.maximum.accumulate(np.where(times_BU, 0, place_U), axis=1)  # the first digit of the term
 
-    # A product is a sum of logarithms: the running sum less what stood before the term. A 0 in it has none.
+    # A product is a sum of logarithms: the running sum minus that before the term. A 0 in it has no logarithm.
     log_BU = LOGARITHM[digit_BU]
     sum_BU = np.cumsum(log_BU, axis=1, dtype=np.int32)
     sum_BU -= np.take_along_axis(sum_BU - log_BU, begin_BU, axis=1)
@@ -70,7 +70,7 @@ def prefix_values(digit_BU: np.ndarray, operator_BU: np.ndarray) -> np.ndarray:
 
 
 def nested(numbers_BL: np.ndarray, operators: int) -> Documents:
-    """Draw E = PAD PAD, E of 3 tokens less than the document; the target at "=", its only one, is the value of E.
+    """Draw E = PAD PAD, E of 3 tokens less than the document; the only target, at "=", is the value of E.
 
     E of 1 to 4 tokens is d, -d, (d) or (-d); a longer one is (E op E), its left part of uniform length and op one of
     the first `operators` of +, -, *. A prefix with an open bracket has no value.
@@ -93,10 +93,11 @@ def nested(numbers_BL: np.ndarray, operators: int) -> Documents:
 def expressions(
     tokens_T: np.ndarray, numbers_T: np.ndarray, begin_X: np.ndarray, size_X: np.ndarray, operators: int
 ) -> np.ndarray:
-    """Write expressions of given begins and sizes into `tokens_T`; returns their values modulo 5.
+    """Write expressions of given begins and sizes into `tokens_T`; return their values modulo 5.
 
-    All expressions of one depth at once, then all of their parts: the depth grows as the logarithm of the size. What a
-    token decides is drawn from its own number: "(" where the operator stands, an operator which it is.
+    A call writes all expressions of one depth, and calls itself for all of their parts: the depth grows as the
+    logarithm of the size. What a token decides is drawn from its own number: "(" decides where the operator stands, an
+    operator's place which operator it is.
     """
     value_X = np.zeros(len(begin_X), np.int64)
     whole_X = size_X >= 5

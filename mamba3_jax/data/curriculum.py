@@ -1,4 +1,4 @@
-"""What the documents of each training step of a generated task are drawn at."""
+"""Choose the length, and the number of pairs, of the documents in each training step of a generated task."""
 
 import functools
 from typing import NamedTuple
@@ -7,23 +7,23 @@ import numpy as np
 
 from mamba3_jax.config import DataConfig
 
-LENGTHS_KEY = 2  # second word of the generator's key, as `synthetic.SPLIT_KEYS`
+LENGTHS_KEY = 2  # second word of the generator's key, beside those of `synthetic.SPLIT_KEYS`
 
 
 class Setting(NamedTuple):
-    """What documents are drawn at, beside the task."""
+    """What a task's documents are drawn with."""
 
     length: int  # tokens
-    pairs: int = 0  # of keys and values, in tasks that have them; 0: as the task has it for this length
+    pairs: int = 0  # of keys and values, in tasks that have them; 0: the task's own number at this length
 
 
 def document_setting(config: DataConfig, step: int) -> Setting:
-    """Follow the curriculum: what the documents of a step are drawn at.
+    """Return what the documents of a step are drawn with, by the curriculum.
 
     Without `task_min_length`, stage i has `task_lengths[i]` and `task_pairs[i]` and lasts `task_steps[i]` steps; the
-    last goes on. `task_mixed` draws the step's stage instead, as often as `task_steps` are to each other. With
-    `task_min_length`, a length is drawn for the step between it and a longest one, which goes linearly from
-    `task_lengths[i]` to the next over `task_steps[i]` steps.
+    last stage goes on. With `task_mixed`, each step's stage is drawn instead, with probabilities in proportion to
+    `task_steps`. With `task_min_length`, each step's length is drawn between it and a longest one, which goes linearly
+    from `task_lengths[i]` to the next over `task_steps[i]` steps.
     """
     ends, generator = np.cumsum(config.task_steps), functools.partial(_of_step, config.seed, step)
     if config.task_min_length:
@@ -39,6 +39,6 @@ def _of_step(seed: int, step: int) -> np.random.Generator:
 
 
 def stages(config: DataConfig) -> list[Setting]:
-    """List the settings of the curriculum."""
+    """Return the settings of the curriculum's stages."""
     pairs = config.task_pairs or (0,) * len(config.task_lengths)
     return [Setting(*stage) for stage in zip(config.task_lengths, pairs, strict=True)]

@@ -1,6 +1,6 @@
-"""Flip-flop: what is stored, when it is read (Liu et al. 2023, "Exposing attention glitches", arXiv:2306.00946).
+"""Draw flip-flop: the bit stored, when it is read (Liu et al. 2023, "Exposing attention glitches", arXiv:2306.00946).
 
-J is the instructions of a document, two tokens each.
+In shapes J stands for the instructions of a document, two tokens each.
 """
 
 import numpy as np
@@ -17,12 +17,12 @@ UNDO = {"i": 0.4, "w": 0.25, "u": 0.25, "r": 0.1}
 def flip_flop(numbers_BL: np.ndarray, frequencies: dict[str, float]) -> Documents:
     """Draw instructions, each with a bit after it: w stores its bit, i does nothing, r is followed by the bit stored.
 
-    With retraction (after arXiv:2604.05923), what is stored is a stack: w puts its bit on top, u takes the top away, so
-    that the value before the last write that stands is stored again; u does nothing while only one value is there. The
-    bit after u means nothing, as that after i. That paper's frequencies are not known to us; ours, with writes and
-    undos equally often, let the depth wander.
+    With undo (after arXiv:2604.05923), what is stored is a stack: w puts its bit on top and u takes the top away, so
+    that the value below it is stored again; u does nothing while there is only one value. The bit after u means
+    nothing, as that after i. That paper's frequencies are not known to us; ours, with writes and undos equally often,
+    let the depth wander.
 
-    The first instruction is a write, the last a read. The target, at every r, is the bit that comes after it. A
+    The first instruction is a write, the last one a read. The target at every r is the bit that comes after it. A
     document of odd length ends in an i.
 
     Args:
@@ -49,16 +49,16 @@ def flip_flop(numbers_BL: np.ndarray, frequencies: dict[str, float]) -> Document
 
 
 def top_writes(write_BJ: np.ndarray, undo_BJ: np.ndarray) -> np.ndarray:
-    """Find, after each instruction, the write whose value is on top of the stack. The first must be a write."""
+    """Return, for each instruction, the write whose value is on top of the stack then. The first must be a write."""
     place_J = np.arange(write_BJ.shape[1])
     if not undo_BJ.any():
         return np.maximum.accumulate(np.where(write_BJ, place_J, 0), axis=1)
-    # An undo of the only value does nothing: the depth is the running sum, raised by what it had fallen short of 1.
+    # An undo of the only value does nothing: the depth is the running sum plus the most that it fell short of 1 so far.
     narrow = np.min_scalar_type(-1 - len(place_J))  # numbers of 16 bits are sorted in linear time
     sum_BJ = np.cumsum(write_BJ.astype(narrow) - undo_BJ.astype(narrow), axis=1, dtype=narrow)
     depth_BJ = sum_BJ + np.maximum.accumulate(np.maximum(0, 1 - sum_BJ), axis=1)
-    # On top is the last write that led to this depth: a later one would have covered or replaced it. In the order of
-    # depth, then time, it is the last write before, as the first time at a depth is a write.
+    # On top is the last write that led to this depth, since every later write has been undone. Sorted by depth, then
+    # time, it is the last write up to here: the first instruction at a depth is always a write.
     order_BJ = np.argsort(depth_BJ, axis=1, kind="stable")
     last_BJ = np.maximum.accumulate(np.where(np.take_along_axis(write_BJ, order_BJ, axis=1), place_J, 0), axis=1)
     top_BJ = np.empty_like(order_BJ)

@@ -1,7 +1,7 @@
-"""Recall: a key asks for the value that stood beside it. Documents have many queries, or one value in a haystack.
+"""Draw recall: a key asks for the value that stood beside it. Documents have many queries, or one value in a haystack.
 
-D is the pairs of a document, N what is drawn from, S the places that a query, or a needle, may have, M the tokens of a
-needle's value.
+In shapes D stands for the pairs of a document, N for what is drawn from, S for the places that a query or a needle may
+have, M for the tokens of a needle's value.
 """
 
 import numpy as np
@@ -26,7 +26,7 @@ def mqar_symbols(vocab_size: int) -> tuple[str, ...]:
 
 
 def distinct(numbers_BD: np.ndarray, count: int) -> np.ndarray:
-    """Draw D different ones of 0 .. count - 1, every order as likely (B, D): the first D steps of Fisher and Yates."""
+    """Draw D different numbers of 0 .. count - 1 in uniform order (B, D), by the first D steps of Fisher and Yates."""
     documents, drawn = numbers_BD.shape
     order_BN = np.tile(np.arange(count, dtype=np.int32), (documents, 1))
     row_B = np.arange(documents)
@@ -48,7 +48,7 @@ def mqar(numbers_BL: np.ndarray, pairs: int, vocab_size: int, noise: bool = True
         p(s) ~ s^(a - 1),  a = 0.01,
 
     so that most queries come soon. All other tokens are uniform over the vocabulary, or 0. Only queries are scored, and
-    their values are not shown. A document of odd length ends in one more such token.
+    their values are not shown. A document of odd length ends in one more of the other tokens.
 
     Args:
         numbers_BL: uniform in [0, 1), multiples of 2^-32, of at least 4 D tokens.
@@ -59,8 +59,8 @@ def mqar(numbers_BL: np.ndarray, pairs: int, vocab_size: int, noise: bool = True
     context = 2 * pairs
     scaled_BL = numbers_BL * vocab_size
     tokens_BL = scaled_BL.astype(np.int32)
-    # What a number has left when it has said which token is uniform too, and says when a clock rings: of exponential
-    # clocks of rates p(s), the D first that ring are D draws without replacement, in order.
+    # The part of a number that is left when it has said which token is uniform too, and says when a clock rings: of
+    # exponential clocks with rates p(s), the first D that ring are D draws without replacement, in order.
     at_BS = slice(context, context + 2 * ((numbers_BL.shape[1] - context) // 2), 2)
     left_BS = scaled_BL[:, at_BS] - tokens_BL[:, at_BS]
     rings_BS = -np.log1p(-left_BS) * np.arange(1, left_BS.shape[1] + 1) ** (1 - POWER)
@@ -81,20 +81,20 @@ def mqar(numbers_BL: np.ndarray, pairs: int, vocab_size: int, noise: bool = True
 def needle(numbers_BL: np.ndarray, pairs: int, alike: bool = False) -> Documents:
     """Draw a haystack with D needles "! k w_1 .. w_M", then "? k w_1 .. w_(M-1)" for one of them: targets w_1 .. w_M.
 
-    After RULER's NIAH (Hsieh et al. 2024, arXiv:2404.06654), whose haystacks are text and whose models read it before:
-    here all is symbols, to be learned from nothing. Hay is uniform over symbols of its own, as RULER's single 1 has
-    noise, or `alike`: over keys and words, so that nothing but the mark says what a needle is. Needles have keys that
-    differ; D > 1 makes the others distractors (RULER's multikey). M = 4, of 64 words. Needles do not overlap, and all
-    ways to place them are as likely: one needle begins at
+    This follows RULER's NIAH (Hsieh et al. 2024, arXiv:2404.06654), whose haystacks are text, for models that were
+    trained on text; here all is symbols, to be learned from nothing. Hay is uniform over symbols of its own, as the
+    noise of RULER's single 1, or with `alike` over keys and words, so that nothing but the mark says what a needle is.
+    Needles have different keys; with D > 1 the others are distractors (RULER's multikey). A value is M = 4 of 64 words.
+    Needles do not overlap, and all ways to place them are equally likely: a single needle begins at
 
         floor(u (L_h - 5)),  u uniform in [0, 1),  L_h = L - 5 tokens of haystack.
 
-    Every target is given the value's tokens before it: all are right just where decoding from k gives the whole value.
+    Each target follows the value's tokens before it, so all are right just where decoding from k gives the whole value.
 
     Args:
         numbers_BL: uniform in [0, 1), multiples of 2^-32, of at least 6 D + 5 tokens.
         pairs: D, at most 64.
-        alike: hay is made of what needles are made of.
+        alike: hay is made of the same symbols as needles.
     """
     documents, length = numbers_BL.shape
     hay = length - QUESTION
@@ -102,8 +102,8 @@ def needle(numbers_BL: np.ndarray, pairs: int, alike: bool = False) -> Documents
     first, kinds = (first_key, KEYS + WORDS) if alike else (first_key + KEYS + WORDS, HAY)
     scaled_BL = numbers_BL * kinds
     tokens_BL = first + scaled_BL.astype(np.int32)
-    left_BL = scaled_BL % 1  # uniform too: places, keys, and which one is asked for
-    # Needles shrunk to one place each lie anywhere among what is left of the hay.
+    left_BL = scaled_BL % 1  # uniform too: it draws places, keys, and which needle is asked for
+    # Shrink every needle to one place: then any different places in the shorter haystack will do.
     begin_BD = np.sort(distinct(left_BL[:, :pairs], hay - pairs * (NEEDLE - 1)), axis=1)
     begin_BD = begin_BD + (NEEDLE - 1) * np.arange(pairs)
     key_BD = first_key + distinct(left_BL[:, pairs : 2 * pairs], KEYS)
@@ -125,7 +125,7 @@ def needle(numbers_BL: np.ndarray, pairs: int, alike: bool = False) -> Documents
 
 
 def needle_depth(tokens_BL: np.ndarray) -> np.ndarray:
-    """Find how deep in each haystack of `needle` the needle asked for begins: 0 first, 1 last (B,)."""
+    """Return how deep in each haystack of `needle` the needle asked for begins (B,): 0 is first, 1 last."""
     hay = tokens_BL.shape[1] - QUESTION
     mark_BL = tokens_BL[:, : hay - 1] == NEEDLE_SYMBOLS.index("!")
     begin_B = (mark_BL & (tokens_BL[:, 1:hay] == tokens_BL[:, hay + 1, None])).argmax(axis=1)

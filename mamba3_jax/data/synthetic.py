@@ -1,4 +1,4 @@
-"""Tasks made of random numbers: no files, rows without end, every row its own counter of the random generator."""
+"""Make tasks from random numbers: no files, rows without end; a row's number is the random generator's counter."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from mamba3_jax.data.curriculum import Setting, document_setting, stages
 from mamba3_jax.data.packing import Rows
 from mamba3_jax.data.words import Group, alternating, cyclic, symmetric, words
 
-# Second words of the generator's key: each begins another stream. 2 is the curriculum's.
+# The second word of the generator's key: each begins another stream. 2 is the curriculum's.
 SPLIT_KEYS = {"train": 0, "valid": 1}
 
 LABELS = ("every", "answer")
@@ -27,16 +27,16 @@ CHOICES = (
 
 
 class Task(NamedTuple):
-    """What a task is: documents of any one length."""
+    """A generated task, which makes documents of any length that it can have."""
 
     # numbers_BL, uniform in [0, 1) -> B documents of L tokens; of a task that has pairs also their number
     documents: Callable[..., Documents]
-    chance: float  # accuracy of a uniform guess; of arithmetic, which has more 0 than 1/5, as its source scales it
+    chance: float  # accuracy of a uniform guess; arithmetic has more than 1/5 of 0, but its source scales by 1/5 too
     symbols: str | tuple[str, ...]  # the name of each id, and so the vocabulary
     least: int = 1  # tokens in the shortest document
     pad: int = 0  # the id of tokens after the documents of a row
     labels: tuple[str, ...] = LABELS  # which `data.labels` it has
-    most_pairs: Callable[[int], int] | None = None  # that a document of so many tokens holds; None: it has no pairs
+    most_pairs: Callable[[int], int] | None = None  # tokens of a document -> the most pairs it holds; None: no pairs
     pairs: int = 0  # of a document whose setting names none; 0: as many as it holds
     depth: Callable[[np.ndarray], np.ndarray] | None = None  # tokens_BL -> how deep in it the answer lies (B,), 0 to 1
 
@@ -60,7 +60,7 @@ def nested_task(operators: int) -> Task:
         documents=functools.partial(arithmetic.nested, operators=operators),
         chance=1 / arithmetic.MODULUS,
         symbols=arithmetic.NESTED,
-        least=5,  # of 3 and 4 tokens the source makes 5
+        least=5,  # the source makes documents of 3 and 4 tokens longer, to 5
         pad=arithmetic.NESTED.index("_"),
         labels=("answer",),
     )
@@ -80,7 +80,7 @@ def mqar_task(vocab_size: int, noise: bool = True) -> Task:
         chance=2 / vocab_size,
         symbols=recall.mqar_symbols(vocab_size),
         least=4,
-        labels=("every",),  # the last query stands anywhere
+        labels=("every",),  # the last query may stand anywhere, so no one place has the answer
         most_pairs=lambda length: min(length // 4, vocab_size // 2 - 1),
     )
 
@@ -179,7 +179,7 @@ def _why(task: Task) -> str:
 
 
 def synthetic_rows(config: DataConfig, split: str) -> Rows:
-    """Rows of the task named `config.source`. Row r is drawn from (seed, split, r) alone, whoever asks for it.
+    """Return rows of the task named `config.source`. Row r depends on (seed, split, r) and `config` alone.
 
     Training rows never end and follow the curriculum: row r belongs to step r // batch. Validation has
     `config.valid_rows` rows of the last stage.
@@ -192,7 +192,7 @@ def synthetic_rows(config: DataConfig, split: str) -> Rows:
     count = None if split == "train" else config.valid_rows
 
     def settings(row_B: np.ndarray) -> tuple[list[Setting], np.ndarray]:
-        """Find the different settings of rows, and which of them each row has."""
+        """Return the different settings of rows, and which of them each row has."""
         if split != "train":
             return [stages(config)[-1]], np.zeros(len(row_B), int)
         steps, step_B = np.unique(row_B // config.batch, return_inverse=True)
@@ -204,7 +204,7 @@ def synthetic_rows(config: DataConfig, split: str) -> Rows:
     def gather(row_B: np.ndarray) -> Batch:
         row_B = np.asarray(row_B)
         different, setting_B = settings(row_B)
-        # What pairs and queries are drawn from has to be there for a document that the row's end cuts, too.
+        # A document that the row's end cuts needs all of its numbers too, as pairs and queries are drawn from them.
         whole = max(-(-config.length // setting.length) * setting.length for setting in different)
         numbers_BL = uniform(config.seed, split, row_B, whole if task.most_pairs else config.length)
         real_B = np.ones(len(row_B), bool) if count is None else row_B < count
@@ -226,7 +226,7 @@ def synthetic_rows(config: DataConfig, split: str) -> Rows:
 def uniform(seed: int, split: str, row_B: np.ndarray, length: int) -> np.ndarray:
     """Draw `length` numbers in [0, 1) for each row, multiples of 2^-32: the Philox stream whose counter is the row.
 
-    A generator is made once and its counter set for each row, in 4 microseconds: making one takes 25.
+    One generator is made, and its counter set for each row, which takes 4 microseconds; making one would take 25.
     """
     generator = np.random.Philox(key=[seed, SPLIT_KEYS[split]])
     state = generator.state
@@ -239,9 +239,10 @@ def uniform(seed: int, split: str, row_B: np.ndarray, length: int) -> np.ndarray
 
 
 def fill(task: Task, config: DataConfig, numbers_BL: np.ndarray, real_B: np.ndarray, setting: Setting) -> Batch:
-    """Fill rows with documents of one setting, scored where the row is `real`.
+    """Fill rows with documents of one setting; rows that are not `real` are not scored.
 
-    Packed, documents follow each other, the last one cut where the row ends; else there is one, and padding after it.
+    Packed documents follow each other, and the last one is cut where the row ends; else a row has one document, and
+    padding after it.
     """
     rows, width, length = len(numbers_BL), config.length, setting.length
     count = -(-width // length) if config.task_packed else 1

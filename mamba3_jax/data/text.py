@@ -1,4 +1,4 @@
-"""Files of text, JSON lines or Parquet, by glob; without one, the Python standard library's own source."""
+"""Read files of text, JSON lines or Parquet, by glob; without one, the Python standard library's own source."""
 
 import contextlib
 import functools
@@ -17,24 +17,24 @@ from mamba3_jax.data.packing import Corpus, Rows, concatenate, rows
 from mamba3_jax.data.token_cache import cached, is_kept
 from mamba3_jax.data.vocabulary import tokenizer
 
-VALID_IN = 20  # one file in this many is for validation
-# Tests and applications inside the standard library: more text, less of it worth learning.
+VALID_IN = 20  # one file in so many is for validation
+# Tests and applications inside the standard library, which are more text, but less worth learning.
 STDLIB_SKIP = frozenset(
     "site-packages __pycache__ test tests idlelib lib2to3 turtledemo pydoc_data ensurepip".split()  # noqa: SIM905
 )
-# A .json is one document as it stands, but nobody compresses a single one: .json.gz is how large sets name their lines.
+# A .json file is one document as it stands. But nobody compresses a single one: large sets name JSON lines .json.gz.
 JSON_LINES = (".jsonl", ".jsonl.gz", ".json.gz")
 
-FIELDS = ("tokenizer", "eos", "train_glob", "valid_glob", "separator", "key")  # that decide what a split holds
+FIELDS = ("tokenizer", "eos", "train_glob", "valid_glob", "separator", "key")  # decide what a split holds
 
 
 def in_valid(name: str) -> bool:
-    """Whether the file of this name, relative to its root, is one of the twentieth held out. The machine has no say."""
+    """Tell whether a file is held out, one in twenty, by its name relative to the root; so all machines agree."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % VALID_IN == 0
 
 
 def standard_library() -> dict[str, Path]:
-    """Relative name -> path, sorted, of the source files of the running Python."""
+    """Return the source files of the running Python: relative name -> path, sorted."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = []
     for folder, folders, names in os.walk(root):
@@ -44,13 +44,13 @@ def standard_library() -> dict[str, Path]:
 
 
 def matches(pattern: str, field: str) -> dict[str, Path]:
-    """Name relative to the folder before the first wildcard -> path, sorted, of the files that a glob matches."""
+    """Return the files that a glob matches: name relative to the folder before the first wildcard -> path, sorted."""
     pattern = str(Path(pattern).expanduser())
     found = map(Path, glob.glob(pattern, recursive=True))
     paths = [path for path in found if path.is_file() and not is_kept(path)]
     if not paths:
         raise FileNotFoundError(f"data.{field}={pattern!r} matches no file{_hint(pattern)}")
-    root = Path(pattern.replace("[[]", "\0"))  # which is no wildcard, but how a glob writes [
+    root = Path(pattern.replace("[[]", "\0"))  # [[] is not a wildcard, but how a glob writes [
     while glob.has_magic(str(root)) or Path(str(root).replace("\0", "[")).is_file():
         root = root.parent
     root = Path(str(root).replace("\0", "["))
@@ -58,7 +58,7 @@ def matches(pattern: str, field: str) -> dict[str, Path]:
 
 
 def _hint(pattern: str) -> str:
-    """Says why a glob that matches no file may have been meant to."""
+    """Say, for a glob that matches no file, what may have been meant."""
     literal = pattern.replace("[", "[[]")
     if literal != pattern and glob.glob(literal, recursive=True):
         return f": [ ] in a glob stand for one of the characters between them; for the name itself write {literal!r}"
@@ -69,7 +69,7 @@ def _hint(pattern: str) -> str:
 
 
 def files(config: DataConfig, split: str) -> dict[str, Path]:
-    """Relative name -> path, sorted, of the files of a split ("train" or "valid"). No file is in both."""
+    """Return the files of a split ("train" or "valid"): relative name -> path, sorted. No file is in both splits."""
     train = matches(config.train_glob, "train_glob") if config.train_glob else standard_library()
     if not config.valid_glob:
         chosen = {name: path for name, path in train.items() if in_valid(name) == (split == "valid")}
@@ -87,12 +87,14 @@ def files(config: DataConfig, split: str) -> dict[str, Path]:
 
 
 def read(paths: dict[str, Path], separator: str = "", key: str = "text") -> Iterator[str]:
-    """Yield the documents of each file that are not empty, by the end of its name.
+    """Yield the documents of each file that are not empty; the end of a file's name says how it is read.
 
-    JSON_LINES: the field `key` of each line's object. .parquet: the rows of the column `key`. Else UTF-8 text, line
-    ends as they are: one document, or those between `separator`s that have more than white space. .gz is unpacked.
+    In JSON_LINES a document is the field `key` of each line's object, in .parquet each row of the column `key`. Other
+    files are UTF-8 text, line ends as they are: one document, or the parts between `separator`s that have more than
+    white space. .gz is unpacked.
 
-    Raises ValueError, naming file and line, for what is not that.
+    Raises:
+        ValueError: a file cannot be read like this; the message names file and line.
     """
     for path in paths.values():
         if path.name.endswith(JSON_LINES):
@@ -187,13 +189,13 @@ def _corpus(split: str, **fields: str) -> Corpus:
         documents = read(paths, config.separator, config.key)
         return concatenate(codec.encode_all(documents), codec, f"the {len(paths)} files of the {split} split")
 
-    if not config.train_glob:  # beside Python's own source is no place to write
+    if not config.train_glob:  # the tokens would be kept beside Python's own source, which is no place to write
         return tokenise()
     return cached(paths.values(), codec, {"separator": config.separator, "key": config.key}, tokenise)
 
 
 def corpus(config: DataConfig, split: str) -> Corpus:
-    """Return the tokens of a split, of the documents that `read` finds. Kept in memory, and beside the text."""
+    """Return the tokens of a split's documents (`read`). They are kept in memory, and in a file beside the text."""
     return _corpus(split, **{name: getattr(config, name) for name in FIELDS})
 
 

@@ -1,4 +1,4 @@
-"""Text datasets of TensorFlow Datasets, read from their array_record files without TensorFlow."""
+"""Read text datasets of TensorFlow Datasets from their array_record files, without TensorFlow."""
 
 import functools
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from mamba3_jax.data.vocabulary import tokenizer
 
 def _source(name: str, directory: str, split: str, key: str):
     """Return the examples of a prepared dataset; ValueError that lists what exists for a wrong name, split or field."""
-    import tensorflow_datasets as tfds  # seconds that runs of other data need not take
+    import tensorflow_datasets as tfds  # takes seconds, which runs on other data save
 
     folder = Path(directory or tfds.core.constants.DATA_DIR).expanduser()
     there = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
@@ -70,6 +70,6 @@ def tfds_rows(config: DataConfig, split: str) -> Rows:
 
 
 def _fields(config: DataConfig, split: str) -> tuple[str, str, str, str]:
-    """Give the dataset's name, its directory, the name it has for a split, and the field of the text."""
+    """Return the dataset's name, its directory, its own name for a split, and the field of the text."""
     part = config.tfds_train_split if split == "train" else config.tfds_valid_split
     return config.tfds_name, config.tfds_dir, part, config.tfds_key

@@ -1,7 +1,7 @@
-"""A run's own copy of its tokenizer, in its workdir: what the ids mean travels with the parameters.
+"""Keep a copy of a run's tokenizer in its workdir, so that what the ids mean travels with the parameters.
 
-workdir/tokenizer/tokenizer.json   and the files that were beside it and may name the end of a document
-                 /SHA256SUMS       of each, as `sha256sum -c` reads it
+workdir/tokenizer/tokenizer.json   and the files beside it that may name the end of a document
+                 /SHA256SUMS       of each, for `sha256sum -c`
 """
 
 import shutil
@@ -14,12 +14,12 @@ FOLDER, FILE, SUMS = "tokenizer", "tokenizer.json", "SHA256SUMS"
 
 
 def is_file(tokenizer: str) -> bool:
-    """Tells whether a `data.tokenizer` is the path of a file that exists."""
+    """Tell whether a `data.tokenizer` is the path of a file that exists."""
     return tokenizer != "bytes" and Path(tokenizer).is_file()
 
 
 def find(workdir) -> Path | None:
-    """Find the tokenizer.json of a workdir, None if it has none; ValueError where it is no longer what was copied."""
+    """Return the tokenizer.json of a workdir, None if it has none; ValueError if it is no longer what was copied."""
     folder = Path(workdir).expanduser() / FOLDER
     if not folder.is_dir():
         return None
@@ -57,16 +57,17 @@ def write(directory: Path, tokenizer: Path) -> None:
 
 
 def differ(one: str, other: str) -> bool:
-    """Tells whether two values of `data.tokenizer` are known to be two tokenizers; a file that is gone may be any."""
+    """Tell whether two values of `data.tokenizer` are surely different tokenizers; a file that is gone may be any."""
     if "bytes" in (one, other):
         return one != other
     return is_file(one) and is_file(other) and sha256(Path(one)) != sha256(Path(other))
 
 
 def to_resume(workdir, tokenizer: str) -> str | None:
-    """Find the workdir's own copy, for a run to resume with; None if there is none or the run has no file.
+    """Return the workdir's own copy, for a run to resume with; None if there is none or the run's tokens are bytes.
 
-    Raises ValueError where the file that a run names is another one: the parameters belong to the copy.
+    Raises:
+        ValueError: the run names another file, while the parameters belong to the copy.
     """
     copy = find(workdir)
     if copy is None or tokenizer == "bytes":

@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, the symbols of a task, or a Hugging Face `tokenizer.json`."""
+"""Turn text into token ids and back: by bytes, the symbols of a task, or a Hugging Face `tokenizer.json`."""
 
 import itertools
 import json
@@ -13,24 +13,24 @@ from mamba3_jax.config import DataConfig, listed, what_builds
 from mamba3_jax.data.synthetic import TASKS
 from mamba3_jax.files import read_object
 
-# A tokenizer.json does not say which token ends a document. These files beside it may, the first that does.
+# A tokenizer.json does not say which token ends a document. These files beside it may; the first that does counts.
 EOS_FILES = {
     "tokenizer_config.json": "eos_token",
     "generation_config.json": "eos_token_id",
     "special_tokens_map.json": "eos_token",
 }
-# Where none does, it is the first of these that exists.
+# Where none does, it is the first of these tokens that exists.
 EOS_NAMES = (
     *("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOS>", "[EOS]", "<|im_end|>"),
     *("<｜end▁of▁sentence｜>", "<|end_of_sentence|>", "<|eot_id|>", "<|end_of_turn|>", "<end_of_turn>"),
     *("<|eod|>", "<EOD>", "<eod>", "<|eos_token|>", "<|EOS_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "[SEP]"),
 )
-# How byte-level vocabularies write the bytes: what can be printed as it is, the others as the letters from 256 on.
+# Byte-level vocabularies write bytes that can be printed as they are, and the others as the letters from 256 on.
 PRINTED = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
 BYTE_LETTERS = {chr(byte): byte for byte in PRINTED} | {
     chr(256 + number): byte for number, byte in enumerate(byte for byte in range(256) if byte not in PRINTED)
 }
-NO_TEXT = b"\xff"  # which UTF-8 does not have
+NO_TEXT = b"\xff"  # a byte that UTF-8 never has
 
 
 class Bytes:
@@ -43,10 +43,10 @@ class Bytes:
         return list(text.encode())
 
     def special(self, text: str) -> None:
-        """Find none: no byte is a special token."""
+        """Return None: no byte is a special token."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Bytes that are not UTF-8 (a character cut in two, say) come out as U+FFFD."""
+        """Spell ids; bytes that are not UTF-8 (a character cut in two, say) come out as U+FFFD."""
         return bytes(int(i) for i in ids).decode(errors="replace")
 
     def encode_all(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, None]]:
@@ -56,9 +56,9 @@ class Bytes:
 
 
 class Symbols:
-    """One symbol an id: the language of a generated task, which has no separator.
+    """The symbols of a generated task, one for each id; there is no separator.
 
-    `symbols` is a string of characters, or a tuple of names, which a space parts in a text.
+    `symbols` is a string of characters, or a tuple of names, which stand apart by spaces in a text.
     """
 
     eos = None
@@ -76,17 +76,17 @@ class Symbols:
         return [self._ids[part] for part in parts]
 
     def special(self, text: str) -> None:
-        """Find none: no symbol is a special token."""
+        """Return None: no symbol is a special token."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids past the symbols, which a larger model may draw, come out as U+FFFD."""
+        """Spell ids; those past the symbols, which a model of more ids may draw, come out as U+FFFD."""
         return self._between.join(self.symbols[int(i)] if int(i) < self.vocab_size else "\ufffd" for i in ids)
 
 
 class HuggingFace:
     """A `tokenizer.json` of the package `tokenizers`. No special tokens are added around a text.
 
-    `eos` names the token that ends a document, or its id; "": as the files beside it, or EOS_NAMES, have it.
+    `eos` names the token that ends a document, or its id; "": the files beside tokenizer.json say it, or EOS_NAMES.
     """
 
     def __init__(self, path: str, eos: str = ""):
@@ -101,7 +101,7 @@ class HuggingFace:
         self.path = path
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # Ids may have gaps, so the width is the largest id, not the number of entries.
+        # Ids may have gaps, so the size is that of the largest id, not the number of entries.
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if not self.vocab_size:
             raise ValueError(f"{path} has an empty vocabulary")
@@ -111,7 +111,7 @@ class HuggingFace:
         self._word_sizes = np.array([len(word) for word in self._words])
 
     def _id_of(self, name: str | int, what: str) -> int:
-        """Find the id of a token given by its text or its id; ValueError, beginning with `what`, for neither."""
+        """Return the id of a token given by its text or its id; ValueError, which begins with `what`, for neither."""
         token = int(name) if isinstance(name, int) or name.isdecimal() else self._tokenizer.token_to_id(name)
         if token not in range(self.vocab_size) or self._tokenizer.id_to_token(token) is None:
             raise ValueError(f"{what} is not a token of {self.path}, nor the id of one")
@@ -131,14 +131,14 @@ class HuggingFace:
         )
 
     def _find_reserved(self, path: Path) -> list[int]:
-        """List the ids that no text spells: the special tokens and the separator, but for the one of unknown text."""
+        """Return the ids that no text spells: special tokens and the separator, without the token of unknown text."""
         added = self._tokenizer.get_added_tokens_decoder()
         model = json.loads(path.read_bytes())["model"]
         unknown = self._tokenizer.token_to_id(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
         return sorted({self.eos, *(token for token, what in added.items() if what.special)} - {unknown})
 
     def _find_words(self) -> list[bytes]:
-        """List the bytes that each id of a byte-level vocabulary spells."""
+        """Return the bytes that each id of a byte-level vocabulary spells."""
         words = [NO_TEXT] * self.vocab_size
         for word, token in self._tokenizer.get_vocab(with_added_tokens=False).items():
             words[token] = (
@@ -149,23 +149,23 @@ class HuggingFace:
         return words
 
     def encode(self, text: str) -> list[int]:
-        """Encode a text in which the spelling of a special token is that token."""
+        """Encode a text; the spelling of a special token in it becomes that token."""
         (encoding,) = self._encode([text], special=True)
         return encoding.ids
 
     def special(self, text: str) -> int | None:
-        """Find the id of the special token that a text is the spelling of, if it is."""
+        """Return the id of the special token that is spelled like the text, None if there is none."""
         token = self._tokenizer.token_to_id(text)
         return token if token in self._reserved else None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Spells ids, special tokens too."""
+        """Spell ids, special tokens too."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def encode_all(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield the ids of each text, without separators, and how many bytes of the text each spells.
+        """Yield the ids of each text, without separators, and how many bytes of the text each id spells.
 
-        A special token's spelling is text like any other. A batch of texts at a time, which the package does in
+        A special token's spelling is text like any other. Texts go to the package in batches, which it encodes in
         parallel.
         """
         known = bool(self._words)
@@ -178,15 +178,15 @@ class HuggingFace:
                 yield ids_T, bytes_spelt(text, end_T)
 
     def _by_words(self, text: str, ids: list[int]) -> tuple[np.ndarray, np.ndarray] | None:
-        """Give what `encode_all` does where the words of the ids are the text, byte for byte; else None.
+        """Return what `encode_all` yields if the words of the ids are the text, byte for byte; else None.
 
-        The package takes twice as long for ids with offsets as for ids alone.
+        This needs no offsets, with which the package takes twice as long.
         """
         data, ids_T = text.encode(), np.asarray(ids, np.uint32)
         if b"".join(map(self._words.__getitem__, ids)) != data or np.isin(ids_T, self._reserved).any():
             return None
         end_T = np.cumsum(self._word_sizes[ids_T])
-        if not text.isascii():  # up to the end of the character
+        if not text.isascii():  # move an end inside a character to the end of that character
             begins = np.flatnonzero(np.frombuffer(data + b" ", np.uint8) & 0xC0 != 0x80)
             end_T = begins[np.searchsorted(begins, end_T)]
         return ids_T, sizes(end_T)
@@ -198,15 +198,15 @@ class HuggingFace:
             encode = self._tokenizer.encode_batch if offsets else self._tokenizer.encode_batch_fast
             return encode(texts, add_special_tokens=False)
         except Exception as error:  # the package raises bare Exception
-            if len(texts) > 1:  # of which one?
+            if len(texts) > 1:  # find the one that cannot be encoded
                 return [encoding for text in texts for encoding in self._encode([text], special, offsets)]
             raise ValueError(f"{self.path} cannot encode {shorten(texts[0])!r}: {error}") from None
 
     def _spell(self, text: str, encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
-        """Give the ids of a text, and how many of its characters each one and those before it spell.
+        """Return the ids of a text, and how many of its characters each id and those before it spell.
 
-        A model that has whole words may find a special token in the text all the same: the text is cut in two before
-        the last character of that, and the parts are encoded.
+        A model of whole words may find a special token in the text all the same: then the text is cut before the last
+        character of that token, and the parts are encoded.
         """
         ids_T = np.asarray(encoding.ids, np.uint32)
         begin_T, end_T = np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T
@@ -221,9 +221,9 @@ class HuggingFace:
 
 
 def eos_in(path: Path, field: str) -> str | int | None:
-    """Read the end of a document that a file names: a text, {"content": text} or an id, or the first of a list.
+    """Return the end of a document that a file names: a text, {"content": text} or an id, or the first of a list.
 
-    None: there is no such file, or it names none. ValueError: it is damaged.
+    None if there is no such file, or it names none; ValueError if it is damaged.
     """
     if not path.is_file():
         return None
@@ -237,14 +237,14 @@ def eos_in(path: Path, field: str) -> str | int | None:
 
 
 def continuation(codec, prompt: Iterable[int], row: Iterable[int]) -> str:
-    """Spells what the ids of a row add to the text of a prompt's."""
+    """Return the text that the ids of a row add to that of a prompt's ids."""
     before, text = codec.decode(prompt), codec.decode([*prompt, *row])
-    # Less than `before` where that ends inside a character.
+    # The common prefix is shorter than `before` where the prompt ends inside a character.
     return text[len(os.path.commonprefix([before, text])) :]  # noqa: RUF071
 
 
 def groups(texts: Iterable[str], most: int = 256, characters: int = 2**20) -> Iterator[list[str]]:
-    """Part texts into lists of as many as reach a number of characters, at most so many; the package's cost memory."""
+    """Group texts until they reach `most` texts or so many characters: all encodings at once would fill the memory."""
     group, size = [], 0
     for text in texts:
         group.append(text)
@@ -257,15 +257,15 @@ def groups(texts: Iterable[str], most: int = 256, characters: int = 2**20) -> It
 
 
 def shorten(text: str) -> str:
-    """Cuts a text for a line that names it."""
+    """Cut a text for a line that names it."""
     return text if len(text) <= 40 else text[:40] + "..."
 
 
 def bytes_spelt(text: str, end_T: np.ndarray) -> np.ndarray:
-    """Count the UTF-8 bytes of a text from the end of the token before to the end of each: all of them together.
+    """Return how many UTF-8 bytes of a text lie between the end of the token before and each token's own end.
 
-    What a tokenizer drops (a space, say) counts with the token after it, the rest of the text with the last one; where
-    several tokens make up one character, it counts with the first of them.
+    The counts add up to the whole text. What a tokenizer drops (a space, say) counts with the token after it, the rest
+    of the text with the last one; a character of several tokens counts with the first of them.
     """
     if not len(end_T):
         return np.zeros(0, np.uint8)

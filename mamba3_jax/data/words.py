@@ -1,6 +1,6 @@
-"""Words over finite groups: the running product of a word's elements (Merrill et al. 2024, arXiv:2404.08819).
+"""Draw words over finite groups, with the running product of their elements (Merrill et al. 2024, arXiv:2404.08819).
 
-V is the elements of a group, I the points that they move.
+In shapes V stands for the elements of a group, I for the points that they permute.
 """
 
 import itertools
@@ -13,11 +13,11 @@ from mamba3_jax.data.batch import Documents
 
 
 class Group(NamedTuple):
-    """A finite group of permutations of 1 .. n, by number in the order of their one-line notation."""
+    """A finite group of permutations of 1 .. n, which are numbered in the order of their one-line notation."""
 
     names: tuple[str, ...]  # of each element
     table_VV: np.ndarray  # int32: the number of "a, then b"
-    generators: np.ndarray  # numbers of the elements that words over generators are made of
+    generators: np.ndarray  # numbers of the elements that words over generators consist of
 
 
 def group(permutations: Sequence[tuple[int, ...]], generators: Sequence[tuple[int, ...]], names=None) -> Group:
@@ -59,7 +59,7 @@ def alternating(points: int) -> Group:
 def products(table_VV: np.ndarray, elements_BL: np.ndarray) -> np.ndarray:
     """Compute p_t = x_1, then x_2, .. then x_t, the running products of each row (B, L), in log2 L passes.
 
-    After a pass each place holds the product of twice as many elements, up to its own.
+    Each pass doubles how many elements, up to its own, the product at a place has.
     """
     order, table = len(table_VV), table_VV.ravel()
     product_BL, reach = elements_BL, 1

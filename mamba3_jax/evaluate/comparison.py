@@ -1,4 +1,4 @@
-"""What a sweep found: every member's number, the best learning rate of a variant, differences with intervals, a table.
+"""Compare what a sweep found: members' numbers, a variant's best learning rate, differences with intervals, a table.
 
 A row is one member: variant, seed, learning_rate, numbers of its training (loss, skipped, ...), and `scores`, what
 `evaluate` returned at each length. A metric is a name in a row ("loss") or NAME@LENGTH in its scores
@@ -10,18 +10,18 @@ import statistics
 from collections.abc import Sequence
 
 LESS_IS_BETTER = ("loss", "valid_loss", "loss_last", "late_loss", "perplexity", "bits_per_byte", "skipped")
-STATISTICS = {"worst": min, "mean": statistics.mean, "best": max}  # of numbers of which more is better
+STATISTICS = {"worst": min, "mean": statistics.mean, "best": max}  # over numbers that are the greater, the better
 DIFFERENCE = "difference"  # the word for the mean difference to the first variant, seed by seed
-MANY = 4  # seeds from which on the table has the mean of losses and their standard deviation
+MANY = 4  # with so many seeds or more the table has the mean of losses and their standard deviation
 # Student's t, 0.975, by degrees of freedom
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
 def value(row: dict, metric: str) -> float:
-    """Return the number of a row; NaN where it is missing, as of a run that diverged.
+    """Return the number that a metric names in a row; NaN where the row has null, as of a run that diverged.
 
     Raises:
-        ValueError: a length that was not scored.
+        ValueError: a length that was not scored, or a name that the row does not have.
     """
     name, _, length = metric.partition("@")
     found = row
@@ -37,7 +37,7 @@ def value(row: dict, metric: str) -> float:
 
 
 def place(score: dict) -> str:
-    """Name what a score was taken at, as metrics do."""
+    """Name the setting that a score was taken at, as metrics do."""
     return f"{score['length']}:{score['pairs']}" if "pairs" in score else str(score["length"])
 
 
@@ -47,18 +47,18 @@ def sign(metric: str) -> int:
 
 
 def is_loss(metric: str) -> bool:
-    """Tell a metric in nats a token, of which a perplexity is the exponential."""
+    """Tell whether a metric is in nats a token, so that its exponential is a perplexity."""
     return metric.partition("@")[0] in ("loss", "valid_loss", "loss_last", "late_loss")
 
 
 def worth(row: dict, metric: str) -> float:
-    """Return a number that is the greater, the better the row; -inf for one that is not a number."""
+    """Return a number that is the greater, the better the row; -inf where the metric is NaN."""
     number = sign(metric) * value(row, metric)
     return -math.inf if math.isnan(number) else number
 
 
 def at_best_rate(rows: Sequence[dict], metric: str) -> list[dict]:
-    """Return the rows of the learning rate whose seeds are the best in the mean, by seed."""
+    """Return the rows of the learning rate that is the best in the mean over seeds, sorted by seed."""
     rates = {}
     for row in rows:
         rates.setdefault(row["learning_rate"], []).append(row)
@@ -84,10 +84,10 @@ def statistic(rows: Sequence[dict], wanted: str) -> float:
 
 
 def difference(rows: Sequence[dict], others: Sequence[dict], metric: str) -> tuple[float, float]:
-    """(mean, half-width of the 95% interval) of a metric over the seeds of both, paired, at each one's best rate.
+    """Return (mean, half-width of its 95% interval) of the difference in a metric, each variant at its best rate.
 
-    The mean of d_s = rows_s - others_s, and t sd(d) / sqrt(S) with Student's t at S - 1 degrees of freedom; NaN for
-    one seed.
+    The mean is that of d_s = rows_s - others_s over the S seeds that both have; the half-width is t sd(d) / sqrt(S)
+    with Student's t at S - 1 degrees of freedom, NaN for one seed.
     """
     d = list(paired(rows, others, metric).values())
     if len(d) < 2:
@@ -96,23 +96,23 @@ def difference(rows: Sequence[dict], others: Sequence[dict], metric: str) -> tup
 
 
 def paired(rows: Sequence[dict], others: Sequence[dict], metric: str) -> dict[int, float]:
-    """Return d_s = rows_s - others_s by seed, of the seeds of both at each one's best rate."""
+    """Return d_s = rows_s - others_s by seed, for the seeds that both have, each variant at its best rate."""
     ours, theirs = ({row["seed"]: value(row, metric) for row in at_best_rate(r, metric)} for r in (rows, others))
     return {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
 
 
 def deviation(numbers: Sequence[float]) -> float:
-    """Return the standard deviation of two numbers or more; NaN where one is not finite, on which Python 3.11 fails."""
+    """Return the standard deviation of two numbers or more; NaN where one is not finite (Python 3.11 would raise)."""
     return statistics.stdev(numbers) if all(map(math.isfinite, numbers)) else math.nan
 
 
 def student(count: int) -> float:
-    """Return the 0.975 quantile of Student's t of a mean of so many numbers, two or more."""
+    """Return the 0.975 quantile of Student's t for the mean of `count` numbers, two or more."""
     return T[count - 2] if count - 2 < len(T) else 1.96 + 2.5 / (count - 1)
 
 
 def by_variant(rows: Sequence[dict]) -> dict[str, list[dict]]:
-    """Group rows, in their order."""
+    """Group rows by variant, in their order."""
     grouped = {}
     for row in rows:
         grouped.setdefault(row["variant"], []).append(row)
@@ -120,9 +120,10 @@ def by_variant(rows: Sequence[dict]) -> dict[str, list[dict]]:
 
 
 def expected(rows: Sequence[dict], expect: dict[str, tuple[str, float, float]], first: str = "") -> list[dict]:
-    """Hold what was found to what was expected, variant -> (statistic, least, most), of the variants with rows.
+    """Check what was found against `expect`, variant -> (statistic, least, most), for every variant that has rows.
 
-    "difference METRIC" is the mean difference to the variant `first`, seed by seed, and waits for its rows too.
+    The statistic "difference METRIC" is the mean difference to the variant `first`, seed by seed; without rows of
+    `first` it is left out.
     """
     found, grouped = [], by_variant(rows)
     for variant, (wanted, least, most) in expect.items():
@@ -144,14 +145,14 @@ def expected(rows: Sequence[dict], expect: dict[str, tuple[str, float, float]], 
 
 
 def shown(number: float, metric: str) -> str:
-    """Write accuracies in percent, losses with four places."""
+    """Write a number: accuracies in percent, losses with four places."""
     if not math.isfinite(number):
         return "-"
     return f"{number:.4f}" if sign(metric) < 0 else f"{100 * number:.1f}"
 
 
 def of_seeds(rows: Sequence[dict], metric: str) -> str:
-    """Write the number of every seed; of many seeds' losses, which differ little, the mean and standard deviation."""
+    """Write the number of every seed; the losses of many seeds differ little: write their mean and deviation."""
     numbers = [value(row, metric) for row in rows]
     if sign(metric) > 0 or len(numbers) < MANY:
         return " ".join(shown(number, metric) for number in numbers)
@@ -159,13 +160,13 @@ def of_seeds(rows: Sequence[dict], metric: str) -> str:
 
 
 def table(rows: Sequence[dict], metrics: Sequence[str], best_by: str) -> str:
-    """Return a line a variant, in Markdown: its learning rate, every seed's numbers, and how far it is from the first.
+    """Return a Markdown table, a line a variant: its learning rate, every seed's numbers, its distance from the first.
 
     Args:
         rows: of all members.
         metrics: a column each; accuracies are in percent.
-        best_by: the metric that chooses each variant's learning rate, and that the last column compares: the mean of
-            the differences to the first variant, seed by seed, with its 95% interval.
+        best_by: the metric that chooses each variant's learning rate and that the last column compares, by the mean
+            difference to the first variant, seed by seed, with its 95% interval.
     """
     grouped = by_variant(rows)
     first = next(iter(grouped))

@@ -1,4 +1,4 @@
-"""Perplexity of whole documents, and of windows that slide over them: the forms in which papers report it."""
+"""Compute perplexity over whole documents and over windows that slide over them, the forms that papers report."""
 
 import itertools
 import math
@@ -23,32 +23,32 @@ class Document(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Contexts of `size` tokens at most, of which each next one scores `stride` tokens. None: the whole document."""
+    """Contexts of at most `size` tokens; each one after the first scores `stride` more. None: the whole document."""
 
     size: int | None = None
     stride: int | None = None
 
     @property
     def name(self) -> str:
-        """Return what a line of the table calls it."""
+        """Return the name that a line of the table has for it."""
         return "document" if self.size is None else f"{self.size}:{self.stride}"
 
     @property
     def what(self) -> str:
-        """Return what a line of progress calls several."""
+        """Return the name that a line of progress has for what is scored."""
         return "documents" if self.size is None else f"windows {self.name}"
 
 
 class Asked(NamedTuple):
-    """What is scored of all documents in one form."""
+    """All documents in one form, planned to be scored."""
 
     form: Window
     plan: Plan
-    counts: list[int]  # requests of each document
+    counts: list[int]  # of the requests of each document
 
 
 def window(text: str) -> Window:
-    """Read "W:S"; ValueError for what is no window."""
+    """Read "W:S" as a window; ValueError for other text."""
     size, _, stride = text.partition(":")
     if not (size.isdecimal() and stride.isdecimal()) or not 1 <= int(stride) <= int(size) <= LENGTH:
         raise ValueError(f"{text!r} is not W:S, a window of W tokens and a stride of S in 1 .. W, W at most {LENGTH}")
@@ -64,7 +64,7 @@ def held_out(data: DataConfig, max_tokens: int = 0) -> tuple[list[Document], int
     texts, codec, found, tokens = documents(data), tokenizer(data), [], 0
     for text, (ids_T, _) in zip(texts, codec.encode_all(texts), strict=True):
         if len(ids_T):
-            # Words as lm-eval counts them.
+            # Words are counted as lm-eval does.
             found.append(Document(ids_T.astype(np.int32), len(re.split(r"\s+", text)), len(text.encode())))
             tokens += len(ids_T)
         if max_tokens and tokens >= max_tokens:
@@ -75,10 +75,11 @@ def held_out(data: DataConfig, max_tokens: int = 0) -> tuple[list[Document], int
 
 
 def requests(ids_T: np.ndarray, eos: int, form: Window) -> list[Request]:
-    """Cut a document into what is scored, each token once, in order; `eos` stands before the first, as in lm-eval.
+    """Cut a document into requests that score each token once, in order; `eos` stands before the first, as in lm-eval.
 
-    The first window scores all of its W tokens. Each next one scores the S after those, the last one fewer, and its
-    inputs are W tokens that end before the last of them: the first that it scores has W - S + 1 or more before it.
+    The first window scores all of its W tokens. Each later one scores the next S tokens, the last one perhaps fewer.
+    Its inputs are the W tokens that end just before the last that it scores, so the first that it scores has at least
+    W - S + 1 tokens before it.
     """
     size = form.size or len(ids_T)
     input_T, requests, done = np.concatenate([[eos], ids_T]).astype(np.int32), [], 0
@@ -90,7 +91,7 @@ def requests(ids_T: np.ndarray, eos: int, form: Window) -> list[Request]:
 
 
 def ask(scorer: Likelihoods, found: Sequence[Document], eos: int, forms: Sequence[Window]) -> list[Asked]:
-    """Plan what each form scores of documents; ValueError for a row that does not fit into memory."""
+    """Plan the scoring of documents in each form; ValueError for a row that does not fit into memory."""
     asked = []
     for form in forms:
         of_each = [requests(document.ids_T, eos, form) for document in found]
@@ -106,12 +107,13 @@ def evaluate(
     *,
     say: Callable[[str], None] | None = None,
 ) -> list[dict]:
-    """Return a result a form: what the model makes of documents, each from an empty state, of all tokens of all.
+    """Return a result for each form: how well the model predicts all tokens of the documents, from an empty state each.
 
     Returns:
         Dicts of window and stride (None: documents are whole), documents, tokens, words, bytes; loss (nats a token),
-        perplexity (of a token), accuracy, word_perplexity, byte_perplexity, bits_per_byte, as lm-eval has them, over
-        all documents together; document_loss, the mean over documents of their loss; and log_likelihoods, of each.
+        perplexity (of a token), accuracy, word_perplexity, byte_perplexity and bits_per_byte, defined as in lm-eval,
+        over all documents together; document_loss, the mean over documents of their loss; and log_likelihoods, a
+        number for each document.
     """
     results = []
     for form, plan, counts in asked:
@@ -126,7 +128,7 @@ def evaluate(
 
 
 def totals(found: Sequence[Document], nll: np.ndarray) -> dict:
-    """Aggregate the nats of each document; see `evaluate`."""
+    """Aggregate the nats of each document over all of them; see `evaluate`."""
     tokens = np.array([len(document.ids_T) for document in found])
     words, size = sum(document.words for document in found), sum(document.bytes for document in found)
     a_byte = float(nll.sum() / size)
@@ -146,7 +148,7 @@ def totals(found: Sequence[Document], nll: np.ndarray) -> dict:
 
 
 def lines(results: Sequence[dict]) -> list[str]:
-    """Return a line a form for the table of `language`."""
+    """Return a line for each form, to stand in the table of `language`."""
     found = []
     for r in results:
         name = f"{Window(r['window'], r['stride']).name:>8}"

@@ -1,4 +1,4 @@
-"""The size at which variants of one kind have the number of another variant, with its interval over seeds.
+"""Find the size at which variants of one kind reach the number of another variant, with its interval over seeds.
 
 Rows and metrics are those of `comparison`.
 """
@@ -14,19 +14,20 @@ from mamba3_jax.evaluate import comparison
 class Crossing(NamedTuple):
     """The size at which a line has another's number, with its 95% interval."""
 
-    at: float  # NaN where there is no seed that all have a number of
+    at: float  # NaN where no seed has a finite number in all of the variants
     low: float
     high: float
-    side: str = ""  # it is "below" or "above" all sizes of the line, `at` the nearest of them; "": between them
-    near: bool = False  # and at the nearest of them the difference is not resolved
+    side: str = ""  # "below" or "above" where it is outside of the line's sizes, and `at` the nearest of them
+    near: bool = False  # where it is outside, whether the difference at the nearest size is within its interval
 
 
 def equal_at(line: Mapping[float, Sequence[dict]], target: Sequence[dict], metric: str) -> Crossing:
     """Return the size at which a line, rows by size, has the mean of the target's rows.
 
-    Linear interpolation in log2 of the size between the means over seeds, on the first stretch that has the number. The
-    interval is that of the jackknife over seeds (each left out of line and target alike), in log2 of the size, with
-    Student's t at S - 1 degrees of freedom; (0, inf) where leaving out one seed leaves the sizes of the line.
+    Means over seeds are interpolated linearly in log2 of the size, on the first stretch that contains the number. The
+    interval is that of the jackknife over seeds (each is left out of line and target alike), in log2 of the size, with
+    Student's t at S - 1 degrees of freedom. It is (0, inf) where, without one of the seeds, the size is outside of the
+    line's sizes.
     """
     sizes = sorted(line)
     numbers = {
@@ -58,10 +59,10 @@ def equal_at(line: Mapping[float, Sequence[dict]], target: Sequence[dict], metri
 
 
 def crossing(places: Sequence[float], numbers: Sequence[float], wanted: float) -> float | str:
-    """Return the first place at which the broken line through numbers is `wanted`, or on which side of all it is.
+    """Return the first place at which the broken line through numbers is `wanted`, or on which side of all it lies.
 
-    "below": it was passed before the first place, as the line goes from its first number to its last; "above": it is
-    not reached at the last.
+    "below": by the direction from the first number to the last, the line has passed `wanted` before the first place;
+    "above": it has not reached it at the last.
     """
     for left, right, before, after in zip(places, places[1:], numbers, numbers[1:], strict=False):
         if min(before, after) <= wanted <= max(before, after):
@@ -71,9 +72,9 @@ def crossing(places: Sequence[float], numbers: Sequence[float], wanted: float) -
 
 
 def equals(rows: Sequence[dict], sizes: dict, equal, metric: str) -> dict[tuple[str, str], Crossing]:
-    """Return, of each pair of a line of `sizes` and a variant, at which size the line has the variant's number.
+    """Return, for each pair in `equal` of a line of `sizes` and a variant, at which size the line has its number.
 
-    Pairs of which a variant has no rows yet are left out.
+    Pairs that want a variant without rows are left out.
     """
     grouped, found = comparison.by_variant(rows), {}
     for line, variant in equal:

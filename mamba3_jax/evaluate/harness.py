@@ -1,9 +1,9 @@
-"""Tasks of lm-eval (EleutherAI's harness, 0.4.13) from a local folder, run by a model of ours; nothing is downloaded.
+"""Run tasks of lm-eval (EleutherAI's harness, 0.4.13) from a local folder on a model of ours; nothing is downloaded.
 
 A task is a YAML file, https://github.com/EleutherAI/lm-evaluation-harness/blob/main/docs/task_guide.md. Its data are
-files: `dataset_path: json` and `dataset_kwargs: {data_files: {test: test.jsonl}}`, a relative one from the folder of
---tasks_folder. lm-eval is imported when tasks are loaded; what it and `datasets` keep goes into a folder that ends with
-the process.
+files: `dataset_path: json` and `dataset_kwargs: {data_files: {test: test.jsonl}}`, where relative paths begin at
+--tasks_folder. lm-eval is imported when tasks are loaded; what it and `datasets` write goes into a folder that ends
+with the process.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ import numpy as np
 from mamba3_jax.config import listed
 from mamba3_jax.evaluate.harness_model import HarnessModel
 
-HOME = "mamba3_jax_lm_eval_"  # of the folder, in the system's for temporary ones
-# Read when the packages are imported.
+HOME = "mamba3_jax_lm_eval_"  # how the name of that folder begins; it is a temporary one
+# Environment variables, which the packages read when they are imported.
 OFFLINE = {
     **dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE"), "1"),
     **dict.fromkeys(("HF_HUB_DISABLE_TELEMETRY", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"), "1"),
@@ -51,10 +51,10 @@ def load(names: Sequence[str], folder: str, limit: int | None = None, shots: int
     """Load tasks, groups or tags of a folder with their data.
 
     Args:
-        names: as YAML files in the folder, or in folders in it, have them.
+        names: of tasks, groups or tags, as the YAML files in the folder or its subfolders give them.
         folder: of the YAML files.
-        limit: of the documents of a task; None: all.
-        shots: solved examples before a question; None: as the task has it. One that says 0 keeps it, as in lm-eval.
+        limit: how many documents of a task to take; None: all.
+        shots: solved examples before a question; None: as the task says. A task that says 0 keeps it, as in lm-eval.
 
     Raises:
         TaskError: lm-eval is not installed, there is no such folder or task, or a task or its data cannot be read.
@@ -71,7 +71,7 @@ def load(names: Sequence[str], folder: str, limit: int | None = None, shots: int
         raise TaskError(f"--tasks take the package lm-eval ({error}): pip install 'mamba3_jax[lm-eval]'") from None
     logging.getLogger(lm_eval.__name__).setLevel(logging.ERROR)  # it warns of every default
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs as an error it raises too
-    # As lm-eval's own command seeds what tasks and the choice of solved examples draw from.
+    # Tasks and the choice of solved examples draw from these; lm-eval's own command seeds them alike.
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
     manager = TaskManager(include_path=str(folder), include_defaults=False)
@@ -81,7 +81,7 @@ def load(names: Sequence[str], folder: str, limit: int | None = None, shots: int
             raise TaskError(unknown(name, folder, manager))
         with heard() as said:
             try:
-                with contextlib.chdir(folder):  # from which `datasets` takes relative files
+                with contextlib.chdir(folder):  # where `datasets` looks for files of relative paths
                     loaded = manager.load([name])
             except Exception as error:
                 if isinstance(error, KeyError) and error.args[0] in SPLITS:
@@ -101,7 +101,7 @@ def load(names: Sequence[str], folder: str, limit: int | None = None, shots: int
 
 @contextlib.contextmanager
 def heard() -> Iterator[list[str]]:
-    """Collect what lm-eval logs as errors, such as the name of a metric that there is not, instead of printing it."""
+    """Collect what lm-eval logs as errors, such as the name of an unknown metric, instead of printing it."""
     said, handler, logger = [], logging.Handler(logging.ERROR), logging.getLogger("lm_eval")
     handler.emit = lambda record: said.append(record.getMessage())
     logger.addHandler(handler)
@@ -114,14 +114,14 @@ def heard() -> Iterator[list[str]]:
 
 
 def cause(error: BaseException) -> str:
-    """Return in one line what an error of the packages comes from."""
+    """Return the first cause of an error of the packages, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
 def unknown(name: str, folder: Path, manager) -> str:
-    """Say that there is no such task, which there are, and which files are not among them since lm-eval cannot read."""
+    """Say that there is no such task, which tasks there are, and which files lm-eval left out, unable to read them."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     skipped = []
@@ -134,10 +134,10 @@ def unknown(name: str, folder: Path, manager) -> str:
 
 
 def evaluate(asked: Asked, model, params, codec, *, say: Callable[[str], None] | None = None) -> dict[str, dict]:
-    """Return what each task and group came to: {name: {"version", "shots", "documents", "metrics": {name: value}}}.
+    """Return the result of each task and group: {name: {"version", "shots", "documents", "metrics": {name: value}}}.
 
     A metric has lm-eval's name, and its filter in brackets where it has one. Where it is the mean over documents,
-    NAME_stderr is the standard error; lm-eval finds that of others by bootstrap, which is left out.
+    NAME_stderr is its standard error; lm-eval would bootstrap that of other metrics, which is left out.
 
     Raises:
         TaskError: documents do not have what a task asks for, or a row does not fit into memory.
@@ -167,14 +167,14 @@ def evaluate(asked: Asked, model, params, codec, *, say: Callable[[str], None] |
 
 
 def wrapped(model, params, codec, say: Callable[[str], None] | None = None):
-    """Return a model of lm-eval's that answers as `HarnessModel` does."""
+    """Return a model of lm-eval's class that answers as `HarnessModel` does."""
     from lm_eval.api.model import TemplateLM
 
     return type("Mamba3JAX", (HarnessModel, TemplateLM), {})(model, params, codec, say)
 
 
 def metrics(row: dict, task, samples: Sequence[dict]) -> dict[str, float]:
-    """Return the numbers of a row of lm-eval's results, whose keys are "metric,filter", means with a standard error."""
+    """Return the numbers in a row of lm-eval's results, whose keys are "metric,filter"; means get a standard error."""
     from lm_eval.api.metrics import mean, mean_stderr
 
     found = {}

@@ -1,4 +1,4 @@
-"""A model of ours as lm-eval asks it: in text. Needs no lm-eval; `harness.wrapped` makes it one of its models."""
+"""Answer lm-eval's requests, which are texts, by a model of ours. lm-eval itself comes in by `harness.wrapped`."""
 
 import contextlib
 import functools
@@ -11,26 +11,26 @@ from mamba3_jax.data.vocabulary import continuation
 from mamba3_jax.evaluate.likelihood import PIECE, Likelihoods, Request, padded, power_of_two
 from mamba3_jax.generate import Sampling, generate
 
-ROWS = 64  # prompts that are continued together, at most
-TOKENS = 256  # of an answer where a task does not say, as in lm-eval's own models
-# What tasks may say of an answer: its length by the first of these names, where it ends, how it is drawn.
+ROWS = 64  # at most, of the prompts that are continued together
+TOKENS = 256  # of an answer whose length the task does not say, as in lm-eval's own models
+# What tasks may say of an answer: its length, by the first of these names that is there, and how it is drawn.
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 DRAWN = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
 
 
 class HarnessModel:
-    """Answers lm-eval's four kinds of request, beside its `TemplateLM` as the other base of a class.
+    """Answers lm-eval's four kinds of request; its `TemplateLM` is the other base of the class that `wrapped` makes.
 
     `TemplateLM._encode_pair` says where a continuation's tokens begin: spaces at the end of the context go to the
-    continuation, and its tokens are those of the whole text past as many as the context alone has. An empty context is
-    the end of a document. No context is cut.
+    continuation, whose tokens are those of the whole text after as many as the context alone has. An empty context is
+    the token that ends a document. No context is cut.
     """
 
     def __init__(self, model, params, codec, say: Callable[[str], None] | None = None):
         super().__init__()
         self.model, self.params, self.codec, self.say = model, params, codec, say
         self.scorer = Likelihoods(model, params)
-        self.running = False  # and stays so where running has failed: then it is not for the task's author to mend
+        self.running = False  # true in a call of the model, and after one that failed: the task is not at fault then
 
     @property
     def eot_token_id(self) -> int:
@@ -42,26 +42,26 @@ class HarnessModel:
         return self.codec.encode(string)
 
     def loglikelihood(self, requests, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Do as the base class does, without its bar of progress."""
+        """Do as the base class does, without its progress bar."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
-        """Return (log p(continuation | context), whether each of its tokens is the likeliest) of each request."""
+        """Return (log p(continuation | context), whether all of its tokens are the likeliest) for each request."""
         asked = [Request(context or [self.eot_token_id], answer) for _, context, answer in requests]
         return [(found.total, bool(found.greedy_T.all())) for found in self._score(asked, "continuations")]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihood of each text, in one piece after the end of a document."""
+        """Return the log-likelihood of each whole text after the token that ends a document."""
         asked = [Request([self.eot_token_id], self.tok_encode(request.args[0])) for request in requests]
         return [found.total for found in self._score(asked, "texts")]
 
     def _score(self, asked: list[Request], what: str):
-        plan = self.scorer.plan(asked)  # what does not fit is said before anything runs
+        plan = self.scorer.plan(asked)  # raises for what does not fit before anything runs
         with self._running():
             return self.scorer.score(plan, say=self.say, what=what)
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Return what follows each prompt up to one of the task's `until`, the end of the document or its length."""
+        """Return what follows each prompt, up to one of the task's `until`, the document's end or the most tokens."""
         prompts = [self.tok_encode(request.args[0]) or [self.eot_token_id] for request in requests]
         alike: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
@@ -82,7 +82,11 @@ class HarnessModel:
         return answers
 
     def _batches(self, kwargs: dict, numbers: list[int], prompts) -> list[tuple]:
-        """Cut prompts with equal wishes into (how, rows, which), longest first; ValueError for what does not fit."""
+        """Cut prompts with equal `wishes` into batches (wishes, rows, numbers), longest first.
+
+        Raises:
+            ValueError: a row does not fit into memory.
+        """
         how = wishes(kwargs)
         numbers = sorted(numbers, key=lambda number: -len(prompts[number]))
         length = 1 + few_sizes(len(prompts[numbers[0]]) - 1) + how[0]
@@ -91,9 +95,9 @@ class HarnessModel:
         return [(how, rows, numbers[at : at + rows]) for at in range(0, len(numbers), rows)]
 
     def _answers(self, prompts, rows: int, tokens: int, until: list[str], sampling, seed: int) -> list[str]:
-        """Continue one batch; its first prompt, the longest, fills it up."""
+        """Continue one batch; copies of its first prompt, the longest, fill the rows that are left."""
         spell = lambda prompt, row: continuation(self.codec, prompt[-1:], row)  # noqa: E731
-        before = prompts[0]  # after anything: a decoder may drop a space where the ids begin
+        before = prompts[0]  # rows are spelled after some token: a decoder may drop a space where the ids begin
         stop = (lambda row: any(text in spell(before, row) for text in until)) if until else None
         found = generate(
             self.model,
@@ -120,7 +124,7 @@ class HarnessModel:
 
 
 def few_sizes(length: int) -> int:
-    """Round a prompt's length up: to a power of two, past PIECE to whole pieces, whose number is no shape."""
+    """Round a prompt's length up to a power of two, past PIECE to whole pieces, however many: they share a program."""
     return padded(length) if length > PIECE else power_of_two(max(1, length))
 
 

@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text: loss, perplexity, bits per byte, and loss by position in the document."""
+"""Measure how well a model predicts held-out text: loss, perplexity, bits per byte, loss by position in a document."""
 
 import dataclasses
 import math
@@ -20,22 +20,22 @@ def evaluate(
     members: int = 0,
     say: Callable[[str], None] | None = None,
 ) -> list:
-    """Return a result a row length: what the model makes of the "valid" split of `data` cut into rows of that length.
+    """Return a result for each row length: how well the model predicts the "valid" split cut into rows of that length.
 
     Args:
         model: a `LanguageModel`.
         params: its parameters.
-        data: where the text comes from; its length is taken to be the one trained at.
+        data: where the text comes from; its length is taken as the trained one.
         lengths: of the rows, in tokens; () is 1, 2 and 4 times `data.length`.
-        max_tokens: about how many for each length, in whole rows; 0 is all.
-        members: of several models scored at once, which the leading axis of `params` counts; 0: it is one.
+        max_tokens: about how many to score for each length, in whole rows; 0 is all.
+        members: how many models are scored at once, along the leading axis of `params`; 0: one, without that axis.
         say: called with a line of progress now and then.
 
     Returns:
-        Dicts of length, tokens (scored), loss (nats a token), perplexity, accuracy, bits_per_byte (exact, of the source
-        text, a document's end as one byte more), late_loss (the loss of tokens with half a row or more of their
-        document before them; None where there are none), and positions: loss and tokens in doubling buckets of the
-        number of tokens of the document before (from, to). Of several members a list of these for each.
+        Dicts of length, tokens (scored), loss (nats a token), perplexity, accuracy, bits_per_byte (of the source text's
+        bytes, exactly, a document's end counting as one more), late_loss (the loss of tokens with half a row or more of
+        their document before them; None where there are none), and positions: loss and tokens in doubling buckets
+        (from, to) of how many tokens of the document come before. With members, a list of these for each.
 
     Raises:
         ValueError: a length below 2, or data without a scored token.
@@ -54,7 +54,7 @@ def evaluate(
 
 
 def check_lengths(lengths: Sequence[int]) -> list[int]:
-    """Sorted, each once; ValueError for one that is no whole number or has no target."""
+    """Return lengths sorted, each once; ValueError for one that is no whole number, too short or too long."""
     for length in lengths:
         if not isinstance(length, int) or isinstance(length, bool):
             raise ValueError(f"length {length!r} is not a whole number of tokens")
@@ -66,7 +66,7 @@ def check_lengths(lengths: Sequence[int]) -> list[int]:
 
 
 def edges(length: int) -> list[int]:
-    """0, 16, 32, 64, ... up to `length`: where the buckets of positions begin, and the last one's end."""
+    """Return 0, 16, 32, 64, ... and `length`: where the buckets of positions begin, and the end of the last one."""
     return [0, *(2**power for power in range(4, 64) if 2**power < length), length]
 
 
@@ -93,7 +93,7 @@ class Totals:
             self.bytes += int(scored.bytes_BL[counts_BL].sum())
 
     def result(self) -> dict:
-        """See `evaluate`."""
+        """Return the result of `evaluate` for one length."""
         tokens = int(self.count.sum())
         if not tokens:
             raise ValueError(f"no token of the held-out data is scored in rows of {self.length}")
@@ -116,17 +116,17 @@ class Totals:
 
 
 def perplexity(nats: float) -> float:
-    """Return e^nats, infinity where a double ends (near e^709); NaN stays NaN."""
+    """Return e^nats; infinity past the largest double, near e^709. NaN stays NaN."""
     return math.inf if nats > 709 else math.exp(nats)
 
 
 def past(length: int, trained: int) -> str:
-    """Return a remark on a line of a table."""
+    """Return the remark on a table's line for a length past the trained one."""
     return f"  ({length / trained:g}x the trained length)" if length > trained else ""
 
 
 def table(results: Sequence[dict], trained: int, more: Sequence[str] = ()) -> str:
-    """Return the results as text: a line a length, `more` such lines, then loss by position, a column a length."""
+    """Return the results as text: a line a length, the lines `more`, then loss by position, a column a length."""
     lines = ["  length   tokens    loss  perplexity  bits/byte  accuracy"]
     for r in results:
         bits = "        -" if r["bits_per_byte"] is None else f"{r['bits_per_byte']:9.4f}"

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations given contexts, of any lengths: few shapes, and a shared context runs once."""
+"""Compute log-likelihoods of continuations of any length, in few shapes; a context that several share runs once."""
 
 import functools
 import hashlib
@@ -17,10 +17,11 @@ from mamba3_jax.generate import prefill
 from mamba3_jax.model import LanguageModel, padded_vocab
 from mamba3_jax.ops.cross_entropy import TILE
 
-# Lengths up to each of these run in pieces of so many tokens, longer ones in pieces of PIECE. A state is carried from
-# piece to piece, so that their number is no shape: compiling one more takes longer than running many.
+# Prefixes and tails of up to so many tokens (the key) run in pieces of so many (the value), longer ones in pieces of
+# PIECE. The state is carried from piece to piece, so one program runs any number of them: compiling another one takes
+# longer than running many pieces.
 PIECES, PIECE = {0: 0, 16: 16, 256: 64, 2048: 512}, 2048
-ROWS, TOKENS = 128, 2**14  # of a call, at most
+ROWS, TOKENS = 128, 2**14  # at most, in one call
 
 
 class Request(NamedTuple):
@@ -31,42 +32,42 @@ class Request(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-    """What the model makes of each token of a continuation."""
+    """How well the model predicts each token of a continuation."""
 
-    nll_T: np.ndarray  # -log p(token | all before), nats
+    nll_T: np.ndarray  # -log p(token | all tokens before), nats
     greedy_T: np.ndarray  # whether no token is likelier
 
     @property
     def total(self) -> float:
-        """Sum log p(continuation | context) in float64."""
+        """Return log p(continuation | context), summed in float64."""
         return -float(self.nll_T.sum(dtype=np.float64))
 
 
 class Pieces(NamedTuple):
-    """How many tokens of a row one call runs: of its prefix, and of its tail."""
+    """How many tokens of a row's prefix, and of its tail, one call runs."""
 
     prefix: int
     tail: int
 
 
 class Group(NamedTuple):
-    """A batch to run: rows of a prefix and a tail, both whole pieces, for these requests, given by their numbers."""
+    """A batch to run for some requests: each row is a prefix and a tail, both padded to whole pieces."""
 
     pieces: Pieces
-    rows: int
-    contexts: int  # rows of the prefix
-    prefix: int
-    tail: int
-    numbers: list[int]
+    rows: int  # of the tail
+    contexts: int  # rows of the prefix: different contexts, rounded up
+    prefix: int  # tokens
+    tail: int  # tokens
+    numbers: list[int]  # of the requests
 
     @property
     def capacity(self) -> int:
-        """Return the room for tokens in caches of attention: a shape, so a power of two."""
+        """Return the room for tokens in attention caches: a power of two, since every size is another program."""
         return power_of_two(self.prefix + self.tail)
 
     @property
     def work(self) -> int:
-        """Count the tokens that are run, padding among them."""
+        """Return how many tokens are run, padding included."""
         return self.contexts * self.prefix + self.rows * self.tail
 
 
@@ -84,21 +85,21 @@ class Likelihoods:
 
     The prefix is a context without its last token. It runs first, padded on the left as in `generate`, and the state
     that it leaves is copied for each of its continuations in the batch. The tail is the context's last token and the
-    continuation, padded on the right. No context is cut: a recurrent state has no length, and the caches of attention
-    get room for what comes.
+    continuation without its last, padded on the right. No context is cut: a recurrent state has no length, and
+    attention caches get room for all tokens.
     """
 
     def __init__(self, model: LanguageModel, params):
         self.model, self.params = model, params
         self._prefill = jax.jit(functools.partial(prefill, model), donate_argnums=3)
         self._score = jax.jit(functools.partial(score_piece, model), donate_argnums=2)
-        # Every array of a state has repeats, then rows.
+        # The axes of every array in a state are repeats, rows, ...
         self._copies = jax.jit(lambda state, from_B: jax.tree.map(lambda x: x[:, from_B], state))
 
     def score(
         self, plan: Plan, *, say: Callable[[str], None] | None = None, what: str = "continuations"
     ) -> list[Likelihood]:
-        """Return a result a request, in their order; `say` gets a line now and then, in which they are `what`.
+        """Return a result for each request, in order; `say` gets a line now and then, which calls the requests `what`.
 
         Raises:
             FloatingPointError: the model's logits are not numbers.
@@ -119,7 +120,7 @@ class Likelihoods:
         return found
 
     def plan(self, requests: Sequence[Request]) -> Plan:
-        """Cut requests into batches, the longest first, in which a context's stand together.
+        """Cut requests into batches, the longest first; those of one context stand together.
 
         Raises:
             ValueError: a context without a token, or a row that does not fit into memory.
@@ -142,7 +143,7 @@ class Likelihoods:
         return Plan(requests, groups)
 
     def _rows(self, group: Group) -> int:
-        """Choose a power of two of rows: as many as there are requests, where these are not too many and fit."""
+        """Return how many rows a batch has, a power of two: enough for all requests, or as many as a call can run."""
         logits = group.pieces.tail * padded_vocab(self.model.config)
         most = min(ROWS, TOKENS // max(group.pieces), TILE // logits, power_of_two(len(group.numbers)))
         rows = power_of_two(max(1, most) + 1) // 2  # rounded down
@@ -150,7 +151,7 @@ class Likelihoods:
         return memory.fitting_rows(rows, needed)
 
     def _run(self, group: Group, requests: list[Request]) -> list[Likelihood]:
-        """Score one batch; rows that no request fills repeat the first."""
+        """Score one batch; what the rows without a request compute is dropped."""
         rows, tail = group.rows, group.tail
         contexts = [np.asarray(request.context, np.int32) for request in requests]
         start_BL = np.zeros((rows, tail), bool)
@@ -176,7 +177,7 @@ class Likelihoods:
         return results
 
     def _prefixes(self, contexts: list[np.ndarray], group: Group):
-        """Run each context without its last token once; return a state a row of the batch."""
+        """Run each context without its last token once; return the state of every row of the batch."""
         prefix, places, from_B = group.prefix, {}, np.zeros(group.rows, np.int32)
         for row, context_T in enumerate(contexts):
             from_B[row] = places.setdefault(context_T.tobytes(), len(places))
@@ -192,7 +193,7 @@ class Likelihoods:
 
 
 def key_of(number: int, request: Request) -> bytes | int:
-    """Return what tells contexts apart: a digest, or the request's number where nothing comes before the last token."""
+    """Return a context's digest, by which equal ones share a run; the request's number if the context is one token."""
     if not len(request.context):
         raise ValueError(f"the context of request {number} is empty, wanted at least one token")
     if len(request.context) == 1:
@@ -201,7 +202,7 @@ def key_of(number: int, request: Request) -> bytes | int:
 
 
 def group_of(pieces: Pieces, sizes: Sequence[tuple[int, int]], keys: Sequence, rows: int, numbers: list[int]) -> Group:
-    """Return the batch of some requests, given (prefix, tail) and the context's key of each."""
+    """Return the batch of the requests `numbers`, given the (prefix, tail) and the context's key of every request."""
     return Group(
         pieces=pieces,
         rows=rows,
@@ -213,20 +214,20 @@ def group_of(pieces: Pieces, sizes: Sequence[tuple[int, int]], keys: Sequence, r
 
 
 def power_of_two(least: int) -> int:
-    """Return the smallest power of two that is no less."""
+    """Return the smallest power of two that is not less than `least`."""
     return 1 << (least - 1).bit_length()
 
 
 def piece_of(length: int) -> int:
-    """Return how many tokens a call runs of a row of this length; 0 for none."""
+    """Return how many tokens of a row of this length one call runs; 0 for an empty row."""
     return next((piece for most, piece in PIECES.items() if length <= most), PIECE)
 
 
 def padded(length: int) -> int:
-    """Round a length up to whole pieces."""
+    """Round a length up to whole pieces of its `piece_of`."""
     return -(-length // max(1, piece_of(length))) * piece_of(length)
 
 
 def cut(length: int, piece: int) -> list[slice]:
-    """Cut a whole number of pieces into these."""
+    """Return the slices of the pieces in a length that is a whole number of them."""
     return [slice(first, first + piece) for first in range(0, length, piece)]

@@ -1,4 +1,4 @@
-"""Scores of every token of held-out rows, of any length, in memory that does not grow with it."""
+"""Score every token of held-out rows of any length, in memory that does not grow with the length."""
 
 import dataclasses
 import functools
@@ -18,14 +18,14 @@ from mamba3_jax.ops.cross_entropy import scores
 
 
 class Scored(NamedTuple):
-    """A batch and what the model made of it."""
+    """A batch and how well the model predicts it."""
 
     batch: Batch
-    # Of several members the scores have a leading axis M.
+    # With several members, nll and correct have a leading axis M.
     nll_BL: np.ndarray  # -log p(target) in nats; NaN for a target outside the vocabulary
     correct_BL: np.ndarray  # the likeliest id is the target
     position_BL: np.ndarray  # tokens since the document's first, or the row's
-    bytes_BL: np.ndarray | None = None  # of the text that the target spells; None: it is no text
+    bytes_BL: np.ndarray | None = None  # how many bytes of text the target spells; None: the data are no text
 
     def of(self, member: int) -> "Scored":
         """Return the scores of one of several members."""
@@ -33,14 +33,14 @@ class Scored(NamedTuple):
 
 
 def score_piece(model: LanguageModel, params, piece: Batch, state):
-    """Return (nll, correct, state) of one piece of a row, over the padded vocabulary and with NaN as in training."""
+    """Return (nll, correct, state) of a piece of rows; as in training, over the padded vocabulary, and NaN outside."""
     logits_BLV, state = model.apply({"params": params}, piece.tokens_BL, state, piece.start_BL)
     found = scores(logits_BLV, piece.targets_BL, model.config.vocab_size)
     return found.nll_BL, found.correct_BL, state
 
 
 def positions(start_BL: np.ndarray) -> np.ndarray:
-    """How many tokens of its document stand before each one in its row."""
+    """Return, for each token, how many tokens of its document stand before it in its row."""
     place_BL = np.broadcast_to(np.arange(start_BL.shape[1]), start_BL.shape)
     return place_BL - np.maximum.accumulate(np.where(start_BL, place_BL, 0), axis=1)
 
@@ -49,16 +49,20 @@ class Scorer:
     """Scores rows of one length; `score` may be called on any number of datasets, compiling once."""
 
     def __init__(self, model: LanguageModel, params, piece: int, members: int = 0):
-        """`piece`: tokens a call; longer rows are run in pieces with the state carried.
+        """Set up the scoring of a model.
 
-        `members`: of several models, which the leading axis of `params` counts; 0: it is one model, without that axis.
+        Args:
+            model: a `LanguageModel`.
+            params: its parameters.
+            piece: tokens that one call runs; longer rows run in pieces, with the state carried.
+            members: how many models are scored at once, along the leading axis of `params`; 0: one, without that axis.
         """
         self.model, self.params, self.piece, self.members = model, params, piece, members
         run = functools.partial(score_piece, model)
         self._run = jax.jit(jax.vmap(run, in_axes=(0, None, 0)) if members else run, donate_argnums=2)
 
     def batch(self, batch: Batch) -> Scored:
-        """One batch, whatever its length: the last piece is filled up with tokens that are not scored."""
+        """Score one batch of any length; the last piece is filled up with tokens that are not scored."""
         rows, length = batch.tokens_BL.shape
         piece = min(self.piece, length)
         fill = -length % piece
@@ -78,9 +82,10 @@ class Scorer:
     def score(
         self, data: DataConfig, *, max_tokens: int = 0, say: Callable[[str], None] | None = None
     ) -> Iterator[Scored]:
-        """Return batches of the "valid" split, about `max_tokens` tokens (0: all), of as many rows as that takes.
+        """Yield scored batches of the "valid" split with about `max_tokens` tokens in all (0: the whole split).
 
-        Each of several processes scores a part of a batch's rows and returns them all. `say` gets a line now and then.
+        With several processes, each scores a part of a batch's rows and yields all of them. `say` gets a line of
+        progress now and then.
         """
         host = (jax.process_index(), jax.process_count())
         rows = min(data.batch, max_tokens // data.length) if max_tokens else data.batch

@@ -1,4 +1,4 @@
-"""Accuracy of a task by length, or length and pairs, the lengths past the trained one among them."""
+"""Measure a task's accuracy by length, or by length and pairs, past the trained length too."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -11,19 +11,19 @@ from mamba3_jax.data.synthetic import TASKS, check_setting
 from mamba3_jax.evaluate.language import check_lengths, past
 from mamba3_jax.evaluate.score import Scored, Scorer
 
-PAPER_LENGTH = 256  # which the paper trains up to 160 for (arXiv:2603.15569, table 5b)
-DEPTHS = 10  # parts of a document in which an answer's depth is counted
+PAPER_LENGTH = 256  # at which the paper evaluates models trained up to 160 (arXiv:2603.15569, table 5b)
+DEPTHS = 10  # equal parts of a document by which the depth of its answer is counted
 
 
 def default_lengths(data: DataConfig) -> list[int]:
-    """1/4, 1/2, 1, 2, 4 and 8 times the trained length, and the paper's 256; none too short for the task."""
+    """Return 1/4, 1/2, 1, 2, 4 and 8 times the trained length, and the paper's 256; none too short for the task."""
     trained, least = data.task_lengths[-1], max(2, TASKS[data.source].least)
     parts = (trained // 4, trained // 2, trained, 2 * trained, 4 * trained, 8 * trained, PAPER_LENGTH)
     return sorted({min(LENGTH, max(least, length)) for length in parts})
 
 
 def read_setting(text: int | str) -> Setting:
-    """Read "64", 64 tokens with as many pairs as the task has then, or "64:4", with four.
+    """Read "64", which is 64 tokens with as many pairs as the task has at that length, or "64:4", with four pairs.
 
     Raises:
         ValueError: text that is neither.
@@ -35,12 +35,12 @@ def read_setting(text: int | str) -> Setting:
 
 
 def written(setting: Setting) -> int | str:
-    """Invert `read_setting`: a number where it names no pairs."""
+    """Invert `read_setting`; a setting without pairs is a number."""
     return f"{setting.length}:{setting.pairs}" if setting.pairs else setting.length
 
 
 def settings_of(data: DataConfig, lengths: Sequence[int | str]) -> list[Setting]:
-    """Sorted settings to evaluate at, `default_lengths` for none; ValueError for one that the task cannot have."""
+    """Return the settings of lengths, sorted; () is `default_lengths`. ValueError for one that the task cannot have."""
     settings = sorted(set(map(read_setting, lengths or default_lengths(data))))
     check_lengths([setting.length for setting in settings])
     for setting in settings:
@@ -49,14 +49,14 @@ def settings_of(data: DataConfig, lengths: Sequence[int | str]) -> list[Setting]
 
 
 def of_setting(data: DataConfig, length: int, pairs: int = 0) -> DataConfig:
-    """Return the data of a task with one document of this length, and pairs, a row."""
+    """Return the data of a task with one document a row, of this length and this number of pairs."""
     whole = {"task_lengths": (length,), "task_steps": (0,), "task_min_length": 0, "length": length}
     whole |= {"task_pairs": (pairs,) if pairs else (), "task_mixed": False}
     return dataclasses.replace(data, **whole, batch=min(data.batch, data.valid_rows))
 
 
 class Counts:
-    """What is right at one setting, of one model or, with a leading axis M, of several."""
+    """Counts of right answers at one setting, of one model or, with a leading axis M, of several."""
 
     def __init__(self, depth: Callable[[np.ndarray], np.ndarray] | None):
         self.depth = depth
@@ -82,7 +82,7 @@ class Counts:
             self.whole_at_depth += whole_B @ one_BX.astype(int)
 
     def result(self, setting: Setting, chance: float) -> dict:
-        """Return what `evaluate` does of a setting."""
+        """Return the result of `evaluate` for a setting."""
         last = self.last / self.sequences
         result = {"length": setting.length} | ({"pairs": setting.pairs} if setting.pairs else {})
         result |= {
@@ -107,22 +107,22 @@ def evaluate(
     members: int = 0,
     say: Callable[[str], None] | None = None,
 ) -> list[dict]:
-    """Return a result a length: sequences of that length, one a row, drawn as validation rows of task `data.source`.
+    """Return a result for each length, over validation documents of the task `data.source`, one a row.
 
     Args:
         model: a `LanguageModel`.
         params: its parameters.
-        data: the task; the last of its lengths is taken to be the one trained at.
+        data: the task; the last of its `task_lengths` is taken as the trained one.
         lengths: in tokens, or "LENGTH:PAIRS" of a task that has pairs; () is `default_lengths`.
         max_tokens: about how many for each length; 0 is `data.valid_rows` sequences.
-        members: of several models scored at once, which the leading axis of `params` counts; 0: it is one.
+        members: how many models are scored at once, along the leading axis of `params`; 0: one, without that axis.
         say: called with a line of progress now and then.
 
     Returns:
-        Dicts of length, pairs (where they were asked for), sequences, accuracy (of all scored positions), last
-        (accuracy of the last of these of each sequence), scaled_last: last with chance at 0 and always right at 1, and
-        exact: the share of sequences of which all scored positions are right; where the task has a depth, also
-        exact_by_depth, in ten equal parts of it. Of several members all after sequences are lists.
+        Dicts of length, pairs (where they were asked for), sequences, accuracy (over all scored positions), last
+        (accuracy at the last scored position of each sequence), scaled_last (last, with chance at 0 and always right at
+        1), and exact (the share of sequences in which all scored positions are right); where the task has a depth, also
+        exact_by_depth, in ten equal parts of it. With members, all entries after sequences are lists.
 
     Raises:
         ValueError: data that is not a task, or a length or pairs that it cannot have.

@@ -15,25 +15,26 @@ from mamba3_jax.mixers import MIXERS
 from mamba3_jax.model import blocks, boxed_shapes
 from mamba3_jax.train.flops import MATRICES
 
-STACKED = ("layers", "pair")  # logical axes over matrices that are side by side and nothing else
-# RMS of an update's entries, as AdamW's are: one learning rate and one weight decay then suit both groups of
-# parameters, and those found for AdamW are where to begin (Moonlight, arXiv:2502.16982, section 2.2, takes 0.2).
+STACKED = ("layers", "pair")  # logical axes that only stack matrices, and are no side of one
+# RMS of an update's entries, about that of AdamW's: one learning rate and one weight decay then suit both groups of
+# parameters, and the search can begin at AdamW's (Moonlight, arXiv:2502.16982, section 2.2, takes 0.2).
 RMS = 0.2
 
 
 class Matrix(NamedTuple):
     """How a parameter is one or more matrices."""
 
-    axes: MuonDimensionNumbers  # inputs and outputs; every other axis is over matrices
-    widths: tuple[int, ...] = ()  # of the matrices that share the last axis; (): it is of one
+    axes: MuonDimensionNumbers  # inputs and outputs; every other axis stacks matrices
+    widths: tuple[int, ...] = ()  # of the matrices that lie side by side on the last axis; (): it is one matrix's
 
 
 def matrices(config: ModelConfig):
     """Return the parameter tree with a `Matrix` where Muon takes a parameter, None where Adam does.
 
-    Muon takes what a layer multiplies every token by (`Mixer.matrices`, the feed-forward's) between the model's width
-    and any other axes: the axis `embed` is one side and those before or after it are the other. Embedding and head,
-    which are no layer's, norms, biases and what has no axis `embed` (the rank projections of MIMO) are Adam's.
+    Muon takes the matrices by which a layer multiplies every token (`Mixer.matrices`, and the feed-forward's), from or
+    to the model's width: the axis `embed` is one side, and all axes before or after it are the other. Adam takes the
+    embedding and the head, which belong to no layer, norms, biases, and parameters without an axis `embed` (the rank
+    projections of MIMO).
     """
     mixers = blocks(config.pattern)
 
@@ -57,10 +58,15 @@ def matrices(config: ModelConfig):
 
 
 def muon(matrices, momentum: float, eps: float) -> optax.GradientTransformation:
-    """Orthogonalise the Nesterov momentum of every matrix on its own, with entries of RMS `RMS`.
+    """Orthogonalise the Nesterov momentum of every matrix on its own, and scale it to entries of RMS `RMS`.
 
-    `optax.contrib.scale_by_muon`, but for matrices that share an axis: they are parted around it and joined again, so
-    the state is an array for every parameter. `matrices`: of these parameters alone.
+    This is `optax.contrib.scale_by_muon`, except that matrices side by side in one parameter are split before it and
+    joined again after it, so the state has one array for every parameter.
+
+    Args:
+        matrices: a `Matrix` for each of the parameters that Muon takes, without the others.
+        momentum: of Nesterov's method.
+        eps: keeps the norm that a matrix is divided by from being 0.
     """
     is_matrix = lambda x: isinstance(x, Matrix)  # noqa: E731
     over = lambda function, tree: jax.tree.map(function, matrices, tree, is_leaf=is_matrix)  # noqa: E731

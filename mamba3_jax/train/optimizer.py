@@ -9,7 +9,7 @@ import optax
 from mamba3_jax.config import Config, OptimizerConfig, check
 from mamba3_jax.train.muon import Matrix, matrices, muon
 
-# Fraction of the peak as a function of progress u in (0, 1], which begins when the warm-up ends.
+# The learning rate over its peak, as a function of progress u in (0, 1] since the end of the warm-up.
 SHAPES = {
     "cosine": lambda u, config: config.final + (1 - config.final) * (1 + jnp.cos(jnp.pi * u)) / 2,
     "wsd": lambda u, config: 1 - (1 - config.final) * _last(u, config.decay / (1 - config.warmup)),
@@ -18,12 +18,12 @@ SHAPES = {
 
 
 def _last(u, part):
-    """0 until the last `part` of the way, then linearly up to 1."""
+    """Return 0 until the last `part` of the way, then rise linearly to 1."""
     return jnp.clip((u - (1 - part)) / part, 0, 1)
 
 
 def validate(config: OptimizerConfig) -> None:
-    """Raise ValueError, naming the value and the wish."""
+    """Raise ValueError, naming the value and the wish, for settings that do not exist or do not go together."""
     check(config, "config.optimizer")
     if config.name not in OPTIMIZERS:
         raise ValueError(f"optimizer.name={config.name!r} is not one of {', '.join(OPTIMIZERS)}")
@@ -36,10 +36,11 @@ def validate(config: OptimizerConfig) -> None:
 
 
 def schedule(config: OptimizerConfig, steps: int):
-    """lr(t) of update t = 0..steps-1: linear up to the peak at t = W-1, then the shape, down to `final` at t = steps-1.
+    """Return lr(t) of update t = 0..steps-1: linear up to the peak at t = W-1, then a shape, which ends at t = steps-1.
 
-    W = warmup * steps. cosine: half a wave. wsd: the peak, then linear over the last decay * steps. The first update is
-    not lost to a learning rate of zero, the last one is `final` exactly.
+    W = warmup * steps. The shape "cosine" is half a wave, "wsd" keeps the peak and falls linearly over the last
+    decay * steps updates, "constant" keeps the peak. The first update's learning rate is not zero; the last one's is
+    final * peak exactly, except with "constant".
     """
     warm = round(config.warmup * steps)
 
@@ -53,10 +54,10 @@ def schedule(config: OptimizerConfig, steps: int):
 
 
 def decays(params):
-    """Mark the parameters that weight decay shrinks: not dt_bias, A_log, D (here: skip), norms and biases.
+    """Mark the parameters that weight decay shrinks: all but dt_bias, A_log, D (here: skip), norms and biases.
 
-    The biases of B and C (k_bias, q_bias) are biases, so are those of attention. Matrices, the embedding and the rank
-    projections of MIMO (v_rank, gate_rank, out_rank) decay, as in the official code.
+    The biases of B and C (k_bias, q_bias) count as biases, and so do those of attention. Matrices, the embedding and
+    the rank projections of MIMO (v_rank, gate_rank, out_rank) decay, as in the official code.
     """
 
     def decay(path, _):
@@ -67,12 +68,12 @@ def decays(params):
 
 
 def adamw(config: Config) -> optax.GradientTransformation:
-    """Scale by Adam, in every parameter."""
+    """Scale the gradient of every parameter by Adam; `optimizer` adds the weight decay."""
     return optax.scale_by_adam(config.optimizer.b1, config.optimizer.b2, config.optimizer.eps)
 
 
 def muon_and_adam(config: Config) -> optax.GradientTransformation:
-    """Orthogonalise the layers' matrices, scale by Adam what is not one (`muon.matrices`)."""
+    """Orthogonalise the gradients of the layers' matrices (`muon.matrices`), and scale all others by Adam."""
     taken = matrices(config.model)
     is_leaf = lambda x: x is None or isinstance(x, Matrix)  # noqa: E731
     alone = jax.tree.map(lambda matrix: matrix or optax.MaskedNode(), taken, is_leaf=is_leaf)
@@ -85,9 +86,10 @@ OPTIMIZERS = {"adamw": adamw, "muon": muon_and_adam}
 
 
 def optimizer(config: Config) -> optax.GradientTransformation:
-    """Clip by global norm, scale as `config.optimizer.name` says, decoupled decay on `decays`, `schedule`.
+    """Clip by global norm, scale as `config.optimizer.name` says, decay what `decays` marks, multiply by `schedule`.
 
-    The state has one structure for every config of one name, so a run can resume with another one.
+    The decay is decoupled. All configs with one `name` have states of one structure, so a run can resume with changed
+    settings.
     """
     settings = config.optimizer
     return optax.chain(

@@ -1,4 +1,4 @@
-"""One update, as a pure function of state and batch."""
+"""One training step, as a pure function of state and batch."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,12 +20,12 @@ from mamba3_jax.train.optimizer import optimizer, schedule
 
 
 class TrainState(NamedTuple):
-    """All that a step needs of the past. A skipped update counts as a step: its batch is gone, nothing else changed."""
+    """All that a step needs of the past. A skipped update counts as a step, whose batch is used up; no more changes."""
 
     step: jax.Array  # int32: batches seen
-    skipped: jax.Array  # int32: of these, how many updates were not made, since something was not finite
-    bad: jax.Array  # int32: skipped in a row, up to the last one
-    rng: jax.Array  # key data, for what a step may draw: step t from fold_in(rng, t)
+    skipped: jax.Array  # int32: how many of these made no update, since something was not finite
+    bad: jax.Array  # int32: how many of the last steps in a row were skipped
+    rng: jax.Array  # key data for random numbers of a step: step t would draw from fold_in(rng, t)
     params: Any
     opt_state: Any
 
@@ -40,7 +40,7 @@ def init_state(config: Config) -> TrainState:
 
 
 def state_shapes(config: Config, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings: moments of a parameter's shape lie where it does, the rest is on every device."""
+    """Return shapes, dtypes and shardings: moments of a parameter's shape lie where it does, all else everywhere."""
     shapes = jax.eval_shape(lambda: init_state(config))
     whole = NamedSharding(mesh, PartitionSpec())
     params = param_shardings(config.model, mesh)
@@ -65,16 +65,16 @@ def state_shapes(config: Config, mesh: Mesh) -> TrainState:
 
 
 def gradients(config: Config, params, batch: Batch) -> tuple[Any, Sums]:
-    """Gradient of the mean objective over the batch, and the sums, from `accumulate` micro-batches one after the other.
+    """Return the gradient of the batch's mean objective, and the sums, from `accumulate` micro-batches in turn.
 
-    Sums over tokens are accumulated and divided by the whole batch's weight at the end, so the result is that of the
-    full batch whatever weights its parts have.
+    Sums over tokens are accumulated, and divided by the whole batch's weight at the end. So the result is that of the
+    full batch, whatever weights its parts have.
     """
     count = config.optimizer.accumulate
     gradient = jax.grad(partial(batch_loss, config), has_aux=True)
 
     def accumulated(params, batch):
-        # Micro-batch i takes rows i, i + count, ...: of every device's rows an equal part.
+        # Micro-batch i takes rows i, i + count, ...: an equal part of every device's rows.
         split = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
         zeros = (jax.tree.map(jnp.zeros_like, params), Sums._make(jnp.zeros(len(Sums._fields))))
 
@@ -89,10 +89,11 @@ def gradients(config: Config, params, batch: Batch) -> tuple[Any, Sums]:
 
 
 def summed_once(gradient):
-    """Return `gradient(params, batch)` that sums over the mesh's data axis at its end, where XLA sums at every use.
+    """Return `gradient(params, batch)` that sums over the mesh's data axis once, at its end; XLA would at every use.
 
-    Over fsdp sums stay where they are, since no device has room for a whole gradient. Beside tensor so do all: inside
-    `jax.shard_map` XLA would divide what heads share over it too, and move that in every layer.
+    Sums over fsdp stay where they are, since no device has room for a whole gradient. On a mesh with a tensor axis
+    nothing changes: inside `jax.shard_map` XLA would also divide over that axis what heads share, and move it in every
+    layer.
     """
     axis, mesh = "data", jax.sharding.get_abstract_mesh()
     if mesh.shape.get(axis, 1) == 1 or mesh.shape.get("tensor", 1) > 1:
@@ -113,12 +114,12 @@ def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainSt
 
 
 def is_masked(x) -> bool:
-    """Tells whether this stands for a parameter that this part of the optimizer leaves to another."""
+    """Tell whether this stands for a parameter that this part of the optimizer leaves to another part."""
     return isinstance(x, optax.MaskedNode)
 
 
 def like(params, opt_state) -> list:
-    """List the trees in an optimizer's state that have an array for every parameter; masked ones are filled with it."""
+    """List the trees in an optimizer's state that have an array a parameter; masked places get the parameter."""
     structure = jax.tree.structure(params)
     same = lambda tree: jax.tree.structure(tree, is_leaf=is_masked) == structure  # noqa: E731
     full = lambda tree: jax.tree.map(lambda x, p: p if is_masked(x) else x, tree, params, is_leaf=is_masked)  # noqa: E731
@@ -128,14 +129,14 @@ def like(params, opt_state) -> list:
 def update(config: Config, state: TrainState, grads, parts: Sums) -> tuple[TrainState, dict]:
     """Return the state after an update by these gradients, and the metrics.
 
-    Where the objective, the gradient's norm or any number of the new parameters and moments is not finite, parameters
-    and the whole optimizer state (moments, count, so the schedule too) stay bit for bit what they were, and the step is
-    counted as skipped.
+    Where the objective, the gradient's norm or any number of the new parameters and moments is not finite, the
+    parameters and the whole optimizer state (moments, and the count that the schedule goes by) stay bit for bit what
+    they were, and the step counts as skipped.
     """
     norm = optax.tree.norm(grads)
     updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    kept = like(params, opt_state)  # the moments; beside them there are counts
+    kept = like(params, opt_state)  # the moments, without the counts beside them
     good = all_finite((objective(parts, config.train.z_loss), norm)) & all_finite(params, *kept)
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)  # noqa: E731
     metrics = means(parts) | {
@@ -161,14 +162,14 @@ def eval_step(config: Config, params, batch: Batch) -> Sums:
 
 
 def batch_shapes(config: DataConfig, mesh: Mesh) -> Batch:
-    """Shapes, dtypes and shardings of a global batch."""
+    """Return the shapes, dtypes and shardings of a global batch."""
     dtypes = Batch(tokens_BL=jnp.int32, targets_BL=jnp.int32, weights_BL=jnp.float32, start_BL=jnp.bool_)
     shape, sharding = (config.batch, config.length), batch_sharding(mesh)
     return jax.tree.map(lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding), dtypes)
 
 
 def put(batch: Batch, mesh: Mesh) -> Batch:
-    """Return the rows that this process loads (`sharding.loading`), whole, as its part of the global batch."""
+    """Return the global batch; `batch` is the part of its rows that this process loads (`sharding.loading`)."""
     sharding, (_, count) = batch_sharding(mesh), loading(mesh)
 
     def place(x_BL):
