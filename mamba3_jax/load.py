@@ -50,7 +50,8 @@ def load_run(path, *, step: int | None = None) -> tuple[Config, dict]:
     from mamba3_jax import checkpoint, convert, memory
     from mamba3_jax.convert.names import check, flatten
     from mamba3_jax.convert.shards import contents
-    from mamba3_jax.model import boxed_shapes, whole
+    from mamba3_jax.inputs import whole
+    from mamba3_jax.model import boxed_shapes
 
     if not isinstance(path, str | os.PathLike):
         raise ValueError(f"path is {type(path).__name__}, wanted a directory")
