@@ -42,10 +42,10 @@ def kernels(
     """Compute `ssm` by a backend's kernels: rows of up to `STEPS` tokens by its decoding step, longer ones by its scan.
 
     Args:
-        tokens: as for `ssm`, as are heads, state and rotation.
-        heads: learned, one entry a head.
-        state: what the tokens before left; None: nothing.
-        rotation: "adjacent" or "half".
+        tokens: as for `ssm`.
+        heads: as for `ssm`.
+        state: as for `ssm`.
+        rotation: as for `ssm`.
         chunk: tokens in a chunk, rounded to what the kernels can do. Performance only.
         backend: a name in `BACKENDS`.
         interpret: runs the kernels in an interpreter on any device, slowly, for tests: True, or Pallas's parameters of

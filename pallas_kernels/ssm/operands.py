@@ -105,7 +105,7 @@ class TokenArrays(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """A row as the GPU kernels want it, or its gradients: L is whole chunks, P, N and S are padded, H comes before L.
+    """A row as the GPU kernels want it, or its gradients: L is whole chunks, and P, N and S are padded.
 
     All floating-point arrays but those of `tokens` are float32.
     """
@@ -141,7 +141,7 @@ def operands_of(row: Row, order: Order, *, dtype, sizes: dict[str, int], tokens:
     given = {name: cast(getattr(row, name), dtype) for name in TokenArrays._fields}
     row = ordered(pad(row._replace(before=row.before or empty_carry(row), **given), **sizes), order.to)
     exact_BHL, rest_BHL = log_decay(heads_first(row.log_a_BLH), row.start_BL, tokens)
-    if dtype != jnp.float32:  # products of fewer digits than two parts have
+    if dtype != jnp.float32:  # products then have fewer digits than the two parts
         exact_BHL, rest_BHL = exact_BHL + rest_BHL, None
     return Operands(
         tokens=TokenArrays(**{name: getattr(row, name) for name in TokenArrays._fields}),
