@@ -129,8 +129,8 @@ def write_config(workdir, config: Config) -> None:
 class Checkpoints:
     """The checkpoints of a training run.
 
-    Use it as a context manager. Entering it removes what an interrupted save or deletion left behind; leaving it waits
-    for the last save. Saves are asynchronous: `save` returns once the arrays are copied from the device. A save that
+    Use it as a context manager: leaving it waits for the last save. The constructor removes what an interrupted save or
+    deletion left behind. Saves are asynchronous: `save` returns once the arrays are copied from the device. A save that
     fails, at once or later, raises OSError naming the directory, and the checkpoints before it stay whole.
     """
 
@@ -165,7 +165,7 @@ class Checkpoints:
         """Start a save; do nothing if the step has been saved already.
 
         Args:
-            step: the number of updates that the parameters have had.
+            step: the steps trained so far, which name the checkpoint.
             params: the parameter tree.
             state: the rest of the training state; None saves parameters alone.
             data: the position of the data iterator, plain values that JSON can hold; read if there is a state.

@@ -89,8 +89,8 @@ class ModelConfig(Section):
     bc_bias_frozen: bool = False  # biases keep their initial values
     bc_norm: bool = True  # RMSNorm of k and q before their biases
     conv: int = size(0, 0, 16)  # tokens that a short convolution of v, k and q sees, Mamba-2's; 0: there is none
-    # The decay rate -A. heavy_tail: of the token's own u | softplus: of u, as official layers had it before
-    # June 2026 | learned: one number for each head
+    # The decay rate -A. heavy_tail: of the token's own u | softplus: of u, as official layers had it before June 2026 |
+    # learned: one number for each head
     a_form: str = "heavy_tail"
     # Which two entries of the state rotate together: adjacent | half: half a state apart. "": as in official layers,
     # half for MIMO and adjacent for SISO

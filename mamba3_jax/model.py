@@ -26,7 +26,7 @@ def segments(pattern):
 
     "MMMMMA" * 4 -> [("MMMMMA", 4)];  "MMMAMMM" -> [("M", 3), ("A", 1), ("M", 3)]. Only the units are compiled. Of cuts
     that are as good, the one with the fewest segments is returned. A pattern is a string of letters or a tuple of
-    names, and so are the units.
+    names, and its units are of the same type.
     """
     layers = len(pattern)
     best = [(0, 0)] + [(layers + 1, 0)] * layers  # for each prefix: total length of its units, number of segments

@@ -118,7 +118,7 @@ class GatedDeltaNet(Mixer):
 
     @staticmethod
     def state_flops(config: ModelConfig, length: int) -> float:
-        """Count 2 H P N FLOPs to read the state at k, as many at q and to write it, and 2 K a channel convolved."""
+        """Count 2 H P N FLOPs each to read the state at k, to read it at q and to write it, and the convolutions'."""
         size = sizes(config)
         return size.heads * (6 * size.head_dim * size.d_state + 2 * config.d_conv * (2 * size.d_state + size.head_dim))
 

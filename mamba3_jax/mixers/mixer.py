@@ -84,7 +84,7 @@ class Mixer(nn.Module):
 
     @staticmethod
     def empty_state(config: ModelConfig, batch: int, capacity: int):
-        """Return the state before any token. If it grows with every token, it has room for `capacity` tokens."""
+        """Return the state before any token; one that grows with the tokens has room for `capacity` of them."""
         raise NotImplementedError
 
     @staticmethod

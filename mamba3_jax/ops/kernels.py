@@ -1,7 +1,7 @@
-"""The kernels as implementations of the op: one adapter for all, from `Tokens` to a backend's row or token and back.
+"""The kernels as implementations of the op: one adapter for all backends, from `Tokens` to a row or a token and back.
 
-`pallas_kernels.ssm.contract` says what a backend takes and gives. A backend is a line of `BACKENDS`; its module is
-imported when it is used, since everything else works without the kernels.
+`pallas_kernels.ssm.contract` says what a backend takes and returns. A backend is a line of `BACKENDS`. Its module is
+imported only when it is used, since everything else works without the kernels.
 """
 
 import functools
@@ -17,13 +17,13 @@ from mamba3_jax.ops.state import incoming, last_state
 from mamba3_jax.ops.tuned import device
 from mamba3_jax.ops.types import Heads, State, Tokens, empty_state
 
-BACKENDS = {  # in order of preference where nothing was measured
+BACKENDS = {  # in order of preference for inputs that were not measured
     "mosaic_gpu": "pallas_kernels.ssm.mosaic_gpu",
     "triton": "pallas_kernels.ssm.triton",
     "mosaic_tpu": "pallas_kernels.ssm.mosaic_tpu",
 }
 
-NORMED = "mosaic_gpu"  # whose step norms queries and keys too
+NORMED = "mosaic_gpu"  # the backend whose step also norms queries and keys
 
 
 def kernels(
@@ -39,19 +39,25 @@ def kernels(
     along: object = None,
     **config,
 ):
-    """Compute the sums of `chunked` by the kernels of a backend; a token, or a few, by its decoding step.
+    """Compute `ssm` by a backend's kernels: rows of up to `STEPS` tokens by its decoding step, longer ones by its scan.
 
     Args:
-        chunk: tokens a chunk, rounded to what the kernels can do. Performance only.
+        tokens: as for `ssm`.
+        heads: as for `ssm`.
+        state: as for `ssm`.
+        rotation: as for `ssm`.
+        chunk: tokens in a chunk, rounded to what the kernels can do. Performance only.
         backend: a name in `BACKENDS`.
-        interpret: runs the kernels' program on any backend, slowly, for tests: True, or Pallas's parameters of it.
-        anywhere: does not ask which device it is for: to trace and compile for another than `device`.
-        along: inside `jax.shard_map`, how rows go on over devices, `pallas_kernels.ssm.angle.Along`; where `spans`.
-        config: what the backend's `scan` or `step` is told beside. What is not given is the table's (`tuned`) or, where
-            it has nothing, the backend's choice. Performance only.
+        interpret: runs the kernels in an interpreter on any device, slowly, for tests: True, or Pallas's parameters of
+            the interpreter.
+        anywhere: does not check the device, to trace and compile for another one than `device()`.
+        along: inside `jax.shard_map`, how rows go on over devices, an `angle.Along` of `pallas_kernels.ssm`; only where
+            `spans` holds.
+        config: further options of the backend's `scan` or `step`, performance only. Options that are not given come
+            from the table (`tuned`), or else are left to the backend.
 
     Raises:
-        ValueError: no such device, or shapes, dtypes or a config that the kernels do not have.
+        ValueError: the device is not one of the backend's, or it does not support shapes, dtypes or options.
     """
     from pallas_kernels.ssm.contract import require
 
@@ -69,13 +75,13 @@ def kernels(
 
 
 def _finished(tokens: Tokens, heads: Heads, scanned, rotation: str):
-    """Return output and state of a row from what a backend gives."""
+    """Return the output and the state of a row from what the backend's scan returned."""
     last = tokens._replace(k_BLRGN=scanned.k_BRGN[:, None], v_BLHP=scanned.v_BHP[:, None])
     return scanned.o_BLHP, last_state(last, heads, scanned.after.angle_BHS, scanned.after.h_BHPN, rotation)
 
 
 def spans(implementation: str, tokens: Tokens) -> bool:
-    """Tell whether these are kernels that let rows like these go on over devices."""
+    """Tell whether an implementation's kernels can compute rows such as these that go on over several devices."""
     if implementation not in BACKENDS:
         return False
     module = _module(implementation)
@@ -83,7 +89,7 @@ def spans(implementation: str, tokens: Tokens) -> bool:
 
 
 def _along(tokens: Tokens, heads: Heads, state: State | None, backend: str, along, *, rotation: str, **how):
-    """Compute this device's tokens of rows that go on over devices; the state is that before the first one's."""
+    """Compute this device's tokens of rows that go on over devices; the given state is that before whole rows."""
     from pallas_kernels.ssm.angle import of_next_run
 
     row, first_device = _row(tokens, heads, state), jax.lax.axis_index(along.axis) == 0
@@ -97,12 +103,12 @@ def _along(tokens: Tokens, heads: Heads, state: State | None, backend: str, alon
 
 
 def normed_step(tokens: Tokens, heads: Heads, state: State, norms: tuple, *, rotation: str, interpret: object = None):
-    """Compute a token as `ssm` does, of queries and keys that come before their RMSNorm, by one kernel of `NORMED`.
+    """Compute the RMSNorm of queries and keys, and `ssm` of one token, in one kernel of `NORMED`.
 
-    The norm is rounded to the dtype of values, as a layer rounds it. Not differentiable.
+    The normed queries and keys are rounded to the dtype of values, as a layer rounds them. Not differentiable.
 
     Args:
-        tokens: one a row, q and k in float32.
+        tokens: one for each row; q and k in float32, before their norm.
         heads: as for `ssm`.
         state: as for `ssm`.
         norms: weights (q_norm_N, k_norm_N).
@@ -115,7 +121,7 @@ def normed_step(tokens: Tokens, heads: Heads, state: State, norms: tuple, *, rot
 
 
 def refused_normed(tokens: Tokens, heads: Heads, state: State, norms: tuple) -> str | None:
-    """Return what keeps `normed_step` from these inputs, or their shapes, on this device; None: nothing."""
+    """Return why `normed_step` cannot run these inputs, or inputs of their shapes, on this device; None: it can."""
     if NORMED not in BACKENDS:
         return f"wants a backend {NORMED!r}"
     module = _module(NORMED)
@@ -123,18 +129,18 @@ def refused_normed(tokens: Tokens, heads: Heads, state: State, norms: tuple) -> 
 
 
 def normed_token(tokens: Tokens, heads: Heads, state: State, norms: tuple):
-    """Return what `normed_step` gives its kernel."""
+    """Return the token that `normed_step` gives to its kernel."""
     token = _token(tokens, heads, state, 0)
     return token._replace(weights=token.weights._replace(q_norm_N=norms[0], k_norm_N=norms[1]))
 
 
 def available(backend: str) -> bool:
-    """Tell whether the device is one that a backend's kernels are for."""
+    """Tell whether a backend's kernels are for this device."""
     return _module(backend).available() is None
 
 
 def refused(backend: str, tokens: Tokens) -> str | None:
-    """Return what keeps these inputs from a backend on this device; None: nothing."""
+    """Return why a backend cannot run these inputs on this device; None: it can."""
     shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), tokens)
     return _module(backend).available() or _unsupported(backend, shapes, device().device_kind)
 
@@ -149,7 +155,7 @@ def _row(tokens: Tokens, heads: Heads, state: State | None):
     kappa_BLH, first_BH = later_weight(tokens.gamma_BLH, tokens.beta_BLH, tokens.start_BL)
     before = None
     if state is not None:
-        # Or XLA for GPU sums the gradient of first_BH, of all of a state, again for every token.
+        # Without the barrier, XLA for GPU sums the gradient of first_BH, over all of a state, again for every token.
         first_BH = jax.lax.optimization_barrier(first_BH)
         before = Carry(angle_BHS=state.angle_BHS, h_BHPN=incoming(state, first_BH, heads))
     given = tokens._asdict() | {"dt_BLH": None if tokens.angle_BLHS is None else tokens.dt_BLH}
@@ -159,7 +165,7 @@ def _row(tokens: Tokens, heads: Heads, state: State | None):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _steps(tokens: Tokens, heads: Heads, state: State, backend: str, how):
-    """Take one token after another, all of the state in place where it is donated."""
+    """Compute one token after another; the state is updated in place where it is donated."""
     outputs = []
     for place in range(tokens.log_a_BLH.shape[1]):
         state, o_BHP = _step_in_place(backend, _token(tokens, heads, state, place), **dict(how))
@@ -172,7 +178,7 @@ def _steps_fwd(tokens, heads, state, backend, how):
 
 
 def _steps_bwd(backend, how, inputs, cotangents):
-    """Run the backward pass of `recurrent`, on the inputs."""
+    """Run the backward pass of `recurrent` from the inputs: steps have no backward kernels."""
     _, pull = jax.vjp(functools.partial(recurrent, rotation=dict(how)["rotation"]), *inputs)
     return pull(cotangents)
 
@@ -183,8 +189,8 @@ _steps.defvjp(_steps_fwd, _steps_bwd)
 def _step_in_place(backend: str, token, **how):
     """Return (state, o_BHP) after a token.
 
-    Its kernel writes over what it reads. XLA for GPUs would fuse it with slices of stacked layers around it (dynamic
-    slice fusion) and give it other memory to write to than it was told: barriers keep them apart.
+    The kernel overwrites the state that it reads. XLA for GPU would fuse it with slices of stacked layers around it
+    (dynamic slice fusion) and give it other memory to write to than it was told; the barriers keep them apart.
     """
     last, o_BHP = jax.lax.optimization_barrier(_module(backend).step(jax.lax.optimization_barrier(token), **how))
     return State(last.angle_BHS, last.h_BHPN, last.k_BRHN, last.v_BHP), o_BHP
@@ -205,11 +211,11 @@ def _token(tokens: Tokens, heads: Heads, state: State, place: int):
 
 @functools.lru_cache
 def _unsupported(backend: str, tokens: Tokens, device: str) -> str | None:
-    """Ask the backend, once for these shapes on this device: it may trace its kernels to know."""
+    """Ask the backend whether it supports these shapes, once on each device: it may trace its kernels to find out."""
     del device
     (rank, _, d_state), (n_heads, width) = tokens.k_BLRGN.shape[2:], tokens.v_BLHP.shape[2:]
     weights = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
-    # All that there can be: the most that a kernel may have to hold.
+    # All weights that there can be, which is the most that a kernel may have to hold.
     heads = Heads(
         **dict.fromkeys(("q_bias_HRN", "k_bias_HRN"), weights(n_heads, rank, d_state)),
         **dict.fromkeys(("v_rank_HRP", "gate_rank_HRP", "out_rank_HRP"), weights(n_heads, rank, width)),

@@ -26,8 +26,9 @@ def look_up(table_VD, tokens_BL, split: Split = WHOLE):
     """Return x_BLD = table[tokens], NaN for a number past the table.
 
     XLA would gather the table, or the rows of all devices. Here each device looks up its own part of the table for all
-    rows of the devices that share the axis `width` with it. Only looked-up rows and their gradients cross devices, and
-    the table's gradient, which each device sums over the other mesh axes for its own part alone.
+    rows of the devices that share the axis `width` with it. Tokens and looked-up rows cross devices, but not the table.
+    In the backward pass the gradients of rows do, and each device's part of the table's gradient, which is summed over
+    the other mesh axes.
 
     Args:
         table_VD: float32.

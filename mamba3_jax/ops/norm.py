@@ -7,6 +7,6 @@ EPS = 1e-5
 
 
 def rms_norm(x, scale):
-    """Return x / sqrt(mean(x^2) + 1e-5) * scale, computed in float32, in float32."""
+    """Return x / sqrt(mean(x^2) + 1e-5) * scale, computed and returned in float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + EPS) * scale

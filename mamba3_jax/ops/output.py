@@ -37,7 +37,6 @@ def epilogue(y_HRP, x_HRP, gate_HP, heads: Heads):
         y_HRP = y_HRP * heads.out_rank_HRP.astype(dtype)
     if y_HRP.shape[-2] == 1:
         return y_HRP[..., 0, :]
-    # jnp.sum over such a short axis, or a sum that XLA fuses with what is above, takes ten times as long on its CPU
-    # backend.
+    # XLA for CPU takes ten times as long for jnp.sum over such a short axis, or for a sum that it fuses with the above.
     y_HRP = jax.lax.optimization_barrier(y_HRP)
     return sum(y_HRP[..., rank, :] for rank in range(1, y_HRP.shape[-2])) + y_HRP[..., 0, :]

@@ -1,17 +1,17 @@
-"""Rotation by unit quaternions, on every four entries of the state: rotations whose order matters, as permutations'.
+"""Rotation of every four entries of the state by unit quaternions: rotations that do not commute, like permutations.
 
     u_t = exp(dt_t axis_t),   P_t = P_{t-1} u_t,   q'_t = P_t q_t,   k'_t = P_t k_t
 
-The op without angles, of q' and k', is the recurrence whose state rotates (rows of h times L(u), the matrix of the
-product by u from the left):
+The op on q' and k', without angles, is the recurrence whose state rotates, where L(u) is the matrix of the product by u
+from the left, which multiplies the rows of h:
 
     h_t = a_t (h_{t-1} + beta_t v_{t-1} k_{t-1}^T) L(u_t) + gamma_t v_t k_t^T,   y_t = h_t q_t
 
-since <P_t q, P_s k> = <q, (u_{s+1} ... u_t)^-1 k>: a running product takes the place of the running sum of angles, and
-no kernel has to know it. It lies in a fixed frame, so P, of length 1, is all that has to be carried beside the op's
-state, and k' is what the op carries. In float32 a query sees a key n tokens back 3e-8 n radians off at worst, where
-every step is the same. Axes that are all multiples of i rotate adjacent pairs, as `rotary` does. S counts groups of
-four entries here; entries past them do not rotate.
+since <P_t q, P_s k> = <q, (u_{s+1} ... u_t)^-1 k>. A running product takes the place of the running sum of angles, and
+the kernels need not know of it. The op's state and last key are then in a frame that does not rotate, so only P, of
+length 1, is carried beside them. In float32 a query sees a key of n tokens before at most 3e-8 n radians off; this is
+reached where every step is the same. Axes that are all multiples of i rotate adjacent pairs, as `rotary` does. S counts
+groups of four entries here; entries after the last group do not rotate.
 """
 
 import functools
@@ -26,7 +26,7 @@ from mamba3_jax.ops.context import Context
 
 
 class Quaternion(NamedTuple):
-    """w + x i + y j + z k; the entries of a group of four in this order."""
+    """w + x i + y j + z k; the four entries of a group are in this order."""
 
     w: jax.Array
     x: jax.Array
@@ -53,26 +53,26 @@ def product(p: Quaternion, q: Quaternion) -> Quaternion:
 
 
 def unit(p: Quaternion) -> Quaternion:
-    """p / |p|."""
+    """Return p / |p|."""
     scale = jax.lax.rsqrt(sum(jnp.square(part) for part in p))
     return Quaternion(*(part * scale for part in p))
 
 
 def identity(shape: tuple[int, ...]) -> Quaternion:
-    """Return 1 in every place: no rotation."""
+    """Return the quaternion 1 in every place: no rotation."""
     nothing = jnp.zeros(shape, jnp.float32)
     return Quaternion(w=nothing + 1, x=nothing, y=nothing, z=nothing)
 
 
 def axis(theta_BLE: Float[Array, "B L E"]) -> Axis:
-    """pi tanh(|theta|) theta / |theta| radians per unit dt; columns of theta are x of every group, all y, all z."""
+    """Return pi tanh(|theta|) theta / |theta|, radians per unit dt; theta's columns are every x, every y, every z."""
     x, y, z = jnp.split(theta_BLE, 3, axis=-1)
     scale = jnp.pi * over_length(jnp.tanh, (1, -1 / 3, 2 / 15), x * x + y * y + z * z)
     return Axis(x=scale * x, y=scale * y, z=scale * z)
 
 
 def exponential(axis_BLS: Axis, dt_BLH: Float[Array, "B L H"]) -> Quaternion:
-    """cos(|dt axis|) + sin(|dt axis|) axis / |axis|, a head each: an entry rotates by |dt axis| radians."""
+    """Return cos(|dt axis|) + sin(|dt axis|) axis / |axis| for each head: entries rotate by |dt axis| radians."""
     x, y, z = (part[:, :, None] * dt_BLH[..., None] for part in axis_BLS)
     square = x * x + y * y + z * z
     near, length = apart(square)
@@ -82,23 +82,23 @@ def exponential(axis_BLS: Axis, dt_BLH: Float[Array, "B L H"]) -> Quaternion:
 
 
 def over_length(odd, series: tuple[float, float, float], square):
-    """odd(r) / r of r = sqrt(square), by its series in `square` where r is small: smooth at 0, its gradient too."""
+    """Return odd(r) / r at r = sqrt(square), by a series in `square` where r is small: it has a gradient at 0."""
     near, length = apart(square)
     first, second, third = series
     return jnp.where(near, first + square * (second + square * third), odd(length) / length)
 
 
 def apart(square):
-    """Return where a square is so small that a series takes over, and its root, 1 there: a root has no slope at 0."""
+    """Return where `square` is so small that a series is used, and its root, 1 there: a root has no derivative at 0."""
     near = square < 1e-4  # the series' next terms are below 1e-13
     return near, jnp.sqrt(jnp.where(near, 1, square))
 
 
 class Run(NamedTuple):
-    """What a run of tokens does to the product before it."""
+    """What a run of tokens does to the running product before it."""
 
-    started_B: jax.Array  # bool: a document starts inside, and the product before it is gone
-    product_BHS: Quaternion  # of the run's own steps, from its last start on
+    started_B: jax.Array  # bool: a document starts in the run, so the product before it is dropped
+    product_BHS: Quaternion  # of the run's own steps, from the last document start on
 
 
 def running(
@@ -107,13 +107,16 @@ def running(
     start_BL: Bool[Array, "B L"] | None,
     context: Context | None = None,
 ) -> tuple[Quaternion, Quaternion]:
-    """P_t = P_{t-1} u_t, P_t = u_t at the first token of a document; of length 1; and P of the last token.
+    """P_t = P_{t-1} u_t, or P_t = u_t at the first token of a document, normalised to length 1.
 
     Args:
         step: u, parts (B, L, H, S).
         before: P before the first token, parts (B, H, S); None: 1.
         start_BL: true at the first token of a document; None: nowhere.
-        context: how the tokens lie over the mesh; None: whole rows. The product of each run goes to the next one.
+        context: how the tokens lie over the mesh; None: rows are whole. The product of each run goes to the next one.
+
+    Returns:
+        P of every token, and P of the last token.
     """
     if context is None:
         result = _running(step, before, start_BL)
@@ -171,7 +174,7 @@ def chosen(condition, p: Quaternion, q: Quaternion) -> Quaternion:
 
 
 def rotate(x_N: Float[Array, "*d N"], p: Quaternion) -> Float[Array, "*d N"]:
-    """Return p x of every group of four entries; those past the last group pass through.
+    """Return p x for every group of four entries x; entries past the last group pass through.
 
     Args:
         x_N: keys or queries, any leading axes.

@@ -12,11 +12,11 @@ from mamba3_jax.ops.types import Heads, State, Tokens, accumulator, empty_state
 def recurrent(tokens: Tokens, heads: Heads, state: State | None, *, rotation: str, chunk: int | None = None):
     """h_t = a_t (h_{t-1} + beta_t X_{t-1} k_{t-1}^T) + gamma_t X_t k_t^T,  y_t = h_t q_t.
 
-    a_t = exp(log_a_t); X_t[r] = v_rank[r] v_t; k and q are biased, then rotated by the angle phi_t = phi_{t-1} +
-    angle_t dt_t (mod 2 pi) of their own time; products of X and k are summed over the ranks into one state. Then
-    `epilogue`: skip, norm, gate and the sum over ranks (SPEC sections 4 to 7).
+    a_t = exp(log_a_t) and X_t[r] = v_rank[r] v_t. k_t and q_t are biased, then rotated by the angle of their own token,
+    phi_t = phi_{t-1} + angle_t dt_t (mod 2 pi). X k^T is summed over the ranks into one state. `epilogue` follows:
+    skip, norm, gate and the sum over ranks (SPEC sections 4 to 7).
 
-    Runs in float64 where log_a is float64. `chunk` is part of the shared signature and has no meaning here. Without
+    It runs in float64 where log_a is float64. `chunk` belongs to the shared signature and has no meaning here. Without
     queries there is no y, only the state.
     """
     state = empty_state(tokens) if state is None else state
@@ -40,7 +40,7 @@ def recurrent(tokens: Tokens, heads: Heads, state: State | None, *, rotation: st
             return x_BHRN if angle_BHS is None else rotate(x_BHRN, angle_BHS[:, :, None], rotation)
 
         both = rotated(token.q_BLRGN, heads.q_bias_HRN), rotated(token.k_BLRGN, heads.k_bias_HRN)
-        # The barrier keeps XLA from turning a key again for every row of the state it goes into.
+        # The barrier keeps XLA from rotating a key again for every row of the state that it enters.
         q_BHRN, k_BHRN = jax.lax.optimization_barrier(both)
         x_BHRP = ranked(token.v_BLHP.astype(dtype), heads)
 
@@ -60,7 +60,7 @@ def recurrent(tokens: Tokens, heads: Heads, state: State | None, *, rotation: st
     if tokens.beta_BLH is not None:
         before = ranked(state.v_BHP.astype(dtype), heads), jnp.swapaxes(state.k_BRHN, 1, 2).astype(dtype)
     carry = jax.tree.map(lambda array: array.astype(dtype), (state.angle_BHS, state.ssm_BHPN, before))
-    if tokens.log_a_BLH.shape[1] == 1:  # decoding: no loop around one step
+    if tokens.log_a_BLH.shape[1] == 1:  # a decoding step needs no loop
         carry, y_BHP = step(carry, jax.tree.map(lambda array: array[:, 0], tokens))
         y_BLHP = None if y_BHP is None else y_BHP[:, None]
     else:
@@ -77,6 +77,6 @@ def recurrent(tokens: Tokens, heads: Heads, state: State | None, *, rotation: st
 
 def within_a_turn(angle):
     """Return the angle modulo 2 pi, in [0, 2 pi); its derivative is 1."""
-    for _ in range(2):  # a tiny negative angle rounds up to a whole turn, which is zero
+    for _ in range(2):  # a tiny negative angle rounds up to a whole turn, so it takes a second pass to become 0
         angle = angle - 2 * jnp.pi * jax.lax.stop_gradient(jnp.floor(angle / (2 * jnp.pi)))
     return angle

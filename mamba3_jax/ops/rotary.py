@@ -1,7 +1,8 @@
 """Data-dependent rotation (paper propositions 2 to 4): which entries form a rotary pair (a plane), and how it rotates.
 
-Rotation works on entries in plane order: the first of every plane, the second of every plane, those that do not rotate.
-Products of queries and keys do not see the order, and contiguous blocks are what every backend is fast at.
+Rotation works on entries in plane order: the first entry of every plane, then the second entry of every plane, then the
+entries that do not rotate. Products of queries and keys do not depend on the order, and every backend is fast at
+contiguous blocks.
 """
 
 import jax
@@ -12,7 +13,7 @@ ROTATIONS = ("adjacent", "half")
 
 
 def to_planes(x_N, planes: int, rotation: str):
-    """Natural order to plane order.
+    """Put entries from natural order into plane order.
 
     adjacent (SISO): plane i is (2i, 2i+1).  half (MIMO): plane i is (i, i + N/2), whatever the rope fraction is.
     """
@@ -27,7 +28,7 @@ def to_planes(x_N, planes: int, rotation: str):
 
 
 def from_planes(x_N, planes: int, rotation: str):
-    """Plane order to natural order."""
+    """Put entries from plane order into natural order."""
     if not planes:
         return x_N
     first, second, rest = jnp.split(x_N, (planes, 2 * planes), axis=-1)
@@ -39,13 +40,13 @@ def from_planes(x_N, planes: int, rotation: str):
 
 
 def partner(x_N, planes: int):
-    """In plane order, the other entry of every entry's plane; entries that do not rotate stay."""
+    """Swap, in plane order, the two entries of every plane; entries that do not rotate stay."""
     first, second, rest = jnp.split(x_N, (planes, 2 * planes), axis=-1)
     return jnp.concatenate([second, first, rest], axis=-1)
 
 
 def sin_cos(sin_S, cos_S, d_state: int):
-    """sin_N and cos_N, in plane order, with rotated = x cos + partner(x) sin."""
+    """Return sin_N and cos_N, in plane order, such that x cos_N + partner(x) sin_N is x rotated."""
     still = jnp.zeros((*sin_S.shape[:-1], d_state - 2 * sin_S.shape[-1]), sin_S.dtype)
     return jnp.concatenate([-sin_S, sin_S, still], axis=-1), jnp.concatenate([cos_S, cos_S, still + 1], axis=-1)
 

@@ -1,9 +1,9 @@
-"""The frame of the parallel implementations: the length in chunks, one after another, each computed at once.
+"""The loop of the parallel implementations: it takes a row chunk by chunk and computes all tokens of a chunk at once.
 
-A chunk prepares its queries, keys and values (bias, rotation, ranks), hands them to a core (`chunked`, `associative`)
-that turns the state before the chunk into outputs and the state after it, and applies the epilogue to the outputs.
-Work and memory a token do not depend on the length; the backward pass keeps the inputs and the states between chunks
-and recomputes the rest.
+For each chunk it prepares queries, keys and values (bias, rotation, ranks), hands them to a core (that of `chunked` or
+`associative`), which turns the state before the chunk into outputs and the state after it, and applies the epilogue to
+the outputs. Work and memory for each token do not depend on the length. The backward pass keeps the inputs and the
+states between chunks and computes everything else again.
 """
 
 import functools
@@ -22,20 +22,20 @@ from mamba3_jax.ops.types import Heads, State, Tokens, accumulator, empty_state,
 
 
 class Chunk(NamedTuple):
-    """What a core sees of Q tokens. q, k and x in the dtype of the products, the rest in the accumulator's."""
+    """What a core reads of Q tokens. q, k and x have the dtype of the products, other numbers the accumulator's."""
 
     q_BHQRN: jax.Array | None  # biased and rotated; None: only the state is wanted
     k_BHQRN: jax.Array
     x_BHQRP: jax.Array  # v_rank * v
     log_a_BHQ: jax.Array
     gamma_BHQ: jax.Array  # weight of a token in its own output
-    kappa_BHQ: jax.Array | None  # and in every later one, see discretize.later_weight; None: gamma
-    within_BQQ: jax.Array  # bool: token s (last axis) is not after t and in its document; the B axis may be 1
+    kappa_BHQ: jax.Array | None  # weight in every later output, see discretize.later_weight; None: gamma
+    within_BQQ: jax.Array  # bool: token s (last axis) is not after t and is in t's document; the B axis may be 1
     carried_BQ: jax.Array | None  # bool: no document start of the chunk at or before t; None: everywhere
 
     @property
     def later_BHQ(self):
-        """What a token weighs in every output after its own."""
+        """Return the weight of a token in every output after its own."""
         return self.gamma_BHQ if self.kappa_BHQ is None else self.kappa_BHQ
 
 
@@ -44,24 +44,24 @@ Core = Callable[[Chunk, jax.Array], tuple[jax.Array | None, jax.Array]]
 
 
 class PerToken(NamedTuple):
-    """What is cut into chunks: `tokens` with queries and keys in plane order, and kappa."""
+    """The arrays that are cut into chunks: `tokens`, with queries and keys in plane order, and kappa."""
 
     tokens: Tokens
     kappa_BLH: jax.Array | None
 
 
 def over_chunks(core: Core, tokens: Tokens, heads: Heads, state: State | None, *, rotation: str, chunk: int):
-    """Run `core` over the chunks of a row; same arguments and results as every implementation of `ssm`.
+    """Run `core` over the chunks of a row; arguments and results are those of every implementation of `ssm`.
 
     Without queries (see `ssm.transition`) there is no y, and the core computes the state alone.
     """
     state = empty_state(tokens) if state is None else state
     length, n_heads, width = tokens.v_BLHP.shape[1:]
     dtype, operand_dtype = accumulator(tokens), product_dtype(tokens)
-    # Never chunks of one token: XLA for GPU (jax 0.11.2) fuses a loop over them into wrong states. Seen on an H200;
-    # right with its fusion passes disabled, right with two tokens.
+    # Chunks have at least two tokens: XLA for GPU (jax 0.11.2) fuses a loop over chunks of one into wrong states, as
+    # seen on an H200. States are right without its fusion passes, and with two tokens.
     n_chunks = -(-length // max(chunk, 2))
-    chunk = -(-length // n_chunks)  # even out: 65 tokens are 33 + 32, not 64 + 1
+    chunk = -(-length // n_chunks)  # chunks of similar size: 65 tokens are 33 + 32, not 64 + 1
     step, planes = angles.grid(chunk), 0 if tokens.angle_BLHS is None else tokens.angle_BLHS.shape[-1]
     ordered = lambda x_N: None if x_N is None else to_planes(x_N, planes, rotation)  # noqa: E731
 
@@ -81,13 +81,13 @@ def over_chunks(core: Core, tokens: Tokens, heads: Heads, state: State | None, *
         if turns is not None:
             dt_BHQ, angle_BHQS = heads_first(part.dt_BLH), heads_first(part.angle_BLHS)
             phi, turns = angles.advance(turns, angle_BHQS, dt_BHQ, within_BQQ, carried_BQ, step)
-            # The barrier keeps XLA from computing sines again for each of the entries, keys and ranks that use them.
+            # The barrier keeps XLA from computing sines again for each entry, key and rank that uses them.
             sincos_BHQN = sin_cos(*jax.lax.optimization_barrier(angles.sincos(phi)), part.k_BLRGN.shape[-1])
 
         def seen_by_heads(x_BQRGN, bias_HQRN):
             if x_BQRGN is None:
                 return None
-            # Cast before the copies: the gradient sums over a group's heads in the accumulator's dtype.
+            # Cast before the copies to heads: the gradient is then summed over heads in the accumulator's dtype.
             return rotated(x_BQRGN.astype(dtype), bias_HQRN, n_heads, sincos_BHQN, planes).astype(operand_dtype)
 
         x_BHQRP = ranked(heads_first(part.v_BLHP).astype(dtype), each_token)
@@ -126,19 +126,20 @@ def over_chunks(core: Core, tokens: Tokens, heads: Heads, state: State | None, *
 def finite(turns):
     """Replace angles that are not finite by 0 between chunks.
 
-    The state between chunks is NaN with them and ends where a document starts; NaN in the next chunk's keys would not.
+    The state between chunks is NaN where they are, until a document starts. NaN in the keys of the next chunk would
+    reach its other documents too.
     """
     return jax.tree.map(lambda turns_BHS: jnp.where(jnp.isfinite(turns_BHS), turns_BHS, 0), turns)
 
 
 def rotated(x_BQRGN, bias_HQRN, n_heads: int, sincos_BHQN, planes: int):
-    """Show each head queries or keys of its group, biased and rotated: (B, H, Q, R, N), in plane order.
+    """Return, for each head, the queries or keys of its group, biased and rotated: (B, H, Q, R, N), in plane order.
 
     Args:
         x_BQRGN: in plane order.
         bias_HQRN: in plane order; its Q axis has size 1. None: no bias.
         n_heads: H.
-        sincos_BHQN: both from `rotary.sin_cos`; None: no rotation.
+        sincos_BHQN: sines and cosines, from `rotary.sin_cos`; None: no rotation.
         planes: S.
     """
 
@@ -154,14 +155,14 @@ def rotated(x_BQRGN, bias_HQRN, n_heads: int, sincos_BHQN, planes: int):
 
 
 def _split(array_BL, n_chunks: int, chunk: int):
-    """(B, L, ...) -> (C, B, Q, ...), zeros after the end: gamma = 0 and log_a = 0 leave the state as it is."""
+    """Cut (B, L, ...) into (C, B, Q, ...), padded by zeros: gamma = 0 and log_a = 0 leave the state as it is."""
     padding = n_chunks * chunk - array_BL.shape[1]
     array_BL = jnp.pad(array_BL, [(0, padding if axis == 1 else 0) for axis in range(array_BL.ndim)])
     return jnp.swapaxes(array_BL.reshape(-1, n_chunks, chunk, *array_BL.shape[2:]), 0, 1)
 
 
 def documents(start_BQ, chunk: int):
-    """`Chunk.within_BQQ`, and the document starts in the chunk up to each token (None: no starts in any row)."""
+    """Return `Chunk.within_BQQ`, and the number of document starts in the chunk up to each token (None: no starts)."""
     causal_QQ = jnp.tril(jnp.ones((chunk, chunk), bool))
     if start_BQ is None:
         return causal_QQ[None], None

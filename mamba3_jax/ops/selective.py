@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from mamba3_jax.ops import context as contexts
 from mamba3_jax.ops.context import Context
 
-CHUNK = 32  # tokens a chunk where nothing is said: states of so many exist at a time
+CHUNK = 32  # tokens in a chunk, by default; the states of all of them exist at once
 
 
 class Tokens(NamedTuple):
-    """One entry a token, I channels; all but x and the starts are float32."""
+    """One entry a token, I channels; all arrays but x and the starts are float32."""
 
     x_BLI: jax.Array
     dt_BLI: jax.Array  # > 0
@@ -23,26 +23,27 @@ class Tokens(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a run of tokens does to any state before it: h <- decay h + added."""
+    """What a run of tokens does to the state before it: h <- decay h + added."""
 
     decay_BIN: jax.Array
     added_BIN: jax.Array
 
 
 def selective(tokens: Tokens, a_IN, h_BIN, chunk: int | None = None, context: Context | None = None):
-    """h_t = exp(dt_t a) h_{t-1} + dt_t x_t k_t^T,  y_t = h_t q_t, a state a channel: the decay is (I, N), elementwise.
+    """h_t = exp(dt_t a) h_{t-1} + dt_t x_t k_t^T,  y_t = h_t q_t; exp(dt_t a) is (I, N), elementwise.
 
-    Running a sequence in two pieces with the state carried is running it whole; no value and no gradient crosses to
-    another document. Chunks come one after another and are `jax.lax.associative_scan`s inside; the backward pass keeps
-    the state between chunks and computes the rest again, so memory a token does not grow with N. In float32.
+    Running a sequence in two pieces with the state carried gives what running it whole gives; no value and no gradient
+    crosses to another document. Chunks run one after another, each by `jax.lax.associative_scan`. The backward pass
+    keeps the states between chunks and computes everything else again, so the memory for a token does not grow with N.
+    All is computed in float32.
 
     Args:
         tokens: one entry a token.
         a_IN: float32, < 0.
-        h_BIN: float32, what the tokens before left.
-        chunk: tokens a chunk. Performance only; None: `CHUNK`.
-        context: how the tokens lie over the mesh; None: whole rows. What each run does to a state goes to the next one,
-            after a scan of its own.
+        h_BIN: float32, the state after the tokens before.
+        chunk: tokens in a chunk. Performance only; None: `CHUNK`.
+        context: how the tokens lie over the mesh; None: rows are whole. Each run passes on what it does to a state,
+            which takes a scan of its own.
 
     Returns:
         y_BLI in x's dtype, and h after the last token.
@@ -54,13 +55,13 @@ def selective(tokens: Tokens, a_IN, h_BIN, chunk: int | None = None, context: Co
     if length == 1:
         y_BLI, h_BIN = _chunk(a_IN, h_BIN, tokens)
         return y_BLI.astype(tokens.x_BLI.dtype), h_BIN
-    chunk = max(min(chunk or CHUNK, length), 2)  # never one: see ops.scan_chunks
+    chunk = max(min(chunk or CHUNK, length), 2)  # never one, for the reason in ops.scan_chunks
 
-    def split(x_BL):  # (B, L, ...) -> (C, B, Q, ...), zeros after the end: dt = 0 leaves the state as it is
+    def split(x_BL):  # (B, L, ...) -> (C, B, Q, ...), padded by zeros: dt = 0 leaves the state as it is
         x_BL = jnp.pad(x_BL, [(0, -length % chunk if axis == 1 else 0) for axis in range(x_BL.ndim)])
         return jnp.swapaxes(x_BL.reshape(x_BL.shape[0], -1, chunk, *x_BL.shape[2:]), 0, 1)
 
-    step = jax.checkpoint(functools.partial(_chunk, a_IN), prevent_cse=False)  # in a loop: nothing to merge with
+    step = jax.checkpoint(functools.partial(_chunk, a_IN), prevent_cse=False)  # in a loop XLA cannot merge it
 
     def body(h_BIN, part: Tokens):
         y_BQI, h_BIN = step(h_BIN, part)
@@ -90,7 +91,7 @@ def _join(left: Run, right: Run) -> Run:
 
 
 def _chunk(a_IN, h_BIN, part: Tokens):
-    """Compute `selective` of a chunk, all of whose states exist at once."""
+    """Compute `selective` of one chunk; the states of all its tokens exist at once."""
     decay_BQIN = jnp.exp(part.dt_BLI[..., None] * a_IN)
     if part.start_BL is not None:
         decay_BQIN = jnp.where(part.start_BL[..., None, None], 0, decay_BQIN)

@@ -1,4 +1,4 @@
-"""The op over a mesh of devices, rows and heads split between them: each computes its part as one device would."""
+"""The op over a mesh of devices that divide rows and heads: each computes its part as a single device would."""
 
 import math
 
@@ -13,19 +13,19 @@ Axes = str | tuple[str, ...] | None  # of the mesh, over which one axis of an ar
 
 
 def sharded(op, batch: Axes, split: str | None, length: str | None = None):
-    """`op(tokens, heads, state)`, e.g. `ssm`, over the mesh in context (`jax.set_mesh`); without one, `op` itself.
+    """Return `op(tokens, heads, state)`, e.g. `ssm`, divided over the mesh in context (`jax.set_mesh`); else `op`.
 
-    XLA divides plain code over devices by itself, but not a kernel. What heads share is whole on each of them, and its
-    gradient the sum of theirs.
+    XLA divides plain code over devices by itself, but not kernels. Arrays that heads share are whole on every device,
+    and their gradients are summed over devices.
 
     Args:
-        op: what each device runs.
+        op: the function that each device runs.
         batch: the mesh axis or axes that rows are split over, or None. Too few rows to split are whole on every device.
         split: the mesh axis that heads are split over, or None.
-        length: the mesh axis that tokens are split over, or None; `op` is then one of `context.across`.
+        length: the mesh axis that tokens are split over, or None. With one, `op` is a function from `context.across`.
 
     Raises:
-        ValueError: (the call) heads that their axis does not divide.
+        ValueError: by the returned function: the size of the axis does not divide the number of heads.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if undivided(batch, split, length):
@@ -40,7 +40,7 @@ def sharded(op, batch: Axes, split: str | None, length: str | None = None):
         by_group = by_angle = None
         if tokens.angle_BLHS is not None and tokens.angle_BLHS.shape[2] > 1:
             by_angle = split
-        if groups > 1:  # as many as give every device those of its own heads
+        if groups > 1:  # repeat groups until every device has those of its own heads and no others
             by_group, copies = split, math.lcm(groups, parts) // groups
             q_BLRGN, k_BLRGN = (jnp.repeat(x, copies, axis=3) for x in (tokens.q_BLRGN, tokens.k_BLRGN))
             tokens = tokens._replace(q_BLRGN=q_BLRGN, k_BLRGN=k_BLRGN)
@@ -52,7 +52,7 @@ def sharded(op, batch: Axes, split: str | None, length: str | None = None):
         of_state = _where(jax.eval_shape(empty_state, tokens), of_state)
         given = [(tokens, of_tokens), (heads, Heads(**dict.fromkeys(Heads._fields, Spec(split)))), (state, of_state)]
         specs = tuple(None if arrays is None else _where(arrays, specs) for arrays, specs in given)
-        # check_vma: kernels do not say over which axes their outputs differ.
+        # check_vma is off: kernels do not say over which mesh axes their outputs vary.
         run = jax.shard_map(op, in_specs=specs, out_specs=(own, of_state), check_vma=False)
         return run(tokens, heads, state)
 
@@ -60,7 +60,7 @@ def sharded(op, batch: Axes, split: str | None, length: str | None = None):
 
 
 def axes_of(axes: Axes) -> tuple[str, ...]:
-    """Return the mesh axes as a tuple, however few."""
+    """Return mesh axes, given as one name, several or None, as a tuple."""
     return (axes,) if isinstance(axes, str) else axes or ()
 
 
@@ -71,16 +71,16 @@ def size_of(axes: Axes) -> int:
 
 
 def undivided(*axes: Axes) -> bool:
-    """Tell whether nothing is split over these axes: no mesh in context, none given, or `jax.shard_map` over all."""
+    """Tell whether nothing is split over these axes: there is no mesh or no axis, or `jax.shard_map` is over all."""
     mesh = jax.sharding.get_abstract_mesh()
     given = {axis for some in axes for axis in axes_of(some)}
     return mesh.size <= 1 or given <= set(mesh.manual_axes)
 
 
 def one_device() -> bool:
-    """Whether one device computes what is traced: its mesh has no other, or it is inside `jax.shard_map`.
+    """Tell whether one device computes what is traced: the mesh has no other, or it is inside `jax.shard_map` over all.
 
-    Without a mesh in context arrays may lie on any of the process's devices.
+    Without a mesh in context arrays may lie on any of the process's devices, so there must be only one.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -89,6 +89,6 @@ def one_device() -> bool:
 
 
 def _where(arrays, specs):
-    """Return the specs of the arrays that are there."""
+    """Return the specs with None in place of those whose array is None."""
     pairs = zip(arrays, specs, strict=True)
     return type(specs)(*(None if array is None else spec for array, spec in pairs))

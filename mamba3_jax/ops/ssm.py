@@ -1,4 +1,4 @@
-"""The front door of the state space op: checks, the table of implementations, `ssm` itself and its state-only pass."""
+"""The entry points of the state space op, `ssm` and `transition`: their checks and the table of implementations."""
 
 import warnings
 
@@ -16,9 +16,10 @@ from mamba3_jax.ops.types import Heads, State, Tokens, Transition, accumulator, 
 
 __all__ = ["IMPLEMENTATIONS", "Heads", "State", "Tokens", "Transition", "compose", "empty_state", "ssm", "transition"]
 
-# Which run on everything, and for `transition` without queries.
+# These run on every device, and without queries (`transition`).
 PLAIN = {"recurrent": recurrent, "associative": associative, "chunked": chunked}
-# All take None for `empty_state`, which most of them make; the TPU's scan has no operand then, and no gradient of it.
+# All take the state None for `empty_state`. Most of them make it; the TPU's scan then has one operand less, and one
+# gradient less.
 IMPLEMENTATIONS = PLAIN | kernels.IMPLEMENTATIONS
 
 
@@ -32,29 +33,30 @@ def ssm(
     chunk: int | None = None,
     along: object = None,
 ):
-    """Mamba-3 between its two projections: bias, rotation, recurrence, skip, norm, gate (SPEC 4 to 7).
+    """Compute Mamba-3 between its two projections: bias, rotation, recurrence, skip, norm, gate (SPEC 4 to 7).
 
         h_t = a_t (h_{t-1} + beta_t X_{t-1} k_{t-1}^T) + gamma_t X_t k_t^T,   y_t = h_t q_t
 
-    What is None (beta, angle, gate, start, every field of heads) is left out and costs nothing; with all of them None
-    this is Mamba-2's SSD.
+    Arrays that are None (beta, angle, gate, start, any field of heads) are left out and cost nothing; with all of them
+    None this is Mamba-2's SSD.
 
-    Running a sequence in two pieces with the state carried gives what running it whole gives; so training, prefill,
-    chunked prefill and decoding are this one function. Differentiable in everything, both states included.
+    Running a sequence in two pieces with the state carried gives what running it whole gives. So training, prefill,
+    prefill in pieces and decoding are this one function. It is differentiable in everything, both states included.
 
     Args:
         tokens: one entry a token, see `Tokens`. `start` isolates documents exactly: no finite value and no gradient
-            crosses. A token that is not finite reaches the later ones of its document, and never another row. In
-            `recurrent` that is all; in `chunked` it may also make all of its chunk NaN, earlier tokens and other
-            documents included, and what follows the chunk up to the next `start`; in `associative` all from its
-            chunk on. Of kernels only the other rows are sure. Gradients may be NaN in all of the row.
+            crosses it. A token that is not finite reaches later tokens of its document, and never another row. In
+            `recurrent` it reaches nothing else. In `chunked` it may also reach all of its chunk, earlier tokens and
+            other documents included, and the tokens after the chunk up to the next `start`; in `associative`, all
+            tokens from the beginning of its chunk on. In kernels it may reach all of its row. Gradients may be NaN in
+            all of its row.
         heads: learned, one entry a head, see `Heads`. With more than one rank, v_rank and out_rank are needed.
-        state: what the tokens before left, or None for none. It reaches up to the first `start` of its row.
+        state: what the tokens before left; None: nothing. It reaches the tokens before the first `start` of its row.
         rotation: "adjacent" (SISO weights) or "half" (MIMO weights).
-        implementation: a name in `IMPLEMENTATIONS`, or None for the fastest that supports the inputs here.
-        chunk: tokens a chunk; performance only, results do not depend on it. None chooses.
-        along: inside `jax.shard_map`, how rows go on from device to device; for `ops.context`, and for kernels that
-            `kernels.spans` names.
+        implementation: a name in `IMPLEMENTATIONS`, or None for the fastest one that supports these inputs here.
+        chunk: tokens in a chunk. Performance only: results do not depend on it. None: the implementation chooses.
+        along: inside `jax.shard_map`, how rows go on from device to device. `ops.context` passes it, to kernels for
+            which `kernels.spans` holds.
 
     Returns:
         y_BLHP in v's dtype, and the `State` after the last token.
@@ -83,16 +85,16 @@ def transition(
     implementation: str | None = None,
     chunk: int | None = None,
 ) -> Transition:
-    """Return what a run of tokens does to any state before it: a pass over the states alone, in plain XLA.
+    """Return what a run of tokens does to any state before it, by a pass over states alone in plain XLA.
 
-    `compose` puts runs together, or a state and the run after it: so a row can be cut, over devices or in time, and its
-    pieces computed at once. No outputs are computed; queries and gate are not read.
+    `compose` joins two runs, or a state and the run after it. So a row can be cut into pieces, over devices or in time,
+    that are computed at once. No outputs are computed; queries and gate are not read.
 
     Args:
         tokens: as for `ssm`; q may be None.
-        heads: as for `ssm`; biases of keys and v_rank are read.
+        heads: as for `ssm`; only the bias of keys and v_rank are read.
         rotation: as for `ssm`.
-        implementation: one of `PLAIN`, or None for the fastest of them.
+        implementation: a name in `PLAIN`, or None for the fastest of them.
         chunk: as for `ssm`.
 
     Raises:
@@ -110,18 +112,18 @@ def transition(
 
 
 def plain(tokens: Tokens) -> str:
-    """Return the fastest in plain XLA: one token is a step, and anything longer is worth chunks."""
+    """Return the fastest implementation in plain XLA: a step for one token, and chunks for more."""
     return "recurrent" if tokens.log_a_BLH.shape[1] == 1 else "chunked"
 
 
 def default_implementation(tokens: Tokens) -> str:
-    """Return what was measured to be the fastest on this device (`tuned`), or else kernels for it; or else plain XLA.
+    """Return the implementation measured as fastest on this device (`tuned`), or else its kernels, or else plain XLA.
 
-    XLA cannot divide a kernel over devices as it divides plain code: that takes `ops.sharded`. Plain XLA where the
-    device has kernels says why, in a warning.
+    XLA cannot divide a kernel over devices as it divides plain code: that takes `ops.sharded`. If the device has
+    kernels and the choice is plain XLA, a warning says why.
 
     Raises:
-        ValueError: the table of tuned configs names an implementation that is not one.
+        ValueError: the table of tuned configs names an unknown implementation.
     """
     kind = device().device_kind
     entry = tuned.choose(kind, tokens)
@@ -144,7 +146,7 @@ def default_implementation(tokens: Tokens) -> str:
 def check(
     tokens: Tokens, heads: Heads, state: State | None, rotation: str, chunk: int | None, queries: bool = True
 ) -> None:
-    """Raise ValueError, naming the array, its shape and the wish, for anything the op cannot mean."""
+    """Raise ValueError, naming the array, its shape and the wish, for inputs that do not fit the op or one another."""
     check_arrays("tokens", tokens, Tokens, ("q_BLRGN",) * queries + ("k_BLRGN", "v_BLHP", "log_a_BLH", "gamma_BLH"))
     check_arrays("heads", heads, Heads)
     if state is not None:
@@ -219,7 +221,7 @@ def check_arrays(name: str, values, kind: type, needed: tuple[str, ...] = ()) ->
 
 
 def check_parts(tokens: Tokens, state: State) -> None:
-    """Raise ValueError for a part of the state that the tokens do not need, or that they need and is not there."""
+    """Raise ValueError for a part of the state that the tokens do not need, or one that they need and that is None."""
     needed_by = {"angle_BHS": ("angle", tokens.angle_BLHS), "k_BRHN": ("beta", tokens.beta_BLH)}
     needed_by["v_BHP"] = needed_by["k_BRHN"]
     for part, (name, array) in needed_by.items():

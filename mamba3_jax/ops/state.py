@@ -1,4 +1,4 @@
-"""What a state is to the tokens after it, and what a row leaves: shared by every implementation."""
+"""The state before a row and the one after it, in the forms that all implementations share."""
 
 import functools
 
@@ -9,26 +9,26 @@ from mamba3_jax.ops.types import Heads, State, Tokens
 
 
 def per_head(x_RGN, n_heads: int):
-    """(..., R, G, N) -> (..., H, R, N): head h reads group h // (H / G)."""
+    """Repeat groups for their heads, (..., R, G, N) -> (..., H, R, N): head h reads group h // (H / G)."""
     x_GRN = jnp.swapaxes(x_RGN, -2, -3)
     return jnp.repeat(x_GRN, n_heads // x_GRN.shape[-3], axis=-3)
 
 
 def ranked(v_HP, heads: Heads):
-    """X[r] = v_rank[r] v: (..., H, P) -> (..., H, R, P); one rank of v itself without v_rank."""
+    """X[r] = v_rank[r] v: (..., H, P) -> (..., H, R, P). Without v_rank there is one rank, v itself."""
     if heads.v_rank_HRP is None:
         return v_HP[..., None, :]
     return v_HP[..., None, :] * heads.v_rank_HRP.astype(v_HP.dtype)
 
 
 def outer(x_BHRP, k_BHRN):
-    """sum_r x[r] k[r]^T, as a sum that fuses with what it is added to: a product over so few ranks is slower."""
+    """Return sum_r x[r] k[r]^T. XLA fuses the sum with what it is added to; a matrix product of few ranks is slower."""
     ranks = range(x_BHRP.shape[2])
     return functools.reduce(jnp.add, (x_BHRP[:, :, r, :, None] * k_BHRN[:, :, r, None, :] for r in ranks))
 
 
 def incoming(state: State, first_BH, heads: Heads):
-    """Return the state before the row, in natural order, with what token 0 adds for the one before (`later_weight`)."""
+    """Return the state before the row with what token 0 adds to it for the token before the row (`later_weight`)."""
     if first_BH is None:
         return state.ssm_BHPN
     before_BHRN = jnp.swapaxes(state.k_BRHN, 1, 2).astype(first_BH.dtype)
@@ -37,7 +37,7 @@ def incoming(state: State, first_BH, heads: Heads):
 
 
 def last_state(tokens: Tokens, heads: Heads, angle_BHS, h_BHPN, rotation: str) -> State:
-    """Return what the row leaves, from the last angle (radians, or None) and `h_BHPN`."""
+    """Return the state after the row, from its last tokens, its last angle (radians, or None) and `h_BHPN`."""
     if tokens.beta_BLH is None:
         return State(angle_BHS, h_BHPN)
     k_BHRN = per_head(tokens.k_BLRGN[:, -1], tokens.v_BLHP.shape[2]).astype(h_BHPN.dtype)

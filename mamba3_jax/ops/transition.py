@@ -1,11 +1,12 @@
-"""What a run of tokens does to any state before it, and how that of one run and that of the next make one.
+"""The transition of a run of tokens: what the run does to any state before it. Those of two runs compose to one.
 
-A run sees the state before it only through its first token's beta, its decay, and the angle at which it begins: with
-(h', k', v', phi') what it leaves from the empty state, and (h, k, v, phi) the state before it,
+The state before a run enters only by the first token's beta, by the run's decay and by the angle at which it begins.
+Let (h', k', v', phi') be the state that the run leaves when it begins with the empty state. It takes (h, k, v, phi) to
 
     h <- rotate(h', phi) + exp(log_a) (h + first X k^T),    k <- rotate(k', phi),    v <- v',    phi <- phi + phi'
 
-where no document starts inside; else what was before is gone, and the run leaves what it leaves from nothing.
+where log_a is the sum over the run, first is the first token's beta, and X is v in ranks. If a document starts in the
+run, the state before it is dropped, and the run leaves (h', k', v', phi').
 """
 
 import jax.numpy as jnp
@@ -28,20 +29,21 @@ def of_run(tokens: Tokens, state: State) -> Transition:
 
 
 def compose(left: Transition | State, right: Transition, heads: Heads, *, rotation: str = "adjacent"):
-    """Return what the run of `left` and then that of `right` do: their Transition; of a State, the State after.
+    """Return the `Transition` of the run of `left` and then that of `right`; or, if `left` is a State, the State after.
 
-    Associative and exact: composing the transitions of any cut of a row gives that of the row, and composing the state
-    before a row with its transition gives the state after it. Differentiable in everything.
+    This is associative and exact: the transitions of the pieces of a row, however it is cut, compose to that of the
+    row; the state before a row and the row's transition compose to the state after it. It is differentiable in
+    everything.
 
     Args:
         left: the earlier run, or the state before `right`.
         right: the later run.
-        heads: as for the tokens of both (the ranks of v are read).
-        rotation: as for both.
+        heads: those of the tokens of both; only v_rank is read.
+        rotation: that of both.
 
     Raises:
-        ValueError: an unknown rotation; two runs of which one has an angle, or a beta, and the other has not, or of
-            other sizes; heads that do not fit.
+        ValueError: an unknown rotation; only one of the two has an angle, or a beta; their sizes differ; or heads that do
+            not fit.
     """
     if rotation not in ROTATIONS:
         raise ValueError(f"{rotation=} is not one of {ROTATIONS}")
@@ -53,7 +55,7 @@ def compose(left: Transition | State, right: Transition, heads: Heads, *, rotati
         return jnp.where(carried_B.reshape(-1, *[1] * (array_B.ndim - 1)), array_B, 0)
 
     def rotated(x_BHRN, angle_BHS):
-        """Not at all where there is no angle; in the angle's dtype."""
+        """Rotate in the angle's dtype; return the argument if there is no angle."""
         if angle_BHS is None:
             return x_BHRN
         return rotate(x_BHRN.astype(angle_BHS.dtype), angle_BHS[:, :, None], rotation).astype(x_BHRN.dtype)

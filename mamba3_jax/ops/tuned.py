@@ -1,4 +1,4 @@
-"""What was measured to be the fastest, by device and shape: tuned.json, written by `experiments.benchmarks.tune`."""
+"""What was measured as fastest, by device and shape: tuned.json, which `experiments.benchmarks.tune` writes."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ import jax
 from mamba3_jax.ops.types import Tokens, product_dtype
 
 PATH = Path(__file__).with_name("tuned.json")
-# Of a device that was not measured, another of its architecture is the nearest.
+# A device that was not measured takes the entries of others of its architecture.
 ARCHITECTURES = {
     "Ampere": r"A100|A800|A30|A10G?|A40|A6000|RTX 30\d\d",
     "Ada": r"L4|L40S?|L20|RTX 40\d\d",
@@ -23,25 +23,25 @@ ARCHITECTURES = {
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One entry of the table: on this device, for inputs of this kind, what to run and how."""
+    """One entry of the table: what to run, and how, for inputs of this kind on this device."""
 
     device: str  # jax's device_kind
     rank: int
     dtype: str  # of q, k and v
-    width: int  # P and N, rounded up to powers of two
-    d_state: int
+    width: int  # P, rounded up to a power of two
+    d_state: int  # N, rounded up to a power of two
     heads: int  # times the batch
     length: int
     implementation: str
-    launch: dict = dataclasses.field(default_factory=dict)  # by implementation: what it is told beside the inputs
+    launch: dict = dataclasses.field(default_factory=dict)  # options of each implementation, by its name
     measured: dict = dataclasses.field(default_factory=dict)  # ms of forward+backward by implementation, commit, date
 
 
 def device():
-    """Return the device that what is traced is for: of the mesh in context, or else the first of this process.
+    """Return the device that the traced program is for: that of the mesh in context, or else this process's first one.
 
-    Of a mesh whose devices this process does not have, a topology's say, only kind and platform are known. (As
-    `pallas_kernels.device.target`: kernels import nothing of ours, and everything else works without them.)
+    If this process has no device of the mesh's kind, as for the mesh of a topology, only kind and platform are known.
+    (`pallas_kernels.device.target` does the same: kernels import nothing of this package, which works without them.)
     """
     wanted = jax.sharding.get_abstract_mesh().abstract_device
     here = jax.devices()
@@ -49,10 +49,10 @@ def device():
 
 
 def choose(device: str, tokens: Tokens) -> Choice | None:
-    """Return the entry for these inputs: of this device, or else of one of its architecture; None where nothing fits.
+    """Return the entry for these inputs, of this device or else of one of its architecture; None: there is none.
 
-    Rank, dtype, sizes of the state, and whether it is one token, must be the entry's; of the entries left, the nearest
-    in batch x heads and length.
+    Rank, dtype, sizes of the state, and whether rows are one token, must be those of the entry. Of such entries, the
+    nearest in batch x heads and length is taken.
     """
     batch, length, rank, _, d_state = tokens.q_BLRGN.shape
     heads, width = batch * tokens.v_BLHP.shape[2], tokens.v_BLHP.shape[3]
@@ -72,19 +72,19 @@ def choose(device: str, tokens: Tokens) -> Choice | None:
 
 
 def config(implementation: str, tokens: Tokens) -> dict:
-    """Return what the table tells this implementation for these inputs on this device; mostly nothing."""
+    """Return the options that the table has for this implementation, these inputs and this device; often none."""
     entry = choose(device().device_kind, tokens)
     told = entry.launch.get(implementation, {}) if entry else {}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
 
 
 def rounded(size: int) -> int:
-    """Return the smallest power of two that is not below."""
+    """Return the smallest power of two that is not less than a size."""
     return 1 << (size - 1).bit_length()
 
 
 def architecture(device: str) -> str | None:
-    """NVIDIA's name of it, or None where it is not known."""
+    """Return NVIDIA's name for a device's architecture; None: it is not known."""
     for name, models in ARCHITECTURES.items():
         if re.search(rf"\b({models})\b", device):
             return name
@@ -92,16 +92,16 @@ def architecture(device: str) -> str | None:
 
 
 def table() -> tuple[Choice, ...]:
-    """Every entry that there is."""
+    """Return all entries."""
     return read(PATH)
 
 
 @functools.cache
 def read(path: Path) -> tuple[Choice, ...]:
-    """Every entry of a file.
+    """Return all entries of a file.
 
     Raises:
-        ValueError: what is wrong, and with which entry.
+        ValueError: the file is not JSON, or has an entry that is not a `Choice`; the message says which and why.
     """
     try:
         entries = json.loads(path.read_text())

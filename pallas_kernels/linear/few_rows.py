@@ -2,15 +2,16 @@
 
     x' = x / sqrt(mean(x^2) + eps) scale   (or x itself),   y = epilogue(x' W_1^T, x' W_2^T, ..., vectors)
 
-W_1, W_2, ... are rows of the matrix; one call has several such products, each with outputs of its own.
+W_1, W_2, ... are rows of the matrix. One call computes several such products, each with outputs of its own. x' is
+rounded to the matrix's dtype, sums are float32.
 
-The matrix's bytes are the floor, and those of one token are few for a GPU: what counts is that all of them are on their
-way at once, to every multiprocessor. So a program has some columns of one product, over all of K. x' is rounded to the
-matrix's dtype, sums are float32.
+The time is at least that of reading the matrix once. One layer's matrices are small for a GPU, so what counts is that
+all multiprocessors load at once, and all their loads are under way at once. So a program computes some columns of one
+product, over all of K, in one of two ways, which `tiles` chooses:
 
-Threads multiply and add row after row: a program asks for all of its weights before it does anything else, and computes
-the norm for itself, of a few kilobytes that are in the cache. Or tensor cores multiply 16 rows or more in a loop over
-K, whose loads run some steps ahead; the norm is then XLA's. `tiles` chooses.
+- Threads multiply and add, one row after another. A program issues the loads of all its weights before anything else,
+  and computes the norm by itself, from a few kilobytes that are in the cache.
+- Tensor cores multiply 16 rows or more in a loop over K, whose loads run some steps ahead. XLA computes the norm.
 
 Letters: B rows, K entries of a row, M rows of the matrix, N columns of a product, A blocks of K.
 """
@@ -34,9 +35,10 @@ NT = (((1,), (1,)), ((), ()))
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """N rows of the matrix from each of `firsts` on, and what is made of their products.
+    """N rows of the matrix from each of `firsts` on, and an epilogue of their products.
 
-    `epilogue(*products, *vectors)` returns a tuple of outputs. All are float32, of some columns, of one row or of more.
+    `epilogue(*products, *vectors)` returns a tuple of outputs. Its arguments and results are float32, for some of the
+    columns and for one row or more.
     """
 
     columns: int  # N
@@ -47,13 +49,13 @@ class Product:
 
 
 def available() -> str | None:
-    """Return what the kernel wants of the device, and what it got; None: nothing."""
+    """Return what the kernel wants of the device, and what it got; None: it can run."""
     device = target().device_kind
     return None if "NVIDIA" in device else f"needs an NVIDIA GPU, not {device!r}"
 
 
 def unsupported(x_BK, weight_MK, products: Sequence[Product]) -> str | None:
-    """Return what the kernel wants of these shapes and dtypes, and what it got; None: nothing."""
+    """Return what the kernel wants of shapes and dtypes, and what it got; None: it takes these."""
     dtypes = {x_BK.dtype, weight_MK.dtype}
     if not dtypes <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
         return f"wants float32 or bfloat16, not {sorted(map(str, dtypes))}"
@@ -82,14 +84,14 @@ def few_rows(
         x_BK: float32 or bfloat16.
         weight_MK: float32 or bfloat16.
         products: at least one.
-        scale_K: of the rows' RMSNorm; None: rows are as they are.
+        scale_K: of an RMSNorm of the rows; None: there is no norm.
         eps: of the norm.
-        tile: None chooses.
+        tile: how the kernel is cut; None: as `default_tile` says.
         name: of the kernel.
         interpret: runs on any backend, slowly, for tests.
 
     Raises:
-        ValueError: what `unsupported` says.
+        ValueError: the inputs are `unsupported`.
     """
     wish = unsupported(x_BK, weight_MK, products)
     if wish is not None:
@@ -97,9 +99,9 @@ def few_rows(
     (rows, size), first = x_BK.shape, 0
     tile = tile or default_tile(rows, size, kind_of(products, scale_K is not None), weight_MK.dtype) or Tile()
     if tile.dot and scale_K is not None:
-        # The loop would go over every row twice, and convert it for each program.
+        # In the kernel, every program would read the rows twice and convert them.
         x_BK, scale_K = _rms_norm(x_BK, scale_K, eps).astype(weight_MK.dtype), None
-    programs = []  # of every product, the first program and the columns of one
+    programs = []  # for each product: its first program, and the columns of a program
     for product in products:
         columns = _power_of_two(max(8 if tile.dot else 1, tile.columns // len(product.firsts)))
         programs.append((first, columns))
@@ -146,44 +148,44 @@ def _kernel(x_ref, scale_ref, w_ref, vectors, outs, *, products, programs, last,
 
 
 class Operands:
-    """What a program reads, in blocks of K: rows, the norm's scale, the matrix."""
+    """What a program reads, in blocks of K: the rows, the norm's scale and the matrix."""
 
     def __init__(self, x_ref, scale_ref, w_ref, *, eps: float, tile: Tile, interpret: bool):
         self.x_ref, self.scale_ref, self.w_ref, self.eps, self.interpret = x_ref, scale_ref, w_ref, eps, interpret
         self.rows, self.size = x_ref.shape
         self.block = max(16 if tile.dot else 1, _block(self.size, tile))
-        if tile.dot:  # the rows of this program, and which of them are there
+        if tile.dot:  # the rows of this program, and which of them exist
             padded = min(tile.rows, max(16, _power_of_two(self.rows)))
             self.b_B1 = (pl.program_id(1) * padded + lax.broadcasted_iota(jnp.int32, (padded,), 0))[:, None]
             self.inside_B1 = self.b_B1 < self.rows
 
     def blocks(self):
-        """Return (k_K, which of them are there) of all blocks of K; None: all are."""
+        """Return, for all blocks of K, k_K and which of these entries exist; None: all of them."""
         firsts = range(0, self.size, self.block)
         return [self.inside(first + lax.broadcasted_iota(jnp.int32, (self.block,), 0)) for first in firsts]
 
     def inside(self, k_K):
-        """Return k_K, and which of them are there; None: all are."""
+        """Return k_K and which of these entries exist; None: all of them."""
         return k_K, None if self.size % self.block == 0 else k_K < self.size
 
     def weights(self, n_N, inside_N, k_K, inside_K):
-        """Return a block of some rows of the matrix."""
+        """Load a block of some rows of the matrix."""
         inside = inside_N[:, None] if inside_K is None else inside_N[:, None] & inside_K[None]
         return _load(self.w_ref, (n_N[:, None], k_K[None]), inside, None)
 
     def all_weights(self, product: Product, n_N):
-        """Return all blocks of each of a product's matrices."""
+        """Load all blocks of each of a product's matrices."""
         inside_N = n_N < product.columns
         return [[self.weights(first + n_N, inside_N, *block) for block in self.blocks()] for first in product.firsts]
 
     def scales(self):
-        """Return all blocks of the norm's scale, or None."""
+        """Load all blocks of the norm's scale; None: there is no norm."""
         if self.scale_ref is None:
             return None
         return [_load(self.scale_ref, (k_K,), inside_K) for k_K, inside_K in self.blocks()]
 
     def normed(self, x, scales):
-        """Return all blocks of a row after its norm and in the matrix's dtype."""
+        """Return all blocks of a row, after its norm, in the matrix's dtype."""
         if scales is not None:
             over_rms = lax.rsqrt(jnp.sum(sum(block * block for block in x)) / self.size + self.eps)
             x = [block * over_rms * scale_K for block, scale_K in zip(x, scales, strict=True)]
@@ -191,14 +193,14 @@ class Operands:
 
     def dot(self, x_BK, w_NK):
         """Return x w^T with float32 sums."""
-        if self.interpret:  # the CPU has no product of bfloat16 with float32 sums
+        if self.interpret:  # XLA for CPU has no product of bfloat16 with float32 sums
             x_BK, w_NK = x_BK.astype(jnp.float32), w_NK.astype(jnp.float32)
         precision = lax.Precision.HIGHEST if w_NK.dtype == jnp.float32 else None
         return lax.dot_general(x_BK, w_NK, NT, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _row_by_row(operands: Operands, product: Product, n_N):
-    """Yield of every row where its outputs are, which of them are there, and its sums over K."""
+    """Yield, for each row, the places of its outputs, which of these exist, and its sums over K."""
     weights, scales = operands.all_weights(product, n_N), operands.scales()
     for b in range(operands.rows):
         x = [_load(operands.x_ref, (b, k_K), inside_K) for k_K, inside_K in operands.blocks()]
@@ -208,7 +210,7 @@ def _row_by_row(operands: Operands, product: Product, n_N):
 
 
 def _in_a_loop(operands: Operands, product: Product, n_N):
-    """Yield where the outputs of all rows of a program are, which of them are there, and their sums over K.
+    """Yield, for all rows of a program at once, the places of the outputs, which of these exist, and the sums over K.
 
     The matrix and the rows stream through shared memory.
     """
@@ -228,14 +230,14 @@ def _in_a_loop(operands: Operands, product: Product, n_N):
 
 
 def _load(ref, at, inside, dtype=jnp.float32):
-    """Return ref[at] in a dtype (None: its own), zeros where `inside` is false (None: nowhere)."""
+    """Load ref[at] in a dtype (None: its own), and zeros where `inside` is False (None: nowhere)."""
     at, inside = _together(at, inside)
     loaded = plt.load(ref.at[at], mask=inside, other=None if inside is None else 0)
     return loaded if dtype is None else loaded.astype(dtype)
 
 
 def _together(at, array):
-    """Broadcasts indices, and an array or None, to one shape."""
+    """Broadcast indices, and an array or None, to one shape."""
     at = tuple(jnp.asarray(index, jnp.int32) for index in at)
     shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in (*at, array) if x is not None))
     *at, array = (None if x is None else jnp.broadcast_to(x, shape) for x in (*at, array))
@@ -243,11 +245,11 @@ def _together(at, array):
 
 
 def _block(size: int, tile: Tile) -> int:
-    """Return how many entries of K a load has: a power of two, and without a remainder unless those would be few."""
+    """Return how many entries of K a load has: a power of two, which divides K unless it would then be small."""
     whole = min(tile.block, size & -size)
     return whole if whole >= min(tile.block, 64) else min(tile.block, _power_of_two(size))
 
 
 def _power_of_two(size: int) -> int:
-    """Return the smallest power of two that is not below."""
+    """Return the smallest power of two that is not less than a size."""
     return 1 << (size - 1).bit_length()

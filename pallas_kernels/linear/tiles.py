@@ -1,9 +1,10 @@
-"""How `few_rows` is cut, by rows, kind of product and dtype: what was measured, on an H200 inside a decode loop.
+"""How `few_rows` is cut, by rows, kind of product and dtype, as measured on an H200 inside a decode loop.
 
-One layer of siso-180m reads 3,432, 768, 3,072 and 768 matrix rows: 5.3, 2.4, 4.7 and 2.4 MB of bfloat16, which at 4.2
-TB/s take 1.2, 0.6, 1.1 and 0.6 us. A launch takes about 2 us. What the four kernels took, in us:
+In one layer of siso-180m, the kernels in, out, gate and back read 3,432, 768, 3,072 and 768 rows of a matrix: 5.3, 2.4,
+4.7 and 2.4 MB of bfloat16, which at 4.2 TB/s take 1.2, 0.6, 1.1 and 0.6 us. A launch takes about 2 us. The kernels, and
+XLA's own products with the kernels around them, took, in us:
 
-    rows   tile                                           in, gate, out, back        XLA's products, with what is around
+    rows   tile                                           in, gate, out, back        XLA (or a remark)
        1   rows, 8 columns, 4 warps (gate: 16, 8)         4.1   3.7   2.8   3.0      11 kernels
        8   rows, the same                                 20.7  10.2   8.5   8.7     6.2 + 4.7, 3.3 x 2, 3.0, 3.0
        8   loop of 128, 32 columns, 4 warps, 6 stages     7.2   5.4   5.0   5.2      (out, back: 16 columns, 8 stages)
@@ -14,10 +15,11 @@ TB/s take 1.2, 0.6, 1.1 and 0.6 us. A launch takes about 2 us. What the four ker
        8   all of K in registers, 16 columns, 4 warps     15.8  8.1   5.2   5.5      (out, back: 8 columns)
      128   loop of 64, 32 columns, 4 warps, 4 stages       9.6  13.1   9.3   8.4     out and back 5.5
 
-Row by row costs 2.4 us more with every row, so it is for two at most. Of more rows, narrow programs are many (24 to 215
-of `in` and `out` for 132 multiprocessors), and a loop whose stages reach over all or most of K has its weights on their
-way at once without a register for them; two warps read the rows half as often as four. With all of K in registers, of
-which each warp needs all rows, a program of `in` spilled 544 bytes a thread. The loop's norm is a kernel of 1.6 us.
+Row by row, `in` takes 2.4 us more for every row, so that way is for two rows at most. For more rows, narrow programs
+are better because there are more of them: at 32 columns `in` has 107 and `out` 24, at 16 and 8 columns they have 213
+and 96, for 132 multiprocessors. A loop whose stages cover all or most of K has its loads under way at once and needs no
+registers for them. Two warps read the rows half as often as four. With all of K in registers, of which each warp needs
+all rows, a program of `in` spilled 544 bytes a thread. The norm before a loop is a kernel of 1.6 us.
 """
 
 import dataclasses
@@ -29,15 +31,16 @@ import jax.numpy as jnp
 class Tile:
     """How the kernel is cut. Performance only."""
 
-    columns: int = 8  # of all products that one epilogue takes, a program
-    block: int = 512  # entries of K at a time, at most
+    columns: int = 8  # rows of the matrix in a program, over all matrices of a product
+    block: int = 512  # the most entries of K in one load
     warps: int = 4
-    dot: bool = False  # whether tensor cores multiply in a loop over K, and not threads row after row
-    rows: int = 16  # a program, at most: of tensor cores alone
-    stages: int = 4  # how many steps of the loop are on their way
+    dot: bool = False  # True: tensor cores multiply in a loop over K; False: threads, one row after another
+    rows: int = 16  # with dot: the most rows in a program
+    stages: int = 4  # with dot: how many steps of the loop are under way at once
 
 
-# By the most rows that they are for. A product is "normed", "gated" (normed, of two matrices) or "bare". None: XLA's.
+# By the most rows that they are for, and by kind of product: "normed", "gated" (normed, of two matrices) or "bare".
+# None: XLA's product is taken.
 TILES = {
     2: {"normed": Tile(), "gated": Tile(columns=16, warps=8), "bare": Tile()},
     16: {
@@ -51,20 +54,20 @@ TILES = {
         "bare": None,
     },
 }
-ROW = 2048  # the longest K of rows one by one by four warps
+ROW = 2048  # the longest K that four warps take row by row
 
 
 def kind_of(products, normed: bool) -> str:
-    """Return which tile of `TILES` some products take."""
+    """Return the kind, a key of `TILES`, of some products."""
     if not normed:
         return "bare"
     return "gated" if all(len(product.firsts) == 2 for product in products) else "normed"
 
 
 def default_tile(rows: int, size: int, kind: str, dtype) -> Tile | None:
-    """Choose a tile for so many rows of K entries; None: XLA's own product is faster, or not measured against.
+    """Choose a tile for so many rows of K entries; None: XLA's own product was faster, or was not compared.
 
-    Row by row, a program holds its columns of the matrix in registers: of a long K more threads do.
+    Row by row, the threads of a program hold its columns of the matrix in registers, so a long K takes more threads.
     """
     most = next((most for most in TILES if rows <= most), None)
     tile = None if most is None else TILES[most][kind]

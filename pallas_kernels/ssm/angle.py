@@ -1,8 +1,8 @@
-"""Angles as fractions of a turn: what the kernels of several backends share about sums that stay exact.
+"""Angles as fractions of a turn, whose sums are exact: the functions that the kernels of several backends share.
 
-A turn is 2 pi. As 32-bit integers, fractions of a turn add up exactly, in any order and of any length, and the overflow
-is the modulo. The increments angle dt are sums of products of 12-bit pieces, which are exact in float32 whether a
-compiler fuses them with a sum or not.
+A turn is 2 pi. As 32-bit integers, fractions of a turn add up exactly, in any order and in any number, and overflow is
+the modulo. The increments angle dt are sums of products of 12-bit pieces, which are exact in float32 whether or not a
+compiler fuses them with a sum.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ def head(x):
 
 
 def _pieces(value: float) -> tuple[float, float, float]:
-    """Split value = a + b + c, the first two of 12 bits each."""
+    """Split value = a + b + c, where a and b have 12 bits each."""
     scale = 2.0 ** (12 - math.frexp(value)[1])
     first = math.floor(value * scale) / scale
     second = math.floor((value - first) * scale * 4096) / (scale * 4096)
@@ -39,7 +39,7 @@ def turns_in_pieces(angle):
     leading = head(exact[0])
     middle = [exact[0] - leading, exact[1], exact[2]]
     heads = [head(x) for x in middle]
-    sum_ = (heads[0] + heads[1]) + heads[2]  # of a few multiples of a common step: exact
+    sum_ = (heads[0] + heads[1]) + heads[2]  # exact: they are small multiples of a common step
     middle_head = head(sum_)
     rest = sum(x - y for x, y in zip(middle, heads, strict=True))
     small = angle_tail * second + angle * third
@@ -55,13 +55,13 @@ def rounded(x, step: float, interpret: bool):
 
 
 def to_fraction(angle):
-    """Return an angle in radians as a 32-bit fraction of a turn, to the 2^-24 that float32 has."""
+    """Return an angle in radians as a 32-bit fraction of a turn, with the 24 bits of float32."""
     turns = angle * INVERSE_TURN
     return ((turns - jnp.floor(turns + 0.5)) * 2.0**31).astype(jnp.int32) * 2
 
 
 def to_turns(fraction):
-    """Return a 32-bit fraction of a turn in float32, in [0, 1), of the 24 bits that it has."""
+    """Return the leading 24 bits of a 32-bit fraction of a turn in float32, in [0, 1)."""
     return lax.shift_right_logical(fraction, jnp.int32(8)).astype(jnp.float32) * 2.0**-24
 
 
@@ -72,37 +72,38 @@ def to_radians(fraction):
 
 @dataclasses.dataclass(frozen=True)
 class Along:
-    """How rows go on over the Z devices of a mesh axis, inside `jax.shard_map`."""
+    """How rows go on over the Z devices of a mesh axis, inside `jax.shard_map`. Each run of a row is a row here."""
 
     axis: str
-    # Of 2 Z runs a row, which are rows here, a device has z in the first half of the batch, 2 Z - 1 - z in the other.
+    # False: device z has run z of Z. True: of 2 Z runs device z has run z, in the first half of the batch, and run
+    # 2 Z - 1 - z, in the second half.
     zigzag: bool = False
 
 
 def before_device(decay, added, along: Along, backwards: bool = False):
-    """Solve x_r = decay_r x_{r-1} + added_r over the runs of all devices: return x_{r-1}, 0 of the first run.
+    """Solve x_r = decay_r x_{r-1} + added_r over the runs of all devices; return x_{r-1}, which is 0 for the first run.
 
     Args:
-        decay: the axes are the first ones of `added`, the dtype is the same.
+        decay: of this device's runs; its axes are the first ones of `added`, in the same dtype.
         added: of this device's runs.
         along: where the runs lie.
-        backwards: the last run is the first.
+        backwards: solve from the last run to the first.
     """
     if not along.zigzag:
         return _before(decay, added, along.axis, backwards)
     (decay, after_decay), (added, after_added) = (jnp.split(x, 2) for x in (decay, added))
     if backwards:
         decay, added, after_decay, after_added = after_decay, after_added, decay, added
-    # Runs of the first half go up the devices, those of the other down; backwards the same, the halves swapped.
+    # Runs of the first half of the batch go up the devices, those of the second half down. Backwards, the halves swap.
     before = _before(decay, added, along.axis, False)
-    turns = lax.axis_index(along.axis) == lax.axis_size(along.axis) - 1  # has both runs where one follows the other
+    turns = lax.axis_index(along.axis) == lax.axis_size(along.axis) - 1  # the last device has two runs in succession
     through = jnp.where(turns, _times(decay, before) + added, 0)
     after = through + _before(after_decay, after_added + _times(after_decay, through), along.axis, True)
     return jnp.concatenate([after, before] if backwards else [before, after])
 
 
 def of_next_run(x_B, along: Along):
-    """Return what belongs to the run after each of this device's; zeros of the last run."""
+    """Return, for each of this device's runs, the entry of x that belongs to the next run; zeros for the last run."""
     size = lax.axis_size(along.axis)
     up = lambda x: lax.ppermute(x, along.axis, [(z, z + 1) for z in range(size - 1)])  # noqa: E731
     down = lambda x: lax.ppermute(x, along.axis, [(z + 1, z) for z in range(size - 1)])  # noqa: E731
@@ -117,10 +118,10 @@ def _times(decay, x):
 
 
 def _before(decay, added, axis: str, backwards: bool):
-    """Compute `before_device` of a run a device, in ceil(log2 Z) rounds, of one message each."""
+    """Compute `before_device` for one run on each device, in ceil(log2 Z) rounds of one message each."""
     size, distance = lax.axis_size(axis), 1
     decay_before, before = jnp.ones_like(decay), jnp.zeros_like(added)
-    while distance < size:  # what has no device before it receives zeros
+    while distance < size:  # a device without one at this distance before it receives zeros
         pairs = [(z + distance, z) if backwards else (z, z + distance) for z in range(size - distance)]
         sent = lax.ppermute(jnp.concatenate([decay.ravel(), added.ravel()]), axis, pairs)
         decay_left, left = sent[: decay.size].reshape(decay.shape), sent[decay.size :].reshape(added.shape)
@@ -134,11 +135,10 @@ def before_chunks(sum_BHCS, first_BHS, document_BL, along: Along | None = None):
     """Return the angle before every chunk and the one after the row, 32-bit, from the sums of the chunks.
 
     Args:
-        sum_BHCS: the 32-bit sum of a chunk's increments; where documents start in it, from its last start on.
+        sum_BHCS: the 32-bit sum of a chunk's increments, from the last document start in the chunk on, if there is one.
         first_BHS: the angle before the row, 32-bit.
-        document_BL: document starts in its chunk up to each token; None: one document.
-        along: how rows go on over devices, `first` before the row's first run and 0 before the others; None: one device
-            has all of them.
+        document_BL: the number of document starts in a token's chunk up to the token; None: one document.
+        along: how rows go on over devices; `first_BHS` is then 0 but for the first run of a row. None: rows are whole.
     """
     if along is not None:
         _, last_BHS = before_chunks(sum_BHCS, first_BHS, document_BL)
@@ -150,7 +150,7 @@ def before_chunks(sum_BHCS, first_BHS, document_BL, along: Along | None = None):
     before_BHCS = up_to_BHCS - sum_BHCS
     if document_BL is None:
         return first_BHS[:, :, None] + before_BHCS, first_BHS + up_to_BHCS[:, :, -1]
-    # After a chunk with a start: from that chunk on, whose sum began at its last start.
+    # After a chunk with a document start, sum from that chunk on: its own sum begins at its last start.
     batch, _, chunks, _ = sum_BHCS.shape
     begins_BC = document_BL.reshape(batch, chunks, -1)[:, :, -1] > 0
     latest_BC = lax.cummax(jnp.where(begins_BC, jnp.arange(chunks, dtype=jnp.int32), -1), axis=1)

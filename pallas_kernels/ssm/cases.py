@@ -1,13 +1,13 @@
-"""A call of the op in sizes, and in what of it is there: the one place of shapes for tests, benchmarks and the tuner.
+"""The sizes of a call of the op, and which inputs it has: the one place of shapes for tests, benchmarks and the tuner.
 
-Arrays are drawn where their containers are known: tests/ops/cases.py, experiments/benchmarks/ssm.py.
+The arrays are drawn where their containers are known: tests/ops/cases.py, experiments/benchmarks/ssm.py.
 """
 
 from typing import NamedTuple
 
 
 class Case(NamedTuple):
-    """Sizes of one call, and which of its inputs are not None; the letters are those of `contract`."""
+    """The sizes of one call, and which of its inputs are not None; the letters are those of `contract`."""
 
     batch: int = 2
     length: int = 13
@@ -22,22 +22,22 @@ class Case(NamedTuple):
     skip: bool = True
     gate: bool = True
     norm: bool = False
-    ranked: bool = False  # v_rank and out_rank; always where rank > 1
+    ranked: bool = False  # v_rank and out_rank; with rank > 1 they are always there
     gate_ranked: bool = False
     bias: bool = True
-    biased: str = "kq"  # where there is a bias, what has one: k, q or both
+    biased: str = "kq"  # with `bias`, which of k and q have one: k, q or kq
     looks_back: bool = True  # beta, and the state's k and v
     turns: bool = True  # angle, dt, and the state's angle
     dtype: str = "float32"  # of q, k, v and gate
     mixer: str = "mamba3"  # whose layer makes this call: mamba3 | mamba2
 
     def sizes(self) -> dict:
-        """Return what `of_layer` takes: what result files say of a case."""
+        """Return the arguments of `of_layer`, which result files record."""
         names = ("batch", "length", "heads", "width", "d_state", "groups", "rank", "dtype")
         return {name: getattr(self, name) for name in (*names, *(["mixer"] if self.mixer != "mamba3" else []))}
 
     def shape_of(self, name: str) -> tuple[int, ...] | None:
-        """Return the shape of `q_BLRGN`, or of any other array, by the letters of its name; None: it is not there."""
+        """Return the shape of an array, by the letters of its name, such as `q_BLRGN`; None: this call has none."""
         there = {
             **dict.fromkeys(("dt_BLH", "angle_BLHS", "angle_BHS"), self.turns),
             **dict.fromkeys(("beta_BLH", "k_BRHN", "v_BHP"), self.looks_back),
@@ -58,14 +58,14 @@ class Case(NamedTuple):
         return tuple(letters[letter] for letter in name.rsplit("_", 1)[1])
 
 
-# What is None in the call of another layer than Mamba-3's.
+# What each mixer's layer leaves out of the call.
 LEFT_OUT_BY = {"mamba3": {}, "mamba2": dict.fromkeys(("gate", "bias", "looks_back", "turns"), False)}
 
 
 def of_layer(*, batch, length, heads, width, d_state, groups=1, rank=1, dtype="float32", mixer: str = "mamba3") -> Case:
-    """Return the call that a layer makes by default: a gate, a skip, no norm, half of the state rotated.
+    """Return the call that a layer makes by default: with a gate and a skip, without a norm, half of the state rotated.
 
-    Mamba-2's has the skip alone: its gate and norm come after the op.
+    Mamba-2's layer passes the skip alone: its gate and norm come after the op.
     """
     sizes = {"batch": batch, "length": length, "heads": heads, "width": width, "d_state": d_state, "groups": groups}
     rotation = "adjacent" if rank == 1 else "half"
@@ -74,7 +74,7 @@ def of_layer(*, batch, length, heads, width, d_state, groups=1, rank=1, dtype="f
 
 
 def varied(case: Case, **sizes) -> Case:
-    """Return a layer's call of other sizes, and what follows from them."""
+    """Return the layer's call with other sizes, and with what follows from them."""
     return of_layer(**case.sizes() | sizes)
 
 
@@ -82,7 +82,7 @@ SISO = Case()
 MIMO = Case(
     rank=4, groups=1, rotation="half", shared_angle=False, norm=True, ranked=True, gate_ranked=True, planes=4, heads=2
 )
-# What is None: with all of it, Mamba-2's SSD.
+# Calls without some of the inputs; without any of them, it is Mamba-2's SSD.
 SSD = SISO._replace(gate=False, skip=False, bias=False, looks_back=False, turns=False)
 LEFT_OUT = {
     "ssd": SSD,

@@ -1,22 +1,24 @@
-"""What every backend takes and gives: the same arrays, in the op's own shapes and order of axes.
+"""What every backend takes and returns: the same arrays, in the op's own shapes and order of axes.
 
 A backend is a package of this folder with four functions, a number and a flag:
 
     available() -> str | None                 what it wants of the device, and what it got; None: it can run
-    unsupported(inputs) -> str | None         likewise of a `Row` or a `Token`; arrays may be `jax.ShapeDtypeStruct`
+    unsupported(inputs) -> str | None         what it wants of a `Row` or a `Token`, and what it got; None: it can run.
+                                              Arrays may be `jax.ShapeDtypeStruct`
     scan(row, rotation, *, interpret, **config) -> Scanned
     step(token, rotation, *, interpret, **config) -> Stepped
-    STEPS                                     rows of up to so many tokens are steps, one after another
+    STEPS                                     rows of up to so many tokens run as steps, one after another
     SPANS                                     whether `scan` takes `along`, see below
 
-It owns its shapes: what it wants padded, transposed or in another order of N (`order.Order`), it pads, transposes and
-orders for itself, forward and backward. `config` is performance only; what it does not say is the backend's choice.
-`scan` and `step` raise ValueError for what is not supported. `scan` is differentiable, `step` need not be.
+A backend owns its shapes: if its kernels want arrays padded, transposed or in another order of N (`order.Order`), it
+pads, transposes and orders them itself, forward and backward. `config` holds options for performance only; the backend
+chooses those that are not given. `scan` and `step` raise ValueError for unsupported inputs. `scan` is differentiable;
+`step` need not be.
 
-With `along` (`angle.Along`), inside `jax.shard_map`, rows go on over the devices of an axis of the mesh, each of which
-has runs of equally many tokens. `row.before` is zero but of the first run; the last kappa of each includes what the
-next run's first token adds; `after` is what all tokens so far leave. It costs what splits of a row cost, a pass over
-states.
+With `along` (`angle.Along`), inside `jax.shard_map`, rows go on over the devices of a mesh axis; all runs have the same
+number of tokens. `row.before` is zero except for a row's first run. The last kappa of a run includes what the first
+token of the next run adds. `after` is the state after all tokens of the row up to the end of the run. This costs a pass
+over states, as the splits of a row do.
 
 Letters: B batch, L tokens, R rank, G groups of q/k, H heads, N state per head, P head width, S rotary pairs.
 """
@@ -31,7 +33,7 @@ NORM_EPS = 1e-5
 
 
 class Weights(NamedTuple):
-    """Learned, one entry a head. None: absent, and costs nothing; so everywhere here."""
+    """Learned, one entry a head. Here as everywhere in this file, None is absent and costs nothing."""
 
     q_bias_HRN: jax.Array | None = None
     k_bias_HRN: jax.Array | None = None
@@ -40,14 +42,15 @@ class Weights(NamedTuple):
     gate_rank_HRP: jax.Array | None = None
     out_rank_HRP: jax.Array | None = None
     norm_HP: jax.Array | None = None
-    # Of a `Token`, both or neither: its queries and keys come before their RMSNorm, in float32, and are rounded to the
-    # dtype of values after it. A backend without it refuses (`wants_normed`).
+    # Weights of an RMSNorm of queries and keys; a `Token` may have both or neither. With them, queries and keys come
+    # before the norm, in float32, and are rounded to the dtype of values after it. Backends whose step does not norm
+    # refuse them (`wants_normed`).
     q_norm_N: jax.Array | None = None
     k_norm_N: jax.Array | None = None
 
 
 class Carry(NamedTuple):
-    """The state between two tokens of a scan: beside it, a token needs nothing of those before it (see `Row.kappa`)."""
+    """The state between two tokens of a scan. A token needs nothing else of those before it (see `Row.kappa_BLH`)."""
 
     angle_BHS: jax.Array | None  # radians, float32; None: nothing rotates
     h_BHPN: jax.Array  # float32
@@ -64,7 +67,7 @@ class Row(NamedTuple):
     v_BLHP: jax.Array
     gate_BLHP: jax.Array | None
     angle_BLHS: jax.Array | None  # radians per unit dt; the H axis may be 1: shared by the heads
-    dt_BLH: jax.Array | None  # of the angle alone; None with it
+    dt_BLH: jax.Array | None  # multiplies the angle, nothing else; None where the angle is
     log_a_BLH: jax.Array
     gamma_BLH: jax.Array
     kappa_BLH: jax.Array | None  # None: gamma
@@ -74,12 +77,12 @@ class Row(NamedTuple):
 
 
 class Scanned(NamedTuple):
-    """What a row gives and leaves."""
+    """The outputs of a row, and what it leaves behind."""
 
-    o_BLHP: jax.Array  # like v
+    o_BLHP: jax.Array  # in v's dtype
     after: Carry
-    k_BRGN: jax.Array  # of the last token, as it came; like v
-    v_BHP: jax.Array
+    k_BRGN: jax.Array  # the last token's key as it was given: neither biased nor rotated
+    v_BHP: jax.Array  # the last token's value
 
 
 class Last(NamedTuple):
@@ -87,12 +90,12 @@ class Last(NamedTuple):
 
     h_BHPN: jax.Array  # float32
     angle_BHS: jax.Array | None  # float32, radians in [0, 2 pi); None: nothing rotates
-    k_BRHN: jax.Array | None  # of the last token, biased and rotated; None, as v: it has no weight in the next
-    v_BHP: jax.Array | None
+    k_BRHN: jax.Array | None  # the last token's key, biased and rotated; None: the rule has no beta
+    v_BHP: jax.Array | None  # the last token's value; None: the rule has no beta
 
 
 class Token(NamedTuple):
-    """One token, after the state before it: `h' = a (h + beta x_last k_last^T) + gamma x k^T`."""
+    """One token, and the state before it: `h' = a (h + beta x_last k_last^T) + gamma x k^T`."""
 
     last: Last
     q_BRGN: jax.Array
@@ -104,19 +107,19 @@ class Token(NamedTuple):
     log_a_BH: jax.Array
     gamma_BH: jax.Array
     beta_BH: jax.Array | None
-    start_B: jax.Array | None  # int32; what is not 0 forgets everything before
+    start_B: jax.Array | None  # int32; not 0: a document starts, and everything before is dropped
     weights: Weights
 
 
 class Stepped(NamedTuple):
-    """The state after the token, in the buffers of the one before where those are donated, and the output."""
+    """The output of a token and the state after it, in the buffers of the state before it if those are donated."""
 
     last: Last
-    o_BHP: jax.Array  # like v
+    o_BHP: jax.Array  # in v's dtype
 
 
 def stepped_like(token: Token) -> Stepped:
-    """Return the shapes and dtypes of a step's outputs: those parts of the state that came in."""
+    """Return the shapes and dtypes of a step's results; the state has the parts that it had before."""
 
     def like(array, dtype):
         return None if array is None else jax.ShapeDtypeStruct(array.shape, dtype)
@@ -134,12 +137,12 @@ def stepped_like(token: Token) -> Stepped:
 
 
 def key_dtype(token: Token) -> jnp.dtype:
-    """Return the dtype of the key that a step leaves: that of keys after their norm."""
+    """Return the dtype of the key that a step leaves behind: that of keys after their norm."""
     return token.k_BRGN.dtype if token.weights.k_norm_N is None else token.v_BHP.dtype
 
 
 def in_place(before: Last, after: Last) -> dict[int, int]:
-    """Say which outputs take the buffer of which input, where the parts of the state come first among both."""
+    """Map inputs to the outputs that take their buffers; the parts of the state must come first among both."""
     pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
     return {i: i for i, (old, new) in enumerate(pairs) if old.dtype == new.dtype}
 
@@ -150,7 +153,7 @@ def axes_of(path) -> str:
 
 
 def map_axes(function: Callable, tree):
-    """Call `function(axes, array)` for every array of a tree of the tuples here, with the letters of its field."""
+    """Map `function(axes, array)` over a tree of this file's tuples; `axes` are the letters of the array's field."""
     return jax.tree_util.tree_map_with_path(lambda path, array: function(axes_of(path), array), tree)
 
 
@@ -168,7 +171,7 @@ def pad(tree, **sizes: int):
 
 
 def cut(tree, **sizes: int):
-    """Take back what `pad` added: the first entries of every axis whose letter is given."""
+    """Undo `pad`: return the first entries of every axis whose letter is given."""
 
     def first(axes: str, array):
         kept = [sizes.get(axis, size) for axis, size in zip(axes, array.shape, strict=True)]
@@ -178,7 +181,7 @@ def cut(tree, **sizes: int):
 
 
 def ordered(tree, function: Callable):
-    """Call `function` on every array whose last axis is N."""
+    """Map `function` over the arrays of a tree whose last axis is N."""
     return map_axes(lambda axes, array: function(array) if axes.endswith("N") else array, tree)
 
 
@@ -188,12 +191,12 @@ def cast(array, dtype):
 
 
 def heads_first(array_BLH):
-    """Put what is one number a token and head in the order (B, H, L); None stays None."""
+    """Transpose numbers of tokens and heads, (B, L, H), to (B, H, L); None stays None."""
     return None if array_BLH is None else jnp.swapaxes(array_BLH, 1, 2)
 
 
 def sizes_of(inputs: Row | Token) -> dict[str, int]:
-    """Return every size by its letter: S = 0 where nothing rotates, L = 1 of a token."""
+    """Return every size by its letter; S = 0 where nothing rotates, L = 1 for a `Token`."""
     sizes = {"S": 0, "L": 1}
     for path, array in jax.tree_util.tree_leaves_with_path(inputs):
         for axis, size in zip(axes_of(path), array.shape, strict=True):
@@ -209,22 +212,22 @@ def empty_carry(row: Row) -> Carry:
 
 
 def product_dtype(inputs: Row | Token) -> jnp.dtype:
-    """Return what the operands of matrix products are rounded to: the dtype of queries, keys and values."""
+    """Return the dtype that the operands of matrix products are rounded to: that of queries, keys and values."""
     if (
         isinstance(inputs, Token) and inputs.weights.k_norm_N is not None
-    ):  # queries and keys take that of values after their norm
+    ):  # after their norm, queries and keys are rounded to the dtype of values
         return inputs.v_BHP.dtype
     return jnp.result_type(*(array for name, array in inputs._asdict().items() if name[:2] in ("q_", "k_", "v_")))
 
 
 def decay_dtype(inputs: Row | Token) -> jnp.dtype:
-    """Return the dtype of what is exact: the decay's, the state's."""
+    """Return the dtype of decays and states, which are not rounded for products."""
     (dtype,) = (array.dtype for name, array in inputs._asdict().items() if name.startswith("log_a_"))
     return dtype
 
 
 def wants_float32_or_bfloat16(token: Token) -> str | None:
-    """Return what every decoding kernel wants of dtypes, and what it got; None: nothing."""
+    """Return which dtypes every decoding kernel wants, and what it got; None: it takes these."""
     dtypes = {array.dtype for array in (token.q_BRGN, token.k_BRGN, token.v_BHP)}
     if token.log_a_BH.dtype == jnp.float32 and dtypes <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
         return None
@@ -232,7 +235,7 @@ def wants_float32_or_bfloat16(token: Token) -> str | None:
 
 
 def wants_normed(inputs: Row | Token) -> str | None:
-    """Return what kernels that do not norm queries and keys want of them, and what they got; None: nothing."""
+    """Return what kernels that do not norm queries and keys want, and what they got; None: they take these."""
     given = [name for name in ("q_norm_N", "k_norm_N") if getattr(inputs.weights, name) is not None]
     return f"wants q and k after their norm, not {' and '.join(given)}" if given else None
 

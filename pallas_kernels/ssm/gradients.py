@@ -1,10 +1,12 @@
-"""What backward passes do in plain XLA: sums over the row that rounding must not grow in.
+"""The parts of backward passes in plain XLA: sums over a row in which rounding errors must not grow.
 
-All of it is for both GPU backends; `mosaic_tpu`, which adds up in its kernel, takes what crosses devices from here.
+Both GPU backends use all of it. `mosaic_tpu` sums in its kernel; it uses `state_products` and `from_next_run`,
+for what crosses devices.
 
-A gradient that adds up over later tokens (the decay's, the angle's) is summed inside a chunk, where what a pair of
-tokens adds cancels exactly, over the chunks of one checkpoint interval, and begins again at every checkpoint from the
-inner product of a state h with its gradient dh. Z are splits of the row over programs, A the checkpoints of a split.
+The gradients of decays and angles are sums over later tokens. They are summed inside a chunk, where the contributions
+of a pair of tokens cancel exactly, and over the chunks of one checkpoint interval. At every checkpoint the sum begins
+again, from the inner product of the state h with its gradient dh. Z counts splits of the row over programs, A the
+checkpoints of a split.
 """
 
 from typing import NamedTuple
@@ -19,14 +21,15 @@ from pallas_kernels.ssm.operands import Operands, combine_splits, documents_in_c
 
 
 def combine_splits_bwd(dlast_BHPN, decay_BHZ, added_BHZPN, along: Along | None = None):
-    """Run the scan over splits from the end: returns the gradient of the state after every split.
+    """Run the scan over splits from the end; return the gradient of the state after every split.
 
-    dh_end[z] = dh_start[z + 1],   dh_start[z] = decay[z] dh_end[z] + added[z]
+        dh_end[z] = dh_start[z + 1],   dh_start[z] = decay[z] dh_end[z] + added[z]
 
     Args:
         dlast_BHPN: the gradient of the state after the row.
+        decay_BHZ: the decay of the state over each split.
         added_BHZPN: what the outputs of a split add to the gradient of the state before it.
-        along: how rows go on over devices: to `dlast` comes what the tokens of the next run give.
+        along: how rows go on over devices; the gradient from the tokens of the next run is then added to `dlast_BHPN`.
     """
     added_BHZPN, decay_BHZ = jnp.flip(added_BHZPN, axis=2), jnp.flip(decay_BHZ, axis=2)
     ends_BHZPN, _ = combine_splits(dlast_BHPN, decay_BHZ, added_BHZPN, along, backwards=True)
@@ -36,8 +39,9 @@ def combine_splits_bwd(dlast_BHPN, decay_BHZ, added_BHZPN, along: Along | None =
 class AngleProducts(NamedTuple):
     """Inner products of the states at the checkpoints with their gradients, where the angle's sums begin again.
 
-    Rotating all tokens from t on only rotates them against the state h before t, and the last state against its
-    gradient: with dh the gradient of h, the sum over s >= t of a rotary pair's dphi_s is X_t - X_end, where
+    Rotating all tokens from t on by one angle only rotates them against the state h before t, and the last state
+    against its gradient. So, with dh the gradient of h, the sum over s >= t of a rotary pair's dphi_s is X_t - X_end,
+    where
 
         X = sum_p (h_pw dh_pu - h_pu dh_pw)   of the pair (u, w)
     """
@@ -50,17 +54,20 @@ class AngleProducts(NamedTuple):
 class StateProducts(NamedTuple):
     """Inner products of the states with their gradients, where sums over later tokens begin again."""
 
-    start_BHZA: jax.Array  # <h, dh> at every checkpoint, of the decay's gradient
-    end_BH: jax.Array  # after the row
+    start_BHZA: jax.Array  # <h, dh> at every checkpoint, for the decay's gradient
+    end_BH: jax.Array  # <h, dh> after the row
     of_angle: AngleProducts | None  # None: nothing rotates
 
 
 def state_products(starts, end, pairs, *, planes: int, interval: int) -> StateProducts:
-    """Return the inner products of states and gradients (h, dh): at the checkpoints, in parts of A, and after the row.
+    """Return the inner products of states with their gradients, at the checkpoints and after the row.
 
     Args:
-        pairs: splits a state in the first and second entries of its rotary pairs, of which the first `planes` rotate;
-            None: it has none.
+        starts: (h, dh) at the checkpoints, each (B, H, Z, A, P, N), in several parts along A.
+        end: (h, dh) after the row.
+        pairs: a function that splits a state into the first and the second entries of its rotary pairs, of which the
+            first `planes` rotate; None: there are no pairs.
+        planes: S; 0: nothing rotates.
         interval: tokens between two checkpoints.
     """
 
@@ -83,11 +90,11 @@ def state_products(starts, end, pairs, *, planes: int, interval: int) -> StatePr
 
 
 class AngleSums(NamedTuple):
-    """Gradients of angle and dt, float32, from the tokens of a chunk alone."""
+    """Gradients of angle and dt, float32, with contributions of the tokens of the same chunk alone."""
 
     dangle_BLHS: jax.Array
     ddt_BHL: jax.Array
-    dphi_BHCS: jax.Array  # a chunk's sum, for the tokens before it
+    dphi_BHCS: jax.Array  # the sum over a chunk, which tokens of earlier chunks have in their gradients
 
 
 def over_row(
@@ -101,13 +108,17 @@ def over_row(
     interval: int,
     along: Along | None = None,
 ) -> Operands:
-    """Return the gradients of the decay, of angle and dt and of the first angle, in their places in `operands`.
+    """Return `operands` with the gradients of decay, angle, dt and the first angle in their places.
 
     Args:
-        sums: of the angle, from each chunk; None: nothing rotates.
-        dlast_BHS: of the angle after the row.
-        net_BHL: see `decay_bwd`; the next two also.
-        along: how rows go on over devices: to `dlast` comes what the tokens of the next run give.
+        operands: of the row.
+        sums: the angle's gradients inside of chunks; None: nothing rotates.
+        dlast_BHS: the gradient of the angle after the row.
+        products: of the states with their gradients.
+        net_BHL: see `decay_bwd`, as for the next two.
+        tokens: in a chunk.
+        interval: tokens between two checkpoints.
+        along: how rows go on over devices; the gradient from the tokens of the next run is then added to `dlast_BHS`.
     """
     dlog_decay_BHL = decay_bwd(
         document_BL=documents_in_chunks(operands.document_BL, tokens),
@@ -136,11 +147,11 @@ def over_row(
 
 
 def from_next_run(carried_B, dlast_BHS, products: AngleProducts, along: Along):
-    """Return the gradient of the angle before the next run's tokens; 0 of the last run.
+    """Return the gradient of the angle before the next run, from the next run's tokens on; 0 for the last run.
 
     Args:
         carried_B: bool, whether no document starts in this run.
-        dlast_BHS: the gradient of the angle after this run, but for the next run's tokens.
+        dlast_BHS: the gradient of the angle after this run, without that from the next run's tokens.
         products: of this run.
         along: where the runs lie.
     """
@@ -150,7 +161,7 @@ def from_next_run(carried_B, dlast_BHS, products: AngleProducts, along: Along):
 
 
 def _add_later(operands: Operands, sums: AngleSums, dlast_BHS, products: AngleProducts):
-    """Return the gradients of angle, dt and the first angle: `sums`, and what comes from the chunks after a token's."""
+    """Return the gradients of angle, dt and the first angle: those inside of chunks, and those from later chunks."""
     angle_BLHS, dt_BHL, document_BL = operands.angle_BLHS, operands.dt_BHL, operands.document_BL
     batch, n_heads, length = dt_BHL.shape
     chunks, planes = sums.dphi_BHCS.shape[2:]
@@ -172,8 +183,12 @@ def _add_later(operands: Operands, sums: AngleSums, dlast_BHS, products: AnglePr
 
 
 def _later(document_BL, dphi_BHCS, dlast_BHS, products: AngleProducts, *, length: int):
-    """Return the gradient that reaches the end of every chunk from later tokens, that of the angle before the row, and
-    which tokens of a chunk (B, C, Q) its end reaches (None: all)."""
+    """Sum the gradient of the angle that reaches the end of every chunk from later tokens.
+
+    Returns:
+        later_BHCS; the gradient of the angle before the row; and a mask (B, C, Q) of the tokens that the end of their
+        chunk reaches backward, those of its last document (None: all).
+    """
     batch, n_heads, chunks, planes = dphi_BHCS.shape
     splits, checkpoints = products.starts_BHZAS.shape[2:4]
     tokens = length // chunks
@@ -181,7 +196,7 @@ def _later(document_BL, dphi_BHCS, dlast_BHS, products: AngleProducts, *, length
     padding = checkpoints * in_interval - in_split
 
     def by_checkpoint(array_BHCS, **how):
-        """Return (B, H, A, chunks between two checkpoints, S), A of all splits."""
+        """Group chunks by checkpoint: (B, H, A, chunks between two, S), where A counts those of all splits."""
         array_BHZCS = array_BHCS.reshape(*array_BHCS.shape[:2], splits, in_split, -1)
         array_BHZCS = jnp.pad(array_BHZCS, [(0, 0)] * 3 + [(0, padding), (0, 0)], **how)
         return array_BHZCS.reshape(*array_BHCS.shape[:2], splits * checkpoints, in_interval, -1)
@@ -217,7 +232,7 @@ def _reached(document_BL, tokens: int):
 
 
 def _compose(later, sooner):
-    """Composes two parts of a scan from the end: sums, and whether they go on."""
+    """Compose two parts of a scan from the end: sums, and whether no document starts in them."""
     (total, goes_on), (more, more_goes_on) = later, sooner
     return more + jnp.where(more_goes_on, total, 0.0), goes_on & more_goes_on
 
@@ -227,24 +242,26 @@ def decay_bwd(document_BL, net_BHL, products_BHZA, end_BH, tokens: int, interval
 
     With r_t the incoming less the outgoing gradient of token t, over all pairs of tokens that it is part of,
 
-        dc_t = r_t,   dc_T = r_T + over   of the last token of a chunk,   over = sum r  +  <dh, h>
+        dc_t = r_t,   and for the last token T of a chunk   dc_T = r_T + over,   over = sum_s r_s + <dh, h>
 
-    where the sum is over tokens after the chunk which the state at its end reaches, up to the next checkpoint, and h is
-    the state there.
+    The sum is over the tokens s after the chunk, up to the next checkpoint, that the state at the end of the chunk
+    reaches. h is the state at that checkpoint; if the state at the end of the chunk does not reach it, <dh, h> is left
+    out.
 
     Args:
-        document_BL: document starts in the chunk up to each token; None: one document.
+        document_BL: the number of document starts in a token's chunk up to the token; None: one document.
         net_BHL: r.
         products_BHZA: <dh, h> before every `interval` tokens of every split.
         end_BH: <dh, h> of the last state.
-        tokens: of a chunk.
+        tokens: in a chunk.
+        interval: tokens between two checkpoints.
     """
     batch, n_heads, length = net_BHL.shape
     splits, checkpoints = products_BHZA.shape[2:]
     chunks, between = length // tokens // splits, interval // tokens
 
     def by_checkpoint(array_BHZC):
-        """Return (B, H, Z, A, chunks between two checkpoints); zeros after the last chunk of a split."""
+        """Group chunks by checkpoint: (B, H, Z, A, chunks between two), zeros after a split's last chunk."""
         padding = checkpoints * between - chunks
         array_BHZC = jnp.pad(array_BHZC, [(0, 0)] * 3 + [(0, padding)])
         return array_BHZC.reshape(*array_BHZC.shape[:3], checkpoints, between)

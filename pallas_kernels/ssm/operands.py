@@ -1,4 +1,4 @@
-"""What backends compute in plain XLA before their kernels: documents, log decay, states before splits, operands."""
+"""What backends compute in plain XLA around their kernels: documents, log decays, states before splits, operands."""
 
 import math
 from typing import NamedTuple
@@ -23,11 +23,11 @@ from pallas_kernels.ssm.contract import (
 )
 from pallas_kernels.ssm.order import Order
 
-STEEPEST = -104.0  # exp of it is 0 in float32, so a steeper one decays no more
+STEEPEST = -104.0  # exp(-104) is 0 in float32, so steeper steps decay no more than this
 
 
 def documents(start_BL, tokens: int | None = None):
-    """Return the document starts up to each token, int32: in the row, or in its chunk of `tokens`; None stays None."""
+    """Count the document starts up to each token, int32, in its row or in its chunk of `tokens`; None stays None."""
     if start_BL is None:
         return None
     starts_BCQ = start_BL.astype(jnp.int32).reshape(start_BL.shape[0], -1, tokens or start_BL.shape[1])
@@ -35,7 +35,7 @@ def documents(start_BL, tokens: int | None = None):
 
 
 def documents_in_chunks(document_BL, tokens: int):
-    """Return the document starts in its chunk of `tokens` up to each token, from those in its row; None stays None."""
+    """Count the document starts in each token's chunk up to the token, from the counts in its row; None stays None."""
     if document_BL is None:
         return None
     document_BCQ = document_BL.reshape(document_BL.shape[0], -1, tokens)
@@ -46,12 +46,13 @@ def documents_in_chunks(document_BL, tokens: int):
 def log_decay(log_a_BHL, start_BL, tokens: int):
     """Return c_t = sum_{s <= t} log_a_s from the first token of a chunk, or of its document in it, as exact + rest.
 
-    Differences of plain float32 sums would lose the digits of a gentle decay after steep ones: what lies on a grid adds
-    up exactly. A sum that started earlier would let the gradient of one document reach another's log_a.
+    Differences of plain float32 sums would lose the digits of a gentle decay after steep ones; multiples of a grid add
+    up exactly. A sum that began earlier would let the gradient of one document reach another's log_a.
 
     Args:
+        log_a_BHL: the log decay of each step.
         start_BL: bool, true at the first token of a document; None: one document.
-        tokens: of a chunk; L is a multiple.
+        tokens: in a chunk; L is a multiple of it.
     """
     batch, n_heads, length = log_a_BHL.shape
     within_EQQ = jnp.tril(jnp.ones((tokens, tokens), bool))[None]
@@ -71,14 +72,15 @@ def log_decay(log_a_BHL, start_BL, tokens: int):
 
 
 def combine_splits(first_BHPN, decay_BHZ, added_BHZPN, along: Along | None = None, backwards: bool = False):
-    """Solves h_z = decay_z h_{z-1} + added_z: returns the states before every split, and the one after the last.
+    """Solve h_z = decay_z h_{z-1} + added_z; return the states before every split, and the one after the last.
 
     Args:
-        first_BHPN: added to the state that the run before ends with; the first run has none before.
+        first_BHPN: the state before the first split. With `along`, the state that the run before ends with is added to
+            it; the first run has none before it.
         decay_BHZ: of the splits on this device.
-        added_BHZPN: likewise.
+        added_BHZPN: of the splits on this device.
         along: how rows go on over devices; None: they do not.
-        backwards: the last run is the first.
+        backwards: runs follow one another from the last to the first.
     """
     if along is not None:
         _, end_BHPN = combine_splits(first_BHPN, decay_BHZ, added_BHZPN)
@@ -94,7 +96,7 @@ def combine_splits(first_BHPN, decay_BHZ, added_BHZPN, along: Along | None = Non
 
 
 class TokenArrays(NamedTuple):
-    """What the kernels read of every token as it comes, in the dtype of products; None: absent, or not read."""
+    """The arrays that kernels read in the op's own layout, in the dtype of products; None: absent, or not read."""
 
     q_BLRGN: jax.Array | None
     k_BLRGN: jax.Array | None
@@ -103,13 +105,17 @@ class TokenArrays(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """A row as the GPU kernels want it, or its gradients: whole chunks, P, N and S padded, numbers with heads first."""
+    """A row as the GPU kernels want it, or its gradients: L is whole chunks, and P, N and S are padded.
 
-    tokens: TokenArrays  # all else is float32
+    All floating-point arrays but those of `tokens` are float32.
+    """
+
+    tokens: TokenArrays
     angle_BLHS: jax.Array | None  # radians per unit dt, H may be 1; None, as dt and the angle before: nothing rotates
     dt_BHL: jax.Array | None
-    log_decay_BHL: jax.Array  # since the first token of the chunk, or of its document in the chunk
-    decay_rest_BHL: jax.Array | None  # c is the sum of both; their differences are taken apart. float32 q, k, v only
+    log_decay_BHL: jax.Array  # c, since the first token of the chunk, or of its document in the chunk
+    # If q, k and v are float32, c is the sum of log decay and this rest, whose differences are taken apart; else None.
+    decay_rest_BHL: jax.Array | None
     gamma_BHL: jax.Array
     kappa_BHL: jax.Array | None  # None: gamma
     document_BL: jax.Array | None  # int32, document starts in the row up to each token; None: one document
@@ -126,14 +132,16 @@ def operands_of(row: Row, order: Order, *, dtype, sizes: dict[str, int], tokens:
     """Return the operands of a row.
 
     Args:
+        row: as a backend is given it.
+        order: of the kernels' N.
         dtype: of products.
-        sizes: to pad to, by letter.
-        tokens: of a chunk.
+        sizes: the sizes to pad to, by letter.
+        tokens: in a chunk.
     """
     given = {name: cast(getattr(row, name), dtype) for name in TokenArrays._fields}
     row = ordered(pad(row._replace(before=row.before or empty_carry(row), **given), **sizes), order.to)
     exact_BHL, rest_BHL = log_decay(heads_first(row.log_a_BLH), row.start_BL, tokens)
-    if dtype != jnp.float32:  # its products have fewer digits than the two parts
+    if dtype != jnp.float32:  # products then have fewer digits than the two parts
         exact_BHL, rest_BHL = exact_BHL + rest_BHL, None
     return Operands(
         tokens=TokenArrays(**{name: getattr(row, name) for name in TokenArrays._fields}),
@@ -150,7 +158,7 @@ def operands_of(row: Row, order: Order, *, dtype, sizes: dict[str, int], tokens:
 
 
 def scanned(row: Row, order: Order, o_BLHP, after: Carry) -> Scanned:
-    """Return what a row gives and leaves, from the kernels' output and state, padded and in their order of N."""
+    """Return `Scanned` from the kernels' output and state, which are padded and in the kernels' order of N."""
     size = sizes_of(row)
     o_BLHP = o_BLHP[:, : size["L"], :, : size["P"]].astype(row.v_BLHP.dtype)
     after = cut(ordered(after, order.back), P=size["P"], S=size["S"])

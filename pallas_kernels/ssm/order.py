@@ -1,23 +1,24 @@
-"""The order of N: where the op keeps the entries of a query, a key or a state, and where a kernel does.
+"""The order of N: in which places the op, and in which a kernel, has the entries of a query, a key or a state.
 
-Products of queries and keys do not see the order, so a kernel may choose one whose rotary pairs it reads well. The op
-has pair i at (2i, 2i + 1), "adjacent" (SISO weights), or at (i, i + N/2), "half" (MIMO weights); what does not rotate
-has the places that are left.
+Products of queries and keys do not depend on the order, so a kernel may choose one in which it reads rotary pairs well.
+The op has pair i at (2i, 2i + 1), "adjacent" (SISO weights), or at (i, i + N/2), "half" (MIMO weights). Entries that do
+not rotate take the other places.
 """
 
 import jax.numpy as jnp
 
 
 class Order:
-    """From the op's order to a kernel's and back, with zeros where the kernel has more entries.
+    """The way from the op's order to a kernel's and back, with zeros where the kernel has more entries.
 
     Args:
         rotation: "adjacent" or "half", the op's.
         d_state: the op's N.
         planes: rotary pairs, S; 0: nothing rotates, and entries stay where they are.
         size: the kernel's N.
-        kernel_pairs: rotary pairs of the kernel, S and padding; None: S.
-        halves: whether the kernel has pair i at (i, i + size/2), what does not rotate between; or at (2i, 2i + 1).
+        kernel_pairs: rotary pairs of the kernel, S with padding; None: S.
+        halves: whether the kernel has pair i at (i, i + size/2), and entries that do not rotate between; else it has
+            pair i at (2i, 2i + 1).
     """
 
     def __init__(
@@ -26,7 +27,7 @@ class Order:
         self.half_given, self.halves = rotation == "half", halves
         self.d_state, self.planes, self.size = d_state, planes, size
         self.kernel_pairs = planes if kernel_pairs is None else kernel_pairs
-        # Then all that there is to do is padding at the end.
+        # If so, the only difference is padding at the end.
         self.same_order = not planes or (
             self.half_given == halves and self.kernel_pairs == planes and (size == d_state or not halves)
         )
@@ -45,7 +46,7 @@ class Order:
         return jnp.concatenate([x for pair in zip((first, second), rests, strict=True) for x in pair], axis=-1)
 
     def back(self, array_N):
-        """Put a kernel's entries in the op's order, without those that it has more."""
+        """Put a kernel's entries in the op's order, without its padding."""
         if self.same_order:
             return array_N[..., : self.d_state]
         rest_size = self.d_state - 2 * self.planes
@@ -68,7 +69,7 @@ class Order:
         return low[..., : self.planes], high[..., : self.planes], rest
 
     def joined(self, first, second, rest):
-        """Take back `split`."""
+        """Undo `split`."""
         if not self.half_given:
             pairs = jnp.stack([first, second], axis=-1).reshape(*first.shape[:-1], -1)
             return jnp.concatenate([pairs, rest], axis=-1)
