@@ -42,8 +42,8 @@ def compose(left: Transition | State, right: Transition, heads: Heads, *, rotati
         rotation: that of both.
 
     Raises:
-        ValueError: an unknown rotation; only one of the two has an angle, or a beta; their sizes differ; or heads that do
-            not fit.
+        ValueError: an unknown rotation; only one of the two has an angle or a beta; or sizes of theirs, or of heads,
+            that do not fit.
     """
     if rotation not in ROTATIONS:
         raise ValueError(f"{rotation=} is not one of {ROTATIONS}")
