@@ -1,4 +1,4 @@
-"""Keeps the files of a corpus: all of them whole, with a record, or none; and one archive of them."""
+"""Keep the files of a corpus, all of them whole, with a record, or none; and one archive of them."""
 
 import contextlib
 import hashlib
@@ -20,9 +20,9 @@ RECORD, PARTIAL = "corpus.json", ".partial"
 
 @contextlib.contextmanager
 def filling(folder: Path):
-    """Give a folder beside the files of a corpus, which `publish` moves; it is gone afterwards, whatever happened."""
+    """Yield a folder for the files of a corpus, which `publish` moves from there; it is always removed in the end."""
     partial = folder / PARTIAL
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # a killed run leaves one
     try:
         (partial / "dna").mkdir(parents=True)
         yield partial
@@ -38,19 +38,19 @@ def files_of(folder: Path) -> dict[str, dict]:
 
 
 def publish(partial: Path, folder: Path, record: dict) -> None:
-    """Move the files to their places, the record last: where it is, all are."""
+    """Move the files to their places, the record last: where it is, all files are."""
     (folder / RECORD).unlink(missing_ok=True)
     for name in FILES:
         (folder / name).parent.mkdir(exist_ok=True)
         (partial / name).replace(folder / name)
-    if (partial / token_cache.FOLDER).is_dir():  # made while they were counted
+    if (partial / token_cache.FOLDER).is_dir():  # made when the tokens were counted
         shutil.rmtree(folder / token_cache.FOLDER, ignore_errors=True)
         (partial / token_cache.FOLDER).replace(folder / token_cache.FOLDER)
     write_json(folder / RECORD, record)
 
 
 def whole(folder: Path) -> dict | None:
-    """Return the record of a folder whose files are as it says; None, and why, if they are not or there is none."""
+    """Return the record of a folder if its files are as it says; else None, and say why unless there is no record."""
     if not (folder / RECORD).exists():
         return None
     try:
@@ -65,14 +65,14 @@ def whole(folder: Path) -> dict | None:
 
 
 def is_record(record) -> bool:
-    """Tell what `build` records of a corpus from any other JSON."""
+    """Tell whether this JSON is what `build` records of a corpus."""
     parts = {"sources", "splits", "files", "made_by"}
     files = record["files"] if isinstance(record, dict) and record.keys() >= parts else None
     return isinstance(files, dict) and files.keys() == set(FILES)
 
 
 def text_hash(record: dict) -> str:
-    """Return the hash of the text alone: of the lines that `sha256sum` prints of its files."""
+    """Return the hash of the text alone, that is, of the lines that `sha256sum` prints for its files."""
     return hashlib.sha256(
         "".join(f"{record['files'][name]['sha256']}  {name}\n" for name in TEXTS).encode()
     ).hexdigest()
@@ -92,7 +92,7 @@ def pack(folder: Path, record: dict, path: Path) -> None:
 
 
 def unpack(path: Path, folder: Path) -> dict:
-    """Bring the corpus of an archive into a folder and return its record.
+    """Unpack the corpus of an archive into a folder, unless it is there, and return its record.
 
     Raises:
         ValueError: the archive is damaged or not one of `pack`, or the folder has another corpus.
@@ -107,7 +107,7 @@ def unpack(path: Path, folder: Path) -> dict:
             with filling(folder) as partial:
                 names = set()
                 for member in archive:
-                    if member.isfile() and member.name in FILES:  # and nothing outside the folder
+                    if member.isfile() and member.name in FILES:  # so nothing is written outside of the folder
                         names.add(member.name)
                         with (partial / member.name).open("wb") as stream:
                             shutil.copyfileobj(archive.extractfile(member), stream)

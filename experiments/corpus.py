@@ -1,19 +1,20 @@
-"""Builds the data of the language ablations from Debian packages: English prose, C, and a genome.
+"""Build the data of the language ablations from Debian packages: English prose, C, and a genome.
 
     python -m experiments.corpus [--folder=build/corpus] [--pack=PATH]
     python -m experiments.corpus --unpack=PATH [--folder=build/corpus]       on a host without apt or network
 
-Cost: 184 MB of downloads, 3 minutes of a core. Needs apt-get and dpkg-deb with the lists of Debian 12, not root.
+Cost: 184 MB of downloads, 3 minutes of a core. It needs apt-get and dpkg-deb with the lists of Debian 12, but not root.
 
     FOLDER/train.jsonl  valid.jsonl   a document a line, {"name", "text"}: one name in twenty held out, by its hash
-          /tokenizer.json             byte-level BPE of the training documents; tokenizer_config.json names its end
+          /tokenizer.json             byte-level BPE of the training documents
+          /tokenizer_config.json      names the token that ends a document
           /dna/train.txt  valid.txt   the bases of one chromosome of E. coli, its last tenth held out
           /corpus.json                versions, sizes and hashes of all this; written last
           /downloads                  the packages
           /.tokens                    the tokens, as `mamba3_jax/data/token_cache.py` keeps them
 
-The same command goes on with the packages that are there, and builds nothing where all is whole. Debian's versions
-come and go, and other versions are another text: compare results of equal hashes alone.
+The same command goes on with the packages that are there, and builds nothing if the corpus is whole. Debian's versions
+come and go, and with them the text: compare only results of equal hashes.
 """
 
 import contextlib
@@ -52,13 +53,13 @@ SOURCES = (
 )
 GENOME = Source("e-coli", "bowtie-examples", r".*/genomes/(NC_008253)\.fna\.gz")
 VOCABULARY, END = 8192, "<|endoftext|>"
-DIGITS = 0.2  # of a document's characters: with more it is a table, of fonts or code pages, and nothing to learn
-HELD_OUT = 10  # one base in so many, the last ones
+DIGITS = 0.2  # the most, of a document's characters: with more it is a table, as of code pages, with nothing to learn
+HELD_OUT = 10  # one base in so many is held out, the last ones
 DOWNLOADS = "downloads"
 
 
 def kept(documents: Iterable[tuple[str, str]], seen: set[bytes]) -> Iterator[tuple[str, str]]:
-    """Yield the (name, text) of those that have text, are no table of numbers and are not `seen`, which grows."""
+    """Yield the (name, text) of documents that have text, are no tables of numbers and are not `seen`, which grows."""
     for name, content in documents:
         digest = hashlib.sha256(content.encode()).digest()
         if content.strip() and len(re.findall("[0-9]", content)) <= DIGITS * len(content) and digest not in seen:
@@ -67,7 +68,7 @@ def kept(documents: Iterable[tuple[str, str]], seen: set[bytes]) -> Iterator[tup
 
 
 def write_documents(folder: Path, downloads: Path) -> tuple[list[dict], dict[str, dict]]:
-    """Write train.jsonl and valid.jsonl; return a row a source, and documents and bytes by split."""
+    """Write train.jsonl and valid.jsonl; return a row for each source, and the documents and bytes of each split."""
     rows, seen = [], set()
     splits = {split: {"documents": 0, "bytes": 0} for split in SPLITS}
     with contextlib.ExitStack() as stack:
@@ -90,7 +91,7 @@ def write_documents(folder: Path, downloads: Path) -> tuple[list[dict], dict[str
 
 
 def write_genome(folder: Path, downloads: Path) -> dict:
-    """Write the bases of GENOME, one byte each, the last tenth apart; return its row."""
+    """Write the bases of GENOME, one byte each, the last tenth as held-out text; return its row."""
     fetched = packages.fetch(GENOME.package, downloads, say)
     ((_, fasta),) = packages.documents(fetched, [GENOME])[GENOME.name]
     header, *lines = fasta.splitlines()
@@ -105,7 +106,7 @@ def write_genome(folder: Path, downloads: Path) -> dict:
 
 
 def byte_level_bpe(vocabulary: int) -> tuple[Tokenizer, trainers.BpeTrainer]:
-    """Return a byte-level BPE without merges, and what trains it to so many words."""
+    """Return a byte-level BPE without merges, and the trainer that gives it a vocabulary of this size."""
     model = Tokenizer(models.BPE())
     model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -114,7 +115,7 @@ def byte_level_bpe(vocabulary: int) -> tuple[Tokenizer, trainers.BpeTrainer]:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Write the tokenizer of the training documents, and the file that names its end of a document."""
+    """Train and write the tokenizer, and the file that names the token that ends a document."""
     model, trainer = byte_level_bpe(VOCABULARY)
     model.train_from_iterator(text.read({"": folder / "train.jsonl"}), trainer)
     replace(folder / "tokenizer.json", model.to_str(pretty=True))
@@ -122,13 +123,13 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def data_config(folder: Path) -> DataConfig:
-    """Return the data of the corpus in a folder, as a config names it."""
+    """Return the part of a config that names the corpus in a folder."""
     train, valid, tokenizer = (str(folder / name) for name in ("train.jsonl", "valid.jsonl", "tokenizer.json"))
     return DataConfig(train_glob=train, valid_glob=valid, tokenizer=tokenizer)
 
 
 def build(folder: Path) -> dict:
-    """Build the corpus and return its record; what goes wrong leaves none of it but the downloads."""
+    """Build the corpus and return its record; if that fails, nothing of it is left but the downloads."""
     begin, downloads = time.perf_counter(), folder / DOWNLOADS
     with filling(folder) as partial:
         sources, splits = write_documents(partial, downloads)
@@ -162,10 +163,10 @@ def described(record: dict) -> str:
 
 
 def command(folder: Path, archive: Path | None, source: Path | None) -> None:
-    """Build the corpus, or take it from the archive `source`; print what it is; write `archive`.
+    """Build the corpus, or unpack it from the archive `source`; print what it is; write `archive`.
 
     Raises:
-        ValueError, OSError: something is missing, damaged or cannot be written; no half of a corpus is left.
+        ValueError, OSError: something is missing, damaged or cannot be written; no half-made corpus is left.
     """
     if archive and source:
         raise ValueError("--pack and --unpack are two commands")

@@ -1,12 +1,13 @@
-"""Reads what experiment files ask and what their result files found: the report and the READMEs are drawn from it.
+"""Read what experiment files ask and what their result files found: the report and the READMEs are drawn from it.
 
 An experiment is a file under experiments/ with get_config(). `launch.sweep` says what else it may have; for the report:
 
-    PAPER   {variant: number}: what its source reports of METRIC, as tables show it (accuracies in percent), of a loss
-            its perplexity
-    SIZES   {line: {variant: size}}: the figure has METRIC by size, a line for each group of variants
-    SIZE    what the sizes are, "d_state"; without SIZES the figure has the metric by length
-    DECODE  the result of experiments/benchmarks/decode.py for this file, against whose times and states loss is drawn
+    PAPER   {variant: number}: the source's value of METRIC, as tables show it (accuracies in percent); for a loss, its
+            perplexity
+    SIZES   {line: {variant: size}}: the figure has METRIC by size, a line for each group of variants; without SIZES it
+            has the metric by length
+    SIZE    what the sizes are, "d_state"
+    DECODE  a result of experiments/benchmarks/decode.py: loss is drawn against its times and states
 """
 
 import re
@@ -36,14 +37,14 @@ class Experiment:
     command: str = ""
     cost: str = ""
     variants: dict[str, dict] = field(default_factory=dict)
-    sweep: bool = True  # else one run, of experiments/record.py
+    sweep: bool = True  # False: one run, by experiments/record.py
     expect: dict[str, tuple[str, float, float]] = field(default_factory=dict)
     paper: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, dict[str, float]] = field(default_factory=dict)
     size: str = "size"
     equal: tuple[tuple[str, str], ...] = ()
-    metric: str = ""  # "": the result says which
-    trained: int = 0  # longest length that was trained; 0: not known
+    metric: str = ""  # "": that of the result
+    trained: int = 0  # the longest length trained at; 0: not known
     result: dict | None = None
     decoding: dict | None = None  # what `experiments/benchmarks/decode.py` recorded
     predicted: dict | None = None  # what `experiments/horizons.py` recorded
@@ -54,21 +55,21 @@ class Experiment:
 
     @property
     def missing(self) -> list[str]:
-        """Variants of the file without a row."""
+        """Return the variants of the file that have no row."""
         return [name for name in self.variants if name not in comparison.by_variant(self.rows)]
 
     @property
     def first(self) -> str:
-        """Name the variant that others are compared with."""
+        """Return the variant that others are compared with."""
         return next(iter(comparison.by_variant(self.rows) or self.variants), "")
 
     def origins(self, what: str) -> str:
-        """List the commits, dates or devices of the variants, each once."""
+        """Return the commits, dates or devices of the variants, each once."""
         return ", ".join(dict.fromkeys(variant[what] for variant in self.result["variants"].values()))
 
     @property
     def data(self) -> str:
-        """Identity of the text that the variants were trained and scored on, each once; "" for generated tasks."""
+        """Return the identities of the text that variants were trained and scored on, each once; "" for other data."""
         each = [
             variant.get("data") or variant.get("asked", {}).get("data") for variant in self.result["variants"].values()
         ]
@@ -77,7 +78,7 @@ class Experiment:
 
 
 def experiments(folder: Path = FOLDER) -> list[Experiment]:
-    """Return every experiment of a folder: those of its files, then sweeps whose file is gone."""
+    """Return every experiment of a folder: those of its files, then results of sweeps whose file is gone."""
     paths = sorted(path for path in folder.rglob("*.py") if "\ndef get_config(" in path.read_text())
     found, files = [read(path, folder / "results") for path in paths], {}
     for path, experiment in zip(paths, found, strict=True):
@@ -92,7 +93,7 @@ def experiments(folder: Path = FOLDER) -> list[Experiment]:
 
 
 def given_by(path: Path) -> tuple[dict, Config]:
-    """Run a file; return its names and its config; ValueError for one that fails, or says what it may not."""
+    """Run a file; return its names and its config; ValueError if it fails, or has a wrong value in one of the names."""
     try:
         given = runpy.run_path(str(path), run_name=MODULE)
         config = given["get_config"]()
@@ -114,8 +115,8 @@ def read(path: Path, results: Path) -> Experiment:
     """Return the experiment of a file.
 
     Raises:
-        ValueError: the file expects, or has a paper's number of, something that is none of its variants; it or a result
-            cannot be read.
+        ValueError: EXPECT or PAPER names something that is none of the variants, or the file or a result cannot be
+            read.
     """
     given, config = given_by(path)
     if not (text := given["__doc__"]):
@@ -154,7 +155,7 @@ def read(path: Path, results: Path) -> Experiment:
 
 
 def of_each(function: Callable, experiments: Iterable[Experiment]) -> list:
-    """Return what a function draws of each experiment; ValueError where a result is not as it is drawn, naming it."""
+    """Return what a function draws of each experiment; ValueError, naming the result, where it cannot be drawn."""
     drawn = []
     for experiment in experiments:
         with common.drawing(f"{experiment.name}.json, or what goes with it,"):
@@ -163,12 +164,12 @@ def of_each(function: Callable, experiments: Iterable[Experiment]) -> list:
 
 
 def is_sweep(result: dict) -> bool:
-    """Tell a sweep's result from others."""
+    """Tell whether a result is a sweep's."""
     return {"metric", "shown", "variants", "rows"} <= set(result)
 
 
 def check_sweep(path: Path, result: dict) -> None:
-    """Raise ValueError for a sweep's result without what is drawn of it."""
+    """Raise ValueError for a sweep's result that lacks something that is drawn."""
     try:
         comparison.table(result["rows"], (result["metric"], *result["shown"]), result["metric"])
         origins = [variant[what] for variant in result["variants"].values() for what in ("device", "commit", "date")]
@@ -180,7 +181,7 @@ def check_sweep(path: Path, result: dict) -> None:
 
 
 def result_of(path: Path, config: Config) -> dict | None:
-    """Return a result in a sweep's form; None where there is none, or one of another program."""
+    """Return a result in a sweep's form; None if there is none, or it is another program's."""
     result = common.read(path.stem, path.parent) or {}
     if is_sweep(result):
         check_sweep(path, result)

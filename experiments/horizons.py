@@ -1,10 +1,10 @@
-"""Predicts where the best members of a recorded horizon sweep fail, and records it beside where they do.
+"""Predict where the best members of a horizon sweep fail, and record it beside where they do.
 
     python -m experiments.horizons --config=experiments/tasks/horizon_z6.py --sweep=runs/horizon_z6
 
 Reads SWEEP/VARIANT/best, which `launch.sweep` left, and writes experiments/results/NAME_predicted.json. A row is a
-variant: the length where its last answer is halfway to chance, measured, and predicted from rows of the trained length
-alone (`mamba3_jax/analysis/horizon.py`); null stands where that is at no length asked.
+variant: the length where its last answer is halfway to chance, as measured and as predicted from rows of the trained
+length alone (`mamba3_jax/analysis/horizon.py`); it is null if that is at no length asked.
 """
 
 import sys
@@ -34,7 +34,7 @@ def best_of(plan: Plan, name: str, folder: Path) -> str:
 
 
 def row(variant: str, member: str, config, params) -> dict:
-    """Return what is found of one variant's best member; the curves are launch.inspect's to show."""
+    """Return the row of a variant's best member, without the curves, which `launch.inspect` shows."""
     found = horizon(build(config), params, config.data)
     curves = found["predicted"]
     found["predicted"] = {

@@ -1,6 +1,6 @@
-"""Documents out of Debian packages, without root: `apt-get download` fetches a package, `dpkg-deb` unpacks it.
+"""Take documents out of Debian packages, without root: `apt-get download` fetches a package, `dpkg-deb` unpacks it.
 
-A source is the files of a package that a pattern names, each a document, or parted into several by `split`.
+A source is the files of a package that match a pattern; each is a document, or `split` makes several of it.
 """
 
 import gzip
@@ -16,12 +16,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
 
-PIECE = 2**14  # characters, about, of a dictionary's documents
-# Without these a mirror that does not answer is waited for in minutes, several times.
+PIECE = 2**14  # characters, about, in a document of a dictionary
+# Without these, apt waits minutes for a mirror that does not answer, several times.
 APT_OPTIONS = ("-o", "Acquire::http::Timeout=20", "-o", "Acquire::Retries=1")
 DAMAGED = (tarfile.TarError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError)
 BLOCKS = frozenset("p div h1 h2 h3 h4 h5 h6 li dt dd tr table pre br hr title".split())  # noqa: SIM905
-# What of a page is no text of its own: code, navigation, search.
+# Parts of a page that are not its own text: code, navigation, search.
 SKIPPED = frozenset("head script style header footer aside nav noscript button".split())  # noqa: SIM905
 SKIPPED_CLASSES = frozenset({"navheader", "navfooter"})
 
@@ -31,9 +31,9 @@ class Source(NamedTuple):
 
     name: str  # every document's name begins with it
     package: str
-    files: str  # a pattern of whole paths in the package, whose group is the rest of a document's name
-    text: Callable[[str], str] = str  # what is made of a file's text
-    split: Callable[[str], list[str]] = lambda text: [text]
+    files: str  # a pattern of whole paths in the package; its group is the rest of a document's name
+    text: Callable[[str], str] = str  # content of a file -> its text
+    split: Callable[[str], list[str]] = lambda text: [text]  # text -> documents
 
 
 class Package(NamedTuple):
@@ -87,7 +87,7 @@ def page_text(html: str) -> str:
 
 
 def entries(text: str) -> list[str]:
-    """Part a dictionary's text into runs of whole entries, of PIECE characters at least but for the last."""
+    """Split a dictionary's text into runs of whole entries, of at least PIECE characters each but for the last."""
     pieces, begin = [], 0
     for match in re.finditer(r"\n\n(?=\S)", text):  # an entry's own lines are indented
         if match.end() - begin >= PIECE:
@@ -97,10 +97,10 @@ def entries(text: str) -> list[str]:
 
 
 def fetch(package: str, folder: Path, say: Callable[[str], None]) -> Package:
-    """Return the package of this name in the folder, downloaded if it is not there.
+    """Return the package of this name in the folder, which is downloaded unless it is there.
 
     Raises:
-        ValueError: the programs are not here, or the package cannot be had or read; the line says why.
+        ValueError: apt-get or dpkg-deb is missing, or the package cannot be downloaded or read; the message says why.
     """
     for program in ("apt-get", "dpkg-deb"):
         if not shutil.which(program):
@@ -114,10 +114,10 @@ def fetch(package: str, folder: Path, say: Callable[[str], None]) -> Package:
 
 
 def _download(package: str, folder: Path, say) -> Path:
-    """Download a package beside its place and move it there when apt has checked it."""
+    """Download a package beside its place, and move it there when apt has checked it."""
     say(f"downloading {package}")
     partial = folder / ".partial"
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # a killed run leaves one
     partial.mkdir()
     try:
         command = ["apt-get", *APT_OPTIONS, "--quiet", "download", package]
@@ -134,14 +134,14 @@ def _download(package: str, folder: Path, say) -> Path:
 
 
 def _damaged(path: Path, why) -> ValueError:
-    """Delete a download that cannot be read."""
+    """Delete a download that cannot be read, and return the error to raise."""
     path.unlink(missing_ok=True)
     why = " ".join(str(why).split())
     return ValueError(f"{path} was damaged ({why}) and is deleted: the same command downloads it again")
 
 
 def documents(package: Package, sources: list[Source]) -> dict[str, list[tuple[str, str]]]:
-    """Return, by source, the (name, text) of its documents, sorted by name.
+    """Return the (name, text) of each source's documents, sorted by name.
 
     Raises:
         ValueError: the package is damaged, or has no file of a source.
@@ -168,7 +168,7 @@ def decoded(content: bytes) -> str:
 
 
 def members(package: Package, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """Yield path and content of the files of a package that are wanted; in place of a .tar.xz those of its files.
+    """Yield path and content of the wanted files of a package, those inside of a .tar.xz included.
 
     A .gz or .dz is unpacked.
 
@@ -183,7 +183,7 @@ def members(package: Package, wanted: Callable[[str], bool]) -> Iterator[tuple[s
                 yield from _files(archive, wanted)
         except DAMAGED as error:
             why = str(error)
-        while unpacking.stdout.read(2**16):  # the rest, which dpkg-deb could not write if nobody read it
+        while unpacking.stdout.read(2**16):  # read the rest: dpkg-deb would wait for ever for somebody to do so
             pass
         if unpacking.wait() or why:
             raise _damaged(package.path, unpacking.stderr.read().decode() or why)

@@ -1,10 +1,10 @@
-"""Trains and evaluates a config by the ordinary commands, and records what came out.
+"""Train and evaluate a config by the ordinary commands, and record what comes out.
 
     python -m experiments.record --config=experiments/text.py --workdir=runs/text_recorded
 
-Writes experiments/results/NAME.json, NAME being the config's: the evaluation at every length, the wall time of both
-commands (compilation included), the identity of the data, commit, device and date. The workdir must be new: the time is
-that of a whole run.
+Writes experiments/results/NAME.json, where NAME is the config's: the evaluation at every length, the wall time of both
+commands (compilation included), the identity of the data, commit, device and date. The workdir must be new, so that the
+time is that of a whole run.
 """
 
 import json
@@ -29,13 +29,13 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def timed(module: str, *arguments: str) -> float:
-    """Run one of the commands to its end; its wall time in seconds.
+    """Run one of the commands to its end, and return its wall time in seconds.
 
     Raises:
-        SystemExit: the command failed, and said why.
+        SystemExit: the command failed, and has said why.
     """
     begin, command = time.perf_counter(), [sys.executable, "-m", module, *arguments]
-    anew = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # the time is that of a first run
+    anew = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # so that the time is that of a first run
     if code := subprocess.run(command, cwd=REPOSITORY, env=anew).returncode:
         sys.exit(code)
     return round(time.perf_counter() - begin, 1)
@@ -57,7 +57,7 @@ def main(_):
     workdir = Path(flags.FLAGS.workdir).absolute()
     with user_errors():
         check(Path(flags.FLAGS.config), workdir)
-    # No backend before the children have run: an accelerator may be one process's at a time.
+    # Start no backend before the children have run: an accelerator may serve one process at a time.
     commit, load_before = git_commit(), load()
     seconds = {
         "train": timed("launch.train", f"--config={flags.FLAGS.config}", f"--workdir={workdir}"),

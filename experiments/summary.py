@@ -1,4 +1,4 @@
-"""What tables and sentences say of an experiment: its numbers, beside the paper's, and what was expected of them."""
+"""Write the tables and sentences about an experiment: its numbers beside the paper's, and what was expected of them."""
 
 import math
 
@@ -7,10 +7,10 @@ from mamba3_jax.evaluate import comparison, equal
 
 
 def expectations(experiment: Experiment) -> list[tuple[bool | None, str]]:
-    """Return, of every expectation of the file, whether it holds (None: not run yet) and the sentence.
+    """Return, for every expectation of the file, whether it holds (None: not run yet), and a sentence about it.
 
     Raises:
-        ValueError: one of a length that the recorded sweep did not score.
+        ValueError: an expectation is about a length that the recorded sweep did not score.
     """
     found = {
         each["variant"]: each
@@ -30,7 +30,7 @@ def span(wanted: str, least: float, most: float) -> str:
 
 
 def cells(experiment: Experiment) -> list[list[str]]:
-    """Return the comparison, heads, then a line a variant with the missing ones; the last columns are the paper's."""
+    """Return the comparison as cells: heads, then a line a variant, missing ones too; the paper's columns are last."""
     result, lines = experiment.result, []
     if result:
         drawn = comparison.table(result["rows"], result["shown"], result["metric"]).splitlines()
@@ -49,7 +49,7 @@ def cells(experiment: Experiment) -> list[list[str]]:
 
 
 def paper_difference(experiment: Experiment, variant: str, first: str) -> float | None:
-    """ln(perplexity / perplexity of the first): the paper's difference in nats; None where it has not both."""
+    """Return the paper's difference in nats, ln(perplexity / perplexity of the first); None where one is missing."""
     both = [experiment.paper.get(name) for name in (variant, first)]
     metric = experiment.result["metric"] if experiment.result else experiment.metric
     known = None not in both and comparison.is_loss(metric)
@@ -65,7 +65,7 @@ def paper_over(experiment: Experiment, variant: str) -> str:
 
 
 def unresolved(experiment: Experiment) -> list[str]:
-    """Return a sentence for every variant that is not told apart from the first: what bounds the difference."""
+    """Return a sentence for every variant that is not told apart from the first, with the bounds of its difference."""
     if not experiment.result:
         return []
     metric, grouped, said = experiment.result["metric"], comparison.by_variant(experiment.rows), []
@@ -94,7 +94,7 @@ def equals(experiment: Experiment) -> list[str]:
 
 
 def paper_equal(experiment: Experiment, line: str, variant: str) -> str:
-    """Write at which size the paper's numbers of a line are its number of a variant; "" where it has not all."""
+    """Write at which size a line has a variant's number, by the paper's numbers; "" where it lacks one of them."""
     names = experiment.sizes[line]
     if not {variant, *names} <= experiment.paper.keys():
         return ""
@@ -106,7 +106,7 @@ def paper_equal(experiment: Experiment, line: str, variant: str) -> str:
 
 
 def best(experiment: Experiment, variant: str) -> str:
-    """Return the best seed's number at the best learning rate, to stand beside a paper's."""
+    """Write the best seed's number at the best learning rate, to stand beside a paper's."""
     rows, metric = (
         comparison.by_variant(experiment.rows).get(variant),
         experiment.result and experiment.result["metric"],
@@ -115,20 +115,20 @@ def best(experiment: Experiment, variant: str) -> str:
 
 
 def paper(experiment: Experiment, variant: str) -> str:
-    """Return the paper's number, a dash where it has none."""
+    """Write the paper's number, a dash where it has none."""
     number = experiment.paper.get(variant)
     return "-" if number is None else f"{number:g}"
 
 
 def markdown(experiment: Experiment) -> str:
-    """Return the table in Markdown with where it comes from."""
+    """Return the table in Markdown, with a line that says where it comes from."""
     heads, *lines = cells(experiment)
     drawn = ["| " + " | ".join(line) + " |" for line in (heads, ["---"] * len(heads), *lines)]
     return "\n".join([*drawn, "", origin(experiment)])
 
 
 def origin(experiment: Experiment) -> str:
-    """Return where a result comes from in one line, of all its variants."""
+    """Return a line that says where a result, that is, all of its variants, comes from."""
     if not experiment.result:
         return f"`{experiment.command}`: {MISSING}."
     device, commit, date = (experiment.origins(what) for what in ("device", "commit", "date"))

@@ -1,4 +1,4 @@
-"""How far every variant is from the first: a dot a seed, the mean with its 95% interval, and what the paper has."""
+"""Draw how far every variant is from the first: a dot a seed, the mean with its 95% interval, the paper's number."""
 
 import math
 import statistics
@@ -10,7 +10,7 @@ from experiments import summary
 from experiments.found import Experiment
 from mamba3_jax.evaluate import comparison
 
-FAR = 1.0  # nats: what is further off, as a model that fails past its trained length, would hide all others
+FAR = 1.0  # nats: a variant that is further off, as one that fails past its trained length, would hide all others
 EACH = {"color": "C0", "marker": "o", "linestyle": "", "markersize": 4, "alpha": 0.4}
 MEAN = {"color": "C0", "fmt": "s", "markersize": 5, "capsize": 4}
 PAPER = {"color": "C3", "marker": "D", "linestyle": "", "markersize": 5}
@@ -27,7 +27,7 @@ class Row(NamedTuple):
 
 
 class Differences(NamedTuple):
-    """What is drawn."""
+    """The differences of all variants to the first."""
 
     first: str
     metric: str
@@ -35,7 +35,7 @@ class Differences(NamedTuple):
 
 
 def differences_of(experiment: Experiment) -> Differences | None:
-    """Return the differences of a loss, seed by seed; None of other metrics, one variant, or one seed."""
+    """Return the differences of a loss, seed by seed; None for other metrics, one variant, or one seed."""
     metric, grouped = experiment.result["metric"], comparison.by_variant(experiment.rows)
     first, *others = grouped
     if comparison.sign(metric) > 0 or not others or len({row["seed"] for row in experiment.rows}) < 2:
@@ -50,7 +50,7 @@ def differences_of(experiment: Experiment) -> Differences | None:
 
 
 def plot(name: str, drawn: Differences):
-    """Return the figure."""
+    """Draw the figure."""
     figure, axes = plt.subplots(figsize=(7, 1.6 + 0.42 * len(drawn.rows)), layout="constrained")
     near = [row for row in drawn.rows if abs(row.mean) <= FAR]
     axes.axvline(0, color="0.4", linestyle=":", zorder=1)

@@ -1,4 +1,4 @@
-"""A metric by length, by size or by step, a line a variant, a dot a seed; and all pictures of an experiment.
+"""Draw a metric by length, size or step, a line a variant, a dot a seed; and choose all pictures of an experiment.
 
 Differences with intervals, and loss against the cost of decoding, stand in files of their own.
 """
@@ -19,9 +19,9 @@ from experiments.found import Experiment
 from mamba3_jax.evaluate import comparison
 
 MARKERS = "osv^DPX*"
-STROKES = ("-", (0, (6, 2)), (0, (3, 2)), (0, (6, 2, 1, 2)), (0, (10, 3)))  # so that what lies on one line is seen to
-FEW = 8  # places across that are each named, on a logarithmic axis
-FAR = 16  # times as far out as the first is the last of more places than that: the axis is logarithmic too
+STROKES = ("-", (0, (6, 2)), (0, (3, 2)), (0, (6, 2, 1, 2)), (0, (10, 3)))  # lines that coincide are still seen apart
+FEW = 8  # up to so many places across are each named, on a logarithmic axis
+FAR = 16  # of more places, the axis is logarithmic if the last is more than so many times as far out as the first
 
 
 class Line(NamedTuple):
@@ -33,15 +33,15 @@ class Line(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """What is drawn, in the units of the axes."""
+    """Lines to draw, in the units of the axes."""
 
     lines: list[Line]
     across: str
     up: str
     trained: float = 0  # the longest length trained; 0: no lengths are drawn
     chance: float | None = None
-    names: tuple[str, ...] = ()  # of places that are not numbers
-    curves: bool = False  # seeds are thin lines, not dots
+    names: tuple[str, ...] = ()  # of places across that are not numbers
+    curves: bool = False  # each seed is a thin line; False: dots
 
 
 def figure_of(experiment: Experiment) -> Figure:
@@ -73,7 +73,7 @@ def figure_of(experiment: Experiment) -> Figure:
 
 
 def curves_of(experiment: Experiment) -> Figure | None:
-    """Return how every seed trained at its variant's best rate: a task's accuracy, else loss; None: not recorded."""
+    """Return the training curves of seeds at each variant's best rate, a task's accuracy or loss; None without any."""
     metric, lines = experiment.result["metric"], []
     is_task = comparison.sign(metric) > 0
     name, factor = ("accuracy", 100) if is_task else ("loss", 1)
@@ -86,7 +86,7 @@ def curves_of(experiment: Experiment) -> Figure | None:
 
 
 def pictures(experiment: Experiment) -> dict[str, "Drawn"]:
-    """Return what is drawn of an experiment that has a result, by the picture's name."""
+    """Return what is drawn of an experiment that has a result, by the name of the picture."""
     metric, apart = figure_of(experiment), differences.differences_of(experiment)
     drawn = {
         "": apart if apart and metric.names else metric,
@@ -101,13 +101,13 @@ Drawn = Figure | differences.Differences | tradeoff.Tradeoff
 
 
 def source(experiment: Experiment, drawn: Drawn) -> str:
-    """Return what a picture is drawn from, as it says itself: commit, date and a digest of what is drawn."""
+    """Return what a picture is drawn from, which is written into it: commit, date and a digest of what is drawn."""
     digest = hashlib.sha256(repr(drawn).encode()).hexdigest()[:12]
     return f"commit {experiment.origins('commit')}, {experiment.origins('date')}, {digest}"
 
 
 def alt(drawn: Drawn) -> str:
-    """Return what a picture shows, for who cannot see it."""
+    """Return what a picture shows, for readers who cannot see it."""
     match drawn:
         case differences.Differences():
             return f"{drawn.metric}: differences to {drawn.first}"
@@ -117,7 +117,7 @@ def alt(drawn: Drawn) -> str:
 
 
 def draw(experiment: Experiment, drawn: Drawn, path: Path) -> None:
-    """Write a picture of an experiment that has a result, PNG."""
+    """Write a picture of an experiment that has a result, as PNG."""
     match drawn:
         case differences.Differences():
             figure = differences.plot(experiment.name, drawn)
@@ -125,13 +125,13 @@ def draw(experiment: Experiment, drawn: Drawn, path: Path) -> None:
             figure = tradeoff.plot(experiment.name, drawn)
         case _:
             figure = plot(experiment, drawn)
-    # Without the version of matplotlib: only what is drawn changes the file.
+    # The file has no version of matplotlib, so that it changes only with what is drawn.
     figure.savefig(path, dpi=110, metadata={"Description": source(experiment, drawn), "Software": None})
     plt.close(figure)
 
 
 def plot(experiment: Experiment, drawn: Figure):
-    """Return the figure."""
+    """Draw the figure."""
     figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
     for index, line in enumerate(drawn.lines):
         style = {"color": f"C{index % 10}", "marker": MARKERS[index % len(MARKERS)]}
@@ -151,13 +151,13 @@ def plot(experiment: Experiment, drawn: Figure):
     each = "a thin line" if drawn.curves else "a dot"
     axes.set_title(f"{experiment.name}: mean of {seeds} seeds, {each} a seed" if seeds > 1 else experiment.name)
     longest = max(len(line.label) for line in drawn.lines)
-    columns = max(1, min(4, len(drawn.lines), 76 // (longest + 5)))  # as many as the width has room for
+    columns = max(1, min(4, len(drawn.lines), 76 // (longest + 5)))  # as many as fit into the width
     figure.legend(loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
 def cut(axes, drawn: Figure) -> None:
-    """Leave out what is far above the lowest loss, as that of a model that fails past its trained length."""
+    """Leave out what is far above the lowest loss, as the loss of a model that fails past its trained length."""
     means = [sum(seeds) / len(seeds) for line in drawn.lines for seeds in line.values]
     lowest = min(filter(math.isfinite, means), default=math.nan)
     if max(means) > lowest + differences.FAR:
@@ -167,7 +167,7 @@ def cut(axes, drawn: Figure) -> None:
 
 
 def mark(axes, drawn: Figure) -> None:
-    """Mark chance and what is longer than trained; scale and name the places across."""
+    """Mark chance, and the lengths past the trained one; scale the axis across and name its places."""
     if drawn.chance is not None:
         axes.axhline(drawn.chance, color="0.4", linestyle=":", zorder=1)
         place = axes.get_yaxis_transform()

@@ -1,4 +1,4 @@
-"""Loss against what decoding costs: the time of a token, and the bytes of a sequence's state."""
+"""Draw loss against what decoding costs: the time of a token, and the bytes of a sequence's state."""
 
 import statistics
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from mamba3_jax.evaluate import comparison
 
 
 class Point(NamedTuple):
-    """A variant as it decodes; where that depends on the context, at one of several."""
+    """A variant's loss and cost of decoding; where the cost depends on the context, at one length of it."""
 
     loss: float  # mean over seeds
     ms: float  # a token of all rows of the batch
@@ -19,16 +19,16 @@ class Point(NamedTuple):
 
 
 class Tradeoff(NamedTuple):
-    """What is drawn: by the name of a line its points, smaller states first."""
+    """The points to draw."""
 
-    lines: dict[str, list[Point]]
+    lines: dict[str, list[Point]]  # by the name of a line, smaller states first
     metric: str
     batch: int
     device: str
 
 
 def tradeoff_of(experiment: Experiment) -> Tradeoff | None:
-    """Return every variant's loss with its decoding at the largest batch; None where that was not measured."""
+    """Return every variant's loss with its cost of decoding at the largest batch; None if that was not measured."""
     grouped, metric = comparison.by_variant(experiment.rows), experiment.result["metric"]
     rows = [row for row in (experiment.decoding or {"rows": []})["rows"] if row["model"] in grouped]
     rows = [row for row in rows if row["what"] == "decode" and row["path"] != "former"]
@@ -50,7 +50,7 @@ def tradeoff_of(experiment: Experiment) -> Tradeoff | None:
 
 
 def plot(name: str, drawn: Tradeoff):
-    """Return the figure: loss by time on the left, by state on the right."""
+    """Draw the figure: loss by time on the left, by state on the right."""
     figure, panels = plt.subplots(ncols=2, sharey=True, figsize=(9, 4.4), layout="constrained")
     across = {"ms": f"ms a token, batch {drawn.batch}, {drawn.device}", "state_kib": "state of a sequence, KiB"}
     figure.suptitle(f"{name}: loss against the cost of decoding; numbers are sizes, or tokens of context")
