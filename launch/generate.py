@@ -30,7 +30,7 @@ TOKENS = flags.DEFINE_integer("tokens", 200, "how many tokens to draw at most")
 TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the likeliest token")
 TOP_K = flags.DEFINE_integer("top_k", 0, "draw from the k likeliest tokens; 0: from all")
 TOP_P = flags.DEFINE_float("top_p", 1.0, "draw from the likeliest tokens that hold this much of the probability")
-SEED = flags.DEFINE_integer("seed", 0, "of the draws", lower_bound=0, upper_bound=2**32 - 1)
+SEED = flags.DEFINE_integer("seed", 0, "seed of the draws", lower_bound=0, upper_bound=2**32 - 1)
 STOP = flags.DEFINE_multi_string("stop", None, "end before this text or special token; may be given again")
 STOP_IDS = flags.DEFINE_string(
     "stop_ids", None, "end at one of these token ids, comma-separated; default the end of a document; empty: at none"

@@ -33,8 +33,10 @@ from jax._src.clusters import ClusterEnv  # jax's own detection: the public call
 from mamba3_jax.config import listed
 
 COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where the platform does not say it")
-PROCESSES = flags.DEFINE_integer("processes", None, "how many there are; 1: alone, whatever the platform says", 1)
-PROCESS = flags.DEFINE_integer("process", None, "which of them this is, from 0", 0)
+PROCESSES = flags.DEFINE_integer(
+    "processes", None, "how many processes there are; 1: this one alone, whatever the platform says", 1
+)
+PROCESS = flags.DEFINE_integer("process", None, "which of the processes this is, from 0", 0)
 JOIN_TIMEOUT = flags.DEFINE_integer("join_timeout", 300, "seconds in which all processes have to be there", 1)
 
 USER_ERROR, LOST = 2, 4  # exit statuses: see launch/common.py

@@ -105,7 +105,7 @@ def flatten(tree: Mapping, prefix: str = "") -> dict[str, np.ndarray]:
 
 
 def unflatten(flat: Mapping[str, np.ndarray]) -> dict:
-    """{"a/b": x} -> {"a": {"b": x}}."""
+    """Split keys: {"a/b": x} -> {"a": {"b": x}}."""
     tree = {}
     for path, value in flat.items():
         *parents, name = path.split("/")
