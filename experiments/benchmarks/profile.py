@@ -1,13 +1,16 @@
-"""Where the op's time goes on a GPU: every kernel of a call, its time, and how often it runs.
+"""Where the time of the op, or of a training step, goes on a GPU: every kernel of a call, its time, how often it runs.
 
     python -m experiments.benchmarks.profile --cases=siso,mimo4
+    python -m experiments.benchmarks.profile --cases= --models=transformer-180m --batch=32
 
-The figures of jax's own profiler, over some calls of what `experiments.benchmarks.ssm` times, which checks the results;
-here nothing is checked. What runs on the device one after another adds up to about a call's time: the rest is idle.
+The figures of jax's own profiler, over some calls of what `experiments.benchmarks.ssm` and `train` time, which check
+the results; here nothing is checked. What runs on the device one after another adds up to about a call's time: the rest
+is idle. A step has thousands of kernels: those whose names differ by a number alone are added up.
 """
 
 import collections
 import itertools
+import re
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,16 +18,18 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
-from experiments.benchmarks import common, ssm
+from experiments.benchmarks import common, ssm, train
 from launch.provenance import provenance
+from mamba3_jax.presets import PRESETS
 
 FLAGS = flags.FLAGS
 COLUMNS = {name: name for name in ("case", "what", "kernel", "ms", "times", "share")}
 CALLS = 5
+LENGTH = 2048  # of a training step's rows
 
 
-def profiled(function, calls: int = CALLS) -> dict[str, tuple[float, float]]:
-    """Of every kernel, by name: ms a call of `function` and how often it runs in one, the slowest first."""
+def profiled(function, calls: int = CALLS, name=lambda event: event) -> dict[str, tuple[float, float]]:
+    """Return ms a call of `function`, and how often it runs in one, of every kernel by `name`, the slowest first."""
     jax.block_until_ready(function())
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -39,8 +44,8 @@ def profiled(function, calls: int = CALLS) -> dict[str, tuple[float, float]]:
                 for line in plane.lines:
                     if line.name.startswith("Stream"):
                         for event in line.events:
-                            found[event.name].append(event.duration_ns)
-    taken = {name: (sum(ns) / calls / 1e6, len(ns) / calls) for name, ns in found.items()}
+                            found[name(event.name)].append(event.duration_ns)
+    taken = {kernel: (sum(ns) / calls / 1e6, len(ns) / calls) for kernel, ns in found.items()}
     return dict(sorted(taken.items(), key=lambda item: -item[1][0]))
 
 
@@ -59,10 +64,14 @@ def task_call(task: ssm.Task, compiled):
     return lambda: compiled(*next(turns))
 
 
-def rows_of(task: ssm.Task, compiled) -> list[dict]:
-    kernels = profiled(task_call(task, compiled))
+def without_numbers(kernel: str) -> str:
+    """Return a kernel's name without the numbers by which XLA tells equal ones apart: loop_add_fusion_12."""
+    return re.sub(r"(_\d+)+$", "", kernel)
+
+
+def rows_of(case: str, what: str, kernels: dict[str, tuple[float, float]]) -> list[dict]:
     whole = sum(ms for ms, _ in kernels.values())
-    row = {"case": task.name, "what": task.what}
+    row = {"case": case, "what": what}
     return [row | {"kernel": name, "ms": ms, "times": n, "share": ms / whole} for name, (ms, n) in kernels.items()]
 
 
@@ -74,22 +83,30 @@ def main(argv):
     names = ssm.chosen("cases", FLAGS.cases, cases)
     tasks = [task for name in names for task in ssm.tasks_of(name, cases[name], [FLAGS.implementation], [None])]
     tasks = [task for task in tasks if task.implementation == FLAGS.implementation]
+    models, batches = ssm.chosen("models", FLAGS.models, PRESETS), common.numbers("batch")
+    steps = [train.step_program(model, "", batch, LENGTH) for model in models for batch in batches]
     with ThreadPoolExecutor() as pool:
-        programs = list(pool.map(ssm.Task.compile, tasks))
+        programs = list(pool.map(lambda program: program.compile(), [*tasks, *steps]))
     rows = []
-    for task, compiled in zip(tasks, programs, strict=True):
+    for program, compiled in zip([*tasks, *steps], programs, strict=True):
         if isinstance(compiled, Exception):
             raise compiled
-        rows += rows_of(task, compiled)
+        if isinstance(program, ssm.Task):
+            mine = rows_of(program.name, program.what, profiled(task_call(program, compiled)))
+        else:
+            kernels = profiled(program.calls(compiled), name=without_numbers)
+            mine = rows_of(f"{program.model}, {program.batch} rows", program.what, kernels)
+        rows += mine
         path = common.write(FLAGS.name, provenance(FLAGS.commit), rows, FLAGS.out)
-        mine = [row for row in rows if (row["case"], row["what"]) == (task.name, task.what)]
         print(common.table([row for row in mine if row["share"] > 0.005], COLUMNS))
-        print(f"{task.name} {task.what}: {sum(row['ms'] for row in mine):.3f} ms in kernels", flush=True)
+        print(f"{mine[0]['case']} {program.what}: {sum(row['ms'] for row in mine):.3f} ms in kernels", flush=True)
     print(path)
 
 
 if __name__ == "__main__":
     flags.DEFINE_list("cases", ["siso", "mimo4"], "names in experiments.benchmarks.ssm.CASES")
     flags.DEFINE_string("implementation", "triton", "a name in mamba3_jax.ops.ssm.IMPLEMENTATIONS")
+    flags.DEFINE_list("models", [], f"training steps: {', '.join(PRESETS)}")
+    flags.DEFINE_list("batch", ["32"], "rows of a training step, one or more numbers")
     common.define_result(name="profile_gpu", commit=True)
     app.run(main, flags_parser=common.parse)
