@@ -206,7 +206,7 @@ def _by_rows(run, split: Split, x_BLD, head_DV, targets_BL, weights_BL):
 def _own_rows(x_BLD, narrow_DV, targets_BL, weights_BL, *, vocab_size, z_loss, tiles, out, total):
     """Return (sums, dhead_DV in `out`, dx_BLD) of a device's rows; `total` sums over the rows of all devices."""
     dtype = x_BLD.dtype
-    over_tiles = functools.partial(_over_tiles, tiles=tiles, head_DV=narrow_DV, arrays=(x_BLD, targets_BL, weights_BL))
+    arrays = (x_BLD, targets_BL, weights_BL)
 
     def near(x_BLD, targets_BL, weights_BL):
         """Form dlogit = w z / sum (exp(logit - logit[target]) - [v = target] sum / z),  z = 1 + 2 z_loss log Z.
@@ -227,7 +227,7 @@ def _own_rows(x_BLD, narrow_DV, targets_BL, weights_BL, *, vocab_size, z_loss, t
         fit = jnp.all((found.sum_BL < REACH) & (by_z_BL > 1 / REACH))
         return (added(found.scores, weights_BL), dhead_DV, (~fit).astype(jnp.int32)), dx_BLD
 
-    def far(x_BLD, targets_BL, weights_BL):
+    def far(narrow_DV, x_BLD, targets_BL, weights_BL):
         """Form dlogit as `linear_cross_entropy` defines it, from any logits; it is 0 where a token's weight is 0."""
         logits_BLV = _logits(x_BLD, narrow_DV)
         found = scores(logits_BLV, targets_BL, vocab_size)
@@ -239,10 +239,39 @@ def _own_rows(x_BLD, narrow_DV, targets_BL, weights_BL, *, vocab_size, z_loss, t
         dhead_DV = product("bld,blv->dv", x_BLD, dlogits_BLV, out)
         return (added(found, weights_BL), dhead_DV), dx_BLD
 
-    (*found, beyond), dx_BLD = over_tiles(near)
+    def anew(narrow_DV, *arrays):
+        return _over_tiles(functools.partial(far, narrow_DV), tiles, narrow_DV, arrays)
+
+    (*found, beyond), dx_BLD = _over_tiles(near, tiles, narrow_DV, arrays)
     near_enough = total(beyond) == 0  # over all rows, so that every device takes the same branch
-    (parts, dhead_DV), dx_BLD = jax.lax.cond(near_enough, lambda: (tuple(found), dx_BLD), lambda: over_tiles(far))
+    (parts, dhead_DV), dx_BLD = _unless(near_enough, (tuple(found), dx_BLD), anew, narrow_DV, *arrays)
     return total(parts), dhead_DV, dx_BLD
+
+
+def _unless(holds, found, anew, *arguments):
+    """Return `found` where `holds`, else `anew(*arguments)`.
+
+    Under `vmap` a `cond` whose predicate differs by member computes both branches for every member, always. Here all
+    members have one `cond`, and what `anew` computes is computed only if one of them wants it.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def choose(holds, found, arguments):
+        return jax.lax.cond(holds, lambda: found, lambda: anew(*arguments))
+
+    @choose.def_vmap
+    def choose_by_member(members, are_batched, *given):
+        def by_member(x, is_batched):
+            return x if is_batched else jnp.broadcast_to(x, (members, *x.shape))
+
+        def own(holds, found, arguments):
+            return jax.tree.map(functools.partial(jnp.where, holds), found, anew(*arguments))
+
+        holds, found, arguments = jax.tree.map(by_member, given, tuple(are_batched))
+        chosen = jax.lax.cond(jnp.all(holds), lambda: found, lambda: jax.vmap(own)(holds, found, arguments))
+        return chosen, jax.tree.map(lambda _: True, chosen)
+
+    return choose(holds, found, arguments)
 
 
 def _backward(vocab_size, z_loss, tiles, split, gradients, cotangent):
