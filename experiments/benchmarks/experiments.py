@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from experiments.benchmarks import losses
 from experiments.benchmarks.common import significant
 from mamba3_jax.evaluate import comparison
 
@@ -66,6 +67,30 @@ def step_speed(result: dict) -> str:
         memory = f"{row['peak_mib'] / 1024:.0f} GiB"
         said.append(f"{what} {significant(row['tokens_per_second'])} tokens/s ({100 * row['mfu']:.1f}%, {memory})")
     return ", ".join(said)
+
+
+# What a kernel of a step is, by what its name has; anything else is a pass that XLA makes over memory.
+KERNELS = {"mamba3_": "our kernels", "cudnn": "cuDNN's attention", "nvjet": "products", "gemm": "products"}
+
+
+def step_parts(result: dict) -> str:
+    """Return what each step's time in kernels is made of."""
+    steps = {}
+    for row in result["rows"]:
+        kind = next((kind for name, kind in KERNELS.items() if name in row["kernel"]), "XLA's passes")
+        parts = steps.setdefault(row["case"], {})
+        parts[kind] = parts.get(kind, 0.0) + row["ms"]
+    said = []
+    for case, parts in steps.items():
+        each = [f"{kind} {significant(ms)}" for kind, ms in sorted(parts.items(), key=lambda part: -part[1])]
+        said.append(f"{case}: {significant(sum(parts.values()))} ms, {', '.join(each)}")
+    return "; ".join(said)
+
+
+def last_losses(result: dict) -> str:
+    """Return the last losses of each tree, seed by seed."""
+    of = [f"{tree} {' / '.join(f'{loss:.4f}' for loss in each)}" for tree, each in losses.last(result["rows"]).items()]
+    return f"{', '.join(of)} after {max(row['step'] for row in result['rows'])} steps"
 
 
 def decode_speed(result: dict) -> str:
@@ -269,6 +294,70 @@ EXPERIMENTS = (
         got=step_speed,
     ),
     Experiment(
+        question="And one of 1.5B parameters?",
+        command="python -m experiments.benchmarks.train --models=siso-1.5b --implementations=default --batch=8,16 "
+        "--name=train_h200_1b",
+        cost="3 minutes, one GPU",
+        expected="over 38,000 tokens/s",
+        result="benchmarks/results/train_h200_1b.json",
+        got=step_speed,
+    ),
+    Experiment(
+        question="And a Transformer's of 180M, with cuDNN's attention?",
+        command="python -m experiments.benchmarks.train --models=transformer-180m --implementations=default "
+        "--batch=32 --name=train_h200_baselines",
+        cost="2 minutes, one GPU",
+        expected="45% of the peak",
+        result="benchmarks/results/train_h200_baselines.json",
+        got=step_speed,
+    ),
+    Experiment(
+        question="And Mamba-2's, by the same kernels?",
+        command="python -m experiments.benchmarks.train --models=mamba2-180m --implementations=default --batch=32 "
+        "--name=train_h200_mamba2",
+        cost="2 minutes, one GPU",
+        expected="about what Mamba-3 takes",
+        result="benchmarks/results/train_h200_mamba2.json",
+        got=step_speed,
+    ),
+    Experiment(
+        question="And on one row of 1,048,576 tokens?",
+        command="python -m experiments.benchmarks.train --models=siso-180m --implementations=default --batch=1 "
+        "--length=1048576 --variants=model.remat=block --name=train_h200_long",
+        cost="2 minutes, one GPU",
+        expected="it fits, and takes under 6 s",
+        result="benchmarks/results/train_h200_long.json",
+        got=step_speed,
+    ),
+    Experiment(
+        question="What is the time of these steps made of?",
+        command="python -m experiments.benchmarks.profile --cases= --models=transformer-180m,siso-180m --batch=32 "
+        "--name=profile_h200_steps",
+        cost="2 minutes, one GPU",
+        expected="over half of it products",
+        result="benchmarks/results/profile_h200_steps.json",
+        got=step_parts,
+    ),
+    Experiment(
+        question="Are losses what they were before the step was made fast (d80ecd0e5), on a CPU?",
+        command="git worktree add /tmp/before d80ecd0 && python -m experiments.benchmarks.losses "
+        "--trees=before=/tmp/before --trees=after=. --seeds=3 --name=losses_cpu --fields='--config.train.steps=300 "
+        "--config.train.log_every=25 --config.train.eval_every=0 --config.model.compute_dtype=bfloat16'",
+        cost="3 minutes, 2 cores",
+        expected="seed by seed closer than seeds are to one another",
+        result="benchmarks/results/losses_cpu.json",
+        got=last_losses,
+    ),
+    Experiment(
+        question="And with the kernels, 180M parameters, on a GPU (8 steps of warm-up: both trees spike at first)?",
+        command="python -m experiments.benchmarks.losses --trees=before=/tmp/before --trees=after=. "
+        "--name=losses_h200 --fields='...' (the fields stand in the file)",
+        cost="2 minutes, one GPU",
+        expected="as near as seeds are to one another",
+        result="benchmarks/results/losses_h200.json",
+        got=last_losses,
+    ),
+    Experiment(
         question="What does the input pipeline give (pipeline_cpu_before: with rows cut one by one)?",
         command="python -m experiments.benchmarks.pipeline",
         cost="2 minutes, 2 cores",
@@ -299,6 +388,15 @@ EXPERIMENTS = (
         cost="10 minutes, one GPU",
         expected="SISO 180M 0.31 ms a token at batch 1, 0.43 at 8, 1.35 at 128; top-k and top-p at most 0.2 ms more",
         result="benchmarks/results/decode_h200.json",
+        got=decode_speed,
+    ),
+    Experiment(
+        question="And of 1.5B parameters?",
+        command="python -m experiments.benchmarks.decode --models=siso-1.5b --samplings=plain --what=decode,prefill "
+        "--name=decode_h200_1b",
+        cost="5 minutes, one GPU",
+        expected="1.7 ms a token at batch 1, 2.0 at 8, 6.5 at 128",
+        result="benchmarks/results/decode_h200_1b.json",
         got=decode_speed,
     ),
     Experiment(
@@ -437,8 +535,29 @@ HEADLINES = (
         "experiments.benchmarks.train",
     ),
     Headline(
+        "1.5B training step, SISO", "benchmarks/results/train_h200_1b.json", best_steps, "experiments.benchmarks.train"
+    ),
+    Headline(
+        "180M Transformer's training step",
+        "benchmarks/results/train_h200_baselines.json",
+        best_steps,
+        "experiments.benchmarks.train",
+    ),
+    Headline(
+        "180M training step, one row of 2^20 tokens",
+        "benchmarks/results/train_h200_long.json",
+        best_steps,
+        "experiments.benchmarks.train",
+    ),
+    Headline(
         "180M, a decoded token: 1 / 8 / 128 rows",
         "benchmarks/results/decode_h200.json",
+        a_token,
+        "experiments.benchmarks.decode",
+    ),
+    Headline(
+        "1.5B, a decoded token: 1 / 8 / 128 rows",
+        "benchmarks/results/decode_h200_1b.json",
         a_token,
         "experiments.benchmarks.decode",
     ),
