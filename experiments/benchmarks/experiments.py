@@ -111,7 +111,7 @@ def generated(result: dict) -> dict[tuple[str, int], dict]:
     found = {}
     for path in ("loop", "fused"):
         for row in result["rows"]:
-            if (row["what"], row["path"], row["sampling"]) == ("decode", path, "plain"):
+            if row["what"] == "decode" and (row["path"], row["sampling"]) == (path, "plain"):
                 found[row["model"], row["batch"]] = row
     return found
 

@@ -33,7 +33,7 @@ def trees_of(given: list[str]) -> dict[str, Path]:
     for one in given:
         name, _, folder = one.partition("=")
         path = Path(folder).absolute()
-        if not name or name in trees or not (path / "launch" / "train.py").is_file():
+        if not (name and folder) or name in trees or not (path / "launch" / "train.py").is_file():
             raise ValueError(f"--trees={one}: want NAME=FOLDER, each name once, where FOLDER has launch/train.py")
         trees[name] = path
     return trees
