@@ -3,9 +3,10 @@
 `python -m experiments.corpus` makes the corpus first: 67M tokens, 8,192 kinds of them. Flags --config.data.* name other
 text. Seeds differ in their rows and initial parameters; seed s has the same rows in all variants, so that differences
 are taken seed by seed. The paper's ablations have 440M parameters and 20 tokens for each, these 1.5: agreement is a
-difference of the paper's sign, a third to three times as large. With a standard deviation of 0.002 nats between seeds
-(recalled of small models) the interval of eight is 0.0024 to either side, of a difference that pairing does not help
-at all; a variant whose difference in the paper is not several times that has a bound for an expectation.
+difference of the paper's sign, a third to three times as large. `residual`, whose variants differ by rounding alone,
+says how uncertain these runs are: seeds have a standard deviation of 0.017 nats, the differences of pairs 0.012, and the
+interval of eight is 0.010 to either side. A variant whose difference in the paper is not several times that has a bound
+for an expectation.
 
 Costs are estimates: 8 members of 16.3M parameters at 6 FLOPs a parameter and token and 20% of an H200's 989 TFLOP/s
 are 2.0M tokens/s in all, 98 s a variant; about 30 s to compile it and 4 s to score 8 x 2M tokens are added. Members
