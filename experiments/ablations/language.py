@@ -5,8 +5,8 @@ text. Seeds differ in their rows and initial parameters; seed s has the same row
 are taken seed by seed. The paper's ablations have 440M parameters and 20 tokens for each, these 1.5: agreement is a
 difference of the paper's sign, a third to three times as large. `residual`, whose variants differ by rounding alone,
 says how uncertain these runs are: seeds have a standard deviation of 0.017 nats and the differences of pairs of 0.012,
-so that the interval of eight pairs is 0.010 to either side. A variant whose difference in the paper is not several times
-that has a bound for an expectation.
+so that the interval of eight pairs is 0.010 to either side. A variant whose difference in the paper is not several
+times that has a bound for an expectation.
 
 Costs are estimates: 8 members of 16.3M parameters at 6 FLOPs a parameter and token and 20% of an H200's 989 TFLOP/s
 are 2.0M tokens/s in all, 98 s a variant; about 30 s to compile it and 4 s to score 8 x 2M tokens are added. Members
