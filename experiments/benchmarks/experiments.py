@@ -129,18 +129,14 @@ def task_speed(result: dict) -> str:
     return f"from {each[0]} to {each[1]} tokens/s of a core"
 
 
-def growth_factors(result: dict) -> tuple[int, int, str, str]:
-    """Return the shortest and the longest length of the default, and by what FLOP and memory a token grow."""
+def growth_factors(result: dict) -> str:
+    """Return by what FLOP and memory a token of the default grow from the shortest to the longest length."""
     rows = [row for row in result["rows"] if row["implementation"] == "chunked" and row["rank"] == 1]
     first, last = rows[0], rows[-1]
-    factors = (last[key] / first[key] for key in ("matmul_flop_a_token", "temp_kib_a_token"))
-    return first["length"], last["length"], *map(significant, factors)
-
-
-def growth_sentence(result: dict) -> str:
-    """Says what `growth_factors` gives."""
-    first, last, operations, memory = growth_factors(result)
-    return f"from {first:,} to {last:,} tokens: FLOP a token x {operations}, memory a token x {memory}"
+    keys = ("matmul_flop_a_token", "temp_kib_a_token")
+    operations, memory = (significant(last[key] / first[key]) for key in keys)
+    lengths = f"from {first['length']:,} to {last['length']:,} tokens"
+    return f"{lengths}: FLOP a token x {operations}, memory a token x {memory}"
 
 
 def depth_factors(result: dict) -> str:
@@ -437,7 +433,7 @@ EXPERIMENTS = (
         cost="3 minutes, 2 cores",
         expected="x 1.00 and x 1.00 at most",
         result="benchmarks/results/growth_cpu.json",
-        got=growth_sentence,
+        got=growth_factors,
     ),
     Experiment(
         question="Does compiling take longer for a deeper model?",
@@ -496,19 +492,10 @@ def kernel_cycles(result: dict) -> str:
     return f"{significant(min(parts))} to {significant(max(parts))}"
 
 
-def growth_of_both(result: dict) -> str:
-    """Read by what FLOP and memory a token grow."""
-    _, _, operations, memory = growth_factors(result)
-    return f"x {operations} / x {memory}"
-
-
 HEADLINES = (
     Headline("Bits a byte of held-out Python source", "results/text.json", bits_per_byte, "make run"),
     Headline(
         "Parity at 256 bits, three seeds", "results/parity.json", partial(best_rate, variant="mamba3"), "make parity"
-    ),
-    Headline(
-        "The same without rotation", "results/parity.json", partial(best_rate, variant="no_rotation"), "make parity"
     ),
     Headline(
         "Layer over mamba3-jax, SISO / R 4",
@@ -538,18 +525,6 @@ HEADLINES = (
         "1.5B training step, SISO", "benchmarks/results/train_h200_1b.json", best_steps, "experiments.benchmarks.train"
     ),
     Headline(
-        "180M Transformer's training step",
-        "benchmarks/results/train_h200_baselines.json",
-        best_steps,
-        "experiments.benchmarks.train",
-    ),
-    Headline(
-        "180M training step, one row of 2^20 tokens",
-        "benchmarks/results/train_h200_long.json",
-        best_steps,
-        "experiments.benchmarks.train",
-    ),
-    Headline(
         "180M, a decoded token: 1 / 8 / 128 rows",
         "benchmarks/results/decode_h200.json",
         a_token,
@@ -566,11 +541,5 @@ HEADLINES = (
         "benchmarks/results/tpu_aot.json",
         kernel_cycles,
         "experiments.benchmarks.tpu_aot",
-    ),
-    Headline(
-        "FLOP / memory a token, L 2,048 to 2^17",
-        "benchmarks/results/growth_cpu.json",
-        growth_of_both,
-        "experiments.benchmarks.ssm --growth",
     ),
 )
