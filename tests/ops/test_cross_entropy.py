@@ -235,22 +235,37 @@ def test_a_scale_of_the_objective_scales_its_gradients():
         assert rel_rms(3 * np.asarray(a), np.asarray(b)) < 1e-6
 
 
-@pytest.mark.parametrize("scales", first([(1, 2, 16), (1, 2), (16, 16), (1, 0.5, np.nan)]))
-def test_a_population_is_vmapped(scales):
-    """Members near their targets, out of `REACH` of them, and lost: each gets what it gets alone."""
+@pytest.mark.full
+def test_a_population_is_vmapped():
     x_BLD, head_DV, _, batch = linear_case("float32")
-    run = lambda x_BLD: linear_gradients(x_BLD, head_DV, batch, 2)  # noqa: E731
-    many = jax.vmap(run)(jnp.stack([np.float32(scale) * x_BLD for scale in scales]))
-    for member, scale in enumerate(scales):
-        for got, want in zip(jax.tree.leaves(many), jax.tree.leaves(run(np.float32(scale) * x_BLD)), strict=True):
+    run = lambda x_BLD, head_DV: linear_gradients(x_BLD, head_DV, batch, 2)  # noqa: E731
+    many = jax.vmap(run)(jnp.stack([x_BLD, 2 * x_BLD]), jnp.stack([head_DV, head_DV]))
+    for member, scale in enumerate((1, 2)):
+        for got, want in zip(jax.tree.leaves(many), jax.tree.leaves(run(scale * x_BLD, head_DV)), strict=True):
+            assert rel_rms(np.asarray(got[member]), np.asarray(want)) < 1e-5
+
+
+@pytest.mark.parametrize("heads", first([0, None]), ids=lambda axis: "a head a member" if axis == 0 else "one head")
+@pytest.mark.parametrize("scales", first([(1, 2, 16), (16, 16), (1, 0.5, np.nan)]))
+def test_a_member_gets_what_it_gets_alone(scales, heads):
+    """Members near their targets, out of `REACH` of them, and lost."""
+    x_BLD, head_DV, _, batch = linear_case("float32")
+    run = lambda x_BLD, head_DV: linear_gradients(x_BLD, head_DV, batch, 2)  # noqa: E731
+    xs = [np.float32(scale) * x_BLD for scale in scales]
+    many = jax.vmap(run, in_axes=(0, heads))(
+        jnp.stack(xs), head_DV if heads is None else jnp.stack([head_DV] * len(xs))
+    )
+    for member, x_BLD in enumerate(xs):
+        for got, want in zip(jax.tree.leaves(many), jax.tree.leaves(run(x_BLD, head_DV)), strict=True):
             np.testing.assert_allclose(got[member], want, rtol=1e-5, atol=1e-6 * np.abs(np.nan_to_num(want)).max())
 
 
 def test_a_population_computes_its_gradients_once():
     """The second way to them is a branch of the compiled program, as it is for one run, and not a `select` of both."""
     x_BLD, head_DV, _, batch = linear_case("float32")
-    run = lambda x_BLD: linear_gradients(x_BLD, head_DV, batch, 2)  # noqa: E731
-    assert str(jax.make_jaxpr(jax.vmap(run))(jnp.stack([x_BLD] * 3))).count("cond[") == 1
+    run = lambda x_BLD, head_DV: linear_gradients(x_BLD, head_DV, batch, 2)  # noqa: E731
+    many = jnp.stack([x_BLD] * 3), jnp.stack([head_DV] * 3)
+    assert str(jax.make_jaxpr(jax.vmap(run))(*many)).count("cond[") == 1
 
 
 def test_weight_zero_keeps_a_bad_target_out_of_the_gradients():
