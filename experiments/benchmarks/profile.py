@@ -12,7 +12,6 @@ import collections
 import itertools
 import re
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -85,10 +84,8 @@ def main(argv):
     tasks = [task for task in tasks if task.implementation == FLAGS.implementation]
     models, batches = ssm.chosen("models", FLAGS.models, PRESETS), common.numbers("batch")
     steps = [train.step_program(model, "", batch, LENGTH) for model in models for batch in batches]
-    with ThreadPoolExecutor() as pool:
-        programs = list(pool.map(lambda program: program.compile(), [*tasks, *steps]))
-    rows = []
-    for program, compiled in zip([*tasks, *steps], programs, strict=True):
+    programs, rows = [*tasks, *steps], []
+    for program, compiled in zip(programs, common.compiled_all(lambda each: each.compile(), programs), strict=True):
         if isinstance(compiled, Exception):
             raise compiled
         if isinstance(program, ssm.Task):
