@@ -345,7 +345,7 @@ EXPERIMENTS = (
         got=last_losses,
     ),
     Experiment(
-        question="And with the kernels, 180M parameters, on a GPU (8 steps of warm-up: both trees spike at first)?",
+        question="And with the kernels, 180M parameters, on a GPU (9 steps of warm-up, and seed 1 of before spikes)?",
         command="python -m experiments.benchmarks.losses --trees=before=/tmp/before --trees=after=. "
         "--name=losses_h200 --fields='...' (the fields stand in the file)",
         cost="2 minutes, one GPU",

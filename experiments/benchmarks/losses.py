@@ -6,7 +6,7 @@
 
 Every tree trains every seed, all of them side by side: set XLA_PYTHON_CLIENT_MEM_FRACTION so that they fit. A seed
 names parameters and data, so trees are compared seed by seed. Seeds say how uncertain training is: a change that only
-makes it faster moves a seed's loss by less than seeds differ. Losses are means over the steps since the last logged.
+makes it faster moves a seed's loss by less than seeds differ. A loss is the mean since the last one.
 """
 
 import os
