@@ -93,8 +93,8 @@ def _kernel(program: bwd.GradientProgram, *, exact: bool = False):
     program.load_chunk(chunks - 1, 0)
     head_arrived()
 
-    def chunk(step, dh_PN):
-        index = chunks - 1 - step
+    def chunk(program, step, dh_PN):
+        shared, weights, index = program.shared, program.shared.weights, chunks - 1 - step
         decay = program.decay(0)
         q_TN, k_TN = shared.q_TN, shared.k_TN
         plgpu.barrier_wait(barriers.chunk.at[0])
@@ -161,7 +161,7 @@ def _kernel(program: bwd.GradientProgram, *, exact: bool = False):
     if dv_rank_TP is not None:
         dv_rank_TP[...] = zeros((ROWS, WIDTH), TILE, interpret)
     dh_PN = load(refs.h_BHZPN.at[program.state], TILE, interpret, optimized=False)
-    dh_PN = lax.fori_loop(0, chunks, chunk, dh_PN)
+    dh_PN = lax.fori_loop(0, chunks, lambda *of_chunk: chunk(program.fresh(), *of_chunk), dh_PN)
     out.dh_BHZPN.at[program.state][...] = dh_PN
     if dv_rank_TP is not None:
         out.dv_rank_BHZTP.at[program.state][...] = load(dv_rank_TP, TILE, interpret)

@@ -61,7 +61,8 @@ def _kernel(program: bwd.GradientProgram):
         program.load_chunk(index, index)
     head_arrived()
 
-    def chunk(index, h_PN):
+    def chunk(program, index, h_PN):
+        shared, weights = program.shared, program.shared.weights
         slot = lax.rem(index, jnp.int32(2))
         decay = program.decay(slot)
         plgpu.barrier_wait(barriers.chunk.at[slot])
@@ -105,5 +106,6 @@ def _kernel(program: bwd.GradientProgram):
         plgpu.copy_smem_to_gmem(shared.rows_XT.at[0], out.incoming_BHCT.at[program.chunk_of_row(index)])
         return h_PN
 
-    lax.fori_loop(0, chunks, chunk, load(refs.h_BHZPN.at[program.state], TILE, interpret, optimized=False))
+    h_PN = load(refs.h_BHZPN.at[program.state], TILE, interpret, optimized=False)
+    lax.fori_loop(0, chunks, lambda *of_chunk: chunk(program.fresh(), *of_chunk), h_PN)
     plgpu.wait_smem_to_gmem(0)

@@ -409,7 +409,8 @@ def _kernel(program: ScanProgram):
         program.load_gate(0)
     head_arrived()
 
-    def chunk(index, h_PN):
+    def chunk(program, index, h_PN):
+        shared, weights = program.shared, program.shared.weights
         slot = lax.rem(index, jnp.int32(2))
         k_TN, v_QP = shared.k_2TN.at[slot], shared.v_2QP.at[slot]
         if _early_copies(refs, tile):
@@ -449,7 +450,9 @@ def _kernel(program: ScanProgram):
         return h_PN
 
     h_PN = load(refs.h_BHZPN.at[program.state], TILE, interpret, optimized=False)
-    h_PN = lax.fori_loop(0, chunks, chunk, h_PN)
+    # Of one rank, addresses fit in the registers beside all else.
+    turn = program.fresh if tile.rank > 1 else lambda: program
+    h_PN = lax.fori_loop(0, chunks, lambda *of_chunk: chunk(turn(), *of_chunk), h_PN)
     out.h_BHZPN.at[program.state][...] = h_PN
     plgpu.wait_smem_to_gmem(0)
 
