@@ -69,7 +69,11 @@ def key_bwd(refs: ScanRefs, tile: Tile, *, exact: bool) -> KeyGradients:
         dh_BHZPN=shape((*heads, WIDTH, d_state), jnp.float32),
     )
     kernel = functools.partial(_kernel, exact=exact)
-    how = {"tile": tile, "query": False, "rows": len(ROWS_BWD)}
+    how = {"query": False, "rows": len(ROWS_BWD)}
+    slots = bwd.Slots(chunk=2, k=2)
+    if not bwd.fits(bwd.GradientShared.memory(refs, tile, slots, **how)):
+        slots = bwd.Slots()
+    how |= {"tile": tile, "slots": slots}
     return bwd.call(kernel, name="mamba3_mosaic_key_gradient", refs=refs, out=out, **how)
 
 
@@ -78,27 +82,37 @@ def state_bwd(refs: ScanRefs, tile: Tile):
     tokens = refs.tokens._replace(k_BLRGN=None, v_BLHP=None)
     refs = refs._replace(tokens=tokens, weights=Weights(q_bias_HRN=refs.weights.q_bias_HRN))
     out = KeyGradients(dh_BHZPN=jax.ShapeDtypeStruct(refs.h_BHZPN.shape, jnp.float32))
-    return bwd.call(_kernel, name="mamba3_mosaic_splits_bwd", refs=refs, out=out, tile=tile, query=False).dh_BHZPN
+    how = {"tile": tile, "slots": bwd.Slots(chunk=2, q=2, values=2), "query": False}
+    return bwd.call(_kernel, name="mamba3_mosaic_splits_bwd", refs=refs, out=out, **how).dh_BHZPN
 
 
 def _kernel(program: bwd.GradientProgram, *, exact: bool = False):
-    refs, out, shared, barriers = program.refs, program.out, program.shared, program.barriers
-    sizes, tile, interpret = program.sizes, program.tile, program.interpret
-    chunks, weights = sizes.chunks, shared.weights
-    only_state = refs.tokens.k_BLRGN is None
-    head_arrived = load_head(refs.weights, program.head, weights, barriers.head)
-    program.load_k(chunks - 1)
-    program.load_q(chunks - 1)
-    program.load_values(chunks - 1)
-    program.load_chunk(chunks - 1, 0)
+    refs, out, sizes, tile, interpret = program.refs, program.out, program.sizes, program.tile, program.interpret
+    chunks, slots, only_state = sizes.chunks, program.slots, refs.tokens.k_BLRGN is None
+    head_arrived = load_head(refs.weights, program.head, program.shared.weights, program.barriers.head)
+    for step in range(min(max(slots), chunks)):
+        turn, index = program.turn(step), chunks - 1 - step
+        for places, start in (
+            (slots.chunk, turn.load_chunk),
+            (slots.k, turn.load_k),
+            (slots.q, turn.load_q),
+            (slots.values, turn.load_values),
+        ):
+            if step < places:
+                start(index)
     head_arrived()
 
     def chunk(program, step, dh_PN):
-        shared, weights, index = program.shared, program.shared.weights, chunks - 1 - step
-        decay = program.decay(0)
+        shared, barriers, weights = program.shared, program.barriers, program.shared.weights
+        index, decay = chunks - 1 - step, program.decay()
         q_TN, k_TN = shared.q_TN, shared.k_TN
-        plgpu.barrier_wait(barriers.chunk.at[0])
-        rotation = program.rotation(0)
+
+        def load_next(places, start):
+            """Start the copies of the chunk that has this one's place next, if there is one."""
+            pl.when(step + places < chunks)(lambda: start(index - places))
+
+        plgpu.barrier_wait(barriers.chunk)
+        rotation = program.rotation()
         if not only_state:
             plgpu.barrier_wait(barriers.k)
             if rotation.changes(weights.k_bias_HRN):
@@ -121,6 +135,7 @@ def _kernel(program: bwd.GradientProgram, *, exact: bool = False):
                 dk_pairs.append((weighted_TP, shared.low_PN))
         dy_TP = load(shared.dy_TP, TILE, interpret).astype(jnp.float32) * down(decay.decay_from_start_T(), WIDTH)
         shared.dy_TP[...] = dy_TP.astype(jnp.bfloat16)
+        chunk_decay = decay.chunk_decay()
         plgpu.commit_smem()
         if not only_state:
             plgpu.copy_smem_to_gmem(dv_ref.at[program.rows(0)], out.dv_BLHP.at[program.of_head(program.tokens(index))])
@@ -129,9 +144,12 @@ def _kernel(program: bwd.GradientProgram, *, exact: bool = False):
                 dk_TN, rotated_TN = dk(), load(k_TN, TILE, interpret)
                 outgoing_T = jnp.sum(rotated_TN.astype(jnp.float32) * dk_TN, axis=1)
                 shared.rows_XT.at[ROWS_BWD.index("outgoing")][...] = outgoing_T
-                return program.rotation(0).inverse(dk_TN, rotated_TN)
+                return program.rotation().inverse(dk_TN, rotated_TN)
 
             dk_TN, dphi_TS = products([(sizes.d_state, *dk_pairs)], interpret, rotated_back)
+            plgpu.commit_smem()  # every warp has read keys, angles and scalars
+            load_next(slots.k, program.load_k)
+            load_next(slots.chunk, program.load_chunk)
             high_PN, low_PN = (load(ref, TILE, interpret).astype(jnp.float32) for ref in (shared.h_PN, shared.low_PN))
             dh_PN = high_PN + low_PN
             program.store_dphi(dphi_TS, out.dphi_BHLS, index)
@@ -140,28 +158,24 @@ def _kernel(program: bwd.GradientProgram, *, exact: bool = False):
             later = 1 + (tile.rank > 1 and dphi_TS is not None)
             plgpu.wait_smem_to_gmem(later, wait_read_only=True)
             shared.h_PN[...] = dk_TN
-        dh_PN = product_into(dh_PN * decay.chunk_decay(), Transposed(shared.dy_TP), q_TN, interpret)
+        dh_PN = product_into(dh_PN * chunk_decay, Transposed(shared.dy_TP), q_TN, interpret)
         plgpu.commit_smem()  # all products are done
-
-        @pl.when(step + 1 < chunks)
-        def _():
-            program.load_chunk(index - 1, 0)
-            program.load_k(index - 1)
-            program.load_q(index - 1)
-
+        if only_state:
+            load_next(slots.chunk, program.load_chunk)
+        load_next(slots.q, program.load_q)
         if not only_state:
             plgpu.copy_smem_to_gmem(shared.rows_XT, out.rows_BHCXT.at[program.chunk_of_row(index)])
             program.store_rows(shared.h_PN, out.dk_BHLRN, index)
             if tile.rank == 1:
                 plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # dv's copy is done, the others may still run
-        pl.when(step + 1 < chunks)(lambda: program.load_values(index - 1))
+        load_next(slots.values, program.load_values)
         return dh_PN
 
-    dv_rank_TP = shared.dv_rank_TP
+    dv_rank_TP = program.shared.dv_rank_TP
     if dv_rank_TP is not None:
         dv_rank_TP[...] = zeros((ROWS, WIDTH), TILE, interpret)
     dh_PN = load(refs.h_BHZPN.at[program.state], TILE, interpret, optimized=False)
-    dh_PN = lax.fori_loop(0, chunks, lambda *of_chunk: chunk(program.fresh(), *of_chunk), dh_PN)
+    dh_PN = lax.fori_loop(0, chunks, lambda step, dh_PN: chunk(program.turn(step), step, dh_PN), dh_PN)
     out.dh_BHZPN.at[program.state][...] = dh_PN
     if dv_rank_TP is not None:
         out.dv_rank_BHZTP.at[program.state][...] = load(dv_rank_TP, TILE, interpret)
