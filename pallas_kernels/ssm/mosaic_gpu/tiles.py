@@ -54,6 +54,11 @@ class Tile:
         return ROWS // self.rank
 
     @property
+    def scalars(self) -> tuple[str, ...]:
+        """Return which the forward pass reads: those of the backward pass if there is one, so that XLA stacks one."""
+        return SCALARS_BWD if self.residuals else SCALARS
+
+    @property
     def interpreted(self) -> bool:
         """Return whether the kernels run in Pallas's interpreter."""
         return self.interpret is not None
