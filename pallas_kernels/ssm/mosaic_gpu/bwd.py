@@ -77,7 +77,7 @@ class GradientShared(NamedTuple):
     scalars_XT: jax.Array
     h_PN: jax.Array
     low_PN: jax.Array | None  # what rounding dh to bfloat16 in h leaves out
-    dphi_TS: jax.Array | None
+    dphi_TS: jax.Array | None  # of one rank, where it fits
     rows_XT: jax.Array | None
     dv_rank_TP: jax.Array | None
     weights: Weights  # of the head: biases and v_rank
@@ -88,7 +88,8 @@ class GradientShared(NamedTuple):
         sizes, ranked, only_state = Sizes.of(refs, tile), tile.rank > 1, refs.tokens.k_BLRGN is None
         d_state, pairs = sizes.d_state, sizes.pairs
         both, keys = not only_state, not (query or only_state)
-        return cls(
+        dphi_TS = tiled(ROWS, pairs, dtype=dphi_dtype(tile)) if pairs else None
+        shared = cls(
             q_TN=tiled(slots.q, ROWS, d_state),
             k_TN=tiled(slots.k, ROWS, d_state) if both else None,
             rotated_k_TN=tiled(ROWS, d_state) if query else None,
@@ -100,11 +101,13 @@ class GradientShared(NamedTuple):
             scalars_XT=plgpu.SMEM((slots.chunk, *refs.scalars_BHCXT.shape[3:]), jnp.float32),
             h_PN=tiled(WIDTH, d_state),
             low_PN=tiled(WIDTH, d_state) if keys else None,
-            dphi_TS=tiled(ROWS, pairs) if ranked and both and pairs else None,
+            dphi_TS=dphi_TS if ranked and both else None,
             rows_XT=plgpu.SMEM((rows, ROWS), jnp.float32) if both else None,
             dv_rank_TP=tiled(ROWS, WIDTH, dtype=jnp.float32) if keys and ranked else None,
             weights=head_memory(refs.weights),
         )
+        with_dphi = shared._replace(dphi_TS=dphi_TS)
+        return with_dphi if query and fits(with_dphi) else shared
 
 
 def fits(shared: GradientShared) -> bool:
@@ -197,18 +200,22 @@ class GradientProgram(Program):
             plgpu.copy_smem_to_gmem(from_TN.at[self.rows(rank)], to_QN)
 
     def store_dphi(self, dphi_TS, to_BHLS, index):
-        """Store the angle's gradient, summed over ranks; None: there is no angle."""
+        """Store the angle's gradient, summed over ranks; None: there is no angle.
+
+        Through shared memory where there is a place for it: a store from registers holds up the next barrier.
+        """
         if dphi_TS is None:
             return
-        to_QS = to_BHLS.at[self.row, self.tokens(index)]
-        if self.tile.rank == 1:
+        to_QS, shared_TS = to_BHLS.at[self.row, self.tokens(index)], self.shared.dphi_TS
+        if shared_TS is None:
             to_QS[...] = dphi_TS
             return
-        self.shared.dphi_TS[...] = dphi_TS.astype(jnp.bfloat16)
-        sum_TS = self.over_ranks(self.shared.dphi_TS)
-        self.shared.dphi_TS[...] = sum_TS.astype(jnp.bfloat16)
+        shared_TS[...] = dphi_TS.astype(shared_TS.dtype)
+        if self.tile.rank > 1:
+            sum_TS = self.over_ranks(shared_TS)
+            shared_TS[...] = sum_TS.astype(shared_TS.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(self.shared.dphi_TS.at[self.rows(0)], to_QS)
+        plgpu.copy_smem_to_gmem(shared_TS.at[self.rows(0)], to_QS)
 
     def over_ranks(self, ref_TP):
         """Return in every row the sum of its token's: ranks are in different warps, so a product with ones adds up."""
