@@ -23,6 +23,7 @@ left to `sums_bwd`; those too cancel for the pairs of tokens of a chunk, and beg
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple, Self
 
 import jax
@@ -181,6 +182,16 @@ class GradientProgram(Program):
         """Start the copies of a chunk's angles and scalars."""
         self.load_phase(self.shared.phase_QS, index, self.barriers.chunk)
         self.load_scalars(self.shared.scalars_XT, index, self.barriers.chunk)
+
+    def copies(self) -> tuple[tuple[int, Callable], ...]:
+        """Return what starts the copies of a chunk, in the order in which they are waited for, and their places."""
+        slots = self.slots
+        return (
+            (slots.chunk, self.load_chunk),
+            (slots.k, self.load_k),
+            (slots.q, self.load_q),
+            (slots.values, self.load_values),
+        )
 
     def store_checkpoint(self, to_BHZAPN, index):
         """Store what h holds if the chunk begins a checkpoint interval; `to` has all of them, or all but the first."""

@@ -87,30 +87,19 @@ def state_bwd(refs: ScanRefs, tile: Tile):
 
 
 def _kernel(program: bwd.GradientProgram, *, exact: bool = False):
-    refs, out, sizes, tile, interpret = program.refs, program.out, program.sizes, program.tile, program.interpret
-    chunks, slots, only_state = sizes.chunks, program.slots, refs.tokens.k_BLRGN is None
+    refs, out, sizes, interpret = program.refs, program.out, program.sizes, program.interpret
+    chunks, only_state = sizes.chunks, refs.tokens.k_BLRGN is None
     head_arrived = load_head(refs.weights, program.head, program.shared.weights, program.barriers.head)
-    for step in range(min(max(slots), chunks)):
-        turn, index = program.turn(step), chunks - 1 - step
-        for places, start in (
-            (slots.chunk, turn.load_chunk),
-            (slots.k, turn.load_k),
-            (slots.q, turn.load_q),
-            (slots.values, turn.load_values),
-        ):
+    for step in range(min(max(program.slots), chunks)):
+        for places, start in program.turn(step).copies():
             if step < places:
-                start(index)
+                start(chunks - 1 - step)
     head_arrived()
 
     def chunk(program, step, dh_PN):
         shared, barriers, weights = program.shared, program.barriers, program.shared.weights
         index, decay = chunks - 1 - step, program.decay()
         q_TN, k_TN = shared.q_TN, shared.k_TN
-
-        def load_next(places, start):
-            """Start the copies of the chunk that has this one's place next, if there is one."""
-            pl.when(step + places < chunks)(lambda: start(index - places))
-
         plgpu.barrier_wait(barriers.chunk)
         rotation = program.rotation()
         if not only_state:
@@ -135,40 +124,33 @@ def _kernel(program: bwd.GradientProgram, *, exact: bool = False):
                 dk_pairs.append((weighted_TP, shared.low_PN))
         dy_TP = load(shared.dy_TP, TILE, interpret).astype(jnp.float32) * down(decay.decay_from_start_T(), WIDTH)
         shared.dy_TP[...] = dy_TP.astype(jnp.bfloat16)
-        chunk_decay = decay.chunk_decay()
         plgpu.commit_smem()
-        if not only_state:
+        dh_pair = (Transposed(shared.dy_TP), q_TN)
+        if only_state:
+            dh_PN = product_into(dh_PN * decay.chunk_decay(), *dh_pair, interpret)
+        else:
             plgpu.copy_smem_to_gmem(dv_ref.at[program.rows(0)], out.dv_BLHP.at[program.of_head(program.tokens(index))])
+            high_PN, low_PN = (load(ref, TILE, interpret).astype(jnp.float32) for ref in (shared.h_PN, shared.low_PN))
 
-            def rotated_back(dk):
+            def rotated_back(dk, dh):
                 dk_TN, rotated_TN = dk(), load(k_TN, TILE, interpret)
                 outgoing_T = jnp.sum(rotated_TN.astype(jnp.float32) * dk_TN, axis=1)
                 shared.rows_XT.at[ROWS_BWD.index("outgoing")][...] = outgoing_T
-                return program.rotation().inverse(dk_TN, rotated_TN)
+                return *program.rotation().inverse(dk_TN, rotated_TN), dh()
 
-            dk_TN, dphi_TS = products([(sizes.d_state, *dk_pairs)], interpret, rotated_back)
-            plgpu.commit_smem()  # every warp has read keys, angles and scalars
-            load_next(slots.k, program.load_k)
-            load_next(slots.chunk, program.load_chunk)
-            high_PN, low_PN = (load(ref, TILE, interpret).astype(jnp.float32) for ref in (shared.h_PN, shared.low_PN))
-            dh_PN = high_PN + low_PN
-            program.store_dphi(dphi_TS, out.dphi_BHLS, index)
-            # The copy of h out of shared memory is done (dv's, and that of a sum over ranks, may still run) and every
-            # warp has read h: its place may be overwritten.
-            later = 1 + (tile.rank > 1 and dphi_TS is not None)
-            plgpu.wait_smem_to_gmem(later, wait_read_only=True)
-            shared.h_PN[...] = dk_TN
-        dh_PN = product_into(dh_PN * chunk_decay, Transposed(shared.dy_TP), q_TN, interpret)
-        plgpu.commit_smem()  # all products are done
-        if only_state:
-            load_next(slots.chunk, program.load_chunk)
-        load_next(slots.q, program.load_q)
+            dh_sum = ((high_PN + low_PN) * decay.chunk_decay(), dh_pair)
+            dk_TN, dphi_TS, dh_PN = products([(sizes.d_state, *dk_pairs), dh_sum], interpret, rotated_back)
+        plgpu.commit_smem()  # all products are done, and every warp has read what was copied in
         if not only_state:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the copies of dv, from the place of v, and of h are done
+        for places, start in program.copies():
+            pl.when(step + places < chunks)(functools.partial(start, index - places))
+        if not only_state:
+            program.store_dphi(dphi_TS, out.dphi_BHLS, index)
+            shared.h_PN[...] = dk_TN
+            plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(shared.rows_XT, out.rows_BHCXT.at[program.chunk_of_row(index)])
             program.store_rows(shared.h_PN, out.dk_BHLRN, index)
-            if tile.rank == 1:
-                plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # dv's copy is done, the others may still run
-        load_next(slots.values, program.load_values)
         return dh_PN
 
     dv_rank_TP = program.shared.dv_rank_TP
