@@ -25,7 +25,6 @@ from pallas_kernels.ssm.mosaic_gpu.tiles import (
     load_head,
     of_ranks,
     of_tokens,
-    product,
     product_into,
     products,
     same_token,
@@ -173,23 +172,24 @@ def _values_bwd(program: bwd.GradientProgram, decay: Decay):
     shared, interpret, ranked = program.shared, program.interpret, program.tile.rank > 1
     q_TN, k_TN = shared.q_TN, shared.k_TN
 
-    def weighted(score, mixed):
-        """Return weights of outputs for values and of values for keys inside the chunk, and the diagonal's scores."""
+    def weighted(score, mixed, from_state):
+        """Return weights of outputs for values and of values for keys inside the chunk, the diagonal's scores, and what
+        comes from the state after the chunk."""
         later_TT, diagonal_TT = decay.later_TT(), same_token(program.tile)
         score_TT = score()
         diagonal_score_TT = jnp.where(diagonal_TT, score_TT, 0.0)
         diagonal = diagonal_score_TT.astype(jnp.bfloat16) if ranked else jnp.sum(diagonal_score_TT, axis=1)
         score_TT = (score_TT * later_TT).astype(jnp.bfloat16)
         weight_TT = jnp.where(diagonal_TT, down(decay.rows("gamma"), ROWS), later_TT * down(decay.rows("kappa"), ROWS))
-        return score_TT, (mixed() * weight_TT).astype(jnp.bfloat16), diagonal
+        mixed_TT = (mixed() * weight_TT).astype(jnp.bfloat16)
+        return score_TT, mixed_TT, diagonal, from_state() * down(decay.decay_to_end_T(), WIDTH)
 
     sums = [
         (ROWS, (k_TN, Transposed(q_TN))),
         (ROWS, (program.values(shared.v_QP).astype(jnp.bfloat16), Transposed(shared.dy_TP))),
+        (WIDTH, (k_TN, Transposed(shared.h_PN))),
     ]
-    score_TT, mixed_TT, diagonal = products(sums, interpret, weighted)
-
-    dlater_TP = product(k_TN, Transposed(shared.h_PN), WIDTH, interpret) * down(decay.decay_to_end_T(), WIDTH)
+    score_TT, mixed_TT, diagonal, dlater_TP = products(sums, interpret, weighted)
     sums = [(dlater_TP, (score_TT, shared.dy_TP))] + [(WIDTH, (diagonal, shared.dy_TP))] * ranked
 
     def summed(dlater, diagonal_product=None):
