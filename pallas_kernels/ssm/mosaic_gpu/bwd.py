@@ -21,7 +21,10 @@ left to `sums_bwd`; those too cancel for the pairs of tokens of a chunk, and beg
 `gradients.AngleProducts`).
 """
 
-from typing import NamedTuple
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -48,11 +51,21 @@ from pallas_kernels.ssm.mosaic_gpu.tiles import (
     tiled,
 )
 
+HALF = 113_664  # bytes that a program may keep in shared memory for two to fit a multiprocessor
 CHECKPOINT_INTERVAL = 1024  # tokens between two states that are stored, where sums over the row begin again
 
 
+class Slots(NamedTuple):
+    """How many chunks what is copied in has places for; the copies of a chunk begin as soon as its place is free."""
+
+    chunk: int = 1  # phase, scalars
+    k: int = 1
+    q: int = 1
+    values: int = 1  # v, dy
+
+
 class GradientShared(NamedTuple):
-    """Shared memory."""
+    """Shared memory; with an axis of slots before those of a chunk's, but in `GradientProgram.turn`."""
 
     q_TN: jax.Array  # as it comes
     k_TN: jax.Array | None
@@ -61,52 +74,84 @@ class GradientShared(NamedTuple):
     x_TP: jax.Array | None
     dy_TP: jax.Array
     weighted_TP: jax.Array | None
-    phase_CQS: jax.Array | None
-    scalars_CXT: jax.Array
+    phase_QS: jax.Array | None
+    scalars_XT: jax.Array
     h_PN: jax.Array
     low_PN: jax.Array | None  # what rounding dh to bfloat16 in h leaves out
-    dphi_TS: jax.Array | None
+    dphi_TS: jax.Array | None  # of one rank, where it fits
     rows_XT: jax.Array | None
     dv_rank_TP: jax.Array | None
     weights: Weights  # of the head: biases and v_rank
 
     @classmethod
-    def memory(cls, refs: ScanRefs, tile: Tile, *, query: bool, rows: int) -> "GradientShared":
+    def memory(cls, refs: ScanRefs, tile: Tile, slots: Slots, *, query: bool, rows: int) -> "GradientShared":
         """Return what a program of `query_bwd`, or of `key_bwd`, needs; `rows` are the numbers it stores of a row."""
         sizes, ranked, only_state = Sizes.of(refs, tile), tile.rank > 1, refs.tokens.k_BLRGN is None
         d_state, pairs = sizes.d_state, sizes.pairs
         both, keys = not only_state, not (query or only_state)
-        return cls(
-            q_TN=tiled(ROWS, d_state),
-            k_TN=tiled(ROWS, d_state) if both else None,
+        dphi_TS = tiled(ROWS, pairs, dtype=dphi_dtype(tile)) if pairs else None
+        shared = cls(
+            q_TN=tiled(slots.q, ROWS, d_state),
+            k_TN=tiled(slots.k, ROWS, d_state) if both else None,
             rotated_k_TN=tiled(ROWS, d_state) if query else None,
-            v_QP=tiled(tile.tokens, WIDTH) if both else None,
+            v_QP=tiled(slots.values, tile.tokens, WIDTH) if both else None,
             x_TP=tiled(ROWS, WIDTH) if both and ranked else None,
-            dy_TP=tiled(ROWS, WIDTH),
+            dy_TP=tiled(slots.values, ROWS, WIDTH),
             weighted_TP=tiled(ROWS, WIDTH) if query else None,
-            phase_CQS=tiled(1 + query, tile.tokens, pairs, dtype=jnp.int16) if pairs else None,
-            scalars_CXT=plgpu.SMEM((1 + query, *refs.scalars_BHCXT.shape[3:]), jnp.float32),
+            phase_QS=tiled(slots.chunk, tile.tokens, pairs, dtype=jnp.int16) if pairs else None,
+            scalars_XT=plgpu.SMEM((slots.chunk, *refs.scalars_BHCXT.shape[3:]), jnp.float32),
             h_PN=tiled(WIDTH, d_state),
             low_PN=tiled(WIDTH, d_state) if keys else None,
-            dphi_TS=tiled(ROWS, pairs) if ranked and both and pairs else None,
+            dphi_TS=dphi_TS if ranked and both else None,
             rows_XT=plgpu.SMEM((rows, ROWS), jnp.float32) if both else None,
             dv_rank_TP=tiled(ROWS, WIDTH, dtype=jnp.float32) if keys and ranked else None,
             weights=head_memory(refs.weights),
         )
+        with_dphi = shared._replace(dphi_TS=dphi_TS)
+        return with_dphi if query and fits(with_dphi) else shared
+
+
+def fits(shared: GradientShared) -> bool:
+    """Tell whether two programs with such shared memory share a multiprocessor."""
+    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(shared)) <= HALF
 
 
 class GradientBarriers(NamedTuple):
-    """Barriers, raised when what was copied has arrived."""
+    """Barriers, raised when what was copied has arrived: one a slot."""
 
     q: jax.Array
     k: jax.Array
     values: jax.Array  # v, dy
-    chunk: jax.Array  # phase, scalars: two chunks of `query_bwd`, one of `key_bwd`
+    chunk: jax.Array  # phase, scalars
     head: jax.Array  # what does not depend on the chunk
 
 
 class GradientProgram(Program):
     """The part of the arrays one program works on, and its copies."""
+
+    def __init__(self, *places, slots: Slots, **how):
+        super().__init__(*places, **how)
+        self.slots = slots
+
+    def turn(self, number) -> Self:
+        """Return the program for its chunk of this number, counted from 0, in the slots of that."""
+        program, slots = self.fresh(), self.slots
+
+        def at(slots, ref):
+            return None if ref is None else ref.at[0 if slots == 1 else lax.rem(jnp.int32(number), jnp.int32(slots))]
+
+        shared, barriers = program.shared, program.barriers
+        program.shared = shared._replace(
+            q_TN=at(slots.q, shared.q_TN),
+            k_TN=at(slots.k, shared.k_TN),
+            v_QP=at(slots.values, shared.v_QP),
+            dy_TP=at(slots.values, shared.dy_TP),
+            phase_QS=at(slots.chunk, shared.phase_QS),
+            scalars_XT=at(slots.chunk, shared.scalars_XT),
+        )
+        of_slots = {name: at(n, getattr(barriers, name)) for name, n in slots._asdict().items()}
+        program.barriers = barriers._replace(**of_slots)
+        return program
 
     def load_q(self, index):
         """Start the copies of a chunk's queries."""
@@ -125,21 +170,28 @@ class GradientProgram(Program):
         for dy_QP, to_QP in self.by_rank(self.refs.dy_BLHRP, self.shared.dy_TP, index):
             plgpu.copy_gmem_to_smem(dy_QP, to_QP, barrier)
 
-    def rotation(self, slot) -> Rotation:
-        """Return the rotation of the chunk in a slot."""
-        phase_CQS = self.shared.phase_CQS
-        return Rotation(None if phase_CQS is None else phase_CQS.at[slot], self.interpret)
+    def rotation(self) -> Rotation:
+        """Return the rotation of the chunk."""
+        return Rotation(self.shared.phase_QS, self.interpret)
 
-    def decay(self, slot) -> Decay:
-        """Return what the scalars of the chunk in a slot weigh."""
-        return Decay(self.shared.scalars_CXT.at[slot], SCALARS_BWD, self.tile)
+    def decay(self) -> Decay:
+        """Return what the scalars of the chunk weigh."""
+        return Decay(self.shared.scalars_XT, SCALARS_BWD, self.tile)
 
-    def load_chunk(self, index, slot):
+    def load_chunk(self, index):
         """Start the copies of a chunk's angles and scalars."""
-        barrier = self.barriers.chunk.at[slot]
-        if self.refs.phase_BHLS is not None:
-            self.load_phase(self.shared.phase_CQS.at[slot], index, barrier)
-        self.load_scalars(self.shared.scalars_CXT.at[slot], index, barrier)
+        self.load_phase(self.shared.phase_QS, index, self.barriers.chunk)
+        self.load_scalars(self.shared.scalars_XT, index, self.barriers.chunk)
+
+    def copies(self) -> tuple[tuple[int, Callable], ...]:
+        """Return what starts the copies of a chunk, in the order in which they are waited for, and their places."""
+        slots = self.slots
+        return (
+            (slots.chunk, self.load_chunk),
+            (slots.k, self.load_k),
+            (slots.q, self.load_q),
+            (slots.values, self.load_values),
+        )
 
     def store_checkpoint(self, to_BHZAPN, index):
         """Store what h holds if the chunk begins a checkpoint interval; `to` has all of them, or all but the first."""
@@ -159,18 +211,22 @@ class GradientProgram(Program):
             plgpu.copy_smem_to_gmem(from_TN.at[self.rows(rank)], to_QN)
 
     def store_dphi(self, dphi_TS, to_BHLS, index):
-        """Store the angle's gradient, summed over ranks; None: there is no angle."""
+        """Store the angle's gradient, summed over ranks; None: there is no angle.
+
+        Through shared memory where there is a place for it: a store from registers holds up the next barrier.
+        """
         if dphi_TS is None:
             return
-        to_QS = to_BHLS.at[self.row, self.tokens(index)]
-        if self.tile.rank == 1:
+        to_QS, shared_TS = to_BHLS.at[self.row, self.tokens(index)], self.shared.dphi_TS
+        if shared_TS is None:
             to_QS[...] = dphi_TS
             return
-        self.shared.dphi_TS[...] = dphi_TS.astype(jnp.bfloat16)
-        sum_TS = self.over_ranks(self.shared.dphi_TS)
-        self.shared.dphi_TS[...] = sum_TS.astype(jnp.bfloat16)
+        shared_TS[...] = dphi_TS.astype(shared_TS.dtype)
+        if self.tile.rank > 1:
+            sum_TS = self.over_ranks(shared_TS)
+            shared_TS[...] = sum_TS.astype(shared_TS.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(self.shared.dphi_TS.at[self.rows(0)], to_QS)
+        plgpu.copy_smem_to_gmem(shared_TS.at[self.rows(0)], to_QS)
 
     def over_ranks(self, ref_TP):
         """Return in every row the sum of its token's: ranks are in different warps, so a product with ones adds up."""
@@ -180,17 +236,21 @@ class GradientProgram(Program):
         return sum_TP
 
 
-def call(kernel, *, name: str, refs: ScanRefs, out, tile: Tile, query: bool, rows: int = 0):
+def call(kernel, *, name: str, refs: ScanRefs, out, tile: Tile, slots: Slots, query: bool, rows: int = 0):
     """Run `query_bwd`'s kernel, or one of `key_bwd`'s, one program a head and split."""
-    shared = GradientShared.memory(refs, tile, query=query, rows=rows)
+    shared = GradientShared.memory(refs, tile, slots, query=query, rows=rows)
+    arrivals = {
+        "q": tile.rank,
+        "k": tile.rank,
+        "values": tile.rank + (refs.tokens.v_BLHP is not None),
+        "chunk": 1 + (refs.phase_BHLS is not None),
+    }
     barriers = GradientBarriers(
-        q=plgpu.Barrier(num_arrivals=tile.rank),
-        k=plgpu.Barrier(num_arrivals=tile.rank),
-        values=plgpu.Barrier(num_arrivals=tile.rank + (refs.tokens.v_BLHP is not None)),
-        chunk=plgpu.Barrier(num_arrivals=1 + (refs.phase_BHLS is not None), num_barriers=1 + query),
+        **{name: plgpu.Barrier(num_arrivals=n, num_barriers=getattr(slots, name)) for name, n in arrivals.items()},
         head=head_barrier(shared.weights),
     )
-    return call_scan(kernel, GradientProgram, refs, name=name, out=out, scratch=(shared, barriers), tile=tile)
+    program = functools.partial(GradientProgram, slots=slots)
+    return call_scan(kernel, program, refs, name=name, out=out, scratch=(shared, barriers), tile=tile)
 
 
 def dphi_dtype(tile: Tile):

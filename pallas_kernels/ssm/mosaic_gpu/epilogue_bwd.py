@@ -32,6 +32,7 @@ from pallas_kernels.ssm.mosaic_gpu.tiles import (
     of_ranks,
     of_tokens,
     ones_of_tokens,
+    opened,
     product,
     tiled,
     zeros,
@@ -131,7 +132,7 @@ def _by_kernel(epilogue: Epilogue, y_BLHRP, do_BLHP, tile: Tile):
 
     def kernel(refs: EpilogueRefs, out: EpilogueOut, shared: EpilogueShared, arrived, weights_arrived):
         program = EpilogueProgram(refs, out, shared, arrived, sizes=sizes, tile=tile)
-        load_head(refs.weights, program.head, shared.weights, weights_arrived)()
+        load_head(refs.weights, program.head, program.shared.weights, weights_arrived)()
         program.run()
 
     out = call(
@@ -139,7 +140,7 @@ def _by_kernel(epilogue: Epilogue, y_BLHRP, do_BLHP, tile: Tile):
         name="mamba3_mosaic_epilogue_bwd",
         operands=refs,
         out=out,
-        scratch=(shared, arrived, head_barrier(shared.weights)),
+        scratch=(opened(shared), arrived, head_barrier(shared.weights)),
         grid={"batch": batch, "split": splits, "head": n_heads},
         interpret=tile.interpret,
     )

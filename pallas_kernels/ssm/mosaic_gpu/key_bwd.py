@@ -25,7 +25,6 @@ from pallas_kernels.ssm.mosaic_gpu.tiles import (
     load_head,
     of_ranks,
     of_tokens,
-    product,
     product_into,
     products,
     same_token,
@@ -69,7 +68,11 @@ def key_bwd(refs: ScanRefs, tile: Tile, *, exact: bool) -> KeyGradients:
         dh_BHZPN=shape((*heads, WIDTH, d_state), jnp.float32),
     )
     kernel = functools.partial(_kernel, exact=exact)
-    how = {"tile": tile, "query": False, "rows": len(ROWS_BWD)}
+    how = {"query": False, "rows": len(ROWS_BWD)}
+    slots = bwd.Slots(chunk=2, k=2)
+    if not bwd.fits(bwd.GradientShared.memory(refs, tile, slots, **how)):
+        slots = bwd.Slots()
+    how |= {"tile": tile, "slots": slots}
     return bwd.call(kernel, name="mamba3_mosaic_key_gradient", refs=refs, out=out, **how)
 
 
@@ -78,27 +81,26 @@ def state_bwd(refs: ScanRefs, tile: Tile):
     tokens = refs.tokens._replace(k_BLRGN=None, v_BLHP=None)
     refs = refs._replace(tokens=tokens, weights=Weights(q_bias_HRN=refs.weights.q_bias_HRN))
     out = KeyGradients(dh_BHZPN=jax.ShapeDtypeStruct(refs.h_BHZPN.shape, jnp.float32))
-    return bwd.call(_kernel, name="mamba3_mosaic_splits_bwd", refs=refs, out=out, tile=tile, query=False).dh_BHZPN
+    how = {"tile": tile, "slots": bwd.Slots(chunk=2, q=2, values=2), "query": False}
+    return bwd.call(_kernel, name="mamba3_mosaic_splits_bwd", refs=refs, out=out, **how).dh_BHZPN
 
 
 def _kernel(program: bwd.GradientProgram, *, exact: bool = False):
-    refs, out, shared, barriers = program.refs, program.out, program.shared, program.barriers
-    sizes, tile, interpret = program.sizes, program.tile, program.interpret
-    chunks, weights = sizes.chunks, shared.weights
-    only_state = refs.tokens.k_BLRGN is None
-    head_arrived = load_head(refs.weights, program.head, weights, barriers.head)
-    program.load_k(chunks - 1)
-    program.load_q(chunks - 1)
-    program.load_values(chunks - 1)
-    program.load_chunk(chunks - 1, 0)
+    refs, out, sizes, interpret = program.refs, program.out, program.sizes, program.interpret
+    chunks, only_state = sizes.chunks, refs.tokens.k_BLRGN is None
+    head_arrived = load_head(refs.weights, program.head, program.shared.weights, program.barriers.head)
+    for step in range(min(max(program.slots), chunks)):
+        for places, start in program.turn(step).copies():
+            if step < places:
+                start(chunks - 1 - step)
     head_arrived()
 
-    def chunk(step, dh_PN):
-        index = chunks - 1 - step
-        decay = program.decay(0)
+    def chunk(program, step, dh_PN):
+        shared, barriers, weights = program.shared, program.barriers, program.shared.weights
+        index, decay = chunks - 1 - step, program.decay()
         q_TN, k_TN = shared.q_TN, shared.k_TN
-        plgpu.barrier_wait(barriers.chunk.at[0])
-        rotation = program.rotation(0)
+        plgpu.barrier_wait(barriers.chunk)
+        rotation = program.rotation()
         if not only_state:
             plgpu.barrier_wait(barriers.k)
             if rotation.changes(weights.k_bias_HRN):
@@ -122,46 +124,39 @@ def _kernel(program: bwd.GradientProgram, *, exact: bool = False):
         dy_TP = load(shared.dy_TP, TILE, interpret).astype(jnp.float32) * down(decay.decay_from_start_T(), WIDTH)
         shared.dy_TP[...] = dy_TP.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        if not only_state:
+        dh_pair = (Transposed(shared.dy_TP), q_TN)
+        if only_state:
+            dh_PN = product_into(dh_PN * decay.chunk_decay(), *dh_pair, interpret)
+        else:
             plgpu.copy_smem_to_gmem(dv_ref.at[program.rows(0)], out.dv_BLHP.at[program.of_head(program.tokens(index))])
+            high_PN, low_PN = (load(ref, TILE, interpret).astype(jnp.float32) for ref in (shared.h_PN, shared.low_PN))
 
-            def rotated_back(dk):
+            def rotated_back(dk, dh):
                 dk_TN, rotated_TN = dk(), load(k_TN, TILE, interpret)
                 outgoing_T = jnp.sum(rotated_TN.astype(jnp.float32) * dk_TN, axis=1)
                 shared.rows_XT.at[ROWS_BWD.index("outgoing")][...] = outgoing_T
-                return program.rotation(0).inverse(dk_TN, rotated_TN)
+                return *program.rotation().inverse(dk_TN, rotated_TN), dh()
 
-            dk_TN, dphi_TS = products([(sizes.d_state, *dk_pairs)], interpret, rotated_back)
-            high_PN, low_PN = (load(ref, TILE, interpret).astype(jnp.float32) for ref in (shared.h_PN, shared.low_PN))
-            dh_PN = high_PN + low_PN
-            program.store_dphi(dphi_TS, out.dphi_BHLS, index)
-            # The copy of h out of shared memory is done (dv's, and that of a sum over ranks, may still run) and every
-            # warp has read h: its place may be overwritten.
-            later = 1 + (tile.rank > 1 and dphi_TS is not None)
-            plgpu.wait_smem_to_gmem(later, wait_read_only=True)
-            shared.h_PN[...] = dk_TN
-        dh_PN = product_into(dh_PN * decay.chunk_decay(), Transposed(shared.dy_TP), q_TN, interpret)
-        plgpu.commit_smem()  # all products are done
-
-        @pl.when(step + 1 < chunks)
-        def _():
-            program.load_chunk(index - 1, 0)
-            program.load_k(index - 1)
-            program.load_q(index - 1)
-
+            dh_sum = ((high_PN + low_PN) * decay.chunk_decay(), dh_pair)
+            dk_TN, dphi_TS, dh_PN = products([(sizes.d_state, *dk_pairs), dh_sum], interpret, rotated_back)
+        plgpu.commit_smem()  # all products are done, and every warp has read what was copied in
         if not only_state:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the copies of dv, from the place of v, and of h are done
+        for places, start in program.copies():
+            pl.when(step + places < chunks)(functools.partial(start, index - places))
+        if not only_state:
+            program.store_dphi(dphi_TS, out.dphi_BHLS, index)
+            shared.h_PN[...] = dk_TN
+            plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(shared.rows_XT, out.rows_BHCXT.at[program.chunk_of_row(index)])
             program.store_rows(shared.h_PN, out.dk_BHLRN, index)
-            if tile.rank == 1:
-                plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # dv's copy is done, the others may still run
-        pl.when(step + 1 < chunks)(lambda: program.load_values(index - 1))
         return dh_PN
 
-    dv_rank_TP = shared.dv_rank_TP
+    dv_rank_TP = program.shared.dv_rank_TP
     if dv_rank_TP is not None:
         dv_rank_TP[...] = zeros((ROWS, WIDTH), TILE, interpret)
     dh_PN = load(refs.h_BHZPN.at[program.state], TILE, interpret, optimized=False)
-    dh_PN = lax.fori_loop(0, chunks, chunk, dh_PN)
+    dh_PN = lax.fori_loop(0, chunks, lambda step, dh_PN: chunk(program.turn(step), step, dh_PN), dh_PN)
     out.dh_BHZPN.at[program.state][...] = dh_PN
     if dv_rank_TP is not None:
         out.dv_rank_BHZTP.at[program.state][...] = load(dv_rank_TP, TILE, interpret)
@@ -177,23 +172,24 @@ def _values_bwd(program: bwd.GradientProgram, decay: Decay):
     shared, interpret, ranked = program.shared, program.interpret, program.tile.rank > 1
     q_TN, k_TN = shared.q_TN, shared.k_TN
 
-    def weighted(score, mixed):
-        """Return weights of outputs for values and of values for keys inside the chunk, and the diagonal's scores."""
+    def weighted(score, mixed, from_state):
+        """Return weights of outputs for values and of values for keys inside the chunk, the diagonal's scores, and what
+        comes from the state after the chunk."""
         later_TT, diagonal_TT = decay.later_TT(), same_token(program.tile)
         score_TT = score()
         diagonal_score_TT = jnp.where(diagonal_TT, score_TT, 0.0)
         diagonal = diagonal_score_TT.astype(jnp.bfloat16) if ranked else jnp.sum(diagonal_score_TT, axis=1)
         score_TT = (score_TT * later_TT).astype(jnp.bfloat16)
         weight_TT = jnp.where(diagonal_TT, down(decay.rows("gamma"), ROWS), later_TT * down(decay.rows("kappa"), ROWS))
-        return score_TT, (mixed() * weight_TT).astype(jnp.bfloat16), diagonal
+        mixed_TT = (mixed() * weight_TT).astype(jnp.bfloat16)
+        return score_TT, mixed_TT, diagonal, from_state() * down(decay.decay_to_end_T(), WIDTH)
 
     sums = [
         (ROWS, (k_TN, Transposed(q_TN))),
         (ROWS, (program.values(shared.v_QP).astype(jnp.bfloat16), Transposed(shared.dy_TP))),
+        (WIDTH, (k_TN, Transposed(shared.h_PN))),
     ]
-    score_TT, mixed_TT, diagonal = products(sums, interpret, weighted)
-
-    dlater_TP = product(k_TN, Transposed(shared.h_PN), WIDTH, interpret) * down(decay.decay_to_end_T(), WIDTH)
+    score_TT, mixed_TT, diagonal, dlater_TP = products(sums, interpret, weighted)
     sums = [(dlater_TP, (score_TT, shared.dy_TP))] + [(WIDTH, (diagonal, shared.dy_TP))] * ranked
 
     def summed(dlater, diagonal_product=None):

@@ -46,27 +46,28 @@ def query_bwd(refs: ScanRefs, tile: Tile) -> QueryGradients:
         h_BHZAPN=shape(states, jnp.bfloat16),
     )
     refs = refs._replace(weights=refs.weights._replace(skip_H=None))
-    return bwd.call(_kernel, name="mamba3_mosaic_query_gradient", refs=refs, out=out, tile=tile, query=True, rows=1)
+    how = {"slots": bwd.Slots(chunk=2), "query": True, "rows": 1}
+    return bwd.call(_kernel, name="mamba3_mosaic_query_gradient", refs=refs, out=out, tile=tile, **how)
 
 
 def _kernel(program: bwd.GradientProgram):
-    refs, out, shared, barriers = program.refs, program.out, program.shared, program.barriers
-    sizes, interpret = program.sizes, program.interpret
-    chunks, weights = sizes.chunks, shared.weights
-    head_arrived = load_head(refs.weights, program.head, weights, barriers.head)
-    program.load_k(0)
-    program.load_values(0)
-    program.load_q(0)
-    for index in range(min(2, chunks)):
-        program.load_chunk(index, index)
+    refs, out, sizes, interpret = program.refs, program.out, program.sizes, program.interpret
+    chunks, slots = sizes.chunks, program.slots.chunk
+    head_arrived = load_head(refs.weights, program.head, program.shared.weights, program.barriers.head)
+    first = program.turn(0)
+    first.load_k(0)
+    first.load_values(0)
+    first.load_q(0)
+    for index in range(min(slots, chunks)):
+        program.turn(index).load_chunk(index)
     head_arrived()
 
-    def chunk(index, h_PN):
-        slot = lax.rem(index, jnp.int32(2))
-        decay = program.decay(slot)
-        plgpu.barrier_wait(barriers.chunk.at[slot])
+    def chunk(program, index, h_PN):
+        shared, barriers, weights = program.shared, program.barriers, program.shared.weights
+        decay = program.decay()
+        plgpu.barrier_wait(barriers.chunk)
         plgpu.barrier_wait(barriers.k)
-        rotated_k_TN = program.rotation(slot).apply(shared.k_TN, weights.k_bias_HRN)
+        rotated_k_TN = program.rotation().apply(shared.k_TN, weights.k_bias_HRN)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last chunk's copies out of shared memory are done
         shared.h_PN[...] = h_PN.astype(jnp.bfloat16)
         k_TN = shared.rotated_k_TN
@@ -86,7 +87,7 @@ def _kernel(program: bwd.GradientProgram):
         def rotated_back(dq, h):
             plgpu.barrier_wait(barriers.q)
             dq_TN = dq()
-            rotation = program.rotation(slot)
+            rotation = program.rotation()
             q_TN = rotation.apply(shared.q_TN, weights.q_bias_HRN)
             shared.rows_XT.at[0][...] = jnp.sum(q_TN.astype(jnp.float32) * dq_TN, axis=1)
             return *rotation.inverse(dq_TN, q_TN), h()
@@ -97,7 +98,7 @@ def _kernel(program: bwd.GradientProgram):
         plgpu.commit_smem()  # all products are done, and every warp has read q
         pl.when(index + 1 < chunks)(lambda: program.load_values(index + 1))
         pl.when(index + 1 < chunks)(lambda: program.load_q(index + 1))
-        pl.when(index + 2 < chunks)(lambda: program.load_chunk(index + 2, slot))
+        pl.when(index + slots < chunks)(lambda: program.load_chunk(index + slots))
         shared.rotated_k_TN[...] = dq_TN
         program.store_dphi(dphi_TS, out.dphi_BHLS, index)
         plgpu.commit_smem()
@@ -105,5 +106,6 @@ def _kernel(program: bwd.GradientProgram):
         plgpu.copy_smem_to_gmem(shared.rows_XT.at[0], out.incoming_BHCT.at[program.chunk_of_row(index)])
         return h_PN
 
-    lax.fori_loop(0, chunks, chunk, load(refs.h_BHZPN.at[program.state], TILE, interpret, optimized=False))
+    h_PN = load(refs.h_BHZPN.at[program.state], TILE, interpret, optimized=False)
+    lax.fori_loop(0, chunks, lambda index, h_PN: chunk(program.turn(index), index, h_PN), h_PN)
     plgpu.wait_smem_to_gmem(0)

@@ -43,7 +43,6 @@ from pallas_kernels.ssm.mosaic_gpu import scan_bwd
 from pallas_kernels.ssm.mosaic_gpu.phase import phase
 from pallas_kernels.ssm.mosaic_gpu.tiles import (
     ROWS,
-    SCALARS,
     TILE,
     WIDTH,
     Decay,
@@ -227,7 +226,7 @@ def _forward(operands: Operands, tile: Tile):
         tokens=operands.tokens,
         dy_BLHRP=None,
         phase_BHLS=phase_BHLS,
-        scalars_BHCXT=stack_scalars(operands, SCALARS, tile),
+        scalars_BHCXT=stack_scalars(operands, tile.scalars, tile),
         h_BHZPN=operands.before.h_BHPN[:, :, None],
         weights=operands.weights,
     )
@@ -254,11 +253,11 @@ def _with_starts(refs: ScanRefs, tile: Tile):
         h_BHZPN=jnp.zeros((batch, n_heads, tile.splits, width, d_state), jnp.float32),
         weights=Weights(k_bias_HRN=refs.weights.k_bias_HRN, v_rank_HRP=refs.weights.v_rank_HRP),
     )
-    added_BHZPN = run(only_state, dataclasses.replace(tile, residuals=False)).h_BHZPN
+    added_BHZPN = run(only_state, tile).h_BHZPN
     last_BHZCX = refs.scalars_BHCXT[..., -1].reshape(batch, n_heads, tile.splits, -1, refs.scalars_BHCXT.shape[3])
-    split_decay_BHZ = jnp.exp2(jnp.sum(last_BHZCX[..., SCALARS.index("decay")], axis=-1))
-    if last_BHZCX.shape[-1] > len(SCALARS):  # the row is packed: the document follows
-        goes_on_BHZ = jnp.all(last_BHZCX[..., len(SCALARS)] == 0, axis=-1)
+    split_decay_BHZ = jnp.exp2(jnp.sum(last_BHZCX[..., tile.scalars.index("decay")], axis=-1))
+    if last_BHZCX.shape[-1] > len(tile.scalars):  # the row is packed: the document follows
+        goes_on_BHZ = jnp.all(last_BHZCX[..., len(tile.scalars)] == 0, axis=-1)
         split_decay_BHZ = jnp.where(goes_on_BHZ, split_decay_BHZ, 0.0)
     h_BHZPN, _ = combine_splits(refs.h_BHZPN[:, :, 0], split_decay_BHZ, added_BHZPN, tile.along)
     return refs._replace(h_BHZPN=h_BHZPN), split_decay_BHZ
@@ -292,12 +291,12 @@ def run(refs: ScanRefs, tile: Tile) -> ScanOut:
     check(refs, tile)
     like, rank = refs.tokens.v_BLHP, tile.rank
     batch, length, n_heads, _ = like.shape
+    of_heads = lambda size: jax.ShapeDtypeStruct((batch, length, n_heads * size), like.dtype)  # noqa: E731
+    only_state = refs.tokens.q_BLRGN is None
     out = ScanOut(
-        o_BLHP=None
-        if refs.tokens.q_BLRGN is None
-        else jax.ShapeDtypeStruct((batch, length, n_heads * WIDTH), like.dtype),
+        o_BLHP=None if only_state else of_heads(WIDTH),
         h_BHZPN=jax.ShapeDtypeStruct((batch, n_heads, tile.splits, *refs.h_BHZPN.shape[3:]), jnp.float32),
-        y_BLHRP=jax.ShapeDtypeStruct((batch, length, n_heads * rank * WIDTH), like.dtype) if tile.residuals else None,
+        y_BLHRP=of_heads(rank * WIDTH) if tile.residuals and not only_state else None,
     )
     shared = ScanShared.memory(refs, tile)
     barriers = ScanBarriers(
@@ -409,13 +408,14 @@ def _kernel(program: ScanProgram):
         program.load_gate(0)
     head_arrived()
 
-    def chunk(index, h_PN):
+    def chunk(program, index, h_PN):
+        shared, weights = program.shared, program.shared.weights
         slot = lax.rem(index, jnp.int32(2))
         k_TN, v_QP = shared.k_2TN.at[slot], shared.v_2QP.at[slot]
         if _early_copies(refs, tile):
             plgpu.barrier_wait(barriers.early)
         plgpu.barrier_wait(barriers.chunk.at[slot])
-        decay = Decay(shared.scalars_2XT.at[slot], SCALARS, tile)
+        decay = Decay(shared.scalars_2XT.at[slot], tile.scalars, tile)
 
         rotation = Rotation(shared.phase_QS, interpret)
         if rotation.changes(weights.k_bias_HRN):
@@ -449,7 +449,9 @@ def _kernel(program: ScanProgram):
         return h_PN
 
     h_PN = load(refs.h_BHZPN.at[program.state], TILE, interpret, optimized=False)
-    h_PN = lax.fori_loop(0, chunks, chunk, h_PN)
+    # Of one rank, addresses fit in the registers beside all else.
+    turn = program.fresh if tile.rank > 1 else lambda: program
+    h_PN = lax.fori_loop(0, chunks, lambda *of_chunk: chunk(turn(), *of_chunk), h_PN)
     out.h_BHZPN.at[program.state][...] = h_PN
     plgpu.wait_smem_to_gmem(0)
 

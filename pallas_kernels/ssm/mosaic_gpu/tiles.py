@@ -10,10 +10,11 @@ Letters: T = R Q rows of a chunk, Q its tokens, C chunks, Z splits of the length
 (i, i + N / 2) of N, X the scalars of a row.
 """
 
+import copy
 import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.experimental.mosaic.gpu as mgpu
@@ -51,6 +52,11 @@ class Tile:
     def tokens(self) -> int:
         """Return how many a chunk has."""
         return ROWS // self.rank
+
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        """Return which the forward pass reads: those of the backward pass if there is one, so that XLA stacks one."""
+        return SCALARS_BWD if self.residuals else SCALARS
 
     @property
     def interpreted(self) -> bool:
@@ -499,11 +505,35 @@ def load_head(weights: Weights, head, memory: Weights, barrier):
     return lambda: plgpu.barrier_wait(barrier) if jax.tree.leaves(memory) else None
 
 
-class Program:
-    """Which part of the arrays a program of a scan works on: a head of a batch entry, or a split of it."""
+def opened(memory):
+    """Return a tree of shared memory with an axis of 1 in front, for `Program.fresh`."""
+    return jax.tree.map(lambda x: plgpu.SMEM((1, *x.shape), x.dtype, transforms=x.transforms), memory)
 
-    def __init__(self, refs, out, shared, barriers, *, sizes: Sizes, tile: Tile):
-        self.refs, self.out, self.shared, self.barriers = refs, out, shared, barriers
+
+def zero():
+    """Return the index 0, of which LLVM does not know what it is; the assembler does."""
+
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())))
+    def opaque(_):
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import llvm
+
+        i32 = ir.IntegerType.get_signless(32)
+        value = llvm.inline_asm(i32, [], "mov.b32 $0, 0;", "=r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(value, (), is_signed=True)
+
+    return opaque()
+
+
+class Program:
+    """Which part of the arrays a program of a scan works on: a head of a batch entry, or a split of it.
+
+    Its shared memory is `opened`.
+    """
+
+    def __init__(self, refs, out, memory, barriers, *, sizes: Sizes, tile: Tile):
+        self.refs, self.out, self.memory, self.barriers = refs, out, memory, barriers
+        self.shared = jax.tree.map(lambda ref: ref.at[0], memory)
         self.sizes, self.tile, self.interpret = sizes, tile, tile.interpreted
         self.batch, self.split, self.head = self.place()
         self.group = lax.div(self.head, jnp.int32(sizes.heads // sizes.groups))
@@ -516,6 +546,18 @@ class Program:
         # Heads run fastest: neighbours read the same queries and keys.
         rest = lax.div(program, heads)
         return lax.div(rest, splits), lax.rem(rest, splits), lax.rem(program, heads)
+
+    def fresh(self) -> Self:
+        """Return the program for one turn of a loop, which computes anew where its shared memory is.
+
+        Addresses are the same every time, so LLVM would compute them before the loop: those of all operands of
+        products, two registers each, which then leave too few for what changes.
+        """
+        program = copy.copy(self)
+        if not self.interpret:
+            place = zero()
+            program.shared = jax.tree.map(lambda ref: ref.at[place], self.memory)
+        return program
 
     def chunk(self, index):
         """Return the place of a chunk of the split in its row."""
@@ -583,13 +625,13 @@ def call_scan(
     Args:
         program: made of refs, out, what there is of `scratch` (shared memory, and barriers), sizes and tile.
     """
-    sizes = Sizes.of(refs, tile)
+    sizes, (shared, barriers) = Sizes.of(refs, tile), scratch
     return call(
         lambda *places: kernel(program(*places, sizes=sizes, tile=tile)),
         name=name,
         operands=refs.flat(),
         out=out,
-        scratch=scratch,
+        scratch=(opened(shared), barriers),
         grid={"program": sizes.batch * sizes.heads * tile.splits},
         interpret=tile.interpret,
         sums=sums,
