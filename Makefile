@@ -31,7 +31,7 @@ parity: install
 # On a machine with a GPU, in an environment that has jax for it: the op and its kernels, compiled for real.
 # Then, one after another, what wants all of its memory.
 test-gpu:
-	JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false $(GPU_PYTEST) -n 14 -m "not alone"
+	JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false $(GPU_PYTEST) -n 14 -m "not alone and not cpu"
 	JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_ALLOCATOR=platform $(GPU_PYTEST) -m alone
 
 time-gpu:

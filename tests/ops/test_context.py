@@ -25,10 +25,12 @@ def lines(which: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.cpu
 def test_four_devices_compute_what_one_does():
     assert lines("quick") == ["siso 4 8 4 4"]
 
 
+@pytest.mark.cpu
 @pytest.mark.full
 def test_any_number_of_devices_computes_what_one_does():
     """In both layouts, with rows and heads split too, by kernels; an error in any part of what crosses is caught."""

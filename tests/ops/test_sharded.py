@@ -18,6 +18,7 @@ from mamba3_jax.ops.ssm import IMPLEMENTATIONS, ssm
 from tests.helpers import devices
 
 
+@pytest.mark.cpu
 @pytest.mark.full
 def test_several_devices_compute_what_one_does():
     command = [sys.executable, "-m", "tests.ops.over_devices"]
